@@ -1,0 +1,99 @@
+"""The values that pass between parts: frozen, with their shapes and frames stated.
+
+Frames. *Original*: pixels of the image after EXIF transpose. *Model*: SAM's square input of side S, longest side
+resized to S, padded right and bottom. Boxes are XYXY, half-open, floats. Points are XY. Arrays are row, column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One lesion of one image, in the original frame.
+
+    Attributes:
+        image_id, lesion_id: key of the lesion; lesion ids count from 0 within an image unless the user names them.
+        split: train, dev or test.
+        image_path: image file. mask_path: its mask file, or None where nobody drew one.
+        width, height: size of the image after EXIF transpose, pixels.
+        big_box, small_box: (4,) float64 XYXY, original pixels.
+            With several lesions in one image the truth of each is the mask inside its big box.
+    """
+
+    image_id: str
+    lesion_id: str
+    split: str
+    image_path: Path
+    mask_path: Path | None
+    width: int
+    height: int
+    big_box: np.ndarray
+    small_box: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """SAM prompts of B images, one prompt set each, in the model frame (pixels of the S x S input).
+
+    Attributes:
+        points: (B, N, 2) float32 XY, or None. labels: (B, N) int64, 1 foreground, 0 background, or None.
+        boxes: (B, 4) float32 XYXY, or None.
+        masks: (B, 1, 4H', 4W') float32 logits, SAM's low-resolution mask prompt, or None.
+    """
+
+    points: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same prompts on another device."""
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
+
+    def __getitem__(self, index: slice | torch.Tensor) -> Prompts:
+        """The prompts of some of the images."""
+        picked = {f.name: value[index] for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **picked)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B lesions in the model frame, as the loop and the methods see them.
+
+    Attributes:
+        ids: B keys "image_id/lesion_id", for messages.
+        index: (B,) int64, position of each sample in its data set.
+        images: (B, 3, S, S) uint8 RGB, padded with 0.
+        sizes: (B, 2) int64, height and width of the part that is image, model-frame pixels.
+        big_boxes, small_boxes: (B, 4) float32 XYXY, model frame.
+        valid: (B, S, S) bool, False on padding and inside other lesions' big boxes.
+        target: (B, T, T) float32 logits of the box prior (without offset) on the low-resolution mask grid, T = 4H',
+            or None where the method has no use for it.
+        masks: (B, T, T) float32 share of lesion in each cell of the low-resolution grid, or None where no mask is
+            known or wanted; NaN for the samples of a batch that have none.
+    """
+
+    ids: tuple[str, ...]
+    index: torch.Tensor
+    images: torch.Tensor
+    sizes: torch.Tensor
+    big_boxes: torch.Tensor
+    small_boxes: torch.Tensor
+    valid: torch.Tensor
+    target: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: value.to(device, non_blocking=True) for f in fields(self)
+                 if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **moved)
