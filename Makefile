@@ -1,0 +1,92 @@
+# `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(firstword $(wildcard $(foreach name,python3.11 python3,$(shell command -v $(name)))))
+VENV := .venv
+LOCKED := $(VENV)/.locked
+READY := $(VENV)/.ready
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$(( n > 8 ? 8 : n )))
+TRIALS ?= 20
+PORT ?= 5000
+
+# Recipes run the environment's own python, dvc, mlflow and lesionsam.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export MLFLOW_DISABLE_TELEMETRY := true
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONHOME
+
+.PHONY: help setup demo test lint types tune ui report foundation evidence benchmark lock clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv from requirements.lock (once, and again when the lock changes)
+
+# The stamps are written last, so that a set-up that broke off is never taken for done.
+$(LOCKED): requirements.lock
+	@rm -f $(LOCKED) $(READY)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "error: Python 3.11 or later expected, got '$(PYTHON)'; name another: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up $(VENV): about 6.5 GB of disk, a few minutes of download the first time"
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@if uv --version >/dev/null 2>&1 \
+	  && uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock; then :; \
+	  else $(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.lock; fi
+	@touch $(LOCKED)
+
+$(READY): $(LOCKED) pyproject.toml
+	@rm -f $(READY)
+	@$(VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+	@touch $(READY)
+
+demo: $(READY) ## the whole chain on generated images: data, boxes, training, results table, report
+	dvc repro
+	@echo
+	@cat results/table.md
+	@echo
+	@echo "table     results/table.md"
+	@echo "pictures  report/index.html"
+	@echo "runs      make ui   (or: source $(VENV)/bin/activate, then: mlflow ui)"
+
+test: $(READY) ## all tests
+	python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --quiet
+
+lint: $(READY) ## ruff, bandit, hadolint
+	ruff check .
+	bandit --quiet --recursive --configfile pyproject.toml src stages
+	hadolint Dockerfile
+
+types: $(READY) ## pyright
+	pyright --pythonpath $(VENV)/bin/python
+
+tune: $(READY) ## search for better parameters: make tune TRIALS=20
+	python src/tune.py --trials $(TRIALS)
+
+ui: $(READY) ## runs, curves, pictures and checkpoints in the browser: make ui PORT=5000
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --port $(PORT)
+
+report: $(READY) ## report/index.html from what is there, training only what has changed
+	dvc repro report
+	@echo "open report/index.html"
+
+foundation: $(READY) ## rebuild the compact model's weights in foundation/ (an hour of two cores; resumes)
+	python -m lesionsam.foundation
+
+evidence: $(READY) ## rebuild the measurements behind docs/log.md (hours; resumes)
+	python -m lesionsam.evidence
+
+benchmark: $(READY) ## time and memory of the steps, to benchmarks/
+	python benchmarks/run.py
+
+lock: $(READY) ## requirements.lock from requirements.in (needs uv and the network)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+	  --no-annotate --upgrade requirements.in --output-file requirements.lock
+
+clean: ## remove everything that is made: data, models, results, runs' scratch; keeps .venv, archives and MLflow's runs
+	rm -rf data models results report .scratch .cache .pytest_cache .ruff_cache .hypothesis .dvc/cache .dvc/tmp
