@@ -1,0 +1,291 @@
+"""Reading and writing files so that a crash leaves no half file and a bad image ends in one clear line.
+
+Images and masks come back in the original frame: EXIF orientation applied, rows from the top, columns from the left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lesionsam.errors import UserError
+
+MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF")  # MPO: JPEGs of some cameras that carry a second, small picture
+CHUNK = 1 << 20
+# Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+@contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """A file that appears under `path` only when it is complete and on disk.
+
+    Written beside the target, flushed, fsynced, renamed over it, and the folder fsynced; removed if the block raises.
+    Missing parent folders are made.
+
+    Args:
+        path: the final path. mode: "wb" or "w" (UTF-8, line ends as written).
+    """
+    if mode not in ("w", "wb"):
+        raise ValueError(f"mode: expected 'w' or 'wb', got {mode!r}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with (temporary.open("xb") if mode == "wb" else temporary.open("x", encoding="utf-8", newline="")) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None or error.filename == str(temporary):
+            error.filename = str(path)  # a failed write() names no file
+        raise
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename or a new entry in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomic(path: Path | str, data: bytes) -> None:
+    """Write bytes so that `path` is never half a file."""
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def write_text_atomic(path: Path | str, text: str) -> None:
+    """Write UTF-8 text so that `path` is never half a file."""
+    with atomic_write(path, "w") as file:
+        file.write(text)
+
+
+def write_json_atomic(path: Path | str, value: object) -> None:
+    """Write indented JSON so that `path` is never half a file; NaN and infinity are refused, as JSON has neither."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def copy_atomic(source: Path, target: Path, *, link: bool = False) -> None:
+    """Copy a file so that `target` is never half a file; with `link`, hard-link it where the file system can."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            os.link(source, temporary)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+            return
+        except OSError:  # another file system, or one without hard links: copy instead
+            pass
+        finally:
+            with suppress(FileNotFoundError):  # replacing a link by a link to the same file leaves the first one
+                temporary.unlink()
+    with source.open("rb") as reader, atomic_write(target) as writer:
+        shutil.copyfileobj(reader, writer, CHUNK)
+
+
+def sha256_file(path: Path | str, progress: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file as hex; `progress` is told the bytes read so far."""
+    digest, done = hashlib.sha256(), 0
+    with Path(path).open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done)
+    return digest.hexdigest()
+
+
+def free_disk_bytes(path: Path | str) -> int:
+    """Bytes a user may still write where `path` is, or will be."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode an image of any usual kind.
+
+    Grey becomes three equal channels; palettes and CMYK are converted; 16 bits are scaled to 8 (not clipped), floats of
+    0..1 likewise; alpha is composited over black, which is what surrounds a dermoscope's field anyway. The first frame
+    of a file with several is read. What the file is called does not matter, what it holds does.
+
+    Returns:
+        (H, W, 3) uint8 RGB, EXIF orientation applied.
+    Raises:
+        UserError: missing, empty, not an image, truncated, damaged, or more than `max_pixels`.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        _load(image, path)
+        return np.ascontiguousarray(_to_rgb(image, path))
+
+
+def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) after EXIF transpose of an image that decodes to its end.
+
+    JPEGs are decoded at an eighth of their size, which reads every byte at a quarter of the time or less.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        width, height = image.size
+        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+        turned = _orientation(image) >= 5
+        _load(image, path)
+        return (height, width) if turned else (width, height)
+
+
+def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False,
+              max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode a lesion mask.
+
+    Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion, or two colours of which one is black.
+
+    Args:
+        size: (width, height) that the mask must have, or None.
+        threshold: also accept grey levels in between; lesion is what exceeds half of the range.
+    Returns:
+        (H, W) bool, True on the lesion. It may be empty: the caller knows whether that is an error.
+    Raises:
+        UserError: not a readable image, another size, or more than two levels without `threshold`.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        _load(image, path)
+        levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path)
+    if size is not None and levels.shape != (size[1], size[0]):
+        raise UserError(f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its image; "
+                        "export the mask at the image's own size")
+    if levels.dtype == bool:
+        return levels
+    counts = np.bincount(levels.ravel(), minlength=256)
+    found = np.flatnonzero(counts)
+    full = 255 if len(counts) <= 256 else 65535
+    lesion = found[found > 0]
+    if len(lesion) == 0 or (len(lesion) == 1 and lesion[0] in (1, 255, 65535)):
+        return levels > 0
+    if threshold:
+        return levels > full // 2
+    shown = ", ".join(str(value) for value in found[:6]) + (", ..." if len(found) > 6 else "")
+    raise UserError(f"{path}: mask has {len(found)} grey levels ({shown}); expected 0 and 255 (or 0 and 1); save it "
+                    "as PNG with two levels, or set data.threshold_masks to true with data.source folder")
+
+
+def _open(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: file is empty; expected an image ({', '.join(FORMATS)})")
+        image = Image.open(path, formats=FORMATS)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected an image") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; expected an image file") from None
+    except UnidentifiedImageError:
+        raise UserError(f"{path}: not an image; expected {', '.join(FORMATS)}, got {_describe_content(path)}") from None
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError, OverflowError) as error:
+        raise UserError(f"{path}: cannot be read as an image: {error}; copy or export it again") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise UserError(f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
+                        f"{max_pixels / 1e6:.0f}; scale the image down first")
+    return image
+
+
+def _describe_content(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.lstrip()[:1] == b"<":
+        return "an HTML or XML page (did a download return an error page?)"
+    if head[:4] == b"PK\x03\x04":
+        return "a zip archive"
+    if head[:4] == b"%PDF":
+        return "a PDF"
+    return f"a file that begins with {head[:8].hex(' ')}"
+
+
+def _load(image: Image.Image, path: Path) -> None:
+    try:
+        image.load()
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: image is truncated or damaged: {error}; copy or export it again") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError):
+        return 1  # damaged EXIF: show the image as it lies, as viewers do
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if _orientation(image) == 1:
+        return image
+    turned = ImageOps.exif_transpose(image)
+    return image if turned is None else turned
+
+
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    image = _upright(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
+        return np.repeat(_deep_grey(image, path)[:, :, None], 3, axis=2)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        return np.asarray(Image.alpha_composite(Image.new("RGBA", layered.size, (0, 0, 0, 255)), layered).convert("RGB"))
+    if image.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"):
+        return np.asarray(image.convert("RGB"))
+    raise UserError(f"{path}: pixels of kind {image.mode} are not supported; expected grey, RGB, RGBA, palette or CMYK")
+
+
+def _deep_grey(image: Image.Image, path: Path) -> np.ndarray:
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise UserError(f"{path}: floating-point pixels outside 0..1; expected values of 0..1, or 8 or 16 bit")
+        return (values * 255 + 0.5).astype(np.uint8)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path}: 32-bit pixels of {values.min()}..{values.max()}; expected at most 16 bits (0..65535)")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
+
+
+def _mask_levels(image: Image.Image, path: Path) -> np.ndarray:
+    image = _upright(image)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{path}: mask values of {values.min()}..{values.max()}; expected 0 and 255 (or 0 and 1)")
+        return values.astype(np.uint16)
+    colours = _to_rgb(image, path)
+    packed = (colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)).ravel()
+    if (colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all():
+        return colours[..., 0]
+    found = np.unique(packed)
+    if len(found) <= 2 and found[0] == 0:
+        return packed.reshape(colours.shape[:2]) > 0
+    raise UserError(f"{path}: mask has {len(found)} colours; expected black and one other, or grey 0 and 255")
