@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lesionsam.errors import UserError
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF")  # MPO: JPEGs of some cameras that carry a second, small picture
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 CHUNK = 1 << 20
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -179,8 +179,8 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
         _load(image, path)
         levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path)
     if size is not None and levels.shape != (size[1], size[0]):
-        raise UserError(f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its image; "
-                        "export the mask at the image's own size")
+        raise UserError(f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its "
+                        "image; export the mask at the image's own size")
     if levels.dtype == bool:
         return levels
     counts = np.bincount(levels.ravel(), minlength=256)
@@ -257,7 +257,8 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
         return np.repeat(_deep_grey(image, path)[:, :, None], 3, axis=2)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         layered = image.convert("RGBA")
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", layered.size, (0, 0, 0, 255)), layered).convert("RGB"))
+        black = Image.new("RGBA", layered.size, (0, 0, 0, 255))
+        return np.asarray(Image.alpha_composite(black, layered).convert("RGB"))
     if image.mode in ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"):
         return np.asarray(image.convert("RGB"))
     raise UserError(f"{path}: pixels of kind {image.mode} are not supported; expected grey, RGB, RGBA, palette or CMYK")
