@@ -24,10 +24,11 @@ COPY requirements.lock /tmp/requirements.lock
 RUN python -m venv "$VIRTUAL_ENV" \
     && pip install --require-hashes --requirement /tmp/requirements.lock
 
-RUN useradd --create-home --uid 1000 lesionsam
-USER lesionsam
+RUN useradd --create-home --uid 1000 lesionsam \
+    && install --directory --owner lesionsam --group lesionsam /home/lesionsam/project
+USER 1000:1000
 WORKDIR /home/lesionsam/project
-COPY --chown=lesionsam:lesionsam . .
+COPY --chown=1000:1000 . .
 
 # The code by path instead of an installation: the environment belongs to root. Without .git DVC needs no_scm; a clone mounted
 # over this folder brings its own settings.

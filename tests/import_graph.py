@@ -1,0 +1,96 @@
+"""Which modules of the project a file really imports, found in the source, at whatever depth: for dvc.yaml and its test.
+
+`python tests/import_graph.py` prints the module deps that every stage of dvc.yaml must name.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "lesionsam"
+SOURCE = ROOT / "src"
+
+# Run by stages, but no part of what they give: a tweak of the logging or of a message must not train again.
+NOT_DEPS = {f"{PACKAGE}.tracking", f"{PACKAGE}.errors"}
+
+
+def module_files() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package; `__init__` files go by their package's name."""
+    found = {}
+    for path in sorted((SOURCE / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _statements(node: ast.AST, *, top_level_only: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif _is_type_checking(child) or (
+            top_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        ):
+            continue
+        else:
+            yield from _statements(child, top_level_only=top_level_only)
+
+
+@cache
+def imported_names(path: Path, *, top_level_only: bool = False) -> frozenset[str]:
+    """Absolute dotted names that the file imports, functions included; `from a import b` gives both a and a.b.
+
+    Names needed by the type checker only do not count.
+    """
+    package = path.relative_to(SOURCE).parent.parts if path.is_relative_to(SOURCE) else ()
+    names: set[str] = set()
+    for statement in _statements(ast.parse(path.read_text(encoding="utf-8")), top_level_only=top_level_only):
+        if isinstance(statement, ast.Import):
+            names.update(alias.name for alias in statement.names)
+            continue
+        base = package[: len(package) - statement.level + 1] if statement.level else ()
+        origin = ".".join((*base, *(statement.module or "").split("."))).strip(".")
+        names.add(origin)
+        names.update(f"{origin}.{alias.name}" for alias in statement.names)
+    return frozenset(names)
+
+
+def project_imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Modules of the package that the file imports by itself; the bare packages around them do not count."""
+    modules = module_files()
+    names = imported_names(path, top_level_only=top_level_only)
+    packages = {name for name, file in modules.items() if file.name == "__init__.py"}
+    return {name for name in names if name in modules and name not in packages}
+
+
+def closure(path: Path, *, without: frozenset[str] = frozenset()) -> set[str]:
+    """Modules of the package that run when the file does, not looking behind those in `without`."""
+    modules, seen, todo = module_files(), set(), sorted(project_imports(path))
+    while todo:
+        name = todo.pop()
+        if name in seen or name in without:
+            continue
+        seen.add(name)
+        todo.extend(project_imports(modules[name]) - seen)
+    return seen
+
+
+def stage_deps(script: str) -> list[str]:
+    """Paths of the stage's script and of the modules that dvc.yaml must name for it, sorted, relative to the root."""
+    modules = module_files()
+    needed = closure(ROOT / script, without=frozenset(NOT_DEPS))
+    return sorted([script, *(modules[name].relative_to(ROOT).as_posix() for name in needed)])
+
+
+if __name__ == "__main__":
+    for stage in sorted((ROOT / "stages").glob("*.py")):
+        lines = "\n".join(f"      - {dep}" for dep in stage_deps(f"stages/{stage.name}"))
+        sys.stdout.write(f"{stage.stem}:\n{lines}\n\n")

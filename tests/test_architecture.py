@@ -1,0 +1,214 @@
+"""The shape of the house, read from the source: layers, who may import which library, and dvc.yaml's deps."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import import_graph
+import pytest
+from import_graph import PACKAGE, imported_names, module_files, project_imports
+from ruamel.yaml import YAML
+
+ROOT = import_graph.ROOT
+
+# From the ground up; imports only go down, or sideways within one name of a row. A folder stands for its modules.
+LAYERS = [
+    ["types", "errors", "files", "progress", "schema", "config", "presets", "boxes", "box_prior", "prompts", "losses", "metrics",
+     "statistics", "overlays"],
+    ["data", "models"],
+    ["methods"],
+    ["training", "inference"],
+    ["evaluation"],
+    ["experiment", "tracking"],
+    ["sweep", "report", "foundation", "smoke", "evidence", "predict"],
+    ["cli"],
+]
+FREE_AMONG_THEMSELVES = LAYERS[0]
+# Foreign library -> the only modules (or folders) that may import it.
+ONLY_IN = {
+    "segment_anything": ("models",),
+    "mlflow": ("tracking",),
+    "optuna": ("sweep",),
+    "dvc": (),
+}
+NEEDS_TRACKING_OR_SWEEP = ("tracking", "sweep", "report", "foundation", "smoke", "evidence", "predict", "cli")
+
+MODULES = sorted(name for name, path in module_files().items() if path.name != "__init__.py")
+SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in [*(ROOT / "stages").glob("*.py"), ROOT / "src" / "tune.py"])
+
+
+def part(module: str) -> str:
+    """First name below the package: `lesionsam.data.isic` is in `data`, `lesionsam.tracking_sender` in `tracking`."""
+    name = module.split(".")[1]
+    return next((row_name for row in LAYERS for row_name in row if name == row_name or name.startswith(f"{row_name}_")), name)
+
+
+def layer(module: str) -> int:
+    """Index of the module's row in LAYERS."""
+    for index, row in enumerate(LAYERS):
+        if part(module) in row:
+            return index
+    pytest.fail(f"{module}: in no layer; give it one in LAYERS of tests/test_architecture.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    wrong = []
+    for other in project_imports(module_files()[module]):
+        same_room = part(other) == part(module) or {part(other), part(module)} <= set(FREE_AMONG_THEMSELVES)
+        if not (layer(other) < layer(module) or (layer(other) == layer(module) and same_room)):
+            wrong.append(other)
+    assert not wrong, f"{module} (layer {layer(module) + 1}) imports sideways or upwards: {', '.join(sorted(wrong))}"
+
+
+def test_no_import_cycles() -> None:
+    """Following the imports that run when a module is loaded never leads back to it."""
+    edges = {name: project_imports(path, top_level_only=True) for name, path in module_files().items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"import cycle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for other in sorted(edges[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_foreign_libraries_have_one_place(library: str) -> None:
+    importers = {
+        name for name, path in module_files().items()
+        if any(imported == library or imported.startswith(f"{library}.") for imported in imported_names(path))
+    }
+    strangers = {name for name in importers if name == PACKAGE or part(name) not in ONLY_IN[library]}
+    assert not strangers, f"{library} is imported in {sorted(strangers)}; allowed only in {ONLY_IN[library]}"
+    for script in SCRIPTS:
+        assert library not in {name.split(".")[0] for name in imported_names(ROOT / script)}, f"{script} imports {library}"
+
+
+def test_lower_floors_work_without_mlflow_dvc_optuna() -> None:
+    """A GPU host without those three can import, and so train and evaluate, everything below tracking and sweep."""
+    modules = [name for name in MODULES if part(name) not in NEEDS_TRACKING_OR_SWEEP]
+    program = "\n".join([
+        "import importlib, sys",
+        "for name in ('mlflow', 'dvc', 'optuna'): sys.modules[name] = None",
+        f"for name in {modules!r}: importlib.import_module(name)",
+    ])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_cli_help_is_quick_to_load() -> None:
+    """The command line's own module pulls in neither torch nor mlflow, pandas or matplotlib."""
+    program = (
+        "import sys; sys.path.insert(0, 'src'); import lesionsam.cli; "
+        "print(*sorted({'torch', 'mlflow', 'pandas', 'matplotlib', 'optuna'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", [*MODULES, *SCRIPTS])
+def test_no_assert_in_source(module: str) -> None:
+    """`python -O` drops asserts, so none may guard anything; and no handler swallows every error."""
+    path = module_files().get(module, ROOT / module)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        line = getattr(node, "lineno", 0)
+        assert not isinstance(node, ast.Assert), f"{path.name}:{line}: assert"
+        if isinstance(node, ast.ExceptHandler):
+            caught = "everything" if node.type is None else ast.unparse(node.type)
+            reraises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
+            broad = caught in ("everything", "Exception", "BaseException")
+            assert reraises or not broad, f"{path.name}:{line}: except {caught}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_stay_readable(module: str) -> None:
+    path = module_files()[module]
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 350, f"{path.name} has {lines} lines, at most 350"
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} has no docstring"
+
+
+def test_packages_hold_no_code() -> None:
+    """`__init__` files hold a docstring, a version and names, nothing a stage could depend on."""
+    for path in (ROOT / "src" / PACKAGE).rglob("__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        code = [node for node in body if not isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign)]
+        assert not code, f"{path.relative_to(ROOT)}:{code[0].lineno}: move it into a module"
+
+
+def dvc_stages() -> dict[str, dict]:
+    """The stages of dvc.yaml as written, before DVC fills in the parameters."""
+    return YAML(typ="safe").load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+@pytest.mark.parametrize("stage", dvc_stages())
+def test_stage_deps_name_the_modules_that_run(stage: str) -> None:
+    deps = dvc_stages()[stage]["deps"]
+    named = sorted(dep for dep in deps if dep.endswith(".py"))
+    needed = import_graph.stage_deps(f"stages/{stage}.py")
+    missing, too_many = sorted(set(needed) - set(named)), sorted(set(named) - set(needed))
+    assert named == needed, f"{stage}: missing {missing}, not run {too_many}; see `python tests/import_graph.py`"
+
+
+def test_every_stage_file_is_a_stage() -> None:
+    assert {path.stem for path in (ROOT / "stages").glob("*.py")} == set(dvc_stages())
+
+
+def test_hardware_is_in_no_stage() -> None:
+    """Device, workers and the tracking server say how and where, never what: they must not trigger training."""
+    for name, stage in dvc_stages().items():
+        sections = {str(key).split(".")[0] for key in stage.get("params", [])}
+        assert not sections & {"runtime", "tracking"}, name
+
+
+def test_stage_params_exist() -> None:
+    params = YAML(typ="safe").load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for name, stage in dvc_stages().items():
+        for key in stage.get("params", []):
+            value = params
+            for step in key.split("."):
+                assert step in value, f"dvc.yaml, stage {name}: no parameter {key} in params.yaml"
+                value = value[step]
+
+
+# The sections a stage's code reads must be the sections that DVC watches for it, or a change of one would go unnoticed.
+SECTION_NAMES = ("inputs", "data", "boxes", "model", "method", "train", "evaluate")
+
+
+@pytest.mark.parametrize("stage", dvc_stages())
+def test_stage_reads_only_watched_sections(stage: str) -> None:
+    """`config.<section>` in the stage's own file needs that section in its params."""
+    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
+    read = {
+        node.attr for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
+    } & set(SECTION_NAMES)
+    watched = {str(key).split(".")[0] for key in dvc_stages()[stage].get("params", [])}
+    assert read <= watched, f"stages/{stage}.py reads {sorted(read - watched)}; list it in the stage's params"
+
+
+def test_import_graph_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader behind these tests: relative, nested and type-checker-only imports, on a file made for it."""
+    monkeypatch.setattr(import_graph, "SOURCE", tmp_path)
+    source = tmp_path / PACKAGE / "data" / "made_up.py"
+    source.parent.mkdir(parents=True)
+    source.write_text(
+        "from __future__ import annotations\nfrom ..types import Sample\nfrom . import shapes\nimport numpy as np\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import mlflow\n"
+        "def late():\n    from lesionsam.models import sam\n",
+        encoding="utf-8",
+    )
+    names = imported_names(source)
+    assert {"lesionsam.types", "lesionsam.data.shapes", "numpy", "lesionsam.models.sam"} <= names
+    assert "mlflow" not in names
+    assert "lesionsam.models.sam" not in imported_names(source, top_level_only=True)
