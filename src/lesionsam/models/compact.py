@@ -1,0 +1,113 @@
+"""The compact SAM: segment_anything's own modules, unmodified, with small numbers.
+
+The stand-in for SAM where published weights cannot be fetched, where tests run and where a first try takes a minute.
+Kirillov et al. 2023, arXiv:2304.02643, built as in segment_anything.build_sam.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+
+from lesionsam.errors import UserError
+from lesionsam.types import Prompts
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+@dataclass(frozen=True)
+class CompactArchitecture:
+    """The numbers of a compact SAM.
+
+    Attributes:
+        image_size: side S of the square input, pixels; a multiple of patch_size.
+        patch_size: side of a patch, pixels; the feature grid has S / patch_size cells a side.
+        width: channels of the image encoder's tokens; a multiple of num_heads.
+        depth: transformer blocks of the image encoder, all with global attention.
+        num_heads: attention heads of each block.
+        prompt_width: channels C of the features, of the prompt encoder and of the mask decoder; a multiple of 16
+            (four decoder heads, and upscaling to C / 8 channels).
+        decoder_mlp: hidden units in the decoder's two-way transformer.
+    """
+
+    image_size: int = 128
+    patch_size: int = 8
+    width: int = 128
+    depth: int = 4
+    num_heads: int = 4
+    prompt_width: int = 64
+    decoder_mlp: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"compact architecture: {name} must be a whole number above 0, got {value!r}")
+        for name, divisor in (("image_size", self.patch_size), ("width", self.num_heads), ("prompt_width", 16)):
+            if getattr(self, name) % divisor:
+                raise UserError(f"compact architecture: {name} must be a multiple of {divisor}, "
+                                f"got {getattr(self, name)}")
+
+    @property
+    def grid(self) -> int:
+        """Side H' = W' of the feature grid, cells."""
+        return self.image_size // self.patch_size
+
+    @classmethod
+    def from_mapping(cls, numbers: Mapping[str, int], source: str) -> CompactArchitecture:
+        """The architecture that a weights file states; `source` names the file in the error."""
+        expected = set(cls.__dataclass_fields__)
+        if set(numbers) != expected:
+            raise UserError(f"{source}: compact architecture needs exactly the keys {sorted(expected)}, "
+                            f"got {sorted(numbers)}")
+        return cls(**numbers)
+
+
+def build_compact(architecture: CompactArchitecture) -> Sam:
+    """A segment_anything Sam of these numbers with random weights (torch's global generator), in eval mode."""
+    a = architecture
+    encoder = ImageEncoderViT(
+        img_size=a.image_size, patch_size=a.patch_size, embed_dim=a.width, depth=a.depth, num_heads=a.num_heads,
+        mlp_ratio=4, out_chans=a.prompt_width, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True, window_size=0, global_attn_indexes=tuple(range(a.depth)))
+    prompt_encoder = PromptEncoder(
+        embed_dim=a.prompt_width, image_embedding_size=(a.grid, a.grid), input_image_size=(a.image_size, a.image_size),
+        mask_in_chans=16)
+    decoder = MaskDecoder(
+        num_multimask_outputs=3, transformer_dim=a.prompt_width, iou_head_depth=3, iou_head_hidden_dim=64,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=a.prompt_width, mlp_dim=a.decoder_mlp, num_heads=4))
+    sam = Sam(encoder, prompt_encoder, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
+    assert encoder.pos_embed is not None  # built with use_abs_pos
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # segment_anything starts it at 0, for checkpoints to fill
+    return sam.eval()
+
+
+def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """All mask tokens of SAM's decoder, one prompt set per image: MaskDecoder.predict_masks without its repetition.
+
+    The prompt encoder runs in full precision even under autocast: in bfloat16 a coordinate is off by a pixel.
+
+    Args:
+        features: (B, C, H', W') encoder output. prompts: of the same B images, model frame.
+    Returns:
+        low-resolution logits (B, 4, 4H', 4W') and predicted IoUs (B, 4); token 0 is the single mask, 1 to 3 are the
+        three candidates of an ambiguous prompt.
+    """
+    decoder = sam.mask_decoder
+    with torch.autocast(features.device.type, enabled=False):
+        points = None if prompts.points is None or prompts.labels is None else (prompts.points, prompts.labels)
+        sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+        position = sam.prompt_encoder.get_dense_pe().expand(len(features), -1, -1, -1)
+    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([outputs.expand(len(features), -1, -1), sparse], dim=1)
+    hidden, source = decoder.transformer(features + dense, position, tokens)
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(features.shape))
+    heads = decoder.output_hypernetworks_mlps
+    weights = torch.stack([head(hidden[:, 1 + index]) for index, head in enumerate(heads)], dim=1)
+    logits = torch.einsum("bkc,bchw->bkhw", weights, upscaled)
+    return logits, decoder.iou_prediction_head(hidden[:, 0])
