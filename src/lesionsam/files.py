@@ -11,17 +11,23 @@ import os
 import secrets
 import shutil
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from lesionsam.errors import UserError
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
+TURNS = {  # EXIF orientation -> what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 CHUNK = 1 << 20
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
@@ -155,9 +161,10 @@ def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
     with _open(path, max_pixels) as image:
         width, height = image.size
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
-        turned = _orientation(image) >= 5
         _load(image, path)
-        return (height, width) if turned else (width, height)
+        if image.format not in ("JPEG", "MPO"):
+            width, height = image.size  # Pillow turns a TIFF while loading it, and draft made a JPEG smaller
+        return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False,
@@ -196,11 +203,20 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
                     "as PNG with two levels, or set data.threshold_masks to true with data.source folder")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings about damaged metadata: they name no file, and what matters is raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
 def _open(path: Path, max_pixels: int) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: file is empty; expected an image ({', '.join(FORMATS)})")
-        image = Image.open(path, formats=FORMATS)
+        with _quiet():
+            image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected an image") from None
     except IsADirectoryError:
@@ -214,6 +230,12 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
         image.close()
         raise UserError(f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
                         f"{max_pixels / 1e6:.0f}; scale the image down first")
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if max(tags.get(258, (1,))) > 8 and (tags.get(284, 1) == 2 or tags.get(262) == 0):
+            image.close()
+            raise UserError(f"{path}: TIFF of more than 8 bits in separate planes or with white as 0, which Pillow "
+                            "misreads; export it with interleaved channels and black as 0, or as PNG")
     return image
 
 
@@ -231,24 +253,24 @@ def _describe_content(path: Path) -> str:
 
 def _load(image: Image.Image, path: Path) -> None:
     try:
-        image.load()
+        with _quiet():
+            image.load()
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, IndexError, KeyError, TypeError) as error:
         raise UserError(f"{path}: image is truncated or damaged: {error}; copy or export it again") from None
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value = image.getexif().get(0x0112, 1)
+        with _quiet():
+            value = image.getexif().get(0x0112, 1)
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError):
         return 1  # damaged EXIF: show the image as it lies, as viewers do
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if _orientation(image) == 1:
-        return image
-    turned = ImageOps.exif_transpose(image)
-    return image if turned is None else turned
+    turn = TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:

@@ -1,0 +1,270 @@
+"""read_image, check_image and read_mask on the catalogue of odd files: each is read right or ends in one clear line."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from lesionsam.errors import UserError
+from lesionsam.files import check_image, read_image, read_mask
+
+RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+DEEP = np.linspace(0, 65535, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint16)
+BLOB = np.zeros((40, 60), bool)
+BLOB[10:30, 20:45] = True
+
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def write_png16(path: Path, pixels: np.ndarray) -> Path:
+    """A 16-bit PNG from its definition (PNG specification, section 5), as Pillow cannot write colour at 16 bits."""
+    channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+    raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    path.write_bytes(SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    return path
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "TIFF", "PNG"])
+def test_plain_rgb_is_read_exactly(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a.{suffix}", Image.fromarray(RAMP))
+    assert np.array_equal(read_image(path), RAMP)
+    assert check_image(path) == (60, 40)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
+    # EXIF 2.3, tag 0x0112: what must be done to the stored rows and columns to see the picture upright.
+    upright = {1: RAMP, 2: RAMP[:, ::-1], 3: RAMP[::-1, ::-1], 4: RAMP[::-1], 5: RAMP.transpose(1, 0, 2),
+               6: np.rot90(RAMP, -1), 7: RAMP[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(RAMP)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100} if kind == "JPEG" else {}
+    path = save(tmp_path / "a", Image.fromarray(RAMP), format=kind, exif=exif, **options)
+    got, expected = read_image(path), upright[orientation]
+    assert got.shape == expected.shape
+    assert np.abs(got.astype(int) - expected).max() <= (12 if kind == "JPEG" else 0)
+    assert check_image(path) == (expected.shape[1], expected.shape[0])
+
+
+def test_grey_alpha_and_palettes(tmp_path: Path) -> None:
+    grey = RAMP[..., 0]
+    assert np.array_equal(read_image(save(tmp_path / "l.png", Image.fromarray(grey))), np.dstack([grey] * 3))
+    half = np.full((40, 60, 1), 128, np.uint8)
+    half[:5] = 0
+    over_black = RAMP * (half / 255)
+    got = read_image(save(tmp_path / "rgba.png", Image.fromarray(np.concatenate([RAMP, half], 2))))
+    assert np.abs(got - over_black).max() <= 1
+    assert not got[:5].any()
+    got = read_image(save(tmp_path / "la.png", Image.fromarray(np.concatenate([RAMP[..., :1], half], 2))))
+    assert np.abs(got[..., 2] - over_black[..., 0]).max() <= 1
+    two = Image.fromarray(BLOB.astype(np.uint8)).convert("P")
+    two.putpalette([200, 150, 120, 90, 40, 30])
+    got = read_image(save(tmp_path / "p.png", two))
+    assert np.array_equal(got, np.where(BLOB[..., None], [90, 40, 30], [200, 150, 120]))
+    clear = read_image(save(tmp_path / "pt.png", two, transparency=1))
+    assert np.array_equal(clear, np.where(BLOB[..., None], 0, [200, 150, 120]))
+    got = read_image(save(tmp_path / "1.png", Image.fromarray(BLOB)))
+    assert np.array_equal(got, np.dstack([BLOB * np.uint8(255)] * 3))
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    flat = np.broadcast_to(np.array([180, 120, 60], np.uint8), (16, 16, 3))
+    path = save(tmp_path / "c.jpg", Image.fromarray(np.ascontiguousarray(flat)).convert("CMYK"), quality=100)
+    assert np.abs(read_image(path).astype(int) - flat).max() <= 4
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
+    exact = DEEP / 257
+    opaque = np.full_like(DEEP[..., :1], 65535)
+    files = {"g.png": DEEP[..., 0], "c.png": DEEP, "a.png": np.concatenate([DEEP, opaque], 2)}
+    for name, pixels in files.items():
+        got = read_image(write_png16(tmp_path / name, pixels))
+        assert np.abs(got - (np.dstack([exact[..., 0]] * 3) if pixels.ndim == 2 else exact)).max() <= 1, name
+    for name, pixels, options in (("g.tif", DEEP[..., 0], {}), ("be.tif", DEEP[..., 0], {"byteorder": ">"}),
+                                  ("c.tif", DEEP, {"photometric": "rgb"}),
+                                  ("f.tif", (DEEP[..., 0] / 65535).astype(np.float32), {})):
+        tifffile.imwrite(tmp_path / name, pixels, **options)
+        assert np.abs(read_image(tmp_path / name)[..., 0] - exact[..., 0]).max() <= 1, name
+
+
+@pytest.mark.parametrize(("shape", "options"), [((3, 40, 60), {"photometric": "rgb", "planarconfig": "separate"}),
+                                                ((40, 60), {"photometric": "miniswhite"})])
+def test_deep_tiffs_that_pillow_misreads_are_refused(tmp_path: Path, shape: tuple[int, ...], options: dict) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint16), **options)
+    with pytest.raises(UserError, match=r"a\.tif: TIFF of more than 8 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_float_and_32_bit_out_of_range(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "f.tif", np.full((4, 4), 7.5, np.float32))
+    tifffile.imwrite(tmp_path / "n.tif", np.full((4, 4), np.nan, np.float32))
+    tifffile.imwrite(tmp_path / "i.tif", np.full((4, 4), 70_000, np.int32))
+    for name, message in (("f.tif", "outside 0..1"), ("n.tif", "outside 0..1"), ("i.tif", "at most 16 bits")):
+        with pytest.raises(UserError, match=message):
+            read_image(tmp_path / name)
+
+
+def test_names_do_not_matter_and_extreme_shapes_work(tmp_path: Path) -> None:
+    assert np.array_equal(read_image(save(tmp_path / "really_png.jpg", Image.fromarray(RAMP), format="PNG")), RAMP)
+    for width, height in ((1, 1), (20_000, 1), (1, 20_000)):
+        path = save(tmp_path / "thin.png", Image.new("RGB", (width, height), (9, 8, 7)))
+        assert read_image(path).shape == (height, width, 3)
+        assert check_image(path) == (width, height)
+
+
+def encoded(kind: str) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description long enough to be stored apart from its tag"
+    noise = np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, kind, exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.7, 0.95])
+def test_truncated(tmp_path: Path, kind: str, keep: float) -> None:
+    data = encoded(kind)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data[:int(len(data) * keep)])
+    for read in (read_image, check_image, read_mask):
+        with pytest.raises(UserError, match=r"cut\.img: ") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", "file is empty"),
+    (b"<!DOCTYPE html><html>404</html>", "an HTML or XML page"),
+    (b"\n  <?xml version='1.0'?><Error/>", "an HTML or XML page"),
+    (b"PK\x03\x04zzzz", "a zip archive"),
+    (b"%PDF-1.7", "a PDF"),
+    (b"\x00" * 100, "a file that begins with 00 00"),
+    (b"GIF89a" + b"\x00" * 40, "not an image; expected JPEG, PNG, BMP, TIFF"),
+    (b"II*\x00\xff\xff\xff\x7f", "cannot be read|not an image"),
+])
+def test_what_is_no_image(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.jpg").write_bytes(content)
+    for read in (read_image, check_image, read_mask):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path / "x.jpg")
+
+
+def test_missing_and_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.jpg: no such file"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(UserError, match="is a folder"):
+        read_image(tmp_path)
+
+
+def test_random_damage_never_escapes_as_another_exception(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    path = tmp_path / "x"
+    refused = 0
+    for kind in ("JPEG", "PNG", "BMP", "TIFF"):
+        original = np.frombuffer(encoded(kind), np.uint8)
+        for _ in range(60):
+            data = original.copy()
+            data[rng.integers(0, min(400, len(data)), 4)] = rng.integers(0, 256, 4)
+            path.write_bytes(data.tobytes())
+            try:
+                read_image(path, max_pixels=10**6)
+            except UserError:
+                refused += 1
+    assert 40 < refused < 240
+
+
+def test_pixel_cap_is_checked_before_decoding(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", b"xxxx"))
+    for read in (read_image, check_image, read_mask):
+        with pytest.raises(UserError, match="60000x60000 = 3600 megapixels; expected at most 200"):
+            read(tmp_path / "bomb.png")
+    path = save(tmp_path / "a.png", Image.fromarray(RAMP))
+    assert read_image(path, max_pixels=2400).shape == RAMP.shape
+    with pytest.raises(UserError, match="expected at most 0"):
+        read_image(path, max_pixels=2399)
+
+
+def test_a_hundred_megapixels_come_without_warning(tmp_path: Path) -> None:
+    path = save(tmp_path / "large.png", Image.new("1", (10_000, 10_000)))
+    assert check_image(path) == (10_000, 10_000)
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    one = BLOB.astype(np.uint8)
+    palette = Image.fromarray(one).convert("P")
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return {
+        "255": save(folder / "255.png", Image.fromarray(one * 255)),
+        "1": save(folder / "1.png", Image.fromarray(one)),
+        "bool": save(folder / "bool.png", Image.fromarray(BLOB)),
+        "palette": save(folder / "palette.png", palette),
+        "rgb": save(folder / "rgb.png", Image.fromarray(np.dstack([one * 255] * 3))),
+        "rgba": save(folder / "rgba.png", Image.fromarray(np.dstack([one * 255] * 3 + [np.full_like(one, 255)]))),
+        "16 bit": write_png16(folder / "16.png", BLOB.astype(np.uint16) * 65535),
+        "16 bit of 255": write_png16(folder / "16_255.png", BLOB.astype(np.uint16) * 255),
+        "tif": save(folder / "m.tif", Image.fromarray(one * 255)),
+        "bmp": save(folder / "m.bmp", Image.fromarray(one * 255)),
+        "turned": save(folder / "turned.png", Image.fromarray(one[::-1, ::-1] * np.uint8(255)), exif=exif),
+    }
+
+
+def test_masks_of_every_accepted_kind(tmp_path: Path) -> None:
+    for kind, path in mask_files(tmp_path).items():
+        mask = read_mask(path, (60, 40))
+        assert mask.dtype == bool, kind
+        assert np.array_equal(mask, BLOB), kind
+
+
+def test_empty_and_full_masks(tmp_path: Path) -> None:
+    assert not read_mask(save(tmp_path / "e.png", Image.new("L", (5, 4)))).any()
+    assert read_mask(save(tmp_path / "f.png", Image.new("L", (5, 4), 255))).all()
+
+
+def test_mask_of_another_size(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.png", Image.new("L", (5, 4)))
+    with pytest.raises(UserError, match=r"m\.png: mask is 5x4 px; expected 4x5 as its image"):
+        read_mask(path, (4, 5))
+
+
+def test_grey_masks_need_the_threshold(tmp_path: Path) -> None:
+    soft = np.where(BLOB, 250, 3).astype(np.uint8)
+    soft[0, 0] = 127
+    path = save(tmp_path / "grey.png", Image.fromarray(soft))
+    with pytest.raises(UserError, match=r"3 grey levels \(3, 127, 250\); expected 0 and 255"):
+        read_mask(path)
+    assert np.array_equal(read_mask(path, threshold=True), BLOB)
+    deep = write_png16(tmp_path / "deep.png", np.where(BLOB, 60_000, 500).astype(np.uint16))
+    with pytest.raises(UserError, match="2 grey levels"):
+        read_mask(deep)
+    assert np.array_equal(read_mask(deep, threshold=True), BLOB)
+    one = mask_files(tmp_path)["1"]
+    assert np.array_equal(read_mask(one, threshold=True), BLOB)  # 0 and 1 stay what they mean
+
+
+def test_coloured_masks_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "c.png", Image.fromarray(RAMP))
+    with pytest.raises(UserError, match="colours; expected black and one other"):
+        read_mask(path)
