@@ -44,7 +44,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def isic_sample(root: Path) -> Path:
-    """A folder of real ISIC images and masks beside the checkout; tests that want it are skipped where there is none."""
+    """Real ISIC images and masks beside the checkout; tests that want them are skipped where there are none."""
     folder = root.parent / "shared" / "data" / "isic"
     if not folder.is_dir():
         pytest.skip("needs the sample of real ISIC images in ../shared/data/isic")

@@ -1,4 +1,4 @@
-"""Which modules of the project a file really imports, found in the source, at whatever depth: for dvc.yaml and its test.
+"""Which modules of the project a file really imports, at whatever depth, read from the source: for dvc.yaml.
 
 `python tests/import_graph.py` prints the module deps that every stage of dvc.yaml must name.
 """

@@ -1,0 +1,200 @@
+"""The whole chain under DVC, in a copy of the repository, on the tiny preset: every command as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.pipeline
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ("best.safetensors", "last.safetensors", "head.safetensors")
+LIMIT_S = 240
+
+
+def environment() -> dict[str, str]:
+    """The test's own, without its MLflow store: a stage must find the one in the copy's root by itself."""
+    return {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "PYTHONPATH")}
+
+
+def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command in the folder; a failure shows what it printed."""
+    done = subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def lesionsam(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line of the copy, installed or not."""
+    program = "import sys; sys.path.insert(0, 'src'); from lesionsam.cli import main; main()"
+    return run(folder, sys.executable, "-c", program, *arguments)
+
+
+def set_parameter(folder: Path, key: str, value: object) -> None:
+    """Change one value of params.yaml, comments kept."""
+    yaml = YAML()
+    params = yaml.load((folder / "params.yaml").read_text(encoding="utf-8"))
+    section, name = key.split(".")
+    assert name in params[section], key
+    params[section][name] = value
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(params, file)
+
+
+def output_hashes(folder: Path) -> dict[str, str]:
+    """Output path -> hash, as dvc.lock holds it."""
+    lock = YAML(typ="safe").load((folder / "dvc.lock").read_text(encoding="utf-8"))
+    return {out["path"]: out["md5"] for stage in lock["stages"].values() for out in stage["outs"]}
+
+
+def runs_of(folder: Path) -> list[dict[str, str]]:
+    """Parameters of every MLflow run in the copy's store."""
+    program = (
+        "import json, sys; from mlflow import MlflowClient; c = MlflowClient(sys.argv[1]); "
+        "ids = [e.experiment_id for e in c.search_experiments()]; "
+        "print(json.dumps([{**r.data.params, 'status': r.info.status} for r in c.search_runs(ids)]))"
+    )
+    done = run(folder, sys.executable, "-W", "ignore", "-c", program, f"sqlite:///{folder / 'mlflow.db'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def repository_copy(folder: Path) -> Path:
+    """The files git knows or would take, as a repository of their own with one commit, set to the tiny preset."""
+    listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    lesionsam(folder, "preset", "tiny")
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "init.defaultBranch=main")
+    run(folder, *git, "init", "--quiet")
+    run(folder, "git", "config", "user.name", "test")
+    run(folder, "git", "config", "user.email", "test@localhost")
+    run(folder, "git", "add", "--all")
+    run(folder, *git, "commit", "--quiet", "--message", "copy")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which `dvc repro` has run once; tests read it or copy it, never change it."""
+    folder = repository_copy(tmp_path_factory.mktemp("finished"))
+    run(folder, "dvc", "repro")
+    return folder
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A finished copy to change."""
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+
+
+def test_repro_makes_everything(finished: Path) -> None:
+    outputs = [
+        "data/raw/index.csv", "data/boxes.csv", "models/pretrained/weights.json", "models/adapted/run.json",
+        "models/adapted/history.csv", "models/adapted/params.yaml", "results/per_image.csv", "results/table.csv",
+        "results/table.md", "results/summary.json", "results/metrics.json", "report/index.html",
+        *(f"models/adapted/{name}" for name in WEIGHTS),
+    ]
+    missing = [name for name in outputs if not (finished / name).is_file() or not (finished / name).stat().st_size]
+    assert not missing
+    assert list((finished / "models" / "adapted" / "overlays").glob("*.png"))
+    assert json.loads((finished / "results" / "metrics.json").read_text(encoding="utf-8"))
+    dirty = run(finished, "git", "status", "--porcelain").stdout.split()
+    assert dirty == ["??", "dvc.lock"], "outputs are ignored by git, and nothing else is touched"
+    assert not list(finished.glob(".scratch/*/*")), "the scratch folder of a finished training is removed"
+
+
+def test_one_finished_run_in_mlflow(finished: Path) -> None:
+    runs = runs_of(finished)
+    assert [one["status"] for one in runs] == ["FINISHED"]
+    params = YAML(typ="safe").load((finished / "params.yaml").read_text(encoding="utf-8"))
+    assert float(runs[0]["method.temperature"]) == params["method"]["temperature"]
+
+
+def test_second_repro_does_nothing(finished: Path) -> None:
+    before = (finished / "dvc.lock").read_bytes()
+    done = run(finished, "dvc", "repro")
+    assert "Running stage" not in done.stdout
+    assert "up to date" in done.stdout
+    assert (finished / "dvc.lock").read_bytes() == before
+
+
+def test_evaluation_parameter_does_not_retrain(project: Path) -> None:
+    before = output_hashes(project)
+    set_parameter(project, "evaluate.confidence", 0.9)
+    done = run(project, "dvc", "repro")
+    ran = [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran[0] == "evaluate"
+    assert "train" not in ran
+    after = output_hashes(project)
+    assert after["models/adapted"] == before["models/adapted"]
+    assert after["results"] != before["results"]
+    assert {one["status"] for one in runs_of(project)} == {"FINISHED"}
+
+
+def test_hardware_and_logging_do_not_retrain(project: Path) -> None:
+    set_parameter(project, "runtime.num_threads", 2)
+    set_parameter(project, "tracking.enabled", False)
+    assert "Running stage" not in run(project, "dvc", "repro").stdout
+
+
+def test_experiment_with_another_temperature(project: Path) -> None:
+    """`dvc exp run -S` gives an experiment in DVC and a second run in MLflow, side by side with the first."""
+    run(project, "dvc", "exp", "run", "--name", "warmer", "-S", "method.temperature=0.2")
+    assert "warmer" in run(project, "dvc", "exp", "list", "--all-commits").stdout
+    assert sorted(float(one["method.temperature"]) for one in runs_of(project)) == [0.1, 0.2]
+    difference = json.loads(run(project, "dvc", "params", "diff", "--json").stdout)
+    assert difference["params.yaml"]["method.temperature"] == {"old": 0.1, "new": 0.2}
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """Every tensor of every weight file equal, bit for bit."""
+    for name in WEIGHTS:
+        left, right = load_file(one / "models" / "adapted" / name), load_file(other / "models" / "adapted" / name)
+        assert left.keys() == right.keys()
+        different = [key for key in left if not left[key].equal(right[key])]
+        assert not different, f"{name}: {different[:3]}"
+
+
+def kill_in_training(folder: Path, *, whole_group: bool) -> None:
+    """Start `dvc repro train` and kill -9 it (or only DVC, not the stage) once a first epoch's state is on disk."""
+    with (folder / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            ["dvc", "repro", "train"], cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + LIMIT_S
+        while not list(folder.glob(".scratch/**/state.pt")):
+            printed = (folder / "killed.log").read_text(encoding="utf-8")
+            assert process.poll() is None, f"training ended before it could be killed:\n{printed}"
+            assert time.monotonic() < deadline, "no state was saved"
+            time.sleep(0.02)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+    assert not (folder / "models" / "adapted" / "best.safetensors").exists(), "it was killed too late to prove anything"
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["training killed too", "only dvc killed"])
+def test_killed_training_resumes_bit_for_bit(finished: Path, tmp_path: Path, whole_group: bool) -> None:
+    undisturbed = Path(shutil.copytree(finished, tmp_path / "undisturbed", symlinks=True))
+    set_parameter(undisturbed, "train.epochs", 6)
+    killed = Path(shutil.copytree(undisturbed, tmp_path / "killed", symlinks=True))
+    run(undisturbed, "dvc", "repro", "train")
+    kill_in_training(killed, whole_group=whole_group)
+    done = run(killed, "dvc", "repro", "train")
+    assert "resum" in (done.stdout + done.stderr).lower()
+    same_weights(undisturbed, killed)
