@@ -1,0 +1,223 @@
+"""Lesions with what their masks are held against, and a model's answers for them.
+
+One encoder pass per image serves every prompt, the jittered ones included. Truth is the whole mask where an image has
+one lesion, and the mask inside its big box where it has several; pixels inside other lesions' big boxes (and outside
+one's own) then count for nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lesionsam import metrics
+from lesionsam.boxes import model_frame_size, to_model_frame
+from lesionsam.errors import UserError
+from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
+from lesionsam.progress import progress
+from lesionsam.prompts import seeded_prompts
+from lesionsam.types import Sample
+
+LoadImage = Callable[[Sample], np.ndarray]  # -> (H, W, 3) uint8 RGB, original frame
+LoadMask = Callable[[Sample], np.ndarray | None]  # -> (H, W) bool, or None where there is no mask
+Request = tuple[str, float]  # prompt source, share by which its boxes are jittered (0: as annotated)
+Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
+
+LEAKING = "tight"  # the bounding box of the true mask: leaks the label
+
+
+@dataclass(frozen=True)
+class Case:
+    """One lesion in the original frame with all that its masks are held against.
+
+    Attributes:
+        truth: (H, W) bool, or None. valid: (H, W) bool, False inside other lesions' big boxes, or None for all True.
+        outline: of the truth, or None. big, small: rows and columns of the pixels whose centres lie in the boxes.
+    """
+
+    sample: Sample
+    shape: tuple[int, int]
+    truth: np.ndarray | None
+    valid: np.ndarray | None
+    outline: metrics.Outline | None
+    big: tuple[slice, slice]
+    small: tuple[slice, slice]
+
+
+def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sample]) -> Case:
+    """Truth and regions of a lesion.
+
+    Args:
+        mask: (H, W) bool, the image's whole mask, or None. siblings: the image's other lesions.
+    """
+    shape = (sample.height, sample.width)
+    big, small = box_slices(sample.big_box, shape), box_slices(sample.small_box, shape)
+    truth, valid = mask, None
+    if siblings:
+        valid = np.ones(shape, bool)
+        for other in siblings:
+            valid[box_slices(other.big_box, shape)] = False
+        valid[big] = True
+        if mask is not None:
+            truth = np.zeros(shape, bool)
+            truth[big] = mask[big]
+    return Case(sample, shape, truth, valid, None if truth is None else metrics.Outline.of(truth), big, small)
+
+
+def box_slices(box: np.ndarray, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of the pixels whose centres lie in a (4,) XYXY box; at least one pixel of the (H, W) frame."""
+    out = []
+    for low, high, length in ((box[1], box[3], shape[0]), (box[0], box[2], shape[1])):
+        start = int(np.clip(np.ceil(low - 0.5), 0, length - 1))
+        out.append(slice(start, int(np.clip(np.ceil(high - 0.5), start + 1, length))))
+    return out[0], out[1]
+
+
+def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float]:
+    """The figures of one mask: logits (H, W) float32, original frame, positive = lesion."""
+    prediction = logits > 0
+    if case.valid is not None:
+        prediction &= case.valid
+    area = int(np.count_nonzero(prediction))
+    outside = area - int(np.count_nonzero(prediction[case.big]))
+    figures = {name: float("nan") for name in ("lesion_share", "iou", "dice", "boundary_f1", "hd95", "thresholded_jaccard")}
+    if case.truth is not None and case.outline is not None:
+        value = metrics.iou(prediction, case.truth)
+        f1, distance = metrics.boundary_scores(metrics.Outline.of(prediction), case.outline, tolerance)
+        figures = {"lesion_share": float(case.truth.mean()), "iou": value, "dice": 2 * value / (1 + value),
+                   "boundary_f1": f1, "hd95": distance, "thresholded_jaccard": metrics.thresholded_jaccard(value)}
+    return figures | {"predicted_share": area / prediction.size, "core_coverage": float(prediction[case.small].mean()),
+                      "leakage": outside / area if area else 0.0}
+
+
+def consistency(predictions: Sequence[np.ndarray]) -> float:
+    """Mean pairwise IoU of (h, w) bool masks of one lesion from several prompts; NaN for fewer than two."""
+    pairs = [metrics.iou(a, b) for a, b in combinations(predictions, 2)]
+    return float(np.mean(pairs)) if pairs else float("nan")
+
+
+def jitter_boxes(sample: Sample, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sloppier annotator: each box's sides times 1 + U(-share, share), its centre moved by up to share of the side.
+
+    The same uniforms serve every share, so that a curve over shares compares like with like. The big box is cut at the
+    frame, the small box at the big box.
+
+    Returns:
+        (big_box, small_box), (4,) float64 XYXY, original pixels.
+    """
+    digest = hashlib.sha256(f"{seed}|jitter|{sample.image_id}/{sample.lesion_id}".encode()).digest()
+    draws = np.random.default_rng(np.frombuffer(digest, np.uint64)).uniform(-1, 1, (2, 4)) * share
+    frame = np.array([0, 0, sample.width, sample.height], float)
+    big = _moved(sample.big_box, draws[0], frame)
+    return big, _moved(sample.small_box, draws[1], big)
+
+
+def _moved(box: np.ndarray, draw: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    side = box[2:] - box[:2]
+    centre = np.clip((box[:2] + box[2:]) / 2 + side * draw[:2], limits[:2] + 0.5, limits[2:] - 0.5)
+    half = np.maximum(side * (1 + draw[2:]) / 2, 0.5)
+    return np.concatenate([np.maximum(centre - half, limits[:2]), np.minimum(centre + half, limits[2:])])
+
+
+def predict_cases(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, load_mask: LoadMask | None, *,
+                  requests: Sequence[Request], seed: int, batch_size: int, num_points: int, device: torch.device | str,
+                  title: str = "evaluating") -> Iterator[tuple[Case, dict[Request, Answer]]]:
+    """Encode each image once, decode every request for each of its lesions.
+
+    Args:
+        requests: prompt sources of `prompts.KINDS` or `tight` (left out for lesions without a true mask), with jitter.
+        batch_size: images per encoder pass and lesions per decoder pass.
+    Yields:
+        (case, {request: (low-resolution logits (T, T) float32 on `device`, predicted IoU)}), image by image.
+    """
+    images = by_image(samples)
+    side = int(sam.image_encoder.img_size)
+    was_training = sam.training
+    sam.to(device).eval()
+    try:
+        starts = range(0, len(images), batch_size)
+        for start in progress(starts, total=len(starts), title=title):
+            chunk = images[start:start + batch_size]
+            cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
+            owner = torch.tensor([k for k, lesions in enumerate(chunk) for _ in lesions])
+            with torch.inference_mode():
+                features = encode(sam, _frames([lesions[0] for lesions in chunk], load_image, side, device))
+                for low in range(0, len(cases), batch_size):
+                    part = slice(low, low + batch_size)
+                    answers = _answer(sam, features, owner[part], cases[part], requests, seed, num_points, side)
+                    yield from zip(cases[part], answers, strict=True)
+    finally:
+        sam.train(was_training)
+
+
+def by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Lesions grouped by image, in the order in which images first come."""
+    images: dict[str, list[Sample]] = {}
+    for sample in samples:
+        images.setdefault(sample.image_id, []).append(sample)
+    return list(images.values())
+
+
+def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterator[Case]:
+    """The lesions of one image, its mask read once."""
+    mask = load_mask(lesions[0]) if load_mask is not None else None
+    for sample in lesions:
+        yield build_case(sample, mask, [other for other in lesions if other is not sample])
+
+
+def _frames(samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str) -> torch.Tensor:
+    frames = np.zeros((len(samples), side, side, 3), np.uint8)
+    sizes = []
+    for k, sample in enumerate(samples):
+        image = load_image(sample)
+        if image.shape[:2] != (sample.height, sample.width):
+            raise UserError(f"{sample.image_path}: expected {sample.width}x{sample.height} px as in the box CSV, got "
+                            f"{image.shape[1]}x{image.shape[0]}; run the boxes stage again")
+        small = resize_longest(image, side)
+        frames[k, :small.shape[0], :small.shape[1]] = small
+        sizes.append(small.shape[:2])
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
+    return preprocess(pixels, torch.tensor(sizes, device=device))
+
+
+def _answer(sam: Sam, features: torch.Tensor, owner: torch.Tensor, cases: Sequence[Case], requests: Sequence[Request],
+            seed: int, num_points: int, side: int) -> list[dict[Request, Answer]]:
+    answers: list[dict[Request, Answer]] = [{} for _ in cases]
+    for kind, share in requests:
+        rows, bigs, smalls = [], [], []
+        for k, case in enumerate(cases):
+            big, small = jitter_boxes(case.sample, share, seed) if share else (case.sample.big_box, case.sample.small_box)
+            if kind == LEAKING:
+                tight = metrics.bounding_box(case.truth) if case.truth is not None else None
+                if tight is None:
+                    continue
+                big = tight
+            rows.append(k)
+            bigs.append(to_model_frame(big, case.sample.width, case.sample.height, side))
+            smalls.append(to_model_frame(small, case.sample.width, case.sample.height, side))
+        if not rows:
+            continue
+        prompts = seeded_prompts(kind, _tensor(bigs), _tensor(smalls), [_key(cases[k].sample) for k in rows],
+                                 num_points=num_points, seed=seed).to(features.device)
+        low_res, predicted = decode(sam, features[owner[rows].to(features.device)], prompts)
+        for row, mask, quality in zip(rows, low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True):
+            answers[row][(kind, share)] = (mask, quality)
+    return answers
+
+
+def _tensor(boxes: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(boxes).astype(np.float32))
+
+
+def _key(sample: Sample) -> str:
+    return f"{sample.image_id}/{sample.lesion_id}"
+
+
+def upscaled(low_res: torch.Tensor, case: Case, side: int) -> np.ndarray:
+    """(H, W) float32 logits at original size of (T, T) low-resolution ones."""
+    scaled = model_frame_size(case.shape[1], case.shape[0], side)
+    return upscale(low_res, scaled, case.shape, side).cpu().numpy()
