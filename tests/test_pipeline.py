@@ -175,7 +175,7 @@ def kill_in_training(folder: Path, *, whole_group: bool) -> None:
             ["dvc", "repro", "train"], cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
         )
         deadline = time.monotonic() + LIMIT_S
-        while not list(folder.glob(".scratch/**/state.pt")):
+        while not list(folder.glob(".scratch/**/state-*.pt")):
             printed = (folder / "killed.log").read_text(encoding="utf-8")
             assert process.poll() is None, f"training ended before it could be killed:\n{printed}"
             assert time.monotonic() < deadline, "no state was saved"
