@@ -1,0 +1,1 @@
+"""Where images, masks and boxes come from, and how they become batches."""
