@@ -76,10 +76,9 @@ class Batch:
         sizes: (B, 2) int64, height and width of the part that is image, model-frame pixels.
         big_boxes, small_boxes: (B, 4) float32 XYXY, model frame.
         valid: (B, S, S) bool, False on padding and inside other lesions' big boxes.
-        target: (B, T, T) float32 logits of the box prior (without offset) on the low-resolution mask grid, T = 4H',
-            or None where the method has no use for it.
-        masks: (B, T, T) float32 share of lesion in each cell of the low-resolution grid, or None where no mask is
-            known or wanted; NaN for the samples of a batch that have none.
+        prior: (B, S, S) float32 logits of the box prior (without offset), or None where the method has no use for it.
+        masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
+            wanted.
     """
 
     ids: tuple[str, ...]
@@ -89,7 +88,7 @@ class Batch:
     big_boxes: torch.Tensor
     small_boxes: torch.Tensor
     valid: torch.Tensor
-    target: torch.Tensor | None = None
+    prior: torch.Tensor | None = None
     masks: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:

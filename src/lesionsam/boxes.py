@@ -1,0 +1,228 @@
+"""The two boxes of a lesion: the CSV and its checks, the simulated annotator, and the change of frame.
+
+The CSV holds one row per (image_id, lesion_id) in the original frame: pixels after EXIF transpose, XYXY, half-open.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from lesionsam.errors import UserError
+from lesionsam.files import atomic_write
+from lesionsam.types import Sample
+
+BIG = ("big_x0", "big_y0", "big_x1", "big_y1")
+SMALL = ("small_x0", "small_y0", "small_x1", "small_y1")
+COLUMNS = ("image_id", "lesion_id", "split", "width", "height", *BIG, *SMALL)
+REQUIRED = ("image_id", *BIG, *SMALL)
+TOLERANCE = 0.5  # pixels by which a hand-drawn box may stick out before it counts as wrong; it is cut there
+
+
+def simulate_boxes(mask: np.ndarray, rng: np.random.Generator, *, margin: tuple[float, float], core: tuple[float, float],
+                   jitter: float, min_area: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """An annotator's two boxes, drawn from a mask.
+
+    Big box: the bounding box of every component of at least `min_area` pixels, width and height times
+    1 + U(margin) about a centre moved by up to `jitter` of the side; it always holds the whole lesion and is cut at the
+    frame. Small box: U(core) times the extent of the largest component, centred near its deepest point (the pixel
+    farthest from background and frame), shrunk until it lies wholly on that component, so that a lesion in fragments
+    has its core in the largest one and a lesion cut by the frame keeps its core off the edge.
+
+    Args:
+        mask: (H, W) bool. rng: source of every draw.
+    Returns:
+        (big_box, small_box), each (4,) float64 XYXY pixels, or None where no component reaches `min_area`.
+    """
+    labels, count = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel(), minlength=1)
+    kept = np.flatnonzero(sizes[1:] >= min_area) + 1
+    if count == 0 or len(kept) == 0:
+        return None
+    objects = ndimage.find_objects(labels)
+    low = np.array([min(objects[k - 1][1].start for k in kept), min(objects[k - 1][0].start for k in kept)], float)
+    high = np.array([max(objects[k - 1][1].stop for k in kept), max(objects[k - 1][0].stop for k in kept)], float)
+    side = high - low
+    centre = (low + high) / 2 + side * rng.uniform(-jitter, jitter, 2)
+    half = side * (1 + rng.uniform(*margin)) / 2
+    frame = np.array([mask.shape[1], mask.shape[0]], float)
+    big = np.concatenate([np.clip(np.minimum(centre - half, low), 0, frame), np.clip(np.maximum(centre + half, high), 0, frame)])
+    largest = int(sizes[1:].argmax()) + 1
+    small = _core_inside(labels == largest, objects[largest - 1], rng, core, jitter)
+    return big, small
+
+
+def _core_inside(component: np.ndarray, where: tuple[slice, slice], rng: np.random.Generator, core: tuple[float, float],
+                 jitter: float) -> np.ndarray:
+    rows, columns = where
+    lesion = np.pad(component[where], 1)  # beyond the frame counts as background
+    depth = ndimage.distance_transform_edt(lesion)
+    row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
+    extent = np.array([columns.stop - columns.start, rows.stop - rows.start], float)
+    total = np.pad(lesion.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    deepest = np.array([column + 0.5, row + 0.5])
+    offset, half = extent * rng.uniform(-jitter, jitter, 2), extent * rng.uniform(*core) / 2
+    shift = np.array([columns.start - 1, rows.start - 1], float)
+    while (half > 0.5).all():
+        low, high = deepest + offset - half, deepest + offset + half
+        x0, y0 = np.floor(low).astype(int)
+        x1, y1 = np.ceil(high).astype(int)
+        if x0 >= 0 and y0 >= 0 and x1 <= lesion.shape[1] and y1 <= lesion.shape[0]:
+            covered = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
+            if covered == (x1 - x0) * (y1 - y0):
+                return np.concatenate([low + shift, high + shift])
+        offset, half = offset * 0.93, half * 0.93
+    return np.concatenate([deepest - 0.5 + shift, deepest + 0.5 + shift])
+
+
+def model_frame_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """(height, width) that SAM's resize gives an image: longest side to `side`, rounded half up."""
+    scale = side / max(width, height)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def to_model_frame(coordinates: np.ndarray, width: int, height: int, side: int) -> np.ndarray:
+    """Original pixels to model frame: (..., 2k) XYXY... or XY coordinates scaled as SAM's ResizeLongestSide does."""
+    new_height, new_width = model_frame_size(width, height, side)
+    factors = np.resize(np.array([new_width / width, new_height / height]), coordinates.shape[-1])
+    return coordinates * factors
+
+
+def write_boxes(path: Path, samples: Iterable[Sample]) -> None:
+    """Write the two-box CSV atomically, one row per sample, coordinates to a hundredth of a pixel."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for s in samples:
+            writer.writerow([s.image_id, s.lesion_id, s.split, s.width, s.height,
+                             *(f"{value:.2f}" for value in (*s.big_box, *s.small_box))])
+
+
+def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> list[Sample]:
+    """Read and check a two-box CSV.
+
+    Args:
+        path: CSV with the columns image_id and the eight of the boxes; lesion_id (default "0" if each image has one
+            row), split, width and height may be there and must then agree with the index.
+        index: image_id -> row of data/raw/index.csv (split, image_path, mask_path, width, height).
+        root: folder that relative paths of the index start from.
+    Returns:
+        Samples in the order of the file.
+    Raises:
+        UserError: the first faulty row, with line number, column, expected and got, and how many more there are.
+    """
+    rows = _read_rows(path)
+    samples, problems = [], []
+    seen: dict[tuple[str, str], int] = {}
+    per_image: dict[str, int] = {}
+    for line, row in rows:
+        try:
+            sample = _parse_row(row, index, root)
+            key = (sample.image_id, sample.lesion_id)
+            if key in seen:
+                raise ValueError(f"image_id, lesion_id: {key[0]!r}, {key[1]!r} stands already in line {seen[key]}; "
+                                 "give each lesion of an image its own lesion_id")
+        except ValueError as error:
+            problems.append(f"line {line}, {error}")
+            continue
+        seen[key] = line
+        per_image[sample.image_id] = per_image.get(sample.image_id, 0) + 1
+        samples.append(sample)
+    if problems:
+        more = f" (and {len(problems) - 1} more faulty lines)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {problems[0]}{more}")
+    if not samples:
+        raise UserError(f"{path}: no rows; expected one row per lesion with the columns {', '.join(REQUIRED)}")
+    return samples
+
+
+def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a two-box CSV") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; expected a two-box CSV file (set inputs.boxes)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: empty; expected a header with {', '.join(REQUIRED)} and a row per lesion")
+    first = text.splitlines()[0]
+    if ";" in first and "," not in first:
+        raise UserError(f"{path}: columns are separated by ';'; expected ',' (and '.' as the decimal mark)")
+    reader = csv.reader(text.splitlines())
+    header = [name.strip() for name in next(reader)]
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(REQUIRED)}); found {', '.join(header)}")
+    unknown = [name for name in header if name not in COLUMNS]
+    if unknown:
+        raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(COLUMNS)}")
+    if len(set(header)) != len(header):
+        raise UserError(f"{path}: a column stands twice in the header: {', '.join(header)}")
+    rows = []
+    for values in reader:
+        if not values or not any(value.strip() for value in values):
+            continue
+        if len(values) != len(header):
+            raise UserError(f"{path}: line {reader.line_num} has {len(values)} fields; expected {len(header)} as the header")
+        rows.append((reader.line_num, dict(zip(header, (value.strip() for value in values), strict=True))))
+    return rows
+
+
+def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]], root: Path) -> Sample:
+    image_id = row["image_id"]
+    if image_id not in index:
+        hint = next((known for known in index if image_id and known.endswith(image_id)), None)
+        raise ValueError(f"image_id: {image_id!r} is not among the {len(index)} images"
+                         + (f"; did the leading part of {hint!r} get lost?" if hint else "; check the id or add the image"))
+    entry = index[image_id]
+    width, height = int(str(entry["width"])), int(str(entry["height"]))
+    for name, known in (("width", width), ("height", height)):
+        if row.get(name) and row[name] != str(known):
+            raise ValueError(f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose")
+    if row.get("split") and row["split"] != entry["split"]:
+        raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
+    big = _parse_box(row, BIG, width, height)
+    small = _parse_box(row, SMALL, width, height)
+    outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
+    if outside > TOLERANCE:
+        raise ValueError(f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box {_show(big)} "
+                         f"by {outside:.1f} px; the core must lie inside the rough extent (are the two exchanged?)")
+    small = np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
+    mask_path = str(entry.get("mask_path") or "")
+    return Sample(image_id=image_id, lesion_id=row.get("lesion_id") or "0", split=str(entry["split"]),
+                  image_path=root / str(entry["image_path"]), mask_path=root / mask_path if mask_path else None,
+                  width=width, height=height, big_box=big, small_box=small)
+
+
+def _parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
+    values = []
+    for name in names:
+        try:
+            value = float(row[name])
+        except ValueError:
+            raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})") from None
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number of pixels, got {row[name]!r} ({row['image_id']!r})")
+        values.append(value)
+    box = np.array(values)
+    for low, high in ((0, 2), (1, 3)):
+        if box[high] <= box[low]:
+            raise ValueError(f"{names[low]}, {names[high]}: expected {names[low]} < {names[high]}, got {box[low]:g} and "
+                             f"{box[high]:g} ({row['image_id']!r}); boxes are XYXY")
+    limits = np.array([width, height, width, height], float)
+    excess = np.maximum(-box, box - limits)
+    if excess.max() > TOLERANCE:
+        name = names[int(excess.argmax())]
+        raise ValueError(f"{name}: {box[int(excess.argmax())]:g} lies outside the image {row['image_id']!r} of "
+                         f"{width}x{height} px; boxes are in original pixels")
+    return np.clip(box, 0, limits)
+
+
+def _show(box: np.ndarray) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"

@@ -1,0 +1,138 @@
+"""A set of lesions in the model frame and its batches; no state of its own: order and augmentation are functions of
+(seed, epoch), so that a resumed run sees what an undisturbed one would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lesionsam.box_prior import inside
+from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
+from lesionsam.types import Batch, Sample
+
+NUM_ORIENTATIONS = 8  # flips and quarter turns: the symmetries of the square
+
+
+class LesionDataset:
+    """Samples of one split with their decoded frames.
+
+    Args:
+        samples: in a fixed order. frames: the same samples in the model frame.
+        with_masks: whether batches carry true masks.
+    """
+
+    def __init__(self, samples: Sequence[Sample], frames: Frames, *, with_masks: bool) -> None:
+        self.samples, self.frames, self.with_masks = tuple(samples), frames, with_masks
+        self.ids = tuple(f"{s.image_id}/{s.lesion_id}" for s in samples)
+        self.side = frames.images.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every sample has a true mask."""
+        return all(s.mask_path is not None for s in self.samples)
+
+    def batch(self, index: Sequence[int], orientations: Sequence[int] | None = None) -> Batch:
+        """Collate samples, each in an orientation from 0 (as it is) to 7; see `orient`."""
+        orientations = orientations if orientations is not None else [0] * len(index)
+        parts = [self._one(int(k), int(o)) for k, o in zip(index, orientations, strict=True)]
+        images, priors, masks, valid, sizes, big, small = (np.stack(p) for p in zip(*parts, strict=True))
+        truth = None
+        if self.with_masks:
+            truth = torch.from_numpy(masks.astype(np.float32))
+            truth[truth == UNKNOWN] = float("nan")
+        return Batch(ids=tuple(self.ids[int(k)] for k in index), index=torch.tensor([int(k) for k in index]),
+                     images=torch.from_numpy(images).permute(0, 3, 1, 2), sizes=torch.from_numpy(sizes),
+                     big_boxes=torch.from_numpy(big), small_boxes=torch.from_numpy(small), valid=torch.from_numpy(valid),
+                     prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE), masks=truth)
+
+    def _one(self, k: int, orientation: int) -> tuple[np.ndarray, ...]:
+        f = self.frames
+        height, width = f.sizes[k]
+        valid = np.zeros((self.side, self.side), bool)
+        valid[:height, :width] = True
+        for other in f.others[k]:
+            valid &= ~(inside(other, valid.shape) & ~inside(f.small_boxes[k], valid.shape))
+        grids = [f.images[k], f.priors[k], f.masks[k], valid]
+        boxes = [f.big_boxes[k], f.small_boxes[k]]
+        if orientation == 0:
+            return (*grids, f.sizes[k], *boxes)
+        return (*(orient(grid, (height, width), orientation) for grid in grids), oriented_size((height, width), orientation),
+                *(orient_box(box, (height, width), orientation) for box in boxes))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order, once, as they are."""
+        for start in range(0, len(self), batch_size):
+            yield self.batch(range(start, min(start + batch_size, len(self))))
+
+    def epoch(self, batch_size: int, *, seed: int, epoch: int, augment: bool, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch from batch number `start` on; the last batch is filled from the epoch's beginning.
+
+        The order is a permutation and the orientations are draws, both functions of (seed, epoch) alone.
+        """
+        rng = np.random.default_rng([seed, epoch])
+        order, orientations = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
+        if not augment:
+            orientations[:] = 0
+        for number in range(start, self.batches_per_epoch(batch_size)):
+            index = order[np.arange(number * batch_size, (number + 1) * batch_size) % len(self)]
+            yield self.batch(index, orientations[index])
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Number of batches that cover the set once."""
+        return -(-len(self) // batch_size)
+
+
+def open_dataset(samples: Sequence[Sample], side: int, cache: Path, *, with_masks: bool, threshold_masks: bool = False,
+                 num_workers: int = 0, title: str = "images") -> LesionDataset:
+    """Decode (or reopen) the samples at side S and wrap them."""
+    frames = load_frames(samples, side, cache, threshold_masks=threshold_masks, num_workers=num_workers, title=title)
+    return LesionDataset(samples, frames, with_masks=with_masks)
+
+
+def oriented_size(size: tuple[int, int], orientation: int) -> np.ndarray:
+    """(2,) int64 height and width after `orient`."""
+    return np.array(size if orientation < 4 else (size[1], size[0]), np.int64)
+
+
+def orient(grid: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
+    """Flip or turn the image part of a padded frame and pad it again.
+
+    Args:
+        grid: (S, S) or (S, S, 3); rows and columns beyond size = (height, width) are padding.
+        orientation: bit 0 mirrors columns, bit 1 mirrors rows, bit 2 then exchanges rows and columns.
+    Returns:
+        An array of grid's shape; padding keeps the value it had in the grid's last row and column.
+    """
+    height, width = size
+    part = grid[:height, :width]
+    if orientation & 1:
+        part = part[:, ::-1]
+    if orientation & 2:
+        part = part[::-1]
+    if orientation & 4:
+        part = part.swapaxes(0, 1)
+    if part.shape[:2] == grid.shape[:2]:
+        return np.ascontiguousarray(part)
+    out = np.empty_like(grid)
+    out[:] = grid[-1, -1]
+    out[: part.shape[0], : part.shape[1]] = part
+    return out
+
+
+def orient_box(box: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
+    """The same for a box (4,) XYXY of a frame part of (height, width) pixels."""
+    height, width = size
+    x0, y0, x1, y1 = box
+    if orientation & 1:
+        x0, x1 = width - x1, width - x0
+    if orientation & 2:
+        y0, y1 = height - y1, height - y0
+    if orientation & 4:
+        x0, y0, x1, y1 = y0, x0, y1, x1
+    return np.array([x0, y0, x1, y1], np.float32)

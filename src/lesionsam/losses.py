@@ -1,0 +1,103 @@
+"""The terms of the loss, batched over images, in fp32 whatever the autocast; each returns one value per image or a mean.
+
+Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T, T) in [0, 1]; w, weights (B, T, T) >= 0,
+zero where a pixel takes no part (padding, other lesions).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+EPSILON = 1e-6
+
+
+def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """H(sigmoid(y)) = softplus(y) - y sigmoid(y), nats, elementwise; exact for large |y| where p log p would be 0 * inf."""
+    y = logits.float()
+    return F.softplus(y) - y * torch.sigmoid(y)
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(B, ...) -> (B,): mean over all but the first axis; 0 where all weights of an image are 0."""
+    total = weights.flatten(1).sum(1)
+    return (values * weights).flatten(1).sum(1) / total.clamp(min=EPSILON)
+
+
+def bce(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(B,): weighted mean over pixels of the binary cross entropy with soft targets."""
+    return weighted_mean(F.binary_cross_entropy_with_logits(y.float(), m.float(), reduction="none"), w)
+
+
+def dice(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(B,): 1 - (2 sum(w p m) + 1) / (sum(w p) + sum(w m) + 1), p = sigmoid(y) (Milletari et al. 2016, smoothed by 1)."""
+    p = torch.sigmoid(y.float())
+    intersection = (w * p * m).flatten(1).sum(1)
+    return 1 - (2 * intersection + 1) / ((w * p).flatten(1).sum(1) + (w * m).flatten(1).sum(1) + 1)
+
+
+def soft_mask_loss(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(B,): 2 BCE + Dice, the loss of the pseudo-mask term and of the supervised run alike."""
+    return 2 * bce(y, m, w) + dice(y, m, w)
+
+
+def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(B,): IoU of (y > 0) and (m > 0.5) on pixels with w > 0; 1 where both are empty. No gradient."""
+    use = w > 0
+    prediction, truth = (y > 0) & use, (m > 0.5) & use
+    union = (prediction | truth).flatten(1).sum(1)
+    return torch.where(union > 0, (prediction & truth).flatten(1).sum(1) / union.clamp(min=1), torch.ones_like(union, dtype=torch.float32))
+
+
+def projection_loss(y: torch.Tensor, misses_big: tuple[torch.Tensor, torch.Tensor],
+                    crosses_core: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Two-box tightness (after BoxInst, arXiv:2012.02310, with two boxes instead of one).
+
+    With p = sigmoid(y), the maximum of p over a column or row that misses the big box must be 0, over one that crosses
+    the core must be 1; those between are free.
+
+    Args:
+        y: (B, T, T) logits.
+        misses_big, crosses_core: each (columns (B, T), rows (B, T)) bool.
+    Returns:
+        (B,): mean binary cross entropy over the constrained columns and rows.
+    """
+    total, count = 0.0, 0.0
+    for axis, miss, cross in ((1, misses_big[0], crosses_core[0]), (2, misses_big[1], crosses_core[1])):
+        maximum = y.float().amax(axis)  # sigmoid is monotone: the maximum of p is the sigmoid of the maximum of y
+        value = F.softplus(maximum) * miss + F.softplus(-maximum) * cross
+        total, count = total + value.sum(1), count + (miss | cross).sum(1)
+    return total / torch.as_tensor(count).clamp(min=1)
+
+
+def info_nce(anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, anchor_valid: torch.Tensor,
+             negative_valid: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE (arXiv:1807.03748): -log(e^(a.p/t) / (e^(a.p/t) + sum_n e^(a.n/t))), as one logsumexp in fp32.
+
+    Args:
+        anchors, positives: (B, P, D) unit vectors; the i-th positive belongs to the i-th anchor.
+        negatives: (B, N, D) unit vectors, or (1, N, D) shared by all images.
+        anchor_valid: (B, P) bool. negative_valid: (B, N) bool; an image without a valid negative contributes 0.
+        temperature: t > 0.
+    Returns:
+        (B,): mean over the image's valid anchors; 0 where there are none.
+    """
+    a, p, n = anchors.float(), positives.float(), negatives.float()
+    positive = (a * p).sum(-1, keepdim=True) / temperature  # (B, P, 1)
+    negative = a @ n.transpose(1, 2) / temperature  # (B, P, N)
+    negative = negative.masked_fill(~negative_valid[:, None], float("-inf"))
+    loss = torch.logsumexp(torch.cat([positive, negative], -1), -1) - positive[..., 0]
+    return weighted_mean(loss, anchor_valid.float())
+
+
+def sample_pixels(candidates: torch.Tensor, count: int, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to `count` distinct pixels per image, uniformly among the candidates.
+
+    Args:
+        candidates: (B, N) bool. uniforms: (B, N) in [0, 1), one key per pixel.
+    Returns:
+        index (B, K) int64 and valid (B, K) bool with K = min(count, N).
+    """
+    keys = torch.where(candidates, uniforms + 1, torch.zeros_like(uniforms))
+    chosen = keys.topk(min(count, candidates.shape[1]), dim=1)
+    return chosen.indices, chosen.values > 0.5

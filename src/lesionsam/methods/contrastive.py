@@ -1,0 +1,257 @@
+"""Contrastive and two-box adaptation: a student, its averaged teacher, two boxes per lesion, no masks.
+
+One step, in the order of docs/method.md. Symbols: f, f_t, f_r student, teacher and pretrained features
+(B, C, H', W'); z = proj(f); y student logits, m target in [0, 1] and w weights on the low-resolution grid (B, T, T);
+h mean binary entropy of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import Sam
+from torch import nn
+
+from lesionsam.losses import (
+    bce,
+    binary_entropy,
+    dice,
+    hard_iou,
+    info_nce,
+    projection_loss,
+    sample_pixels,
+    soft_mask_loss,
+    weighted_mean,
+)
+from lesionsam.methods.base import Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
+from lesionsam.methods.targets import ellipse_logits, placebo_target
+from lesionsam.models.projection import ProjectionHead, spread
+from lesionsam.models.sam import decode, preprocess
+from lesionsam.models.trainable import Teacher, encode_prefix, encode_suffix, num_frozen_blocks
+from lesionsam.prompts import draw_prompts
+from lesionsam.types import Batch, Prompts
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of section `method` in params.yaml, which documents each; the offset already found."""
+
+    alpha: float
+    beta: float
+    gamma: float
+    delta: float
+    epsilon: float
+    temperature: float
+    pos_samples: int
+    neg_samples: int
+    ema_decay: float
+    num_points: int
+    teacher_prompt: str
+    monitor_masks: bool
+    gate_region: str
+    entropy_thresh: float
+    trust_empty: bool
+    missed_core: str
+    certain_background: bool
+    in_batch: bool
+    random_fallback: bool
+    head_norm: str
+    head_ema: bool
+    target: str
+    offset: float
+    softness: float
+    teacher_weight: float
+    placebo: str
+    prompts: Mapping[str, float]
+    prompts_per_image: int
+
+
+class Student(nn.Module):
+    """SAM and the projection head: everything that may train."""
+
+    def __init__(self, sam: Sam, head: ProjectionHead) -> None:
+        super().__init__()
+        self.sam, self.head = sam, head
+
+
+class Contrastive:
+    """The method; see the module's docstring.
+
+    Args:
+        sam: student; what trains is already selected. reference: the pretrained SAM, frozen; None if gamma is 0.
+        options: see `Options`.
+    """
+
+    def __init__(self, sam: Sam, reference: Sam | None, options: Options) -> None:
+        self.options, self.sam, self.reference = options, sam, reference
+        self.head = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
+        self.head.to(sam.pixel_mean.device)
+        self.head.requires_grad_(options.alpha > 0)
+        self.model: nn.Module = Student(sam, self.head)
+        self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
+        self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
+        self.frozen_blocks = num_frozen_blocks(sam)
+        self._monitors: dict[str, torch.Tensor] = {}
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
+        """The terms of one batch: mask and iou (monitors), contrast, distil, pseudo, projection (where switched on)."""
+        o = self.options
+        f, f_t, f_r = self.encode(batch)
+        prompts = draw_prompts(o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points,
+                               generator=generator)
+        m, entropy, trusted = self.target(batch, f_t, prompts)
+        w = to_grid(batch.valid, m.shape[-1])
+        terms: dict[str, Term] = {}
+        if o.delta > 0 or o.epsilon > 0:
+            y, predicted, rows = decode_mixture(self.sam, f, batch, o.prompts, repeats=o.prompts_per_image,
+                                                num_points=o.num_points, generator=generator)
+        else:  # published: the same points, on detached features, for the monitors alone
+            with torch.no_grad():
+                low_res, iou = decode(self.sam, f.detach(), prompts)
+            y, predicted, rows = low_res[:, 0], iou[:, 0], torch.arange(len(f), device=f.device)
+        with torch.no_grad():
+            if o.monitor_masks:
+                truth, known = known_masks(batch, y.shape[-1])
+                terms["mask"] = Term(mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]), 1.0)
+            terms["iou"] = Term(F.mse_loss(predicted.float(), hard_iou(y, m[rows], w[rows])), o.beta)
+        if o.alpha > 0:
+            terms["contrast"] = Term(self.contrast(batch, f, f_t, m, trusted, generator), o.alpha)
+        if o.gamma > 0 and f_r is not None:
+            terms["distil"] = Term(F.mse_loss(f.float(), f_r.float()), o.gamma)
+        if o.delta > 0:
+            terms["pseudo"] = Term(mean_over(soft_mask_loss(y, m[rows], w[rows]), trusted[rows]), o.delta)
+        if o.epsilon > 0:
+            terms["projection"] = Term(self.projection(y, batch, rows).mean(), o.epsilon)
+        area = m.flatten(1).mean(1)
+        self._monitors = {"trusted": trusted.float().mean(), "entropy": entropy.mean(),
+                          **{f"trusted_{name}": mean_over(trusted.float(), chosen) for name, chosen in
+                             (("small", area <= 0.05), ("medium", (area > 0.05) & (area <= 0.2)), ("large", area > 0.2))}}
+        return terms
+
+    def after_step(self) -> None:
+        """EMA update of the teacher."""
+        if self.teacher is not None:
+            self.teacher.update()
+
+    def monitors(self) -> dict[str, torch.Tensor]:
+        """Share of trusted images (all, small, medium, large lesions) and mean entropy of the last batch."""
+        return self._monitors
+
+    # ---- its parts ---------------------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """f with gradient, f_t and f_r without; the frozen prefix runs once for all three."""
+        images = preprocess(batch.images, batch.sizes)
+        split = max(self.frozen_blocks, 0)
+        with torch.set_grad_enabled(self.frozen_blocks < 0):
+            tokens = encode_prefix(self.sam, images, split)
+        f = encode_suffix(self.sam, tokens, split)
+        f_t = f_r = None
+        with torch.no_grad():
+            for_others = images if self.frozen_blocks < 0 else tokens.detach()
+            if self.teacher is not None:
+                f_t = self._encode_with(self.teacher.module.sam, for_others, split)
+            if self.reference is not None and self.options.gamma > 0:
+                f_r = self._encode_with(self.reference, for_others, split)
+        return f, f_t, f_r
+
+    def _encode_with(self, sam: Sam, images_or_tokens: torch.Tensor, split: int) -> torch.Tensor:
+        tokens = encode_prefix(sam, images_or_tokens, 0) if self.frozen_blocks < 0 else images_or_tokens
+        return encode_suffix(sam, tokens, split)
+
+    @torch.no_grad()
+    def target(self, batch: Batch, f_t: torch.Tensor | None, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The pseudo mask and its gate.
+
+        Returns:
+            m (B, T, T) in [0, 1], mean entropy (B,) nats, trusted (B,) bool.
+        """
+        o = self.options
+        side, grid = batch.images.shape[-1], 4 * self.sam.prompt_encoder.image_embedding_size[0]
+        probability = None
+        if o.target in ("prior", "refined", "fused"):
+            if batch.prior is None:
+                raise ValueError("the batch carries no box prior")
+            logits = o.softness * (batch.prior + o.offset)
+        elif o.target == "ellipse":
+            logits = o.softness * ellipse_logits(batch.big_boxes, side)
+        if o.target in ("teacher", "fused"):
+            if f_t is None or self.teacher is None:
+                raise ValueError("a teacher's target needs the teacher")
+            low_res, _ = decode(self.teacher.module.sam, f_t, prompts)
+            taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
+            logits = taught if o.target == "teacher" else (1 - o.teacher_weight) * logits + o.teacher_weight * taught
+        in_big = box_grid(batch.big_boxes, side, side)
+        if o.target != "teacher":
+            logits = logits.masked_fill(~in_big, -20.0)
+        if o.placebo != "none":
+            logits = placebo_target(logits, batch.big_boxes, warp=o.placebo == "warped")
+        probability = torch.sigmoid(logits)
+        region = batch.valid & in_big if o.gate_region == "big_box" else batch.valid
+        entropy = weighted_mean(binary_entropy(logits), region.float())
+        trusted = entropy <= o.entropy_thresh
+        if not o.trust_empty:
+            trusted = trusted & (probability > 0.5).flatten(1).any(1)
+        return to_grid(probability, grid), entropy, trusted
+
+    def contrast(self, batch: Batch, f: torch.Tensor, f_t: torch.Tensor | None, m: torch.Tensor, trusted: torch.Tensor,
+                 generator: torch.Generator) -> torch.Tensor:
+        """InfoNCE of student pixels in the core against the teacher's at the same places."""
+        o = self.options
+        if f_t is None or self.teacher is None:
+            raise ValueError("the contrastive term needs the teacher")
+        cells, side = f.shape[-1], batch.images.shape[-1]
+        z = self.head(f).flatten(2).transpose(1, 2)  # (B, N, 64)
+        with torch.no_grad():
+            teacher_head = self.teacher.module.head if o.head_ema else self.head
+            z_t = teacher_head(f_t).flatten(2).transpose(1, 2)
+            self._monitors_of_head(z)
+        pseudo = to_grid(m, cells) > 0.5
+        core, big = box_grid(batch.small_boxes, cells, side), box_grid(batch.big_boxes, cells, side)
+        valid = to_grid(batch.valid, cells) > 0.5
+        anchors = (core if o.missed_core == "positive" else pseudo & core) & valid
+        missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
+        beyond = (~big if o.certain_background else pseudo & ~big) & valid
+        uniforms = torch.rand(4, len(f), cells * cells, generator=generator).to(f.device)
+        at, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
+        half = o.neg_samples // 2 if o.missed_core == "negative" else o.neg_samples
+        beyond_at, beyond_valid = sample_pixels(beyond.flatten(1), half, uniforms[1])
+        missed_at, missed_valid = sample_pixels(missed.flatten(1), o.neg_samples - half, uniforms[2])
+        away, away_valid = torch.cat([beyond_at, missed_at], 1), torch.cat([beyond_valid, missed_valid], 1)
+        if o.random_fallback:
+            random_at, random_valid = sample_pixels(valid.flatten(1), away.shape[1], uniforms[3])
+            none = ~away_valid.any(1, keepdim=True)
+            width = random_at.shape[1]
+            away[:, :width] = torch.where(none, random_at, away[:, :width])
+            away_valid[:, :width] = torch.where(none, random_valid, away_valid[:, :width])
+        away_valid = away_valid & trusted[:, None]
+
+        def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+        negatives = pick(z, away)
+        if o.in_batch:
+            negatives, away_valid = negatives.flatten(0, 1)[None], away_valid.flatten()[None]
+        loss = info_nce(pick(z, at), pick(z_t, at), negatives, anchor_valid, away_valid, o.temperature)
+        return mean_over(loss, trusted & anchor_valid.any(1))
+
+    def _monitors_of_head(self, z: torch.Tensor) -> None:
+        self.last_projection = z.detach().transpose(1, 2)[..., None]
+
+    def head_spread(self) -> dict[str, float]:
+        """Spread of the last batch's projected pixels; see `models.projection.spread`."""
+        return spread(self.last_projection)
+
+    def projection(self, y: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        """(R,): two-box tightness of the student's masks."""
+        side, cells = batch.images.shape[-1], y.shape[-1]
+        big, core = box_cells(batch.big_boxes[rows], cells, side), box_cells(batch.small_boxes[rows], cells, side)
+        sizes = batch.sizes[rows].float() * (cells / side)
+        position = torch.arange(cells, device=y.device) + 0.5
+        within = (position < sizes[:, 1:2], position < sizes[:, 0:1])
+        return projection_loss(y, (~big[0] & within[0], ~big[1] & within[1]), core)

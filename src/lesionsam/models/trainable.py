@@ -1,0 +1,112 @@
+"""Which parameters of a SAM train, and the encoder split at the first of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from segment_anything.modeling import Sam
+from torch import nn
+
+from lesionsam.errors import UserError
+
+
+def select_trainable(sam: Sam, *, encoder: str, unfreeze_last_k: int, train_decoder: bool) -> None:
+    """Set `requires_grad` of every parameter.
+
+    Args:
+        encoder: `none`, or `blocks` for transformer blocks and the neck.
+        unfreeze_last_k: the last K blocks and the neck; 0 = the whole encoder.
+        train_decoder: mask decoder and prompt encoder train.
+    Raises:
+        UserError: K beyond the number of blocks, or nothing left to train.
+    """
+    blocks = sam.image_encoder.blocks
+    if unfreeze_last_k > len(blocks):
+        raise UserError(f"model.unfreeze_last_k: expected 0 to {len(blocks)} (the encoder's blocks), got {unfreeze_last_k}")
+    sam.requires_grad_(False)
+    if encoder == "blocks":
+        parts: Iterable[nn.Module] = [sam.image_encoder]
+        if unfreeze_last_k:
+            parts = [*blocks[len(blocks) - unfreeze_last_k:], sam.image_encoder.neck]
+        for part in parts:
+            part.requires_grad_(True)
+    if train_decoder:
+        sam.mask_decoder.requires_grad_(True)
+        sam.prompt_encoder.requires_grad_(True)
+    if not any(p.requires_grad for p in sam.parameters()):
+        raise UserError("model.encoder: `none` with model.train_decoder: false leaves nothing to train; change one of them")
+
+
+def num_frozen_blocks(sam: Sam) -> int:
+    """Number of leading blocks that, with the patch embedding, hold no trained parameter; -1 if the embedding trains."""
+    encoder = sam.image_encoder
+    if any(p.requires_grad for p in encoder.patch_embed.parameters()) or \
+            (encoder.pos_embed is not None and encoder.pos_embed.requires_grad):
+        return -1
+    for k, block in enumerate(encoder.blocks):
+        if any(p.requires_grad for p in block.parameters()):
+            return k
+    return len(encoder.blocks)
+
+
+def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens after the patch embedding and the first `num_blocks` blocks."""
+    encoder = sam.image_encoder
+    tokens = encoder.patch_embed(images)
+    if encoder.pos_embed is not None:
+        tokens = tokens + encoder.pos_embed
+    for block in encoder.blocks[:num_blocks]:
+        tokens = block(tokens)
+    return tokens
+
+
+def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Tokens after `num_blocks` blocks -> features (B, C, H', W'); with `encode_prefix` the whole encoder."""
+    for block in sam.image_encoder.blocks[num_blocks:]:
+        tokens = block(tokens)
+    return sam.image_encoder.neck(tokens.permute(0, 3, 1, 2))
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that require a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def copy_trained(module: nn.Module) -> nn.Module:
+    """A copy that shares storage with the original where it is frozen; its own where it trains."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, dict(shared))
+
+
+class Teacher:
+    """Exponential moving average of a module (arXiv:1703.01780) with its buffers (arXiv:2101.08482).
+
+    Starts equal to the student, in eval mode, without gradient; frozen parameters are the student's own storage.
+
+    Args:
+        student: module whose trained parameters are followed.
+        decay: d of t <- d t + (1 - d) s, per update. Half-life: ln 2 / -ln d updates.
+    """
+
+    def __init__(self, student: nn.Module, decay: float) -> None:
+        self.module, self.decay = copy_trained(student), decay
+        own, theirs = dict(self.module.named_parameters()), dict(student.named_parameters())
+        names = [name for name, p in theirs.items() if p.requires_grad]
+        self._averages, self._sources = [own[n] for n in names], [theirs[n] for n in names]
+        buffers = dict(self.module.named_buffers())
+        self._buffers = [(buffers[n], b) for n, b in student.named_buffers()]
+        for p in self._averages:
+            p.requires_grad_(False)
+        self.module.eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One averaging step, after the student's optimiser step."""
+        torch._foreach_lerp_(self._averages, [p.detach() for p in self._sources], 1 - self.decay)
+        for average, source in self._buffers:
+            if average.is_floating_point():
+                average.lerp_(source, 1 - self.decay)
+            else:
+                average.copy_(source)

@@ -1,0 +1,317 @@
+"""THE loop: one for every method. It knows no tracker, no sweep, no config: it is handed functions."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError  # noqa: S403  (the name of torch.load's refusal; nothing is unpickled here)
+
+import torch
+from torch import nn
+
+from lesionsam.data.datasets import LesionDataset
+from lesionsam.errors import UserError
+from lesionsam.files import atomic_write
+from lesionsam.methods.base import Method, Term
+from lesionsam.models.trainable import Teacher, trained_parameters
+
+Log = Callable[[Mapping[str, float], int], None]
+Evaluate = Callable[[int], Mapping[str, float]]
+
+LIVENESS_STEPS = range(1, 9)  # steps whose terms are checked for gradient; the first step has none for distillation
+MAX_NONFINITE = 3  # non-finite losses in a row before the run stops
+FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
+SAVE_SECONDS = 600.0  # between saves inside a long epoch
+NUM_STATES = 2  # training states kept: the newest and the one to fall back to
+SHORT_NAMES = {"contrast": "cont", "projection": "proj"}  # of the progress line
+OBJECTIVE = "objective"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself beside its weights."""
+
+    step: int = 0
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches of the current epoch finished
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    alive: list[str] = field(default_factory=list)
+    nonfinite: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def schedule_factor(step: int, num_steps: int, *, schedule: str, warmup: float, final: float) -> float:
+    """Factor of the learning rate at a step: linear warm-up over a share of all steps, then cosine, linear or constant
+    down to `final`."""
+    warm = max(1, round(warmup * num_steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, num_steps - warm)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return final + (1 - final) * falling
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Source of every draw of one step: a function of (seed, step), so that nothing need be remembered for a resume."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+
+
+def fit(method: Method, data: LesionDataset, *, groups: Sequence[Group], epochs: int, batch_size: int, accumulate: int,
+        weight_decay: float, factor: Callable[[int], float], clip: float, precision: str, seed: int, augment: bool,
+        patience: int, device: torch.device, evaluate: Evaluate, log: Log, folder: Path,
+        say: Callable[[str], None] = print) -> Progress:
+    """Train a method on a data set; resume where `folder` says a killed run stood.
+
+    Args:
+        groups: every trained parameter, once. factor: step -> factor of every group's learning rate.
+        precision: fp32, bf16 or fp16 autocast; losses are fp32 always.
+        patience: epochs without a better objective before stopping; 0 = never.
+        evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
+        log: receives (values, step); the loop knows nothing of where they go.
+        folder: scratch of this run, of this configuration alone; holds the training states and best.pt.
+    Raises:
+        UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
+    """
+    optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate} for g in groups],
+                                  weight_decay=weight_decay)
+    scaler = torch.amp.GradScaler(enabled=precision == "fp16" and device.type == "cuda")
+    parameters = [p for g in groups for p in g.parameters]
+    at = load_state(folder, method, optimizer, scaler) or Progress()
+    if at.step:
+        say(f"resuming after epoch {at.epoch}, step {at.step}")
+    num_batches = data.batches_per_epoch(batch_size)
+    waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
+    begun, begun_at, saved = time.monotonic(), at.epoch * num_batches + at.batch, time.monotonic()
+
+    while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
+        method.model.train()
+        for batch in data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, start=at.batch):
+            number = at.epoch * num_batches + at.batch  # of this batch since the beginning
+            batch = batch.to(device)
+            with autocast(device, precision):
+                terms = method.losses(batch, step_generator(seed, number))
+            total = sum_of(terms)
+            if at.step in LIVENESS_STEPS:
+                note_alive(terms, parameters, at.alive)
+            if not math.isfinite(total.item()):
+                skip_nonfinite(at, terms, batch.ids, say)
+                optimizer.zero_grad()
+            else:
+                at.nonfinite = 0
+                scaler.scale(total / accumulate).backward()
+            last = at.batch + 1 == num_batches
+            if (at.batch + 1) % accumulate == 0 or last:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base"] * factor(at.step)
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, clip)
+                if not at.nonfinite:
+                    scaler.step(optimizer)
+                    scaler.update()
+                    method.after_step()
+                optimizer.zero_grad()
+                at.step += 1
+                if at.step == LIVENESS_STEPS.stop:
+                    check_alive(terms, method, at.alive, say)
+            values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
+            waiting.append((at.step, {"loss": total.detach(), **values}))
+            if len(waiting) >= FLUSH_STEPS or last:
+                flush(waiting, at, log, optimizer.param_groups[0]["lr"])
+            at.batch += 1
+            if time.monotonic() - saved > SAVE_SECONDS and not last and at.batch % accumulate == 0:
+                flush(waiting, at, log, optimizer.param_groups[0]["lr"])
+                save_state(folder, at, method, optimizer, scaler)
+                saved = time.monotonic()
+
+        means = {name: value / at.sums["batches"] for name, value in at.sums.items() if name != "batches"}
+        at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
+        method.model.eval()
+        scores = dict(evaluate(at.epoch))
+        log({f"train_{name}": value for name, value in means.items()} | {f"dev_{n}": v for n, v in scores.items()}
+            | {"epoch": at.epoch}, at.step)
+        if scores[OBJECTIVE] > at.best_score:
+            at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
+            save_best(folder, method)
+        save_state(folder, at, method, optimizer, scaler)
+        saved = time.monotonic()
+        spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
+        say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
+    return at
+
+
+# ---- parts of the loop, in the order of their use ------------------------------------------------------------------------
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Mixed precision for the forward pass; losses cast to fp32 themselves."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:
+    """L = sum of weight times value; monitors carry no gradient."""
+    return torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
+
+
+def note_alive(terms: Mapping[str, Term], parameters: Sequence[nn.Parameter], alive: list[str]) -> None:
+    """Add to `alive` the terms whose gradient is not zero in this batch."""
+    for name, term in terms.items():
+        if name not in alive and term.value.requires_grad and term.weight > 0:
+            gradients = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
+            if any(g is not None and bool((g != 0).any()) for g in gradients):
+                alive.append(name)
+
+
+def check_alive(terms: Mapping[str, Term], method: Method, alive: Sequence[str], say: Callable[[str], None]) -> None:
+    """Stop when a term that is switched on never had a gradient; a gate that trusts nobody is named as the reason."""
+    for name, term in terms.items():
+        if name in ("mask", "iou") and not term.value.requires_grad:
+            continue
+        if name not in alive:
+            trusted = method.monitors().get("trusted")
+            if trusted is not None and float(trusted) == 0:
+                say(f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
+                    f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)")
+            else:
+                raise UserError(f"the term `{name}` is switched on (weight {term.weight:g}) but its gradient was zero in each of "
+                                f"the first {len(LIVENESS_STEPS)} steps; set its weight to 0 or change what it depends on")
+    head_spread = getattr(method, "head_spread", None)
+    if "contrast" in terms and head_spread is not None:
+        measured = head_spread()
+        if measured["mean_cosine"] > 0.99:
+            say(f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
+                f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or temperature")
+
+
+def skip_nonfinite(at: Progress, terms: Mapping[str, Term], ids: Sequence[str], say: Callable[[str], None]) -> None:
+    """Count a loss that is not finite and name its terms and images; stop after several running."""
+    at.nonfinite += 1
+    bad = ", ".join(f"{name}={float(term.value):g}" for name, term in terms.items() if not math.isfinite(float(term.value)))
+    message = f"loss is not finite at step {at.step} ({bad}); images {', '.join(ids)}"
+    if at.nonfinite >= MAX_NONFINITE:
+        raise UserError(f"{message}; {at.nonfinite} times running: lower train.lr_* or use train.precision fp32")
+    say(f"warning: {message}; nothing is stepped")
+
+
+def flush(waiting: list[tuple[int, dict[str, torch.Tensor]]], at: Progress, log: Log, learning_rate: float) -> None:
+    """Bring the waiting values to the host in one transfer, log them and add them to the epoch's sums."""
+    if not waiting:
+        return
+    flat = torch.stack([value.float().reshape(()) for _, values in waiting for value in values.values()]).tolist()
+    for step, values in waiting:
+        row = {name: flat.pop(0) for name in values}
+        log(row | {"lr": learning_rate}, step)
+        for name, value in row.items():
+            at.sums[name] = at.sums.get(name, 0.0) + value
+        at.sums["batches"] = at.sums.get("batches", 0.0) + 1
+    waiting.clear()
+
+
+def progress_line(at: Progress, means: Mapping[str, float], scores: Mapping[str, float], eta: float) -> str:
+    """E1 L=2.3226 mask=0.2250 cont=2.0826 iou=0.0299, then scores, the best one and the time left."""
+    terms = {name: value for name, value in means.items() if name not in ("loss", "entropy") and not name.startswith("trusted_")}
+    parts = [f"E{at.epoch}", f"L={means['loss']:.4f}", *(f"{SHORT_NAMES.get(n, n)}={v:.4f}" for n, v in terms.items())]
+    parts += ["|", *(f"{name}={value:.4f}" for name, value in scores.items())]
+    return " ".join(parts) + f" | best={at.best_score:.4f} (E{at.best_epoch}) ETA {int(eta // 60)}:{int(eta % 60):02d}"
+
+
+# ---- states on disk --------------------------------------------------------------------------------------------------------
+
+
+def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters and all buffers of a module, detached, on the CPU."""
+    kept = {name: p for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers())
+    return {name: value.detach().cpu().clone() for name, value in kept.items()}
+
+
+def save_best(folder: Path, method: Method) -> None:
+    """Keep the student's trained parameters as folder/best.pt, atomically."""
+    with atomic_write(folder / "best.pt") as file:
+        torch.save(trained_state(method.model), file)
+
+
+def load_best(folder: Path, module: nn.Module) -> None:
+    """Put the best epoch's parameters back into the student."""
+    module.load_state_dict(torch.load(folder / "best.pt", weights_only=True), strict=False)
+
+
+def teacher_of(method: Method) -> Teacher | None:
+    """The method's averaged teacher, where it has one."""
+    return getattr(method, "teacher", None)
+
+
+def save_state(folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler) -> None:
+    """Write everything that a resume needs as one new file; the one before stays to fall back to."""
+    teacher = teacher_of(method)
+    averages = None
+    if teacher is not None:
+        followed = {n for n, p in method.model.named_parameters() if p.requires_grad} | dict(method.model.named_buffers()).keys()
+        averages = {n: v.detach().cpu().clone() for n, v in teacher.module.state_dict().items() if n in followed}
+    state = {"progress": vars(at), "model": trained_state(method.model), "teacher": averages,
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    with atomic_write(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt") as file:
+        torch.save(state, file)
+    for old in sorted(folder.glob("state-*.pt"))[:-NUM_STATES]:
+        os.unlink(old)
+
+
+def load_state(folder: Path, method: Method, optimizer: torch.optim.Optimizer,
+               scaler: torch.amp.GradScaler) -> Progress | None:
+    """Restore the newest readable state of a folder.
+
+    Returns:
+        Where the run stood, or None where the folder holds no state.
+    Raises:
+        UserError: states are there but none can be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(folder.glob("state-*.pt"), reverse=True)
+    for file in files:
+        try:
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
+            print(f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it", flush=True)
+            continue
+        method.model.load_state_dict(state["model"], strict=False)
+        teacher = teacher_of(method)
+        if teacher is not None:
+            teacher.module.load_state_dict(state["teacher"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return Progress(**state["progress"])
+    if files:
+        raise UserError(f"{folder}: none of the {len(files)} training states can be read; delete the folder to start anew")
+    return None
+
+
+def parameter_groups(model: nn.Module, learning_rates: Mapping[str, float]) -> list[Group]:
+    """Split the trained parameters by the first learning rate whose key is part of their name.
+
+    Args:
+        learning_rates: part of a parameter's name (`image_encoder`, `head.`) -> learning rate; `` matches the rest.
+    """
+    groups: dict[str, list[nn.Parameter]] = {key: [] for key in learning_rates}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[next(key for key in learning_rates if key in name)].append(p)
+    used = [Group(key, ps, learning_rates[key]) for key, ps in groups.items() if ps]
+    if sum(len(g.parameters) for g in used) != len(trained_parameters(model)):
+        raise ValueError("every trained parameter must belong to exactly one group")
+    return used
