@@ -16,7 +16,8 @@ class Site:
     Attributes:
         files: path -> bytes. etag: validator sent with every file; "" sends none. ranges: honour Range.
         drop_after: bytes sent of each answer's body before the line is cut; None = all.
-        drops: how many answers are cut so before the rest go well. statuses: path -> status sent instead.
+        drops: how many answers are cut so before the rest go well. status_after_drop: what a path answers once it was
+        cut; 0 = goes on as before. statuses: path -> status sent instead. content_range: sent in place of the right one.
         redirects: path -> address. headers: sent with every file. length: send Content-Length.
         asked: (method, path, Range or "") of each request, in order. sent: body bytes of all answers.
     """
@@ -26,6 +27,8 @@ class Site:
     ranges: bool = True
     drop_after: int | None = None
     drops: int = 10**9
+    status_after_drop: int = 0
+    content_range: str = ""
     statuses: dict[str, int] = field(default_factory=dict)
     redirects: dict[str, str] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
@@ -71,7 +74,7 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
                     return
             self.send_response(status)
             if status == 206:
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
+                self.send_header("Content-Range", site.content_range or f"bytes {start}-{end - 1}/{len(data)}")
             if site.length:
                 self.send_header("Content-Length", str(end - start))
             if site.etag:
@@ -87,6 +90,8 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
             if cut:
                 site.drops -= 1
                 data = data[:site.drop_after]
+                if site.status_after_drop:
+                    site.statuses[self.path] = site.status_after_drop
             try:
                 for i in range(0, len(data), site.slice_bytes):
                     self.wfile.write(data[i:i + site.slice_bytes])
