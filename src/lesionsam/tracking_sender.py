@@ -1,0 +1,131 @@
+"""The process that ships journals to MLflow while training goes on.
+
+`python -m lesionsam.tracking_sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
+`python -m lesionsam.tracking_sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lesionsam.tracking_mlflow import Shipper, Unreachable, system_monitors
+from lesionsam.tracking_spool import Appender, Spool, encode_number, read_lines
+
+SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
+MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
+SAMPLE_SECONDS = 10.0  # between two samples of system metrics
+
+
+def catch_up(root: Path, but: Spool | None = None) -> bool:
+    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable."""
+    complete = True
+    for spool in Spool.all(root):
+        if but is not None and spool.local_id == but.local_id:
+            continue
+        owner, sender = spool.lock("owner"), spool.lock("sender")
+        try:
+            if owner is not None and sender is not None:
+                _catch_up_one(spool)
+        except Unreachable as error:
+            complete = False
+            print(f"{spool.local_id}: {error}", file=sys.stderr, flush=True)
+        finally:
+            for lock in (owner, sender):
+                if lock is not None:
+                    lock.close()
+    return complete
+
+
+def _catch_up_one(spool: Spool) -> None:
+    state = spool.read_json("state.json")
+    closed = any(entry is not None and entry["kind"] == "status" and entry["status"] != "RUNNING"
+                 for entry, _ in read_lines(spool.path("journal")))
+    if not spool.pending()[0] and (closed or state.get("killed")):
+        return
+    shipper = Shipper(spool, replace_gone=False)
+    while shipper.ship():
+        pass
+    shipper.mark_killed()
+
+
+class SystemSampler:
+    """Samples of system metrics, written to the spool so that a dead server loses none."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._monitors = system_monitors()
+        self._step = sum(1 for _ in read_lines(spool.path("system")))
+        self._journal = Appender(spool.path("system"))
+        self._due = time.monotonic()
+
+    def sample(self) -> None:
+        """Take a sample where one is due."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + SAMPLE_SECONDS
+        values: dict[str, float | str] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            for name, value in monitor.aggregate_metrics().items():
+                values[f"system/{name}"] = encode_number(float(value))
+            monitor.clear_metrics()
+        self._journal.append({"seq": self._step, "kind": "metrics", "step": self._step,
+                              "time": int(time.time() * 1000), "values": values})
+        self._step += 1
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as its parent is gone: whatever it was sending is found by the next start."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
+
+
+def serve(spool: Spool) -> int:
+    """Ship one run until its owner closes it. Returns the exit status: 3 where something is left."""
+    lock = spool.lock("sender", wait=True)
+    closing = spool.folder / "closing"
+    shipper = Shipper(spool, replace_gone=True)
+    sampler = SystemSampler(spool) if shipper.meta["system_metrics"] else None
+    if sampler is not None:
+        sampler.sample()
+    failures, caught_up = 0, False
+    while lock is not None:
+        last = closing.exists()
+        if sampler is not None and not last:
+            sampler.sample()
+        try:
+            while shipper.ship():
+                failures = 0
+            if last:
+                return 0
+            if not caught_up:
+                caught_up = True
+                catch_up(Path(shipper.meta["root"]), but=spool)
+        except Unreachable as error:
+            failures += 1
+            shipper.note(str(error))
+            if last and failures > 1:
+                return 3
+        due = time.monotonic() + min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)
+        while time.monotonic() < due and closing.exists() == last:
+            time.sleep(0.1)
+            if sampler is not None and not last:
+                sampler.sample()
+    return 3
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of the process, see the module's text."""
+    threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
+    os.nice(5)  # training goes first
+    if arguments[1] == "--all":
+        return 0 if catch_up(Path(arguments[2])) else 3
+    return serve(Spool(Path(arguments[1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

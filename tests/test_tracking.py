@@ -1,0 +1,501 @@
+"""Tracking against a real MLflow server and a real SQLite store, with the server and the network failing for real."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lesionsam.errors import UserError
+from lesionsam.lineage import flatten_params, lineage_tags, repository_root
+from lesionsam.tracking import NullTracker, Tracker, sync
+from lesionsam.tracking_mlflow import Shipper, Unreachable
+from lesionsam.tracking_sender import catch_up
+from lesionsam.tracking_spool import Appender, Spool, clean_name, read_lines, spool_root
+
+mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
+# MLflow leaves connections to be collected; its own warnings are not ours to cure.
+pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
+              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+              pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)")]
+SOURCE = Path(__file__).resolve().parent.parent / "src"
+EXPERIMENT = "tests"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+class Server:
+    """`mlflow server` on a SQLite file, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
+                   "--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
+                   "--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    connection.close()
+                    return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.kill()
+
+
+class Gate:
+    """A proxy before the server that passes requests on and, where told, keeps the answer to itself or answers 500.
+
+    lose: a part of a path; the next request to it reaches the server, but the connection is cut instead of answered.
+    """
+
+    def __init__(self, target: Server) -> None:
+        self.lose: str | None = None
+        self.broken = False
+        self.num_points = 0
+        gate = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if gate.broken:
+                    self.send_error(500)
+                    return
+                if self.path.endswith("runs/log-batch"):
+                    gate.num_points += len(json.loads(body).get("metrics", []))
+                connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=20)
+                connection.request(self.command, self.path, body, {**self.headers, "Accept-Encoding": "identity"})
+                answer = connection.getresponse()
+                content = answer.read()
+                connection.close()
+                if gate.lose is not None and gate.lose in self.path and self.command in ("POST", "PUT"):
+                    gate.lose = None
+                    self.close_connection = True
+                    return
+                self.send_response(answer.status)
+                self.send_header("Content-Type", answer.headers.get("Content-Type", "text/plain"))
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_any
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._httpd.daemon_threads = True
+        self.uri = f"http://127.0.0.1:{self._httpd.server_address[1]}"
+        threading.Thread(target=self._httpd.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._httpd.shutdown()
+        self._httpd.server_close()
+
+
+@pytest.fixture
+def gate(server: Server) -> Iterator[Gate]:
+    gate = Gate(server)
+    yield gate
+    gate.close()
+
+
+def start(root: Path, uri: str, *, send: bool = False, **settings: Any) -> Tracker:
+    keywords: dict[str, Any] = {"params": {"lr": 0.1}, "tags": {}, "system_metrics": False} | settings
+    return Tracker.open(root / "run", uri=uri, experiment=EXPERIMENT, root=root, run_name="r", send=send, **keywords)
+
+
+def spool_of(root: Path) -> Spool:
+    return Spool.all(root)[0]
+
+
+def drain(root: Path, *, lost: int = 0) -> Shipper:
+    """Ship all that waits, in this process; `lost` answers are expected not to come."""
+    shipper = Shipper(spool_of(root), replace_gone=True)
+    while True:
+        try:
+            while shipper.ship():
+                pass
+        except Unreachable:
+            lost -= 1
+            assert lost >= 0
+            continue
+        assert lost == 0, "the fault did not happen"
+        return shipper
+
+
+def history(shipper: Shipper, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in shipper.client.get_metric_history(shipper.state["run_id"], name)]
+
+
+# ------------------------------------------------------------------------------------------------- without a server
+
+
+def test_names_are_made_of_what_mlflow_takes() -> None:
+    assert clean_name("dev/iou_box+core") == "dev/iou_box_core"
+    assert clean_name("iou@0.5") == "iou_0.5"
+    assert clean_name("../a//b/./c") == "a/b/c"
+    assert len(clean_name("x" * 400)) == 250
+
+
+def test_params_are_flat_and_cut() -> None:
+    flat = flatten_params({"a": {"b": 1, "c": [1, 2]}, "d": "x" * 600, "e": None, "box+core": 0.5})
+    assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "x" * 500, "e": "None", "box_core": "0.5"}
+
+
+def test_lineage_names_commit_dirty_flag_and_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.setenv("DVC_EXP_NAME", "calm-moth")
+    assert lineage_tags(tmp_path) == {"dvc_exp_name": "calm-moth"}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    tags = lineage_tags(tmp_path)
+    assert len(tags["mlflow.source.git.commit"]) == 40
+    assert tags["git.dirty"] == "false"
+    (tmp_path / "file").write_text("2")
+    assert lineage_tags(tmp_path)["git.dirty"] == "true"
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert repository_root(tmp_path / "a" / "b") == tmp_path.resolve()
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "a"))
+    assert repository_root(tmp_path) == (tmp_path / "a").resolve()
+
+
+def test_switched_off_it_still_writes_the_metrics(tmp_path: Path) -> None:
+    tracker = NullTracker(tmp_path)
+    tracker.log({"loss": math.inf, "iou_box+core": 0.5}, 3)
+    tracker.log_picture(tmp_path / "none.png", "x", 0)
+    tracker.close()
+    (entry, _), = read_lines(tmp_path / "metrics.jsonl")
+    assert entry is not None
+    assert (entry["step"], entry["seq"], entry["values"]) == (3, 0, {"loss": "inf", "iou_box_core": 0.5})
+    assert float(entry["values"]["loss"]) == math.inf
+    resumed = NullTracker(tmp_path)
+    resumed.log({"loss": 1.0}, 3)
+    resumed.log({"loss": 1.0}, 4)
+    resumed.close()
+    assert [entry["step"] for entry, _ in read_lines(tmp_path / "metrics.jsonl") if entry] == [3, 4]
+    NullTracker(None).log({"loss": 1.0}, 0)
+
+
+def test_a_torn_last_line_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = Appender(path)
+    first.append({"seq": 0})
+    first.close()
+    with path.open("ab") as file:
+        file.write(b'{"seq": 1, "val')
+    assert [entry for entry, _ in read_lines(path)] == [{"seq": 0}]
+    second = Appender(path)
+    second.append({"seq": 2})
+    second.close()
+    assert [entry for entry, _ in read_lines(path)] == [{"seq": 0}, None, {"seq": 2}]
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = NullTracker(tmp_path)
+    assert tracker._metrics is not None
+    tracker._metrics.close()
+    tracker._metrics = Appender(Path("/dev/full"))
+    for step in range(3):
+        tracker.log({"loss": 1.0}, step)
+    tracker.close()
+    assert capsys.readouterr().err.count("No space left") == 1
+
+
+def test_evaluating_an_untracked_run_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.json: expected the record"):
+        Tracker.reopen(tmp_path, uri="", experiment=EXPERIMENT, root=tmp_path)
+    (tmp_path / "run.json").write_text('{"local_id": "../x"}')
+    with pytest.raises(UserError, match="letters and digits"):
+        Tracker.reopen(tmp_path, uri="", experiment=EXPERIMENT, root=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def test_a_dead_server_costs_less_than_a_millisecond_a_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = start(tmp_path, f"http://127.0.0.1:{free_port()}", send=True)
+    values = {f"loss_{index}": 0.1 * index for index in range(8)}
+    seconds = []
+    for step in range(300):
+        begun = time.perf_counter()
+        tracker.log(values, step)
+        seconds.append(time.perf_counter() - begun)
+    assert sorted(seconds)[150] < 1e-3
+    begun = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - begun < 40
+    assert "kept and sent at the next start" in capsys.readouterr().err
+    assert len(list(read_lines(tmp_path / "run" / "metrics.jsonl"))) == 300
+    assert spool_of(tmp_path).pending()[0] == 303  # with parameters, tags and status
+
+
+def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
+    """Process, SQLite below the root, system metrics; then an evaluation that fails, and one whose run is gone."""
+    run = tmp_path / "run"
+    tracker = start(tmp_path, "", send=True, tags={"data": "abc"}, system_metrics=True,
+                    params={"method": {"name": "x"}})
+    for step in range(40):
+        tracker.log({"loss": 1 / (step + 1), "dev/iou_box+core": step / 40}, step)
+    weights = tmp_path / "best.safetensors"
+    weights.write_bytes(b"weights")
+    tracker.log_checkpoint(weights, "best", {"dev/iou_box+core": 39 / 40, "extra": 1.0}, 39)
+    weights.unlink()
+    tracker.log_dataset("train", "f" * 64, "data/boxes.csv", "train")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.md").write_text("hello")
+    tracker.log_artifact(tmp_path / "table", "results")
+    for step in (0, 1):
+        Image.new("RGB", (40, 30), (step * 200, 0, 0)).save(tmp_path / "p.png")
+        tracker.log_picture(tmp_path / "p.png", "overlays/img 1", step)
+        (tmp_path / "p.png").unlink()
+    tracker.close()
+    assert spool_of(tmp_path).pending() == (0, 0)
+    assert not list((spool_of(tmp_path).folder / "files").glob("*"))
+
+    run_id = json.loads((run / "run.json").read_text())["run_id"]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params == {"method.name": "x"}
+    assert found.data.tags["data"] == "abc"
+    assert found.info.artifact_uri.startswith((tmp_path / "mlartifacts").as_uri())
+    assert found.data.metrics["system/cpu_utilization_percentage"] >= 0
+    for name, value in (("loss", 1 / 40), ("dev/iou_box_core", 39 / 40), ("extra", 1.0)):
+        points = client.get_metric_history(run_id, name)
+        assert [point.step for point in points] == ([39] if name == "extra" else list(range(40)))
+        assert points[-1].value == value
+    (model,) = client.search_logged_models([found.info.experiment_id])
+    assert model.source_run_id == run_id
+    assert model.status == "READY"
+    assert {metric.key: metric.value for metric in model.metrics} == {"dev/iou_box_core": 39 / 40, "extra": 1.0}
+    assert [output.model_id for output in found.outputs.model_outputs] == [model.model_id]
+    (kept,) = (tmp_path / "mlartifacts").rglob("best.safetensors")
+    assert kept.read_bytes() == b"weights"
+    assert model.artifact_location in kept.as_uri()
+    (dataset,) = found.inputs.dataset_inputs
+    assert (dataset.dataset.name, dataset.dataset.digest, dataset.tags[0].value) == ("train", "f" * 36, "train")
+    assert [item.path for item in client.list_artifacts(run_id, "results")] == ["results/a.md"]
+    pictures = [item.path for item in client.list_artifacts(run_id, "images") if item.path.endswith(".png")]
+    assert sorted(path.split("+")[:3] for path in pictures) == [["images/overlays~img 1", "step", s] for s in "01"]
+
+    before = (run / "run.json").read_bytes(), (run / "metrics.jsonl").read_bytes()
+    again = Tracker.reopen(run, uri="", experiment=EXPERIMENT, root=tmp_path, tags={"evaluate.seed": "1"}, send=False)
+    again.log({"test/iou": 0.5, "loss": 1.0}, 0)  # loss 1.0 at step 0 is there already
+    again.close("FAILED")
+    assert ((run / "run.json").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
+    shipper = drain(tmp_path)
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["evaluate.status"] == "FAILED"
+    assert found.data.tags["evaluate.seed"] == "1"
+    assert history(shipper, "test/iou") == [(0, 0.5)]
+    assert len(history(shipper, "loss")) == 40
+
+    client.delete_run(run_id)
+    again = Tracker.reopen(run, uri="", experiment=EXPERIMENT, root=tmp_path, send=False)
+    again.log({"test/iou": 0.75}, 0)
+    again.close()
+    shipper = drain(tmp_path)
+    replacement = client.get_run(shipper.state["run_id"])
+    assert replacement.info.run_id != run_id
+    assert replacement.data.tags["lesionsam.replaces"] == run_id
+    assert replacement.info.status == "FINISHED"
+    assert history(shipper, "test/iou") == [(0, 0.5), (0, 0.75)]
+    assert [step for step, _ in history(shipper, "loss")] == list(range(40))
+
+
+def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Server) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lesionsam.tracking import Tracker\n"
+        "root = Path(sys.argv[1])\n"
+        "t = Tracker.open(root / 'run', uri=sys.argv[2], experiment='tests', root=root, run_name='r', params={},\n"
+        "                 tags={}, system_metrics=False)\n"
+        "for step in range(20): t.log({'loss': step}, step)\n"
+        "print(t._sender.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), server.uri], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    status = Path("/proc") / done.stdout.strip() / "status"
+    deadline = time.monotonic() + 5
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline, "the sender outlived its owner"
+    assert spool_of(tmp_path).pending()[0] > 0
+    assert catch_up(tmp_path)
+    assert spool_of(tmp_path).pending()[0] == 0
+    shipper = Shipper(spool_of(tmp_path), replace_gone=False)
+    assert history(shipper, "loss") == [(step, float(step)) for step in range(20)]
+    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "KILLED"
+    resumed = start(tmp_path, server.uri)
+    resumed.log({"loss": 99.0}, 19)
+    resumed.log({"loss": 20.0}, 20)
+    resumed.close()
+    assert sync(tmp_path) == 0
+    assert history(shipper, "loss") == [(step, float(step)) for step in range(21)]
+    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------------------- faults of the server
+
+
+def test_a_server_killed_in_the_middle_loses_and_doubles_nothing(tmp_path: Path, server: Server) -> None:
+    first = start(tmp_path, server.uri)
+    for step in range(30):
+        first.log({"loss": step, "nan": math.nan}, step)
+    shipper = drain(tmp_path)
+    run_id = shipper.state["run_id"]
+    server.kill()
+    for step in range(30, 60):
+        first.log({"loss": step, "nan": math.nan}, step)
+    with pytest.raises(Unreachable):
+        shipper.ship()
+    first.close("FAILED")
+    server.start()
+    resumed = start(tmp_path, server.uri)  # from a checkpoint at step 50
+    for step in range(50, 70):
+        resumed.log({"loss": step, "nan": math.nan}, step)
+    resumed.close()
+    shipper = drain(tmp_path)
+    assert shipper.state["run_id"] == run_id
+    assert history(shipper, "loss") == [(step, float(step)) for step in range(70)]
+    assert Counter(step for step, _ in history(shipper, "nan")) == Counter(range(70))
+    assert shipper.client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("path", ["runs/create", "runs/log-batch", "logged-models", "runs/outputs", "images/",
+                                  "mlflow/experiments/create"])
+def test_an_answer_that_gets_lost_is_no_second_entry(tmp_path: Path, gate: Gate, path: str) -> None:
+    (tmp_path / "w.bin").write_bytes(b"1")
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    name = f"lost {path}".replace("/", " ")
+    tracker = Tracker.open(tmp_path / "run", uri=gate.uri, experiment=name, root=tmp_path, run_name="r", params={},
+                           tags={"a": "b"}, system_metrics=False, send=False)
+    for step in range(5):
+        tracker.log({"loss": step}, step)
+    tracker.log_checkpoint(tmp_path / "w.bin", "best", {"loss": 4.0}, 4)
+    tracker.log_picture(tmp_path / "p.png", "overlay", 4)
+    tracker.close()
+    gate.lose = path
+    shipper = drain(tmp_path, lost=1)
+    experiment = shipper.client.get_experiment_by_name(name)
+    assert experiment is not None
+    (run,) = shipper.client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert history(shipper, "loss") == [(step, float(step)) for step in range(5)]
+    assert gate.num_points == 5 + 1  # none of the curve was even sent again; the last one is the model's own
+    (model,) = shipper.client.search_logged_models([experiment.experiment_id])
+    assert [metric.value for metric in model.metrics or []] == [4.0]
+    assert len(run.outputs.model_outputs) == 1
+    paths = sorted(item.path.rsplit(".", 1)[1] for item in shipper.client.list_artifacts(run.info.run_id, "images"))
+    assert paths == ["png", "webp"]
+
+
+def test_errors_of_the_server_keep_the_run(tmp_path: Path, gate: Gate) -> None:
+    tracker = start(tmp_path, gate.uri)
+    tracker.log({"loss": 1.0}, 0)
+    run_id = drain(tmp_path).state["run_id"]
+    gate.broken = True
+    tracker.log({"loss": 2.0}, 1)
+    shipper = Shipper(spool_of(tmp_path), replace_gone=True)
+    for _ in range(3):
+        with pytest.raises(Unreachable, match="500"):
+            shipper.ship()
+    gate.broken = False
+    tracker.close()
+    assert drain(tmp_path).state["run_id"] == run_id
+    assert history(shipper, "loss") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_spool_that_was_cleaned_away_is_made_again(tmp_path: Path, gate: Gate) -> None:
+    tracker = start(tmp_path, gate.uri)
+    for step in range(3):
+        tracker.log({"loss": step}, step)
+    drain(tmp_path)
+    tracker.close()
+    spool_root(tmp_path).rename(tmp_path / "elsewhere")
+    resumed = start(tmp_path, gate.uri, params={"lr": 0.2, "new": 1})
+    resumed.log({"loss": 3}, 3)
+    resumed.close()
+    shipper = drain(tmp_path)
+    assert history(shipper, "loss") == [(step, float(step)) for step in range(4)]
+    assert gate.num_points == 4
+    run = shipper.client.get_run(shipper.state["run_id"])
+    assert run.data.params == {"lr": "0.1", "new": "1"}
+    assert run.data.tags["changed.lr"] == "0.2"
+
+
+def test_what_the_server_refuses_does_not_block_the_rest(tmp_path: Path, gate: Gate) -> None:
+    tracker = start(tmp_path, gate.uri)
+    (tmp_path / "p.png").write_text("no picture")
+    tracker.log_picture(tmp_path / "p.png", "broken", 0)
+    tracker.set_tags({"": "a tag without a name"})
+    tracker.log_artifact(tmp_path / "missing")
+    tracker.log({"loss": 1.0}, 0)
+    tracker.close()
+    shipper = drain(tmp_path)
+    assert shipper.state["rejected"] == 2
+    assert history(shipper, "loss") == [(0, 1.0)]
+    assert spool_of(tmp_path).pending() == (0, 0)
+
+
+def test_a_run_that_was_deleted_is_not_brought_back_by_catching_up(tmp_path: Path, server: Server) -> None:
+    tracker = start(tmp_path, server.uri)
+    tracker.log({"loss": 1.0}, 0)
+    shipper = drain(tmp_path)
+    shipper.client.delete_run(shipper.state["run_id"])
+    tracker.log({"loss": 2.0}, 1)
+    assert catch_up(tmp_path), "its owner still lives: left alone"
+    assert spool_of(tmp_path).pending()[0] == 1
+    tracker.close()
+    assert catch_up(tmp_path)
+    assert spool_of(tmp_path).pending()[0] == 0
+    assert spool_of(tmp_path).read_json("state.json")["run_id"] == shipper.state["run_id"]
