@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.files import check_image, read_image, read_mask
+from lesionsam.files import check_image, image_size, read_image, read_mask
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
 DEEP = np.linspace(0, 65535, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint16)
@@ -60,7 +60,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
     got, expected = read_image(path), upright[orientation]
     assert got.shape == expected.shape
     assert np.abs(got.astype(int) - expected).max() <= (12 if kind == "JPEG" else 0)
-    assert check_image(path) == (expected.shape[1], expected.shape[0])
+    assert check_image(path) == image_size(path) == (expected.shape[1], expected.shape[0])
 
 
 def test_grey_alpha_and_palettes(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ class Site:
         files: path -> bytes. etag: validator sent with every file; "" sends none. ranges: honour Range.
         drop_after: bytes sent of each answer's body before the line is cut; None = all.
         drops: how many answers are cut so before the rest go well. status_after_drop: what a path answers once it was
-        cut; 0 = goes on as before. statuses: path -> status sent instead. content_range: sent in place of the right one.
+        cut; 0 = goes on as before. statuses: path -> status sent instead. content_range: sent for the right one.
         redirects: path -> address. headers: sent with every file. length: send Content-Length.
         asked: (method, path, Range or "") of each request, in order. sent: body bytes of all answers.
     """

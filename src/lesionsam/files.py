@@ -152,6 +152,14 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         return np.ascontiguousarray(_to_rgb(image, path))
 
 
+def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
+        return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
+
+
 def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) after EXIF transpose of an image that decodes to its end.
 
