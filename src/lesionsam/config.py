@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
                 issue = _translate(detail, ".".join(path), field, item, probe)
                 issues[issue.key] = issue
                 if detail["type"] in ("union_tag_invalid", "union_tag_not_found") and field is not None:
-                    repairs[issue.key] = _likely_tag(field, detail["input"])
+                    repairs[issue.key] = likely_tag(field, detail["input"])
             if not repairs:
                 break
             probe = unflatten(repairs, probe)  # so that the section's other keys are checked too
@@ -152,7 +153,7 @@ def _translate(detail: Any, key: str, field: FieldInfo | None, item: int | None,
     return Issue(key, f"expected {limits.expected}, got {shown(value)}{place}{end}")
 
 
-def _likely_tag(field: FieldInfo, value: Mapping[str, Any]) -> str:
+def likely_tag(field: FieldInfo, value: Mapping[str, Any]) -> str:
     """The variant that a section without a readable tag was meant to be: by the word, else by its keys."""
     tag = tag_name(field)
     near = difflib.get_close_matches(str(value.get(tag, "")), all_tags(field), n=1)
@@ -186,13 +187,17 @@ def shown(value: object) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping as DVC reads it (YAML 1.2: 1e-3 is a number), plain dicts and lists; duplicate keys refused."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def read_text(path: Path) -> str:
+    """A parameter file's text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: expected a parameter file, found none; `lesionsam preset demo` writes one") from None
     except (UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}: expected a text file in UTF-8, got {error}") from None
-    return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -223,7 +228,7 @@ def yaml_text(value: Any) -> str:
         mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return f"{mantissa}{'' if '.' in mantissa else '.0'}e{int(exponent)}"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z./_][\w./+:~-]*", value) and not value.endswith(":")
+        plain = re.fullmatch(r"(?!(y|n|yes|no|on|off)$)[A-Za-z./_][\w./+:~-]*(?<!:)", value, re.IGNORECASE)
         return value if plain and parse_yaml(f"a: {value}", "")["a"] == value else json.dumps(value, ensure_ascii=False)
     return json.dumps(value)
 
@@ -246,6 +251,11 @@ def load_config(path: str | Path = "params.yaml", *, check_files: bool = True) -
 
 def default_values() -> dict[str, Any]:
     """The default parameters, nested: those of the preset `demo`."""
+    return copy.deepcopy(_parsed_defaults())
+
+
+@cache
+def _parsed_defaults() -> dict[str, Any]:
     return parse_yaml(default_text(), "presets/demo.yaml")
 
 
@@ -307,3 +317,23 @@ def config_digest(config: Config, sections: Sequence[str] | None = None) -> str:
 
 def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def summary(config: Config) -> list[str]:
+    """The configuration in a few lines, for people."""
+    data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
+    size = f", side {model.image_size} px" if model.image_size else ""
+    counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split")}
+    named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
+    last = getattr(model, "unfreeze_last_k", 0)
+    parts = {"none": "no encoder block", "blocks": f"last {last} encoder blocks" if last else "whole encoder"}
+    target = f", target {method.target.kind}" if method.name == "contrastive" else ""
+    return [
+        f"data     {data.source} ({named})",
+        f"boxes    {boxes.source}",
+        f"model    {model.name} from {model.checkpoint}{size}; trained: {parts[model.encoder]}"
+        + (", decoder" if model.train_decoder else ""),
+        f"method   {method.name}{target}",
+        f"train    {train.epochs} epochs, {train.batch_size} x {train.accumulate} images a step, {train.precision}",
+        f"digest   {config_digest(config)[:12]}",
+    ]

@@ -66,12 +66,15 @@ def file_rules(config: Config, root: Path) -> Iterator[Issue]:
         yield Issue("inputs.boxes", f"expected a CSV file when boxes.source is csv, got none at {config.inputs.boxes}")
     if config.data.source != "folder":
         return
-    for split in ("train", config.data.test_split):
-        if not (folder / "images" / split).is_dir():
-            yield Issue("inputs.folder", f"expected a folder that holds images/{split}, got {config.inputs.folder}")
-        elif config.boxes.source == "simulated" and not (folder / "masks" / split).is_dir():
+    splits = ("train", config.data.test_split) + (() if config.data.dev_fraction else ("val",))
+    missing = [f"images/{split}" for split in dict.fromkeys(splits) if not (folder / "images" / split).is_dir()]
+    if missing:
+        yield Issue("inputs.folder", f"expected a folder that holds {', '.join(missing)}, got {config.inputs.folder}")
+        return
+    for split in dict.fromkeys(splits):
+        if config.boxes.source == "simulated" and not (folder / "masks" / split).is_dir():
             yield Issue("boxes.source", f"expected csv, as {config.inputs.folder} has no masks/{split}, got simulated")
-    if (folder / "images" / "train").is_dir() and not (folder / "masks").is_dir():
+    if not (folder / "masks").is_dir():
         if config.method.name == "supervised":
             yield Issue("method.name", f"expected contrastive when {config.inputs.folder} has no masks, got supervised")
         if config.train.select == "objective":

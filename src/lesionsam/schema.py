@@ -44,7 +44,7 @@ class SyntheticData(Section):
 
 class FolderData(Section):
     source: Literal["folder"] = Field(description=DATA_SOURCE)
-    dev_fraction: float = Field(ge=0, lt=1, description=DEV_FRACTION, examples=[0.15])
+    dev_fraction: float = Field(ge=0, lt=1, description=DEV_FRACTION, examples=[0.0])
     test_split: Literal["val", "test"] = Field(
         description="which of your splits is reported on, once: val | test", examples=["test"])
     threshold_masks: bool = Field(

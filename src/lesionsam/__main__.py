@@ -1,0 +1,5 @@
+"""`python -m lesionsam` is `lesionsam`."""
+
+from lesionsam.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""The command line: `lesionsam COMMAND --help`. What a command needs is imported inside it, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lesionsam.errors import run_guarded
+
+if TYPE_CHECKING:
+    from lesionsam.config import Config
+
+app = typer.Typer(
+    name="lesionsam", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.")
+params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
+app.add_typer(params_app, name="params")
+
+Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]
+
+
+@app.command()
+def preset(name: Annotated[str | None, typer.Argument(help="Which one; none: list them.", show_default=False)] = None,
+           params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
+    """Write a preset into params.yaml, its comments kept, and show the difference; without a name, list them."""
+    from lesionsam.presets import about, apply_preset, preset_names, read_params
+
+    if name is None:
+        width = max(map(len, preset_names()))
+        for each in preset_names():
+            print(f"{each:<{width}}  {about(each)}")
+        return
+    text = read_params(params)
+    new, config = apply_preset(name, text, params.name)
+    _write(params, text, new, dry_run)
+    _warn_of_files(config, params)
+
+
+@params_app.command()
+def upgrade(params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
+    """Add the keys that an older params.yaml lacks, with their comments; remove those that its variants do not read."""
+    from lesionsam.config import read_text
+    from lesionsam.presets import upgrade as upgraded
+
+    text = read_text(params)
+    new, config = upgraded(text, params.name)
+    _write(params, text, new, dry_run)
+    _warn_of_files(config, params)
+
+
+@app.command()
+def check(params: Params = Path("params.yaml")) -> None:
+    """Validate params.yaml and sum it up."""
+    from lesionsam.config import load_config, summary
+
+    for line in summary(load_config(params)):
+        print(line)
+
+
+@app.command()
+def smoke(
+    model: Annotated[str, typer.Option(help="compact, vit_b, vit_l or vit_h.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights.")],
+    image_size: Annotated[int | None, typer.Option(
+        help="Side of the model's input [px]; 0 = the model's own; unset: smaller where there is no GPU.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed."""
+    from lesionsam.smoke import smoke as run
+
+    run(model, checkpoint, image_size=image_size, device=device)
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
+    boxes: Annotated[Path, typer.Option(help="Two-box CSV; ids are the images' names without ending.")],
+    weights: Annotated[Path, typer.Option(help="Adapted or published.")] = Path("models/adapted/best.safetensors"),
+    out: Annotated[Path, typer.Option(help="Folder for masks and overlays.")] = Path("predictions"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Segment lesions in images, given their boxes: writes masks and overlays."""
+    from lesionsam.inference import predict_files
+
+    predict_files(images, boxes, weights=weights, out=out, device=device)
+
+
+@app.command()
+def foundation(
+    minutes: Annotated[float, typer.Option(help="Running time by the clock, resumed runs added up.")] = 60.0,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of weights, shapes, batches and prompts.")] = 0,
+    out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("foundation/compact.safetensors"),
+    state: Annotated[Path, typer.Option(help="Training state, to resume from.")] = Path(".cache/foundation/state.pt"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the state.")] = False,
+) -> None:
+    """Pretrain the compact SAM on generated shapes; it sees no lesion."""
+    from lesionsam.foundation import main as run
+
+    run(["--minutes", str(minutes), "--threads", str(threads), "--seed", str(seed), "--out", str(out),
+         "--state", str(state), *(["--resume"] if resume else [])])
+
+
+def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:
+    """Show a parameter file's difference, and write it whole or not at all."""
+    from lesionsam.config_file import difference
+    from lesionsam.files import write_text_atomic
+
+    if old == new:
+        print(f"{path}: nothing to change")
+        return
+    _print_difference(difference(old or "", new, path.name) if old is not None else [f"+++ {path.name} (new)"])
+    if not dry_run:
+        write_text_atomic(path, new)
+    print(f"{path}: {'not written, as asked' if dry_run else 'written'}")
+
+
+def _print_difference(lines: Sequence[str]) -> None:
+    """A unified difference, coloured on a terminal that wants colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    styles = {"+++": "bold", "---": "bold", "@": "cyan", "+": "green", "-": "red"}
+    for line in lines:
+        style = next((style for start, style in styles.items() if line.startswith(start)), "")
+        console.print(Text(line, style=style))
+
+
+def _warn_of_files(config: Config, params: Path) -> None:
+    """Say at once which of the user's own files a valid parameter file still waits for."""
+    from lesionsam.config_rules import file_rules
+
+    for issue in file_rules(config, params.resolve().parent):
+        print(f"note: {issue}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of `lesionsam` and `python -m lesionsam`."""
+    run_guarded(app)
+
+

@@ -1,0 +1,187 @@
+"""params.yaml as a text: changing values, adding and removing keys, everything else kept as its owner wrote it.
+
+YAML is parsed only for positions; the edits are made in the text itself, so comments, spacing and the spelling of what
+does not change stay, and a difference shows the change alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
+
+from lesionsam.config import default_text, default_values, known_keys, likely_tag, parse_yaml, to_values, yaml_text
+from lesionsam.errors import UserError
+from lesionsam.limits import fields_of, sections_of, tag_name, variant_of
+from lesionsam.schema import Config
+
+COMMENT_COLUMN = 31  # where comments start, in a file that has none yet
+Edit = tuple[int, int, str]  # start and end in the text, and what comes there
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a params.yaml with its comments."""
+    return edit_text(default_text(), to_values(config))
+
+
+def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml") -> str:
+    """The text with exactly these values: changed ones replaced, others removed, missing ones added with their comments.
+
+    Args:
+        text: a parameter file. values: nested plain values, the whole of what the file shall hold.
+    Raises:
+        UserError: the text is in a form that cannot be edited in place (anchors, merges, several keys a line).
+    """
+    parse_yaml(text, source)
+    root = YAML(typ="safe", pure=True).compose(text)
+    columns = Counter(len(line) - len(after) - 1 for line in text.splitlines()
+                      for before, mark, after in [line.partition("#")] if mark and before.strip())
+    comments = {key: limits.description for key, limits in known_keys(values).items()}
+    writer = _Writer(text, comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
+    edits = list(enumerate(writer.section(root, values, "", 0)))
+    # From the end of the text backwards; where several start at one place a replaced range goes before insertions.
+    for _, (start, end, new) in sorted(edits, key=lambda e: (e[1][0], e[1][1] > e[1][0], e[0]), reverse=True):
+        text = text[:start] + new + text[end:]
+    if parse_yaml(text, source) != values:
+        raise UserError(f"{source}: expected one key per line, without anchors and merges, to change it in place, got "
+                        "another form; `lesionsam preset demo` into a new file gives one")
+    return text
+
+
+@cache
+def default_spelling() -> dict[str, tuple[str, Any]]:
+    """Dotted key -> how the default file writes its value ("0.10", "5.0e-4"), and the value."""
+    text, found = default_text(), {}
+
+    def section(node: Node, values: Mapping[str, Any], prefix: str) -> None:
+        for key, value in node.value:
+            held = values[key.value]
+            if isinstance(held, Mapping):
+                section(value, held, f"{prefix}{key.value}.")
+            else:
+                found[prefix + key.value] = (text[value.start_mark.index : value.end_mark.index], held)
+
+    section(YAML(typ="safe", pure=True).compose(text), default_values(), "")
+    return found
+
+
+class _Writer:
+    """Edits of one text, section by section."""
+
+    def __init__(self, text: str, comments: Mapping[str, str], column: int) -> None:
+        self.text, self.comments, self.column = text, comments, column
+
+    def section(self, node: Node, values: Mapping[str, Any], prefix: str, indent: int) -> Iterator[Edit]:
+        """Edits that give the mapping at `node` these values; `prefix` is its dotted key and a dot."""
+        present: dict[str, tuple[Node, Node]] = {str(key.value): (key, value) for key, value in node.value}
+        indent = next((key.start_mark.column for key, _ in present.values()), indent)
+        for name, (key, value) in present.items():
+            lines = self._line_start(key.start_mark.index), self._line_end(value)
+            if name not in values:
+                yield *lines, ""
+            elif isinstance(held := values[name], Mapping):
+                if isinstance(value, MappingNode) and value.value and not value.flow_style:
+                    yield from self.section(value, held, f"{prefix}{name}.", indent + 2)
+                elif self._parsed(value) != held:
+                    yield *lines, self._lines(prefix + name, held, indent)
+            elif self._parsed(value) != held:
+                if isinstance(value, CollectionNode) and not value.flow_style:
+                    yield *lines, self._lines(prefix + name, held, indent)
+                else:
+                    yield self._replaced(value, self._spelled(prefix + name, held))
+        place = self._line_start(node.start_mark.index)
+        for name, held in values.items():
+            if name in present:
+                place = self._line_end(present[name][1])
+            else:
+                yield place, place, self._lines(prefix + name, held, indent)
+
+    def _replaced(self, value: Node, new: str) -> Edit:
+        """A value on its line; a comment behind it keeps its column where there is room."""
+        start, end = value.start_mark.index, self._end(value)
+        gap = re.match(r" +(?=#)", self.text[end:])
+        if gap:
+            new += " " * max(1, len(gap[0]) + (end - start) - len(new))
+            end += len(gap[0])
+        return start, end, f" {new}" if self.text[start - 1] == ":" else new
+
+    def _lines(self, key: str, held: Any, indent: int) -> str:
+        """Whole lines for a key, or for a section and all below it, with the schema's comments."""
+        name = key.rpartition(".")[2]
+        line = f"{' ' * indent}{name}:" + ("" if isinstance(held, Mapping) else f" {self._spelled(key, held)}")
+        if self.comments.get(key):
+            line = f"{line:<{self.column - 1}} # {self.comments[key]}"
+        below = held.items() if isinstance(held, Mapping) else ()
+        return "".join([f"{line}\n", *(self._lines(f"{key}.{sub}", value, indent + 2) for sub, value in below)])
+
+    def _spelled(self, key: str, value: Any) -> str:
+        """A value as the default file writes it, where it is the default's."""
+        text, default = default_spelling().get(key, ("", None))
+        return text if text and default == value and type(default) is type(value) else yaml_text(value)
+
+    def _parsed(self, node: Node) -> Any:
+        return YAML(typ="safe", pure=True).load(self.text[node.start_mark.index:self._end(node)])
+
+    def _end(self, node: Node) -> int:
+        """Where a value ends; a block's own mark lies behind the comments that follow it."""
+        if isinstance(node, CollectionNode) and not node.flow_style and node.value:
+            last = node.value[-1]
+            return self._end(last[1] if isinstance(last, tuple) else last)
+        end = node.end_mark.index
+        return end - 1 if end > node.start_mark.index and self.text[end - 1] == "\n" else end
+
+    def _line_start(self, index: int) -> int:
+        return self.text.rfind("\n", 0, index) + 1
+
+    def _line_end(self, node: Node) -> int:
+        """Start of the line after a value and its comment."""
+        newline = self.text.find("\n", self._end(node))
+        return len(self.text) if newline < 0 else newline + 1
+
+
+def fit(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values made to fit the variants they choose: missing keys at their start value, keys of other variants gone.
+
+    Keys in the schema's order; unknown ones stay at the end, for validation to name.
+    """
+    return _fit(Config, values, default_values())
+
+
+def _fit(model: type[BaseModel], values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    fitted: dict[str, Any] = {}
+    default = default if isinstance(default, Mapping) else {}
+    for name, field in fields_of(model).items():
+        start = default.get(name, field.examples[0] if field.examples else None)
+        held = values.get(name, start)
+        if sections_of(field) and isinstance(held, Mapping):
+            if tag_name(field) and tag_name(field) not in held:
+                held = {tag_name(field): likely_tag(field, held), **held}
+            child = variant_of(field, held)
+            readable = {key for section in sections_of(field) for key in fields_of(section)}
+            own = set(fields_of(child)) if child is not None else readable
+            held = {key: value for key, value in held.items() if key in own or key not in readable}
+            held = _fit(child, held, start) if child is not None else held
+        fitted[name] = held
+    return fitted | {name: value for name, value in values.items() if name not in fitted}
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with those of `overlay` on top."""
+    merged = dict(base)
+    for name, value in overlay.items():
+        held = merged.get(name)
+        merged[name] = merge(held, value) if isinstance(value, Mapping) and isinstance(held, Mapping) else value
+    return merged
+
+
+def difference(old: str, new: str, name: str) -> list[str]:
+    """Lines of a unified difference, with one line of context."""
+    names = f"{name} (now)", f"{name} (new)"
+    return list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, n=1, lineterm=""))
