@@ -61,6 +61,14 @@ def write_results(folder: Path, evaluation: Evaluation, *, num_bootstrap: int, c
     return table, numbers
 
 
+def arranged(evaluation: Evaluation) -> Evaluation:
+    """Rows in the order in which tables show them: baselines, zero-shot, then the rest."""
+    place = {name: k for k, name in enumerate((*BASELINES, ZERO_SHOT))}
+    order = evaluation.rows["model"].map(lambda name: place.get(name, len(place)))
+    rows = evaluation.rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
+    return Evaluation(rows, evaluation.calibration, evaluation.jitter)
+
+
 def num_lesions(rows: pd.DataFrame) -> int:
     """Number of (image_id, lesion_id) pairs."""
     return len(rows[["image_id", "lesion_id"]].drop_duplicates())
@@ -122,8 +130,10 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
 
 
 def prompts_in(table: pd.DataFrame) -> list[str]:
-    """Prompt sources of a table in their first order."""
-    return [str(prompt) for prompt in table["prompt"].drop_duplicates()]
+    """Prompt sources of a table, poorest first."""
+    order = ("ring", "centre", "box", "box+core", LEAKING)
+    found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
+    return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 
 
 def sections(table: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
@@ -135,7 +145,8 @@ def sections(table: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
                   (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate")]
     else:
         wanted = [(f"No masks: {title}", name) for name, title in LABEL_FREE_TITLES.items()]
-    tables = [(title, statistics.wide(table, prompts, name)) for title, name in wanted]
+    networks = table[~table["model"].isin(BASELINES)]
+    tables = [(title, statistics.wide(networks if name == "difference" else table, prompts, name)) for title, name in wanted]
     return [(title, [header, *cells]) for title, cells in tables if cells]
 
 

@@ -1,0 +1,118 @@
+"""Stage evaluate: the test split, once: adapted and zero-shot model per prompt source, and what needs no network."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lesionsam import evaluation_results as results
+from lesionsam.boxes import read_boxes
+from lesionsam.config import Config, load_config
+from lesionsam.data.index import read_index
+from lesionsam.errors import UserError, run_guarded
+from lesionsam.evaluation import concat, evaluate_baselines, evaluate_model
+from lesionsam.evaluation_cases import LEAKING
+from lesionsam.evaluation_pictures import write_pictures
+from lesionsam.experiment import torch_device
+from lesionsam.files import read_image, read_mask
+from lesionsam.models.sam import load_sam
+from lesionsam.schema import ContrastiveMethod, FolderData
+from lesionsam.tracking import Tracker, repository_root
+from lesionsam.types import Sample
+
+ROOT = Path.cwd()
+OUTPUT, CACHE = Path("results"), Path(".scratch/evaluation")
+BEST, TRAINED = Path("models/adapted/best.safetensors"), Path("models/adapted")
+LOOSENESS = 0.15  # of the box prior's outline offset, where the method's own target names none
+PICTURED = ("box", "box+core", "ring", "centre", "tight")  # the first of these that is evaluated is shown in pictures
+
+
+def load_image(sample: Sample) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of the original frame."""
+    return read_image(sample.image_path)
+
+
+def load_mask(sample: Sample, *, threshold: bool) -> np.ndarray | None:
+    """(H, W) bool, or None where nobody drew one."""
+    if sample.mask_path is None:
+        return None
+    return read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold)
+
+
+def pretrained_weights(folder: Path) -> Path:
+    """The one checkpoint that the weights stage left."""
+    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
+    if not found:
+        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
+    return found[0]
+
+
+def looseness(config: Config) -> float:
+    """How much too large annotators draw the big box: as the method says, or the usual."""
+    target = config.method.target if isinstance(config.method, ContrastiveMethod) else None
+    return float(getattr(target, "looseness", LOOSENESS))
+
+
+def main() -> None:
+    """Parameters -> figures of the test split -> results/ and the tracked run."""
+    config = load_config()
+    e = config.evaluate
+    if config.runtime.num_threads:
+        torch.set_num_threads(config.runtime.num_threads)
+    device = torch_device(config.runtime.device)
+    samples = [s for s in read_boxes(Path("data/boxes.csv"), read_index(Path("data/raw/index.csv")), root=ROOT) if s.split == "test"]
+    if not samples:
+        raise UserError("data/boxes.csv: no rows of split 'test'; evaluation needs at least one test image")
+    masked = any(s.mask_path is not None for s in samples)
+    masks = partial(load_mask, threshold=isinstance(config.data, FolderData) and config.data.threshold_masks) if masked else None
+    prompts = [prompt for prompt in e.prompts if masked or prompt != LEAKING]
+    drawing = {"seed": e.seed, "batch_size": e.batch_size, "num_points": config.method.num_points, "device": device}
+    settings = {"prompts": prompts, "seed": e.seed, "num_points": config.method.num_points, "masks": masked,
+                "boundary_tolerance": e.boundary_tolerance, "jitter": list(e.jitter), "model": config.model.name,
+                "image_size": config.model.image_size}
+    measured = partial(evaluate_model, samples=samples, load_image=load_image, load_mask=masks, prompts=prompts,
+                       boundary_tolerance=e.boundary_tolerance, jitter=e.jitter, **drawing)
+
+    pretrained = pretrained_weights(Path("models/pretrained"))
+    place = CACHE / results.cache_key(samples, [pretrained], settings | {"looseness": looseness(config)})
+    if (known := results.open_evaluation(place)) is None:
+        unadapted = load_sam(config.model.name, pretrained, image_size=config.model.image_size)
+        baselines, offset = evaluate_baselines(samples, load_image, masks, looseness=looseness(config),
+                                               boundary_tolerance=e.boundary_tolerance)
+        known = concat([measured(unadapted, model=results.ZERO_SHOT), baselines]), {"outline_offset": offset}
+        results.save_evaluation(place, *known)
+    before, extra = known
+    adapted = load_sam(config.model.name, BEST, image_size=config.model.image_size)
+    after = measured(adapted, model=results.ADAPTED)
+
+    everything = results.arranged(concat([before, after]))
+    table, numbers = results.write_results(OUTPUT, everything, num_bootstrap=e.num_bootstrap, confidence=e.confidence,
+                                           settings=settings | extra)
+    pictures = write_pictures(OUTPUT / "overlays", adapted, samples, everything.rows, load_image, masks, model=results.ADAPTED,
+                              prompt=next(prompt for prompt in PICTURED if prompt in prompts), count=e.overlays, **drawing)
+    if config.tracking.enabled:
+        track(config, numbers, pictures)
+    results.print_tables(table)
+    print(f"{len(samples)} lesions; tables, pictures and per-image figures in {OUTPUT}/")
+
+
+def track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> None:
+    """Add the figures to the run that trained the model; settings are tags, since parameters cannot change."""
+    e = config.evaluate
+    tags = {"evaluate.seed": str(e.seed), "evaluate.prompts": ", ".join(e.prompts), "evaluate.confidence": str(e.confidence),
+            "evaluate.boundary_tolerance": str(e.boundary_tolerance)}
+    tracker = Tracker.reopen(TRAINED, uri=config.tracking.uri, experiment=config.tracking.experiment,
+                             root=repository_root(ROOT), tags=tags)
+    tracker.log({f"test/{name}": value for name, value in numbers.items()}, 0)
+    for path in pictures:
+        tracker.log_artifact(path, "evaluation/overlays")
+    for name in ("table.md", "table.csv", "summary.json"):
+        tracker.log_artifact(OUTPUT / name, "evaluation")
+    tracker.close()
+
+
+if __name__ == "__main__":
+    run_guarded(main)
