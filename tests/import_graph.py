@@ -16,7 +16,7 @@ PACKAGE = "lesionsam"
 SOURCE = ROOT / "src"
 
 # Run by stages, but no part of what they give: a tweak of the logging or of a message must not train again.
-NOT_DEPS = {f"{PACKAGE}.tracking", f"{PACKAGE}.errors"}
+NOT_DEPS = {f"{PACKAGE}.tracking", f"{PACKAGE}.lineage", f"{PACKAGE}.errors"}
 
 
 def module_files() -> dict[str, Path]:
@@ -84,10 +84,13 @@ def closure(path: Path, *, without: frozenset[str] = frozenset()) -> set[str]:
 
 
 def stage_deps(script: str) -> list[str]:
-    """Paths of the stage's script and of the modules that dvc.yaml must name for it, sorted, relative to the root."""
+    """The stage's script, its modules and the templates they name, for dvc.yaml: sorted, relative to the root."""
     modules = module_files()
-    needed = closure(ROOT / script, without=frozenset(NOT_DEPS))
-    return sorted([script, *(modules[name].relative_to(ROOT).as_posix() for name in needed)])
+    files = [modules[name] for name in closure(ROOT / script, without=frozenset(NOT_DEPS))]
+    shipped = [path for path in (SOURCE / PACKAGE).rglob("*") if path.is_file() and not path.suffix.startswith(".py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    named = [path for path in shipped if any(f'"{path.name}"' in source for source in sources)]
+    return sorted([script, *(path.relative_to(ROOT).as_posix() for path in [*files, *named])])
 
 
 if __name__ == "__main__":

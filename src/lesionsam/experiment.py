@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from segment_anything.modeling import Sam
 
 from lesionsam.box_prior import outline_offset
 from lesionsam.config import Config, config_digest
@@ -23,7 +22,7 @@ from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive, Options
 from lesionsam.methods.supervised import Supervised
-from lesionsam.models.sam import load_sam
+from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.schema import FolderData, SupervisedMethod
 from lesionsam.training import OBJECTIVE, Evaluate, Log, Progress, fit, load_best, parameter_groups, schedule_factor

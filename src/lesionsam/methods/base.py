@@ -8,10 +8,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import Sam
 from torch import nn
 
-from lesionsam.models.sam import decode
+from lesionsam.models.sam import Sam, decode
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch
 

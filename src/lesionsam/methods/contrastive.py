@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.losses import (
@@ -29,7 +28,7 @@ from lesionsam.losses import (
 from lesionsam.methods.base import Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.projection import ProjectionHead, spread
-from lesionsam.models.sam import decode, preprocess
+from lesionsam.models.sam import Sam, decode, preprocess
 from lesionsam.models.trainable import Teacher, encode_prefix, encode_suffix, num_frozen_blocks
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts

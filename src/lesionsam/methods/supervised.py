@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.methods.base import Term, decode_mixture, known_masks, mean_over, to_grid
-from lesionsam.models.sam import preprocess
+from lesionsam.models.sam import Sam, preprocess
 from lesionsam.models.trainable import encode_prefix, encode_suffix, num_frozen_blocks
 from lesionsam.types import Batch
 
