@@ -23,7 +23,7 @@ from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.lineage import flatten_params, lineage_tags, repository_root
-from lesionsam.tracking import NullTracker, Tracker, sync
+from lesionsam.tracking import STALL_SECONDS, NullTracker, Tracker, sync
 from lesionsam.tracking_mlflow import Shipper, Unreachable
 from lesionsam.tracking_sender import catch_up
 from lesionsam.tracking_spool import Appender, Spool, clean_name, read_lines, spool_root
@@ -50,39 +50,55 @@ class Server:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
+                        "--port", str(self.port), "--backend-store-uri", f"sqlite:///{folder}/server.db",
+                        "--artifacts-destination", str(folder / "artifacts")]
+        self.environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                            "MLFLOW_DISABLE_TELEMETRY": "true"}
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-                   "--port", str(self.port), "--backend-store-uri", f"sqlite:///{self.folder}/server.db",
-                   "--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    connection.close()
-                    return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail((self.folder / "server.log").read_text())
+            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log,
+                                            start_new_session=True)
+        deadline = time.monotonic() + 150
+        while not self.answers():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                pytest.fail((self.folder / "server.log").read_text())
+            time.sleep(0.2)
+
+    def answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=2)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
 
     def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+        """SIGKILL. What `mlflow server` had started is what the next start runs: half the processor time."""
+        if self.process is None:
+            return
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        if children:
+            entry = Path("/proc") / children[0]
+            self.command = entry.joinpath("cmdline").read_text().rstrip("\0").split("\0")
+            variables = entry.joinpath("environ").read_text().rstrip("\0").split("\0")
+            self.environment = dict(variable.split("=", 1) for variable in variables)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.kill()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
 
 
 class Gate:
@@ -269,7 +285,7 @@ def test_a_dead_server_costs_less_than_a_millisecond_a_call(tmp_path: Path, caps
     assert sorted(seconds)[150] < 1e-3
     begun = time.monotonic()
     tracker.close()
-    assert time.monotonic() - begun < 40
+    assert time.monotonic() - begun < STALL_SECONDS
     assert "kept and sent at the next start" in capsys.readouterr().err
     assert len(list(read_lines(tmp_path / "run" / "metrics.jsonl"))) == 300
     assert spool_of(tmp_path).pending()[0] == 303  # with parameters, tags and status
@@ -365,7 +381,7 @@ def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Serv
                           env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     status = Path("/proc") / done.stdout.strip() / "status"
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline, "the sender outlived its owner"
@@ -434,6 +450,7 @@ def test_an_answer_that_gets_lost_is_no_second_entry(tmp_path: Path, gate: Gate,
     assert gate.num_points == 5 + 1  # none of the curve was even sent again; the last one is the model's own
     (model,) = shipper.client.search_logged_models([experiment.experiment_id])
     assert [metric.value for metric in model.metrics or []] == [4.0]
+    assert run.outputs is not None
     assert len(run.outputs.model_outputs) == 1
     paths = sorted(item.path.rsplit(".", 1)[1] for item in shipper.client.list_artifacts(run.info.run_id, "images"))
     assert paths == ["png", "webp"]

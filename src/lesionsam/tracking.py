@@ -36,7 +36,7 @@ from lesionsam.tracking_spool import (
 
 Scalar = str | int | float | bool | None
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-STALL_SECONDS = 20.0  # `close` gives up when the sender has made no progress for so long
+STALL_SECONDS = 60.0  # `close` gives up when the sender has neither ended nor got on for so long
 
 
 def _now_ms() -> int:

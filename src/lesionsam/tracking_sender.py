@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lesionsam.tracking_mlflow import Shipper, Unreachable, system_monitors
@@ -17,11 +18,15 @@ from lesionsam.tracking_spool import Appender, Spool, encode_number, read_lines
 
 SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
+LAST_DELAY_SECONDS = 0.5  # between the two attempts that are left once the owner waits
 SAMPLE_SECONDS = 10.0  # between two samples of system metrics
 
 
-def catch_up(root: Path, but: Spool | None = None) -> bool:
-    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable."""
+def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable.
+
+    but: a spool to leave alone. stop: asked between two operations whether there is something better to do.
+    """
     complete = True
     for spool in Spool.all(root):
         if but is not None and spool.local_id == but.local_id:
@@ -29,7 +34,7 @@ def catch_up(root: Path, but: Spool | None = None) -> bool:
         owner, sender = spool.lock("owner"), spool.lock("sender")
         try:
             if owner is not None and sender is not None:
-                _catch_up_one(spool)
+                _catch_up_one(spool, stop)
         except Unreachable as error:
             complete = False
             print(f"{spool.local_id}: {error}", file=sys.stderr, flush=True)
@@ -40,16 +45,17 @@ def catch_up(root: Path, but: Spool | None = None) -> bool:
     return complete
 
 
-def _catch_up_one(spool: Spool) -> None:
+def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
     state = spool.read_json("state.json")
     closed = any(entry is not None and entry["kind"] == "status" and entry["status"] != "RUNNING"
                  for entry, _ in read_lines(spool.path("journal")))
     if not spool.pending()[0] and (closed or state.get("killed")):
         return
     shipper = Shipper(spool, replace_gone=False)
-    while shipper.ship():
-        pass
-    shipper.mark_killed()
+    while not stop():
+        if not shipper.ship():
+            shipper.mark_killed()
+            return
 
 
 class SystemSampler:
@@ -104,13 +110,14 @@ def serve(spool: Spool) -> int:
                 return 0
             if not caught_up:
                 caught_up = True
-                catch_up(Path(shipper.meta["root"]), but=spool)
+                catch_up(Path(shipper.meta["root"]), spool, closing.exists)
         except Unreachable as error:
             failures += 1
             shipper.note(str(error))
             if last and failures > 1:
                 return 3
-        due = time.monotonic() + min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)
+        delay = LAST_DELAY_SECONDS if last else min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)
+        due = time.monotonic() + delay
         while time.monotonic() < due and closing.exists() == last:
             time.sleep(0.1)
             if sampler is not None and not last:
