@@ -10,21 +10,18 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import json
 import math
-import os
+import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from lesionsam.box_prior import box_prior
@@ -32,8 +29,11 @@ from lesionsam.boxes import simulate_boxes
 from lesionsam.data import shape_prompts
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError, run_guarded
+from lesionsam.files import read_image, read_mask, sha256_file, write_bytes_atomic, write_text_atomic
+from lesionsam.foundation_card import card_text, current_commit, machine_in_words
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.compact import CompactArchitecture, build_compact, decode_candidates
+from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, save_sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Prompts
 
@@ -69,7 +69,7 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
     Args:
         minutes: by the clock, added up over resumed runs; it sets the learning rate's course.
         seed: of weights, shapes, batches and prompts.
-        state_path: file of the training state, written every few minutes; `resume` continues from it.
+        state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
         bfloat16: autocast of encoder and decoder; weights and losses stay float32.
         probe: folder with images/train/*.jpg and masks/train/*.png to measure on; never trained or selected on.
         log: takes each progress line.
@@ -86,11 +86,13 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     progress = Progress()
-    if resume:
-        progress = _restore(state_path, architecture, sam, average, optimiser, generator)
+    if resume and state_path.is_file():
+        progress = _restore(state_path, architecture, seed, sam, average, optimiser, generator)
         log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
     pool = _Pool(architecture, seed, progress.chunks)
-    held_out = make_targets(architecture.image_size, 4 * architecture.grid, torch.Generator().manual_seed(HELD_OUT_SEED), 96)
+    held_out = {"shapes": held_out_shapes(architecture)}
+    if probe is not None:
+        held_out["probe"] = read_probe(probe, architecture)
     clock, cpu_clock = time.monotonic() - progress.seconds, time.process_time() - progress.cpu_seconds
     measured, saved, mean_loss = progress.seconds, progress.seconds, float("nan")
     while (share := (time.monotonic() - clock) / (60 * minutes)) < 1:
@@ -102,7 +104,7 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = step_loss(sam, batch, generator)
         if not torch.isfinite(loss):
-            raise UserError(f"foundation: the loss is {loss.item()} at step {progress.step}; resume with another --seed")
+            raise UserError(f"foundation: the loss is {loss.item()} at step {progress.step}; take another seed")
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -116,20 +118,20 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
         progress.seconds, progress.cpu_seconds = time.monotonic() - clock, time.process_time() - cpu_clock
         if progress.seconds - measured > MEASURE_SECONDS:
             measured = progress.seconds
-            progress.scores = measure(average, held_out, probe)
+            progress.scores = measure(average, held_out)
             log(_line(progress, minutes, mean_loss, rate))
         if progress.seconds - saved > SAVE_SECONDS:
             saved = progress.seconds
-            _save_state(state_path, architecture, sam, average, optimiser, generator, progress)
-    progress.scores = measure(average, held_out, probe)
+            _save_state(state_path, architecture, seed, sam, average, optimiser, generator, progress)
+    progress.scores = measure(average, held_out)
     log(_line(progress, minutes, mean_loss, 0.0))
-    _save_state(state_path, architecture, sam, average, optimiser, generator, progress)
+    _save_state(state_path, architecture, seed, sam, average, optimiser, generator, progress)
     return average, progress
 
 
 def step_loss(sam: Sam, batch: Targets, generator: torch.Generator) -> Tensor:
     """Sum over three decodings of 2 BCE + Dice on the low-resolution grid, and of the IoU head's squared error."""
-    features = sam.image_encoder(normalise(sam, batch.images, batch.sizes))
+    features = encode(sam, preprocess(batch.images, batch.sizes))
     targets = F.adaptive_avg_pool2d(batch.masks.float(), batch.priors.shape[-1])
     boxed = shape_prompts.box_prompts(batch, generator)
     pointed = shape_prompts.point_prompts(batch, generator)
@@ -164,73 +166,64 @@ def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor
     return loss, logits[:, :1].detach()
 
 
-def normalise(sam: Sam, images: Tensor, sizes: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 -> float32: SAM's pixel mean and std, then zero outside the (B, 2) height and width."""
-    axis = torch.arange(images.shape[-1])
-    valid = (axis < sizes[:, :1])[:, :, None] & (axis < sizes[:, 1:])[:, None, :]
-    return (images.float() - sam.pixel_mean) / sam.pixel_std * valid[:, None]
+def held_out_shapes(architecture: CompactArchitecture) -> Targets:
+    """About 140 objects that no run trains on."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
 
 
-@torch.no_grad()
-def measure(sam: Sam, held_out: Targets, probe: Path | None) -> dict[str, float]:
-    """Mean zero-shot IoU per prompt on held-out shapes (shapes/...) and, where given, on real images (probe/...).
-
-    `prior` is the box prior itself, `box+prior` the model refining it.
-    """
-    scores = {f"shapes/{kind}": value for kind, value in _score(sam, held_out).items()}
-    if probe is not None:
-        scores |= {f"probe/{kind}": value for kind, value in _score(sam, _read_probe(probe, sam)).items()}
-    return scores
-
-
-def _score(sam: Sam, targets: Targets) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(0)
-    side = targets.images.shape[-1]
-    ious: dict[str, list[Tensor]] = {}
-    for part in torch.arange(len(targets)).split(32):
-        batch = targets[part]
-        features = sam.image_encoder(normalise(sam, batch.images, batch.sizes))
-        prompts = {kind: draw_prompts(kind, batch.big, batch.small, num_points=10, generator=generator) for kind in MEASURED}
-        prompts["box+prior"] = Prompts(boxes=batch.big, masks=batch.priors[:, None])
-        logits = {kind: decode_candidates(sam, features, prompt)[0][:, :1] for kind, prompt in prompts.items()}
-        logits["prior"] = batch.priors[:, None]
-        for kind, low in logits.items():
-            full = F.interpolate(low, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
-            ious.setdefault(kind, []).append(hard_iou(full, batch.masks.float(), torch.ones_like(full)))
-    return {kind: round(torch.cat(values).mean().item(), 4) for kind, values in ious.items()}
-
-
-_probes: dict[Path, Targets] = {}
-
-
-def _read_probe(folder: Path, sam: Sam, num_images: int = 100) -> Targets:
-    """The first images of a folder in the model's frame with simulated boxes 10 to 20 % too large; kept in memory."""
-    if folder in _probes:
-        return _probes[folder]
-    side, rng = sam.image_encoder.img_size, np.random.default_rng(0)
+def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int = 100) -> Targets:
+    """The first images of a folder in the model's frame, with simulated boxes 10 to 20 % too large."""
+    side, rng = architecture.image_size, np.random.default_rng(0)
     rows: list[tuple[Tensor, ...]] = []
     for path in sorted((folder / "images" / "train").glob("*.jpg"))[:num_images]:
-        image = Image.open(path).convert("RGB")
-        mask = Image.open(folder / "masks" / "train" / f"{path.stem}.png").convert("L")
-        scale = side / max(image.size)
-        width, height = (round(length * scale) for length in image.size)
-        pixels = np.zeros((side, side, 3), np.uint8)
-        pixels[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
-        truth = np.zeros((side, side), bool)
-        truth[:height, :width] = np.asarray(mask.resize((width, height), Image.Resampling.BILINEAR)) > 127
+        image = read_image(path)
+        mask_path = folder / "masks" / "train" / f"{path.stem}.png"
+        mask = Image.fromarray(read_mask(mask_path, (image.shape[1], image.shape[0])))
+        resized = resize_longest(image, side)
+        height, width = resized.shape[:2]
+        pixels, truth = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
+        pixels[:height, :width] = resized
+        truth[:height, :width] = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)) > 127
         boxes = simulate_boxes(truth, rng, margin=(0.1, 0.2), core=(0.45, 0.55), jitter=0.03, min_area=16)
         if boxes is None:
             continue
+        big, small = boxes
         padding = np.ones((side, side), bool)
         padding[:height, :width] = False
-        prior = torch.from_numpy(box_prior(pixels, boxes[0], boxes[1], padding))[None].float()
+        prior = torch.from_numpy(box_prior(pixels, big, small, padding))[None]
         rows.append((torch.from_numpy(pixels).permute(2, 0, 1), torch.tensor([height, width]), torch.from_numpy(truth),
-                     torch.from_numpy(boxes[0]).float(), torch.from_numpy(boxes[1]).float(),
-                     F.adaptive_avg_pool2d(prior, side // 2)[0]))
+                     torch.from_numpy(big).float(), torch.from_numpy(small).float(),
+                     F.adaptive_avg_pool2d(prior, 4 * architecture.grid)[0]))
     if not rows:
         raise UserError(f"{folder}: expected images/train/*.jpg and masks/train/*.png to measure on, found none")
-    _probes[folder] = Targets(*(torch.stack(column) for column in zip(*rows, strict=True)))
-    return _probes[folder]
+    return Targets(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@torch.no_grad()
+def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
+    """Mean zero-shot IoU in the model's frame, "set/prompt" -> value.
+
+    `prior` is the box prior itself; `box+prior` is the model given it as mask prompt beside the big box.
+    """
+    scores = {}
+    for name, targets in held_out.items():
+        generator = torch.Generator().manual_seed(0)
+        ious: dict[str, list[Tensor]] = {}
+        for part in torch.arange(len(targets)).split(32):
+            batch = targets[part]
+            features = encode(sam, preprocess(batch.images, batch.sizes))
+            logits = {"prior": batch.priors[:, None]}
+            for kind in MEASURED:
+                prompts = draw_prompts(kind, batch.big, batch.small, num_points=10, generator=generator)
+                logits[kind] = decode(sam, features, prompts)[0]
+            refined = Prompts(boxes=batch.big, masks=batch.priors[:, None])
+            logits["box+prior"] = decode(sam, features, refined)[0]
+            for kind, low in logits.items():
+                full = F.interpolate(low, size=batch.masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+                ious.setdefault(kind, []).append(hard_iou(full, batch.masks.float(), torch.ones_like(full)))
+        scores |= {f"{name}/{kind}": round(torch.cat(values).mean().item(), 4) for kind, values in ious.items()}
+    return scores
 
 
 class _Pool:
@@ -269,41 +262,25 @@ def _line(progress: Progress, minutes: float, loss: float, rate: float) -> str:
             f"loss {loss:.3f} lr {rate:.1e} {scores}")
 
 
-def _replace_file(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-def _save_state(path: Path, architecture: CompactArchitecture, sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
-                generator: torch.Generator, progress: Progress) -> None:
+def _save_state(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam, average: Sam,
+                optimiser: torch.optim.Optimizer, generator: torch.Generator, progress: Progress) -> None:
     buffer = io.BytesIO()
-    torch.save({"architecture": asdict(architecture), "model": sam.state_dict(), "average": average.state_dict(),
-                "optimiser": optimiser.state_dict(), "generator": generator.get_state(),
-                "progress": asdict(progress)}, buffer)
-    _replace_file(path, buffer.getvalue())
+    torch.save({"run": {**asdict(architecture), "seed": seed}, "progress": asdict(progress),
+                "model": sam.state_dict(), "average": average.state_dict(),
+                "optimiser": optimiser.state_dict(), "generator": generator.get_state()}, buffer)
+    write_bytes_atomic(path, buffer.getvalue())
 
 
-def _restore(path: Path, architecture: CompactArchitecture, sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
-             generator: torch.Generator) -> Progress:
-    if not path.is_file():
-        raise UserError(f"{path}: expected the training state of an earlier run, found no file; start without --resume")
-    state = torch.load(path, weights_only=True)
-    if state["architecture"] != asdict(architecture):
-        raise UserError(f"{path}: was made with {state['architecture']}, expected {asdict(architecture)}")
+def _restore(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam, average: Sam,
+             optimiser: torch.optim.Optimizer, generator: torch.Generator) -> Progress:
+    state, wanted = torch.load(path, weights_only=True), {**asdict(architecture), "seed": seed}
+    if state["run"] != wanted:
+        raise UserError(f"{path}: belongs to a run with {state['run']}, expected {wanted}; add --fresh to start anew")
     sam.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
     generator.set_state(state["generator"])
     return Progress(**state["progress"])
-
-
-def save_weights(sam: Sam, path: Path, architecture: CompactArchitecture) -> None:
-    """float16 safetensors under segment_anything's own names; the metadata states name and architecture as JSON."""
-    state = {name: value.half().contiguous() for name, value in sam.state_dict().items()}
-    metadata = {"name": "compact", "architecture": json.dumps(asdict(architecture))}
-    _replace_file(path, safetensors.torch.save(state, metadata))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -314,23 +291,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("foundation/compact.safetensors"), help="weights to write")
     parser.add_argument("--state", type=Path, default=Path(".cache/foundation/state.pt"), help="training state")
-    parser.add_argument("--resume", action="store_true", help="continue from --state")
+    parser.add_argument("--fresh", action="store_true", help="start anew even where --state holds an earlier run")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
-    parser.add_argument("--snapshot", action="store_true", help="only write the average of --state to --out")
     parser.add_argument("--probe", type=Path, help="folder of real images to measure on; never trained or selected on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    architecture = CompactArchitecture()
-    if options.snapshot:
-        sam = build_compact(architecture)
-        optimiser = torch.optim.AdamW(sam.parameters())
-        progress = _restore(options.state, architecture, copy.deepcopy(sam), sam, optimiser, torch.Generator())
-    else:
-        sam, progress = pretrain(minutes=options.minutes, seed=options.seed, state_path=options.state,
-                                 architecture=architecture, resume=options.resume, bfloat16=not options.float32,
-                                 probe=options.probe, log=lambda line: print(line, flush=True))
-    save_weights(sam, options.out, architecture)
-    print(f"wrote {options.out}: {progress.step} steps, {progress.seconds / 60:.1f} min")
+    architecture, commit = CompactArchitecture(), current_commit(Path(__file__).parent)
+    sam, progress = pretrain(minutes=options.minutes, seed=options.seed, state_path=options.state,
+                             architecture=architecture, resume=not options.fresh, bfloat16=not options.float32,
+                             probe=options.probe, log=lambda line: print(line, flush=True))
+    save_sam(sam.half(), options.out, name="compact")
+    words = sys.argv[1:] if arguments is None else arguments
+    card = card_text(command=" ".join(["python -m lesionsam.foundation", *words]), commit=commit, seed=options.seed,
+                     machine=machine_in_words(options.threads), steps=progress.step, minutes=progress.seconds / 60,
+                     cpu_minutes=progress.cpu_seconds / 60, scores=progress.scores, sha256=sha256_file(options.out),
+                     architecture=architecture)
+    write_text_atomic(options.out.with_name("card.md"), card)
+    print(f"wrote {options.out} and card.md: {progress.step} steps, {progress.seconds / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the compact SAM is asked about generated shapes: targets with their boxes and priors, and prompts drawn from them.
+"""What the compact SAM is asked about generated shapes: targets with boxes and priors, and prompts drawn from them.
 
 Boxes are XYXY, points XY, both float32 in pixels of the S x S image; mask prompts are logits on the 4H' x 4W' grid.
 """
@@ -136,7 +136,7 @@ def augment(batch: Targets, generator: torch.Generator) -> Targets:
 
 
 def pad(batch: Targets, generator: torch.Generator) -> Targets:
-    """Cut two thirds of the images to a landscape or portrait part, keeping most of each object; the rest is padding."""
+    """Cut two thirds of the images to a landscape or portrait part, keeping most of the object; the rest is padding."""
     num, side = len(batch), batch.images.shape[-1]
     tight = tight_boxes(batch.masks)
     least = torch.maximum(tight[:, 2:] - 0.25 * (tight[:, 2:] - tight[:, :2]), batch.small[:, 2:]).ceil()

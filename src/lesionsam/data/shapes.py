@@ -168,7 +168,6 @@ def _outline(draw: _Draw, smaller: bool) -> Tensor:
 
 def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]:
     """Lay one object over the image; (B, 3, S, S) and its (B, S, S) bool mask, the visible extent."""
-    num, channels, side, _ = image.shape
     inside = torch.sigmoid(-outline * 200)[:, None]
     weight = inside / inside.sum((2, 3), keepdim=True).clamp(min=1)
     under = (image * weight).sum((2, 3), keepdim=True)
@@ -182,8 +181,8 @@ def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]
 
     # Several colours in one object: patches shifted along the same step, or to a colour of their own.
     for probability in (0.5, 0.25):
-        patch = torch.sigmoid(draw.log_uniform(2, 25, 1, 1, 1) * (draw.fractal(1, (4, 9)) - draw.uniform(-0.3, 1.2, 1, 1, 1)))
-        patch = patch * draw.chance(probability, 1, 1, 1)
+        slope, noise = draw.log_uniform(2, 25, 1, 1, 1), draw.fractal(1, (4, 9))
+        patch = torch.sigmoid(slope * (noise - draw.uniform(-0.3, 1.2, 1, 1, 1))) * draw.chance(probability, 1, 1, 1)
         shifted = colour + (colour - under) * draw.uniform(-0.7, 1.2, 1, 1, 1) + 0.08 * draw.normal(3, 1, 1)
         other = torch.where(draw.chance(0.25, 1, 1, 1), draw.colour(), shifted)
         fill = fill * (1 - patch) + other.clamp(0, 1) * patch
@@ -249,7 +248,8 @@ def _camera(draw: _Draw, image: Tensor) -> tuple[Tensor, Tensor]:
     image = image * draw.uniform(0.75, 1.2, 1, 1, 1) + draw.uniform(-0.08, 0.08, 1, 1, 1)
     blurred = F.conv2d(F.pad(image, (2, 2, 2, 2), mode="replicate"), _gaussian(1.0).expand(3, 1, 5, 5), groups=3)
     image = torch.where(draw.chance(0.35, 1, 1, 1), blurred, image)
-    image = torch.where(draw.chance(0.25, 1, 1, 1), _block_compress(image, draw.log_uniform(0.02, 0.25, 1, 1, 1)), image)
+    compressed, step = draw.chance(0.25, 1, 1, 1), draw.log_uniform(0.02, 0.25, 1, 1, 1)
+    image = torch.where(compressed, _block_compress(image, step), image)
     image = image + draw.log_uniform(0.001, 0.05, 1, 1, 1) * draw.normal(3, draw.side, draw.side)
     return image, cover[:, 0] > 0.5
 

@@ -82,21 +82,22 @@ def build_compact(architecture: CompactArchitecture) -> Sam:
         num_multimask_outputs=3, transformer_dim=a.prompt_width, iou_head_depth=3, iou_head_hidden_dim=64,
         transformer=TwoWayTransformer(depth=2, embedding_dim=a.prompt_width, mlp_dim=a.decoder_mlp, num_heads=4))
     sam = Sam(encoder, prompt_encoder, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
-    assert encoder.pos_embed is not None  # built with use_abs_pos
-    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)  # segment_anything starts it at 0, for checkpoints to fill
+    # segment_anything starts the position embedding at 0, for checkpoints to fill.
+    nn.init.trunc_normal_(encoder.get_parameter("pos_embed"), std=0.02)
     return sam.eval()
 
 
-def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """All mask tokens of SAM's decoder, one prompt set per image: MaskDecoder.predict_masks without its repetition.
+def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts,
+                      chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Mask tokens of SAM's decoder, one prompt set per image: MaskDecoder.predict_masks without its repetition.
 
     The prompt encoder runs in full precision even under autocast: in bfloat16 a coordinate is off by a pixel.
 
     Args:
         features: (B, C, H', W') encoder output. prompts: of the same B images, model frame.
+        chosen: which of the 4 tokens; token 0 is the single mask, 1 to 3 are the candidates of an ambiguous prompt.
     Returns:
-        low-resolution logits (B, 4, 4H', 4W') and predicted IoUs (B, 4); token 0 is the single mask, 1 to 3 are the
-        three candidates of an ambiguous prompt.
+        low-resolution logits (B, K, 4H', 4W') and predicted IoUs (B, K) of the K chosen tokens.
     """
     decoder = sam.mask_decoder
     with torch.autocast(features.device.type, enabled=False):
@@ -108,6 +109,6 @@ def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts) -> tuple[Ten
     hidden, source = decoder.transformer(features + dense, position, tokens)
     upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(features.shape))
     heads = decoder.output_hypernetworks_mlps
-    weights = torch.stack([head(hidden[:, 1 + index]) for index, head in enumerate(heads)], dim=1)
+    weights = torch.stack([head(hidden[:, 1 + index]) for index, head in list(enumerate(heads))[chosen]], dim=1)
     logits = torch.einsum("bkc,bchw->bkhw", weights, upscaled)
-    return logits, decoder.iou_prediction_head(hidden[:, 0])
+    return logits, decoder.iou_prediction_head(hidden[:, 0])[:, chosen]

@@ -1,0 +1,180 @@
+"""Pretraining: what a step trains, that it learns, that a run resumes, and the scores on the card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lesionsam import foundation
+from lesionsam.data.shape_prompts import Targets, make_targets
+from lesionsam.errors import UserError
+from lesionsam.foundation_card import current_commit
+from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.sam import save_sam
+
+TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)
+FOLDER = Path(__file__).parents[1] / "foundation"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def targets() -> Targets:
+    return make_targets(TINY.image_size, 4 * TINY.grid, seeded(), num_images=16)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of seconds: few shapes, measured on few."""
+    monkeypatch.setattr(foundation, "FIRST_CHUNKS", 1)
+    monkeypatch.setattr(foundation, "held_out_shapes", lambda a: make_targets(a.image_size, 4 * a.grid, seeded(5), 8))
+
+
+def test_every_parameter_is_trained(targets: Targets) -> None:
+    torch.manual_seed(0)
+    sam, generator = build_compact(TINY).train(), seeded()
+    for _ in range(12):  # until every kind of prompt came by
+        foundation.step_loss(sam, targets[torch.arange(4)], generator).backward()
+    still = [name for name, p in sam.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    heads = {name.split(".")[2] for name in still if name.startswith("mask_decoder.output_hypernetworks_mlps.")}
+    assert all("output_hypernetworks_mlps" in name for name in still)
+    assert heads < {"1", "2", "3"}  # only the best of the three candidates trains, so some may wait for their turn
+
+
+def test_a_few_steps_lower_the_loss(targets: Targets) -> None:
+    torch.manual_seed(0)
+    sam = build_compact(TINY).train()
+    optimiser = torch.optim.AdamW(sam.parameters(), lr=2e-3)
+    losses = []
+    for step in range(80):
+        loss = foundation.step_loss(sam, targets[torch.arange(8)], seeded(step % 8))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:8])
+
+
+def test_a_run_ends_in_time_resumes_and_writes_weights(short: None, tmp_path: Path) -> None:
+    state, lines = tmp_path / "state.pt", []
+    options = {"seed": 3, "state_path": state, "architecture": TINY, "bfloat16": False, "log": lines.append}
+    _, first = foundation.pretrain(minutes=0.02, **options)
+    assert first.step > 0
+    assert 1.2 <= first.seconds < 3
+    assert set(first.scores) == {f"shapes/{kind}" for kind in ("prior", "box", "centre", "ring", "box+prior")}
+    sam, second = foundation.pretrain(minutes=0.04, resume=True, **options)
+    assert second.step > first.step
+    assert 2.4 <= second.seconds < 4.5
+    assert any(f"resumed at step {first.step}" in line for line in lines)
+    out = tmp_path / "weights.safetensors"
+    save_sam(sam.half(), out, name="compact")
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["architecture"])["width"] == TINY.width
+    again = build_compact(TINY)
+    again.load_state_dict(load_file(out))
+    for name, value in sam.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], value.float())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.pt", "weights.safetensors"]
+    with pytest.raises(UserError, match=r"state\.pt.*seed"):
+        foundation.pretrain(minutes=0.05, resume=True, **{**options, "seed": 4})
+
+
+def test_resuming_a_finished_run_changes_no_weight(short: None, tmp_path: Path) -> None:
+    options = {"minutes": 0.01, "seed": 0, "state_path": tmp_path / "state.pt", "architecture": TINY, "log": print}
+    first, _ = foundation.pretrain(**options)
+    again, _ = foundation.pretrain(resume=True, **options)
+    for name, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_no_time_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="minutes must be above 0"):
+        foundation.pretrain(minutes=0, seed=0, state_path=tmp_path / "state.pt")
+
+
+def test_a_chunk_of_a_run_is_always_the_same(short: None) -> None:
+    first, again, later = (foundation._Pool(TINY, 7, chunks).parts[-1] for chunks in (0, 0, 2))
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images[:4], later.images[:4])
+
+
+def test_measured_scores_are_those_of_the_masks(targets: Targets) -> None:
+    """Priors that are the truth score 1, their opposite 0."""
+    sam = build_compact(TINY)
+    large = targets[targets.masks.flatten(1).float().mean(1) > 0.1]
+    logits = torch.nn.functional.adaptive_avg_pool2d(large.masks.float(), 4 * TINY.grid) * 2 - 1
+    scores = foundation.measure(sam, {"right": replace(large, priors=logits), "wrong": replace(large, priors=-logits)})
+    assert scores["right/prior"] > 0.9
+    assert scores["wrong/prior"] < 0.1
+    assert all(0 <= value <= 1 for value in scores.values())
+
+
+def test_real_images_are_measured_in_the_models_frame(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name / "train").mkdir(parents=True)
+    pixels, mask = np.full((60, 96, 3), 200, np.uint8), np.zeros((60, 96), np.uint8)
+    pixels[12:48, 24:72], mask[12:48, 24:72] = 40, 255
+    Image.fromarray(pixels).save(tmp_path / "images" / "train" / "a.jpg")
+    Image.fromarray(mask).save(tmp_path / "masks" / "train" / "a.png")
+    probe = foundation.read_probe(tmp_path, TINY)
+    assert probe.sizes.tolist() == [[20, 32]]
+    assert probe.masks[0].nonzero().amin(0).tolist() == [4, 8]
+    assert probe.masks[0].nonzero().amax(0).tolist() == [15, 23]
+    assert not probe.images[0, :, 20:].any()
+    assert (probe.big[0, :2] <= torch.tensor([8.0, 4.0])).all()
+    assert (probe.big[0, 2:] >= torch.tensor([24.0, 16.0])).all()
+
+
+def test_an_empty_probe_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="found none"):
+        foundation.read_probe(tmp_path, TINY)
+
+
+def test_the_progress_line_says_how_far_and_how_good() -> None:
+    progress = foundation.Progress(step=120, seconds=90, cpu_seconds=60, scores={"shapes/box": 0.5})
+    assert foundation._line(progress, 3, math.pi, 1e-3) == (
+        "step 120 1.5/3 min (cpu 1.0) loss 3.142 lr 1.0e-03 shapes/box 0.500")
+
+
+def test_the_cards_scores_are_those_of_the_shipped_weights() -> None:
+    """foundation/card.md, rows `| held-out shapes, PROMPT | IoU |`; other processors differ by rounding."""
+    rows = re.findall(r"^\| held-out shapes, (\S+) \| ([.\d]+) \|", (FOLDER / "card.md").read_text(), re.MULTILINE)
+    assert {kind for kind, _ in rows} == {"box", "centre", "ring", "box+prior", "prior"}
+    architecture = CompactArchitecture()
+    sam = build_compact(architecture)
+    sam.load_state_dict(load_file(FOLDER / "compact.safetensors"))
+    scores = foundation.measure(sam, {"shapes": foundation.held_out_shapes(architecture)})
+    for kind, value in rows:
+        assert scores[f"shapes/{kind}"] == pytest.approx(float(value), abs=0.005), kind
+
+
+def test_the_command_writes_weights_and_card(short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(foundation, "CompactArchitecture", lambda: TINY)
+    out = tmp_path / "new" / "compact.safetensors"
+    threads = torch.get_num_threads()
+    words = ["--minutes", "0.01", "--seed", "9", "--threads", "1", "--out", str(out), "--state", str(tmp_path / "s.pt")]
+    foundation.main(words)
+    torch.set_num_threads(threads)
+    card = (tmp_path / "new" / "card.md").read_text()
+    assert "| seed | 9 |" in card
+    assert " ".join(words) in card
+    assert re.search(r"^\| held-out shapes, box\+prior \| 0\.\d{4} \|$", card, re.MULTILINE)
+    assert hashlib.sha256(out.read_bytes()).hexdigest() in card
+
+
+def test_the_commit_is_read_from_git_and_unknown_outside(tmp_path: Path) -> None:
+    assert current_commit(tmp_path) == "unknown"
+    assert re.match(r"[0-9a-f]{40}", current_commit(FOLDER)) or not (FOLDER.parent / ".git").exists()
