@@ -277,7 +277,7 @@ def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tu
             if free_disk_bytes(target.parent) < size - have + SPARE_BYTES:
                 raise UserError(f"{target}: {human_bytes(size - have)} to download, but only "
                                 f"{human_bytes(free_disk_bytes(target.parent))} free on this disk; free some space")
-            write_json_atomic(_note(target), {"url": url, "size": size, "validator": _validator(answer)})
+            write_json_atomic(_note(target), {"url": url, "size": size, "validator": validator(answer)})
             return bool(start), _receive(remote, answer, part, start, size)
     except Refused as error:
         cause = error.__cause__
@@ -287,7 +287,8 @@ def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tu
         raise
 
 
-def _validator(answer: http.client.HTTPResponse) -> str | None:
+def validator(answer: http.client.HTTPResponse) -> str | None:
+    """What If-Range may hold (RFC 9110, 13.1.5): a strong ETag, or else the date of the last change."""
     etag = answer.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
 

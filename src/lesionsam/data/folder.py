@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshol
         for stem, image_path in images.items():
             split = "dev" if name == "train" and image_path.stem in chosen else folders[name]
             copy = masks_out / split / f"{image_path.stem}.png" if threshold_masks and masks_out else None
-            jobs.append(lambda i=image_path, m=masks.get(stem), s=split, c=copy: _row(i, m, s, c))
+            jobs.append(partial(_row, image_path, masks.get(stem), split, copy))
     rows = _run(jobs)
     check_rows(rows, str(folder))
     return rows
@@ -90,8 +91,8 @@ def _match_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
         elif (other := masks.setdefault(name, path)) is not path:
             raise UserError(f"{path}: {other.name} is a mask of the same image; keep one of them")
     if not masks:
-        raise UserError(f"{stray[0]}: no image of this name; expected masks called as their image, or with {MASK_ENDING} "
-                        "added")
+        raise UserError(f"{stray[0]}: no image of this name; expected masks called as their image, or with "
+                        f"{MASK_ENDING} added")
     if stray:
         say(f"note: {len(stray)} masks in {folder} belong to no image, the first is {stray[0].name}")
     if len(masks) < len(images):
@@ -104,7 +105,7 @@ def _row(image_path: Path, mask_path: Path | None, split: str, copy: Path | None
     if mask_path is not None:
         mask = read_mask(mask_path, (width, height), threshold=copy is not None)
         if not mask.any():
-            raise UserError(f"{mask_path}: mask is empty; expected at least one lesion pixel; draw it, or delete the file")
+            raise UserError(f"{mask_path}: mask is empty; expected at least one lesion pixel; draw it or delete it")
         if copy is not None:
             with atomic_write(copy) as file:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")

@@ -43,8 +43,8 @@ def check_rows(rows: Sequence[Row], source: str) -> None:
     counts = Counter(row["split"] for row in rows)
     for split in SPLITS:
         if not counts[split]:
-            raise UserError(f"{source}: no images in split {split}; got {summary(rows)}; raise data.dev_fraction or add "
-                            "images")
+            raise UserError(f"{source}: no images in split {split}; got {summary(rows)}; add images, or raise "
+                            "data.dev_fraction")
     by_id: dict[str, Row] = {}
     by_hash: dict[str, Row] = {}
     for row in rows:
@@ -67,9 +67,10 @@ def summary(rows: Sequence[Row]) -> str:
 def write_index(path: Path, rows: Iterable[Row]) -> None:
     """Write index.csv atomically, by split and id."""
     with atomic_write(path, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (SPLITS.index(row["split"]), row["image_id"])))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in sorted(rows, key=lambda row: (SPLITS.index(row["split"]), row["image_id"])):
+            writer.writerow([row[name] for name in COLUMNS])
 
 
 def read_index(path: Path) -> dict[str, Row]:

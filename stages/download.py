@@ -1,0 +1,42 @@
+"""Stage download: parameters -> images and masks of the chosen source, and data/raw/index.csv."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lesionsam.config import load_config
+from lesionsam.data.folder import index_folder
+from lesionsam.data.index import check_rows, summary, write_index
+from lesionsam.data.isic import fetch_isic
+from lesionsam.data.meter import say
+from lesionsam.data.synthetic import write_dataset
+from lesionsam.errors import run_guarded
+from lesionsam.schema import FolderData, SyntheticData
+
+RAW, ARCHIVES, LOCK = Path("data/raw"), Path(".archives"), Path("archives.lock.json")
+
+
+def main() -> None:
+    """Write the index last: while it is missing, the stage has not ended."""
+    config = load_config()
+    data = config.data
+    if RAW.exists():
+        shutil.rmtree(RAW)
+    RAW.mkdir(parents=True)
+    if isinstance(data, SyntheticData):
+        counts = {"train": data.num_train, "dev": data.num_dev, "test": data.num_test}
+        rows = write_dataset(RAW, seed=data.seed, counts=counts, max_side=data.max_side)
+    elif isinstance(data, FolderData):
+        rows = index_folder(Path(config.inputs.folder), dev_fraction=data.dev_fraction, test_split=data.test_split,
+                            threshold_masks=data.threshold_masks, masks_out=RAW / "masks")
+    else:
+        rows = fetch_isic(data.source, subset=data.subset, dev_fraction=data.dev_fraction, base_url=data.base_url,
+                          raw=RAW, archives=ARCHIVES, lock_path=LOCK)
+    check_rows(rows, f"data.source {data.source}")
+    write_index(RAW / "index.csv", rows)
+    say(f"{data.source}: {summary(rows)}")
+
+
+if __name__ == "__main__":
+    run_guarded(main)
