@@ -123,7 +123,7 @@ def identity(name: str, checkpoint: Path) -> str:
     digest = sha256_file(checkpoint)
     known = published_as(digest)
     if known is None:
-        whose = "not a published SAM checkpoint (tuned, MedSAM or damaged)"
+        whose = "not a published SAM checkpoint"
         if name in CHECKPOINTS and checkpoint.name == CHECKPOINTS[name].file:
             whose = f"NOT the published {name}, whose name it bears (expected SHA-256 {CHECKPOINTS[name].sha256})"
     else:
