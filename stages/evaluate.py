@@ -18,9 +18,10 @@ from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import torch_device
 from lesionsam.files import read_image, read_mask
+from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
 from lesionsam.schema import ContrastiveMethod, FolderData
-from lesionsam.tracking import Tracker, repository_root
+from lesionsam.tracking import Tracker
 from lesionsam.types import Sample
 
 ROOT = Path.cwd()
@@ -63,25 +64,49 @@ def main() -> None:
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
     device = torch_device(config.runtime.device)
-    samples = [s for s in read_boxes(Path("data/boxes.csv"), read_index(Path("data/raw/index.csv")), root=ROOT) if s.split == "test"]
+    samples = [
+        s
+        for s in read_boxes(Path("data/boxes.csv"), read_index(Path("data/raw/index.csv")), root=ROOT)
+        if s.split == "test"
+    ]
     if not samples:
         raise UserError("data/boxes.csv: no rows of split 'test'; evaluation needs at least one test image")
     masked = any(s.mask_path is not None for s in samples)
-    masks = partial(load_mask, threshold=isinstance(config.data, FolderData) and config.data.threshold_masks) if masked else None
+    masks = (
+        partial(load_mask, threshold=isinstance(config.data, FolderData) and config.data.threshold_masks)
+        if masked
+        else None
+    )
     prompts = [prompt for prompt in e.prompts if masked or prompt != LEAKING]
     drawing = {"seed": e.seed, "batch_size": e.batch_size, "num_points": config.method.num_points, "device": device}
-    settings = {"prompts": prompts, "seed": e.seed, "num_points": config.method.num_points, "masks": masked,
-                "boundary_tolerance": e.boundary_tolerance, "jitter": list(e.jitter), "model": config.model.name,
-                "image_size": config.model.image_size}
-    measured = partial(evaluate_model, samples=samples, load_image=load_image, load_mask=masks, prompts=prompts,
-                       boundary_tolerance=e.boundary_tolerance, jitter=e.jitter, **drawing)
+    settings = {
+        "prompts": prompts,
+        "seed": e.seed,
+        "num_points": config.method.num_points,
+        "masks": masked,
+        "boundary_tolerance": e.boundary_tolerance,
+        "jitter": list(e.jitter),
+        "model": config.model.name,
+        "image_size": config.model.image_size,
+    }
+    measured = partial(
+        evaluate_model,
+        samples=samples,
+        load_image=load_image,
+        load_mask=masks,
+        prompts=prompts,
+        boundary_tolerance=e.boundary_tolerance,
+        jitter=e.jitter,
+        **drawing,
+    )
 
     pretrained = pretrained_weights(Path("models/pretrained"))
     place = CACHE / results.cache_key(samples, [pretrained], settings | {"looseness": looseness(config)})
     if (known := results.open_evaluation(place)) is None:
         unadapted = load_sam(config.model.name, pretrained, image_size=config.model.image_size)
-        baselines, offset = evaluate_baselines(samples, load_image, masks, looseness=looseness(config),
-                                               boundary_tolerance=e.boundary_tolerance)
+        baselines, offset = evaluate_baselines(
+            samples, load_image, masks, looseness=looseness(config), boundary_tolerance=e.boundary_tolerance
+        )
         known = concat([measured(unadapted, model=results.ZERO_SHOT), baselines]), {"outline_offset": offset}
         results.save_evaluation(place, *known)
     before, extra = known
@@ -89,10 +114,21 @@ def main() -> None:
     after = measured(adapted, model=results.ADAPTED)
 
     everything = results.arranged(concat([before, after]))
-    table, numbers = results.write_results(OUTPUT, everything, num_bootstrap=e.num_bootstrap, confidence=e.confidence,
-                                           settings=settings | extra)
-    pictures = write_pictures(OUTPUT / "overlays", adapted, samples, everything.rows, load_image, masks, model=results.ADAPTED,
-                              prompt=next(prompt for prompt in PICTURED if prompt in prompts), count=e.overlays, **drawing)
+    table, numbers = results.write_results(
+        OUTPUT, everything, num_bootstrap=e.num_bootstrap, confidence=e.confidence, settings=settings | extra
+    )
+    pictures = write_pictures(
+        OUTPUT / "overlays",
+        adapted,
+        samples,
+        everything.rows,
+        load_image,
+        masks,
+        model=results.ADAPTED,
+        prompt=next(prompt for prompt in PICTURED if prompt in prompts),
+        count=e.overlays,
+        **drawing,
+    )
     if config.tracking.enabled:
         track(config, numbers, pictures)
     results.print_tables(table)
@@ -102,10 +138,15 @@ def main() -> None:
 def track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> None:
     """Add the figures to the run that trained the model; settings are tags, since parameters cannot change."""
     e = config.evaluate
-    tags = {"evaluate.seed": str(e.seed), "evaluate.prompts": ", ".join(e.prompts), "evaluate.confidence": str(e.confidence),
-            "evaluate.boundary_tolerance": str(e.boundary_tolerance)}
-    tracker = Tracker.reopen(TRAINED, uri=config.tracking.uri, experiment=config.tracking.experiment,
-                             root=repository_root(ROOT), tags=tags)
+    tags = {
+        "evaluate.seed": str(e.seed),
+        "evaluate.prompts": ", ".join(e.prompts),
+        "evaluate.confidence": str(e.confidence),
+        "evaluate.boundary_tolerance": str(e.boundary_tolerance),
+    }
+    tracker = Tracker.reopen(
+        TRAINED, uri=config.tracking.uri, experiment=config.tracking.experiment, root=repository_root(ROOT), tags=tags
+    )
     tracker.log({f"test/{name}": value for name, value in numbers.items()}, 0)
     for path in pictures:
         tracker.log_artifact(path, "evaluation/overlays")

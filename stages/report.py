@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from lesionsam.errors import run_guarded
+from lesionsam.lineage import lineage_tags
 from lesionsam.report import build_report
-from lesionsam.tracking import lineage_tags
 
 
 def main() -> None:
     """Build report/index.html."""
     output = Path("report/index.html")
     output.parent.mkdir(exist_ok=True)
-    size = build_report(Path("results"), Path("models/adapted"), output,
-                        commit=lineage_tags(Path.cwd()).get("mlflow.source.git.commit"))
+    size = build_report(
+        Path("results"), Path("models/adapted"), output, commit=lineage_tags(Path.cwd()).get("mlflow.source.git.commit")
+    )
     print(f"{output} ({size / 1e6:.1f} MB)")
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from lesionsam import metrics
 from lesionsam.box_prior import OUTSIDE, ellipse_prior, outline_offset
 from lesionsam.boxes import model_frame_size
+from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
     LEAKING,
     Case,
@@ -29,8 +31,6 @@ from lesionsam.evaluation_cases import (
     predict_cases,
     upscaled,
 )
-from lesionsam.data.datasets import LesionDataset
-from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.models.sam import Sam, decode, encode, preprocess
 from lesionsam.progress import progress
 from lesionsam.prompts import seeded_prompts
@@ -39,11 +39,15 @@ from lesionsam.types import Batch, Sample
 
 JITTER_PROMPTS = ("box", "box+core")
 ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"
-ROW_COLUMNS = ("model", "run", "prompt", "image_id", "lesion_id", "width", "height", "lesion_share", "iou", "dice",
-               "boundary_f1", "hd95", "thresholded_jaccard", "predicted_share", "predicted_iou", "entropy", "core_coverage",
-               "leakage", "consistency")
+ROW_COLUMNS = (
+    "model", "run", "prompt", "image_id", "lesion_id", "width", "height", "lesion_share", "iou", "dice", "boundary_f1",
+    "hd95", "thresholded_jaccard", "predicted_share", "predicted_iou", "entropy", "core_coverage", "leakage",
+    "consistency",
+)
 JITTER_COLUMNS = ("model", "run", "prompt", "share", "image_id", "lesion_id", "iou")
-CALIBRATION_COLUMNS = ("model", "run", "prompt", "region", "bin", "count", "probability_sum", "truth_sum", "squared_error")
+CALIBRATION_COLUMNS = (
+    "model", "run", "prompt", "region", "bin", "count", "probability_sum", "truth_sum", "squared_error",
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,22 @@ def concat(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(*frames)
 
 
-def evaluate_model(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, load_mask: LoadMask | None = None, *,
-                   prompts: Sequence[str], seed: int, batch_size: int, num_points: int,
-                   device: torch.device | str = "cpu", boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
-                   jitter: Sequence[float] = (), model: str = "model", run: str = "0") -> Evaluation:
+def evaluate_model(
+    sam: Sam,
+    samples: Sequence[Sample],
+    load_image: LoadImage,
+    load_mask: LoadMask | None = None,
+    *,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    num_points: int,
+    device: torch.device | str = "cpu",
+    boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
+    jitter: Sequence[float] = (),
+    model: str = "model",
+    run: str = "0",
+) -> Evaluation:
     """All figures of one model.
 
     Args:
@@ -88,14 +104,26 @@ def evaluate_model(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, l
         boundary_tolerance: of boundary F1, share of the diagonal. jitter: shares of the jitter curve (needs masks).
     """
     wanted = [(prompt, 0.0) for prompt in prompts]
-    jittered = [(prompt, float(share)) for share in jitter for prompt in JITTER_PROMPTS] if load_mask is not None else []
+    jittered = (
+        [(prompt, float(share)) for share in jitter for prompt in JITTER_PROMPTS] if load_mask is not None else []
+    )
     requests: list[Request] = list(dict.fromkeys(wanted + jittered))
     side = int(sam.image_encoder.img_size)
     rows: list[dict[str, object]] = []
     curve: list[dict[str, object]] = []
     sums: dict[tuple[str, str], metrics.Calibration] = {}
-    for case, answers in predict_cases(sam, samples, load_image, load_mask, requests=requests, seed=seed,
-                                       batch_size=batch_size, num_points=num_points, device=device, title=f"evaluating {model}"):
+    for case, answers in predict_cases(
+        sam,
+        samples,
+        load_image,
+        load_mask,
+        requests=requests,
+        seed=seed,
+        batch_size=batch_size,
+        num_points=num_points,
+        device=device,
+        title=f"evaluating {model}",
+    ):
         own: list[dict[str, object]] = []
         in_box: list[np.ndarray] = []
         for request, (low_res, predicted_iou) in answers.items():
@@ -109,15 +137,23 @@ def evaluate_model(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, l
                 curve.append(_key(case.sample) | {"prompt": request[0], "share": request[1], "iou": _iou(logits, case)})
         agreement = consistency(in_box)
         rows += [row | {"consistency": agreement} for row in own]
-    return Evaluation(_frame(rows, ROW_COLUMNS), _calibration_frame(sums), _frame(curve, JITTER_COLUMNS)).labelled(model, run)
+    return Evaluation(_frame(rows, ROW_COLUMNS), _calibration_frame(sums), _frame(curve, JITTER_COLUMNS)).labelled(
+        model, run
+    )
 
 
 def _key(sample: Sample) -> dict[str, object]:
     return {"image_id": sample.image_id, "lesion_id": sample.lesion_id}
 
 
-def _row(logits: np.ndarray, case: Case, prompt: str, predicted_iou: float, tolerance: float,
-         sums: dict[tuple[str, str], metrics.Calibration]) -> dict[str, object]:
+def _row(
+    logits: np.ndarray,
+    case: Case,
+    prompt: str,
+    predicted_iou: float,
+    tolerance: float,
+    sums: dict[tuple[str, str], metrics.Calibration],
+) -> dict[str, object]:
     probabilities, entropy = metrics.probabilities_and_entropy(logits)
     everywhere = slice(None) if case.valid is None else case.valid
     if case.truth is not None:
@@ -125,8 +161,12 @@ def _row(logits: np.ndarray, case: Case, prompt: str, predicted_iou: float, tole
             new = metrics.Calibration.of(probabilities[where], case.truth[where])
             known = sums.get((prompt, region))
             sums[(prompt, region)] = new if known is None else known + new
-    return (_key(case.sample) | {"prompt": prompt, "width": case.sample.width, "height": case.sample.height}
-            | measure(logits, case, tolerance) | {"predicted_iou": predicted_iou, "entropy": float(entropy[everywhere].mean())})
+    return (
+        _key(case.sample)
+        | {"prompt": prompt, "width": case.sample.width, "height": case.sample.height}
+        | measure(logits, case, tolerance)
+        | {"predicted_iou": predicted_iou, "entropy": float(entropy[everywhere].mean())}
+    )
 
 
 def _iou(logits: np.ndarray, case: Case) -> float:
@@ -148,14 +188,28 @@ def _calibration_frame(sums: Mapping[tuple[str, str], metrics.Calibration]) -> p
     rows = []
     for (prompt, region), c in sums.items():
         for k in range(len(c.counts)):  # the squared error is one number: it stands in the first bin's row
-            rows.append({"prompt": prompt, "region": region, "bin": k, "count": c.counts[k],
-                         "probability_sum": c.probability_sums[k], "truth_sum": c.truth_sums[k],
-                         "squared_error": c.squared_error if k == 0 else 0.0})
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "region": region,
+                    "bin": k,
+                    "count": c.counts[k],
+                    "probability_sum": c.probability_sums[k],
+                    "truth_sum": c.truth_sums[k],
+                    "squared_error": c.squared_error if k == 0 else 0.0,
+                }
+            )
     return _frame(rows, CALIBRATION_COLUMNS)
 
 
-def evaluate_baselines(samples: Sequence[Sample], load_image: LoadImage, load_mask: LoadMask | None = None, *,
-                       looseness: float, boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE) -> tuple[Evaluation, float]:
+def evaluate_baselines(
+    samples: Sequence[Sample],
+    load_image: LoadImage,
+    load_mask: LoadMask | None = None,
+    *,
+    looseness: float,
+    boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
+) -> tuple[Evaluation, float]:
     """What both boxes give without a network: the ellipse, the box prior, the box prior with its outline offset.
 
     The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The offset is one number, found from the boxes
@@ -166,7 +220,7 @@ def evaluate_baselines(samples: Sequence[Sample], load_image: LoadImage, load_ma
     Returns:
         (evaluation, offset).
     """
-    priors, bigs, cases = [], [], []
+    priors, bigs = [], []
     images = by_image(samples)
     for lesions in progress(images, total=len(images), title="baselines: priors"):
         image = load_image(lesions[0])
@@ -190,15 +244,26 @@ def evaluate_baselines(samples: Sequence[Sample], load_image: LoadImage, load_ma
             shifted[case.big] += offset
             answers[PRIOR_OFFSET, "box+core"] = shifted
             for (model, prompt), logits in answers.items():
-                row = (_key(sample) | {"model": model, "run": "0", "prompt": prompt, "width": sample.width,
-                                       "height": sample.height} | measure(logits, case, boundary_tolerance))
+                row = (
+                    _key(sample)
+                    | {"model": model, "run": "0", "prompt": prompt, "width": sample.width, "height": sample.height}
+                    | measure(logits, case, boundary_tolerance)
+                )
                 rows += [row, row | {"prompt": "box+core"}] if model == ELLIPSE else [row]
     none = _calibration_frame({})
     return Evaluation(_frame(rows, ROW_COLUMNS), none, _frame([], JITTER_COLUMNS)), offset
 
 
-def quick_evaluate(sam: Sam, dataset: LesionDataset, *, prompts: Sequence[str], seed: int, batch_size: int,
-                   device: torch.device | str, num_points: int = 10) -> dict[str, float]:
+def quick_evaluate(
+    sam: Sam,
+    dataset: LesionDataset,
+    *,
+    prompts: Sequence[str],
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+    num_points: int = 10,
+) -> dict[str, float]:
     """Figures for selection during training, on the model frame (not the reported ones, which are at original size).
 
     Args:
@@ -219,8 +284,11 @@ def quick_evaluate(sam: Sam, dataset: LesionDataset, *, prompts: Sequence[str], 
                     scores.setdefault(name, []).append(values.cpu().double().numpy())
     finally:
         sam.train(was_training)
-    means = {name: float(np.nanmean(values)) for name, parts in scores.items()
-             if not np.isnan(values := np.concatenate(parts)).all()}
+    means = {
+        name: float(np.nanmean(values))
+        for name, parts in scores.items()
+        if not np.isnan(values := np.concatenate(parts)).all()
+    }
     if all(prompt in means for prompt in OBJECTIVE_PROMPTS):
         means["objective"] = float(np.mean([means[prompt] for prompt in OBJECTIVE_PROMPTS]))
     signals = [means["core_coverage"], 1 - means["leakage"], means.get("consistency", means["core_coverage"])]
@@ -236,7 +304,9 @@ def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_
     for kind in prompts:
         drawn = seeded_prompts(kind, batch.big_boxes, batch.small_boxes, batch.ids, num_points=num_points, seed=seed)
         low_res, _ = decode(sam, features, drawn)
-        full = torch.nn.functional.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
+        full = torch.nn.functional.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[
+            :, 0
+        ]
         mask = (full > 0) & batch.valid
         masks.append(mask & big)
         coverage.append((mask & small).sum((1, 2)) / small.sum((1, 2)).clamp(min=1))

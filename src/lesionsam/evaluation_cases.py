@@ -84,20 +84,25 @@ def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float
         prediction &= case.valid
     area = int(np.count_nonzero(prediction))
     outside = area - int(np.count_nonzero(prediction[case.big]))
-    figures = {name: float("nan") for name in ("lesion_share", "iou", "dice", "boundary_f1", "hd95", "thresholded_jaccard")}
+    figures = {
+        name: float("nan") for name in ("lesion_share", "iou", "dice", "boundary_f1", "hd95", "thresholded_jaccard")
+    }
     if case.truth is not None and case.outline is not None:
         value = metrics.iou(prediction, case.truth)
         f1, distance = metrics.boundary_scores(metrics.Outline.of(prediction), case.outline, tolerance)
-        figures = {"lesion_share": float(case.truth.mean()), "iou": value, "dice": 2 * value / (1 + value),
-                   "boundary_f1": f1, "hd95": distance, "thresholded_jaccard": metrics.thresholded_jaccard(value)}
-    return figures | {"predicted_share": area / prediction.size, "core_coverage": float(prediction[case.small].mean()),
-                      "leakage": outside / area if area else 0.0}
-
-
-def consistency(predictions: Sequence[np.ndarray]) -> float:
-    """Mean pairwise IoU of (h, w) bool masks of one lesion from several prompts; NaN for fewer than two."""
-    pairs = [metrics.iou(a, b) for a, b in combinations(predictions, 2)]
-    return float(np.mean(pairs)) if pairs else float("nan")
+        figures = {
+            "lesion_share": float(case.truth.mean()),
+            "iou": value,
+            "dice": 2 * value / (1 + value),
+            "boundary_f1": f1,
+            "hd95": distance,
+            "thresholded_jaccard": metrics.thresholded_jaccard(value),
+        }
+    return figures | {
+        "predicted_share": area / prediction.size,
+        "core_coverage": float(prediction[case.small].mean()),
+        "leakage": outside / area if area else 0.0,
+    }
 
 
 def jitter_boxes(sample: Sample, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,9 +128,19 @@ def _moved(box: np.ndarray, draw: np.ndarray, limits: np.ndarray) -> np.ndarray:
     return np.concatenate([np.maximum(centre - half, limits[:2]), np.minimum(centre + half, limits[2:])])
 
 
-def predict_cases(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, load_mask: LoadMask | None, *,
-                  requests: Sequence[Request], seed: int, batch_size: int, num_points: int, device: torch.device | str,
-                  title: str = "evaluating") -> Iterator[tuple[Case, dict[Request, Answer]]]:
+def predict_cases(
+    sam: Sam,
+    samples: Sequence[Sample],
+    load_image: LoadImage,
+    load_mask: LoadMask | None,
+    *,
+    requests: Sequence[Request],
+    seed: int,
+    batch_size: int,
+    num_points: int,
+    device: torch.device | str,
+    title: str = "evaluating",
+) -> Iterator[tuple[Case, dict[Request, Answer]]]:
     """Encode each image once, decode every request for each of its lesions.
 
     Args:
@@ -141,7 +156,7 @@ def predict_cases(sam: Sam, samples: Sequence[Sample], load_image: LoadImage, lo
     try:
         starts = range(0, len(images), batch_size)
         for start in progress(starts, total=len(starts), title=title):
-            chunk = images[start:start + batch_size]
+            chunk = images[start : start + batch_size]
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
             owner = torch.tensor([k for k, lesions in enumerate(chunk) for _ in lesions])
             with torch.inference_mode():
@@ -175,22 +190,34 @@ def _frames(samples: Sequence[Sample], load_image: LoadImage, side: int, device:
     for k, sample in enumerate(samples):
         image = load_image(sample)
         if image.shape[:2] != (sample.height, sample.width):
-            raise UserError(f"{sample.image_path}: expected {sample.width}x{sample.height} px as in the box CSV, got "
-                            f"{image.shape[1]}x{image.shape[0]}; run the boxes stage again")
+            raise UserError(
+                f"{sample.image_path}: expected {sample.width}x{sample.height} px as in the box CSV, got "
+                f"{image.shape[1]}x{image.shape[0]}; run the boxes stage again"
+            )
         small = resize_longest(image, side)
-        frames[k, :small.shape[0], :small.shape[1]] = small
+        frames[k, : small.shape[0], : small.shape[1]] = small
         sizes.append(small.shape[:2])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
     return preprocess(pixels, torch.tensor(sizes, device=device))
 
 
-def _answer(sam: Sam, features: torch.Tensor, owner: torch.Tensor, cases: Sequence[Case], requests: Sequence[Request],
-            seed: int, num_points: int, side: int) -> list[dict[Request, Answer]]:
+def _answer(
+    sam: Sam,
+    features: torch.Tensor,
+    owner: torch.Tensor,
+    cases: Sequence[Case],
+    requests: Sequence[Request],
+    seed: int,
+    num_points: int,
+    side: int,
+) -> list[dict[Request, Answer]]:
     answers: list[dict[Request, Answer]] = [{} for _ in cases]
     for kind, share in requests:
         rows, bigs, smalls = [], [], []
         for k, case in enumerate(cases):
-            big, small = jitter_boxes(case.sample, share, seed) if share else (case.sample.big_box, case.sample.small_box)
+            big, small = (
+                jitter_boxes(case.sample, share, seed) if share else (case.sample.big_box, case.sample.small_box)
+            )
             if kind == LEAKING:
                 tight = metrics.bounding_box(case.truth) if case.truth is not None else None
                 if tight is None:
@@ -201,8 +228,14 @@ def _answer(sam: Sam, features: torch.Tensor, owner: torch.Tensor, cases: Sequen
             smalls.append(to_model_frame(small, case.sample.width, case.sample.height, side))
         if not rows:
             continue
-        prompts = seeded_prompts(kind, _tensor(bigs), _tensor(smalls), [_key(cases[k].sample) for k in rows],
-                                 num_points=num_points, seed=seed).to(features.device)
+        prompts = seeded_prompts(
+            kind,
+            _tensor(bigs),
+            _tensor(smalls),
+            [_key(cases[k].sample) for k in rows],
+            num_points=num_points,
+            seed=seed,
+        ).to(features.device)
         low_res, predicted = decode(sam, features[owner[rows].to(features.device)], prompts)
         for row, mask, quality in zip(rows, low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True):
             answers[row][(kind, share)] = (mask, quality)

@@ -46,7 +46,7 @@ def pick_cases(rows: pd.DataFrame, count: int) -> list[Pick]:
     keys = list(ranked[["image_id", "lesion_id"]].itertuples(index=False, name=None))
     count = min(count, len(keys) // len(GROUPS)) or min(1, len(keys))
     start = max(0, (len(keys) - count) // 2)
-    chosen = {"best": keys[:count], "median": keys[start:start + count], "worst": keys[::-1][:count]}
+    chosen = {"best": keys[:count], "median": keys[start : start + count], "worst": keys[::-1][:count]}
     picks, seen = [], set()
     for group in GROUPS:
         for rank, key in enumerate(chosen[group], 1):
@@ -56,9 +56,22 @@ def pick_cases(rows: pd.DataFrame, count: int) -> list[Pick]:
     return picks
 
 
-def write_pictures(folder: Path, sam: Sam, samples: Sequence[Sample], rows: pd.DataFrame, load_image: LoadImage,
-                   load_mask: LoadMask | None, *, prompt: str, model: str, count: int, seed: int, batch_size: int,
-                   num_points: int, device: torch.device | str) -> list[Path]:
+def write_pictures(
+    folder: Path,
+    sam: Sam,
+    samples: Sequence[Sample],
+    rows: pd.DataFrame,
+    load_image: LoadImage,
+    load_mask: LoadMask | None,
+    *,
+    prompt: str,
+    model: str,
+    count: int,
+    seed: int,
+    batch_size: int,
+    num_points: int,
+    device: torch.device | str,
+) -> list[Path]:
     """Draw the picked cases of one model and prompt source, and all of them on one sheet.
 
     Args:
@@ -71,22 +84,42 @@ def write_pictures(folder: Path, sam: Sam, samples: Sequence[Sample], rows: pd.D
     images = {pick.image_id for pick in picks}
     shown = [s for s in samples if s.image_id in images]  # whole images: siblings belong to the truth's rule
     drawn: dict[Pick, np.ndarray] = {}
-    for case, answers in predict_cases(sam, shown, load_image, load_mask, requests=[(prompt, 0.0)], seed=seed,
-                                       batch_size=batch_size, num_points=num_points, device=device, title="pictures"):
+    for case, answers in predict_cases(
+        sam,
+        shown,
+        load_image,
+        load_mask,
+        requests=[(prompt, 0.0)],
+        seed=seed,
+        batch_size=batch_size,
+        num_points=num_points,
+        device=device,
+        title="pictures",
+    ):
         sample = case.sample
         pick = wanted.get((sample.image_id, sample.lesion_id))
         if pick is None or (prompt, 0.0) not in answers:
             continue
         prediction = upscaled(answers[(prompt, 0.0)][0], case, int(sam.image_encoder.img_size)) > 0
-        drawn[pick] = overlay(load_image(sample), truth=case.truth, prediction=prediction, big=sample.big_box,
-                              small=sample.small_box, caption=caption(rows, pick, prompt), max_side=MAX_SIDE)
+        drawn[pick] = overlay(
+            load_image(sample),
+            truth=case.truth,
+            prediction=prediction,
+            big=sample.big_box,
+            small=sample.small_box,
+            caption=caption(rows, pick, prompt),
+            max_side=MAX_SIDE,
+        )
     written = []
     for pick in picks:
         write_png(folder / pick.file_name, drawn[pick])
         written.append(folder / pick.file_name)
     if drawn:
-        page = sheet([drawn[pick] for pick in picks], count if len(picks) == count * len(GROUPS) else 4,
-                     f"{', '.join(GROUPS)} cases of the {model} model, prompt: {prompt}")
+        page = sheet(
+            [drawn[pick] for pick in picks],
+            count if len(picks) == count * len(GROUPS) else 4,
+            f"{', '.join(GROUPS)} cases of the {model} model, prompt: {prompt}",
+        )
         write_png(folder / "sheet.png", page)
         written.append(folder / "sheet.png")
     return written
@@ -94,8 +127,12 @@ def write_pictures(folder: Path, sam: Sam, samples: Sequence[Sample], rows: pd.D
 
 def caption(rows: pd.DataFrame, pick: Pick, prompt: str) -> str:
     """Group, image and what each model reaches on this lesion with this prompt."""
-    same = rows[(rows["image_id"] == pick.image_id) & (rows["lesion_id"] == pick.lesion_id) & (rows["prompt"] == prompt)]
+    same = rows[
+        (rows["image_id"] == pick.image_id) & (rows["lesion_id"] == pick.lesion_id) & (rows["prompt"] == prompt)
+    ]
     figures = [f"{row['model']} {row['iou']:.2f}" for _, row in same.iterrows() if pd.notna(row["iou"])]
     lesion = "" if pick.lesion_id == "0" else f" lesion {pick.lesion_id}"
-    second = ("IoU: " + ", ".join(figures)) if figures else f"agreement between prompts {same['consistency'].iloc[-1]:.2f}"
+    second = (
+        ("IoU: " + ", ".join(figures)) if figures else f"agreement between prompts {same['consistency'].iloc[-1]:.2f}"
+    )
     return f"{pick.group} {pick.rank}: {pick.image_id}{lesion}\n{second}"

@@ -21,14 +21,22 @@ from lesionsam.types import Sample
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
 BASELINES = (ELLIPSE, PRIOR, PRIOR_OFFSET)
-LABEL_FREE_TITLES = {"consistency": "agreement between prompts", "core_coverage": "core covered", "leakage": "mask outside the big box",
-                     "entropy": "entropy [nats]", "predicted_iou": "predicted IoU"}
-NOTES = {LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
-         ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only)."}
+LABEL_FREE_TITLES = {
+    "consistency": "agreement between prompts",
+    "core_coverage": "core covered",
+    "leakage": "mask outside the big box",
+    "entropy": "entropy [nats]",
+    "predicted_iou": "predicted IoU",
+}
+NOTES = {
+    LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
+    ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
+}
 
 
-def write_results(folder: Path, evaluation: Evaluation, *, num_bootstrap: int, confidence: float,
-                  settings: Mapping[str, object]) -> tuple[pd.DataFrame, dict[str, float]]:
+def write_results(
+    folder: Path, evaluation: Evaluation, *, num_bootstrap: int, confidence: float, settings: Mapping[str, object]
+) -> tuple[pd.DataFrame, dict[str, float]]:
     """Write per_image, table, strata, jitter, calibration (CSV), table.md, summary.json and metrics.json.
 
     Args:
@@ -44,20 +52,36 @@ def write_results(folder: Path, evaluation: Evaluation, *, num_bootstrap: int, c
         scores = statistics.calibration_scores(evaluation.calibration)
         for region, suffix in (("image", ""), ("big_box", "_big_box")):
             part = scores[scores["region"] == region].drop(columns="region")
-            table = table.merge(part.rename(columns={"ece": f"ece{suffix}", "brier": f"brier{suffix}"}), "left", ["model", "prompt"])
-    frames = {"per_image": evaluation.rows, "table": table, "strata": statistics.strata(evaluation.rows, **how),
-              "jitter": jitter_curve(evaluation.jitter, **how), "calibration": calibration}
+            table = table.merge(
+                part.rename(columns={"ece": f"ece{suffix}", "brier": f"brier{suffix}"}), "left", ["model", "prompt"]
+            )
+    frames = {
+        "per_image": evaluation.rows,
+        "table": table,
+        "strata": statistics.strata(evaluation.rows, **how),
+        "jitter": jitter_curve(evaluation.jitter, **how),
+        "calibration": calibration,
+    }
     for name, frame in frames.items():
         write_csv(folder / f"{name}.csv", frame)
     against = against_baselines(evaluation.rows, **how)
     numbers = flat_metrics(table)
     write_text_atomic(folder / "table.md", markdown(table, against))
     write_json_atomic(folder / "metrics.json", numbers)
-    write_json_atomic(folder / "summary.json", {
-        "num_images": int(evaluation.rows["image_id"].nunique()), "num_lesions": num_lesions(evaluation.rows),
-        "has_truth": statistics.has_truth(evaluation.rows), "settings": dict(settings), "num_bootstrap": num_bootstrap,
-        "confidence": confidence, "failure_below_iou": statistics.metrics.FAILURE, "metrics": numbers,
-        "against_baselines": json.loads(against.to_json(orient="records"))})
+    write_json_atomic(
+        folder / "summary.json",
+        {
+            "num_images": int(evaluation.rows["image_id"].nunique()),
+            "num_lesions": num_lesions(evaluation.rows),
+            "has_truth": statistics.has_truth(evaluation.rows),
+            "settings": dict(settings),
+            "num_bootstrap": num_bootstrap,
+            "confidence": confidence,
+            "failure_below_iou": statistics.metrics.FAILURE,
+            "metrics": numbers,
+            "against_baselines": json.loads(against.to_json(orient="records")),
+        },
+    )
     return table, numbers
 
 
@@ -80,11 +104,13 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def calibration_curve(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Reliability curve: model, prompt, region, bin, count, confidence (mean probability), accuracy (share of lesion)."""
+    """Reliability curve: model, prompt, region, bin, count, confidence (mean probability), accuracy (true share)."""
     keys = ["model", "prompt", "region", "bin"]
     sums = calibration.groupby(keys, sort=False)[["count", "probability_sum", "truth_sum"]].sum().reset_index()
     sums = sums[sums["count"] > 0]
-    return sums[[*keys, "count"]].assign(confidence=sums["probability_sum"] / sums["count"], accuracy=sums["truth_sum"] / sums["count"])
+    return sums[[*keys, "count"]].assign(
+        confidence=sums["probability_sum"] / sums["count"], accuracy=sums["truth_sum"] / sums["count"]
+    )
 
 
 def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
@@ -92,8 +118,16 @@ def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float)
     out = []
     for (model, prompt, share), group in jitter.groupby(["model", "prompt", "share"], sort=False):
         values = statistics.per_image(group, "iou").to_numpy()
-        out.append((model, prompt, share, len(values), values.mean(),
-                    *statistics.interval(values, num_bootstrap=num_bootstrap, confidence=confidence)))
+        out.append(
+            (
+                model,
+                prompt,
+                share,
+                len(values),
+                values.mean(),
+                *statistics.interval(values, num_bootstrap=num_bootstrap, confidence=confidence),
+            )
+        )
     return pd.DataFrame(out, columns=["model", "prompt", "share", "num_images", "miou", "low", "high"])
 
 
@@ -118,7 +152,11 @@ def slug(name: str) -> str:
 
 def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
     """The figures that `dvc metrics` and MLflow show: model.prompt.figure, model.objective; finite ones only."""
-    wanted = ("miou", "failure_rate", "difference") if "miou" in table else ("consistency", "core_coverage", "leakage", "entropy")
+    wanted = (
+        ("miou", "failure_rate", "difference")
+        if "miou" in table
+        else ("consistency", "core_coverage", "leakage", "entropy")
+    )
     out: dict[str, float] = {}
     for model in table["model"].drop_duplicates():
         part = table[table["model"] == model].set_index("prompt")
@@ -141,19 +179,31 @@ def sections(table: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
     prompts = prompts_in(table)
     header = ["", *prompts]
     if "miou" in table:
-        wanted = [("Mean IoU over images, with interval", "miou"), ("Paired difference of IoU to zero-shot, with interval and Wilcoxon p", "difference"),
-                  (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate")]
+        wanted = [
+            ("Mean IoU over images, with interval", "miou"),
+            ("Paired difference of IoU to zero-shot, with interval and Wilcoxon p", "difference"),
+            (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate"),
+        ]
     else:
         wanted = [(f"No masks: {title}", name) for name, title in LABEL_FREE_TITLES.items()]
     networks = table[~table["model"].isin(BASELINES)]
-    tables = [(title, statistics.wide(networks if name == "difference" else table, prompts, name)) for title, name in wanted]
+    tables = [
+        (title, statistics.wide(networks if name == "difference" else table, prompts, name)) for title, name in wanted
+    ]
     return [(title, [header, *cells]) for title, cells in tables if cells]
 
 
 def baseline_cells(against: pd.DataFrame) -> list[list[str]]:
     """Cells of `against_baselines` for people, with a header."""
-    rows = [[str(r["model"]), str(r["baseline"]), statistics.format_interval(r["difference"], r["difference_low"], r["difference_high"], sign=True),
-             statistics.format_p(r["p"])] for _, r in against.iterrows()]
+    rows = [
+        [
+            str(r["model"]),
+            str(r["baseline"]),
+            statistics.format_interval(r["difference"], r["difference_low"], r["difference_high"], sign=True),
+            statistics.format_p(r["p"]),
+        ]
+        for _, r in against.iterrows()
+    ]
     return [["model", "minus baseline", "difference of IoU", "p"], *rows]
 
 
@@ -166,7 +216,10 @@ def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
         tables.append(("Adapted against what needs no network, paired", baseline_cells(against)))
     for title, cells in tables:
         widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-        lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+        lines = [
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for row in cells
+        ]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
         parts.append(f"**{title}**\n\n" + "\n".join(lines))
     shown = {*prompts_in(table), *table["model"]}
@@ -191,14 +244,26 @@ def print_tables(table: pd.DataFrame) -> None:
 def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapping[str, object]) -> str:
     """Digest of all that an evaluation depends on: lesions, files, weights, settings and the code that measures."""
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for module in ("metrics", "evaluation", "evaluation_cases", "prompts", "box_prior", "boxes", "files", "data.frames", "models.sam"):
+    for module in (
+        "metrics",
+        "evaluation",
+        "evaluation_cases",
+        "prompts",
+        "box_prior",
+        "boxes",
+        "files",
+        "data.frames",
+        "models.sam",
+    ):
         spec = importlib.util.find_spec(f"lesionsam.{module}")
         if spec is not None and spec.origin is not None:
             digest.update(Path(spec.origin).read_bytes())
     for path in weights:
         digest.update(sha256_file(path).encode())
     for s in samples:
-        digest.update(f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode())
+        digest.update(
+            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
+        )
         for path in (s.image_path, s.mask_path):
             if path is not None and path.exists():
                 digest.update(f"{path}|{path.stat().st_size}|{path.stat().st_mtime_ns}".encode())
@@ -229,4 +294,4 @@ def open_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]] | None:
 def read_csv(path: Path) -> pd.DataFrame:
     """A frame as written here: ids stay text, whatever they look like; only an empty field is NaN."""
     text = dict.fromkeys(("model", "run", "prompt", "region", "image_id", "lesion_id", "stratum"), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])

@@ -50,7 +50,7 @@ def bounding_box(mask: np.ndarray) -> np.ndarray | None:
     rows = np.flatnonzero(mask.any(1))
     if rows.size == 0:
         return None
-    columns = np.flatnonzero(mask[rows[0]:rows[-1] + 1].any(0))
+    columns = np.flatnonzero(mask[rows[0] : rows[-1] + 1].any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
 
 
@@ -170,8 +170,12 @@ class Calibration:
         return cls(split.sum(0), sums, split[1], float(np.dot(error, error)))
 
     def __add__(self, other: Calibration) -> Calibration:
-        return Calibration(self.counts + other.counts, self.probability_sums + other.probability_sums,
-                           self.truth_sums + other.truth_sums, self.squared_error + other.squared_error)
+        return Calibration(
+            self.counts + other.counts,
+            self.probability_sums + other.probability_sums,
+            self.truth_sums + other.truth_sums,
+            self.squared_error + other.squared_error,
+        )
 
     @property
     def ece(self) -> float:
@@ -184,4 +188,3 @@ class Calibration:
         """Mean over pixels of (p - y)^2; NaN without pixels."""
         total = self.counts.sum()
         return float(self.squared_error / total) if total else float("nan")
-

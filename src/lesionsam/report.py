@@ -56,56 +56,89 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
     params_text = (training / "params.yaml").read_text(encoding="utf-8")
     params = read_yaml(training / "params.yaml")
     text = page().render(
-        title="Two boxes per lesion: what the adapted model does", subtitle=subtitle(params, summary), story=story(params, summary),
-        headline=headline(table), tables=tables(table, summary), notes=notes(table), chart_groups=chart_groups(results, training, table),
-        cases=cases(results / "overlays", training / "overlays", summary["has_truth"]), params=params_text,
-        commands="\n".join([f"git checkout {commit}"] * bool(commit) + ["dvc repro", "dvc metrics show"]))
+        title="Two boxes per lesion: what the adapted model does",
+        subtitle=subtitle(params, summary),
+        story=story(params, summary),
+        headline=headline(table),
+        tables=tables(table, summary),
+        notes=notes(table),
+        chart_groups=chart_groups(results, training, table),
+        cases=cases(results / "overlays", training / "overlays", summary["has_truth"]),
+        params=params_text,
+        commands="\n".join([f"git checkout {commit}"] * bool(commit) + ["dvc repro", "dvc metrics show"]),
+    )
     size = len(text.encode())
     if size > MAX_BYTES:
-        raise UserError(f"{output}: the page would take {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} MB; lower evaluate.overlays")
+        raise UserError(
+            f"{output}: the page would take {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} MB; "
+            "lower evaluate.overlays"
+        )
     write_text_atomic(output, text)
     return size
 
 
 def page() -> jinja2.Template:
-    """The page's template, with `grid(table)` to write one table."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    grid = environment.from_string(
-        '<div class="wide"><table><caption>{{ table.title }}</caption><tr>{% for cell in table.cells[0] %}<th>{{ cell }}</th>{% endfor %}</tr>'
-        '{% for row in table.cells[1:] %}<tr{% if row[0] == table.main %} class="main"{% endif %}>{% for cell in row %}<td>'
-        '{% set parts = cell.split(" [", 1) %}{{ parts[0] }}{% if parts|length > 1 %}<small>[{{ parts[1] }}</small>{% endif %}'
-        "</td>{% endfor %}</tr>{% endfor %}</table></div>")
-    environment.globals["grid"] = lambda table: jinja2.utils.markupsafe.Markup(grid.render(table=table))
+    """The page's template."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     source = (resources.files("lesionsam") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 
 def subtitle(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """One line: data, model, method, size of the test."""
-    return (f"{params['data']['source']} data · model {params['model']['name']} · method {params['method']['name']} · "
-            f"{summary['num_images']} test images, {summary['num_lesions']} lesions")
+    return (
+        f"{params['data']['source']} data · model {params['model']['name']} · method {params['method']['name']} · "
+        f"{summary['num_images']} test images, {summary['num_lesions']} lesions"
+    )
 
 
 def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     """What was done, in sentences."""
     method, model, boxes = params["method"], params["model"], params["boxes"]
-    drawn = ("simulated from the masks (which the method itself never sees)" if boxes["source"] == "simulated" else "drawn by an annotator")
+    drawn = (
+        "simulated from the masks (which the method itself never sees)"
+        if boxes["source"] == "simulated"
+        else "drawn by an annotator"
+    )
     supervised = method["name"] == "supervised"
-    labels = ("The model was trained with true masks." if supervised else
-              f"The model was adapted from two boxes per lesion, {drawn}: a big one that holds the lesion and a small one inside it. "
-              f"No mask took part in training; the target of the pseudo-mask term is “{method['target']['kind']}”.")
-    selection = ("by true masks of the development images" if params["train"]["select"] == "objective" and summary["has_truth"]
-                 else "by what needs no mask")
-    parts = "the decoder only" if model["encoder"] == "none" else "image encoder and decoder" if model["train_decoder"] else "the image encoder"
-    out = [f"{labels} What trains is {parts}, for {params['train']['epochs']} epochs; the best epoch was chosen {selection}. "
-           "The test images were read once, by the evaluation that this page shows."]
+    labels = (
+        "The model was trained with true masks."
+        if supervised
+        else f"The model was adapted from two boxes per lesion, {drawn}: a big one that holds the lesion "
+        "and a small one inside it. "
+        f"No mask took part in training; the target of the pseudo-mask term is “{method['target']['kind']}”."
+    )
+    selection = (
+        "by true masks of the development images"
+        if params["train"]["select"] == "objective" and summary["has_truth"]
+        else "by what needs no mask"
+    )
+    parts = (
+        "the decoder only"
+        if model["encoder"] == "none"
+        else "image encoder and decoder"
+        if model["train_decoder"]
+        else "the image encoder"
+    )
+    out = [
+        f"{labels} What trains is {parts}, for {params['train']['epochs']} epochs; "
+        f"the best epoch was chosen {selection}. "
+        "The test images were read once, by the evaluation that this page shows."
+    ]
     if summary["has_truth"]:
-        out.append(f"All figures are per image at the image's original size and averaged over images; brackets are "
-                   f"{summary['confidence']:.0%} bootstrap intervals over images ({summary['num_bootstrap']} resamples). "
-                   "Each model answers exactly the same drawn prompts.")
+        out.append(
+            f"All figures are per image at the image's original size and averaged over images; brackets are "
+            f"{summary['confidence']:.0%} bootstrap intervals over images ({summary['num_bootstrap']} resamples). "
+            "Each model answers exactly the same drawn prompts."
+        )
     else:
-        out.append("These test images have no masks, so there is no IoU. Shown is what needs none: agreement between prompts, how much of the "
-                   "small box the masks cover, how much of them leaves the big box, and pictures.")
+        out.append(
+            "These test images have no masks, so there is no IoU. Shown is what needs none: agreement "
+            "between prompts, how much of the "
+            "small box the masks cover, how much of them leaves the big box, and pictures."
+        )
     return out
 
 
@@ -113,27 +146,47 @@ def headline(table: pd.DataFrame) -> list[dict[str, str]]:
     """The few figures that stand at the top."""
     own = table[table["model"] == ADAPTED].set_index("prompt")
     if "miou" not in table:
-        return [{"label": LABEL_FREE_TITLES[name].capitalize(), "value": f"{own[name].mean():.3f}", "note": "mean over prompts"}
-                for name in ("consistency", "core_coverage", "leakage") if name in own]
+        return [
+            {
+                "label": LABEL_FREE_TITLES[name].capitalize(),
+                "value": f"{own[name].mean():.3f}",
+                "note": "mean over prompts",
+            }
+            for name in ("consistency", "core_coverage", "leakage")
+            if name in own
+        ]
     before = table[table["model"] == ZERO_SHOT].set_index("prompt")
-    return [{"label": f"Mean IoU, prompt {prompt}", "value": f"{own.loc[prompt, 'miou']:.3f}",
-             "note": f"zero-shot {before.loc[prompt, 'miou']:.3f}"}
-            for prompt in (*statistics.OBJECTIVE_PROMPTS, "box+core") if prompt in own.index and prompt in before.index]
+    return [
+        {
+            "label": f"Mean IoU, prompt {prompt}",
+            "value": f"{own.loc[prompt, 'miou']:.3f}",
+            "note": f"zero-shot {before.loc[prompt, 'miou']:.3f}",
+        }
+        for prompt in (*statistics.OBJECTIVE_PROMPTS, "box+core")
+        if prompt in own.index and prompt in before.index
+    ]
 
 
 def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, object]]:
     """Main tables, with the comparison to the baselines."""
     out = [{"title": title, "cells": cells, "main": ADAPTED} for title, cells in sections(table)]
     if summary["against_baselines"]:
-        out.append({"title": "Adapted model minus what needs no network, paired over images",
-                    "cells": baseline_cells(pd.DataFrame(summary["against_baselines"])), "main": None})
+        out.append(
+            {
+                "title": "Adapted model minus what needs no network, paired over images",
+                "cells": baseline_cells(pd.DataFrame(summary["against_baselines"])),
+                "main": None,
+            }
+        )
     return out
 
 
 def notes(table: pd.DataFrame) -> list[str]:
     """What the reader must know to read the tables right."""
     shown = {*prompts_in(table), *table["model"]}
-    return [note for name, note in NOTES.items() if name in shown] + ["From results/table.csv and results/summary.json."]
+    return [note for name, note in NOTES.items() if name in shown] + [
+        "From results/table.csv and results/summary.json."
+    ]
 
 
 def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -142,9 +195,17 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
 
-    def add(title: str, source: str, drawn: Sequence[charts.Chart], text: str = "", grids: Sequence[Mapping[str, object]] = ()) -> None:
+    def add(
+        title: str,
+        source: str,
+        drawn: Sequence[charts.Chart],
+        text: str = "",
+        grids: Sequence[Mapping[str, object]] = (),
+    ) -> None:
         if drawn or grids:
-            groups.append({"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)})
+            groups.append(
+                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
+            )
 
     if "miou" in table:
         rows = read_csv(results / "per_image.csv")
@@ -158,17 +219,39 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
     if len(strata):
         shown = strata[~strata["model"].isin(BASELINES[1:])]
         edges = strata.drop_duplicates("stratum")
-        sizes = "; ".join(f"{r['stratum']}: {r['share_low']:.1%} to {r['share_high']:.1%} of the image" for _, r in edges.iterrows())
-        add("By lesion size", "results/strata.csv", [charts.strata_chart(shown, prompt) for prompt in dict.fromkeys((main, "centre"))
-                                                     if prompt in set(shown["prompt"])], f"Tertiles of the test lesions: {sizes}.")
+        sizes = "; ".join(
+            f"{r['stratum']}: {r['share_low']:.1%} to {r['share_high']:.1%} of the image" for _, r in edges.iterrows()
+        )
+        add(
+            "By lesion size",
+            "results/strata.csv",
+            [
+                charts.strata_chart(shown, prompt)
+                for prompt in dict.fromkeys((main, "centre"))
+                if prompt in set(shown["prompt"])
+            ],
+            f"Tertiles of the test lesions: {sizes}.",
+        )
     jitter, calibration = read_csv(results / "jitter.csv"), read_csv(results / "calibration.csv")
     if len(jitter):
-        add("Sloppy boxes", "results/jitter.csv", [charts.jitter_chart(jitter)],
-            "Width, height and centre of both boxes drawn anew within the share given; the ends of the curve are far beyond an annotator's care.")
+        add(
+            "Sloppy boxes",
+            "results/jitter.csv",
+            [charts.jitter_chart(jitter)],
+            "Width, height and centre of both boxes drawn anew within the share given; "
+            "the far end of the curve is well beyond an annotator's care.",
+        )
     if len(calibration) and "ece_big_box" in table:
-        scores = table[table["prompt"] == main].dropna(subset=["ece_big_box"]).set_index("model")["ece_big_box"].to_dict()
-        add("Calibration", "results/calibration.csv", [charts.calibration_chart(calibration, main, scores)],
-            "A well calibrated model lies on the line. ECE is over pixels inside the big box; over the whole image it is in results/table.csv.")
+        scores = (
+            table[table["prompt"] == main].dropna(subset=["ece_big_box"]).set_index("model")["ece_big_box"].to_dict()
+        )
+        add(
+            "Calibration",
+            "results/calibration.csv",
+            [charts.calibration_chart(calibration, main, scores)],
+            "A well calibrated model lies on the line. ECE is over pixels inside the big box; "
+            "over the whole image it is in results/table.csv.",
+        )
     return groups
 
 
@@ -176,13 +259,25 @@ def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     """Loss terms and development scores by epoch, as far as the file holds them."""
     numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
     scores = [name for name in numeric if name.removeprefix("dev_") in DEV_SCORES]
-    losses = [name for name in numeric if name not in scores and name.removeprefix("train_") not in NOT_LOSSES
-              and not name.startswith("dev_")][:MAX_CURVES]
+    losses = [
+        name
+        for name in numeric
+        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith("dev_")
+    ][:MAX_CURVES]
     out = []
     if losses:
-        out.append(charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training."))
+        out.append(
+            charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training.")
+        )
     if scores:
-        out.append(charts.training_curves(history, scores, "score on development images", "Development images, on the model's frame (quick figures)."))
+        out.append(
+            charts.training_curves(
+                history,
+                scores,
+                "score on development images",
+                "Development images, on the model's frame (quick figures).",
+            )
+        )
     return out
 
 
@@ -193,11 +288,17 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
     for group in GROUPS:
         found = sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
         if found:
-            text = f"Chosen by {by}. Click a picture to enlarge it. From results/overlays." if group == GROUPS[0] else ""
-            out.append({"title": f"{group.capitalize()} cases", "text": text, "pictures": [picture(path) for path in found]})
+            text = (
+                f"Chosen by {by}. Click a picture to enlarge it. From results/overlays." if group == GROUPS[0] else ""
+            )
+            out.append(
+                {"title": f"{group.capitalize()} cases", "text": text, "pictures": [picture(path) for path in found]}
+            )
     last = sorted(epochs.glob("*.png"))[-1:] if epochs.is_dir() else []
     if last:
-        out.append({"title": "Development images, last epoch", "text": "", "pictures": [picture(path) for path in last]})
+        out.append(
+            {"title": "Development images, last epoch", "text": "", "pictures": [picture(path) for path in last]}
+        )
     return out
 
 

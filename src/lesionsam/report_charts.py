@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,11 +14,31 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"adapted": "#0b62a3", "zero-shot": "#d1702a", "ellipse": "#8a8f99", "box prior": "#5f9e6e", "box prior + offset": "#2c7a3f"}
+COLOURS = {
+    "adapted": "#0b62a3",
+    "zero-shot": "#d1702a",
+    "ellipse": "#8a8f99",
+    "box prior": "#5f9e6e",
+    "box prior + offset": "#2c7a3f",
+}
 OTHER_COLOURS = ("#7a4fa3", "#b0397a", "#8a6d1d", "#3a8f9c", "#555b66")
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa1ad", "axes.grid": True,
-         "grid.color": "#e6e9ee", "grid.linewidth": 0.8, "axes.axisbelow": True, "text.color": "#1d2433", "axes.labelcolor": "#1d2433",
-         "xtick.color": "#5b6475", "ytick.color": "#1d2433", "legend.frameon": False, "svg.fonttype": "path", "svg.hashsalt": "lesionsam"}
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa1ad",
+    "axes.grid": True,
+    "grid.color": "#e6e9ee",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "text.color": "#1d2433",
+    "axes.labelcolor": "#1d2433",
+    "xtick.color": "#5b6475",
+    "ytick.color": "#1d2433",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lesionsam",
+}
 CHANCE = "#9aa1ad"  # of reference lines
 
 
@@ -64,11 +85,15 @@ def miou_by_prompt(table: pd.DataFrame, prompts: Sequence[str]) -> Chart:
             y = np.array([row for row, _ in shown], float) + (k - (len(models) - 1) / 2) * 0.13
             means = part.loc[[prompt for _, prompt in shown]]
             spread = np.abs(means[["low", "high"]].to_numpy().T - means["miou"].to_numpy())
-            axes.errorbar(means["miou"], y, xerr=spread, fmt="o", ms=5, lw=1.6, color=colour(model, models), label=model)
+            axes.errorbar(
+                means["miou"], y, xerr=spread, fmt="o", ms=5, lw=1.6, color=colour(model, models), label=model
+            )
         axes.set_yticks(range(len(prompts)), prompts)
         axes.invert_yaxis()
         axes.set_xlabel("mean IoU over test images")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, fontsize=9, columnspacing=1.2, handletextpad=0.3)
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, fontsize=9, columnspacing=1.2, handletextpad=0.3
+        )
 
     return chart(draw, "Mean IoU by prompt source; bars are bootstrap intervals over images.", height=4.2)
 
@@ -83,15 +108,25 @@ def paired_scatter(rows: pd.DataFrame, prompt: str, first: str, second: str) -> 
         axes.set(xlabel=f"IoU, {first}", ylabel=f"IoU, {second}", xlim=(0, 1), ylim=(0, 1), aspect="equal")
 
     better = float((wide[second] > wide[first]).mean())
-    return chart(draw, f"Prompt {prompt}: each point a lesion; above the line {second} is better ({better:.0%} of lesions).")
+    return chart(
+        draw, f"Prompt {prompt}: each point a lesion; above the line {second} is better ({better:.0%} of lesions)."
+    )
 
 
 def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, caption: str) -> Chart:
     """Columns of history.csv by epoch."""
+
     def draw(axes: Axes) -> None:
         for k, name in enumerate(names):
-            axes.plot(history["epoch"], history[name], lw=1.8, marker="o", ms=2.5, label=name.removeprefix("train_").removeprefix("dev_"),
-                      color=(COLOURS["adapted"], COLOURS["zero-shot"], COLOURS["box prior + offset"], *OTHER_COLOURS)[k % 8])
+            axes.plot(
+                history["epoch"],
+                history[name],
+                lw=1.8,
+                marker="o",
+                ms=2.5,
+                label=name.removeprefix("train_").removeprefix("dev_"),
+                color=(COLOURS["adapted"], COLOURS["zero-shot"], COLOURS["box prior + offset"], *OTHER_COLOURS)[k % 8],
+            )
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend(fontsize=9, ncols=2)
 
@@ -124,10 +159,20 @@ def jitter_chart(jitter: pd.DataFrame) -> Chart:
         for (model, prompt), part in jitter.groupby(["model", "prompt"], sort=False):
             part = part.sort_values("share")
             solid = prompt == "box"
-            axes.plot(part["share"] * 100, part["miou"], lw=1.8, marker="o" if solid else "s", ms=4, ls="-" if solid else "--",
-                      color=colour(str(model), models), label=f"{model}, {prompt}")
+            axes.plot(
+                part["share"] * 100,
+                part["miou"],
+                lw=1.8,
+                marker="o" if solid else "s",
+                ms=4,
+                ls="-" if solid else "--",
+                color=colour(str(model), models),
+                label=f"{model}, {prompt}",
+            )
             if solid:
-                axes.fill_between(part["share"] * 100, part["low"], part["high"], color=colour(str(model), models), alpha=0.12, lw=0)
+                axes.fill_between(
+                    part["share"] * 100, part["low"], part["high"], color=colour(str(model), models), alpha=0.12, lw=0
+                )
         axes.set(xlabel="boxes scaled and shifted by up to [%]", ylabel="mean IoU")
         axes.legend(fontsize=9)
 
@@ -144,8 +189,16 @@ def calibration_chart(calibration: pd.DataFrame, prompt: str, scores: dict[str, 
         for model in models:
             own = part[part["model"] == model]
             label = f"{model} (ECE {scores[model]:.3f})" if model in scores else model
-            axes.plot(own["confidence"], own["accuracy"], lw=1.8, marker="o", ms=4, color=colour(model, models), label=label)
-        axes.set(xlabel="predicted probability of lesion", ylabel="share that is lesion", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+            axes.plot(
+                own["confidence"], own["accuracy"], lw=1.8, marker="o", ms=4, color=colour(model, models), label=label
+            )
+        axes.set(
+            xlabel="predicted probability of lesion",
+            ylabel="share that is lesion",
+            xlim=(0, 1),
+            ylim=(0, 1),
+            aspect="equal",
+        )
         axes.legend(fontsize=9, loc="upper left")
 
     return chart(draw, f"Calibration of pixels inside the big box, prompt {prompt}.")

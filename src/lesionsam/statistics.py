@@ -35,8 +35,15 @@ def interval(values: np.ndarray, *, num_bootstrap: int, confidence: float, seed:
     if values.size == 1 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
     batch = max(1, 10_000_000 // values.size)  # resamples at once, so that memory stays under 100 MB
-    result = stats.bootstrap((values,), np.mean, n_resamples=num_bootstrap, confidence_level=confidence, batch=batch,
-                             method="percentile", rng=np.random.default_rng(seed))
+    result = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=num_bootstrap,
+        confidence_level=confidence,
+        batch=batch,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -56,7 +63,9 @@ def per_image(rows: pd.DataFrame, column: str) -> pd.Series:
     return by_run.groupby("image_id", sort=True).mean()
 
 
-def paired(first: pd.DataFrame, second: pd.DataFrame, column: str, *, num_bootstrap: int, confidence: float) -> dict[str, float]:
+def paired(
+    first: pd.DataFrame, second: pd.DataFrame, column: str, *, num_bootstrap: int, confidence: float
+) -> dict[str, float]:
     """First minus second on the images that both have.
 
     Returns:
@@ -65,8 +74,13 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, column: str, *, num_bootst
     both = pd.concat([per_image(first, column), per_image(second, column)], axis=1, join="inner").dropna()
     differences = (both.iloc[:, 0] - both.iloc[:, 1]).to_numpy()
     low, high = interval(differences, num_bootstrap=num_bootstrap, confidence=confidence)
-    return {"difference": float(differences.mean()) if differences.size else float("nan"), "difference_low": low,
-            "difference_high": high, "p": wilcoxon(differences), "num_pairs": float(differences.size)}
+    return {
+        "difference": float(differences.mean()) if differences.size else float("nan"),
+        "difference_low": low,
+        "difference_high": high,
+        "p": wilcoxon(differences),
+        "num_pairs": float(differences.size),
+    }
 
 
 def groups(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
@@ -90,16 +104,24 @@ def table(rows: pd.DataFrame, *, reference: str | None, num_bootstrap: int, conf
     labelled = has_truth(rows)
     out = []
     for model, prompt, group in groups(rows):
-        row: dict[str, float | str | int] = {"model": model, "prompt": prompt, "num_images": group["image_id"].nunique(),
-                                             "num_runs": group["run"].nunique()}
+        row: dict[str, float | str | int] = {
+            "model": model,
+            "prompt": prompt,
+            "num_images": group["image_id"].nunique(),
+            "num_runs": group["run"].nunique(),
+        }
         if labelled:
             known = group.dropna(subset=["iou"])
             values = per_image(known, "iou").to_numpy()
             low, high = interval(values, num_bootstrap=num_bootstrap, confidence=confidence)
             by_run = [per_image(run, "iou").mean() for _, run in known.groupby("run")]
-            row |= {"miou": float(values.mean()) if values.size else float("nan"), "low": low, "high": high,
-                    "runs_sd": float(np.std(by_run, ddof=1)) if len(by_run) > 1 else float("nan"),
-                    "failure_rate": failures(known)}
+            row |= {
+                "miou": float(values.mean()) if values.size else float("nan"),
+                "low": low,
+                "high": high,
+                "runs_sd": float(np.std(by_run, ddof=1)) if len(by_run) > 1 else float("nan"),
+                "failure_rate": failures(known),
+            }
             row |= {name: float(per_image(known, name).mean()) for name in METRICS if name != "iou"}
         row |= {name: float(per_image(group, name).mean()) for name in LABEL_FREE if name in group}
         out.append(row)
@@ -109,7 +131,9 @@ def table(rows: pd.DataFrame, *, reference: str | None, num_bootstrap: int, conf
         for model, prompt, group in groups(rows):
             other = rows[(rows["model"] == reference) & (rows["prompt"] == prompt)]
             comparable = model != reference and len(other)
-            tests.append(paired(group, other, "iou", num_bootstrap=num_bootstrap, confidence=confidence) if comparable else {})
+            tests.append(
+                paired(group, other, "iou", num_bootstrap=num_bootstrap, confidence=confidence) if comparable else {}
+            )
         columns = ["difference", "difference_low", "difference_high", "p"]
         result = pd.concat([result, pd.DataFrame(tests, columns=columns)], axis=1)
     return result
@@ -142,7 +166,18 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
         model, prompt, stratum, share_low, share_high (of the lesions in it), num_images, miou, low, high, failure_rate;
         empty without masks.
     """
-    columns = ["model", "prompt", "stratum", "share_low", "share_high", "num_images", "miou", "low", "high", "failure_rate"]
+    columns = [
+        "model",
+        "prompt",
+        "stratum",
+        "share_low",
+        "share_high",
+        "num_images",
+        "miou",
+        "low",
+        "high",
+        "failure_rate",
+    ]
     if not has_truth(rows):
         return pd.DataFrame(columns=columns)
     rows = rows.dropna(subset=["iou"])
@@ -154,8 +189,20 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
         for model, prompt, group in groups(rows[which == k]):
             values = per_image(group, "iou").to_numpy()
             low, high = interval(values, num_bootstrap=num_bootstrap, confidence=confidence)
-            out.append([model, prompt, name, group["lesion_share"].min(), group["lesion_share"].max(), values.size,
-                        float(values.mean()), low, high, failures(group)])
+            out.append(
+                [
+                    model,
+                    prompt,
+                    name,
+                    group["lesion_share"].min(),
+                    group["lesion_share"].max(),
+                    values.size,
+                    float(values.mean()),
+                    low,
+                    high,
+                    failures(group),
+                ]
+            )
     return pd.DataFrame(out, columns=columns)
 
 
