@@ -22,7 +22,7 @@ from lesionsam.errors import UserError
 from lesionsam.limits import fields_of, sections_of, tag_name, variant_of
 from lesionsam.schema import Config
 
-COMMENT_COLUMN = 31  # where comments start, in a file that has none yet
+COMMENT_COLUMN = 31  # from 0, where comments start, in a file that has none yet
 Edit = tuple[int, int, str]  # start and end in the text, and what comes there
 
 
@@ -32,24 +32,29 @@ def to_yaml(config: Config) -> str:
 
 
 def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml") -> str:
-    """The text with exactly these values: changed ones replaced, others removed, missing ones added with their comments.
+    """The text with exactly these values: changed ones replaced, others removed, missing ones added with comments.
 
     Args:
         text: a parameter file. values: nested plain values, the whole of what the file shall hold.
     Raises:
-        UserError: the text is in a form that cannot be edited in place (anchors, merges, several keys a line).
+        UserError: the text is in a form that cannot be edited in place (anchors, merges, two keys on a line).
     """
-    parse_yaml(text, source)
+    text = text if text.endswith("\n") else f"{text}\n"
+    present = parse_yaml(text, source)
     root = YAML(typ="safe", pure=True).compose(text)
     columns = Counter(len(line) - len(after) - 1 for line in text.splitlines()
                       for before, mark, after in [line.partition("#")] if mark and before.strip())
     comments = {key: limits.description for key, limits in known_keys(values).items()}
     writer = _Writer(text, comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
-    edits = list(enumerate(writer.section(root, values, "", 0)))
+    edits = list(enumerate(writer.section(root, present, values, "", 0)))
     # From the end of the text backwards; where several start at one place a replaced range goes before insertions.
     for _, (start, end, new) in sorted(edits, key=lambda e: (e[1][0], e[1][1] > e[1][0], e[0]), reverse=True):
         text = text[:start] + new + text[end:]
-    if parse_yaml(text, source) != values:
+    try:
+        as_asked = parse_yaml(text, source) == values
+    except UserError:
+        as_asked = False
+    if not as_asked:
         raise UserError(f"{source}: expected one key per line, without anchors and merges, to change it in place, got "
                         "another form; `lesionsam preset demo` into a new file gives one")
     return text
@@ -78,38 +83,40 @@ class _Writer:
     def __init__(self, text: str, comments: Mapping[str, str], column: int) -> None:
         self.text, self.comments, self.column = text, comments, column
 
-    def section(self, node: Node, values: Mapping[str, Any], prefix: str, indent: int) -> Iterator[Edit]:
-        """Edits that give the mapping at `node` these values; `prefix` is its dotted key and a dot."""
-        present: dict[str, tuple[Node, Node]] = {str(key.value): (key, value) for key, value in node.value}
-        indent = next((key.start_mark.column for key, _ in present.values()), indent)
-        for name, (key, value) in present.items():
-            lines = self._line_start(key.start_mark.index), self._line_end(value)
+    def section(self, node: Node, present: Mapping[Any, Any], values: Mapping[str, Any], prefix: str,
+                indent: int) -> Iterator[Edit]:
+        """Edits that turn the mapping at `node`, now `present`, into `values`; `prefix` is its key and a dot."""
+        indent = next((key.start_mark.column for key, _ in node.value), indent)
+        places: dict[str, int] = {}
+        for (key, value), (raw_name, now) in zip(node.value, present.items(), strict=True):
+            name = str(raw_name)
+            lines = self._line_start(key.start_mark.index), self._line_end(key, value)
+            places[name] = lines[1]
+            on_one_line = value.end_mark.index > value.start_mark.index and (
+                value.flow_style if isinstance(value, CollectionNode) else True)
             if name not in values:
                 yield *lines, ""
-            elif isinstance(held := values[name], Mapping):
-                if isinstance(value, MappingNode) and value.value and not value.flow_style:
-                    yield from self.section(value, held, f"{prefix}{name}.", indent + 2)
-                elif self._parsed(value) != held:
-                    yield *lines, self._lines(prefix + name, held, indent)
-            elif self._parsed(value) != held:
-                if isinstance(value, CollectionNode) and not value.flow_style:
-                    yield *lines, self._lines(prefix + name, held, indent)
-                else:
+            elif isinstance(held := values[name], Mapping) and isinstance(value, MappingNode) and not value.flow_style:
+                yield from self.section(value, now, held, f"{prefix}{name}.", indent + 2)
+            elif now != held or isinstance(now, bool) != isinstance(held, bool):
+                if on_one_line and not isinstance(held, Mapping):
                     yield self._replaced(value, self._spelled(prefix + name, held))
+                else:
+                    yield *lines, self._lines(prefix + name, held, indent)
         place = self._line_start(node.start_mark.index)
         for name, held in values.items():
-            if name in present:
-                place = self._line_end(present[name][1])
+            if name in places:
+                place = places[name]
             else:
                 yield place, place, self._lines(prefix + name, held, indent)
 
     def _replaced(self, value: Node, new: str) -> Edit:
-        """A value on its line; a comment behind it keeps its column where there is room."""
+        """A value on its line; a comment behind it stays in its column, or comes back to the file's."""
         start, end = value.start_mark.index, self._end(value)
-        gap = re.match(r" +(?=#)", self.text[end:])
-        if gap:
-            new += " " * max(1, len(gap[0]) + (end - start) - len(new))
+        if gap := re.match(r" +(?=#)", self.text[end:]):
             end += len(gap[0])
+            column = min(end - self._line_start(end), self.column)
+            new = f"{new} ".ljust(column - (start - self._line_start(start)))
         return start, end, f" {new}" if self.text[start - 1] == ":" else new
 
     def _lines(self, key: str, held: Any, indent: int) -> str:
@@ -117,7 +124,7 @@ class _Writer:
         name = key.rpartition(".")[2]
         line = f"{' ' * indent}{name}:" + ("" if isinstance(held, Mapping) else f" {self._spelled(key, held)}")
         if self.comments.get(key):
-            line = f"{line:<{self.column - 1}} # {self.comments[key]}"
+            line = f"{line} ".ljust(self.column) + f"# {self.comments[key]}"
         below = held.items() if isinstance(held, Mapping) else ()
         return "".join([f"{line}\n", *(self._lines(f"{key}.{sub}", value, indent + 2) for sub, value in below)])
 
@@ -126,23 +133,21 @@ class _Writer:
         text, default = default_spelling().get(key, ("", None))
         return text if text and default == value and type(default) is type(value) else yaml_text(value)
 
-    def _parsed(self, node: Node) -> Any:
-        return YAML(typ="safe", pure=True).load(self.text[node.start_mark.index:self._end(node)])
-
     def _end(self, node: Node) -> int:
         """Where a value ends; a block's own mark lies behind the comments that follow it."""
         if isinstance(node, CollectionNode) and not node.flow_style and node.value:
             last = node.value[-1]
-            return self._end(last[1] if isinstance(last, tuple) else last)
+            return max(self._end(part) for part in last) if isinstance(last, tuple) else self._end(last)
         end = node.end_mark.index
         return end - 1 if end > node.start_mark.index and self.text[end - 1] == "\n" else end
 
     def _line_start(self, index: int) -> int:
         return self.text.rfind("\n", 0, index) + 1
 
-    def _line_end(self, node: Node) -> int:
-        """Start of the line after a value and its comment."""
-        newline = self.text.find("\n", self._end(node))
+    def _line_end(self, key: Node, value: Node) -> int:
+        """Start of the line after a key's value and comment."""
+        empty = value.end_mark.index == value.start_mark.index
+        newline = self.text.find("\n", key.end_mark.index if empty else self._end(value))
         return len(self.text) if newline < 0 else newline + 1
 
 

@@ -64,6 +64,8 @@ class Limits:
     def _range(self) -> str:
         low = None if self.low is None else f"{self.low:.15g}"
         high = None if self.high is None else f"{self.high:.15g}"
+        if low and low == high:
+            return f" ({low})"
         if low and high and not (self.low_open or self.high_open):
             return f" from {low} to {high}"
         parts = [f"{'above' if self.low_open else 'of at least'} {low}"] if low else []

@@ -48,7 +48,7 @@ class FolderData(Section):
     test_split: Literal["val", "test"] = Field(
         description="which of your splits is reported on, once: val | test", examples=["test"])
     threshold_masks: bool = Field(
-        description="grey masks (JPEG and the like) are cut at 128 instead of refused", examples=[False])
+        description="grey masks (JPEG and the like) are cut at half of their range, not refused", examples=[False])
 
 
 class IsicData(Section):
@@ -255,7 +255,7 @@ class Runtime(Section):
 class Config(Section):
     """All of params.yaml. Get one from `lesionsam.config.load_config`, which also checks the rules between keys."""
 
-    version: Literal[1]
+    version: int = Field(ge=1, le=1)
     inputs: Inputs = Field(description="your own files; DVC watches both paths for change")
     data: SyntheticData | FolderData | IsicData = Field(discriminator="source")
     boxes: SimulatedBoxes | CsvBoxes = Field(discriminator="source")

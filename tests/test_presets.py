@@ -1,0 +1,248 @@
+"""Presets and upgrades: valid, comments kept, the difference is the change alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from lesionsam.config import (
+    Config,
+    ConfigError,
+    config_digest,
+    default_text,
+    default_values,
+    flatten,
+    known_keys,
+    parse_yaml,
+    validate,
+)
+from lesionsam.config_file import difference, edit_text, fit, merge, to_yaml
+from lesionsam.errors import UserError
+from lesionsam.presets import about, apply_preset, preset_names, upgrade
+from lesionsam.schema import (
+    BlocksEncoder,
+    ContrastiveMethod,
+    CsvBoxes,
+    FolderData,
+    IsicData,
+    SimulatedBoxes,
+    SupervisedMethod,
+    TeacherTarget,
+)
+
+NAMES = preset_names()
+
+
+def applied(*names: str) -> tuple[str, Config]:
+    """Text and configuration after presets in turn, beginning with the default."""
+    text, config = default_text(), validate(default_values())
+    for name in names:
+        text, config = apply_preset(name, text)
+    return text, config
+
+
+def test_params_yaml_is_the_demo_preset(root: Path) -> None:
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "params.yaml"], cwd=root, check=False).returncode
+    if changed == 1:
+        pytest.skip("params.yaml has changes of your own")
+    assert (root / "params.yaml").read_text("utf-8") == default_text(), (
+        "params.yaml and src/lesionsam/presets/demo.yaml differ; copy the one that is right over the other")
+
+
+def test_comments_of_the_default_are_the_schemas() -> None:
+    known, path = known_keys(default_values()), []
+    for line in default_text().splitlines():
+        if match := re.match(r"( *)([\w+]+):[^#]*(?:# (.*))?$", line):
+            path[len(match[1]) // 2 :] = [match[2]]
+            assert (match[3] or "") == known[".".join(path)].description, ".".join(path)
+
+
+@pytest.mark.parametrize(("first", "second"), [*(("demo", name) for name in NAMES), *product(["folder-csv"], NAMES),
+                                               ("supervised", "published"), ("isic2016-vit-b", "folder")])
+def test_every_preset_validates_after_every_other(first: str, second: str) -> None:
+    text, config = applied(first, second)
+    assert validate(parse_yaml(text, "params.yaml")) == config
+    assert apply_preset(second, text)[0] == text, "a second time changes nothing"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_demo_brings_every_comment_and_number_back(name: str) -> None:
+    text, _ = applied(name, "demo")
+    mine = "boxes: own/boxes.csv" if name == "folder-csv" else "boxes: own "
+    assert mine in text, "the user's own paths stay"
+    assert text.replace("boxes: own/boxes.csv         #", "boxes: own                   #") == default_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_preset_says_what_it_is(name: str) -> None:
+    assert 20 < len(about(name)) < 140
+    assert "\n" not in about(name)
+
+
+def test_every_value_to_start_from_is_valid() -> None:
+    for changes in ({"data": {"source": source}} for source in ("folder", "isic2017", "isic2018")):
+        validate(fit(merge(default_values(), changes)))
+    for kind in ("prior", "refined", "fused", "teacher", "ellipse"):
+        values = fit(merge(default_values(), {"method": {"target": {"kind": kind}}}))
+        assert validate(values).method.target.kind == kind  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_tiny_is_tiny() -> None:
+    _, config = applied("tiny")
+    images = [value for key, value in flatten(config).items() if key.startswith("data.num_")]
+    assert sum(images) <= 24
+    assert config.train.epochs <= 2
+
+
+@pytest.mark.parametrize(("name", "source"), [
+    ("isic2018-vit-b", "isic2018"), ("isic2017-vit-b", "isic2017"), ("isic2016-vit-b", "isic2016")])
+def test_real_data_presets(name: str, source: str) -> None:
+    _, config = applied(name)
+    assert isinstance(config.data, IsicData)
+    assert (config.data.source, config.data.base_url, config.data.subset) == (source, "", 0)
+    assert (config.data.dev_fraction > 0) == (source == "isic2016"), "2016 has no validation split of its own"
+    assert (config.model.name, config.model.checkpoint, config.model.image_size) == ("vit_b", "published", 0)
+    assert config.train.lr_encoder <= 1e-5
+
+
+def test_published_is_the_published_recipe() -> None:
+    _, config = applied("isic2018-vit-b", "published")
+    method, train, model = config.method, config.train, config.model
+    assert isinstance(method, ContrastiveMethod)
+    assert isinstance(model, BlocksEncoder)
+    assert (method.alpha, method.beta, method.gamma, method.delta, method.epsilon) == (1.0, 0.5, 0.1, 0.0, 0.0)
+    assert (method.temperature, method.pos_samples, method.neg_samples, method.ema_decay) == (0.1, 256, 1024, 0.999)
+    assert (method.num_points, method.teacher_prompt) == (10, "ring")
+    assert (method.gate.region, method.gate.entropy_thresh, method.gate.trust_empty) == ("image", 0.2, True)
+    assert (method.negatives.missed_core, method.negatives.random_fallback) == ("negative", True)
+    assert not method.negatives.certain_background
+    assert (method.head.norm, method.head.ema) == ("batch", False)
+    assert isinstance(method.target, TeacherTarget)
+    assert method.target.placebo == "none"
+    assert method.prompts.shares() == {"ring": 1.0, "centre": 0.0, "box": 0.0, "box+core": 0.0}
+    assert (train.lr_encoder, train.epochs, train.batch_size, train.clip) == (2e-6, 30, 4, 1.0)
+    assert (model.unfreeze_last_k, model.train_decoder) == (0, False)
+    assert config.data.source == "isic2018", "data and model stay as they were"
+    assert model.name == "vit_b"
+
+
+def test_published_tuned_differs_in_the_learning_rate_alone() -> None:
+    plain, tuned = flatten(applied("published")[1]), flatten(applied("published-tuned")[1])
+    changed = {key for key in plain if plain[key] != tuned[key]}
+    assert changed == {"train.lr_encoder", "train.lr_decoder", "train.lr_head"}
+    assert tuned["train.lr_encoder"] == 3e-4
+
+
+def test_supervised_shares_budget_and_prompts_with_the_default() -> None:
+    _, config = applied("supervised")
+    default = validate(default_values())
+    assert isinstance(config.method, SupervisedMethod)
+    assert config.method.prompts == default.method.prompts
+    assert config.method.prompts_per_image == default.method.prompts_per_image
+    assert config_digest(config, ["data", "boxes", "model", "train"]) == config_digest(
+        default, ["data", "boxes", "model", "train"])
+
+
+def test_own_images() -> None:
+    _, config = applied("folder")
+    assert isinstance(config.data, FolderData)
+    assert isinstance(config.boxes, SimulatedBoxes)
+    _, config = applied("folder-csv")
+    assert isinstance(config.boxes, CsvBoxes)
+    assert (config.inputs.boxes, config.train.select) == ("own/boxes.csv", "label_free")
+
+
+def test_what_is_yours_stays() -> None:
+    text = default_text()
+    for old, new in (("device: auto ", "device: cuda:1 "), ("experiment: lesionsam", "experiment: mine"),
+                     ("train:\n", "# my own remark\ntrain:\n"), ("epochs: 25", "epochs: 7  # as agreed on Monday")):
+        assert old in text
+        text = text.replace(old, new)
+    new, config = apply_preset("isic2018-vit-b", text)
+    assert (config.runtime.device, config.tracking.experiment, config.train.epochs) == ("cuda:1", "mine", 10)
+    assert "# my own remark\ntrain:\n  seed: 0\n  epochs: 10 # as agreed on Monday\n" in new
+
+
+def test_only_values_differ() -> None:
+    new, _ = apply_preset("published-tuned", default_text())
+    before, after = default_text().splitlines(), new.splitlines()
+    comments = [line.partition("#")[2] for line in before if "#" in line]
+    gone = {"offset", "looseness", "softness"}  # the teacher's target reads none of them
+    assert [line.partition("#")[2] for line in after if "#" in line] == [
+        comment for line, comment in zip([line for line in before if "#" in line], comments, strict=True)
+        if line.split(":")[0].strip() not in gone]
+    lines = difference(default_text(), new, "params.yaml")
+    assert lines[:2] == ["--- params.yaml (now)", "+++ params.yaml (new)"]
+    assert "+  lr_encoder: 3.0e-4" in lines
+
+
+def test_columns_of_comments_stay() -> None:
+    new, _ = apply_preset("isic2018-vit-b", default_text())
+    assert {line.index(" #") for line in new.splitlines() if re.match(r" +\w+: [^#]{1,18} +#", line)} == {30}
+
+
+def test_to_yaml_is_the_file() -> None:
+    text, config = applied("isic2016-vit-b", "published")
+    assert to_yaml(validate(default_values())) == default_text()
+    assert validate(parse_yaml(to_yaml(config), "params.yaml")) == config
+    assert set(to_yaml(config).splitlines()) == set(text.splitlines())
+
+
+def test_unknown_preset_and_broken_file() -> None:
+    with pytest.raises(UserError, match="preset nonesuch: expected one of demo, folder"):
+        apply_preset("nonesuch", default_text())
+    broken = default_text().replace("patience: 0", "patiense: 0")
+    with pytest.raises(ConfigError, match=r"params.yaml with preset supervised: train.patiense: unknown key"):
+        apply_preset("supervised", broken)
+    assert apply_preset("demo", broken)[0] == default_text(), "a whole preset repairs what it replaces"
+
+
+def test_upgrade_adds_what_an_older_file_lacks() -> None:
+    removed = ("temperature", "gate", "region", "entropy_thresh", "trust_empty", "min_area", "system_metrics",
+               "box+core")
+    lines = default_text().splitlines(keepends=True)
+    older = "".join(line for line in lines if line.split(":")[0].strip() not in removed)
+    older = older.replace("seed: 0                      # of drawn prompts", "seed: 5  # mine")
+    with pytest.raises(ConfigError) as caught:
+        validate(parse_yaml(older, "params.yaml"))
+    wanted = "method.temperature: missing, expected a number above 0 and of at most 10; add `temperature: 0.1`"
+    assert wanted in str(caught.value)
+    new, config = upgrade(older)
+    assert config.evaluate.seed == 5
+    assert new.replace("seed: 5  # mine", "seed: 0                      # of drawn prompts") == default_text()
+    assert upgrade(new)[0] == new
+
+
+def test_upgrade_after_a_change_of_variant_by_hand() -> None:
+    new, config = upgrade(default_text().replace("source: synthetic", "source: folder"))
+    assert isinstance(config.data, FolderData)
+    assert "num_train" not in new
+    assert "  dev_fraction: 0.0            # share of the training images" in new
+
+
+def test_upgrade_leaves_unknown_keys_to_their_owner() -> None:
+    with pytest.raises(ConfigError, match=r"train.epohcs: unknown key; did you mean train.epochs\?"):
+        upgrade(default_text().replace("  epochs:", "  epohcs:"))
+
+
+@pytest.mark.parametrize("text", [
+    "version: 1\nprompts: {ring: 1.0, box: 2}  # flow\nlist:\n  - 1\n  - 2\nlast: x",
+    "version: 1\nprompts:\n    ring: 1.0\n    box: 2\nlist: [1,\n  2]  # two lines\nlast: x\n",
+    "# first\n\nversion: 1\nprompts:\nlist:\nlast:\n",
+])
+def test_edits_of_other_spellings(text: str) -> None:
+    values = {"version": 2, "prompts": {"ring": 1.0, "centre": 0.5}, "list": [1, 2, 3], "last": "y", "new": {"a": True}}
+    new = edit_text(text, values)
+    assert parse_yaml(new, "text") == values
+    assert ("# first" in new) == ("# first" in text)
+
+
+def test_a_file_with_anchors_is_refused_rather_than_spoilt() -> None:
+    text = "a: &x {c: 1}\nb: *x\n"
+    assert parse_yaml(text, "text") == {"a": {"c": 1}, "b": {"c": 1}}
+    with pytest.raises(UserError, match="one key per line, without anchors"):
+        edit_text(text, {"a": {"c": 1}, "b": 2})
