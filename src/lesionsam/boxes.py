@@ -6,6 +6,7 @@ The CSV holds one row per (image_id, lesion_id) in the original frame: pixels af
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import numpy as np
 from scipy import ndimage
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
+from lesionsam.files import atomic_write, read_mask
+from lesionsam.progress import progress
 from lesionsam.types import Sample
 
 BIG = ("big_x0", "big_y0", "big_x1", "big_y1")
@@ -226,3 +228,32 @@ def _parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height:
 
 def _show(box: np.ndarray) -> str:
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
+
+
+def annotate(index: Mapping[str, Mapping[str, object]], *, root: Path, seed: int, margin: tuple[float, float],
+             core: tuple[float, float], jitter: float, min_area: int) -> list[Sample]:
+    """The simulated annotator over a whole index: one lesion per mask.
+
+    Draws depend on (seed, image_id) alone, so that an image keeps its boxes whatever else the set holds.
+
+    Raises:
+        UserError: an image without a mask, or a mask without a lesion of `min_area` pixels.
+    """
+    samples = []
+    for image_id, entry in progress(index.items(), total=len(index), title="annotating"):
+        mask_path = str(entry.get("mask_path") or "")
+        if not mask_path:
+            raise UserError(f"{entry['image_path']}: has no mask to simulate an annotator from; add masks for every image, or "
+                            "give your own boxes (boxes.source: csv)")
+        width, height = int(str(entry["width"])), int(str(entry["height"]))
+        mask = read_mask(root / mask_path, (width, height))
+        digest = hashlib.sha256(f"{seed}|{image_id}".encode()).digest()
+        rng = np.random.default_rng(np.frombuffer(digest, np.uint64))
+        boxes = simulate_boxes(mask, rng, margin=margin, core=core, jitter=jitter, min_area=min_area)
+        if boxes is None:
+            raise UserError(f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
+                            f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask")
+        samples.append(Sample(image_id=image_id, lesion_id="0", split=str(entry["split"]),
+                              image_path=root / str(entry["image_path"]), mask_path=root / mask_path, width=width,
+                              height=height, big_box=boxes[0], small_box=boxes[1]))
+    return samples

@@ -63,6 +63,23 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pretrained_weights(folder: Path) -> Path:
+    """The one checkpoint that the weights stage left in models/pretrained.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
+    if not found:
+        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
+    return found[0]
+
+
+def input_side(config: Config, weights: Path) -> int:
+    """Side S of the model's input: model.image_size, or the checkpoint's own."""
+    return config.model.image_size or int(load_sam(config.model.name, weights).image_encoder.img_size)
+
+
 def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Path) -> Data:
     """Decode the training and development samples (or reopen them).
 
@@ -127,12 +144,13 @@ def build_method(config: Config, sam: Sam, weights: Path, data: LesionDataset, d
 
 
 def train(config: Config, data: Data, weights: Path, *, folder: Path, log: Log, say: Callable[[str], None] = print,
-          after_epoch: Callable[[Sam, int], None] | None = None) -> Trained:
+          after_epoch: Callable[[Sam, int], None] | None = None, save_last: Callable[[Sam], None] | None = None) -> Trained:
     """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
 
     Args:
         weights: the pretrained checkpoint. folder: scratch of this very run; the caller keys it (see `run_key`).
         log: receives (values, step). after_epoch: is shown the model in eval mode after each epoch, for pictures.
+        save_last: is shown the model as the last epoch left it.
     """
     device = torch_device(config.runtime.device)
     if config.runtime.num_threads:
@@ -157,6 +175,8 @@ def train(config: Config, data: Data, weights: Path, *, folder: Path, log: Log, 
         factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
         clip=t.clip, precision=t.precision, seed=t.seed, augment=t.augment, patience=t.patience, device=device,
         evaluate=evaluate, log=log, folder=folder, say=say)
+    if save_last is not None:
+        save_last(sam)
     load_best(folder, method.model)
     method.model.eval()
     return Trained(sam, method, progress, offset)

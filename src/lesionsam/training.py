@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # noqa: S403  (the name of torch.load's refusal; nothing is unpickled here)
 
+import safetensors.torch
 import torch
 from torch import nn
 
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
+from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.trainable import Teacher, trained_parameters
 
@@ -249,6 +250,14 @@ def save_best(folder: Path, method: Method) -> None:
 def load_best(folder: Path, module: nn.Module) -> None:
     """Put the best epoch's parameters back into the student."""
     module.load_state_dict(torch.load(folder / "best.pt", weights_only=True), strict=False)
+
+
+def save_head(method: Method, path: Path) -> None:
+    """Write the projection head of a method that has one, as safetensors, atomically."""
+    head = getattr(method, "head", None)
+    if isinstance(head, nn.Module):
+        state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+        write_bytes_atomic(path, safetensors.torch.save(state))
 
 
 def teacher_of(method: Method) -> Teacher | None:

@@ -1,0 +1,154 @@
+"""The evidence: every row of the comparison as ordinary runs on a folder of real pairs, resumable, with intervals.
+
+A row is params.yaml with some keys changed; a unit is a row with a seed. Each unit trains on the `train` split, selects on
+`dev` and reads the `test` split once, at the end; its per-image figures are kept as one CSV, which is also how an
+interrupted campaign knows what is done. The rows themselves are in `lesionsam.evidence_rows`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lesionsam import statistics
+from lesionsam.boxes import annotate
+from lesionsam.config import Config, config_digest, to_values, unflatten, validate
+from lesionsam.data.index import Row as IndexRow
+from lesionsam.evaluation import evaluate_baselines, evaluate_model
+from lesionsam.experiment import input_side, open_data, torch_device, train
+from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic
+from lesionsam.models.sam import load_sam
+from lesionsam.types import Sample
+
+PROMPTS = ("ring", "centre", "box", "box+core")
+ZERO_SHOT, BASELINES = "zero-shot", "baselines"
+INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: of the line. sections: whole sections or sub-sections that replace the base's (dotted key -> value).
+        seeds: how many. margin: least and greatest share by which the simulated big box is too large.
+        trains: False for what is evaluated as it is.
+    """
+
+    name: str
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 3
+    margin: tuple[float, float] = (0.10, 0.20)
+    trains: bool = True
+
+
+def configured(base: Config, row: Row, seed: int) -> Config:
+    """The configuration of one unit: the base, the row's sections, the seed and the boxes' looseness."""
+    low, high = row.margin
+    looseness = {"method.target.looseness": (low + high) / 2} if "looseness" in to_values(base)["method"].get("target", {}) else {}
+    values = unflatten(looseness, to_values(base))
+    for key, value in row.sections.items():
+        values = unflatten({key: value}, values)
+    values = unflatten({"train.seed": seed, "boxes.margin_low": low, "boxes.margin_high": high}, values)
+    target = values["method"].get("target", {})
+    if "looseness" in target:
+        target["looseness"] = (low + high) / 2
+    return validate(values, f"evidence row {row.name!r}")
+
+
+def unit_path(out: Path, row: Row, seed: int) -> Path:
+    """Where a unit's per-image figures lie."""
+    slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
+    return out / "units" / f"{slug}.seed{seed}.csv"
+
+
+def load_mask(sample: Sample) -> Any:
+    """(H, W) bool, or None where there is no mask."""
+    return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
+
+
+def load_image(sample: Sample) -> Any:
+    """(H, W, 3) uint8 RGB."""
+    return read_image(sample.image_path)
+
+
+def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path) -> None:
+    """Train and evaluate one unit and write its CSV (last, so that it stands for a finished unit).
+
+    The CSV's rows are those of `evaluation.evaluate_model`, with the row's name as model and the seed as run.
+    """
+    config, begun = configured(base, row, seed), time.monotonic()
+    b = config.boxes
+    samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high), core=(b.core_low, b.core_high),
+                       jitter=b.jitter, min_area=b.min_area)
+    test = [s for s in samples if s.split == "test"]
+    target = unit_path(out, row, seed)
+    notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": config_digest(config)}
+    if row.trains:
+        scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
+        data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
+        trained = train(config, data, weights, folder=scratch, log=lambda values, step: None,
+                        say=partial(print, f"[{row.name} seed {seed}]", flush=True))
+        sam = trained.sam
+        notes |= {"dev_objective": trained.progress.best_score, "best_epoch": trained.progress.best_epoch,
+                  "offset": trained.offset, "train_seconds": time.monotonic() - begun}
+    else:
+        sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
+    figures = evaluate_model(sam, test, load_image, load_mask, prompts=PROMPTS, seed=config.evaluate.seed,
+                             batch_size=config.evaluate.batch_size, num_points=config.method.num_points,
+                             device=torch_device(config.runtime.device), model=row.name, run=str(seed)).rows
+    if not row.trains:
+        baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
+        figures = pd.concat([figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))])
+        notes["test_outline_offset"] = offset
+    write_json_atomic(target.with_suffix(".json"), notes)
+    with atomic_write(target, "w") as file:
+        figures.to_csv(file, index=False)
+
+
+def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
+    """All finished units of some rows, long format, in the order of the rows."""
+    parts = [pd.read_csv(path, dtype={"run": str, "lesion_id": str, "image_id": str})
+             for row in rows for seed in range(row.seeds) if (path := unit_path(out, row, seed)).exists()]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> str:
+    """The campaign as Markdown: mIoU per row and prompt with intervals and seeds' sd, and paired differences.
+
+    Args:
+        comparisons: pairs of row names (first, second): first minus second, on the same images, seeds averaged first.
+    """
+    table = statistics.table(figures, reference=None, **INTERVALS)
+    lines = ["| row | seeds | " + " | ".join(PROMPTS) + " | failures (box) |", "|" + "---|" * (len(PROMPTS) + 3)]
+    for model in table["model"].drop_duplicates():
+        mine = table[table["model"] == model].set_index("prompt")
+        cells = [f"{m.miou:.3f} [{m.low:.3f}, {m.high:.3f}]" + (f" sd {m.runs_sd:.3f}" if m.num_runs > 1 else "")
+                 if (m := mine.loc[prompt] if prompt in mine.index else None) is not None else "" for prompt in PROMPTS]
+        failed = f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else ""
+        lines.append(f"| {model} | {int(mine['num_runs'].max())} | " + " | ".join(cells) + f" | {failed} |")
+    lines += ["", "Paired differences (first minus second, same images, seeds averaged first):", "",
+              "| first | second | " + " | ".join(PROMPTS) + " |", "|" + "---|" * (len(PROMPTS) + 2)]
+    names = set(figures["model"])
+    for first, second in comparisons:
+        if first in names and second in names:
+            cells = []
+            for prompt in PROMPTS:
+                parts = [figures[(figures["model"] == name) & (figures["prompt"] == prompt)] for name in (first, second)]
+                p = statistics.paired(*parts, "iou", **INTERVALS) if all(len(part) for part in parts) else None
+                cells.append(f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]" if p else "")
+            lines.append(f"| {first} | {second} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def gap_closed(figures: pd.DataFrame, low: str, high: str, name: str) -> dict[str, float]:
+    """Share of what lies between two rows' mIoU that a third has gained, per prompt source."""
+    table = statistics.table(figures, reference=None, **INTERVALS).set_index(["model", "prompt"])["miou"]
+    return {prompt: float((table[name, prompt] - table[low, prompt]) / (table[high, prompt] - table[low, prompt]))
+            for prompt in PROMPTS if all((model, prompt) in table.index for model in (low, high, name))}

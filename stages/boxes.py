@@ -1,0 +1,38 @@
+"""Stage boxes: index -> the two-box CSV, by the simulated annotator or from the user's own file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lesionsam.boxes import annotate, read_boxes, write_boxes
+from lesionsam.config import load_config
+from lesionsam.data.index import read_index
+from lesionsam.errors import UserError, run_guarded
+from lesionsam.schema import CsvBoxes
+from lesionsam.types import SPLITS
+
+
+def main() -> None:
+    """Write data/boxes.csv, checked."""
+    config = load_config()
+    index, out = read_index(Path("data/raw/index.csv")), Path("data/boxes.csv")
+    b = config.boxes
+    if isinstance(b, CsvBoxes):
+        samples = read_boxes(Path(config.inputs.boxes), index, root=Path())
+    else:
+        samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high),
+                           core=(b.core_low, b.core_high), jitter=b.jitter, min_area=b.min_area)
+    counts = {split: sum(s.split == split for s in samples) for split in SPLITS}
+    for split, count in counts.items():
+        if not count:
+            raise UserError(f"{config.inputs.boxes if isinstance(b, CsvBoxes) else out}: no lesion of split {split!r}; "
+                            "training, selection and the final report each need at least one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_boxes(out, samples)
+    without = len(index) - len({s.image_id for s in samples})
+    print(f"{len(samples)} lesions with two boxes: " + ", ".join(f"{split} {count}" for split, count in counts.items())
+          + (f"; {without} images have no row and are not used" if without else ""))
+
+
+if __name__ == "__main__":
+    run_guarded(main)

@@ -1,0 +1,123 @@
+"""Stage train: two boxes and a pretrained SAM -> models/adapted/, resumable, tracked."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from lesionsam.boxes import read_boxes
+from lesionsam.config import Config, flatten, load_config
+from lesionsam.data.index import read_index
+from lesionsam.epoch_pictures import draw_epoch
+from lesionsam.errors import run_guarded
+from lesionsam.experiment import Trained, input_side, open_data, pretrained_weights, run_key, train
+from lesionsam.files import atomic_write, sha256_file
+from lesionsam.guard import end_with_parent, only_one
+from lesionsam.models.sam import Sam, save_sam
+from lesionsam.tracking import NullTracker, Tracker, repository_root
+from lesionsam.training import OBJECTIVE, save_head
+
+ROOT = Path.cwd()
+OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")
+
+
+def main() -> None:
+    """Train in a scratch folder keyed by parameters, data and weights; move the result into place when it is whole."""
+    config = load_config()
+    end_with_parent()
+    boxes, weights = Path("data/boxes.csv"), pretrained_weights(Path("models/pretrained"))
+    samples = read_boxes(boxes, read_index(Path("data/raw/index.csv")), root=ROOT)
+    folder = SCRATCH / run_key(config, boxes, weights)
+    with only_one(SCRATCH / "lock", "training"):
+        data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
+        tracker = open_tracker(config, folder / "run")
+        for split, dataset in (("train", data.train), ("dev", data.dev)):
+            tracker.log_dataset(f"{config.data.source}-{split}", sha256_file(boxes)[:16], str(boxes), split)
+            print(f"{split}: {len(dataset)} lesions")
+        history: list[dict[str, float]] = read_history(folder / "history.csv")
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            tracker.log(values, step)
+            if "epoch" in values:
+                history[int(values["epoch"]) - 1:] = [{"epoch": int(values["epoch"]), "step": step} | {
+                    name.removeprefix("train_").removeprefix("dev_"): value for name, value in values.items() if name != "epoch"}]
+                write_history(folder / "history.csv", history)
+
+        def after_epoch(sam: Sam, epoch: int) -> None:
+            if config.train.overlays:
+                path = folder / "overlays" / f"epoch_{epoch:04d}.png"
+                draw_epoch(path, sam, data.dev, count=config.train.overlays,
+                           num_points=config.method.num_points, seed=config.evaluate.seed, epoch=epoch)
+                tracker.log_picture(path, "dev_overlays", epoch)
+
+        status = "FAILED"
+        try:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            trained = train(config, data, weights, folder=folder, log=log, say=lambda line: print(line, flush=True),
+                            after_epoch=after_epoch,
+                            save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name))
+            write_outputs(folder / "out", folder, config, trained)
+            tracker.log_artifact(Path("params.yaml"), "config")
+            tracker.log_checkpoint(folder / "out" / "best.safetensors", "lesionsam", {OBJECTIVE: trained.progress.best_score},
+                                   trained.progress.step)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            tracker.close(status)
+        for name in ("run.json", "metrics.jsonl"):
+            if (folder / "run" / name).exists():
+                shutil.copy2(folder / "run" / name, folder / "out" / name)
+        shutil.rmtree(OUT, ignore_errors=True)
+        OUT.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / "out", OUT)
+        shutil.rmtree(folder)
+    print(f"best {OBJECTIVE} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/")
+
+
+def open_tracker(config: Config, folder: Path) -> NullTracker:
+    """The run's tracker; without tracking, only metrics.jsonl is written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.tracking.enabled:
+        return NullTracker(folder)
+    tags = {"method": config.method.name, "model": config.model.name, "data": config.data.source,
+            "data.digest": sha256_file(Path("data/boxes.csv"))[:16]}
+    return Tracker.open(folder, uri=config.tracking.uri, experiment=config.tracking.experiment, root=repository_root(ROOT),
+                        run_name=f"{config.method.name}-{config.model.name}-{config.data.source}", params=flatten(config),
+                        tags=tags, system_metrics=config.tracking.system_metrics)
+
+
+def write_outputs(out: Path, folder: Path, config: Config, trained: Trained) -> None:
+    """What models/adapted/ holds beside the last epoch's weights, the run's record and its points."""
+    notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
+    save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
+    save_head(trained.method, out / "head.safetensors")
+    shutil.copy2("params.yaml", out / "params.yaml")
+    shutil.copy2(folder / "history.csv", out / "history.csv")
+    if (folder / "overlays").exists():
+        shutil.copytree(folder / "overlays", out / "overlays")
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Rows of a resumed run's history; none for a new one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def write_history(path: Path, rows: list[dict[str, float]]) -> None:
+    """One row per epoch, atomically."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path, "w") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    run_guarded(main)
