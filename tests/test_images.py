@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def write_png16(path: Path, pixels: np.ndarray) -> Path:
     return path
 
 
-def save(path: Path, image: Image.Image, **options: object) -> Path:
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
     image.save(path, **options)
     return path
 
@@ -55,7 +56,7 @@ def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
                6: np.rot90(RAMP, -1), 7: RAMP[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(RAMP)}
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 100} if kind == "JPEG" else {}
+    options: dict[str, Any] = {"quality": 100} if kind == "JPEG" else {}
     path = save(tmp_path / "a", Image.fromarray(RAMP), format=kind, exif=exif, **options)
     got, expected = read_image(path), upright[orientation]
     assert got.shape == expected.shape
@@ -97,16 +98,17 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     for name, pixels in files.items():
         got = read_image(write_png16(tmp_path / name, pixels))
         assert np.abs(got - (np.dstack([exact[..., 0]] * 3) if pixels.ndim == 2 else exact)).max() <= 1, name
-    for name, pixels, options in (("g.tif", DEEP[..., 0], {}), ("be.tif", DEEP[..., 0], {"byteorder": ">"}),
-                                  ("c.tif", DEEP, {"photometric": "rgb"}),
-                                  ("f.tif", (DEEP[..., 0] / 65535).astype(np.float32), {})):
+    tiffs: list[tuple[str, np.ndarray, dict[str, Any]]] = [
+        ("g.tif", DEEP[..., 0], {}), ("be.tif", DEEP[..., 0], {"byteorder": ">"}), ("c.tif", DEEP, {"photometric": "rgb"}),
+        ("f.tif", (DEEP[..., 0] / 65535).astype(np.float32), {})]
+    for name, pixels, options in tiffs:
         tifffile.imwrite(tmp_path / name, pixels, **options)
         assert np.abs(read_image(tmp_path / name)[..., 0] - exact[..., 0]).max() <= 1, name
 
 
 @pytest.mark.parametrize(("shape", "options"), [((3, 40, 60), {"photometric": "rgb", "planarconfig": "separate"}),
                                                 ((40, 60), {"photometric": "miniswhite"})])
-def test_deep_tiffs_that_pillow_misreads_are_refused(tmp_path: Path, shape: tuple[int, ...], options: dict) -> None:
+def test_deep_tiffs_that_pillow_misreads_are_refused(tmp_path: Path, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint16), **options)
     with pytest.raises(UserError, match=r"a\.tif: TIFF of more than 8 bits"):
         read_image(tmp_path / "a.tif")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # stages that only read tables and pictures need not wait for it
+    import torch
 
 SPLITS = ("train", "dev", "test")
 
@@ -93,6 +96,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        import torch
+
         moved = {f.name: value.to(device, non_blocking=True) for f in fields(self)
                  if isinstance(value := getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)

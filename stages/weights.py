@@ -1,0 +1,79 @@
+"""Stage weights: parameters -> models/pretrained/: the checkpoint to start from, verified, and what it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lesionsam.config import load_config
+from lesionsam.data.download import Remote, fetch
+from lesionsam.data.meter import human_bytes, human_seconds, say
+from lesionsam.errors import UserError, run_guarded
+from lesionsam.files import copy_atomic, sha256_file, write_json_atomic
+
+OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
+OFFICIAL = "https://dl.fbaipublicfiles.com/segment_anything"
+ADDRESS = "LESIONSAM_WEIGHTS_URL"  # environment variable: another place that holds the same files
+# Published by Meta AI with SAM (Kirillov et al. 2023, arXiv:2304.02643), Apache-2.0: file, bytes, SHA-256.
+PUBLISHED = {
+    "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383,
+              "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth", 1_249_524_607,
+              "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth", 2_564_550_879,
+              "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+}
+PUBLISHED_SIDE = 1024  # of SAM's input, pixels
+ASSUMED_SPEED = 12.5e6  # bytes/s, a line of 100 Mbit/s
+
+
+def published(name: str) -> dict[str, object]:
+    """Fetch SAM's own checkpoint of that name; what weights.json says about it."""
+    file, size, sha256 = PUBLISHED[name]
+    base = os.environ.get(ADDRESS, OFFICIAL).rstrip("/")
+    if not (ARCHIVES / file).exists():
+        say(f"{file}: {human_bytes(size)} to download, about {human_seconds(size / ASSUMED_SPEED)} at 100 Mbit/s")
+    path = fetch(Remote(file, (f"{base}/{file}",), size, sha256), ARCHIVES)
+    copy_atomic(path, OUTPUT / "sam.pth", link=True)
+    return {"name": name, "sha256": sha256, "source": f"{base}/{file}", "image_size": PUBLISHED_SIDE}
+
+
+def header(path: Path) -> dict[str, str]:
+    """What this project wrote into a safetensors file of its own, or nothing; a cut file is found by its length."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def own(name: str, checkpoint: Path) -> dict[str, object]:
+    """Copy a file of the user's, once it has proved to hold that model; what weights.json says about it."""
+    if not checkpoint.is_file():
+        raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
+    notes = header(checkpoint)
+    if notes.get("name") == name and "image_size" in notes:
+        side = int(notes["image_size"])
+    else:
+        from lesionsam.models.sam import load_sam  # here, as it takes seconds to import and is seldom needed
+
+        side = load_sam(name, checkpoint).image_encoder.img_size
+    target = OUTPUT / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")
+    copy_atomic(checkpoint, target)
+    return {"name": name, "sha256": sha256_file(target), "source": checkpoint.as_posix(), "image_size": side}
+
+
+def main() -> None:
+    """Write weights.json last: while it is missing, the stage has not ended."""
+    model = load_config().model
+    for name in ("weights.json", "sam.pth", "sam.safetensors"):
+        (OUTPUT / name).unlink(missing_ok=True)
+    told = published(model.name) if model.checkpoint == "published" else own(model.name, Path(model.checkpoint))
+    write_json_atomic(OUTPUT / "weights.json", told)
+    say(f"{told['name']}: {told['source']}, SHA-256 {str(told['sha256'])[:16]}...")
+
+
+if __name__ == "__main__":
+    run_guarded(main)
