@@ -16,8 +16,9 @@ from lesionsam.errors import run_guarded
 from lesionsam.experiment import Trained, input_side, open_data, pretrained_weights, run_key, train
 from lesionsam.files import atomic_write, sha256_file
 from lesionsam.guard import end_with_parent, only_one
+from lesionsam.lineage import repository_root
 from lesionsam.models.sam import Sam, save_sam
-from lesionsam.tracking import NullTracker, Tracker, repository_root
+from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.training import OBJECTIVE, save_head
 
 ROOT = Path.cwd()
