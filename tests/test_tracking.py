@@ -104,7 +104,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 class Gate:
     """A proxy before the server that passes requests on and, where told, keeps the answer to itself or answers 500.
 
-    lose: a part of a path; the next request to it reaches the server, but the connection is cut instead of answered.
+    lose: part of a path or body; the next such request reaches the server, but the connection is cut, not answered.
     """
 
     def __init__(self, target: Server) -> None:
@@ -126,7 +126,8 @@ class Gate:
                 answer = connection.getresponse()
                 content = answer.read()
                 connection.close()
-                if gate.lose is not None and gate.lose in self.path and self.command in ("POST", "PUT"):
+                writes = self.command in ("POST", "PUT")
+                if gate.lose is not None and writes and gate.lose.encode() in self.path.encode() + body:
                     gate.lose = None
                     self.close_connection = True
                     return
@@ -263,12 +264,11 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.count("No space left") == 1
 
 
-def test_evaluating_an_untracked_run_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.json: expected the record"):
-        Tracker.reopen(tmp_path, uri="", experiment=EXPERIMENT, root=tmp_path)
-    (tmp_path / "run.json").write_text('{"local_id": "../x"}')
-    with pytest.raises(UserError, match="letters and digits"):
-        Tracker.reopen(tmp_path, uri="", experiment=EXPERIMENT, root=tmp_path)
+def test_a_damaged_record_is_one_clear_line(tmp_path: Path) -> None:
+    for content, words in (('{"local_id": "../x"}', "letters and digits"), ("{", "damaged file"), ("[]", "local_id")):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(UserError, match=words):
+            Tracker.reopen(tmp_path, uri="", experiment=EXPERIMENT, root=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------- processes
@@ -427,12 +427,12 @@ def test_a_server_killed_in_the_middle_loses_and_doubles_nothing(tmp_path: Path,
     assert shipper.client.get_run(run_id).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("path", ["runs/create", "runs/log-batch", "logged-models", "runs/outputs", "images/",
-                                  "mlflow/experiments/create"])
+@pytest.mark.parametrize("path", ["experiments/create", "runs/create", "runs/log-batch", '"key": "loss"',
+                                  "runs/outputs", "logged-models", "images/"])
 def test_an_answer_that_gets_lost_is_no_second_entry(tmp_path: Path, gate: Gate, path: str) -> None:
     (tmp_path / "w.bin").write_bytes(b"1")
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
-    name = f"lost {path}".replace("/", " ")
+    name = tmp_path.name
     tracker = Tracker.open(tmp_path / "run", uri=gate.uri, experiment=name, root=tmp_path, run_name="r", params={},
                            tags={"a": "b"}, system_metrics=False, send=False)
     for step in range(5):
@@ -488,6 +488,17 @@ def test_a_spool_that_was_cleaned_away_is_made_again(tmp_path: Path, gate: Gate)
     run = shipper.client.get_run(shipper.state["run_id"])
     assert run.data.params == {"lr": "0.1", "new": "1"}
     assert run.data.tags["changed.lr"] == "0.2"
+
+
+def test_evaluating_a_model_whose_training_was_not_tracked_is_a_run_of_its_own(tmp_path: Path, gate: Gate) -> None:
+    tracker = Tracker.reopen(tmp_path / "run", uri=gate.uri, experiment=EXPERIMENT, root=tmp_path, send=False)
+    tracker.log({"test/iou": 0.5}, 0)
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+    shipper = drain(tmp_path)
+    run = shipper.client.get_run(shipper.state["run_id"])
+    assert (run.info.run_name, run.info.status) == ("evaluate", "FINISHED")
+    assert history(shipper, "test/iou") == [(0, 0.5)]
 
 
 def test_what_the_server_refuses_does_not_block_the_rest(tmp_path: Path, gate: Gate) -> None:

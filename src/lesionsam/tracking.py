@@ -130,6 +130,7 @@ class Tracker(NullTracker):
         self._spool = spool
         self._folder = folder
         self._reopened = folder is None
+        self._closes_run = folder is not None
         for entry, _ in read_lines(spool.path("journal")):
             if entry is not None:
                 self._remember(entry)
@@ -156,7 +157,7 @@ class Tracker(NullTracker):
             send: False leaves sending to the next start or to `sync`.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        record = read_record(folder, required=False)
+        record = read_record(folder)
         local_id = record.get("local_id") or uuid.uuid4().hex
         meta = {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "run_name": run_name,
                 "parent_run_id": parent_run_id, "system_metrics": system_metrics}
@@ -177,14 +178,17 @@ class Tracker(NullTracker):
         """Add to the run whose run.json lies in the folder, without touching the folder or the run's status.
 
         A point logged before is logged again only with another value. Settings belong into tags: parameters are
-        immutable. Where MLflow no longer has the run, a new one takes all that is known and names the old one.
+        immutable. Where MLflow no longer has the run, a new one takes all that is known and names the old one. Where
+        the training was not tracked (no run.json), it is a run of its own.
         """
-        record = read_record(folder, required=True)
-        known = spool_root(root) / record["local_id"] / "meta.json"
+        record = read_record(folder)
+        local_id = record.get("local_id") or uuid.uuid4().hex
+        known = spool_root(root) / local_id / "meta.json"
         meta = {"run_name": run_name} if not known.exists() else {}
         meta |= {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "system_metrics": False}
-        spool = prepare_spool(root, record["local_id"], meta, record.get("run_id"))
+        spool = prepare_spool(root, local_id, meta, record.get("run_id"))
         tracker = cls(spool, None, send=send)
+        tracker._closes_run = not record
         if tags:
             tracker.set_tags(tags)
         return tracker
@@ -269,7 +273,7 @@ class Tracker(NullTracker):
             return
         if self._reopened:
             self.set_tags({"evaluate.status": status})
-        self._add("status", status=status, only_new=self._reopened)
+        self._add("status", status=status, only_new=not self._closes_run)
         self._events.close()
         self._finish_sender()
         self._write_record()

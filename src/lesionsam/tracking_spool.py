@@ -177,15 +177,12 @@ def spool_root(root: Path) -> Path:
     return root / ".scratch" / "tracking"
 
 
-def read_record(folder: Path, *, required: bool) -> dict[str, Any]:
-    """run.json of a folder; empty where there is none and none is required."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """run.json of a folder; empty where there is none."""
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
-        if required:
-            raise UserError(f"{path}: expected the record of a tracked training run, found no file; train with "
-                            "tracking.enabled true, or evaluate with it false") from None
         return {}
     except ValueError as error:
         raise UserError(f"{path}: expected JSON, got a damaged file ({error}); delete it to start a new run") from error
