@@ -7,8 +7,9 @@ of its own (MaskDecoder.forward repeats the features by the number of prompts in
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: S403  (the name of torch.load's refusal; nothing is unpickled here)
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from segment_anything import sam_model_registry
-from segment_anything.modeling import PromptEncoder, Sam
+from segment_anything.modeling import Sam
 
 from lesionsam.boxes import model_frame_size
 from lesionsam.errors import UserError
@@ -25,15 +26,16 @@ from lesionsam.files import write_bytes_atomic
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact, decode_candidates
 from lesionsam.types import Prompts
 
-__all__ = ["PUBLISHED", "Sam", "build_sam", "decode", "encode", "load_sam", "preprocess", "read_metadata", "resize_longest",
+__all__ = ["Sam", "build_sam", "decode", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
            "save_sam", "upscale"]
 
-PUBLISHED = ("vit_b", "vit_l", "vit_h")
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
+POSITION = "image_encoder.pos_embed"
+SHOWN_KEYS = 3  # of those that a message could name
 
 
 def build_sam(name: str, *, image_size: int = 0, architecture: CompactArchitecture | None = None) -> Sam:
-    """A SAM with random weights.
+    """A SAM with random weights, in eval mode.
 
     Args:
         name: compact, vit_b, vit_l or vit_h. image_size: side S of the input, pixels; 0 = the model's own.
@@ -44,59 +46,96 @@ def build_sam(name: str, *, image_size: int = 0, architecture: CompactArchitectu
 
 
 def at_size(sam: Sam, image_size: int) -> Sam:
-    """Set the side of the model's input: position embeddings are interpolated (relative ones by SAM itself).
+    """Set the side of the model's input: position embeddings are interpolated.
 
+    Relative positions keep their size, that of the grid they were trained on: SAM's blocks interpolate those of global
+    attention as they run, and windows do not change.
+
+    Args:
+        image_size: S, pixels; 0 leaves the model as it is.
     Raises:
         UserError: a side that the patch does not divide.
     """
     encoder = sam.image_encoder
     if image_size in (0, encoder.img_size):
         return sam
-    patch = encoder.patch_embed.proj.kernel_size[0]
-    if image_size % patch:
+    patch = patch_size(sam)
+    if image_size < patch or image_size % patch:
         raise UserError(f"model.image_size: expected a multiple of the patch, {patch}, got {image_size}")
     grid = image_size // patch
-    position = encoder.pos_embed.detach().permute(0, 3, 1, 2)
-    resized = F.interpolate(position, size=(grid, grid), mode="bicubic", align_corners=False, antialias=grid < position.shape[-1])
-    encoder.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1).contiguous())
+    position = encoder.get_parameter("pos_embed")
+    resized = F.interpolate(position.detach().permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic",
+                            align_corners=False, antialias=grid < position.shape[1])
+    encoder.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1).contiguous(), position.requires_grad)
     encoder.img_size = image_size
-    old: PromptEncoder = sam.prompt_encoder
-    old.image_embedding_size, old.input_image_size = (grid, grid), (image_size, image_size)
-    old.mask_input_size = (4 * grid, 4 * grid)
+    prompt_encoder = sam.prompt_encoder
+    prompt_encoder.image_embedding_size, prompt_encoder.input_image_size = (grid, grid), (image_size, image_size)
+    prompt_encoder.mask_input_size = (4 * grid, 4 * grid)
     return sam
 
 
-def load_sam(name: str, checkpoint: Path, *, image_size: int = 0) -> Sam:
-    """A SAM with the weights of a file, in eval mode.
+def patch_size(sam: Sam) -> int:
+    """Side of a patch, pixels."""
+    return sam.image_encoder.get_parameter("patch_embed.proj.weight").shape[-1]
+
+
+def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0) -> Sam:
+    """A SAM with the weights of a file, on the CPU, in float32, in eval mode.
 
     Args:
-        checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), or .safetensors.
+        name: compact, vit_b, vit_l or vit_h; None = whichever the file holds.
+        checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), or a .safetensors of `save_sam`.
+        image_size: side S of the input, pixels; 0 = that of the file.
     Raises:
-        UserError: no such file, an HTML page, a damaged file, or weights of another model.
+        UserError: no such file, an HTML page, a damaged file, weights of another model or values that are not finite.
     """
     state, metadata = read_weights(checkpoint)
-    held = WIDTHS.get(state["image_encoder.pos_embed"].shape[-1], "compact") if "image_encoder.pos_embed" in state else None
-    if held is None:
-        raise UserError(f"{checkpoint}: holds no SAM: the key image_encoder.pos_embed is missing among its {len(state)} keys")
-    if held != name:
-        raise UserError(f"{checkpoint}: holds weights of {held}, but model.name is {name}; change one of them")
-    if name == "compact":
-        numbers = json.loads(metadata.get("architecture", "null"))
-        if numbers is None:
-            raise UserError(f"{checkpoint}: compact weights without a stated architecture; use a file that `make foundation` "
-                            "or a training wrote")
-        sam = build_compact(CompactArchitecture.from_mapping(numbers, str(checkpoint)))
-    else:
-        sam = sam_model_registry[name]()
-    own = state["image_encoder.pos_embed"].shape[1] * sam.image_encoder.patch_embed.proj.kernel_size[0]
-    sam = at_size(sam, own)
+    held = model_held(checkpoint, state, metadata)
+    if name not in (None, held):
+        raise UserError(f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or "
+                        "model.checkpoint")
+    architecture = stated_architecture(checkpoint, metadata) if held == "compact" else None
+    with torch.device("meta"):  # no time for random weights: every tensor comes from the file
+        sam = build_compact(architecture) if architecture is not None else sam_model_registry[held]()
+        sam = at_size(sam, state[POSITION].shape[1] * patch_size(sam))
     expected = sam.state_dict()
-    wrong = [k for k in expected if k not in state] + [k for k in state if k not in expected]
-    wrong += [k for k in expected if k in state and state[k].shape != expected[k].shape]
-    if wrong:
-        raise UserError(f"{checkpoint}: does not fit {name}: {len(wrong)} keys differ, first {wrong[0]}")
-    sam.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    faults = [
+        f"{len(keys)} {what} ({', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
+        for what, keys in (
+            ("missing", [k for k in expected if k not in state]), ("unknown", [k for k in state if k not in expected]),
+            ("of another shape", [k for k in expected if k in state and state[k].shape != expected[k].shape]),
+        ) if keys
+    ]
+    if faults:
+        raise UserError(f"{checkpoint}: does not fit {held}: keys {', '.join(faults)}")
+    for key, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{checkpoint}: {key} holds values that are not finite; the training that wrote it failed")
+    # A copy: the model must not lie on a file that something may write over.
+    sam.load_state_dict({k: v.to(expected[k].dtype, copy=True) for k, v in state.items()}, assign=True)
     return at_size(sam, image_size).eval()
+
+
+def model_held(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Which model these weights are: as the file says, or by the width of the encoder's tokens."""
+    if POSITION not in state or state[POSITION].ndim != 4:
+        keys = ", ".join(list(state)[:SHOWN_KEYS])
+        raise UserError(f"{path}: holds no SAM: expected the key {POSITION} among others, found {len(state)} keys "
+                        f"({keys}{', ...' if len(state) > SHOWN_KEYS else ''})")
+    stated = metadata.get("name")
+    return stated if stated in (*WIDTHS.values(), "compact") else WIDTHS.get(state[POSITION].shape[-1], "compact")
+
+
+def stated_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitecture:
+    """The numbers of a compact SAM, from its file's metadata."""
+    try:
+        numbers = json.loads(metadata.get("architecture", ""))
+    except json.JSONDecodeError:
+        numbers = None
+    if not isinstance(numbers, dict):
+        raise UserError(f"{path}: weights of no published SAM, and no compact architecture stated; expected a file "
+                        "that `make foundation` or a training wrote")
+    return CompactArchitecture.from_mapping(numbers, str(path))
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -105,7 +144,9 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         with path.open("rb") as file:
             head = file.read(64).lstrip()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such weights file; run `dvc repro weights`, or set model.checkpoint") from None
+        raise UserError(f"{path}: no such weights file; run `dvc repro weights`, or name another") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; expected a weights file") from None
     if head[:1] == b"<":
         raise UserError(f"{path}: an HTML page, not weights; fetch the file again and check its address")
     try:
@@ -113,18 +154,18 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as weights ({str(error).splitlines()[0][:120]}); fetch it again") from None
     except UnpicklingError:
-        raise UserError(f"{path}: not a plain file of weights (it would run code when loaded, or is damaged)") from None
-    if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
-        raise UserError(f"{path}: expected a dictionary of tensors, as SAM's .pth files are")
+        raise UserError(f"{path}: not a plain file of weights: damaged, or it would run code when loaded; fetch it "
+                        "again") from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({reason}); fetch it again") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: holds a {type(loaded).__name__}; expected tensors by name, as SAM's .pth files do")
+    if other := [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(f"{path}: expected tensors alone, as in SAM's .pth files; {', '.join(other[:SHOWN_KEYS])} "
+                        "holds something else; save the model's state_dict by itself")
     return loaded, {}
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a weights file."""
-    return read_weights(path)[1]
 
 
 def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None = None) -> None:
@@ -133,12 +174,15 @@ def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None
     Args:
         name: compact, vit_b, vit_l or vit_h. metadata: further entries; the compact one's architecture is added.
     """
-    notes = {"name": name, "image_size": str(sam.image_encoder.img_size)} | (metadata or {})
+    encoder, decoder = sam.image_encoder, sam.mask_decoder
+    notes = {"name": name, "image_size": str(encoder.img_size)} | (metadata or {})
     if name == "compact":
-        e, d = sam.image_encoder, sam.mask_decoder
-        numbers = {"image_size": e.img_size, "patch_size": e.patch_embed.proj.kernel_size[0], "width": e.pos_embed.shape[-1],
-                   "depth": len(e.blocks), "num_heads": e.blocks[0].attn.num_heads, "prompt_width": d.transformer_dim,
-                   "decoder_mlp": d.transformer.layers[0].mlp.lin1.out_features}
+        attention = encoder.blocks[0].attn
+        trained_grid = (attention.rel_pos_h.shape[0] + 1) // 2  # whatever side `at_size` has set since
+        numbers = {"image_size": trained_grid * patch_size(sam), "patch_size": patch_size(sam),
+                   "width": encoder.get_parameter("pos_embed").shape[-1], "depth": len(encoder.blocks),
+                   "num_heads": attention.num_heads, "prompt_width": decoder.transformer_dim,
+                   "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features}
         notes["architecture"] = json.dumps(numbers)
     state = {key: value.detach().cpu().contiguous() for key, value in sam.state_dict().items()}
     write_bytes_atomic(path, save(state, notes))
@@ -163,7 +207,8 @@ def encode(sam: Sam, images: torch.Tensor) -> torch.Tensor:
     return sam.image_encoder(images)
 
 
-def decode(sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(sam: Sam, features: torch.Tensor, prompts: Prompts,
+           multimask: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode each image of a batch under its own prompt.
 
     Args:
@@ -175,9 +220,35 @@ def decode(sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool =
 
 
 def resize_longest(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, longest side `side`; equals ResizeLongestSide.apply_image."""
+    """(H, W, 3) uint8 -> (h, w, 3) uint8, longest side `side`; equals ResizeLongestSide.apply_image.
+
+    Raises:
+        UserError: an image so long and thin that nothing of its shorter side would be left.
+    """
     height, width = model_frame_size(image.shape[1], image.shape[0], side)
+    if min(height, width) < 1:
+        raise UserError(f"an image of {image.shape[1]}x{image.shape[0]} px is too thin for a model input of {side} px; "
+                        "crop it to the lesion's surroundings")
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def model_frames(images: Sequence[np.ndarray], side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of any sizes in the model frame, one batch.
+
+    Args:
+        images: B of (H, W, 3) uint8 RGB, original frame. side: S.
+    Returns:
+        (B, 3, S, S) uint8, padded with 0 right and bottom, and (B, 2) int64 height and width of the image part: what
+        `preprocess` takes.
+    """
+    frames = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
+    sizes = torch.zeros(len(images), 2, dtype=torch.int64)
+    for k, image in enumerate(images):
+        small = resize_longest(image, side)
+        height, width = small.shape[:2]
+        frames[k, :, :height, :width] = torch.tensor(small).permute(2, 0, 1)
+        sizes[k] = torch.tensor([height, width])
+    return frames, sizes
 
 
 def upscale(low_res: torch.Tensor, size: tuple[int, int], original: tuple[int, int], side: int) -> torch.Tensor:
