@@ -160,6 +160,8 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
     out: dict[str, float] = {}
     for model in table["model"].drop_duplicates():
         part = table[table["model"] == model].set_index("prompt")
+        if model in BASELINES:
+            part = part.drop(columns="difference", errors="ignore")
         for prompt, row in part.iterrows():
             out |= {f"{slug(model)}.{slug(str(prompt))}.{name}": float(row[name]) for name in wanted if name in row}
         if "miou" in part and set(statistics.OBJECTIVE_PROMPTS) <= set(part.index):

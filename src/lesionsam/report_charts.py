@@ -146,7 +146,7 @@ def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:
             axes.errorbar(x, own["miou"], yerr=spread, fmt="o", ms=5, lw=1.6, color=colour(model, models), label=model)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("mean IoU")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
 
     return chart(draw, f"Prompt {prompt}, by lesion size (tertiles of the share of the image).")
 
