@@ -320,7 +320,8 @@ class Shipper:
 def _reason(error: Exception) -> str:
     """One short line: of a chain of connection errors only the innermost."""
     text = " ".join(str(error).split())
-    return text.rpartition("Caused by ")[2][:300]
+    _, chained, cause = text.rpartition("(Caused by ")
+    return (cause.rstrip(")") + ")" if chained else text)[:300]
 
 
 def _read_picture(path: Path) -> Image.Image:
