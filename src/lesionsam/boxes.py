@@ -117,7 +117,7 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
     Raises:
         UserError: the first faulty row, with line number, column, expected and got, and how many more there are.
     """
-    rows = _read_rows(path)
+    rows = read_rows(path)
     samples, problems = [], []
     seen: dict[tuple[str, str], int] = {}
     per_image: dict[str, int] = {}
@@ -142,7 +142,8 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
     return samples
 
 
-def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
+def read_rows(path: Path, required: Sequence[str] = REQUIRED) -> list[tuple[int, dict[str, str]]]:
+    """(line number, column -> text) of every row of a box CSV; its columns are checked, its values are not."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -152,15 +153,15 @@ def _read_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from None
     if not text.strip():
-        raise UserError(f"{path}: empty; expected a header with {', '.join(REQUIRED)} and a row per lesion")
+        raise UserError(f"{path}: empty; expected a header with {', '.join(required)} and a row per lesion")
     first = text.splitlines()[0]
     if ";" in first and "," not in first:
         raise UserError(f"{path}: columns are separated by ';'; expected ',' (and '.' as the decimal mark)")
     reader = csv.reader(text.splitlines())
     header = [name.strip() for name in next(reader)]
-    missing = [name for name in REQUIRED if name not in header]
+    missing = [name for name in required if name not in header]
     if missing:
-        raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(REQUIRED)}); found {', '.join(header)}")
+        raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(required)}); found {', '.join(header)}")
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
         raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(COLUMNS)}")
@@ -189,20 +190,30 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
             raise ValueError(f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose")
     if row.get("split") and row["split"] != entry["split"]:
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
-    big = _parse_box(row, BIG, width, height)
-    small = _parse_box(row, SMALL, width, height)
-    outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
-    if outside > TOLERANCE:
-        raise ValueError(f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box {_show(big)} "
-                         f"by {outside:.1f} px; the core must lie inside the rough extent (are the two exchanged?)")
-    small = np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
+    big, small = parse_boxes(row, width, height)
     mask_path = str(entry.get("mask_path") or "")
     return Sample(image_id=image_id, lesion_id=row.get("lesion_id") or "0", split=str(entry["split"]),
                   image_path=root / str(entry["image_path"]), mask_path=root / mask_path if mask_path else None,
                   width=width, height=height, big_box=big, small_box=small)
 
 
-def _parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
+def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Big and small box of a row, each (4,) XYXY, cut at the frame and the small one at the big one.
+
+    Raises:
+        ValueError: names the column, what was expected and what came.
+    """
+    big, small = parse_box(row, BIG, width, height), parse_box(row, SMALL, width, height)
+    outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
+    if outside > TOLERANCE:
+        raise ValueError(f"small_x0..small_y1: small box {_show(small)} of {row['image_id']!r} leaves the big box "
+                         f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
+                         "exchanged?)")
+    return big, np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
+
+
+def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
+    """One box of a row, (4,) XYXY, cut at the frame; raises ValueError as `parse_boxes` does."""
     values = []
     for name in names:
         try:
