@@ -18,6 +18,7 @@ from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import torch_device
 from lesionsam.files import read_image, read_mask
+from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
 from lesionsam.schema import ContrastiveMethod, FolderData
@@ -58,8 +59,14 @@ def looseness(config: Config) -> float:
 
 
 def main() -> None:
+    """One writer at a time, which ends with the `dvc repro` that started it."""
+    end_with_parent()
+    with only_one(CACHE / "lock", "the evaluation"):
+        evaluate(load_config())
+
+
+def evaluate(config: Config) -> None:
     """Parameters -> figures of the test split -> results/ and the tracked run."""
-    config = load_config()
     e = config.evaluate
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
