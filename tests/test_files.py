@@ -29,7 +29,9 @@ def test_written_file_is_complete_and_alone(tmp_path: Path) -> None:
         file.write(b"abc")
         assert not path.exists()
     assert path.read_bytes() == b"abc"
-    write_text_atomic(path, "ä\r\nb")
+    with path.open("rb") as reader:
+        write_text_atomic(path, "ä\r\nb")
+        assert reader.read() == b"abc"  # replaced, not written over: who reads meanwhile sees one whole version
     assert path.read_bytes() == "ä\r\nb".encode()
     write_bytes_atomic(path, b"")
     assert path.read_bytes() == b""
