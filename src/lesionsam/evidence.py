@@ -19,11 +19,13 @@ import pandas as pd
 from lesionsam import statistics
 from lesionsam.boxes import annotate
 from lesionsam.config import Config, config_digest, to_values, unflatten, validate
+from lesionsam.config_file import fit, merge
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment import input_side, open_data, torch_device, train
-from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic
+from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic, write_text_atomic
 from lesionsam.models.sam import load_sam
+from lesionsam.presets import preset_values
 from lesionsam.types import Sample
 
 PROMPTS = ("ring", "centre", "box", "box+core")
@@ -36,29 +38,29 @@ class Row:
     """One line of the table.
 
     Attributes:
-        name: of the line. sections: whole sections or sub-sections that replace the base's (dotted key -> value).
+        name: of the line. preset: applied to the base first, where there is one. changes: dotted keys after it.
         seeds: how many. margin: least and greatest share by which the simulated big box is too large.
-        trains: False for what is evaluated as it is.
+        trains: False for what is evaluated as it is. tests: False for a row that only tunes on the development split.
     """
 
     name: str
-    sections: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    preset: str = ""
     seeds: int = 3
     margin: tuple[float, float] = (0.10, 0.20)
     trains: bool = True
+    tests: bool = True
 
 
 def configured(base: Config, row: Row, seed: int) -> Config:
-    """The configuration of one unit: the base, the row's sections, the seed and the boxes' looseness."""
+    """The configuration of one unit: the base, the row's preset and changes, the seed and the boxes' looseness."""
     low, high = row.margin
-    looseness = {"method.target.looseness": (low + high) / 2} if "looseness" in to_values(base)["method"].get("target", {}) else {}
-    values = unflatten(looseness, to_values(base))
-    for key, value in row.sections.items():
-        values = unflatten({key: value}, values)
-    values = unflatten({"train.seed": seed, "boxes.margin_low": low, "boxes.margin_high": high}, values)
+    values = preset_values(row.preset, to_values(base)) if row.preset else to_values(base)
+    values = fit(merge(values, unflatten(row.changes)))
     target = values["method"].get("target", {})
     if "looseness" in target:
         target["looseness"] = (low + high) / 2
+    values = unflatten({"train.seed": seed, "boxes.margin_low": low, "boxes.margin_high": high}, values)
     return validate(values, f"evidence row {row.name!r}")
 
 
@@ -100,6 +102,10 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
                   "offset": trained.offset, "train_seconds": time.monotonic() - begun}
     else:
         sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
+    if not row.tests:
+        write_json_atomic(target.with_suffix(".json"), notes)
+        write_text_atomic(target, "")
+        return
     figures = evaluate_model(sam, test, load_image, load_mask, prompts=PROMPTS, seed=config.evaluate.seed,
                              batch_size=config.evaluate.batch_size, num_points=config.method.num_points,
                              device=torch_device(config.runtime.device), model=row.name, run=str(seed)).rows
@@ -115,7 +121,7 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
 def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
     """All finished units of some rows, long format, in the order of the rows."""
     parts = [pd.read_csv(path, dtype={"run": str, "lesion_id": str, "image_id": str})
-             for row in rows for seed in range(row.seeds) if (path := unit_path(out, row, seed)).exists()]
+             for row in rows if row.tests for seed in range(row.seeds) if (path := unit_path(out, row, seed)).exists()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

@@ -120,7 +120,7 @@ class Head(Section):
     ema: bool = Field(description="the teacher has its own head, an average; published: false, one shared head")
 
 
-TARGET_KIND = "prior | refined (by the pretrained model) | teacher | fused (prior and teacher) | ellipse"
+TARGET_KIND = "prior | teacher | fused (prior and teacher) | ellipse"
 SOFTNESS = "soft labels are sigmoid(softness * (prior + offset))"
 PLACEBO = "none | other (target of another image) | warped (the same, warped into this big box)"
 OFFSET = "outline offset of the prior: boxes (found from the boxes alone) | none | a number"
@@ -128,7 +128,7 @@ LOOSENESS = "by how much annotators draw the big box too large, for finding the 
 
 
 class PriorTarget(Section):
-    kind: Literal["prior", "refined"] = Field(description=TARGET_KIND)
+    kind: Literal["prior"] = Field(description=TARGET_KIND)
     offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
     looseness: float = Field(ge=0, le=4, description=LOOSENESS)
     softness: float = Field(gt=0, le=100, description=SOFTNESS)

@@ -173,7 +173,7 @@ class Contrastive:
         o = self.options
         side, grid = batch.images.shape[-1], 4 * self.sam.prompt_encoder.image_embedding_size[0]
         probability = None
-        if o.target in ("prior", "refined", "fused"):
+        if o.target in ("prior", "fused"):
             if batch.prior is None:
                 raise ValueError("the batch carries no box prior")
             logits = o.softness * (batch.prior + o.offset)

@@ -7,6 +7,7 @@ of its own (MaskDecoder.forward repeats the features by the number of prompts in
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,8 +65,9 @@ def at_size(sam: Sam, image_size: int) -> Sam:
         raise UserError(f"model.image_size: expected a multiple of the patch, {patch}, got {image_size}")
     grid = image_size // patch
     position = encoder.get_parameter("pos_embed")
+    # Antialiased also where it grows: torch's other bicubic kernel turns a ramp into stairs.
     resized = F.interpolate(position.detach().permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic",
-                            align_corners=False, antialias=grid < position.shape[1])
+                            align_corners=False, antialias=True)
     encoder.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1).contiguous(), position.requires_grad)
     encoder.img_size = image_size
     prompt_encoder = sam.prompt_encoder
@@ -147,7 +149,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path}: no such weights file; run `dvc repro weights`, or name another") from None
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected a weights file") from None
-    if head[:1] == b"<":
+    if re.match(rb"\s*<[!?a-zA-Z]", head):  # a safetensors file too may begin with "<": its header's length
         raise UserError(f"{path}: an HTML page, not weights; fetch the file again and check its address")
     try:
         if path.suffix == ".safetensors":
@@ -157,7 +159,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except UnpicklingError:
         raise UserError(f"{path}: not a plain file of weights: damaged, or it would run code when loaded; fetch it "
                         "again") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:  # OSError: cut very short
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({reason}); fetch it again") from None
     if not isinstance(loaded, dict):
@@ -252,12 +254,12 @@ def model_frames(images: Sequence[np.ndarray], side: int) -> tuple[torch.Tensor,
 
 
 def upscale(low_res: torch.Tensor, size: tuple[int, int], original: tuple[int, int], side: int) -> torch.Tensor:
-    """(..., T, T) logits -> (..., H, W) at the original size; equals Sam.postprocess_masks.
+    """([B, C,] T, T) logits -> ([B, C,] H, W) at the original size; equals Sam.postprocess_masks.
 
     Args:
         size: (h, w) of the image part of the model frame. original: (H, W). side: S.
     """
-    flat = low_res.reshape(-1, 1, *low_res.shape[-2:]).float()
-    frame = F.interpolate(flat, (side, side), mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
-    full = F.interpolate(frame, original, mode="bilinear", align_corners=False)
-    return full.reshape(*low_res.shape[:-2], *original)
+    masks = low_res.float()[(None,) * (4 - low_res.ndim)]
+    masks = F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
+    masks = F.interpolate(masks, original, mode="bilinear", align_corners=False)
+    return masks.reshape(*low_res.shape[:-2], *original)

@@ -1,0 +1,88 @@
+"""python src/evidence.py FOLDER: the comparison on real pairs, row by row, resumable; writes tables to --out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lesionsam.errors import run_guarded
+
+ROOT = Path(__file__).resolve().parent.parent
+TEST_SPLIT, DEV_FRACTION = "val", 1 / 6  # 900 + 142 pairs: 750 to train, 150 to select on, 142 to report on
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="holds images/{train,val} and masks/{train,val}")],
+    out: Annotated[Path, typer.Option(help="folder of the results; what is finished there is not run again")] = Path("evidence"),
+    params: Annotated[Path, typer.Option(help="the default that the rows change")] = ROOT / "params.yaml",
+    epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 5,
+    only: Annotated[str, typer.Option(help="rows whose name holds this text; empty = all")] = "",
+    seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
+    workers: Annotated[int, typer.Option(help="units at once, one thread each")] = 2,
+    tune: Annotated[bool, typer.Option(help="only the learning rates, on the development split")] = False,
+    unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
+) -> None:
+    """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
+    from lesionsam.config import load_config, with_values
+    from lesionsam.data.folder import index_folder
+    from lesionsam.data.index import read_index, write_index
+    from lesionsam.evidence import gap_closed, read_units, run_unit, summarise, unit_path
+    from lesionsam.evidence_rows import COMPARISONS, DEFAULT, ELLIPSE, SUPERVISED, rows, tuning
+    from lesionsam.files import write_text_atomic
+
+    base = with_values(load_config(params, check_files=False), {"train.epochs": epochs, "runtime.num_threads": 1})
+    planned = tuning(base) if tune else rows(base)
+    index_path = out / "index.csv"
+    if not index_path.exists():
+        write_index(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
+    weights = ROOT / base.model.checkpoint
+    if unit:
+        name, seed = unit.rsplit("#", 1)
+        row = next(row for row in planned if row.name == name)
+        return run_unit(base, row, int(seed), read_index(index_path), weights, out)
+    waiting = [(row, seed) for seed in range(seeds) for row in planned
+               if only in row.name and seed < row.seeds and not unit_path(out, row, seed).exists()]
+    begun, done = time.monotonic(), 0
+
+    def work(job: tuple) -> int:
+        nonlocal done
+        row, seed = job
+        command = [sys.executable, __file__, str(folder), "--out", str(out), "--params", str(params), "--epochs", str(epochs),
+                   "--unit", f"{row.name}#{seed}", *(["--tune"] if tune else [])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        code = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 (this very program)
+        done += 1
+        spent = time.monotonic() - begun
+        print(f"{done}/{len(waiting)} {row.name} seed {seed}: {'done' if code == 0 else f'failed ({code})'}, "
+              f"{spent / done * (len(waiting) - done) / 60:.0f} min left", flush=True)
+        return code
+
+    with ThreadPoolExecutor(workers) as pool:
+        codes = list(pool.map(work, waiting))
+    if tune:
+        for row in planned:
+            if (notes := unit_path(out, row, 0).with_suffix(".json")).exists():
+                print(f"{row.name}: objective on dev {json.loads(notes.read_text())['dev_objective']:.4f}")
+    else:
+        figures = read_units(out, planned)
+        text = summarise(figures, COMPARISONS)
+        if {DEFAULT, ELLIPSE, SUPERVISED} <= set(figures.get("model", [])):
+            closed = gap_closed(figures, ELLIPSE, SUPERVISED, DEFAULT)
+            text += "\nGap closed between the ellipse as target and supervised: " + ", ".join(
+                f"{prompt} {value:.0%}" for prompt, value in closed.items()) + "\n"
+        write_text_atomic(out / "table.md", text)
+        print(text)
+    if any(codes):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_guarded(lambda: typer.run(main))
