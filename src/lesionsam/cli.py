@@ -78,16 +78,25 @@ def smoke(
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.", show_default=False)],
-    boxes: Annotated[Path, typer.Option(help="Two-box CSV; ids are the images' names without ending.")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders or quoted patterns.", show_default=False)],
+    boxes: Annotated[Path, typer.Option(help="CSV of boxes; image_id is the image's name without ending.")],
     weights: Annotated[Path, typer.Option(help="Adapted or published.")] = Path("models/adapted/best.safetensors"),
-    out: Annotated[Path, typer.Option(help="Folder for masks and overlays.")] = Path("predictions"),
+    out: Annotated[Path, typer.Option(help="Folder for masks, overlays and predictions.csv.")] = Path("predictions"),
+    prompt: Annotated[str, typer.Option(help="box, box+core, core, centre or ring; all but box need the small box.")]
+    = "box",
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
+    overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Segment lesions in images, given their boxes: writes masks and overlays."""
+    """Segment lesions in images, given their boxes; a second call does only what is missing."""
+    from lesionsam.experiment import torch_device
     from lesionsam.inference import predict_files
 
-    predict_files(images, boxes, weights=weights, out=out, device=device)
+    code = predict_files(images, boxes, weights=weights, out=out, prompt=prompt, device=torch_device(device),
+                         batch_size=batch_size, overlays=overlays, threshold=threshold)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import math
 import sys
-import time
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from lesionsam import metrics
 from lesionsam.boxes import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, read_image, sha256_file
-from lesionsam.inference_inputs import Job, Lesion, find_images, plan
+from lesionsam.files import sha256_file
+from lesionsam.inference_inputs import find_images, needs_small, plan
+from lesionsam.inference_run import Options, Run, complain
 from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, upscale
-from lesionsam.overlays import overlay
-from lesionsam.progress import progress
-from lesionsam.prompts import KINDS, seeded_prompts
+from lesionsam.prompts import KINDS
 from lesionsam.types import Prompts
 
-TABLE = "predictions.csv"
-COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", "predicted_iou", "entropy", "key")
-SEED, NUM_POINTS = 0, 10  # of drawn prompts; as in the evaluation's defaults
-VERSION = 1  # of what a row's key stands for
-SAVE_SECONDS = 5.0
-READERS = 2  # threads that decode images while the model runs
 SHOWN_IDS = 3
 
 
@@ -132,51 +117,6 @@ class Predictor:
                                dtype=torch.float32)[None]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a run of `predict_files` was asked for.
-
-    Attributes:
-        weights_sha256: of the weights file. prompt: of `prompts.KINDS`. threshold: probability above which a pixel is
-            lesion. out: folder of the outputs. overlays: pictures too.
-    """
-
-    weights_sha256: str
-    prompt: str
-    threshold: float
-    out: Path
-    overlays: bool
-
-    @property
-    def needs_small(self) -> bool:
-        """Whether the prompt reads the small box."""
-        return self.prompt not in ("box", "tight")
-
-    def key(self, image_sha256: str, lesion: Lesion) -> str:
-        """Hash of everything that a lesion's row in the table depends on."""
-        parts = (VERSION, SEED, NUM_POINTS, self.weights_sha256, self.prompt, self.threshold, image_sha256,
-                 lesion.file_name, sorted(lesion.row.items()))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """An image with the lesions that are still to do.
-
-    Attributes:
-        image: (H, W, 3) uint8 RGB. frame: (1, 3, S, S) uint8. size: (1, 2) height and width of its image part.
-        todo: (lesion, its key, big box, small box), boxes (4,) XYXY in original pixels.
-        finished: lesion ids whose rows and files are there. faults: one line for each row that is wrong.
-    """
-
-    image: np.ndarray
-    frame: torch.Tensor
-    size: torch.Tensor
-    todo: list[tuple[Lesion, str, np.ndarray, np.ndarray]]
-    finished: list[str]
-    faults: list[str]
-
-
 def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, out: Path, prompt: str = "box",
                   device: torch.device | str = "cpu", batch_size: int = 8, overlays: bool = True,
                   threshold: float = 0.5) -> int:
@@ -187,8 +127,8 @@ def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, o
     call with the same weights, prompt, threshold, boxes and image has done is kept.
 
     Args:
-        images: files, folders, patterns. boxes: CSV with image_id, [lesion_id], big_x0, big_y0, big_x1, big_y1 and, where
-            the prompt needs the core, small_x0 to small_y1; original pixels. prompt: of `prompts.KINDS`.
+        images: files, folders, patterns. boxes: CSV with image_id, [lesion_id], big_x0 to big_y1 and, where the prompt
+            needs the core, small_x0 to small_y1; original pixels. prompt: of `prompts.KINDS`.
         weights: SAM's or this project's; the file says which model it holds. batch_size: images per encoder pass and
             lesions per decoder pass. threshold: probability above which a pixel is lesion.
     Returns:
@@ -205,16 +145,15 @@ def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, o
     paths, problems = find_images(images)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
-    needs_small = Options("", prompt, threshold, out, overlays).needs_small
-    jobs, unmatched, unused = plan(paths, boxes, with_small=needs_small)
+    jobs, unmatched, unused = plan(paths, boxes, with_small=needs_small(prompt))
     problems += unmatched
     for line in problems:
-        _complain(line)
+        complain(line)
     if unused:
         shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
         print(f"note: {boxes} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
     sam = load_sam(None, weights).to(device)
-    run = _Run(sam, Options(sha256_file(weights), prompt, threshold, out, overlays), device, batch_size)
+    run = Run(sam, Options(sha256_file(weights), boxes, prompt, threshold, out, overlays), device, batch_size)
     try:
         run.work(jobs)
     except torch.OutOfMemoryError:
@@ -228,161 +167,3 @@ def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, o
           + (f", {run.num_empty} of them empty" if run.num_empty else "")
           + (f"; {faults} faults, named above" if faults else ""))
     return 1 if faults else 0
-
-
-def _complain(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-class _Run:
-    """The state of one call of `predict_files`: the table, and what was counted."""
-
-    def __init__(self, sam: Sam, options: Options, device: torch.device | str, batch_size: int) -> None:
-        self.sam, self.options, self.device, self.batch_size = sam, options, device, batch_size
-        self.side = int(sam.image_encoder.img_size)
-        self.rows = read_table(options.out / TABLE)
-        self.num_done = self.num_kept = self.num_empty = self.num_faults = 0
-        self.saved = time.monotonic()
-
-    def work(self, jobs: Sequence[Job]) -> None:
-        """Predict every job; faults are named and counted."""
-        chunk: list[tuple[Job, Prepared]] = []
-        with ThreadPoolExecutor(READERS) as pool:
-            for job, future in progress(self._ahead(jobs, pool), total=len(jobs), title="predicting"):
-                try:
-                    prepared = future.result()
-                except (UserError, OSError) as error:
-                    self._fault(job, str(error), {lesion.lesion_id for lesion in job.lesions})
-                    continue
-                for line in prepared.faults:
-                    self._fault(job, line, set())
-                self.num_kept += len(prepared.finished)
-                for lesion in job.lesions:
-                    if lesion.lesion_id not in prepared.finished:
-                        self.rows.pop((job.image_id, lesion.lesion_id), None)
-                if prepared.todo:
-                    chunk.append((job, prepared))
-                if len(chunk) == self.batch_size:
-                    self._predict(chunk)
-                    chunk = []
-            if chunk:
-                self._predict(chunk)
-
-    def _fault(self, job: Job, line: str, lost: set[str]) -> None:
-        _complain(line)
-        self.num_faults += 1
-        for lesion_id in lost:
-            self.rows.pop((job.image_id, lesion_id), None)
-
-    def _ahead(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Prepared]]]:
-        """The jobs with their images, decoded a few ahead of the one that is asked for."""
-        left = iter(jobs)
-        waiting = deque((job, pool.submit(self._prepare, job)) for job in islice(left, READERS + 1))
-        while waiting:
-            yield waiting.popleft()
-            waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
-
-    def _prepare(self, job: Job) -> Prepared:
-        """Read an image, unless all that it is asked for is there."""
-        digest = sha256_file(job.path)
-        keys = [self.options.key(digest, lesion) for lesion in job.lesions]
-        finished = [lesion.lesion_id for lesion, key in zip(job.lesions, keys, strict=True)
-                    if self._is_finished(job, lesion, key)]
-        if len(finished) == len(job.lesions):
-            return Prepared(np.zeros((0, 0, 3), np.uint8), torch.zeros(0), torch.zeros(0), [], finished, [])
-        image = read_image(job.path)
-        height, width = image.shape[:2]
-        todo, faults = [], []
-        for lesion, key in zip(job.lesions, keys, strict=True):
-            if lesion.lesion_id not in finished:
-                try:
-                    big, small = lesion.boxes(width, height, with_small=self.options.needs_small)
-                    todo.append((lesion, key, big, small))
-                except ValueError as error:
-                    faults.append(f"boxes, line {lesion.line}, {error}")
-        try:
-            frame, size = model_frames([image], self.side)
-        except UserError as error:
-            raise UserError(f"{job.path}: {error}") from None
-        return Prepared(image, frame, size, todo, finished, faults)
-
-    def _is_finished(self, job: Job, lesion: Lesion, key: str) -> bool:
-        row = self.rows.get((job.image_id, lesion.lesion_id))
-        folders = ("masks", "overlays") if self.options.overlays else ("masks",)
-        return (row is not None and row["key"] == key
-                and all((self.options.out / folder / lesion.file_name).is_file() for folder in folders))
-
-    @torch.inference_mode()
-    def _predict(self, chunk: Sequence[tuple[Job, Prepared]]) -> None:
-        """Encode a batch of images once and decode all their lesions."""
-        frames = torch.cat([prepared.frame for _, prepared in chunk]).to(self.device)
-        sizes = torch.cat([prepared.size for _, prepared in chunk])
-        features = encode(self.sam, preprocess(frames, sizes.to(self.device)))
-        asked = [(k, *entry) for k, (_, prepared) in enumerate(chunk) for entry in prepared.todo]
-        for low in range(0, len(asked), self.batch_size):
-            part = asked[low : low + self.batch_size]
-            owner = [k for k, *_ in part]
-            shapes = [chunk[k][1].image.shape for k in owner]
-            big, small = (
-                torch.tensor(np.stack([to_model_frame(entry[which], w, h, self.side)
-                                       for entry, (h, w, _) in zip(part, shapes, strict=True)]), dtype=torch.float32)
-                for which in (3, 4)
-            )
-            ids = [f"{chunk[k][0].image_id}/{lesion.lesion_id}" for k, lesion, *_ in part]
-            prompts = seeded_prompts(self.options.prompt, big, small, ids, num_points=NUM_POINTS, seed=SEED)
-            low_res, predicted = decode(self.sam, features[owner], prompts.to(self.device))
-            for j, (k, lesion, key, big_box, small_box) in enumerate(part):
-                job, prepared = chunk[k]
-                size = (int(sizes[k, 0]), int(sizes[k, 1]))
-                logits = upscale(low_res[j, 0], size, (shapes[j][0], shapes[j][1]), self.side).cpu().numpy()
-                points = None
-                if prompts.points is not None:
-                    points = prompts.points[j].numpy() * (shapes[j][1] / size[1], shapes[j][0] / size[0])
-                core = small_box if self.options.needs_small else None
-                self._write(job, prepared, lesion, key, logits, float(predicted[j, 0]), big_box, core, points)
-        if time.monotonic() - self.saved > SAVE_SECONDS:
-            self.save()
-
-    def _write(self, job: Job, prepared: Prepared, lesion: Lesion, key: str, logits: np.ndarray, predicted_iou: float,
-               big: np.ndarray, small: np.ndarray | None, points: np.ndarray | None) -> None:
-        """Mask, overlay, and then the row that says both are there."""
-        options = self.options
-        mask = logits > math.log(options.threshold / (1 - options.threshold))
-        area = int(np.count_nonzero(mask))
-        _write_png(options.out / "masks" / lesion.file_name, mask.astype(np.uint8) * 255)
-        if options.overlays:
-            caption = f"{Path(lesion.file_name).stem}: {100 * area / mask.size:.1f} % of the image, predicted IoU {predicted_iou:.2f}"
-            _write_png(options.out / "overlays" / lesion.file_name,
-                       overlay(prepared.image, prediction=mask, big=big, small=small, points=points, caption=caption))
-        values = (job.image_id, lesion.lesion_id, mask.shape[1], mask.shape[0], f"masks/{lesion.file_name}", area,
-                  f"{predicted_iou:.4f}", f"{metrics.mean_entropy(logits):.4f}", key)
-        self.rows[(job.image_id, lesion.lesion_id)] = dict(zip(COLUMNS, map(str, values), strict=True))
-        self.num_done += 1
-        self.num_empty += area == 0
-
-    def save(self) -> None:
-        """Write the table."""
-        if not self.rows and not (self.options.out / TABLE).exists():
-            return
-        with atomic_write(self.options.out / TABLE, "w") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
-        self.saved = time.monotonic()
-
-
-def read_table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path}: is not a table of `lesionsam predict` (expected the columns {', '.join(COLUMNS)}); "
-                            "move it away or choose another --out")
-        return {(row["image_id"], row["lesion_id"]): row for row in reader}
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")

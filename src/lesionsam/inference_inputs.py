@@ -16,6 +16,11 @@ from lesionsam.errors import UserError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # of the files that a folder stands for
 
 
+def needs_small(prompt: str) -> bool:
+    """Whether a prompt of this kind reads the small box."""
+    return prompt != "box"
+
+
 @dataclass(frozen=True)
 class Lesion:
     """One row of the box CSV, its boxes still text: their check needs the image's size.
@@ -129,8 +134,8 @@ def plan(paths: Sequence[Path], boxes: Path, *, with_small: bool) -> tuple[list[
             label = image_id if len(rows) == 1 else f"{image_id}_{lesion_id}"
             file_name = re.sub(r"[^\w.-]+", "_", label) + ".png"
             if (other := writers.setdefault(file_name, f"{image_id}/{lesion_id}")) != f"{image_id}/{lesion_id}":
-                raise UserError(f"{boxes}: line {line}: the mask of {image_id}/{lesion_id} would be {file_name}, as that "
-                                f"of {other}; rename one of them")
+                raise UserError(f"{boxes}: line {line}: the mask of {image_id}/{lesion_id} would be {file_name}, "
+                                f"as that of {other}; rename one of them")
             named.append(Lesion(lesion_id, line, row, file_name))
         jobs[image_id] = Job(image_id, path, tuple(named))
     return list(jobs.values()), problems, [image_id for image_id in lesions if image_id not in jobs]

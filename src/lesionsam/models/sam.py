@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from segment_anything import sam_model_registry
-from segment_anything.modeling import Sam
+from segment_anything import modeling, sam_model_registry
 
 from lesionsam.boxes import model_frame_size
 from lesionsam.errors import UserError
@@ -30,6 +30,7 @@ from lesionsam.types import Prompts
 __all__ = ["Sam", "build_sam", "decode", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
            "save_sam", "upscale"]
 
+Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
 POSITION = "image_encoder.pos_embed"
 SHOWN_KEYS = 3  # of those that a message could name
