@@ -275,7 +275,7 @@ def _restore(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam,
              optimiser: torch.optim.Optimizer, generator: torch.Generator) -> Progress:
     state, wanted = torch.load(path, weights_only=True), {**asdict(architecture), "seed": seed}
     if state.get("run") != wanted:
-        raise UserError(f"{path}: belongs to a run with {state.get('run')}, expected {wanted}; add --fresh to start anew")
+        raise UserError(f"{path}: belongs to a run with {state.get('run')}, expected {wanted}; --fresh starts anew")
     sam.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
