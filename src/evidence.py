@@ -21,7 +21,9 @@ TEST_SPLIT, DEV_FRACTION = "val", 1 / 6  # 900 + 142 pairs: 750 to train, 150 to
 
 def main(
     folder: Annotated[Path, typer.Argument(help="holds images/{train,val} and masks/{train,val}")],
-    out: Annotated[Path, typer.Option(help="folder of the results; what is finished there is not run again")] = Path("evidence"),
+    out: Annotated[Path, typer.Option(help="folder of the results; what is finished there is not run again")] = Path(
+        "evidence"
+    ),
     params: Annotated[Path, typer.Option(help="the default that the rows change")] = ROOT / "params.yaml",
     epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 5,
     only: Annotated[str, typer.Option(help="rows whose name holds this text; empty = all")] = "",
@@ -48,21 +50,40 @@ def main(
         name, seed = unit.rsplit("#", 1)
         row = next(row for row in planned if row.name == name)
         return run_unit(base, row, int(seed), read_index(index_path), weights, out)
-    waiting = [(row, seed) for seed in range(seeds) for row in planned
-               if only in row.name and seed < row.seeds and not unit_path(out, row, seed).exists()]
+    waiting = [
+        (row, seed)
+        for seed in range(seeds)
+        for row in planned
+        if only in row.name and seed < row.seeds and not unit_path(out, row, seed).exists()
+    ]
     begun, done = time.monotonic(), 0
 
     def work(job: tuple) -> int:
         nonlocal done
         row, seed = job
-        command = [sys.executable, __file__, str(folder), "--out", str(out), "--params", str(params), "--epochs", str(epochs),
-                   "--unit", f"{row.name}#{seed}", *(["--tune"] if tune else [])]
+        command = [
+            sys.executable,
+            __file__,
+            str(folder),
+            "--out",
+            str(out),
+            "--params",
+            str(params),
+            "--epochs",
+            str(epochs),
+            "--unit",
+            f"{row.name}#{seed}",
+            *(["--tune"] if tune else []),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        code = subprocess.run(command, env=environment, check=False).returncode  # noqa: S603 (this very program)
+        code = subprocess.run(command, env=environment, check=False).returncode
         done += 1
         spent = time.monotonic() - begun
-        print(f"{done}/{len(waiting)} {row.name} seed {seed}: {'done' if code == 0 else f'failed ({code})'}, "
-              f"{spent / done * (len(waiting) - done) / 60:.0f} min left", flush=True)
+        print(
+            f"{done}/{len(waiting)} {row.name} seed {seed}: {'done' if code == 0 else f'failed ({code})'}, "
+            f"{spent / done * (len(waiting) - done) / 60:.0f} min left",
+            flush=True,
+        )
         return code
 
     with ThreadPoolExecutor(workers) as pool:
@@ -76,8 +97,11 @@ def main(
         text = summarise(figures, COMPARISONS)
         if {DEFAULT, ELLIPSE, SUPERVISED} <= set(figures.get("model", [])):
             closed = gap_closed(figures, ELLIPSE, SUPERVISED, DEFAULT)
-            text += "\nGap closed between the ellipse as target and supervised: " + ", ".join(
-                f"{prompt} {value:.0%}" for prompt, value in closed.items()) + "\n"
+            text += (
+                "\nGap closed between the ellipse as target and supervised: "
+                + ", ".join(f"{prompt} {value:.0%}" for prompt, value in closed.items())
+                + "\n"
+            )
         write_text_atomic(out / "table.md", text)
         print(text)
     if any(codes):

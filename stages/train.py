@@ -43,27 +43,51 @@ def main() -> None:
         def log(values: Mapping[str, float], step: int) -> None:
             tracker.log(values, step)
             if "epoch" in values:
-                history[int(values["epoch"]) - 1:] = [{"epoch": int(values["epoch"]), "step": step} | {
-                    name.removeprefix("train_").removeprefix("dev_"): value for name, value in values.items() if name != "epoch"}]
+                history[int(values["epoch"]) - 1 :] = [
+                    {"epoch": int(values["epoch"]), "step": step}
+                    | {
+                        name.removeprefix("train_").removeprefix("dev_"): value
+                        for name, value in values.items()
+                        if name != "epoch"
+                    }
+                ]
                 write_history(folder / "history.csv", history)
 
         def after_epoch(sam: Sam, epoch: int) -> None:
             if config.train.overlays:
                 path = folder / "overlays" / f"epoch_{epoch:04d}.png"
-                draw_epoch(path, sam, data.dev, count=config.train.overlays,
-                           num_points=config.method.num_points, seed=config.evaluate.seed, epoch=epoch)
+                draw_epoch(
+                    path,
+                    sam,
+                    data.dev,
+                    count=config.train.overlays,
+                    num_points=config.method.num_points,
+                    seed=config.evaluate.seed,
+                    epoch=epoch,
+                )
                 tracker.log_picture(path, "dev_overlays", epoch)
 
         status = "FAILED"
         try:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            trained = train(config, data, weights, folder=folder, log=log, say=lambda line: print(line, flush=True),
-                            after_epoch=after_epoch,
-                            save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name))
+            trained = train(
+                config,
+                data,
+                weights,
+                folder=folder,
+                log=log,
+                say=lambda line: print(line, flush=True),
+                after_epoch=after_epoch,
+                save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name),
+            )
             write_outputs(folder / "out", folder, config, trained)
             tracker.log_artifact(Path("params.yaml"), "config")
-            tracker.log_checkpoint(folder / "out" / "best.safetensors", "lesionsam", {OBJECTIVE: trained.progress.best_score},
-                                   trained.progress.step)
+            tracker.log_checkpoint(
+                folder / "out" / "best.safetensors",
+                "lesionsam",
+                {OBJECTIVE: trained.progress.best_score},
+                trained.progress.step,
+            )
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -77,7 +101,9 @@ def main() -> None:
         OUT.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out", OUT)
         shutil.rmtree(folder)
-    print(f"best {OBJECTIVE} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/")
+    print(
+        f"best {OBJECTIVE} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/"
+    )
 
 
 def open_tracker(config: Config, folder: Path) -> NullTracker:
@@ -85,11 +111,22 @@ def open_tracker(config: Config, folder: Path) -> NullTracker:
     folder.mkdir(parents=True, exist_ok=True)
     if not config.tracking.enabled:
         return NullTracker(folder)
-    tags = {"method": config.method.name, "model": config.model.name, "data": config.data.source,
-            "data.digest": sha256_file(Path("data/boxes.csv"))[:16]}
-    return Tracker.open(folder, uri=config.tracking.uri, experiment=config.tracking.experiment, root=repository_root(ROOT),
-                        run_name=f"{config.method.name}-{config.model.name}-{config.data.source}", params=flatten(config),
-                        tags=tags, system_metrics=config.tracking.system_metrics)
+    tags = {
+        "method": config.method.name,
+        "model": config.model.name,
+        "data": config.data.source,
+        "data.digest": sha256_file(Path("data/boxes.csv"))[:16],
+    }
+    return Tracker.open(
+        folder,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        root=repository_root(ROOT),
+        run_name=f"{config.method.name}-{config.model.name}-{config.data.source}",
+        params=flatten(config),
+        tags=tags,
+        system_metrics=config.tracking.system_metrics,
+    )
 
 
 def write_outputs(out: Path, folder: Path, config: Config, trained: Trained) -> None:

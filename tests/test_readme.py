@@ -35,6 +35,7 @@ def test_make_targets_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_exist(document: str) -> None:
     import typer.main
+
     from lesionsam.cli import app
 
     group = typer.main.get_command(app)

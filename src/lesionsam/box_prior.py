@@ -27,7 +27,9 @@ BAND_SHARE = 1 / 12  # width of the outside band over the frame's longer side
 SMOOTHING_SHARE = 1 / 96  # standard deviation of the smoothing over the frame's longer side
 MIN_BAND_PIXELS, MIN_CORE_PIXELS = 40, 4
 ELLIPSE_SHRINK = 1.15  # the ellipse baseline is the one inscribed in the big box / 1.15, always 1.15
-EXTENT_SHARE = 0.972  # extent of the prior's smooth outline over that of a real, ragged lesion of the same area; measured on
+EXTENT_SHARE = (
+    0.972  # extent of the prior's smooth outline over that of a real, ragged lesion of the same area; measured on
+)
 # the generated lesions alone (docs/log.md), where it brings the offset found from the boxes to the best one
 OFFSETS = np.round(np.arange(-0.8, 1.01, 0.1), 2)
 
@@ -58,7 +60,9 @@ def ellipse_prior(big_box: np.ndarray, shape: tuple[int, int], shrink: float = E
     return np.where(inside(big_box, shape), prior, OUTSIDE).astype(np.float32)
 
 
-def box_prior(image: np.ndarray, big_box: np.ndarray, small_box: np.ndarray, ignore: np.ndarray | None = None) -> np.ndarray:
+def box_prior(
+    image: np.ndarray, big_box: np.ndarray, small_box: np.ndarray, ignore: np.ndarray | None = None
+) -> np.ndarray:
     """Logits of lesion from two boxes and the image's colours.
 
     Where the band or the core has too few pixels (a big box that fills the frame, a core under a pixel) the shape term
@@ -81,7 +85,9 @@ def box_prior(image: np.ndarray, big_box: np.ndarray, small_box: np.ndarray, ign
         band = ~in_big & usable
     if band.sum() >= MIN_BAND_PIXELS // 4 and (core & usable).sum() >= MIN_CORE_PIXELS:
         lab = rgb2lab(image).astype(np.float32)
-        lab = ndimage.gaussian_filter(lab, (side * SMOOTHING_SHARE, side * SMOOTHING_SHARE, 0), mode="nearest", truncate=3)
+        lab = ndimage.gaussian_filter(
+            lab, (side * SMOOTHING_SHARE, side * SMOOTHING_SHARE, 0), mode="nearest", truncate=3
+        )
         prior += fisher_score(lab, core & usable, band)
     prior[core] = np.maximum(prior[core], CORE)
     prior[~in_big] = OUTSIDE
@@ -114,8 +120,12 @@ def extent(mask: np.ndarray) -> np.ndarray:
     return np.array([columns.stop - columns.start, rows.stop - rows.start], float)
 
 
-def outline_offset(priors: Sequence[np.ndarray], big_boxes: Sequence[np.ndarray], looseness: float,
-                   sizes: Sequence[tuple[int, int]] | None = None) -> float:
+def outline_offset(
+    priors: Sequence[np.ndarray],
+    big_boxes: Sequence[np.ndarray],
+    looseness: float,
+    sizes: Sequence[tuple[int, int]] | None = None,
+) -> float:
     """How generously a data set's annotators draw, from the boxes alone.
 
     Args:

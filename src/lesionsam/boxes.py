@@ -25,8 +25,15 @@ REQUIRED = ("image_id", *BIG, *SMALL)
 TOLERANCE = 0.5  # pixels by which a hand-drawn box may stick out before it counts as wrong; it is cut there
 
 
-def simulate_boxes(mask: np.ndarray, rng: np.random.Generator, *, margin: tuple[float, float], core: tuple[float, float],
-                   jitter: float, min_area: int) -> tuple[np.ndarray, np.ndarray] | None:
+def simulate_boxes(
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    margin: tuple[float, float],
+    core: tuple[float, float],
+    jitter: float,
+    min_area: int,
+) -> tuple[np.ndarray, np.ndarray] | None:
     """An annotator's two boxes, drawn from a mask.
 
     Big box: the bounding box of every component of at least `min_area` pixels, width and height times
@@ -52,14 +59,21 @@ def simulate_boxes(mask: np.ndarray, rng: np.random.Generator, *, margin: tuple[
     centre = (low + high) / 2 + side * rng.uniform(-jitter, jitter, 2)
     half = side * (1 + rng.uniform(*margin)) / 2
     frame = np.array([mask.shape[1], mask.shape[0]], float)
-    big = np.concatenate([np.clip(np.minimum(centre - half, low), 0, frame), np.clip(np.maximum(centre + half, high), 0, frame)])
+    big = np.concatenate(
+        [np.clip(np.minimum(centre - half, low), 0, frame), np.clip(np.maximum(centre + half, high), 0, frame)]
+    )
     largest = int(sizes[1:].argmax()) + 1
     small = _core_inside(labels == largest, objects[largest - 1], rng, core, jitter)
     return big, small
 
 
-def _core_inside(component: np.ndarray, where: tuple[slice, slice], rng: np.random.Generator, core: tuple[float, float],
-                 jitter: float) -> np.ndarray:
+def _core_inside(
+    component: np.ndarray,
+    where: tuple[slice, slice],
+    rng: np.random.Generator,
+    core: tuple[float, float],
+    jitter: float,
+) -> np.ndarray:
     rows, columns = where
     lesion = np.pad(component[where], 1)  # beyond the frame counts as background
     depth = ndimage.distance_transform_edt(lesion)
@@ -100,8 +114,16 @@ def write_boxes(path: Path, samples: Iterable[Sample]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for s in samples:
-            writer.writerow([s.image_id, s.lesion_id, s.split, s.width, s.height,
-                             *(f"{value:.2f}" for value in (*s.big_box, *s.small_box))])
+            writer.writerow(
+                [
+                    s.image_id,
+                    s.lesion_id,
+                    s.split,
+                    s.width,
+                    s.height,
+                    *(f"{value:.2f}" for value in (*s.big_box, *s.small_box)),
+                ]
+            )
 
 
 def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> list[Sample]:
@@ -126,8 +148,10 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
             sample = _parse_row(row, index, root)
             key = (sample.image_id, sample.lesion_id)
             if key in seen:
-                raise ValueError(f"image_id, lesion_id: {key[0]!r}, {key[1]!r} stands already in line {seen[key]}; "
-                                 "give each lesion of an image its own lesion_id")
+                raise ValueError(
+                    f"image_id, lesion_id: {key[0]!r}, {key[1]!r} stands already in line {seen[key]}; "
+                    "give each lesion of an image its own lesion_id"
+                )
         except ValueError as error:
             problems.append(f"line {line}, {error}")
             continue
@@ -172,7 +196,9 @@ def read_rows(path: Path, required: Sequence[str] = REQUIRED) -> list[tuple[int,
         if not values or not any(value.strip() for value in values):
             continue
         if len(values) != len(header):
-            raise UserError(f"{path}: line {reader.line_num} has {len(values)} fields; expected {len(header)} as the header")
+            raise UserError(
+                f"{path}: line {reader.line_num} has {len(values)} fields; expected {len(header)} as the header"
+            )
         rows.append((reader.line_num, dict(zip(header, (value.strip() for value in values), strict=True))))
     return rows
 
@@ -181,20 +207,32 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
     image_id = row["image_id"]
     if image_id not in index:
         hint = next((known for known in index if image_id and known.endswith(image_id)), None)
-        raise ValueError(f"image_id: {image_id!r} is not among the {len(index)} images"
-                         + (f"; did the leading part of {hint!r} get lost?" if hint else "; check the id or add the image"))
+        raise ValueError(
+            f"image_id: {image_id!r} is not among the {len(index)} images"
+            + (f"; did the leading part of {hint!r} get lost?" if hint else "; check the id or add the image")
+        )
     entry = index[image_id]
     width, height = int(str(entry["width"])), int(str(entry["height"]))
     for name, known in (("width", width), ("height", height)):
         if row.get(name) and row[name] != str(known):
-            raise ValueError(f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose")
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose"
+            )
     if row.get("split") and row["split"] != entry["split"]:
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
     big, small = parse_boxes(row, width, height)
     mask_path = str(entry.get("mask_path") or "")
-    return Sample(image_id=image_id, lesion_id=row.get("lesion_id") or "0", split=str(entry["split"]),
-                  image_path=root / str(entry["image_path"]), mask_path=root / mask_path if mask_path else None,
-                  width=width, height=height, big_box=big, small_box=small)
+    return Sample(
+        image_id=image_id,
+        lesion_id=row.get("lesion_id") or "0",
+        split=str(entry["split"]),
+        image_path=root / str(entry["image_path"]),
+        mask_path=root / mask_path if mask_path else None,
+        width=width,
+        height=height,
+        big_box=big,
+        small_box=small,
+    )
 
 
 def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,9 +244,11 @@ def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.nda
     big, small = parse_box(row, BIG, width, height), parse_box(row, SMALL, width, height)
     outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
     if outside > TOLERANCE:
-        raise ValueError(f"small_x0..small_y1: small box {_show(small)} of {row['image_id']!r} leaves the big box "
-                         f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
-                         "exchanged?)")
+        raise ValueError(
+            f"small_x0..small_y1: small box {_show(small)} of {row['image_id']!r} leaves the big box "
+            f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
+            "exchanged?)"
+        )
     return big, np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
 
 
@@ -226,14 +266,18 @@ def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: 
     box = np.array(values)
     for low, high in ((0, 2), (1, 3)):
         if box[high] <= box[low]:
-            raise ValueError(f"{names[low]}, {names[high]}: expected {names[low]} < {names[high]}, got {box[low]:g} and "
-                             f"{box[high]:g} ({row['image_id']!r}); boxes are XYXY")
+            raise ValueError(
+                f"{names[low]}, {names[high]}: expected {names[low]} < {names[high]}, got {box[low]:g} and "
+                f"{box[high]:g} ({row['image_id']!r}); boxes are XYXY"
+            )
     limits = np.array([width, height, width, height], float)
     excess = np.maximum(-box, box - limits)
     if excess.max() > TOLERANCE:
         name = names[int(excess.argmax())]
-        raise ValueError(f"{name}: {box[int(excess.argmax())]:g} lies outside the image {row['image_id']!r} of "
-                         f"{width}x{height} px; boxes are in original pixels")
+        raise ValueError(
+            f"{name}: {box[int(excess.argmax())]:g} lies outside the image {row['image_id']!r} of "
+            f"{width}x{height} px; boxes are in original pixels"
+        )
     return np.clip(box, 0, limits)
 
 
@@ -241,8 +285,16 @@ def _show(box: np.ndarray) -> str:
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
-def annotate(index: Mapping[str, Mapping[str, object]], *, root: Path, seed: int, margin: tuple[float, float],
-             core: tuple[float, float], jitter: float, min_area: int) -> list[Sample]:
+def annotate(
+    index: Mapping[str, Mapping[str, object]],
+    *,
+    root: Path,
+    seed: int,
+    margin: tuple[float, float],
+    core: tuple[float, float],
+    jitter: float,
+    min_area: int,
+) -> list[Sample]:
     """The simulated annotator over a whole index: one lesion per mask.
 
     Draws depend on (seed, image_id) alone, so that an image keeps its boxes whatever else the set holds.
@@ -254,17 +306,31 @@ def annotate(index: Mapping[str, Mapping[str, object]], *, root: Path, seed: int
     for image_id, entry in progress(index.items(), total=len(index), title="annotating"):
         mask_path = str(entry.get("mask_path") or "")
         if not mask_path:
-            raise UserError(f"{entry['image_path']}: has no mask to simulate an annotator from; add masks for every image, or "
-                            "give your own boxes (boxes.source: csv)")
+            raise UserError(
+                f"{entry['image_path']}: has no mask to simulate an annotator from; add masks for every image, or "
+                "give your own boxes (boxes.source: csv)"
+            )
         width, height = int(str(entry["width"])), int(str(entry["height"]))
         mask = read_mask(root / mask_path, (width, height))
         digest = hashlib.sha256(f"{seed}|{image_id}".encode()).digest()
         rng = np.random.default_rng(np.frombuffer(digest, np.uint64))
         boxes = simulate_boxes(mask, rng, margin=margin, core=core, jitter=jitter, min_area=min_area)
         if boxes is None:
-            raise UserError(f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
-                            f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask")
-        samples.append(Sample(image_id=image_id, lesion_id="0", split=str(entry["split"]),
-                              image_path=root / str(entry["image_path"]), mask_path=root / mask_path, width=width,
-                              height=height, big_box=boxes[0], small_box=boxes[1]))
+            raise UserError(
+                f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
+                f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask"
+            )
+        samples.append(
+            Sample(
+                image_id=image_id,
+                lesion_id="0",
+                split=str(entry["split"]),
+                image_path=root / str(entry["image_path"]),
+                mask_path=root / mask_path,
+                width=width,
+                height=height,
+                big_box=boxes[0],
+                small_box=boxes[1],
+            )
+        )
     return samples

@@ -37,7 +37,7 @@ from lesionsam.limits import (
 )
 from lesionsam.schema import Config
 
-HOW_NOT_WHAT = ("version", "tracking", "runtime")  # sections that no hash holds
+HOW_NOT_WHAT = ("version", "sweep", "tracking", "runtime")  # sections that no hash holds
 
 
 class ConfigError(UserError):

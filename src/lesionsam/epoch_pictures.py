@@ -16,7 +16,9 @@ SHOWN = ("centre", "box")  # prompts, a picture each
 
 
 @torch.no_grad()
-def draw_epoch(path: Path, sam: Sam, data: LesionDataset, *, count: int, num_points: int, seed: int, epoch: int) -> None:
+def draw_epoch(
+    path: Path, sam: Sam, data: LesionDataset, *, count: int, num_points: int, seed: int, epoch: int
+) -> None:
     """Predictions of `count` evenly spaced development lesions under a centre point and under the big box.
 
     Args:
@@ -30,7 +32,9 @@ def draw_epoch(path: Path, sam: Sam, data: LesionDataset, *, count: int, num_poi
     for kind in SHOWN:
         prompts = seeded_prompts(kind, batch.big_boxes, batch.small_boxes, batch.ids, num_points=num_points, seed=seed)
         low_res, _ = decode(sam, features, prompts)
-        full = torch.nn.functional.interpolate(low_res.float(), (data.side, data.side), mode="bilinear", align_corners=False)
+        full = torch.nn.functional.interpolate(
+            low_res.float(), (data.side, data.side), mode="bilinear", align_corners=False
+        )
         for k, key in enumerate(batch.ids):
             height, width = (int(v) for v in batch.sizes[k])
             truth = None
@@ -40,6 +44,15 @@ def draw_epoch(path: Path, sam: Sam, data: LesionDataset, *, count: int, num_poi
             points = None if prompts.points is None else prompts.points[k].cpu().numpy()
             prediction = (full[k, 0, :height, :width] > 0).cpu().numpy()
             image = batch.images[k, :, :height, :width].permute(1, 2, 0).cpu().numpy()
-            pictures.append(overlay(image, truth=truth, prediction=prediction, big=boxes[0], small=boxes[1], points=points,
-                                    caption=f"{key} {kind}"))
+            pictures.append(
+                overlay(
+                    image,
+                    truth=truth,
+                    prediction=prediction,
+                    big=boxes[0],
+                    small=boxes[1],
+                    points=points,
+                    caption=f"{key} {kind}",
+                )
+            )
     write_png(path, sheet(pictures, columns=len(index), title=f"Development images after epoch {epoch}", points=True))

@@ -29,7 +29,10 @@ def run_guarded(main: Callable[[], object]) -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            print(f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another place",
-                  file=sys.stderr)
+            print(
+                f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another"
+                f" place",
+                file=sys.stderr,
+            )
             sys.exit(2)
         raise

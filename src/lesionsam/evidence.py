@@ -1,7 +1,7 @@
 """The evidence: every row of the comparison as ordinary runs on a folder of real pairs, resumable, with intervals.
 
-A row is params.yaml with some keys changed; a unit is a row with a seed. Each unit trains on the `train` split, selects on
-`dev` and reads the `test` split once, at the end; its per-image figures are kept as one CSV, which is also how an
+A row is params.yaml with some keys changed; a unit is a row with a seed. Each unit trains on the `train` split, selects
+on `dev` and reads the `test` split once, at the end; its per-image figures are kept as one CSV, which is also how an
 interrupted campaign knows what is done. The rows themselves are in `lesionsam.evidence_rows`.
 """
 
@@ -87,31 +87,60 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
     """
     config, begun = configured(base, row, seed), time.monotonic()
     b = config.boxes
-    samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high), core=(b.core_low, b.core_high),
-                       jitter=b.jitter, min_area=b.min_area)
+    samples = annotate(
+        index,
+        root=Path(),
+        seed=b.seed,
+        margin=(b.margin_low, b.margin_high),
+        core=(b.core_low, b.core_high),
+        jitter=b.jitter,
+        min_area=b.min_area,
+    )
     test = [s for s in samples if s.split == "test"]
     target = unit_path(out, row, seed)
     notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": config_digest(config)}
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
         data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
-        trained = train(config, data, weights, folder=scratch, log=lambda values, step: None,
-                        say=partial(print, f"[{row.name} seed {seed}]", flush=True))
+        trained = train(
+            config,
+            data,
+            weights,
+            folder=scratch,
+            log=lambda values, step: None,
+            say=partial(print, f"[{row.name} seed {seed}]", flush=True),
+        )
         sam = trained.sam
-        notes |= {"dev_objective": trained.progress.best_score, "best_epoch": trained.progress.best_epoch,
-                  "offset": trained.offset, "train_seconds": time.monotonic() - begun}
+        notes |= {
+            "dev_objective": trained.progress.best_score,
+            "best_epoch": trained.progress.best_epoch,
+            "offset": trained.offset,
+            "train_seconds": time.monotonic() - begun,
+        }
     else:
         sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
     if not row.tests:
         write_json_atomic(target.with_suffix(".json"), notes)
         write_text_atomic(target, "")
         return
-    figures = evaluate_model(sam, test, load_image, load_mask, prompts=PROMPTS, seed=config.evaluate.seed,
-                             batch_size=config.evaluate.batch_size, num_points=config.method.num_points,
-                             device=torch_device(config.runtime.device), model=row.name, run=str(seed)).rows
+    figures = evaluate_model(
+        sam,
+        test,
+        load_image,
+        load_mask,
+        prompts=PROMPTS,
+        seed=config.evaluate.seed,
+        batch_size=config.evaluate.batch_size,
+        num_points=config.method.num_points,
+        device=torch_device(config.runtime.device),
+        model=row.name,
+        run=str(seed),
+    ).rows
     if not row.trains:
         baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
-        figures = pd.concat([figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))])
+        figures = pd.concat(
+            [figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))]
+        )
         notes["test_outline_offset"] = offset
     write_json_atomic(target.with_suffix(".json"), notes)
     with atomic_write(target, "w") as file:
@@ -120,8 +149,13 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
 
 def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
     """All finished units of some rows, long format, in the order of the rows."""
-    parts = [pd.read_csv(path, dtype={"run": str, "lesion_id": str, "image_id": str})
-             for row in rows if row.tests for seed in range(row.seeds) if (path := unit_path(out, row, seed)).exists()]
+    parts = [
+        pd.read_csv(path, dtype={"run": str, "lesion_id": str, "image_id": str})
+        for row in rows
+        if row.tests
+        for seed in range(row.seeds)
+        if (path := unit_path(out, row, seed)).exists()
+    ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -135,20 +169,33 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> 
     lines = ["| row | seeds | " + " | ".join(PROMPTS) + " | failures (box) |", "|" + "---|" * (len(PROMPTS) + 3)]
     for model in table["model"].drop_duplicates():
         mine = table[table["model"] == model].set_index("prompt")
-        cells = [f"{m.miou:.3f} [{m.low:.3f}, {m.high:.3f}]" + (f" sd {m.runs_sd:.3f}" if m.num_runs > 1 else "")
-                 if (m := mine.loc[prompt] if prompt in mine.index else None) is not None else "" for prompt in PROMPTS]
+        cells = [
+            f"{m.miou:.3f} [{m.low:.3f}, {m.high:.3f}]" + (f" sd {m.runs_sd:.3f}" if m.num_runs > 1 else "")
+            if (m := mine.loc[prompt] if prompt in mine.index else None) is not None
+            else ""
+            for prompt in PROMPTS
+        ]
         failed = f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else ""
         lines.append(f"| {model} | {int(mine['num_runs'].max())} | " + " | ".join(cells) + f" | {failed} |")
-    lines += ["", "Paired differences (first minus second, same images, seeds averaged first):", "",
-              "| first | second | " + " | ".join(PROMPTS) + " |", "|" + "---|" * (len(PROMPTS) + 2)]
+    lines += [
+        "",
+        "Paired differences (first minus second, same images, seeds averaged first):",
+        "",
+        "| first | second | " + " | ".join(PROMPTS) + " |",
+        "|" + "---|" * (len(PROMPTS) + 2),
+    ]
     names = set(figures["model"])
     for first, second in comparisons:
         if first in names and second in names:
             cells = []
             for prompt in PROMPTS:
-                parts = [figures[(figures["model"] == name) & (figures["prompt"] == prompt)] for name in (first, second)]
+                parts = [
+                    figures[(figures["model"] == name) & (figures["prompt"] == prompt)] for name in (first, second)
+                ]
                 p = statistics.paired(*parts, "iou", **INTERVALS) if all(len(part) for part in parts) else None
-                cells.append(f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]" if p else "")
+                cells.append(
+                    f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]" if p else ""
+                )
             lines.append(f"| {first} | {second} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -156,5 +203,8 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> 
 def gap_closed(figures: pd.DataFrame, low: str, high: str, name: str) -> dict[str, float]:
     """Share of what lies between two rows' mIoU that a third has gained, per prompt source."""
     table = statistics.table(figures, reference=None, **INTERVALS).set_index(["model", "prompt"])["miou"]
-    return {prompt: float((table[name, prompt] - table[low, prompt]) / (table[high, prompt] - table[low, prompt]))
-            for prompt in PROMPTS if all((model, prompt) in table.index for model in (low, high, name))}
+    return {
+        prompt: float((table[name, prompt] - table[low, prompt]) / (table[high, prompt] - table[low, prompt]))
+        for prompt in PROMPTS
+        if all((model, prompt) in table.index for model in (low, high, name))
+    }

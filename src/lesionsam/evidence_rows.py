@@ -21,15 +21,23 @@ def rate(value: float) -> dict[str, float]:
 
 def budget(base: Config) -> dict[str, object]:
     """The base's number of epochs and batch size, for a recipe that brings its own."""
-    return {"train.epochs": base.train.epochs, "train.batch_size": base.train.batch_size, "train.precision": base.train.precision}
+    return {
+        "train.epochs": base.train.epochs,
+        "train.batch_size": base.train.batch_size,
+        "train.precision": base.train.precision,
+    }
 
 
 def tuning(base: Config) -> list[Row]:
     """Learning rates, on the development split alone."""
     found = [Row(f"tune default {value:g}", rate(value), seeds=1, tests=False) for value in RATES]
-    found += [Row(f"tune supervised {value:g}", rate(value), preset="supervised", seeds=1, tests=False) for value in RATES]
-    found += [Row(f"tune published {value:g}", budget(base) | rate(value), preset="published", seeds=1, tests=False)
-              for value in PUBLISHED_RATES]
+    found += [
+        Row(f"tune supervised {value:g}", rate(value), preset="supervised", seeds=1, tests=False) for value in RATES
+    ]
+    found += [
+        Row(f"tune published {value:g}", budget(base) | rate(value), preset="published", seeds=1, tests=False)
+        for value in PUBLISHED_RATES
+    ]
     return found
 
 
@@ -57,14 +65,27 @@ def rows(base: Config) -> list[Row]:
     ]
     for share in (0.40, 0.20, 0.80, 0.10):
         tag, margin = f", boxes {share:.0%} too large", (share, share)
-        found += [Row(ZERO_SHOT + tag, seeds=1, trains=False, margin=margin), Row(DEFAULT + tag, margin=margin),
-                  Row(SUPERVISED + tag, rate(SUPERVISED_RATE), preset="supervised", margin=margin)]
+        found += [
+            Row(ZERO_SHOT + tag, seeds=1, trains=False, margin=margin),
+            Row(DEFAULT + tag, margin=margin),
+            Row(SUPERVISED + tag, rate(SUPERVISED_RATE), preset="supervised", margin=margin),
+        ]
     return [*found, Row(LETTER, preset="published")]
 
 
 COMPARISONS = (
-    (DEFAULT, SUPERVISED), (DEFAULT, ELLIPSE), (DEFAULT, WARPED), (DEFAULT, OTHER), (DEFAULT, ZERO_SHOT), (DEFAULT, TUNED),
-    (TUNED, "published, its placebo"), (DEFAULT, "prior without its outline offset"), (DEFAULT, "teacher alone as target"),
-    ("prior and teacher fused", DEFAULT), ("with contrast", DEFAULT), ("with projection", DEFAULT), ("with distillation", DEFAULT),
+    (DEFAULT, SUPERVISED),
+    (DEFAULT, ELLIPSE),
+    (DEFAULT, WARPED),
+    (DEFAULT, OTHER),
+    (DEFAULT, ZERO_SHOT),
+    (DEFAULT, TUNED),
+    (TUNED, "published, its placebo"),
+    (DEFAULT, "prior without its outline offset"),
+    (DEFAULT, "teacher alone as target"),
+    ("prior and teacher fused", DEFAULT),
+    ("with contrast", DEFAULT),
+    ("with projection", DEFAULT),
+    ("with distillation", DEFAULT),
     (f"{DEFAULT}, boxes 40% too large", DEFAULT),
 )

@@ -1,4 +1,7 @@
-"""Config -> objects -> a trained model: where configuration stops. Shared by the train stage, the sweep and the evidence."""
+"""Config -> objects -> a trained model: where configuration stops.
+
+Shared by the train stage, the sweep and the evidence.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,9 @@ def torch_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"runtime.device: {name!r} asked for, but torch {torch.__version__} finds no GPU; use auto or cpu")
+        raise UserError(
+            f"runtime.device: {name!r} asked for, but torch {torch.__version__} finds no GPU; use auto or cpu"
+        )
     return torch.device(name)
 
 
@@ -91,15 +96,26 @@ def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Pa
     for split in ("train", "dev"):
         chosen = [s for s in samples if s.split == split]
         if not chosen:
-            raise UserError(f"data/boxes.csv: no rows of split {split!r}; training needs both train and dev "
-                            "(data.dev_fraction takes dev images out of train)")
+            raise UserError(
+                f"data/boxes.csv: no rows of split {split!r}; training needs both train and dev "
+                "(data.dev_fraction takes dev images out of train)"
+            )
         wanted = split == "dev" or isinstance(config.method, SupervisedMethod) or config.method.monitor_masks
-        sets[split] = open_dataset(chosen, side, cache, with_masks=wanted, threshold_masks=threshold,
-                                   num_workers=config.runtime.num_workers, title=f"{split} images")
+        sets[split] = open_dataset(
+            chosen,
+            side,
+            cache,
+            with_masks=wanted,
+            threshold_masks=threshold,
+            num_workers=config.runtime.num_workers,
+            title=f"{split} images",
+        )
     if isinstance(config.method, SupervisedMethod) and not sets["train"].has_masks:
         missing = next(s for s in sets["train"].samples if s.mask_path is None)
-        raise UserError(f"method.name: supervised needs a mask for every training image; {missing.image_id!r} has none "
-                        "(use method.name: contrastive, which needs none)")
+        raise UserError(
+            f"method.name: supervised needs a mask for every training image; {missing.image_id!r} has none "
+            "(use method.name: contrastive, which needs none)"
+        )
     return Data(sets["train"], sets["dev"])
 
 
@@ -113,7 +129,9 @@ def find_offset(data: LesionDataset, looseness: float) -> float:
     return outline_offset(priors, boxes, looseness, sizes)
 
 
-def build_method(config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device) -> tuple[Method, float | None]:
+def build_method(
+    config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
+) -> tuple[Method, float | None]:
     """The configured method around a SAM whose trained parts are selected.
 
     Returns:
@@ -121,20 +139,48 @@ def build_method(config: Config, sam: Sam, weights: Path, data: LesionDataset, d
     """
     m = config.method
     if isinstance(m, SupervisedMethod):
-        return Supervised(sam, prompts=m.prompts.shares(), prompts_per_image=m.prompts_per_image, num_points=m.num_points,
-                          beta=m.beta), None
+        return Supervised(
+            sam, prompts=m.prompts.shares(), prompts_per_image=m.prompts_per_image, num_points=m.num_points, beta=m.beta
+        ), None
     target = m.target
     offset = getattr(target, "offset", None)
-    found = find_offset(data, target.looseness) if offset == "boxes" else float(offset) if isinstance(offset, float | int) else 0.0
+    found = (
+        find_offset(data, target.looseness)
+        if offset == "boxes"
+        else float(offset)
+        if isinstance(offset, float | int)
+        else 0.0
+    )
     options = Options(
-        alpha=m.alpha, beta=m.beta, gamma=m.gamma, delta=m.delta, epsilon=m.epsilon, temperature=m.temperature,
-        pos_samples=m.pos_samples, neg_samples=m.neg_samples, ema_decay=m.ema_decay, num_points=m.num_points,
-        teacher_prompt=m.teacher_prompt, monitor_masks=m.monitor_masks, gate_region=m.gate.region,
-        entropy_thresh=m.gate.entropy_thresh, trust_empty=m.gate.trust_empty, missed_core=m.negatives.missed_core,
-        certain_background=m.negatives.certain_background, in_batch=m.negatives.in_batch,
-        random_fallback=m.negatives.random_fallback, head_norm=m.head.norm, head_ema=m.head.ema, target=target.kind,
-        offset=found, softness=getattr(target, "softness", 1.0), teacher_weight=getattr(target, "teacher_weight", 0.0),
-        placebo=getattr(target, "placebo", "none"), prompts=m.prompts.shares(), prompts_per_image=m.prompts_per_image)
+        alpha=m.alpha,
+        beta=m.beta,
+        gamma=m.gamma,
+        delta=m.delta,
+        epsilon=m.epsilon,
+        temperature=m.temperature,
+        pos_samples=m.pos_samples,
+        neg_samples=m.neg_samples,
+        ema_decay=m.ema_decay,
+        num_points=m.num_points,
+        teacher_prompt=m.teacher_prompt,
+        monitor_masks=m.monitor_masks,
+        gate_region=m.gate.region,
+        entropy_thresh=m.gate.entropy_thresh,
+        trust_empty=m.gate.trust_empty,
+        missed_core=m.negatives.missed_core,
+        certain_background=m.negatives.certain_background,
+        in_batch=m.negatives.in_batch,
+        random_fallback=m.negatives.random_fallback,
+        head_norm=m.head.norm,
+        head_ema=m.head.ema,
+        target=target.kind,
+        offset=found,
+        softness=getattr(target, "softness", 1.0),
+        teacher_weight=getattr(target, "teacher_weight", 0.0),
+        placebo=getattr(target, "placebo", "none"),
+        prompts=m.prompts.shares(),
+        prompts_per_image=m.prompts_per_image,
+    )
     reference = None
     if m.gamma > 0:
         reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
@@ -143,8 +189,17 @@ def build_method(config: Config, sam: Sam, weights: Path, data: LesionDataset, d
     return Contrastive(sam, reference, options), found if offset is not None else None
 
 
-def train(config: Config, data: Data, weights: Path, *, folder: Path, log: Log, say: Callable[[str], None] = print,
-          after_epoch: Callable[[Sam, int], None] | None = None, save_last: Callable[[Sam], None] | None = None) -> Trained:
+def train(
+    config: Config,
+    data: Data,
+    weights: Path,
+    *,
+    folder: Path,
+    log: Log,
+    say: Callable[[str], None] = print,
+    after_epoch: Callable[[Sam, int], None] | None = None,
+    save_last: Callable[[Sam], None] | None = None,
+) -> Trained:
     """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
 
     Args:
@@ -156,25 +211,49 @@ def train(config: Config, data: Data, weights: Path, *, folder: Path, log: Log, 
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
     sam = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
-    select_trainable(sam, encoder=config.model.encoder, unfreeze_last_k=getattr(config.model, "unfreeze_last_k", 0),
-                     train_decoder=config.model.train_decoder)
+    select_trainable(
+        sam,
+        encoder=config.model.encoder,
+        unfreeze_last_k=getattr(config.model, "unfreeze_last_k", 0),
+        train_decoder=config.model.train_decoder,
+    )
     method, offset = build_method(config, sam, weights, data.train, device)
     t = config.train
-    num_trained, num_all = sum(p.numel() for p in trained_parameters(method.model)), sum(p.numel() for p in method.model.parameters())
-    say(f"training {num_trained:,} of {num_all:,} parameters on {len(data.train)} lesions"
-        + (f", outline offset {offset:+.2f}" if offset is not None else ""))
+    num_trained, num_all = (
+        sum(p.numel() for p in trained_parameters(method.model)),
+        sum(p.numel() for p in method.model.parameters()),
+    )
+    say(
+        f"training {num_trained:,} of {num_all:,} parameters on {len(data.train)} lesions"
+        + (f", outline offset {offset:+.2f}" if offset is not None else "")
+    )
     steps = t.epochs * -(-data.train.batches_per_epoch(t.batch_size) // t.accumulate)
     teacher = getattr(method, "teacher", None)
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
-    evaluate: Evaluate = partial(_evaluate, sam=sam, data=data.dev, config=config, device=device, after_epoch=after_epoch)
+    evaluate: Evaluate = partial(
+        _evaluate, sam=sam, data=data.dev, config=config, device=device, after_epoch=after_epoch
+    )
     progress = fit(
-        method, data.train,
+        method,
+        data.train,
         groups=parameter_groups(method.model, {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}),
-        epochs=t.epochs, batch_size=t.batch_size, accumulate=t.accumulate, weight_decay=t.weight_decay,
+        epochs=t.epochs,
+        batch_size=t.batch_size,
+        accumulate=t.accumulate,
+        weight_decay=t.weight_decay,
         factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
-        clip=t.clip, precision=t.precision, seed=t.seed, augment=t.augment, patience=t.patience, device=device,
-        evaluate=evaluate, log=log, folder=folder, say=say)
+        clip=t.clip,
+        precision=t.precision,
+        seed=t.seed,
+        augment=t.augment,
+        patience=t.patience,
+        device=device,
+        evaluate=evaluate,
+        log=log,
+        folder=folder,
+        say=say,
+    )
     if save_last is not None:
         save_last(sam)
     load_best(folder, method.model)
@@ -182,10 +261,24 @@ def train(config: Config, data: Data, weights: Path, *, folder: Path, log: Log, 
     return Trained(sam, method, progress, offset)
 
 
-def _evaluate(epoch: int, *, sam: Sam, data: LesionDataset, config: Config, device: torch.device,
-              after_epoch: Callable[[Sam, int], None] | None) -> dict[str, float]:
-    scores = quick_evaluate(sam, data, prompts=list(OBJECTIVE_PROMPTS), seed=config.evaluate.seed,
-                            batch_size=config.evaluate.batch_size, device=device, num_points=config.method.num_points)
+def _evaluate(
+    epoch: int,
+    *,
+    sam: Sam,
+    data: LesionDataset,
+    config: Config,
+    device: torch.device,
+    after_epoch: Callable[[Sam, int], None] | None,
+) -> dict[str, float]:
+    scores = quick_evaluate(
+        sam,
+        data,
+        prompts=list(OBJECTIVE_PROMPTS),
+        seed=config.evaluate.seed,
+        batch_size=config.evaluate.batch_size,
+        device=device,
+        num_points=config.method.num_points,
+    )
     key = selection_key(config, data)
     kept = {name: scores[name] for name in (*OBJECTIVE_PROMPTS, "label_free") if name in scores}
     if after_epoch is not None:
@@ -194,13 +287,15 @@ def _evaluate(epoch: int, *, sam: Sam, data: LesionDataset, config: Config, devi
 
 
 def selection_key(config: Config, dev: LesionDataset) -> str:
-    """Which score selects: the true one where asked for and every development image has a mask, else the label-free one."""
+    """Which score selects: the true one where asked for and known for every development image, else the label-free one."""
     return OBJECTIVE if config.train.select == "objective" and dev.has_masks else "label_free"
 
 
 def run_key(config: Config, boxes_csv: Path, weights: Path) -> str:
     """Name of a run's scratch folder: hash of parameters, data and pretrained weights; hardware is not in it."""
-    parts = {"config": config_digest(config, ("model", "method", "train")), "boxes": sha256_file(boxes_csv),
-             "weights": sha256_file(weights)}
+    parts = {
+        "config": config_digest(config, ("model", "method", "train")),
+        "boxes": sha256_file(boxes_csv),
+        "weights": sha256_file(weights),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
-

@@ -1,7 +1,7 @@
 """One writer at a time: a lock that names its holder, and an end for stages whose parent has died.
 
-A killed `dvc repro` leaves its stage alive and the next one starts a second writer on the same outputs. So a stage holds
-a lock on its scratch folder, and ends when the process that started it is gone.
+A killed `dvc repro` leaves its stage alive and the next one starts a second writer on the same outputs. So a stage
+holds a lock on its scratch folder, and ends when the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ def only_one(path: Path, what: str) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     file.seek(0)
-                    raise UserError(f"{what} is already running as {file.read().strip() or 'another process'} ({path}); wait for it, "
-                                    "or end that process") from None
+                    raise UserError(
+                        f"{what} is already running as {file.read().strip() or 'another process'} ({path}); wait for "
+                        "it, "
+                        "or end that process"
+                    ) from None
                 time.sleep(0.1)
         file.truncate(0)
         file.write(f"pid {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")

@@ -1,7 +1,7 @@
-"""The terms of the loss, batched over images, in fp32 whatever the autocast; each returns one value per image or a mean.
+"""The terms of the loss, batched over images, in fp32 whatever the autocast; one value per image each.
 
-Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T, T) in [0, 1]; w, weights (B, T, T) >= 0,
-zero where a pixel takes no part (padding, other lesions).
+Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T, T) in [0, 1]; w, weights (B, T, T)
+>= 0, zero where a pixel takes no part (padding, other lesions).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ EPSILON = 1e-6
 
 
 def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """H(sigmoid(y)) = softplus(y) - y sigmoid(y), nats, elementwise; exact for large |y| where p log p would be 0 * inf."""
+    """H(sigmoid(y)) = softplus(y) - y sigmoid(y), nats, elementwise; exact where p log p would be 0 * inf."""
     y = logits.float()
     return F.softplus(y) - y * torch.sigmoid(y)
 
@@ -30,7 +30,7 @@ def bce(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def dice(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): 1 - (2 sum(w p m) + 1) / (sum(w p) + sum(w m) + 1), p = sigmoid(y) (Milletari et al. 2016, smoothed by 1)."""
+    """(B,): 1 - (2 sum(w p m) + 1) / (sum(w p) + sum(w m) + 1), p = sigmoid(y) (Milletari et al. 2016, smoothed)."""
     p = torch.sigmoid(y.float())
     intersection = (w * p * m).flatten(1).sum(1)
     return 1 - (2 * intersection + 1) / ((w * p).flatten(1).sum(1) + (w * m).flatten(1).sum(1) + 1)
@@ -46,11 +46,16 @@ def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     use = w > 0
     prediction, truth = (y > 0) & use, (m > 0.5) & use
     union = (prediction | truth).flatten(1).sum(1)
-    return torch.where(union > 0, (prediction & truth).flatten(1).sum(1) / union.clamp(min=1), torch.ones_like(union, dtype=torch.float32))
+    return torch.where(
+        union > 0,
+        (prediction & truth).flatten(1).sum(1) / union.clamp(min=1),
+        torch.ones_like(union, dtype=torch.float32),
+    )
 
 
-def projection_loss(y: torch.Tensor, misses_big: tuple[torch.Tensor, torch.Tensor],
-                    crosses_core: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def projection_loss(
+    y: torch.Tensor, misses_big: tuple[torch.Tensor, torch.Tensor], crosses_core: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """Two-box tightness (after BoxInst, arXiv:2012.02310, with two boxes instead of one).
 
     With p = sigmoid(y), the maximum of p over a column or row that misses the big box must be 0, over one that crosses
@@ -70,8 +75,14 @@ def projection_loss(y: torch.Tensor, misses_big: tuple[torch.Tensor, torch.Tenso
     return total / torch.as_tensor(count).clamp(min=1)
 
 
-def info_nce(anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor, anchor_valid: torch.Tensor,
-             negative_valid: torch.Tensor, temperature: float) -> torch.Tensor:
+def info_nce(
+    anchors: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    anchor_valid: torch.Tensor,
+    negative_valid: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
     """InfoNCE (arXiv:1807.03748): -log(e^(a.p/t) / (e^(a.p/t) + sum_n e^(a.n/t))), as one logsumexp in fp32.
 
     Args:

@@ -30,4 +30,8 @@ def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]
         now = time.monotonic()
         if now - begun > QUIET_SECONDS and now - last > LINE_SECONDS and done < total:
             last = now
-            print(f"{title}: {done}/{total}, {(now - begun) / done * (total - done):.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{title}: {done}/{total}, {(now - begun) / done * (total - done):.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,7 +1,7 @@
 """SAM prompts from two boxes, for a batch of images, in the model frame.
 
-Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre` (the
-small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and 3 core
+Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
+(the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and 3 core
 points as ONE prompt).
 """
 
@@ -22,8 +22,14 @@ NUM_JOINT_POINTS = 3  # of the kind `box+core`
 
 def uniforms_needed(kind: str, num_points: int) -> int:
     """How many uniform numbers per image a kind of prompt consumes."""
-    return {"ring": 3 * num_points, "centre": 0, "box": 0, "tight": 0, "core": 2 * NUM_CORE_POINTS,
-            "box+core": 2 * NUM_JOINT_POINTS}[kind]
+    return {
+        "ring": 3 * num_points,
+        "centre": 0,
+        "box": 0,
+        "tight": 0,
+        "core": 2 * NUM_CORE_POINTS,
+        "box+core": 2 * NUM_JOINT_POINTS,
+    }[kind]
 
 
 def prompts_from_uniforms(kind: str, big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) -> Prompts:
@@ -46,7 +52,9 @@ def prompts_from_uniforms(kind: str, big: torch.Tensor, small: torch.Tensor, uni
     else:
         pairs = uniforms.reshape(len(big), -1, 2)
         points = small[:, None, :2] + pairs * (small[:, None, 2:] - small[:, None, :2])
-    return Prompts(points=points, labels=torch.ones(points.shape[:2], dtype=torch.int64, device=points.device), boxes=boxes)
+    return Prompts(
+        points=points, labels=torch.ones(points.shape[:2], dtype=torch.int64, device=points.device), boxes=boxes
+    )
 
 
 def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -62,8 +70,9 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
     """
     x0, y0, x1, y1 = big.unbind(1)
     u0, v0, u1, v1 = torch.maximum(small, big[:, [0, 1, 0, 1]]).minimum(big[:, [2, 3, 2, 3]]).unbind(1)
-    rectangles = torch.stack([torch.stack(r, 1) for r in ((x0, y0, u0, y1), (u1, y0, x1, y1), (u0, y0, u1, v0),
-                                                          (u0, v1, u1, y1))], 1)  # (B, 4, 4) XYXY
+    rectangles = torch.stack(
+        [torch.stack(r, 1) for r in ((x0, y0, u0, y1), (u1, y0, x1, y1), (u0, y0, u1, v0), (u0, v1, u1, y1))], 1
+    )  # (B, 4, 4) XYXY
     areas = (rectangles[..., 2] - rectangles[..., 0]) * (rectangles[..., 3] - rectangles[..., 1])
     empty = areas.sum(1) <= 0
     rectangles = torch.where(empty[:, None, None], big[:, None].expand(-1, 4, -1), rectangles)
@@ -74,15 +83,17 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
     return picked[..., :2] + uniforms[..., 1:] * (picked[..., 2:] - picked[..., :2])
 
 
-def draw_prompts(kind: str, big: torch.Tensor, small: torch.Tensor, *, num_points: int,
-                 generator: torch.Generator) -> Prompts:
+def draw_prompts(
+    kind: str, big: torch.Tensor, small: torch.Tensor, *, num_points: int, generator: torch.Generator
+) -> Prompts:
     """One drawn prompt per image; the generator lives on the CPU so that every device draws the same."""
     uniforms = torch.rand(len(big), uniforms_needed(kind, num_points), generator=generator)
     return prompts_from_uniforms(kind, big, small, uniforms.to(big.device))
 
 
-def seeded_prompts(kind: str, big: torch.Tensor, small: torch.Tensor, ids: Sequence[str], *, num_points: int,
-                   seed: int) -> Prompts:
+def seeded_prompts(
+    kind: str, big: torch.Tensor, small: torch.Tensor, ids: Sequence[str], *, num_points: int, seed: int
+) -> Prompts:
     """Prompts that depend on (seed, id, kind) alone, never on the order or size of the batch; for evaluation.
 
     Args:

@@ -23,8 +23,10 @@ class Section(BaseModel):
 
 
 class Inputs(Section):
-    folder: str = Field(min_length=1,
-        description="images/{train,val,test} and optional masks/{train,val,test}; read when data.source is folder")
+    folder: str = Field(
+        min_length=1,
+        description="images/{train,val,test} and optional masks/{train,val,test}; read when data.source is folder",
+    )
     boxes: str = Field(min_length=1, description="your two-box CSV file; read when boxes.source is csv")
 
 
@@ -38,25 +40,32 @@ class SyntheticData(Section):
     num_train: int = Field(ge=1, le=1_000_000, description="generated images to train on")
     num_dev: int = Field(ge=1, le=1_000_000, description="generated images to select on")
     num_test: int = Field(ge=1, le=1_000_000, description="generated images to report on, once")
-    max_side: int = Field(ge=48, le=4096,
-        description="longest side of a generated image [px]; sizes and aspect ratios vary below it")
+    max_side: int = Field(
+        ge=48, le=4096, description="longest side of a generated image [px]; sizes and aspect ratios vary below it"
+    )
 
 
 class FolderData(Section):
     source: Literal["folder"] = Field(description=DATA_SOURCE)
     dev_fraction: float = Field(ge=0, lt=1, description=DEV_FRACTION, examples=[0.0])
     test_split: Literal["val", "test"] = Field(
-        description="which of your splits is reported on, once: val | test", examples=["test"])
+        description="which of your splits is reported on, once: val | test", examples=["test"]
+    )
     threshold_masks: bool = Field(
-        description="grey masks (JPEG and the like) are cut at half of their range, not refused", examples=[False])
+        description="grey masks (JPEG and the like) are cut at half of their range, not refused", examples=[False]
+    )
 
 
 class IsicData(Section):
     source: Literal["isic2016", "isic2017", "isic2018"] = Field(description=DATA_SOURCE)
     subset: int = Field(ge=0, description="images fetched of each split, at most; 0 = the whole archives", examples=[0])
     dev_fraction: float = Field(ge=0, lt=1, description=DEV_FRACTION, examples=[0.0])
-    base_url: str = Field(pattern=r"^(https?://\S+)?$", title="empty, or an address that starts with https:// or http://",
-                          description="where the archives are; empty = ISIC's own server and its mirror", examples=[""])
+    base_url: str = Field(
+        pattern=r"^(https?://\S+)?$",
+        title="empty, or an address that starts with https:// or http://",
+        description="where the archives are; empty = ISIC's own server and its mirror",
+        examples=[""],
+    )
 
 
 BOX_SOURCE = "simulated (annotator drawn from masks) | csv (inputs.boxes, no mask needed anywhere)"
@@ -65,14 +74,17 @@ BOX_SOURCE = "simulated (annotator drawn from masks) | csv (inputs.boxes, no mas
 class SimulatedBoxes(Section):
     source: Literal["simulated"] = Field(description=BOX_SOURCE)
     seed: int = Field(ge=0, description="of the simulated annotator")
-    margin_low: float = Field(ge=0, le=4,
-        description="big box: least share by which width and height exceed the lesion's")
+    margin_low: float = Field(
+        ge=0, le=4, description="big box: least share by which width and height exceed the lesion's"
+    )
     margin_high: float = Field(ge=0, le=4, description="big box: greatest share")
     core_low: float = Field(gt=0, le=1, description="small box: least share of the lesion's extent")
-    core_high: float = Field(gt=0, le=1,
-        description="small box: greatest share, before it shrinks to lie wholly inside the lesion")
-    jitter: float = Field(ge=0, le=0.5,
-        description="centre of either box moves by up to this share of the lesion's extent")
+    core_high: float = Field(
+        gt=0, le=1, description="small box: greatest share, before it shrinks to lie wholly inside the lesion"
+    )
+    jitter: float = Field(
+        ge=0, le=0.5, description="centre of either box moves by up to this share of the lesion's extent"
+    )
     min_area: int = Field(ge=1, description="lesions (components of a mask) smaller than this are not annotated [px]")
 
 
@@ -96,20 +108,25 @@ class FrozenEncoder(AnyModel):
 
 class BlocksEncoder(AnyModel):
     encoder: Literal["blocks"] = Field(description=ENCODER)
-    unfreeze_last_k: int = Field(ge=0, le=64,
-        description="with blocks: the last K transformer blocks and the neck; 0 = all")
+    unfreeze_last_k: int = Field(
+        ge=0, le=64, description="with blocks: the last K transformer blocks and the neck; 0 = all"
+    )
 
 
 class Gate(Section):
     region: Literal["image", "big_box"] = Field(description="entropy averaged over: image (published) | big_box")
-    entropy_thresh: float = Field(ge=0, le=MAX_ENTROPY,
-        description="an image is trusted at or below this mean binary entropy [nats, at most 0.693]")
+    entropy_thresh: float = Field(
+        ge=0,
+        le=MAX_ENTROPY,
+        description="an image is trusted at or below this mean binary entropy [nats, at most 0.693]",
+    )
     trust_empty: bool = Field(description="published: true")
 
 
 class Negatives(Section):
     missed_core: Literal["negative", "ignore", "positive"] = Field(
-        description="core pixels the teacher missed: negative (published) | ignore | positive")
+        description="core pixels the teacher missed: negative (published) | ignore | positive"
+    )
     certain_background: bool = Field(description="pixels outside the big box are negatives")
     in_batch: bool = Field(description="also the negatives of the other images of the batch")
     random_fallback: bool = Field(description="published: true; random pixels where an image has no negatives")
@@ -140,8 +157,9 @@ class FusedTarget(Section):
     offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
     looseness: float = Field(ge=0, le=4, description=LOOSENESS)
     softness: float = Field(gt=0, le=100, description=SOFTNESS)
-    teacher_weight: float = Field(gt=0, lt=1,
-        description="share of the teacher's logits in the fused target", examples=[0.3])
+    teacher_weight: float = Field(
+        gt=0, lt=1, description="share of the teacher's logits in the fused target", examples=[0.3]
+    )
     placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
 
 
@@ -221,7 +239,8 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="fp32 | bf16 | fp16 (autocast)")
     augment: bool = Field(description="flips and quarter turns, image and boxes together")
     select: Literal["objective", "label_free"] = Field(
-        description="best checkpoint by: objective (mean IoU of ring, centre, box on dev) | label_free")
+        description="best checkpoint by: objective (mean IoU of ring, centre, box on dev) | label_free"
+    )
     patience: int = Field(ge=0, description="epochs without improvement before stopping; 0 = never")
     overlays: int = Field(ge=0, le=64, description="pictures of dev images per epoch")
 
@@ -234,8 +253,34 @@ class Evaluate(Section):
     confidence: float = Field(gt=0, lt=1)
     boundary_tolerance: float = Field(gt=0, le=0.5, description="of boundary F1, as a share of the image diagonal")
     jitter: Annotated[tuple[Annotated[float, Field(ge=0, le=0.9)], ...], Field(strict=False)] = Field(
-        description="boxes scaled and shifted by up to these shares")
+        description="boxes scaled and shifted by up to these shares"
+    )
     overlays: int = Field(ge=0, le=64, description="best, median and worst cases, each this many")
+
+
+class Space(BaseModel):
+    """Free keys: `lesionsam.sweep_space` checks each against the schema itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+
+class Sweep(Section):
+    objective: Literal["objective", "label_free"] = Field(
+        description="objective (mean IoU of ring, centre, box on dev) | label_free (needs no masks)"
+    )
+    sampler: Literal["gp", "tpe", "random"] = Field(description="gp | tpe | random")
+    pruner: Literal["median", "hyperband", "none"] = Field(
+        description="stops weak trials early: median | hyperband | none"
+    )
+    seed: int = Field(ge=0, description="of the sampler; each trial draws with a seed of its own")
+    epochs: int = Field(ge=0, le=100_000, description="of a trial, at most train.epochs; 0 = train.epochs")
+    holdout: float = Field(
+        ge=0, lt=1, description="share of the dev images that no trial sees, to compare winner and start on"
+    )
+    confirm_seeds: int = Field(
+        ge=0, le=100, description="new seeds that winner and start are trained with at train.epochs; 0 = none"
+    )
+    space: Space = Field(description="any key of model, method, train: {low, high, log, step} or [choices]")
 
 
 class Tracking(Section):
@@ -246,8 +291,9 @@ class Tracking(Section):
 
 
 class Runtime(Section):
-    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N",
-        description="auto | cpu | cuda | cuda:N")
+    device: str = Field(
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N", description="auto | cpu | cuda | cuda:N"
+    )
     num_workers: int = Field(ge=0, le=256, description="loader processes")
     num_threads: int = Field(ge=0, le=1024, description="CPU threads of torch; 0 = its own choice")
 
@@ -263,5 +309,6 @@ class Config(Section):
     method: ContrastiveMethod | SupervisedMethod = Field(discriminator="name")
     train: Train
     evaluate: Evaluate
+    sweep: Sweep = Field(description="of `python src/tune.py`; no stage reads it")
     tracking: Tracking
     runtime: Runtime = Field(description="how and where, never what: in no hash, so a change never retrains")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError  # noqa: S403  (the name of torch.load's refusal; nothing is unpickled here)
+from pickle import UnpicklingError
 
 import safetensors.torch
 import torch
@@ -72,10 +72,27 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
 
 
-def fit(method: Method, data: LesionDataset, *, groups: Sequence[Group], epochs: int, batch_size: int, accumulate: int,
-        weight_decay: float, factor: Callable[[int], float], clip: float, precision: str, seed: int, augment: bool,
-        patience: int, device: torch.device, evaluate: Evaluate, log: Log, folder: Path,
-        say: Callable[[str], None] = print) -> Progress:
+def fit(
+    method: Method,
+    data: LesionDataset,
+    *,
+    groups: Sequence[Group],
+    epochs: int,
+    batch_size: int,
+    accumulate: int,
+    weight_decay: float,
+    factor: Callable[[int], float],
+    clip: float,
+    precision: str,
+    seed: int,
+    augment: bool,
+    patience: int,
+    device: torch.device,
+    evaluate: Evaluate,
+    log: Log,
+    folder: Path,
+    say: Callable[[str], None] = print,
+) -> Progress:
     """Train a method on a data set; resume where `folder` says a killed run stood.
 
     Args:
@@ -88,8 +105,10 @@ def fit(method: Method, data: LesionDataset, *, groups: Sequence[Group], epochs:
     Raises:
         UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
     """
-    optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate} for g in groups],
-                                  weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate} for g in groups],
+        weight_decay=weight_decay,
+    )
     scaler = torch.amp.GradScaler(enabled=precision == "fp16" and device.type == "cuda")
     parameters = [p for g in groups for p in g.parameters]
     at = load_state(folder, method, optimizer, scaler) or Progress()
@@ -143,8 +162,12 @@ def fit(method: Method, data: LesionDataset, *, groups: Sequence[Group], epochs:
         at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
         method.model.eval()
         scores = dict(evaluate(at.epoch))
-        log({f"train_{name}": value for name, value in means.items()} | {f"dev_{n}": v for n, v in scores.items()}
-            | {"epoch": at.epoch}, at.step)
+        log(
+            {f"train_{name}": value for name, value in means.items()}
+            | {f"dev_{n}": v for n, v in scores.items()}
+            | {"epoch": at.epoch},
+            at.step,
+        )
         if scores[OBJECTIVE] > at.best_score:
             at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
             save_best(folder, method)
@@ -155,7 +178,7 @@ def fit(method: Method, data: LesionDataset, *, groups: Sequence[Group], epochs:
     return at
 
 
-# ---- parts of the loop, in the order of their use ------------------------------------------------------------------------
+# ---- parts of the loop, in the order of their use ----------------------------------------------------------------
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -187,23 +210,32 @@ def check_alive(terms: Mapping[str, Term], method: Method, alive: Sequence[str],
         if name not in alive:
             trusted = method.monitors().get("trusted")
             if trusted is not None and float(trusted) == 0:
-                say(f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
-                    f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)")
+                say(
+                    f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
+                    f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)"
+                )
             else:
-                raise UserError(f"the term `{name}` is switched on (weight {term.weight:g}) but its gradient was zero in each of "
-                                f"the first {len(LIVENESS_STEPS)} steps; set its weight to 0 or change what it depends on")
+                raise UserError(
+                    f"the term `{name}` is switched on (weight {term.weight:g}) but its gradient was zero in each of "
+                    f"the first {len(LIVENESS_STEPS)} steps; set its weight to 0 or change what it depends on"
+                )
     head_spread = getattr(method, "head_spread", None)
     if "contrast" in terms and head_spread is not None:
         measured = head_spread()
         if measured["mean_cosine"] > 0.99:
-            say(f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
-                f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or temperature")
+            say(
+                f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
+                f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
+                "temperature"
+            )
 
 
 def skip_nonfinite(at: Progress, terms: Mapping[str, Term], ids: Sequence[str], say: Callable[[str], None]) -> None:
     """Count a loss that is not finite and name its terms and images; stop after several running."""
     at.nonfinite += 1
-    bad = ", ".join(f"{name}={float(term.value):g}" for name, term in terms.items() if not math.isfinite(float(term.value)))
+    bad = ", ".join(
+        f"{name}={float(term.value):g}" for name, term in terms.items() if not math.isfinite(float(term.value))
+    )
     message = f"loss is not finite at step {at.step} ({bad}); images {', '.join(ids)}"
     if at.nonfinite >= MAX_NONFINITE:
         raise UserError(f"{message}; {at.nonfinite} times running: lower train.lr_* or use train.precision fp32")
@@ -226,13 +258,17 @@ def flush(waiting: list[tuple[int, dict[str, torch.Tensor]]], at: Progress, log:
 
 def progress_line(at: Progress, means: Mapping[str, float], scores: Mapping[str, float], eta: float) -> str:
     """E1 L=2.3226 mask=0.2250 cont=2.0826 iou=0.0299, then scores, the best one and the time left."""
-    terms = {name: value for name, value in means.items() if name not in ("loss", "entropy") and not name.startswith("trusted_")}
+    terms = {
+        name: value
+        for name, value in means.items()
+        if name not in ("loss", "entropy") and not name.startswith("trusted_")
+    }
     parts = [f"E{at.epoch}", f"L={means['loss']:.4f}", *(f"{SHORT_NAMES.get(n, n)}={v:.4f}" for n, v in terms.items())]
     parts += ["|", *(f"{name}={value:.4f}" for name, value in scores.items())]
     return " ".join(parts) + f" | best={at.best_score:.4f} (E{at.best_epoch}) ETA {int(eta // 60)}:{int(eta % 60):02d}"
 
 
-# ---- states on disk --------------------------------------------------------------------------------------------------------
+# ---- states on disk -----------------------------------------------------------------------------------------------
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -265,24 +301,33 @@ def teacher_of(method: Method) -> Teacher | None:
     return getattr(method, "teacher", None)
 
 
-def save_state(folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler) -> None:
+def save_state(
+    folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
     """Write everything that a resume needs as one new file; the one before stays to fall back to."""
     teacher = teacher_of(method)
     averages = None
     if teacher is not None:
-        followed = {n for n, p in method.model.named_parameters() if p.requires_grad} | dict(method.model.named_buffers()).keys()
+        followed = {n for n, p in method.model.named_parameters() if p.requires_grad} | dict(
+            method.model.named_buffers()
+        ).keys()
         averages = {n: v.detach().cpu().clone() for n, v in teacher.module.state_dict().items() if n in followed}
-    state = {"progress": vars(at), "model": trained_state(method.model), "teacher": averages,
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    state = {
+        "progress": vars(at),
+        "model": trained_state(method.model),
+        "teacher": averages,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
     with atomic_write(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt") as file:
         torch.save(state, file)
     for old in sorted(folder.glob("state-*.pt"))[:-NUM_STATES]:
         os.unlink(old)
 
 
-def load_state(folder: Path, method: Method, optimizer: torch.optim.Optimizer,
-               scaler: torch.amp.GradScaler) -> Progress | None:
+def load_state(
+    folder: Path, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress | None:
     """Restore the newest readable state of a folder.
 
     Returns:
@@ -296,7 +341,10 @@ def load_state(folder: Path, method: Method, optimizer: torch.optim.Optimizer,
         try:
             state = torch.load(file, weights_only=True, map_location="cpu")
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
-            print(f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it", flush=True)
+            print(
+                f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it",
+                flush=True,
+            )
             continue
         method.model.load_state_dict(state["model"], strict=False)
         teacher = teacher_of(method)
@@ -306,7 +354,9 @@ def load_state(folder: Path, method: Method, optimizer: torch.optim.Optimizer,
         scaler.load_state_dict(state["scaler"])
         return Progress(**state["progress"])
     if files:
-        raise UserError(f"{folder}: none of the {len(files)} training states can be read; delete the folder to start anew")
+        raise UserError(
+            f"{folder}: none of the {len(files)} training states can be read; delete the folder to start anew"
+        )
     return None
 
 

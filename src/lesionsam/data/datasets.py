@@ -46,10 +46,17 @@ class LesionDataset:
         if self.with_masks:
             truth = torch.from_numpy(masks.astype(np.float32))
             truth[truth == UNKNOWN] = float("nan")
-        return Batch(ids=tuple(self.ids[int(k)] for k in index), index=torch.tensor([int(k) for k in index]),
-                     images=torch.from_numpy(images).permute(0, 3, 1, 2), sizes=torch.from_numpy(sizes),
-                     big_boxes=torch.from_numpy(big), small_boxes=torch.from_numpy(small), valid=torch.from_numpy(valid),
-                     prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE), masks=truth)
+        return Batch(
+            ids=tuple(self.ids[int(k)] for k in index),
+            index=torch.tensor([int(k) for k in index]),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            sizes=torch.from_numpy(sizes),
+            big_boxes=torch.from_numpy(big),
+            small_boxes=torch.from_numpy(small),
+            valid=torch.from_numpy(valid),
+            prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE),
+            masks=truth,
+        )
 
     def _one(self, k: int, orientation: int) -> tuple[np.ndarray, ...]:
         f = self.frames
@@ -62,8 +69,11 @@ class LesionDataset:
         boxes = [f.big_boxes[k], f.small_boxes[k]]
         if orientation == 0:
             return (*grids, f.sizes[k], *boxes)
-        return (*(orient(grid, (height, width), orientation) for grid in grids), oriented_size((height, width), orientation),
-                *(orient_box(box, (height, width), orientation) for box in boxes))
+        return (
+            *(orient(grid, (height, width), orientation) for grid in grids),
+            oriented_size((height, width), orientation),
+            *(orient_box(box, (height, width), orientation) for box in boxes),
+        )
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All samples in order, once, as they are."""
@@ -88,8 +98,16 @@ class LesionDataset:
         return -(-len(self) // batch_size)
 
 
-def open_dataset(samples: Sequence[Sample], side: int, cache: Path, *, with_masks: bool, threshold_masks: bool = False,
-                 num_workers: int = 0, title: str = "images") -> LesionDataset:
+def open_dataset(
+    samples: Sequence[Sample],
+    side: int,
+    cache: Path,
+    *,
+    with_masks: bool,
+    threshold_masks: bool = False,
+    num_workers: int = 0,
+    title: str = "images",
+) -> LesionDataset:
     """Decode (or reopen) the samples at side S and wrap them."""
     frames = load_frames(samples, side, cache, threshold_masks=threshold_masks, num_workers=num_workers, title=title)
     return LesionDataset(samples, frames, with_masks=with_masks)

@@ -38,7 +38,8 @@ class Frames:
     """N samples in the model frame of side S, memory-mapped.
 
     Attributes:
-        images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom. priors: (N, S, S) int8, logits times `PRIOR_SCALE`.
+        images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom.
+        priors: (N, S, S) int8, logits times `PRIOR_SCALE`.
         masks: (N, S, S) uint8, 1 lesion, 0 not, `UNKNOWN` everywhere where there is no mask.
         sizes: (N, 2) int64, height and width of the image part. big_boxes, small_boxes: (N, 4) float32 XYXY.
         others: for each sample, (M, 4) float32 big boxes of the image's other lesions.
@@ -58,7 +59,9 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def prior_at(image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def prior_at(
+    image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
     """The box prior, computed on the image at `PRIOR_SIDE` and enlarged.
 
     Args:
@@ -73,19 +76,25 @@ def prior_at(image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.n
     ignore = np.zeros((height, width), bool)
     for other in others:
         ignore |= inside(other * scale, (height, width))
-    prior = box_prior(resize_image(image, height, width), big * scale, small * scale, ignore & ~inside(big * scale, (height, width)))
+    prior = box_prior(
+        resize_image(image, height, width), big * scale, small * scale, ignore & ~inside(big * scale, (height, width))
+    )
     if prior.shape != shape:
         prior = np.asarray(Image.fromarray(prior).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
     final = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
     return np.where(inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
 
 
-def prepare(sample: Sample, others: np.ndarray, side: int, threshold_masks: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def prepare(
+    sample: Sample, others: np.ndarray, side: int, threshold_masks: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
     image = read_image(sample.image_path)
     if image.shape[:2] != (sample.height, sample.width):
-        raise UserError(f"{sample.image_path}: {image.shape[1]}x{image.shape[0]} px, but the index says {sample.width}x"
-                        f"{sample.height}; the file has changed: run `dvc repro` from the download stage on")
+        raise UserError(
+            f"{sample.image_path}: {image.shape[1]}x{image.shape[0]} px, but the index says {sample.width}x"
+            f"{sample.height}; the file has changed: run `dvc repro` from the download stage on"
+        )
     height, width = model_frame_size(sample.width, sample.height, side)
     small_image = resize_image(image, height, width)
     frame = np.zeros((side, side, 3), np.uint8)
@@ -110,27 +119,40 @@ def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
     by_image: dict[str, list[int]] = {}
     for k, sample in enumerate(samples):
         by_image.setdefault(sample.image_id, []).append(k)
-    return [np.array([samples[j].big_box for j in by_image[s.image_id] if j != k], float).reshape(-1, 4)
-            for k, s in enumerate(samples)]
+    return [
+        np.array([samples[j].big_box for j in by_image[s.image_id] if j != k], float).reshape(-1, 4)
+        for k, s in enumerate(samples)
+    ]
 
 
 def _key(samples: Sequence[Sample], side: int, threshold_masks: bool) -> str:
     digest = hashlib.sha256(f"{VERSION}|{side}|{PRIOR_SIDE}|{PRIOR_SCALE}|{threshold_masks}".encode())
     for s in samples:
-        digest.update(f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode())
+        digest.update(
+            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
+        )
         for path in (s.image_path, s.mask_path):
             if path is not None:
                 try:
                     status = path.stat()
                 except FileNotFoundError:
-                    raise UserError(f"{path}: no such file, named by the index for image {s.image_id!r}; "
-                                    "restore it or run `dvc repro` from the download stage on") from None
+                    raise UserError(
+                        f"{path}: no such file, named by the index for image {s.image_id!r}; "
+                        "restore it or run `dvc repro` from the download stage on"
+                    ) from None
                 digest.update(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
     return digest.hexdigest()[:20]
 
 
-def load_frames(samples: Sequence[Sample], side: int, cache: Path, *, threshold_masks: bool = False, num_workers: int = 0,
-                title: str = "images") -> Frames:
+def load_frames(
+    samples: Sequence[Sample],
+    side: int,
+    cache: Path,
+    *,
+    threshold_masks: bool = False,
+    num_workers: int = 0,
+    title: str = "images",
+) -> Frames:
     """Decode, resize and compute the priors of all samples, or open what an earlier call kept.
 
     Args:
@@ -149,26 +171,43 @@ def load_frames(samples: Sequence[Sample], side: int, cache: Path, *, threshold_
     def framed(box: np.ndarray, s: Sample) -> np.ndarray:
         return to_model_frame(box, s.width, s.height, side).astype(np.float32)
 
-    return Frames(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "priors", "masks")), sizes=sizes,
-                  big_boxes=np.array([framed(s.big_box, s) for s in samples]).reshape(-1, 4),
-                  small_boxes=np.array([framed(s.small_box, s) for s in samples]).reshape(-1, 4),
-                  others=tuple(framed(boxes, s) for boxes, s in zip(others, samples, strict=True)))
+    return Frames(
+        *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "priors", "masks")),
+        sizes=sizes,
+        big_boxes=np.array([framed(s.big_box, s) for s in samples]).reshape(-1, 4),
+        small_boxes=np.array([framed(s.small_box, s) for s in samples]).reshape(-1, 4),
+        others=tuple(framed(boxes, s) for boxes, s in zip(others, samples, strict=True)),
+    )
 
 
-def _build(samples: Sequence[Sample], others: Sequence[np.ndarray], side: int, folder: Path, threshold_masks: bool,
-           num_workers: int, title: str) -> None:
+def _build(
+    samples: Sequence[Sample],
+    others: Sequence[np.ndarray],
+    side: int,
+    folder: Path,
+    threshold_masks: bool,
+    num_workers: int,
+    title: str,
+) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed = len(samples) * side * side * 5
     if needed > free_disk_bytes(folder.parent):
-        raise UserError(f"{folder.parent}: {needed / 1e9:.1f} GB needed for {len(samples)} decoded {title}, "
-                        f"{free_disk_bytes(folder.parent) / 1e9:.1f} GB free; free space or lower model.image_size")
+        raise UserError(
+            f"{folder.parent}: {needed / 1e9:.1f} GB needed for {len(samples)} decoded {title}, "
+            f"{free_disk_bytes(folder.parent) / 1e9:.1f} GB free; free space or lower model.image_size"
+        )
     count = len(samples)
     temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
     try:
-        shapes = {"images": ((count, side, side, 3), np.uint8), "priors": ((count, side, side), np.int8),
-                  "masks": ((count, side, side), np.uint8)}
-        arrays = [np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-                  for name, (shape, dtype) in shapes.items()]
+        shapes = {
+            "images": ((count, side, side, 3), np.uint8),
+            "priors": ((count, side, side), np.int8),
+            "masks": ((count, side, side), np.uint8),
+        }
+        arrays = [
+            np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+            for name, (shape, dtype) in shapes.items()
+        ]
         arguments = (samples, others, [side] * count, [threshold_masks] * count)
         with ProcessPoolExecutor(num_workers) if num_workers else _Inline() as pool:
             for k, parts in enumerate(progress(pool.map(prepare, *arguments), total=count, title=f"decoding {title}")):

@@ -54,7 +54,10 @@ def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor,
         columns (B, cells) bool, rows (B, cells) bool.
     """
     centres = (torch.arange(cells, device=boxes.device) + 0.5) * (side / cells)
-    return ((centres >= boxes[:, 0:1]) & (centres < boxes[:, 2:3]), (centres >= boxes[:, 1:2]) & (centres < boxes[:, 3:4]))
+    return (
+        (centres >= boxes[:, 0:1]) & (centres < boxes[:, 2:3]),
+        (centres >= boxes[:, 1:2]) & (centres < boxes[:, 3:4]),
+    )
 
 
 def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
@@ -67,7 +70,7 @@ def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
 
 
 def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generator) -> list[str]:
-    """`count` kinds of prompt in the proportions of `shares`, stratified (one draw per 1/count of the whole) and shuffled."""
+    """`count` kinds of prompt in the proportions of `shares`, stratified (a draw per 1/count) and shuffled."""
     names = [name for name, share in shares.items() if share > 0]
     cumulative = np.cumsum([shares[name] for name in names])
     positions = (np.arange(count) + torch.rand(1, generator=generator).item()) / count
@@ -75,8 +78,16 @@ def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generat
     return [names[drawn[k]] for k in torch.randperm(count, generator=generator).tolist()]
 
 
-def decode_mixture(sam: Sam, features: torch.Tensor, batch: Batch, shares: Mapping[str, float], *, repeats: int,
-                   num_points: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def decode_mixture(
+    sam: Sam,
+    features: torch.Tensor,
+    batch: Batch,
+    shares: Mapping[str, float],
+    *,
+    repeats: int,
+    num_points: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decode every image of a batch under `repeats` prompts of drawn kinds, one decoder call per kind.
 
     Args:
@@ -89,8 +100,9 @@ def decode_mixture(sam: Sam, features: torch.Tensor, batch: Batch, shares: Mappi
     logits, predictions, used = [], [], []
     for kind in sorted(set(kinds)):
         picked = rows[[k for k, drawn in enumerate(kinds) if drawn == kind]].to(features.device)
-        prompts = draw_prompts(kind, batch.big_boxes[picked], batch.small_boxes[picked], num_points=num_points,
-                               generator=generator)
+        prompts = draw_prompts(
+            kind, batch.big_boxes[picked], batch.small_boxes[picked], num_points=num_points, generator=generator
+        )
         low_res, iou = decode(sam, features[picked], prompts)
         logits.append(low_res[:, 0])
         predictions.append(iou[:, 0])
@@ -102,7 +114,10 @@ def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """True masks on the grid: (B, side, side) share of lesion (0 where unknown) and (B,) bool, whether known."""
     if batch.masks is None:
         device = batch.images.device
-        return (torch.zeros(len(batch.ids), side, side, device=device), torch.zeros(len(batch.ids), dtype=torch.bool, device=device))
+        return (
+            torch.zeros(len(batch.ids), side, side, device=device),
+            torch.zeros(len(batch.ids), dtype=torch.bool, device=device),
+        )
     known = ~batch.masks[:, 0, 0].isnan()
     return to_grid(torch.nan_to_num(batch.masks), side), known
 

@@ -101,14 +101,16 @@ class Contrastive:
         """The terms of one batch: mask and iou (monitors), contrast, distil, pseudo, projection (where switched on)."""
         o = self.options
         f, f_t, f_r = self.encode(batch)
-        prompts = draw_prompts(o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points,
-                               generator=generator)
+        prompts = draw_prompts(
+            o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points, generator=generator
+        )
         m, entropy, trusted = self.target(batch, f_t, prompts)
         w = to_grid(batch.valid, m.shape[-1])
         terms: dict[str, Term] = {}
         if o.delta > 0 or o.epsilon > 0:
-            y, predicted, rows = decode_mixture(self.sam, f, batch, o.prompts, repeats=o.prompts_per_image,
-                                                num_points=o.num_points, generator=generator)
+            y, predicted, rows = decode_mixture(
+                self.sam, f, batch, o.prompts, repeats=o.prompts_per_image, num_points=o.num_points, generator=generator
+            )
         else:  # published: the same points, on detached features, for the monitors alone
             with torch.no_grad():
                 low_res, iou = decode(self.sam, f.detach(), prompts)
@@ -116,7 +118,9 @@ class Contrastive:
         with torch.no_grad():
             if o.monitor_masks:
                 truth, known = known_masks(batch, y.shape[-1])
-                terms["mask"] = Term(mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]), 1.0)
+                terms["mask"] = Term(
+                    mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]), 1.0
+                )
             terms["iou"] = Term(F.mse_loss(predicted.float(), hard_iou(y, m[rows], w[rows])), o.beta)
         if o.alpha > 0:
             terms["contrast"] = Term(self.contrast(batch, f, f_t, m, trusted, generator), o.alpha)
@@ -127,9 +131,18 @@ class Contrastive:
         if o.epsilon > 0:
             terms["projection"] = Term(self.projection(y, batch, rows).mean(), o.epsilon)
         area = m.flatten(1).mean(1)
-        self._monitors = {"trusted": trusted.float().mean(), "entropy": entropy.mean(),
-                          **{f"trusted_{name}": mean_over(trusted.float(), chosen) for name, chosen in
-                             (("small", area <= 0.05), ("medium", (area > 0.05) & (area <= 0.2)), ("large", area > 0.2))}}
+        self._monitors = {
+            "trusted": trusted.float().mean(),
+            "entropy": entropy.mean(),
+            **{
+                f"trusted_{name}": mean_over(trusted.float(), chosen)
+                for name, chosen in (
+                    ("small", area <= 0.05),
+                    ("medium", (area > 0.05) & (area <= 0.2)),
+                    ("large", area > 0.2),
+                )
+            },
+        }
         return terms
 
     def after_step(self) -> None:
@@ -164,7 +177,9 @@ class Contrastive:
         return encode_suffix(sam, tokens, split)
 
     @torch.no_grad()
-    def target(self, batch: Batch, f_t: torch.Tensor | None, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def target(
+        self, batch: Batch, f_t: torch.Tensor | None, prompts: Prompts
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The pseudo mask and its gate.
 
         Returns:
@@ -198,8 +213,15 @@ class Contrastive:
             trusted = trusted & (probability > 0.5).flatten(1).any(1)
         return to_grid(probability, grid), entropy, trusted
 
-    def contrast(self, batch: Batch, f: torch.Tensor, f_t: torch.Tensor | None, m: torch.Tensor, trusted: torch.Tensor,
-                 generator: torch.Generator) -> torch.Tensor:
+    def contrast(
+        self,
+        batch: Batch,
+        f: torch.Tensor,
+        f_t: torch.Tensor | None,
+        m: torch.Tensor,
+        trusted: torch.Tensor,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
         """InfoNCE of student pixels in the core against the teacher's at the same places."""
         o = self.options
         if f_t is None or self.teacher is None:

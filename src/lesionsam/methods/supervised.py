@@ -23,7 +23,9 @@ class Supervised:
         beta: weight of the IoU monitor in the printed total; no gradient.
     """
 
-    def __init__(self, sam: Sam, *, prompts: Mapping[str, float], prompts_per_image: int, num_points: int, beta: float) -> None:
+    def __init__(
+        self, sam: Sam, *, prompts: Mapping[str, float], prompts_per_image: int, num_points: int, beta: float
+    ) -> None:
         self.model: nn.Module = sam
         self.sam, self.prompts, self.beta = sam, dict(prompts), beta
         self.prompts_per_image, self.num_points = prompts_per_image, num_points
@@ -36,8 +38,15 @@ class Supervised:
         with torch.set_grad_enabled(self.frozen_blocks < 0):
             tokens = encode_prefix(self.sam, images, split)
         features = encode_suffix(self.sam, tokens, split)
-        y, predicted, rows = decode_mixture(self.sam, features, batch, self.prompts, repeats=self.prompts_per_image,
-                                            num_points=self.num_points, generator=generator)
+        y, predicted, rows = decode_mixture(
+            self.sam,
+            features,
+            batch,
+            self.prompts,
+            repeats=self.prompts_per_image,
+            num_points=self.num_points,
+            generator=generator,
+        )
         m, known = known_masks(batch, y.shape[-1])
         w = to_grid(batch.valid, y.shape[-1])[rows]
         loss = mean_over(soft_mask_loss(y, m[rows], w), known[rows])

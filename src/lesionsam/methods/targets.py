@@ -11,7 +11,10 @@ from lesionsam.box_prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
     """(B, 4) XYXY -> (B, side, side): `box_prior.ellipse_prior` batched, on the model frame."""
     position = torch.arange(side, device=big_boxes.device) + 0.5
-    centre, half = (big_boxes[:, :2] + big_boxes[:, 2:]) / 2, ((big_boxes[:, 2:] - big_boxes[:, :2]) / 2).clamp(min=1e-6)
+    centre, half = (
+        (big_boxes[:, :2] + big_boxes[:, 2:]) / 2,
+        ((big_boxes[:, 2:] - big_boxes[:, :2]) / 2).clamp(min=1e-6),
+    )
     u = (position[None] - centre[:, 0:1]) / half[:, 0:1]
     v = (position[None] - centre[:, 1:2]) / half[:, 1:2]
     return SHAPE_WEIGHT * (1 - torch.sqrt(u[:, None] ** 2 + v[:, :, None] ** 2) * ELLIPSE_SHRINK)
@@ -40,6 +43,7 @@ def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool)
     y = theirs[:, 1:2] + (position[None] - big_boxes[:, 1:2]) * scale[:, 1:2]
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) / side * 2 - 1
     warped = F.grid_sample(other[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
-    inside = ((position >= big_boxes[:, 0:1]) & (position < big_boxes[:, 2:3]))[:, None, :] & \
-        ((position >= big_boxes[:, 1:2]) & (position < big_boxes[:, 3:4]))[:, :, None]
+    inside = ((position >= big_boxes[:, 0:1]) & (position < big_boxes[:, 2:3]))[:, None, :] & (
+        (position >= big_boxes[:, 1:2]) & (position < big_boxes[:, 3:4])
+    )[:, :, None]
     return torch.where(inside, warped, logits.amin(dim=(1, 2), keepdim=True))

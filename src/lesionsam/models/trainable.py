@@ -24,26 +24,31 @@ def select_trainable(sam: Sam, *, encoder: str, unfreeze_last_k: int, train_deco
     """
     blocks = sam.image_encoder.blocks
     if unfreeze_last_k > len(blocks):
-        raise UserError(f"model.unfreeze_last_k: expected 0 to {len(blocks)} (the encoder's blocks), got {unfreeze_last_k}")
+        raise UserError(
+            f"model.unfreeze_last_k: expected 0 to {len(blocks)} (the encoder's blocks), got {unfreeze_last_k}"
+        )
     sam.requires_grad_(False)
     if encoder == "blocks":
         parts: Iterable[nn.Module] = [sam.image_encoder]
         if unfreeze_last_k:
-            parts = [*blocks[len(blocks) - unfreeze_last_k:], sam.image_encoder.neck]
+            parts = [*blocks[len(blocks) - unfreeze_last_k :], sam.image_encoder.neck]
         for part in parts:
             part.requires_grad_(True)
     if train_decoder:
         sam.mask_decoder.requires_grad_(True)
         sam.prompt_encoder.requires_grad_(True)
     if not any(p.requires_grad for p in sam.parameters()):
-        raise UserError("model.encoder: `none` with model.train_decoder: false leaves nothing to train; change one of them")
+        raise UserError(
+            "model.encoder: `none` with model.train_decoder: false leaves nothing to train; change one of them"
+        )
 
 
 def num_frozen_blocks(sam: Sam) -> int:
-    """Number of leading blocks that, with the patch embedding, hold no trained parameter; -1 if the embedding trains."""
+    """Number of leading blocks that, with the patch embedding, train nothing; -1 if the embedding trains."""
     encoder = sam.image_encoder
-    if any(p.requires_grad for p in encoder.patch_embed.parameters()) or \
-            (encoder.pos_embed is not None and encoder.pos_embed.requires_grad):
+    if any(p.requires_grad for p in encoder.patch_embed.parameters()) or (
+        encoder.pos_embed is not None and encoder.pos_embed.requires_grad
+    ):
         return -1
     for k, block in enumerate(encoder.blocks):
         if any(p.requires_grad for p in block.parameters()):
@@ -52,7 +57,7 @@ def num_frozen_blocks(sam: Sam) -> int:
 
 
 def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens after the patch embedding and the first `num_blocks` blocks."""
+    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens after patch embedding and the first `num_blocks` blocks."""
     encoder = sam.image_encoder
     tokens = encoder.patch_embed(images)
     if encoder.pos_embed is not None:
