@@ -287,7 +287,7 @@ def _evaluate(
 
 
 def selection_key(config: Config, dev: LesionDataset) -> str:
-    """Which score selects: the true one where asked for and known for every development image, else the label-free one."""
+    """Which score selects: the true one where asked for and known for every dev image, else the label-free one."""
     return OBJECTIVE if config.train.select == "objective" and dev.has_masks else "label_free"
 
 

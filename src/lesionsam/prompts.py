@@ -1,8 +1,8 @@
 """SAM prompts from two boxes, for a batch of images, in the model frame.
 
 Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
-(the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and 3 core
-points as ONE prompt).
+(the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and
+3 core points as ONE prompt).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def num_frozen_blocks(sam: Sam) -> int:
 
 
 def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens after patch embedding and the first `num_blocks` blocks."""
+    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens after patch embedding and `num_blocks` blocks."""
     encoder = sam.image_encoder
     tokens = encoder.patch_embed(images)
     if encoder.pos_embed is not None:
