@@ -19,8 +19,9 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
+unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test lint types tune ui report foundation evidence benchmark lock clean
+.PHONY: help setup demo test lint types tune ui report foundation evidence lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,11 +80,8 @@ report: $(READY) ## report/index.html from what is there, training only what has
 foundation: $(READY) ## rebuild the compact model's weights in foundation/ (an hour of two cores; resumes)
 	python -m lesionsam.foundation
 
-evidence: $(READY) ## rebuild the measurements behind docs/log.md (hours; resumes)
-	python -m lesionsam.evidence
-
-benchmark: $(READY) ## time and memory of the steps, to benchmarks/
-	python benchmarks/run.py
+evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
+	python src/evidence.py $(FOLDER) --out evidence
 
 lock: $(READY) ## requirements.lock from requirements.in (needs uv and the network)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
