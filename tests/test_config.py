@@ -159,11 +159,11 @@ def test_limits_are_where_they_are_said_to_be(variant: str, key: str) -> None:
 def test_every_issue_at_once_and_in_order() -> None:
     values = unflatten({"boxes.margin_low": 0.3, "method.name": "contrstive", "method.gate.region": "big",
                         "method.prompts.ring": -1.0, "train.epochs": 0, "train.temperature": 0.1,
-                        "evaluate.jitter": [0.1, 0.1], "runtime.device": "gpu", "sweep": {"trials": 3}},
+                        "evaluate.jitter": [0.1, 0.1], "runtime.device": "gpu", "quota": {"trials": 3}},
                        default_values())
     issues = issues_of(values)
     assert list(issues) == ["boxes.margin_low", "method.name", "method.gate.region", "method.prompts.ring",
-                            "train.temperature", "train.epochs", "evaluate.jitter", "runtime.device", "sweep"]
+                            "train.temperature", "train.epochs", "evaluate.jitter", "runtime.device", "quota"]
     assert issues["method.name"].endswith("got the text 'contrstive'; did you mean contrastive?")
     assert issues["train.temperature"] == "unknown key; did you mean method.temperature?"
     assert issues["boxes.margin_low"] == "expected at most boxes.margin_high (0.2), got 0.3"

@@ -20,6 +20,7 @@ from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.trainable import Teacher, trained_parameters
+from lesionsam.progress import progress
 
 Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -120,7 +121,8 @@ def fit(
 
     while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
         method.model.train()
-        for batch in data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, start=at.batch):
+        batches = data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, start=at.batch)
+        for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
             number = at.epoch * num_batches + at.batch  # of this batch since the beginning
             batch = batch.to(device)
             with autocast(device, precision):
