@@ -13,7 +13,7 @@ from lesionsam.config import Config, flatten, load_config
 from lesionsam.data.index import read_index
 from lesionsam.epoch_pictures import draw_epoch
 from lesionsam.errors import run_guarded
-from lesionsam.experiment import Trained, input_side, open_data, pretrained_weights, run_key, train
+from lesionsam.experiment import SELECTION_SEED, Trained, input_side, open_data, pretrained_weights, run_key, train
 from lesionsam.files import atomic_write, sha256_file
 from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
@@ -62,7 +62,7 @@ def main() -> None:
                     data.dev,
                     count=config.train.overlays,
                     num_points=config.method.num_points,
-                    seed=config.evaluate.seed,
+                    seed=SELECTION_SEED,
                     epoch=epoch,
                 )
                 tracker.log_picture(path, "dev_overlays", epoch)
