@@ -348,6 +348,19 @@ def test_position_embeddings_keep_their_pattern_at_another_side() -> None:
         torch.testing.assert_close(down.diff()[middle], 2 * steps, atol=2 * tolerance * expected, rtol=0)
 
 
+@pytest.mark.parametrize("side", [32, 96])
+def test_a_prompt_at_the_same_place_means_the_same_at_another_side(side: int) -> None:
+    """Coordinates are taken as shares of the new side; segment_anything counts them from pixel centres."""
+    box = torch.tensor([[6.0, 9, 40, 52.5]])
+    there = (box + 0.5) * side / 64 - 0.5
+    encoders = tiny_sam().prompt_encoder, at_size(tiny_sam(), side).prompt_encoder
+    sparse, dense = encoders[0](points=None, boxes=box, masks=None)
+    other_sparse, other_dense = encoders[1](points=None, boxes=there, masks=None)
+    torch.testing.assert_close(other_sparse, sparse, atol=1e-4, rtol=0)
+    assert other_dense.shape[-2:] == (side // 8, side // 8)
+    assert torch.equal(other_dense[..., 0, 0], dense[..., 0, 0])
+
+
 @pytest.mark.parametrize("side", [4, 100, -8])
 def test_impossible_sides_are_refused(side: int) -> None:
     with pytest.raises(UserError, match=f"multiple of the patch, 8, got {side}"):
