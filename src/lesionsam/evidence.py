@@ -21,11 +21,13 @@ from lesionsam.boxes import annotate
 from lesionsam.config import Config, config_digest, to_values, unflatten, validate
 from lesionsam.config_file import fit, merge
 from lesionsam.data.index import Row as IndexRow
+from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment import input_side, open_data, torch_device, train
 from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic, write_text_atomic
 from lesionsam.models.sam import load_sam
 from lesionsam.presets import preset_values
+from lesionsam.schema import SimulatedBoxes
 from lesionsam.types import Sample
 
 PROMPTS = ("ring", "centre", "box", "box+core")
@@ -87,6 +89,8 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
     """
     config, begun = configured(base, row, seed), time.monotonic()
     b = config.boxes
+    if not isinstance(b, SimulatedBoxes):
+        raise UserError(f"boxes.source: evidence needs simulated boxes, got {b.source}")
     samples = annotate(
         index,
         root=Path(),
@@ -192,7 +196,7 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> 
                 parts = [
                     figures[(figures["model"] == name) & (figures["prompt"] == prompt)] for name in (first, second)
                 ]
-                p = statistics.paired(*parts, "iou", **INTERVALS) if all(len(part) for part in parts) else None
+                p = statistics.paired(parts[0], parts[1], "iou", **INTERVALS) if all(map(len, parts)) else None
                 cells.append(
                     f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]" if p else ""
                 )

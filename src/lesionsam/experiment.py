@@ -126,7 +126,7 @@ def find_offset(data: LesionDataset, looseness: float) -> float:
     chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OFFSET_SAMPLES)).round().astype(int))
     priors = [np.asarray(data.frames.priors[k, ::stride, ::stride], np.float32) / PRIOR_SCALE for k in chosen]
     boxes = [data.frames.big_boxes[k] / stride for k in chosen]
-    sizes = [tuple(int(v) for v in data.frames.sizes[k] // stride) for k in chosen]
+    sizes = [(int(height) // stride, int(width) // stride) for height, width in (data.frames.sizes[k] for k in chosen)]
     return outline_offset(priors, boxes, looseness, sizes)
 
 
@@ -146,7 +146,7 @@ def build_method(
     target = m.target
     offset = getattr(target, "offset", None)
     found = (
-        find_offset(data, target.looseness)
+        find_offset(data, getattr(target, "looseness", 0.0))
         if offset == "boxes"
         else float(offset)
         if isinstance(offset, float | int)

@@ -37,7 +37,7 @@ class LesionDataset:
         """Whether every sample has a true mask."""
         return all(s.mask_path is not None for s in self.samples)
 
-    def batch(self, index: Sequence[int], orientations: Sequence[int] | None = None) -> Batch:
+    def batch(self, index: Sequence[int] | np.ndarray, orientations: Sequence[int] | np.ndarray | None = None) -> Batch:
         """Collate samples, each in an orientation from 0 (as it is) to 7; see `orient`."""
         orientations = orientations if orientations is not None else [0] * len(index)
         parts = [self._one(int(k), int(o)) for k, o in zip(index, orientations, strict=True)]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lesionsam import box_prior as box_prior_module
 from lesionsam.box_prior import OUTSIDE, box_prior, inside
 from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.errors import UserError
@@ -127,6 +128,7 @@ def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
 
 def _key(samples: Sequence[Sample], side: int, threshold_masks: bool) -> str:
     digest = hashlib.sha256(f"{VERSION}|{side}|{PRIOR_SIDE}|{PRIOR_SCALE}|{threshold_masks}".encode())
+    digest.update(Path(box_prior_module.__file__).read_bytes())  # another prior is another cache
     for s in samples:
         digest.update(
             f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
@@ -228,7 +230,8 @@ def _build(
 class _Inline:
     """The pool's interface without processes."""
 
-    map = staticmethod(map)
+    def map(self, function: Callable[..., tuple], *arguments: Iterable) -> Iterator[tuple]:
+        return map(function, *arguments)
 
     def __enter__(self) -> _Inline:
         return self

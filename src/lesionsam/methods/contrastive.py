@@ -229,7 +229,7 @@ class Contrastive:
         cells, side = f.shape[-1], batch.images.shape[-1]
         z = self.head(f).flatten(2).transpose(1, 2)  # (B, N, 64)
         with torch.no_grad():
-            teacher_head = self.teacher.module.head if o.head_ema else self.head
+            teacher_head = self.teacher.module.get_submodule("head") if o.head_ema else self.head
             z_t = teacher_head(f_t).flatten(2).transpose(1, 2)
             self._monitors_of_head(z)
         pseudo = to_grid(m, cells) > 0.5

@@ -99,7 +99,8 @@ class Teacher:
         self.module, self.decay = copy_trained(student), decay
         own, theirs = dict(self.module.named_parameters()), dict(student.named_parameters())
         names = [name for name, p in theirs.items() if p.requires_grad]
-        self._averages, self._sources = [own[n] for n in names], [theirs[n] for n in names]
+        self._averages: list[torch.Tensor] = [own[n] for n in names]
+        self._sources: list[torch.Tensor] = [theirs[n] for n in names]
         buffers = dict(self.module.named_buffers())
         self._buffers = [(buffers[n], b) for n, b in student.named_buffers()]
         for p in self._averages:
