@@ -26,6 +26,7 @@ def main(
     ),
     params: Annotated[Path, typer.Option(help="the default that the rows change")] = ROOT / "params.yaml",
     epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 5,
+    precision: Annotated[str, typer.Option(help="fp32 | bf16, of every row but the published letter's")] = "bf16",
     only: Annotated[str, typer.Option(help="rows whose name holds this text; empty = all")] = "",
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
     workers: Annotated[int, typer.Option(help="units at once, one thread each")] = 2,
@@ -40,7 +41,10 @@ def main(
     from lesionsam.evidence_rows import COMPARISONS, DEFAULT, ELLIPSE, SUPERVISED, rows, tuning
     from lesionsam.files import write_text_atomic
 
-    base = with_values(load_config(params, check_files=False), {"train.epochs": epochs, "runtime.num_threads": 1})
+    base = with_values(
+        load_config(params, check_files=False),
+        {"train.epochs": epochs, "runtime.num_threads": 1, "train.precision": precision},
+    )
     planned = tuning(base) if tune else rows(base)
     index_path = out / "index.csv"
     if not index_path.exists():
@@ -71,6 +75,8 @@ def main(
             str(params),
             "--epochs",
             str(epochs),
+            "--precision",
+            precision,
             "--unit",
             f"{row.name}#{seed}",
             *(["--tune"] if tune else []),

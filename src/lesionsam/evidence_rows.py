@@ -52,8 +52,10 @@ def rows(base: Config) -> list[Row]:
         Row(ZERO_SHOT, seeds=1, trains=False),
         Row(DEFAULT),
         Row(SUPERVISED, rate(SUPERVISED_RATE), preset="supervised"),
-        Row(ELLIPSE, {
-            "method.target": {"kind": "ellipse", "softness": prior["softness"]}, "method.gate.entropy_thresh": OPEN}),
+        Row(
+            ELLIPSE,
+            {"method.target": {"kind": "ellipse", "softness": prior["softness"]}, "method.gate.entropy_thresh": OPEN},
+        ),
         Row(WARPED, {"method.target.placebo": "warped"}),
         Row(OTHER, {"method.target.placebo": "other"}),
         Row(TUNED, tuned, preset="published"),

@@ -48,9 +48,9 @@ def prompts_from_uniforms(kind: str, big: torch.Tensor, small: torch.Tensor, uni
     if kind == "centre":
         points = ((small[:, :2] + small[:, 2:]) / 2)[:, None]
     elif kind == "ring":
-        points = ring_points(big, small, uniforms.reshape(len(big), -1, 3))
+        points = ring_points(big, small, uniforms.unflatten(1, (-1, 3)))
     else:
-        pairs = uniforms.reshape(len(big), -1, 2)
+        pairs = uniforms.unflatten(1, (-1, 2))
         points = small[:, None, :2] + pairs * (small[:, None, 2:] - small[:, None, :2])
     return Prompts(
         points=points, labels=torch.ones(points.shape[:2], dtype=torch.int64, device=points.device), boxes=boxes

@@ -19,6 +19,7 @@ from lesionsam.data.datasets import LesionDataset
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method, Term
+from lesionsam.models.projection import COLLAPSED_COSINE
 from lesionsam.models.trainable import Teacher, trained_parameters
 from lesionsam.progress import progress
 
@@ -135,14 +136,15 @@ def fit(
                 optimizer.zero_grad()
             else:
                 at.nonfinite = 0
-                scaler.scale(total / accumulate).backward()
+                group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
+                scaler.scale(total / group_size).backward()
             last = at.batch + 1 == num_batches
             if (at.batch + 1) % accumulate == 0 or last:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * factor(at.step)
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(parameters, clip)
                 if not at.nonfinite:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, clip)
                     scaler.step(optimizer)
                     scaler.update()
                     method.after_step()
@@ -224,7 +226,7 @@ def check_alive(terms: Mapping[str, Term], method: Method, alive: Sequence[str],
     head_spread = getattr(method, "head_spread", None)
     if "contrast" in terms and head_spread is not None:
         measured = head_spread()
-        if measured["mean_cosine"] > 0.99:
+        if measured["mean_cosine"] > COLLAPSED_COSINE:
             say(
                 f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
                 f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "

@@ -33,6 +33,8 @@ from lesionsam.models.trainable import Teacher, encode_prefix, encode_suffix, nu
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts
 
+LOWEST = -20.0  # logit of what is ruled out
+
 
 @dataclass(frozen=True)
 class Options:
@@ -187,7 +189,6 @@ class Contrastive:
         """
         o = self.options
         side, grid = batch.images.shape[-1], 4 * self.sam.prompt_encoder.image_embedding_size[0]
-        probability = None
         if o.target in ("prior", "fused"):
             if batch.prior is None:
                 raise ValueError("the batch carries no box prior")
@@ -202,7 +203,7 @@ class Contrastive:
             logits = taught if o.target == "teacher" else (1 - o.teacher_weight) * logits + o.teacher_weight * taught
         in_big = box_grid(batch.big_boxes, side, side)
         if o.target != "teacher":
-            logits = logits.masked_fill(~in_big, -20.0)
+            logits = logits.masked_fill(~in_big, LOWEST)
         if o.placebo != "none":
             logits = placebo_target(logits, batch.big_boxes, warp=o.placebo == "warped")
         probability = torch.sigmoid(logits)
@@ -231,9 +232,10 @@ class Contrastive:
         with torch.no_grad():
             teacher_head = self.teacher.module.get_submodule("head") if o.head_ema else self.head
             z_t = teacher_head(f_t).flatten(2).transpose(1, 2)
-            self._monitors_of_head(z)
+            self.last_projection = z.detach().transpose(1, 2)[..., None]
         pseudo = to_grid(m, cells) > 0.5
-        core, big = box_grid(batch.small_boxes, cells, side), box_grid(batch.big_boxes, cells, side)
+        core = box_grid(batch.small_boxes, cells, side)
+        big = box_grid(batch.big_boxes, cells, side) | core  # of a lesion below a cell the core's cell may lie beyond
         valid = to_grid(batch.valid, cells) > 0.5
         anchors = (core if o.missed_core == "positive" else pseudo & core) & valid
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
@@ -261,16 +263,14 @@ class Contrastive:
         loss = info_nce(pick(z, at), pick(z_t, at), negatives, anchor_valid, away_valid, o.temperature)
         return mean_over(loss, trusted & anchor_valid.any(1))
 
-    def _monitors_of_head(self, z: torch.Tensor) -> None:
-        self.last_projection = z.detach().transpose(1, 2)[..., None]
-
     def head_spread(self) -> dict[str, float]:
         """Spread of the last batch's projected pixels; see `models.projection.spread`."""
         return spread(self.last_projection)
 
     def projection(self, y: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        """(R,): two-box tightness of the student's masks."""
+        """(R,): two-box tightness of the student's masks; padding and other lesions take no part."""
         side, cells = batch.images.shape[-1], y.shape[-1]
+        y = y.masked_fill((to_grid(batch.valid, cells) == 0)[rows], LOWEST)
         big, core = box_cells(batch.big_boxes[rows], cells, side), box_cells(batch.small_boxes[rows], cells, side)
         sizes = batch.sizes[rows].float() * (cells / side)
         position = torch.arange(cells, device=y.device) + 0.5

@@ -8,6 +8,7 @@ from torch import nn
 
 PROJECTED_CHANNELS = 64
 NUM_GROUPS = 8
+COLLAPSED_COSINE = 0.99  # mean cosine above which every pixel practically points the same way
 
 
 class ProjectionHead(nn.Module):
@@ -40,11 +41,3 @@ def spread(embeddings: torch.Tensor) -> dict[str, float]:
     """
     flat = embeddings.detach().float().permute(0, 2, 3, 1).reshape(-1, embeddings.shape[1])
     return {"channel_std": flat.std(0).mean().item(), "mean_cosine": flat.mean(0).square().sum().item()}
-
-
-COLLAPSED_COSINE = 0.99  # mean cosine above which every pixel points the same way
-
-
-def is_collapsed(embeddings: torch.Tensor) -> bool:
-    """Whether all pixels have practically the same embedding."""
-    return spread(embeddings)["mean_cosine"] > COLLAPSED_COSINE
