@@ -1,0 +1,198 @@
+"""What the trials of a sweep share: the prepared samples, split so that some development images stay unseen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lesionsam.boxes import read_boxes
+from lesionsam.config import Config, flatten
+from lesionsam.data.index import read_index
+from lesionsam.errors import UserError
+from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
+from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
+from lesionsam.files import read_image, read_mask, sha256_file
+from lesionsam.methods.contrastive import Contrastive
+from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.trainable import select_trainable
+from lesionsam.prompts import draw_prompts
+from lesionsam.schema import ContrastiveMethod, EllipseTarget, FolderData, PriorTarget
+from lesionsam.sweep_space import Dimension
+from lesionsam.training import step_generator
+from lesionsam.types import Sample
+
+BOXES, INDEX, PRETRAINED, CACHE = (
+    Path("data/boxes.csv"),
+    Path("data/raw/index.csv"),
+    Path("models/pretrained"),
+    Path(".cache/frames"),
+)
+
+
+@dataclass
+class Bench:
+    """The prepared data of one process; decoded frames are shared between processes through their cache.
+
+    Attributes:
+        seen: samples of train and of the development images that trials are scored on. held: those that no trial sees.
+    """
+
+    seen: list[Sample]
+    held: list[Sample]
+    weights: Path
+    _by_side: dict[int, Data] = field(default_factory=dict)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether every development image has a true mask."""
+        return all(s.mask_path is not None for s in (*self.seen, *self.held) if s.split == "dev")
+
+    def data(self, config: Config) -> Data:
+        """Training images, and the development images that trials are scored on."""
+        side = input_side(config, self.weights)
+        if side not in self._by_side:
+            self._by_side[side] = open_data(config, self.seen, side=side, cache=CACHE)
+        return self._by_side[side]
+
+    def digest(self) -> str:
+        """Of boxes and weights."""
+        return hashlib.sha256(f"{sha256_file(BOXES)} {sha256_file(self.weights)}".encode()).hexdigest()[:16]
+
+
+def open_bench(config: Config) -> Bench:
+    """The samples that `dvc repro` prepared, those of the test split left out.
+
+    Raises:
+        UserError: nothing is prepared yet, or no development images are left to score on.
+    """
+    for path, stages in ((INDEX, "boxes weights"), (BOXES, "boxes weights"), (PRETRAINED, "weights")):
+        if not path.exists():
+            raise UserError(
+                f"{path}: expected what the pipeline prepares, found nothing; run `dvc repro {stages}` first"
+            )
+    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split in ("train", "dev")]
+    held = held_out([s.image_id for s in samples if s.split == "dev"], config.sweep.holdout)
+    return Bench(
+        [s for s in samples if s.split == "train" or s.image_id not in held],
+        [s for s in samples if s.split == "dev" and s.image_id in held],
+        pretrained_weights(PRETRAINED),
+    )
+
+
+def held_out(image_ids: Sequence[str], share: float) -> set[str]:
+    """The share of the development images that no trial sees, by hash of the id; at least one stays on either side."""
+    ids = sorted(set(image_ids), key=lambda name: hashlib.sha256(f"sweep {name}".encode()).hexdigest())
+    count = min(max(round(share * len(ids)), 1), len(ids) - 1) if share > 0 else 0
+    return set(ids[: max(count, 0)])
+
+
+def zero_shot(config: Config, bench: Bench) -> dict[str, float]:
+    """Scores of the pretrained model on the images that trials are scored on."""
+    device = torch_device(config.runtime.device)
+    sam = load_sam(config.model.name, bench.weights, image_size=config.model.image_size).to(device)
+    return quick_evaluate(
+        sam,
+        bench.data(config).dev,
+        prompts=list(OBJECTIVE_PROMPTS),
+        seed=config.evaluate.seed,
+        batch_size=config.evaluate.batch_size,
+        device=device,
+        num_points=config.method.num_points,
+    )
+
+
+def num_blocks(config: Config, bench: Bench) -> int:
+    """Transformer blocks of the prepared model's encoder."""
+    return len(load_sam(config.model.name, bench.weights, image_size=config.model.image_size).image_encoder.blocks)
+
+
+def idle_gate(config: Config, bench: Bench, space: Sequence[Dimension]) -> str | None:
+    """Why the gate's threshold changes nothing on these images, None where it does or where training decides that.
+
+    Where the target is made from image and boxes alone its entropy is known before training.
+    """
+    key, method = "method.gate.entropy_thresh", config.method
+    dimension = next((d for d in space if d.key == key), None)
+    others = [
+        d.key for d in space if d.key.startswith(("method.target.", "method.gate.", "method.name")) and d.key != key
+    ]
+    if (
+        dimension is None
+        or others
+        or not isinstance(method, ContrastiveMethod)
+        or not isinstance(method.target, PriorTarget | EllipseTarget)
+    ):
+        return None
+    entropies = target_entropies(config, bench)
+    thresholds = [float(v) for v in dimension.choices] or [dimension.low, dimension.high]
+    trusted = [int((entropies <= threshold).sum()) for threshold in (min(thresholds), max(thresholds))]
+    if trusted[0] != trusted[1]:
+        return None
+    return (
+        f"from {min(thresholds):g} to {max(thresholds):g} the gate trusts the same {trusted[0]} of {len(entropies)} "
+        f"images (entropy of their targets {entropies.min():.3f} to {entropies.max():.3f})"
+    )
+
+
+@torch.no_grad()
+def target_entropies(config: Config, bench: Bench) -> np.ndarray:
+    """(N,) mean binary entropy of every training image's target, nats, as the gate sees it."""
+    device = torch_device(config.runtime.device)
+    data = bench.data(config).train
+    sam = load_sam(config.model.name, bench.weights, image_size=config.model.image_size).to(device)
+    select_trainable(sam, encoder=config.model.encoder, unfreeze_last_k=0, train_decoder=config.model.train_decoder)
+    method, _ = build_method(config, sam, bench.weights, data, device)
+    if not isinstance(method, Contrastive):
+        raise ValueError("only the contrastive method has a gate")
+    found = []
+    for batch in data.batches(config.train.batch_size):
+        batch = batch.to(device)
+        prompts = draw_prompts("box", batch.big_boxes, batch.small_boxes, num_points=1, generator=step_generator(0, 0))
+        found.append(method.target(batch, None, prompts)[1].cpu().numpy())
+    return np.concatenate(found)
+
+
+def score_held(config: Config, bench: Bench, sam: Sam, *, model: str, run: str) -> pd.DataFrame:
+    """Figures at original size on the development images that no trial saw: model, run, image_id, prompt, score.
+
+    score is the IoU where there are masks, else the mean of core coverage, consistency and 1 - leakage.
+    """
+    threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
+    rows = evaluate_model(
+        sam,
+        bench.held,
+        lambda sample: read_image(sample.image_path),
+        partial(_mask, threshold=threshold) if bench.has_masks else None,
+        prompts=list(OBJECTIVE_PROMPTS),
+        seed=config.evaluate.seed,
+        batch_size=config.evaluate.batch_size,
+        num_points=config.method.num_points,
+        device=torch_device(config.runtime.device),
+        model=model,
+        run=run,
+    ).rows
+    score = rows["iou"] if bench.has_masks else (rows["core_coverage"] + rows["consistency"] + 1 - rows["leakage"]) / 3
+    return rows[["model", "run", "image_id", "prompt"]].assign(score=score)
+
+
+def _mask(sample: Sample, *, threshold: bool) -> np.ndarray | None:
+    if sample.mask_path is None:
+        return None
+    return read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold)
+
+
+def fixed_values(config: Config, space: Sequence[Dimension], bench: Bench) -> dict[str, object]:
+    """What all trials of a study share, flat: the rest of model, method and train, the scoring, data and weights."""
+    searched = {dimension.key for dimension in space}
+    kept = ("model.", "method.", "train.", "sweep.objective", "sweep.epochs", "sweep.holdout", "evaluate.seed")
+    values: dict[str, object] = {
+        key: value for key, value in flatten(config).items() if key.startswith(kept) and key not in searched
+    }
+    return values | {"data and weights": bench.digest()}

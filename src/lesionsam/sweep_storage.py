@@ -1,0 +1,247 @@
+"""Where a study lives (SQLite, PostgreSQL, a journal file), and its repair after a kill.
+
+A trial that is RUNNING names its owner: host, process and the process's start. One whose owner is gone on this machine
+is failed and queued again at once; those of other machines show by their heartbeat (databases only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from lesionsam.errors import UserError
+
+DEFAULT = Path("sweeps/sweeps.db")
+HEARTBEAT_SECONDS = 10
+GRACE_SECONDS = 60
+OWNERLESS_SECONDS = 60  # a trial without an owner for so long lost it between two calls
+MAX_RETRIES = 3
+LOCK_SECONDS = 60  # patience with an SQLite file that somebody else holds
+JOURNALS = (".log", ".journal", ".jsonl")
+DRIVERS = ("psycopg2", "psycopg", "pg8000")
+
+
+def storage_url(text: str) -> str:
+    """What --storage means: a database URL, or the absolute path of a journal file."""
+    if not text:
+        return f"sqlite:///{DEFAULT}"
+    if "://" in text:
+        return text
+    if Path(text).suffix in JOURNALS:
+        return text
+    raise UserError(
+        f"--storage: expected a database URL (sqlite:///FILE, postgresql://USER@HOST/NAME) or a journal "
+        f"file that ends in {', '.join(JOURNALS)}, got {text}"
+    )
+
+
+def shown_url(url: str) -> str:
+    """A storage as it may be printed: without its password."""
+    return make_url(url).render_as_string(hide_password=True) if "://" in url else url
+
+
+@contextlib.contextmanager
+def clear_errors(url: str) -> Iterator[None]:
+    """Faults of the database as one line.
+
+    Raises:
+        UserError: locked, unreachable, not a database, or no driver for it.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        cause = getattr(cause, "orig", None) or cause
+        words = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        if isinstance(cause, ImportError):
+            hint = "install a driver (psycopg for PostgreSQL)"
+        elif "locked" in words:
+            hint = "another program holds it: end that, or choose another --storage"
+        else:
+            hint = "check that it is there and takes connections, or choose another --storage; nothing in it is lost"
+        raise UserError(f"storage {shown_url(url)}: {words}; {hint}") from error
+
+
+def open_storage(url: str) -> BaseStorage:
+    """Connect, making file and tables where they are missing; see `clear_errors`."""
+    if "://" not in url:
+        return _open_journal(Path(url))
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise UserError(f"--storage: expected a database URL, got {url.split('@')[-1]}") from None
+    arguments: dict[str, Any] = {}
+    if parsed.get_backend_name() == "sqlite" and parsed.database:
+        Path(parsed.database).resolve().parent.mkdir(parents=True, exist_ok=True)
+        arguments = {"connect_args": {"timeout": LOCK_SECONDS}}
+    elif parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername=f"postgresql+{_postgresql_driver()}")
+        arguments = {"pool_pre_ping": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return RDBStorage(
+            parsed.render_as_string(hide_password=False),
+            engine_kwargs=arguments,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=retry,
+        )
+
+
+def _postgresql_driver() -> str:
+    from importlib.util import find_spec
+
+    found = [name for name in DRIVERS if find_spec(name)]
+    if not found:
+        raise ImportError("no PostgreSQL driver is installed")
+    return found[0]
+
+
+def _open_journal(path: Path) -> JournalStorage:
+    """A journal file; a line that a kill tore off its end is cut away, as no reader would get past it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(str(path))
+    if path.exists():
+        lock.acquire()
+        try:
+            with path.open("r+b") as file:
+                content = file.read()
+                if content and not content.endswith(b"\n"):
+                    file.truncate(content.rfind(b"\n") + 1)
+        finally:
+            lock.release()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+
+
+# ---- owners and retries ------------------------------------------------------------------------------------------
+
+
+def _started(pid: int) -> str:
+    """When a process began, as the kernel tells it; empty where there is none or nothing tells."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def owner() -> dict[str, Any]:
+    """This process, as a trial's owner."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def is_gone(held: dict[str, Any] | None, trial: FrozenTrial) -> bool:
+    """Whether the owner of a running trial ended on this machine; those of other machines cannot be told."""
+    if held is None:
+        began = trial.datetime_start
+        return began is not None and (datetime.now() - began).total_seconds() > OWNERLESS_SECONDS
+    if held["host"] != socket.gethostname():
+        return False
+    if Path("/proc").is_dir():
+        return _started(held["pid"]) != held["started"]
+    try:
+        os.kill(held["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def retry(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial again that lost its process, with its values and what it reported, a few times at most."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES, inherit_intermediate_values=True)(study, trial)
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial again that somebody interrupted, as often as that happens."""
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs=trial.user_attrs,
+            system_attrs=trial.system_attrs,
+            intermediate_values=trial.intermediate_values,
+        )
+    )
+
+
+def repair(study: optuna.Study) -> int:
+    """Fail and queue again what lost its process; returns how many. Call it with the sweep's lock held."""
+    found = 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not is_gone(trial.user_attrs.get("owner"), trial):
+            continue
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another machine was faster
+            study.tell(trial.number, state=TrialState.FAIL)
+            retry(study, trial)
+            found += 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+    return found
+
+
+class Lock:
+    """A lock file between the processes of one machine; the system frees it however a process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        """Take it; without `wait` say whether that went."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Let go; nothing where it is not held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Lock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def wait_for(test: Callable[[], bool], seconds: float) -> bool:
+    """Whether a test comes true within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

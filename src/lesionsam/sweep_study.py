@@ -1,0 +1,86 @@
+"""The study of a sweep: made once, made ready once, and refused where it searched something else."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Sequence
+from json import dumps, loads
+
+import optuna
+
+from lesionsam.config import Config, flatten
+from lesionsam.errors import UserError
+from lesionsam.sweep_data import Bench, zero_shot
+from lesionsam.sweep_report import by_label_free
+from lesionsam.sweep_space import Dimension, from_json, to_json
+from lesionsam.sweep_storage import open_storage, wait_for
+from lesionsam.sweep_trial import Place
+from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.training import OBJECTIVE
+
+LOCAL_SECONDS, SERVER_SECONDS = 180.0, 30.0  # patience with MLflow's first answer: a file to be made, a server
+CREATOR_SECONDS = 300.0  # patience with the process that made the study, until it is ready
+
+
+def open_study(
+    config: Config,
+    bench: Bench,
+    space: Sequence[Dimension],
+    fixed: dict[str, object],
+    name: str,
+    url: str,
+    place: Place,
+) -> tuple[optuna.Study, bool]:
+    """The study, and whether this process is to make it ready: whoever made it is, anywhere.
+
+    Raises:
+        UserError: it is there, but searches another space or has other fixed values.
+    """
+    storage = open_storage(url)
+    with place.lock():
+        try:
+            study, created = optuna.create_study(study_name=name, storage=storage, direction="maximize"), True
+        except optuna.exceptions.DuplicatedStudyError:
+            study, created = optuna.load_study(study_name=name, storage=storage), False
+    if not created and "ready" not in study.user_attrs:
+        print("waiting for the process that made this study to make it ready", flush=True)
+        created = not wait_for(lambda: "ready" in study.user_attrs, CREATOR_SECONDS)
+    if created:
+        study.set_user_attr("space", dumps(to_json(space)))
+        study.set_user_attr("fixed", dumps(fixed))
+        return study, True
+    if study.user_attrs["space"] != dumps(to_json(space)):
+        spaces = ", ".join(map(str, from_json(loads(study.user_attrs["space"]))))
+        raise UserError(
+            f"study {name}: its search space is another one ({spaces}); leave --study away or name a new one, or bring "
+            "sweep.space back"
+        )
+    theirs = loads(study.user_attrs["fixed"])
+    if changed := [key for key in {**theirs, **fixed} if theirs.get(key) != fixed.get(key)]:
+        raise UserError(
+            f"study {name}: its trials had other values of {', '.join(changed[:5])}; leave --study away or name a "
+            "new one, or bring them back"
+        )
+    return study, False
+
+
+def make_ready(
+    study: optuna.Study, config: Config, bench: Bench, space: Sequence[Dimension], tracker: NullTracker
+) -> None:
+    """What a study is given once: params.yaml as its trial 0, the zero-shot figure and the parent run's id."""
+    start = {d.key: flatten(config)[d.key] for d in space}
+    if not study.get_trials(deepcopy=False):
+        study.enqueue_trial(start, user_attrs={"start": start})
+    study.set_user_attr(
+        "zero_shot", zero_shot(config, bench)["label_free" if by_label_free(config, bench) else OBJECTIVE]
+    )
+    found = tracker.run_id(SERVER_SECONDS if config.tracking.uri else LOCAL_SECONDS)
+    if found is None and isinstance(tracker, Tracker):
+        print(
+            "warning: MLflow does not answer; trials are tracked on disk and sent later, without a common parent run",
+            file=sys.stderr,
+        )
+    study.set_user_attr("parent_run", found or "")
+    study.set_user_attr("parent_host", socket.gethostname())
+    study.set_user_attr("ready", True)

@@ -1,0 +1,223 @@
+"""One training of a sweep, as a trial (on the trial's budget, pruned by epoch) or as one of the closing comparison."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesionsam.config import Config, flatten
+from lesionsam.errors import UserError
+from lesionsam.experiment import Trained, run_key, train
+from lesionsam.files import write_text_atomic
+from lesionsam.lineage import repository_root
+from lesionsam.models.sam import save_sam
+from lesionsam.statistics import OBJECTIVE_PROMPTS
+from lesionsam.sweep_data import BOXES, Bench, score_held
+from lesionsam.sweep_space import Value, configured
+from lesionsam.sweep_storage import Lock
+from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.training import OBJECTIVE
+
+BEST_NAME = "best.safetensors"
+TRIAL_ERRORS = (UserError, RuntimeError, ValueError, MemoryError)  # fail one trial, not the sweep
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's files lie on this machine.
+
+    Attributes:
+        scratch: states of trainings under way, locks. out: what is kept: table, pictures, best weights.
+    """
+
+    study: str
+    scratch: Path
+    out: Path
+
+    @classmethod
+    def of(cls, study: str) -> Place:
+        """The folders of a study, by its name."""
+        folder = "".join(c if c.isalnum() or c in "-_." else "_" for c in study)
+        return cls(study, Path(".scratch/sweep") / folder, Path("sweeps") / folder)
+
+    def lock(self, name: str = "lock") -> Lock:
+        """A lock between this machine's processes."""
+        return Lock(self.scratch / name)
+
+
+def budget(config: Config) -> int:
+    """Epochs of a trial."""
+    return min(config.sweep.epochs or config.train.epochs, config.train.epochs)
+
+
+def trial_config(config: Config, values: Mapping[str, Value]) -> Config:
+    """params.yaml with a trial's values, its budget and the sweep's way of scoring."""
+    changes: dict[str, Any] = {"train.epochs": budget(config), "train.select": config.sweep.objective, **values}
+    return configured(config, changes, "trial")
+
+
+def run_name(number: int, values: Mapping[str, Value]) -> str:
+    """A run's name, by its values: "003 temperature=0.12 unfreeze_last_k=2"."""
+    return " ".join([f"{number:03d}", *(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in values.items())])
+
+
+def shown(value: object) -> str:
+    """A value in a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def open_tracker(
+    config: Config,
+    folder: Path,
+    *,
+    name: str,
+    parent_run_id: str | None,
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    system_metrics: bool = False,
+) -> NullTracker:
+    """A run of the sweep; without tracking only its metrics.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.tracking.enabled:
+        return NullTracker(folder)
+    return Tracker.open(
+        folder,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        root=repository_root(Path.cwd()),
+        run_name=name,
+        params=params,
+        tags=tags,
+        system_metrics=system_metrics,
+        parent_run_id=parent_run_id,
+    )
+
+
+@dataclass
+class Outcome:
+    """What a finished trial is remembered by: its value, and the true and label-free scores of its best epoch."""
+
+    value: float
+    epoch: int
+    scores: dict[str, float]
+
+
+def run_trial(
+    config: Config,
+    bench: Bench,
+    place: Place,
+    *,
+    number: int,
+    values: Mapping[str, Value],
+    parent_run_id: str | None,
+    pruned: type[Exception],
+    report: Callable[[float, int], bool],
+) -> Outcome:
+    """Train one trial, resumed where an earlier attempt stopped; its run is closed however it ends.
+
+    Args:
+        report: receives (score, epoch) and says whether the trial is to stop; `pruned` is then raised.
+    """
+    own = trial_config(config, values)
+    folder = place.scratch / "trials" / run_key(own, BOXES, bench.weights)
+    tags = {
+        "sweep.study": place.study,
+        "sweep.trial": number,
+        "method": own.method.name,
+        "model": own.model.name,
+        "data": own.data.source,
+        "data.digest": bench.digest(),
+    }
+    tracker = open_tracker(
+        own, folder / "run", name=run_name(number, values), parent_run_id=parent_run_id, tags=tags, params=flatten(own)
+    )
+    history_path = folder / "epochs.json"
+    history: dict[str, dict[str, float]] = json.loads(history_path.read_text()) if history_path.exists() else {}
+
+    def log(point: Mapping[str, float], step: int) -> None:
+        tracker.log(point, step)
+        if "epoch" in point:
+            epoch = int(point["epoch"])
+            history[str(epoch)] = {
+                name.removeprefix("dev_"): value for name, value in point.items() if name.startswith("dev_")
+            }
+            write_text_atomic(history_path, json.dumps(history))
+            if report(point[f"dev_{OBJECTIVE}"], epoch):
+                raise pruned(f"stopped after epoch {epoch}")
+
+    status, state = "KILLED", "interrupted"
+    try:
+        trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
+        keep_best(trained, own, place, number, values)
+        scores = dict(history[str(trained.progress.best_epoch)])
+        if all(prompt in scores for prompt in OBJECTIVE_PROMPTS):
+            scores["miou"] = sum(scores[prompt] for prompt in OBJECTIVE_PROMPTS) / len(OBJECTIVE_PROMPTS)
+        status, state = "FINISHED", "complete"
+        return Outcome(trained.progress.best_score, trained.progress.best_epoch, scores)
+    except pruned:
+        status, state = "FINISHED", "pruned"
+        raise
+    except TRIAL_ERRORS:
+        status, state = "FAILED", "failed"
+        raise
+    finally:
+        tracker.set_tags({"sweep.state": state})
+        tracker.close(status)
+        if state != "interrupted":
+            shutil.rmtree(folder, ignore_errors=True)
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give back what the last training held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def keep_best(trained: Trained, config: Config, place: Place, number: int, values: Mapping[str, Value]) -> None:
+    """Keep a trial's weights where they are the best so far on this machine; there is one file of them."""
+    note = place.out / "best.json"
+    with place.lock("best.lock"):
+        before = json.loads(note.read_text())["value"] if note.exists() else float("-inf")
+        if trained.progress.best_score > before:
+            place.out.mkdir(parents=True, exist_ok=True)
+            save_sam(trained.sam, place.out / BEST_NAME, name=config.model.name, metadata={"trial": str(number)})
+            write_text_atomic(
+                note, json.dumps({"trial": number, "value": trained.progress.best_score, "values": dict(values)})
+            )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One training of the closing comparison: which of the two, with which seed."""
+
+    which: str
+    seed: int
+    values: dict[str, Value]
+
+    def path(self, place: Place) -> Path:
+        """Its figures."""
+        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
+        return place.scratch / "confirm" / f"{digest}-{self.seed}.csv"
+
+
+def compare(config: Config, bench: Bench, place: Place, job: Comparison) -> None:
+    """Train winner or start anew with another seed at the full number of epochs, and score it on unseen images."""
+    own = configured(
+        config, {"train.select": config.sweep.objective, "train.seed": job.seed, **job.values}, "comparison"
+    )
+    folder = place.scratch / "confirm" / run_key(own, BOXES, bench.weights)
+    trained = train(own, bench.data(own), bench.weights, folder=folder, log=lambda *_: None, say=lambda _: None)
+    rows = score_held(own, bench, trained.sam, model=job.which, run=str(job.seed))
+    write_text_atomic(job.path(place), rows.to_csv(index=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    free_memory()

@@ -1,0 +1,294 @@
+"""A worker of a sweep: takes trials of the study until it has as many finished ones as it shall have.
+
+`python -m lesionsam.sweep_worker` reads its plan from standard input; with one worker the sweep calls `work` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from lesionsam.config import Config, validate
+from lesionsam.errors import run_guarded
+from lesionsam.sweep_choice import NumberedSampler, build_pruner
+from lesionsam.sweep_data import open_bench
+from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
+from lesionsam.sweep_storage import clear_errors, open_storage, owner, queue_again, repair
+from lesionsam.sweep_trial import TRIAL_ERRORS, Comparison, Place, compare, run_trial, shown
+
+WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials
+MAX_DUPLICATES = 30  # drawn in a row before the space counts as used up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a worker needs, as plain values.
+
+    Attributes:
+        values: nested parameters. space: its live dimensions. trials: finished ones the study shall have.
+        deadline: seconds since the epoch, 0 = none. jobs: trainings of the closing comparison instead of trials.
+    """
+
+    values: dict[str, Any]
+    space: list[dict[str, Any]]
+    study: str
+    url: str
+    trials: int
+    deadline: float
+    parent_run_id: str | None
+    threads: int = 0
+    device: str = ""
+    jobs: tuple[dict[str, Any], ...] = ()
+
+    def config(self) -> Config:
+        """The parameters, with this worker's share of the machine."""
+        runtime = {
+            **self.values["runtime"],
+            **({"num_threads": self.threads} if self.threads else {}),
+            **({"device": self.device} if self.device else {}),
+        }
+        return validate({**self.values, "runtime": runtime})
+
+
+class Duplicate(Exception):
+    """These values were tried before."""
+
+
+def is_finished(trial: FrozenTrial) -> bool:
+    """Whether a trial counts: complete, pruned, or failed for a reason of its own (not interrupted or a duplicate)."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
+        trial.state == TrialState.FAIL and "error" in trial.user_attrs
+    )
+
+
+def draw(trial: Trial, space: Sequence[Dimension]) -> dict[str, Value]:
+    """A value for every key of the space, as it will be tried and written."""
+    values: dict[str, Value] = {}
+    for d in space:
+        if d.choices:
+            drawn = trial.suggest_categorical(d.key, d.choices)
+        elif d.whole:
+            drawn = trial.suggest_int(d.key, int(d.low), int(d.high), step=int(d.step), log=d.log)
+        else:
+            drawn = trial.suggest_float(d.key, d.low, d.high, step=d.step or None, log=d.log)
+        values[d.key] = d.rounded(drawn)
+    return values
+
+
+class Worker:
+    """One process's part in a study."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.config, self.space = plan, plan.config(), from_json(plan.space)
+        if self.config.runtime.num_threads:
+            torch.set_num_threads(self.config.runtime.num_threads)
+        self.place, self.bench = Place.of(plan.study), open_bench(self.config)
+        self.lock = self.place.lock()
+        self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, plan.trials)
+        self.study = optuna.load_study(
+            study_name=plan.study,
+            storage=open_storage(plan.url),
+            sampler=self.sampler,
+            pruner=build_pruner(self.config),
+        )
+        self.listed, self.duplicates = combinations(self.space), 0
+
+    def work(self) -> None:
+        """Trials until there are enough, the time is over or the space is used up."""
+        while not self.plan.deadline or time.time() < self.plan.deadline:
+            self.lock.acquire()
+            try:
+                repair(self.study)
+                trials = self.study.get_trials(deepcopy=False)
+                num_finished = sum(map(is_finished, trials))
+                num_running = sum(t.state == TrialState.RUNNING for t in trials)
+                if num_finished >= self.plan.trials or self.duplicates >= MAX_DUPLICATES:
+                    return
+                if num_finished + num_running < self.plan.trials:
+                    self._one()
+                    continue
+            finally:
+                self.lock.release()
+            time.sleep(WAIT_SECONDS)
+
+    def _one(self) -> None:
+        """One trial; the lock is given back as soon as its values are drawn."""
+        begun = time.monotonic()
+        current: list[Trial] = []
+
+        def objective(trial: Trial) -> float:
+            current.append(trial)
+            try:
+                values = self._values(trial)
+            finally:
+                self.lock.release()
+            return self._train(trial, values)
+
+        try:
+            self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate))
+        except KeyboardInterrupt:
+            for trial in current:
+                queue_again(self.study, self._frozen(trial))
+            raise
+        frozen = self._frozen(current[0])
+        if "duplicate_of" not in frozen.user_attrs:
+            self._say(frozen, time.monotonic() - begun)
+
+    def _frozen(self, trial: Trial) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[trial.number]
+
+    def _values(self, trial: Trial) -> dict[str, Value]:
+        """Values of a trial: drawn now, or those of an attempt that was cut short. This process becomes its owner."""
+        trial.set_user_attr("owner", owner())
+        if known := trial.user_attrs.get("values"):
+            return known
+        start = trial.user_attrs.get("start")
+        drawn = draw(trial, self.space)
+        values = dict(start) if start else drawn
+        taken = [
+            t
+            for t in self.study.get_trials(deepcopy=False)
+            if t.number != trial.number
+            and t.user_attrs.get("values")
+            and (is_finished(t) or t.state in (TrialState.RUNNING, TrialState.WAITING))
+        ]
+        twin = next(
+            (t for t in taken if all(same(t.user_attrs["values"][key], value) for key, value in values.items())), None
+        )
+        if twin is not None:
+            self.duplicates += 1
+            self.sampler.at_random = True
+            trial.set_user_attr("duplicate_of", twin.number)
+            self._queue_unseen(trial.number, [t.user_attrs["values"] for t in taken])
+            raise Duplicate(f"trial {twin.number} has these values")
+        self.duplicates, self.sampler.at_random = 0, False
+        trial.set_user_attr("values", values)
+        return values
+
+    def _queue_unseen(self, number: int, taken: Sequence[dict[str, Value]]) -> None:
+        """In a finite space, queue a point that nobody tried: drawing at random may take long to meet the last ones."""
+        if self.listed is None:
+            return
+        left = [
+            point for point in self.listed if not any(all(same(t[key], v) for key, v in point.items()) for t in taken)
+        ]
+        if left:
+            self.study.enqueue_trial(random.Random(f"{self.config.sweep.seed} {number}").choice(left))  # noqa: S311
+        else:
+            self.duplicates = MAX_DUPLICATES
+
+    def _train(self, trial: Trial, values: dict[str, Value]) -> float:
+        reported = set(self._frozen(trial).intermediate_values)
+
+        def report(score: float, epoch: int) -> bool:
+            if epoch not in reported:
+                trial.report(score, epoch)
+            return "start" not in trial.user_attrs and trial.should_prune()
+
+        try:
+            outcome = run_trial(
+                self.config,
+                self.bench,
+                self.place,
+                number=trial.number,
+                values=values,
+                parent_run_id=self.plan.parent_run_id,
+                pruned=optuna.TrialPruned,
+                report=report,
+            )
+        except TRIAL_ERRORS as error:
+            trial.set_user_attr("error", (str(error).strip() or type(error).__name__).splitlines()[0][:300])
+            raise
+        trial.set_user_attr("epoch", outcome.epoch)
+        trial.set_user_attr("scores", outcome.scores)
+        return outcome.value
+
+    def _say(self, trial: FrozenTrial, seconds: float) -> None:
+        trials = self.study.get_trials(deepcopy=False)
+        done = sum(map(is_finished, trials))
+        best = max((t.value for t in trials if t.state == TrialState.COMPLETE and t.value is not None), default=None)
+        value = trial.user_attrs.get("error", "" if trial.value is None else f"{trial.value:.4f}")
+        keys = " ".join(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in trial.user_attrs.get("values", {}).items())
+        print(
+            f"trial {trial.number}: {state_of(trial)} {value} | {keys} | {seconds:.0f} s | "
+            f"{done}/{self.plan.trials} done" + (f", best {best:.4f}" if best is not None else ""),
+            flush=True,
+        )
+
+    def compare(self) -> None:
+        """The trainings of the closing comparison that no other process has begun or finished."""
+        for held in self.plan.jobs:
+            job = Comparison(**held)
+            lock = self.place.lock(f"confirm/{job.path(self.place).stem}.lock")
+            if not lock.acquire(wait=False):
+                continue
+            try:
+                if not job.path(self.place).exists():
+                    begun = time.monotonic()
+                    compare(self.config, self.bench, self.place, job)
+                    print(f"comparison: {job.which}, seed {job.seed}, {time.monotonic() - begun:.0f} s", flush=True)
+            finally:
+                lock.release()
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """A trial's state in a word."""
+    if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
+        return "duplicate" if "duplicate_of" in trial.user_attrs else "lost"
+    return {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
+
+
+def run(plan: Plan) -> None:
+    """Do what a plan says, in this process.
+
+    Raises:
+        UserError: the storage fails, nothing is prepared. KeyboardInterrupt: after the trial was closed and queued.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
+    with clear_errors(plan.url):
+        worker = Worker(plan)
+        worker.compare() if plan.jobs else worker.work()
+
+
+def to_text(plan: Plan) -> str:
+    """A plan for another process."""
+    return json.dumps(asdict(plan))
+
+
+def _end_with(parent: int) -> None:
+    """Interrupt this process in good order when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupt(*_: object) -> None:
+    """Handler of SIGTERM: end as after Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of a worker process; ends with 130 when it was interrupted."""
+    signal.signal(signal.SIGTERM, interrupt)
+    plan = json.loads(sys.stdin.read())
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        run(Plan(**{**plan, "jobs": tuple(plan["jobs"])}))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_guarded(main)
