@@ -24,7 +24,6 @@ from lesionsam.boxes import (
     write_boxes,
 )
 from lesionsam.errors import UserError
-from lesionsam.types import Sample
 
 MARGIN, CORE, JITTER = (0.1, 0.2), (0.3, 0.5), 0.05
 STYLES = ("blob", "fragments", "cut", "thin", "ring", "dot")
@@ -39,7 +38,7 @@ def draw_mask(style: str, rng: np.random.Generator) -> np.ndarray:
         return mask
     if style == "thin":
         row, column = rng.integers(height), rng.integers(width // 2)
-        mask[row, column:column + rng.integers(3, width // 2)] = True
+        mask[row, column : column + rng.integers(3, width // 2)] = True
         return mask.T if rng.random() < 0.5 else mask
     field = ndimage.gaussian_filter(rng.normal(size=(height, width)), rng.uniform(2, 6))
     rows, columns = np.mgrid[:height, :width]
@@ -53,16 +52,21 @@ def draw_mask(style: str, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
-def annotated(mask: np.ndarray, seed: int, *, min_area: int = 1, margin: tuple[float, float] = MARGIN,
-              jitter: float = JITTER) -> tuple[np.ndarray, np.ndarray]:
-    boxes = simulate_boxes(mask, np.random.default_rng(seed), margin=margin, core=CORE, jitter=jitter, min_area=min_area)
+def annotated(
+    mask: np.ndarray, seed: int, *, min_area: int = 1, margin: tuple[float, float] = MARGIN, jitter: float = JITTER
+) -> tuple[np.ndarray, np.ndarray]:
+    boxes = simulate_boxes(
+        mask, np.random.default_rng(seed), margin=margin, core=CORE, jitter=jitter, min_area=min_area
+    )
     assert boxes is not None
     return boxes
 
 
 @settings(max_examples=150)
 @given(style=st.sampled_from(STYLES), seed=st.integers(0, 2**32 - 1), jitter=st.sampled_from([0.0, 0.05, 0.4]))
-def test_the_small_box_lies_wholly_inside_the_lesion_and_the_big_box_holds_it(style: str, seed: int, jitter: float) -> None:
+def test_the_small_box_lies_wholly_inside_the_lesion_and_the_big_box_holds_it(
+    style: str, seed: int, jitter: float
+) -> None:
     mask = draw_mask(style, np.random.default_rng(seed))
     big, small = annotated(mask, seed, jitter=jitter)
     assert is_inside(small, mask), (small, style)
@@ -110,8 +114,9 @@ def test_a_lesion_cut_by_the_frame_keeps_its_core_off_the_edge() -> None:
 def test_margin_is_what_was_asked_for() -> None:
     mask = np.zeros((400, 400), bool)
     mask[150:250, 120:280] = True
-    ratios = np.array([(lambda b: [(b[2] - b[0]) / 160, (b[3] - b[1]) / 100])(annotated(mask, s, jitter=0.0)[0])
-                       for s in range(60)])
+    ratios = np.array(
+        [(lambda b: [(b[2] - b[0]) / 160, (b[3] - b[1]) / 100])(annotated(mask, s, jitter=0.0)[0]) for s in range(60)]
+    )
     assert ratios.min() >= 1.1
     assert ratios.max() <= 1.2
     assert abs(ratios.mean() - 1.15) < 0.015
@@ -134,12 +139,19 @@ def make_index(folder: Path, count: int) -> dict[str, dict[str, object]]:
     for k in range(count):
         mask = draw_mask("blob", np.random.default_rng(k))
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"mask{k}.png")
-        index[f"image{k}"] = {"split": "train", "image_path": f"image{k}.jpg", "mask_path": f"mask{k}.png",
-                              "width": mask.shape[1], "height": mask.shape[0]}
+        index[f"image{k}"] = {
+            "split": "train",
+            "image_path": f"image{k}.jpg",
+            "mask_path": f"mask{k}.png",
+            "width": mask.shape[1],
+            "height": mask.shape[0],
+        }
     return index
 
 
-def simulate(index: dict[str, dict[str, object]], folder: Path, seed: int = 0, min_area: int = 4) -> dict[str, list[float]]:
+def simulate(
+    index: dict[str, dict[str, object]], folder: Path, seed: int = 0, min_area: int = 4
+) -> dict[str, list[float]]:
     samples = annotate(index, root=folder, seed=seed, margin=MARGIN, core=CORE, jitter=JITTER, min_area=min_area)
     return {s.image_id: [*s.big_box, *s.small_box] for s in samples}
 
@@ -163,17 +175,34 @@ def test_the_annotator_names_an_image_without_a_mask_and_an_empty_mask(tmp_path:
     with pytest.raises(UserError, match=r"image1\.jpg: has no mask.*boxes\.source: csv"):
         simulate(index, tmp_path)
     index["image1"]["mask_path"] = "mask1.png"
-    Image.new("L", (int(str(index["image1"]["width"])), int(str(index["image1"]["height"])))).save(tmp_path / "mask1.png")
+    Image.new("L", (int(str(index["image1"]["width"])), int(str(index["image1"]["height"])))).save(
+        tmp_path / "mask1.png"
+    )
     with pytest.raises(UserError, match=r"mask1\.png: no lesion of at least 4 pixels.*has 0 foreground"):
         simulate(index, tmp_path)
 
 
 # ---- the CSV ---------------------------------------------------------------------------------------------------------
 
-INDEX = {"a": {"split": "train", "image_path": "a.jpg", "mask_path": "a.png", "width": 100, "height": 80},
-         "ISIC_007": {"split": "dev", "image_path": "b.jpg", "mask_path": "", "width": 60, "height": 90}}
-GOOD = {"image_id": "a", "lesion_id": "0", "split": "train", "width": "100", "height": "80", "big_x0": "10", "big_y0": "20",
-        "big_x1": "70", "big_y1": "60", "small_x0": "30", "small_y0": "35", "small_x1": "40", "small_y1": "45"}
+INDEX = {
+    "a": {"split": "train", "image_path": "a.jpg", "mask_path": "a.png", "width": 100, "height": 80},
+    "ISIC_007": {"split": "dev", "image_path": "b.jpg", "mask_path": "", "width": 60, "height": 90},
+}
+GOOD = {
+    "image_id": "a",
+    "lesion_id": "0",
+    "split": "train",
+    "width": "100",
+    "height": "80",
+    "big_x0": "10",
+    "big_y0": "20",
+    "big_x1": "70",
+    "big_y1": "60",
+    "small_x0": "30",
+    "small_y0": "35",
+    "small_x1": "40",
+    "small_y1": "45",
+}
 
 
 def table(*rows: dict[str, str], columns: tuple[str, ...] = COLUMNS) -> str:
@@ -191,8 +220,9 @@ def test_a_csv_comes_back_as_it_was_written(tmp_path: Path) -> None:
     samples = annotate(index, root=tmp_path, seed=0, margin=MARGIN, core=CORE, jitter=JITTER, min_area=4)
     write_boxes(tmp_path / "out.csv", samples)
     again = read_boxes(tmp_path / "out.csv", index, root=tmp_path)
-    assert [(s.image_id, s.lesion_id, s.split, s.width, s.height, s.image_path, s.mask_path) for s in again] == \
-        [(s.image_id, s.lesion_id, s.split, s.width, s.height, s.image_path, s.mask_path) for s in samples]
+    assert [(s.image_id, s.lesion_id, s.split, s.width, s.height, s.image_path, s.mask_path) for s in again] == [
+        (s.image_id, s.lesion_id, s.split, s.width, s.height, s.image_path, s.mask_path) for s in samples
+    ]
     for old, new in zip(samples, again, strict=True):
         assert np.abs(old.big_box - new.big_box).max() <= 0.005 + 1e-9
         assert np.abs(old.small_box - new.small_box).max() <= 0.005 + 1e-9
@@ -238,8 +268,12 @@ ROWS: list[tuple[str, dict[str, str], str]] = [
     ("without area", {"small_y1": "35"}, r"line 2, small_y0, small_y1: expected small_y0 < small_y1, got 35 and 35"),
     ("beyond the right edge", {"big_x1": "120"}, r"line 2, big_x1: 120 lies outside the image 'a' of 100x80 px"),
     ("beyond the top", {"big_y0": "-4"}, r"line 2, big_y0: -4 lies outside"),
-    ("small beyond big", {"small_x1": "75"}, r"line 2, small_x0\.\.small_y1: small box \[30, 35, 75, 45\] of 'a' leaves the "
-                                            r"big box \[10, 20, 70, 60\] by 5\.0 px"),
+    (
+        "small beyond big",
+        {"small_x1": "75"},
+        r"line 2, small_x0\.\.small_y1: small box \[30, 35, 75, 45\] of 'a' leaves the "
+        r"big box \[10, 20, 70, 60\] by 5\.0 px",
+    ),
     ("other width", {"width": "640"}, r"line 2, width: got 640, but image 'a' is 100x80 px"),
     ("other height", {"height": "81"}, r"line 2, height: got 81"),
     ("other split", {"split": "test"}, r"line 2, split: got 'test', but image 'a' is in split 'train'"),
@@ -300,4 +334,6 @@ def test_the_model_frame_is_that_of_sams_own_transform(width: int, height: int, 
     assert model_frame_size(width, height, side) == theirs.get_preprocess_shape(height, width, side)
     box = np.array([0.1 * width, 0.2 * height, 0.8 * width, 0.9 * height])
     assert to_model_frame(box, width, height, side) == pytest.approx(theirs.apply_boxes(box[None], (height, width))[0])
-    assert to_model_frame(box[:2], width, height, side) == pytest.approx(theirs.apply_coords(box[None, :2], (height, width))[0])
+    assert to_model_frame(box[:2], width, height, side) == pytest.approx(
+        theirs.apply_coords(box[None, :2], (height, width))[0]
+    )

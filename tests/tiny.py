@@ -16,8 +16,9 @@ from lesionsam.models.sam import Sam, build_sam
 from lesionsam.types import Sample
 
 SIDE = 32
-ARCHITECTURE = CompactArchitecture(image_size=SIDE, patch_size=4, width=32, depth=2, num_heads=2, prompt_width=32,
-                                   decoder_mlp=32)
+ARCHITECTURE = CompactArchitecture(
+    image_size=SIDE, patch_size=4, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=32
+)
 SKIN, LESION = np.array([205.0, 165.0, 145.0]), np.array([110.0, 70.0, 60.0])
 
 
@@ -42,7 +43,9 @@ class Lesion:
     small: np.ndarray
 
 
-def draw_lesion(rng: np.random.Generator, height: int, width: int, contrast: float = 1.0, looseness: float = 0.2) -> Lesion:
+def draw_lesion(
+    rng: np.random.Generator, height: int, width: int, contrast: float = 1.0, looseness: float = 0.2
+) -> Lesion:
     """A dark ellipse on skin, with noise; the big box `looseness` larger than it, the small one well inside."""
     half = np.array([width, height]) * rng.uniform(0.18, 0.3, 2)
     centre = np.array([width, height]) * rng.uniform(0.42, 0.58, 2)
@@ -70,8 +73,19 @@ def tiny_data(count: int, *, seed: int = 0, with_masks: bool = True, with_others
         priors[k, :height, :width] = box_prior(lesion.image, lesion.big, lesion.small)
         sizes[k] = height, width
         boxes.append((lesion.big, lesion.small))
-        samples.append(Sample(f"image{k}", "0", "train", Path(f"image{k}.png"), Path(f"mask{k}.png"), width, height,
-                              lesion.big, lesion.small))
+        samples.append(
+            Sample(
+                f"image{k}",
+                "0",
+                "train",
+                Path(f"image{k}.png"),
+                Path(f"mask{k}.png"),
+                width,
+                height,
+                lesion.big,
+                lesion.small,
+            )
+        )
     corner = np.array([[0, 0, 6, 5]], np.float32) if with_others else np.zeros((0, 4), np.float32)
     big, small = (np.stack([b[i] for b in boxes]).astype(np.float32) for i in (0, 1))
     frames = Frames(images, np.round(priors * PRIOR_SCALE).astype(np.int8), masks, sizes, big, small, (corner,) * count)
@@ -87,8 +101,15 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 def is_inside(small: np.ndarray, mask: np.ndarray) -> bool:
     """Whether every pixel that a box touches belongs to the mask."""
     x0, y0, x1, y1 = int(np.floor(small[0])), int(np.floor(small[1])), int(np.ceil(small[2])), int(np.ceil(small[3]))
-    return x1 > x0 and y1 > y0 and bool(mask[y0:y1, x0:x1].all()) and x0 >= 0 and y0 >= 0 and x1 <= mask.shape[1] \
+    return (
+        x1 > x0
+        and y1 > y0
+        and bool(mask[y0:y1, x0:x1].all())
+        and x0 >= 0
+        and y0 >= 0
+        and x1 <= mask.shape[1]
         and y1 <= mask.shape[0]
+    )
 
 
 __all__ = ["ARCHITECTURE", "SIDE", "Lesion", "draw_lesion", "iou", "is_inside", "tiny_data", "tiny_sam"]

@@ -238,7 +238,7 @@ def skip_nonfinite(at: Progress, terms: Mapping[str, Term], ids: Sequence[str], 
     """Count a loss that is not finite and name its terms and images; stop after several running."""
     at.nonfinite += 1
     bad = ", ".join(
-        f"{name}={float(term.value):g}" for name, term in terms.items() if not math.isfinite(float(term.value))
+        f"{name}={term.value.item():g}" for name, term in terms.items() if not math.isfinite(term.value.item())
     )
     message = f"loss is not finite at step {at.step} ({bad}); images {', '.join(ids)}"
     if at.nonfinite >= MAX_NONFINITE:

@@ -1,0 +1,153 @@
+"""Which parameters train, the split encoder and the averaged teacher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import SIDE, tiny_sam
+from torch import nn
+
+from lesionsam.errors import UserError
+from lesionsam.models.sam import Sam, encode
+from lesionsam.models.trainable import (
+    Teacher,
+    copy_trained,
+    encode_prefix,
+    encode_suffix,
+    num_frozen_blocks,
+    select_trainable,
+    trained_parameters,
+)
+
+CASES = [("blocks", 0, False), ("blocks", 0, True), ("blocks", 1, False), ("blocks", 2, True), ("none", 0, True)]
+
+
+def chosen(sam: Sam, encoder: str, last_k: int, decoder: bool) -> Sam:
+    select_trainable(sam, encoder=encoder, unfreeze_last_k=last_k, train_decoder=decoder)
+    return sam
+
+
+def expected_to_train(name: str, encoder: str, last_k: int, decoder: bool) -> bool:
+    if name.startswith(("mask_decoder.", "prompt_encoder.")):
+        return decoder
+    if encoder == "none":
+        return False
+    return last_k == 0 or ".neck." in name or any(f".blocks.{k}." in name for k in range(2 - last_k, 2))
+
+
+@pytest.mark.parametrize(("encoder", "last_k", "decoder"), CASES)
+def test_what_is_frozen_stays_and_what_trains_moves(encoder: str, last_k: int, decoder: bool) -> None:
+    sam = chosen(tiny_sam(), encoder, last_k, decoder)
+    before = {name: p.detach().clone() for name, p in sam.named_parameters()}
+    optimizer = torch.optim.SGD(sam.parameters(), lr=0.1)
+    torch.stack([p.sum() for p in sam.parameters()]).sum().backward()
+    optimizer.step()
+    for name, p in sam.named_parameters():
+        wanted = expected_to_train(name, encoder, last_k, decoder)
+        assert p.requires_grad is wanted, name
+        assert torch.equal(p, before[name]) is not wanted, name
+    assert len(trained_parameters(sam)) == sum(expected_to_train(n, encoder, last_k, decoder) for n in before)
+
+
+def test_more_blocks_than_there_are_and_nothing_to_train_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.unfreeze_last_k: expected 0 to 2.*got 3"):
+        chosen(tiny_sam(), "blocks", 3, False)
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        chosen(tiny_sam(), "none", 0, False)
+
+
+@pytest.mark.parametrize(("case", "frozen"), list(zip(CASES, [-1, -1, 1, 0, 2], strict=True)))
+def test_leading_frozen_blocks_are_counted(case: tuple[str, int, bool], frozen: int) -> None:
+    assert num_frozen_blocks(chosen(tiny_sam(), *case)) == frozen
+
+
+@pytest.mark.parametrize("split", [0, 1, 2])
+@torch.no_grad()
+def test_prefix_and_suffix_are_the_whole_encoder(split: int) -> None:
+    sam, images = tiny_sam(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    parts = encode_suffix(sam, encode_prefix(sam, images, split), split)
+    assert torch.equal(parts, encode(sam, images))
+    assert not torch.equal(parts, encode_suffix(sam, encode_prefix(sam, images, 0), 1)), "each block counts"
+
+
+def test_a_copy_shares_what_is_frozen_and_owns_what_trains() -> None:
+    sam = chosen(tiny_sam(), "blocks", 1, False)
+    own = dict(copy_trained(sam).named_parameters())
+    for name, p in sam.named_parameters():
+        assert (own[name].data_ptr() == p.data_ptr()) is not p.requires_grad, name
+        assert torch.equal(own[name], p)
+
+
+class Normed(nn.Module):
+    """A trained layer, a frozen one, and buffers that move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen, self.norm = nn.Linear(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.frozen.requires_grad_(False)
+
+
+def test_the_teacher_equals_the_closed_form_buffers_too() -> None:
+    torch.manual_seed(0)
+    student, decay = Normed().double(), 0.9
+    teacher = Teacher(student, decay)
+    assert not teacher.module.training
+    assert not any(p.requires_grad for p in teacher.module.parameters())
+    weights, means, variances = (
+        [v.detach().clone()]
+        for v in (
+            student.trained.weight,
+            student.norm.get_buffer("running_mean"),
+            student.norm.get_buffer("running_var"),
+        )
+    )
+    for step in range(5):
+        with torch.no_grad():
+            student.trained.weight.add_(torch.randn(3, 3, dtype=torch.float64))
+            student.norm(torch.randn(8, 3, dtype=torch.float64) * 3 + step)
+        teacher.update()
+        for history, value in (
+            (weights, student.trained.weight),
+            (means, student.norm.get_buffer("running_mean")),
+            (variances, student.norm.get_buffer("running_var")),
+        ):
+            history.append(value.detach().clone())
+    theirs = teacher.module
+    assert isinstance(theirs, Normed)
+    for history, found in (
+        (weights, theirs.trained.weight),
+        (means, theirs.norm.get_buffer("running_mean")),
+        (variances, theirs.norm.get_buffer("running_var")),
+    ):
+        n = len(history) - 1
+        closed = decay**n * history[0]
+        for k in range(1, n + 1):
+            closed = closed + (1 - decay) * decay ** (n - k) * history[k]
+        assert torch.allclose(found, closed, atol=1e-12)
+        assert not torch.allclose(found, history[-1], atol=1e-3)
+    assert int(theirs.norm.get_buffer("num_batches_tracked")) == 5
+    assert theirs.frozen.weight.data_ptr() == student.frozen.weight.data_ptr()
+
+
+def test_the_teacher_starts_equal_and_the_students_step_does_not_move_it() -> None:
+    sam = chosen(tiny_sam(), "blocks", 1, True)
+    teacher = Teacher(sam, 0.99)
+    before = {name: value.clone() for name, value in teacher.module.state_dict().items()}
+    assert all(torch.equal(value, sam.state_dict()[name]) for name, value in before.items())
+    with torch.no_grad():
+        for p in trained_parameters(sam):
+            p.add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.module.state_dict().items())
+    teacher.update()
+    moved = {name for name, value in teacher.module.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, p in sam.named_parameters() if p.requires_grad}
+
+
+def test_decay_zero_is_the_student_itself() -> None:
+    sam = chosen(tiny_sam(), "blocks", 0, False)
+    teacher = Teacher(sam, 0.0)
+    with torch.no_grad():
+        for p in trained_parameters(sam):
+            p.mul_(1.5)
+    teacher.update()
+    assert all(torch.allclose(v, sam.state_dict()[n]) for n, v in teacher.module.state_dict().items())

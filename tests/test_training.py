@@ -1,0 +1,382 @@
+"""The loop: schedule, resume, states on disk, errors that stop."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_methods import DEFAULT, options, supervised
+from tiny import tiny_data, tiny_sam
+
+from lesionsam.data.datasets import LesionDataset
+from lesionsam.errors import UserError
+from lesionsam.methods.base import Method, Term
+from lesionsam.methods.contrastive import Contrastive
+from lesionsam.models.trainable import select_trainable
+from lesionsam.training import (
+    LIVENESS_STEPS,
+    Progress,
+    fit,
+    load_best,
+    parameter_groups,
+    schedule_factor,
+    step_generator,
+    teacher_of,
+    trained_state,
+)
+
+CPU = torch.device("cpu")
+
+
+def contrastive(**changes: Any) -> Contrastive:
+    """A small method that trains the last block, the decoder and a head with batch norm, for its buffers."""
+    sam, reference = tiny_sam(sharpness=20), tiny_sam(sharpness=20)
+    select_trainable(sam, encoder="blocks", unfreeze_last_k=1, train_decoder=True)
+    torch.manual_seed(0)
+    changes = {"alpha": 0.5, "gamma": 0.1, "target": "fused", "teacher_weight": 0.3, "head_norm": "batch"} | changes
+    return Contrastive(sam, reference, options(DEFAULT, entropy_thresh=0.6931, **changes))
+
+
+def run(method: Method, data: LesionDataset, folder: Path, **changes: Any) -> Progress:
+    settings: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 4,
+        "accumulate": 1,
+        "weight_decay": 0.01,
+        "factor": lambda step: 1.0,
+        "clip": 1.0,
+        "precision": "fp32",
+        "seed": 0,
+        "augment": True,
+        "patience": 0,
+        "device": CPU,
+        "log": lambda values, step: None,
+        "evaluate": lambda epoch: {"objective": [0.1, 0.3, 0.2, 0.2, 0.1][epoch - 1]},
+        "folder": folder,
+        "say": lambda line: None,
+    }
+    settings |= {"groups": parameter_groups(method.model, {"": 1e-3})} | changes
+    return fit(method, data, **settings)
+
+
+def weights(method: Method) -> dict[str, torch.Tensor]:
+    """Student and teacher, parameters and buffers."""
+    teacher = teacher_of(method)
+    averages = {} if teacher is None else {f"teacher.{n}": v.clone() for n, v in teacher.module.state_dict().items()}
+    return {n: v.clone() for n, v in method.model.state_dict().items()} | averages
+
+
+def differing(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+class Stop(RuntimeError):
+    pass
+
+
+def stop_at(condition: Callable[[Mapping[str, float], int], bool]) -> Callable[[Mapping[str, float], int], None]:
+    def log(values: Mapping[str, float], step: int) -> None:
+        if condition(values, step):
+            raise Stop
+
+    return log
+
+
+@pytest.fixture(scope="module")
+def data() -> LesionDataset:
+    return tiny_data(10)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    data: LesionDataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    method, rows = contrastive(), []
+    run(
+        method, data, tmp_path_factory.mktemp("undisturbed"), log=lambda values, step: rows.append((step, dict(values)))
+    )
+    return weights(method), rows
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_run_killed_after_an_epoch_resumes_bit_for_bit(
+    data: LesionDataset, undisturbed: tuple[dict[str, torch.Tensor], list[Any]], tmp_path: Path, epoch: int
+) -> None:
+    with pytest.raises(Stop):  # before the state of this epoch is written: the worst moment
+        run(contrastive(), data, tmp_path, log=stop_at(lambda values, step: values.get("epoch") == epoch))
+    again, lines, rows = contrastive(), [], []
+    progress = run(again, data, tmp_path, say=lines.append, log=lambda values, step: rows.append((step, dict(values))))
+    assert differing(weights(again), undisturbed[0]) == []
+    assert any(line.startswith(f"resuming after epoch {epoch - 1}") for line in lines) is (epoch > 1)
+    assert (progress.epoch, progress.best_epoch, progress.best_score) == (3, 2, 0.3)
+    assert rows == undisturbed[1][-len(rows) :], "what is logged after the resume is what was logged without it"
+    assert rows[0][0] == (epoch - 1) * 3 + 1
+
+
+def test_a_run_killed_within_an_epoch_resumes_from_its_last_save_bit_for_bit(
+    data: LesionDataset,
+    undisturbed: tuple[dict[str, torch.Tensor], list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lesionsam.training.SAVE_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        run(contrastive(), data, tmp_path, log=stop_at(lambda values, step: step == 5))
+    assert (tmp_path / "state-000000004-000001.pt").exists()
+    again, rows = contrastive(), []
+    run(again, data, tmp_path, log=lambda values, step: rows.append((step, dict(values))))
+    assert differing(weights(again), undisturbed[0]) == []
+    assert rows[0][0] == 5
+    assert rows[-1] == undisturbed[1][-1], "the epoch's means hold its beginning too"
+
+
+def test_a_finished_run_is_not_trained_again(data: LesionDataset, tmp_path: Path) -> None:
+    run(contrastive(), data, tmp_path, epochs=1)
+    method, rows = contrastive(), []
+    progress = run(method, data, tmp_path, epochs=1, log=lambda values, step: rows.append(step))
+    assert rows == []
+    assert progress.epoch == 1
+
+
+def test_a_damaged_newest_state_falls_back_to_the_one_before(
+    data: LesionDataset,
+    undisturbed: tuple[dict[str, torch.Tensor], list[Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(contrastive(), data, tmp_path)
+    states = sorted(tmp_path.glob("state-*.pt"))
+    assert len(states) == 2, "the newest and the one to fall back to"
+    for damage in (states[-1].read_bytes()[:1000], b"", b"\x80\x02no weights at all"):
+        states[-1].write_bytes(damage)
+        again, lines = contrastive(), []
+        run(again, data, tmp_path, say=lines.append)
+        assert "cannot be read" in capsys.readouterr().out
+        assert "resuming after epoch 2, step 6" in lines
+        assert differing(weights(again), undisturbed[0]) == []
+
+
+def test_states_that_are_all_damaged_are_an_error_and_not_a_silent_new_start(
+    data: LesionDataset, tmp_path: Path
+) -> None:
+    run(contrastive(), data, tmp_path, epochs=2)
+    for state in tmp_path.glob("state-*.pt"):
+        state.write_bytes(state.read_bytes()[:200])
+    with pytest.raises(UserError, match="none of the 2 training states can be read; delete the folder"):
+        run(contrastive(), data, tmp_path)
+
+
+def test_the_best_epoch_is_kept_and_put_back(data: LesionDataset, tmp_path: Path) -> None:
+    method, seen = contrastive(), {}
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        assert not method.model.training
+        seen[epoch] = trained_state(method.model)
+        return {"objective": [0.1, 0.3, 0.2][epoch - 1]}
+
+    run(method, data, tmp_path, evaluate=evaluate)
+    assert differing(trained_state(method.model), seen[2]) != []
+    load_best(tmp_path, method.model)
+    assert differing(trained_state(method.model), seen[2]) == []
+
+
+def test_patience_ends_the_run(data: LesionDataset, tmp_path: Path) -> None:
+    progress = run(contrastive(), data, tmp_path, epochs=5, patience=2)
+    assert (progress.epoch, progress.best_epoch) == (4, 2)
+    assert run(contrastive(), data, tmp_path, epochs=5, patience=2).epoch == 4, "and stays ended"
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+class Mean:
+    """A method whose loss is a mean over images, without anything drawn."""
+
+    def __init__(self, poison: Callable[[int], float] = lambda call: 0.0, dead: bool = False) -> None:
+        torch.manual_seed(0)
+        self.model: torch.nn.Module = torch.nn.Linear(3, 1)
+        self.calls, self.poison, self.dead = 0, poison, dead
+        self.after, self.numbers = 0, []
+
+    def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Term]:
+        self.calls += 1
+        self.numbers.append(torch.rand(1, generator=generator).item())
+        means = batch.images.float().mean((2, 3)) / 255
+        value = ((self.model(means)[:, 0] - batch.sizes[:, 0] / 32) ** 2).mean()
+        terms = {"mask": Term(value + self.poison(self.calls), 1.0)}
+        return terms | ({"pseudo": Term(value * 0, 0.5)} if self.dead else {})
+
+    def after_step(self) -> None:
+        self.after += 1
+
+    def monitors(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+@pytest.mark.parametrize("count", [16, 20], ids=["whole groups", "a last group cut short"])
+def test_two_batches_of_four_accumulated_equal_one_of_eight(tmp_path: Path, count: int) -> None:
+    data = tiny_data(count)
+    results = []
+    for name, batch_size, accumulate in (("eight", 8, 1), ("four", 4, 2)):
+        method = Mean()
+        if count == 20:  # 3 batches of 8 (the last filled up from the start) against 5 of 4: the first two steps
+            progress = run(
+                method,
+                data,
+                tmp_path / name,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                augment=False,
+                epochs=1,
+                factor=lambda step: 1.0 if step < 2 else 0.0,
+            )
+            assert progress.step == 3
+        else:
+            run(method, data, tmp_path / name, batch_size=batch_size, accumulate=accumulate, augment=False)
+        results.append(weights(method))
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], atol=1e-6), name
+        assert not torch.allclose(value, Mean().model.state_dict()[name], atol=1e-4), "and something was learnt"
+
+
+def test_a_last_group_cut_short_is_averaged_over_what_it_holds(tmp_path: Path) -> None:
+    # One batch, accumulate 4: the step must be that of accumulate 1. Plain gradient descent would show a quarter; so
+    # does the clip at a norm that only the undivided gradient reaches.
+    gradients = []
+    for accumulate in (1, 4):
+        method = Mean()
+        seen: list[float] = []
+
+        def clip(parameters: Any, limit: float, seen: list[float] = seen) -> None:
+            seen.append(float(torch.cat([p.grad.flatten() for p in parameters]).norm()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+            run(method, tiny_data(4), tmp_path / str(accumulate), epochs=1, accumulate=accumulate)
+        gradients.append(seen)
+    assert gradients[0] == pytest.approx(gradients[1])
+
+
+def test_clip_bounds_the_step_and_the_average_follows_each_step(tmp_path: Path) -> None:
+    method = Mean()
+    before = weights(method)
+    run(method, tiny_data(8), tmp_path, clip=1e-12, weight_decay=0.0, epochs=1)
+    for name, value in weights(method).items():  # AdamW divides by the gradient plus 1e-8: a clipped one moves nothing
+        assert torch.allclose(value, before[name], atol=1e-5)
+    assert method.after == 2
+
+
+def test_every_draw_is_a_function_of_seed_and_step() -> None:
+    def first(seed: int, step: int) -> float:
+        return torch.rand(1, generator=step_generator(seed, step)).item()
+
+    assert first(0, 5) == first(0, 5)
+    assert len({first(seed, step) for seed in range(3) for step in range(50)}) == 150
+
+
+def test_schedule_by_hand() -> None:
+    def factors(**settings: Any) -> list[float]:
+        return [schedule_factor(k, 10, **settings) for k in range(10)]
+
+    assert factors(schedule="constant", warmup=0.0, final=0.1) == pytest.approx([1.0] * 10)
+    linear = factors(schedule="linear", warmup=0.2, final=0.1)
+    assert linear[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert linear[6] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert linear[9] == pytest.approx(0.1 + 0.9 / 8)
+    cosine = factors(schedule="cosine", warmup=0.2, final=0.0)
+    assert cosine[4] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert cosine[6] == pytest.approx(0.5)
+    assert schedule_factor(10, 10, schedule="cosine", warmup=0.2, final=0.02) == pytest.approx(0.02)
+
+
+def test_the_learning_rate_of_each_group_follows_the_schedule(data: LesionDataset, tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = []
+    method = contrastive()
+    groups = parameter_groups(method.model, {"head.": 3e-3, "image_encoder": 1e-3, "": 2e-3})
+    assert {g.name: g.learning_rate for g in groups} == {"head.": 3e-3, "image_encoder": 1e-3, "": 2e-3}
+    run(
+        method,
+        data,
+        tmp_path,
+        groups=groups,
+        epochs=1,
+        factor=lambda step: 1 / (step + 1),
+        log=lambda values, step: rows.append(dict(values)),
+    )
+    assert rows[-1]["epoch"] == 1
+    state = torch.load(sorted(tmp_path.glob("state-*.pt"))[-1], weights_only=True)
+    assert [g["lr"] for g in state["optimizer"]["param_groups"]] == pytest.approx([1e-3, 1e-3 / 3, 2e-3 / 3])
+
+
+# ---- errors that stop ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_is_named_and_stops_the_run_after_three(tmp_path: Path) -> None:
+    lines: list[str] = []
+    method = Mean(poison=lambda call: math.nan if call > 2 else 0.0)
+    with pytest.raises(UserError, match=r"not finite at step \d+ \(mask=nan\); images image\d+/0.*3 times running"):
+        run(method, tiny_data(8), tmp_path, batch_size=2, say=lines.append)
+    assert sum("nothing is stepped" in line for line in lines) == 2
+    assert method.calls == 5
+    assert method.after == 2, "nothing followed a step that was not taken"
+    assert all(bool(torch.isfinite(v).all()) for v in weights(method).values())
+
+
+def test_one_loss_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
+    lines: list[str] = []
+    method = Mean(poison=lambda call: math.inf if call in (2, 3, 5) else 0.0)
+    run(method, tiny_data(8), tmp_path, batch_size=2, say=lines.append, epochs=2)
+    assert sum("nothing is stepped" in line for line in lines) == 3
+    assert method.after == 8 - 3
+    assert all(bool(torch.isfinite(v).all()) for v in weights(method).values())
+
+
+def test_a_term_without_a_gradient_is_named(tmp_path: Path) -> None:
+    method = Mean(dead=True)
+    with pytest.raises(UserError, match=r"the term `pseudo` is switched on \(weight 0\.5\) but its gradient was zero"):
+        run(method, tiny_data(8), tmp_path, epochs=10)
+    assert method.calls == LIVENESS_STEPS.stop
+
+
+def test_a_gate_that_trusts_nobody_is_named_as_the_reason(tmp_path: Path) -> None:
+    lines: list[str] = []
+    method = contrastive()
+    method.options = options(DEFAULT, alpha=0.5, gamma=0.0, target="fused", teacher_weight=0.3, entropy_thresh=0.0)
+    run(method, tiny_data(8), tmp_path, say=lines.append, epochs=5)
+    assert any("`pseudo` has had no gradient so far: the gate trusted no image" in line for line in lines)
+
+
+def test_a_living_run_is_not_complained_about(data: LesionDataset, tmp_path: Path) -> None:
+    lines: list[str] = []
+    run(contrastive(), data, tmp_path, say=lines.append, epochs=4)
+    assert not any("warning" in line for line in lines)
+
+
+def test_every_term_of_the_default_lives_and_a_supervised_run_needs_no_teacher(tmp_path: Path) -> None:
+    method = supervised()
+    run(method, tiny_data(8), tmp_path, epochs=5)
+    assert teacher_of(method) is None
+
+
+def test_the_progress_line_is_as_published(data: LesionDataset, tmp_path: Path) -> None:
+    lines: list[str] = []
+    run(contrastive(), data, tmp_path, say=lines.append, epochs=1)
+    number = r"-?\d+\.\d{4}"
+    assert any(
+        re.match(
+            rf"E1 L={number} mask={number} iou={number} cont={number} distil={number} "
+            rf"pseudo={number} trusted={number} \| objective=0\.1000 \| best=0\.1000 \(E1\) "
+            r"ETA \d+:\d\d$",
+            line,
+        )
+        for line in lines
+    ), lines
