@@ -2,7 +2,7 @@
 
 Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
 (the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and
-3 core points as ONE prompt).
+3 core points as ONE prompt). `tight`, the box of a true mask, is for evaluation alone: it leaks the label.
 """
 
 from __future__ import annotations

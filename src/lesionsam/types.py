@@ -78,8 +78,8 @@ class Batch:
         images: (B, 3, S, S) uint8 RGB, padded with 0.
         sizes: (B, 2) int64, height and width of the part that is image, model-frame pixels.
         big_boxes, small_boxes: (B, 4) float32 XYXY, model frame.
-        valid: (B, S, S) bool, False on padding and inside other lesions' big boxes.
-        prior: (B, S, S) float32 logits of the box prior (without offset), or None where the method has no use for it.
+        valid: (B, S, S) bool, False on padding and inside other lesions' big boxes, True in the own small box.
+        prior: (B, S, S) float32 logits of the box prior (without offset); None in batches put together by hand.
         masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
             wanted.
     """

@@ -36,7 +36,7 @@ INDEX_NAME = "frames.json"
 
 @dataclass(frozen=True)
 class Frames:
-    """N samples in the model frame of side S, memory-mapped.
+    """N samples in the model frame of side S; images, priors and masks are memory-mapped from the cache.
 
     Attributes:
         images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom.
@@ -72,7 +72,7 @@ def prior_at(
         (height, width) float32 logits.
     """
     side = min(PRIOR_SIDE, max(image.shape[:2]))
-    height, width = model_frame_size(image.shape[1], image.shape[0], side)
+    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], side))
     scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
     ignore = np.zeros((height, width), bool)
     for other in others:
@@ -97,6 +97,11 @@ def prepare(
             f"{sample.height}; the file has changed: run `dvc repro` from the download stage on"
         )
     height, width = model_frame_size(sample.width, sample.height, side)
+    if min(height, width) < 1:
+        raise UserError(
+            f"{sample.image_path}: {sample.width}x{sample.height} px is too thin for a model input of {side} px; crop it "
+            "to the lesion's surroundings"
+        )
     small_image = resize_image(image, height, width)
     frame = np.zeros((side, side, 3), np.uint8)
     frame[:height, :width] = small_image
