@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import LESION, SKIN, draw_lesion, iou
+from tiny import LESION, SKIN, Lesion, draw_lesion, iou
 
 from lesionsam.box_prior import (
     COLOUR_CLIP,
@@ -133,7 +133,7 @@ def test_extents_are_those_of_the_largest_component() -> None:
 # ---- the prior -------------------------------------------------------------------------------------------------------
 
 
-def lesion_at(seed: int, contrast: float = 1.0, size: tuple[int, int] = SHAPE):
+def lesion_at(seed: int, contrast: float = 1.0, size: tuple[int, int] = SHAPE) -> Lesion:
     return draw_lesion(np.random.default_rng(seed), *size, contrast=contrast)
 
 

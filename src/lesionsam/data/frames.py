@@ -99,8 +99,8 @@ def prepare(
     height, width = model_frame_size(sample.width, sample.height, side)
     if min(height, width) < 1:
         raise UserError(
-            f"{sample.image_path}: {sample.width}x{sample.height} px is too thin for a model input of {side} px; crop it "
-            "to the lesion's surroundings"
+            f"{sample.image_path}: {sample.width}x{sample.height} px is too thin for a model input of {side} px; "
+            "crop it to the lesion's surroundings"
         )
     small_image = resize_image(image, height, width)
     frame = np.zeros((side, side, 3), np.uint8)
