@@ -10,13 +10,14 @@ import pytest
 import typer.main
 
 from lesionsam.cli import app, main
-from lesionsam.config import default_text, load_config
+from lesionsam.config import default_text, default_values, load_config
 from lesionsam.presets import preset_names
 
 HEAVY = ("torch", "torchvision", "segment_anything", "numpy", "pandas", "scipy", "skimage", "matplotlib", "mlflow",
          "optuna", "pydantic", "ruamel.yaml")
 
 
+EPOCHS = default_values()["train"]["epochs"]
 NEGATIVE = default_text().replace("patience: 0", "patience: -1")
 
 
@@ -108,7 +109,7 @@ def test_preset_tells_which_files_are_still_to_come(params: Path, monkeypatch: p
 
 @pytest.mark.parametrize(("text", "command", "words"), [
     (default_text(), ["preset", "nonesuch"], "preset nonesuch: expected one of demo"),
-    (default_text().replace("epochs: 25", "epochs: many"), ["preset", "published"], ""),
+    (default_text().replace(f"\n  epochs: {EPOCHS}\n", "\n  epochs: many\n"), ["preset", "published"], ""),
     (NEGATIVE, ["preset", "published"], "train.patience: expected an integer"),
     (NEGATIVE, ["params", "upgrade"], "train.patience: expected an integer"),
     (NEGATIVE, ["check"], "train.patience: expected an integer"),
@@ -134,7 +135,7 @@ def test_errors_are_one_line_and_change_nothing(params: Path, text: str, command
 def test_check_sums_up(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert lesionsam(monkeypatch, "check") == 0
     printed = capsys.readouterr().out
-    for words in ("synthetic", "simulated", "compact", "contrastive", "25 epochs"):
+    for words in ("synthetic", "simulated", "compact", "contrastive", f"{EPOCHS} epochs"):
         assert words in printed
     params.unlink()
     assert lesionsam(monkeypatch, "check") == 2
@@ -142,7 +143,8 @@ def test_check_sums_up(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_upgrade_writes(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    older = "".join(line for line in default_text().splitlines(keepends=True) if "temperature" not in line)
+    older = "".join(line for line in default_text().splitlines(keepends=True) if not line.startswith("  temperature:"))
+    assert older != default_text()
     params.write_text(older, "utf-8")
     assert lesionsam(monkeypatch, "params", "upgrade", "--dry-run") == 0
     assert params.read_text("utf-8") == older
