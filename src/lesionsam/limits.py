@@ -157,19 +157,26 @@ def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
     """Why a key is not known under these values, and which one is meant."""
     known = [known for known, _, _ in walk(values)]
     parent, _, leaf = key.rpartition(".")
+    held: Any = values
+    for name in parent.split(".") if parent else ():
+        held = held.get(name) if isinstance(held, Mapping) else None
     holder = next((field for name, field, _ in walk(values) if name == parent), None)
     if holder is not None and tag_name(holder):
         readers = [section for section in sections_of(holder) if leaf in fields_of(section)]
-        held: Any = values
-        for name in parent.split("."):
-            held = held.get(name) if isinstance(held, Mapping) else None
         if readers and isinstance(held, Mapping):
             tag = tag_name(holder)
             words = " or ".join(word for section in readers for word in tags_of(section, tag))
             return f"read only when {parent}.{tag} is {words}, got {held.get(tag)}; remove it"
     siblings = [other for other in known if other.rpartition(".")[0] == parent]
-    near = (difflib.get_close_matches(leaf, [other.rpartition(".")[2] for other in siblings], n=1, cutoff=0.6)
-            and difflib.get_close_matches(key, siblings, n=1, cutoff=0))
+    near = difflib.get_close_matches(leaf, [other.rpartition(".")[2] for other in siblings], n=1, cutoff=0.6)
+    if near:  # of several as near, one that is missing is meant
+        matcher = difflib.SequenceMatcher(b=key)
+
+        def nearness(other: str) -> tuple[float, bool]:
+            matcher.set_seq1(other)
+            return matcher.ratio(), isinstance(held, Mapping) and other.rpartition(".")[2] not in held
+
+        near = [max(siblings, key=nearness)]
     near = (near or [other for other in known if leaf == other.rpartition(".")[2]]
             or difflib.get_close_matches(key, known, n=1, cutoff=0.75))
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"
