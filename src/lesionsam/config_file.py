@@ -96,19 +96,21 @@ class _Writer:
                 value.flow_style if isinstance(value, CollectionNode) else True)
             if name not in values:
                 yield *lines, ""
-            elif isinstance(held := values[name], Mapping) and isinstance(value, MappingNode) and not value.flow_style:
+            elif (isinstance(held := values[name], Mapping) and held and isinstance(value, MappingNode)
+                  and not value.flow_style):
                 yield from self.section(value, now, held, f"{prefix}{name}.", indent + 2)
             elif now != held or isinstance(now, bool) != isinstance(held, bool):
                 if on_one_line and not isinstance(held, Mapping):
                     yield self._replaced(value, self._spelled(prefix + name, held))
                 else:
-                    yield *lines, self._lines(prefix + name, held, indent)
+                    yield *lines, self._lines(prefix, name, held, indent)
         place = self._line_start(node.start_mark.index)
         for name, held in values.items():
             if name in places:
                 place = places[name]
             else:
-                yield place, place, self._lines(prefix + name, held, indent)
+                apart = not prefix and isinstance(held, Mapping) and self.text.startswith("\n", place)
+                yield place, place, "\n" * apart + self._lines(prefix, name, held, indent)
 
     def _replaced(self, value: Node, new: str) -> Edit:
         """A value on its line; a comment behind it stays in its column, or comes back to the file's."""
@@ -119,14 +121,17 @@ class _Writer:
             new = f"{new} ".ljust(column - (start - self._line_start(start)))
         return start, end, f" {new}" if self.text[start - 1] == ":" else new
 
-    def _lines(self, key: str, held: Any, indent: int) -> str:
-        """Whole lines for a key, or for a section and all below it, with the schema's comments."""
-        name = key.rpartition(".")[2]
-        line = f"{' ' * indent}{name}:" + ("" if isinstance(held, Mapping) else f" {self._spelled(key, held)}")
+    def _lines(self, prefix: str, name: str, held: Any, indent: int) -> str:
+        """Whole lines for a key, or for a section and all below it, with the schema's comments.
+
+        What stands under a name with dots (a dimension of a search space) goes on the name's line.
+        """
+        key, is_section = prefix + name, isinstance(held, Mapping) and bool(held) and "." not in name
+        line = f"{' ' * indent}{name}:" + ("" if is_section else f" {self._spelled(key, held)}")
         if self.comments.get(key):
             line = f"{line} ".ljust(self.column) + f"# {self.comments[key]}"
-        below = held.items() if isinstance(held, Mapping) else ()
-        return "".join([f"{line}\n", *(self._lines(f"{key}.{sub}", value, indent + 2) for sub, value in below)])
+        below = held.items() if is_section else ()
+        return "".join([f"{line}\n", *(self._lines(f"{key}.", sub, value, indent + 2) for sub, value in below)])
 
     def _spelled(self, key: str, value: Any) -> str:
         """A value as the default file writes it, where it is the default's."""

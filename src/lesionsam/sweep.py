@@ -7,7 +7,6 @@ Its parts: `sweep_space` (what is searched), `sweep_data` (what trials share), `
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ from lesionsam.sweep_report import (
     write,
 )
 from lesionsam.sweep_space import Dimension, combinations, configured, dead_keys, read_space, to_json
-from lesionsam.sweep_storage import clear_errors, shown_url, storage_url
+from lesionsam.sweep_storage import HOST, clear_errors, shown_url, storage_url
 from lesionsam.sweep_study import make_ready, open_study
 from lesionsam.sweep_trial import BEST_NAME, Place, budget, open_tracker
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
@@ -167,7 +166,8 @@ def _search(
     study = None
     try:
         study, created = open_study(config, bench, space, fixed, name, url, place)
-        if ours and (created or study.user_attrs.get("parent_host") == socket.gethostname()):
+        known = (place.scratch / "parent" / "run.json").exists() and study.user_attrs.get("parent_host") == HOST
+        if ours and (created or known):
             tracker = open_tracker(
                 config,
                 place.scratch / "parent",
@@ -225,7 +225,7 @@ def close_up(
     best = winner(study)
     if best is None or "start" in best.user_attrs or not bench.held:
         return None
-    jobs = comparisons(config, best.user_attrs["values"], {d.key: flatten(config)[d.key] for d in space})
+    jobs = comparisons(config, best.user_attrs["values"], study.user_attrs["start"])
     todo = [job for job in jobs if not job.path(place).exists()]
     if todo and not is_late(plan):
         print(

@@ -36,9 +36,9 @@ class NumberedSampler(BaseSampler):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self._kind == "gp" and not self.at_random:
-                self._inner = GPSampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
+                self._inner = GPSampler(seed=seed, n_startup_trials=self._startup)
             elif self._kind == "tpe" and not self.at_random:
-                self._inner = TPESampler(seed=seed, n_startup_trials=self._startup, warn_independent_sampling=False)
+                self._inner = TPESampler(seed=seed, n_startup_trials=self._startup)
             else:
                 self._inner = RandomSampler(seed)
         self._inner.before_trial(study, trial)

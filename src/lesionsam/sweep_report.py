@@ -187,6 +187,8 @@ def summary(
         )
     if verdict is not None:
         lines.append(verdict.line(config, bench.has_masks))
+    elif bench.held and config.sweep.confirm_seeds and "start" not in best.user_attrs:
+        lines.append("not compared on unseen images yet: the same command without --timeout does that")
     elif "start" in best.user_attrs:
         lines.append("params.yaml as it stood is the best found: nothing to compare")
     elif not bench.held or not config.sweep.confirm_seeds:

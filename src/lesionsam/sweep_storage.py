@@ -31,6 +31,7 @@ HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 OWNERLESS_SECONDS = 60  # a trial without an owner for so long lost it between two calls
 MAX_RETRIES = 3
+HOST = socket.gethostname()
 LOCK_SECONDS = 60  # patience with an SQLite file that somebody else holds
 JOURNALS = (".log", ".journal", ".jsonl")
 DRIVERS = ("psycopg2", "psycopg", "pg8000")
@@ -64,15 +65,13 @@ def clear_errors(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         cause = getattr(cause, "orig", None) or cause
         words = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        if isinstance(cause, ImportError):
-            hint = "install a driver (psycopg for PostgreSQL)"
-        elif "locked" in words:
+        if "locked" in words:
             hint = "another program holds it: end that, or choose another --storage"
         else:
             hint = "check that it is there and takes connections, or choose another --storage; nothing in it is lost"
@@ -110,7 +109,9 @@ def _postgresql_driver() -> str:
 
     found = [name for name in DRIVERS if find_spec(name)]
     if not found:
-        raise ImportError("no PostgreSQL driver is installed")
+        raise UserError(
+            "storage: expected a driver for PostgreSQL (one of " + ", ".join(DRIVERS) + "), found none; install psycopg"
+        )
     return found[0]
 
 
@@ -146,15 +147,20 @@ def _started(pid: int) -> str:
 
 def owner() -> dict[str, Any]:
     """This process, as a trial's owner."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"host": HOST, "pid": os.getpid(), "started": _started(os.getpid())}
 
 
-def is_gone(held: dict[str, Any] | None, trial: FrozenTrial) -> bool:
-    """Whether the owner of a running trial ended on this machine; those of other machines cannot be told."""
+def lost_its_owner(trial: FrozenTrial) -> bool:
+    """Whether the process of a running trial ended on this machine."""
+    held, began = trial.user_attrs.get("owner"), trial.datetime_start
     if held is None:
-        began = trial.datetime_start
         return began is not None and (datetime.now() - began).total_seconds() > OWNERLESS_SECONDS
-    if held["host"] != socket.gethostname():
+    return is_gone(held)
+
+
+def is_gone(held: dict[str, Any]) -> bool:
+    """Whether an owner was a process of this machine that ended; those of other machines cannot be told."""
+    if held["host"] != HOST:
         return False
     if Path("/proc").is_dir():
         return _started(held["pid"]) != held["started"]
@@ -192,7 +198,7 @@ def repair(study: optuna.Study) -> int:
     """Fail and queue again what lost its process; returns how many. Call it with the sweep's lock held."""
     found = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not is_gone(trial.user_attrs.get("owner"), trial):
+        if not lost_its_owner(trial):
             continue
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another machine was faster
             study.tell(trial.number, state=TrialState.FAIL)

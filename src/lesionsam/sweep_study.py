@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Sequence
 from json import dumps, loads
@@ -14,7 +13,7 @@ from lesionsam.errors import UserError
 from lesionsam.sweep_data import Bench, zero_shot
 from lesionsam.sweep_report import by_label_free
 from lesionsam.sweep_space import Dimension, from_json, to_json
-from lesionsam.sweep_storage import open_storage, wait_for
+from lesionsam.sweep_storage import HOST, is_gone, open_storage, owner, wait_for
 from lesionsam.sweep_trial import Place
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.training import OBJECTIVE
@@ -41,12 +40,15 @@ def open_study(
     with place.lock():
         try:
             study, created = optuna.create_study(study_name=name, storage=storage, direction="maximize"), True
+            study.set_user_attr("creator", owner())
         except optuna.exceptions.DuplicatedStudyError:
             study, created = optuna.load_study(study_name=name, storage=storage), False
     if not created and "ready" not in study.user_attrs:
         print("waiting for the process that made this study to make it ready", flush=True)
-        created = not wait_for(lambda: "ready" in study.user_attrs, CREATOR_SECONDS)
+        wait_for(lambda: "ready" in study.user_attrs or is_abandoned(study), CREATOR_SECONDS)
+        created = "ready" not in study.user_attrs
     if created:
+        study.set_user_attr("creator", owner())
         study.set_user_attr("space", dumps(to_json(space)))
         study.set_user_attr("fixed", dumps(fixed))
         return study, True
@@ -56,6 +58,12 @@ def open_study(
             f"study {name}: its search space is another one ({spaces}); leave --study away or name a new one, or bring "
             "sweep.space back"
         )
+    if study.user_attrs["start"] != (now := {d.key: flatten(config)[d.key] for d in space}):
+        changed = [f"{key} {value}" for key, value in study.user_attrs["start"].items() if now[key] != value]
+        print(
+            f"note: this study started from other values ({', '.join(changed)}); its trial 0 stays as it was",
+            flush=True,
+        )
     theirs = loads(study.user_attrs["fixed"])
     if changed := [key for key in {**theirs, **fixed} if theirs.get(key) != fixed.get(key)]:
         raise UserError(
@@ -63,6 +71,12 @@ def open_study(
             "new one, or bring them back"
         )
     return study, False
+
+
+def is_abandoned(study: optuna.Study) -> bool:
+    """Whether the process that made a study ended before it was ready."""
+    creator = study.user_attrs.get("creator")
+    return creator is not None and is_gone(creator)
 
 
 def make_ready(
@@ -81,6 +95,7 @@ def make_ready(
             "warning: MLflow does not answer; trials are tracked on disk and sent later, without a common parent run",
             file=sys.stderr,
         )
+    study.set_user_attr("start", start)
     study.set_user_attr("parent_run", found or "")
-    study.set_user_attr("parent_host", socket.gethostname())
+    study.set_user_attr("parent_host", HOST)
     study.set_user_attr("ready", True)

@@ -95,7 +95,7 @@ class Worker:
         if self.config.runtime.num_threads:
             torch.set_num_threads(self.config.runtime.num_threads)
         self.place, self.bench = Place.of(plan.study), open_bench(self.config)
-        self.lock = self.place.lock()
+        self.lock, self.begun, self.done_before = self.place.lock(), time.monotonic(), -1
         self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, plan.trials)
         self.study = optuna.load_study(
             study_name=plan.study,
@@ -113,6 +113,7 @@ class Worker:
                 repair(self.study)
                 trials = self.study.get_trials(deepcopy=False)
                 num_finished = sum(map(is_finished, trials))
+                self.done_before = num_finished if self.done_before < 0 else self.done_before
                 num_running = sum(t.state == TrialState.RUNNING for t in trials)
                 if num_finished >= self.plan.trials or self.duplicates >= MAX_DUPLICATES:
                     return
@@ -216,14 +217,20 @@ class Worker:
         return outcome.value
 
     def _say(self, trial: FrozenTrial, seconds: float) -> None:
+        """A line about a trial that ended: what it got, how far the study is and how long it will take."""
         trials = self.study.get_trials(deepcopy=False)
         done = sum(map(is_finished, trials))
         best = max((t.value for t in trials if t.state == TrialState.COMPLETE and t.value is not None), default=None)
         value = trial.user_attrs.get("error", "" if trial.value is None else f"{trial.value:.4f}")
         keys = " ".join(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in trial.user_attrs.get("values", {}).items())
+        left = (time.monotonic() - self.begun) / max(1, done - self.done_before) * max(0, self.plan.trials - done)
+        progress = [
+            f"{done}/{self.plan.trials} done",
+            *([f"best {best:.4f}"] if best is not None else []),
+            *([f"about {left / 60:.0f} min left"] if left > 90 else []),
+        ]
         print(
-            f"trial {trial.number}: {state_of(trial)} {value} | {keys} | {seconds:.0f} s | "
-            f"{done}/{self.plan.trials} done" + (f", best {best:.4f}" if best is not None else ""),
+            f"trial {trial.number}: {state_of(trial)} {value} | {keys} | {seconds:.0f} s | {', '.join(progress)}",
             flush=True,
         )
 
@@ -282,6 +289,7 @@ def interrupt(*_: object) -> None:
 def main() -> None:
     """Entry point of a worker process; ends with 130 when it was interrupted."""
     signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
     plan = json.loads(sys.stdin.read())
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
