@@ -242,6 +242,31 @@ def test_edits_of_other_spellings(text: str) -> None:
     assert ("# first" in new) == ("# first" in text)
 
 
+@pytest.mark.parametrize("space", [
+    {},
+    {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "method.gate.region": ["image", "big_box"]},
+    {"method.temperature": [0.05, 0.1], "model.unfreeze_last_k": {"low": 0, "high": 2}},
+    {"method.temperature": {"low": 0.05, "high": 1.0}, "method.alpha": {"low": 0.0, "high": 0.1}},
+])
+def test_names_with_dots_of_a_search_space(space: dict[str, object]) -> None:
+    values = default_values()
+    values["sweep"]["space"] = space
+    new = edit_text(default_text(), values)
+    assert parse_yaml(new, "text") == values
+    changed = [line[1:] for line in difference(default_text(), new, "params.yaml")[2:] if line[0] in "+-"]
+    assert all(re.match(r"    [a-z_]+\.[a-z_.]+: [{[].+[]}]$|  space:", line) for line in changed), "one line a key"
+    back = edit_text(new, default_values())
+    assert parse_yaml(back, "text") == default_values()
+    assert sorted(back.splitlines()) == sorted(default_text().splitlines()), "with every comment"
+
+
+def test_a_whole_section_comes_back_where_it_stood() -> None:
+    head, mark, rest = default_text().partition("\nsweep: ")
+    older = head + rest[rest.index("\ntracking:") :]
+    assert mark
+    assert upgrade(older)[0] == default_text()
+
+
 def test_a_file_with_anchors_is_refused_rather_than_spoilt() -> None:
     text = "a: &x {c: 1}\nb: *x\n"
     assert parse_yaml(text, "text") == {"a": {"c": 1}, "b": {"c": 1}}
