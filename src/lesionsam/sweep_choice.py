@@ -32,7 +32,7 @@ class NumberedSampler(BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Start afresh from (seed, number)."""
-        seed = random.Random(f"{self._seed} {trial.number}").randrange(2**31)  # noqa: S311
+        seed = random.Random(f"{self._seed} {trial.number}").randrange(2**31)  # noqa: S311  # nosec B311
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if self._kind == "gp" and not self.at_random:

@@ -186,7 +186,7 @@ class Worker:
             point for point in self.listed if not any(all(same(t[key], v) for key, v in point.items()) for t in taken)
         ]
         if left:
-            self.study.enqueue_trial(random.Random(f"{self.config.sweep.seed} {number}").choice(left))  # noqa: S311
+            self.study.enqueue_trial(random.Random(f"{self.config.sweep.seed} {number}").choice(left))  # noqa: S311  # nosec B311
         else:
             self.duplicates = MAX_DUPLICATES
 
