@@ -268,6 +268,21 @@ def test_the_published_losses_equal_the_formulas(tmp_path: Path, threshold: floa
     assert not terms["iou"].value.requires_grad
 
 
+def test_an_image_without_negatives_is_contrasted_with_random_pixels_its_anchors_among_them(tmp_path: Path) -> None:
+    batch, found = some_batch(2), []
+    for cell in range(SIDE // 4 - 2):  # big box: the whole image, so no overflow; core: one cell, so none of it missed
+        low = torch.tensor([[4.0 * cell, 8.0]] * 2)
+        boxes = {"small_boxes": torch.cat([low, low + 4], 1), "big_boxes": torch.tensor([[0.0, 0, SIDE, SIDE]] * 2)}
+        with torch.no_grad():
+            wanted = recompute(published(tmp_path, entropy_thresh=0.6931), replace(batch, **boxes), seed=3)["contrast"]
+        method = published(tmp_path, entropy_thresh=0.6931)
+        value = method.losses(replace(batch, **boxes), generator(3))["contrast"].value.item()
+        assert value == pytest.approx(wanted, rel=2e-4, abs=2e-6)
+        found.append(value)
+    # Some cell is pseudo mask; its anchor is among its own negatives, so that its loss is at least ln 2 or nearly so.
+    assert max(found) > 0.5
+
+
 def test_distillation_starts_at_zero_and_grows_as_the_student_leaves_the_pretrained_features(tmp_path: Path) -> None:
     value = contrastive(gamma=1.0).losses(some_batch(), generator())["distil"].value
     assert value.item() == 0

@@ -275,6 +275,12 @@ def test_clip_bounds_the_step_and_the_average_follows_each_step(tmp_path: Path) 
     assert method.after == 2
 
 
+def test_no_two_batches_of_a_run_get_the_same_draws(tmp_path: Path) -> None:
+    method = Mean()
+    run(method, tiny_data(8), tmp_path, epochs=3, accumulate=2)
+    assert len(method.numbers) == len(set(method.numbers)) == 6
+
+
 def test_every_draw_is_a_function_of_seed_and_step() -> None:
     def first(seed: int, step: int) -> float:
         return torch.rand(1, generator=step_generator(seed, step)).item()
