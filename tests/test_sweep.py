@@ -1,0 +1,603 @@
+"""The sweep: its space, its study under kills, Ctrl-C and several workers, storages, what it compares and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from tiny import tiny_sam
+
+from lesionsam import sweep_storage
+from lesionsam.boxes import annotate, write_boxes
+from lesionsam.config import (
+    default_text,
+    default_values,
+    flatten,
+    load_config,
+    parse_yaml,
+    to_values,
+    unflatten,
+    validate,
+)
+from lesionsam.config_file import edit_text, fit
+from lesionsam.data.index import read_index, write_index
+from lesionsam.data.synthetic import write_dataset
+from lesionsam.errors import UserError
+from lesionsam.models.sam import load_sam, save_sam
+from lesionsam.presets import apply_preset, upgrade
+from lesionsam.statistics import interval
+from lesionsam.sweep import Request, sweep
+from lesionsam.sweep_choice import NumberedSampler, build_pruner
+from lesionsam.sweep_data import held_out, idle_gate, open_bench
+from lesionsam.sweep_report import START, WINNER, Verdict, comparisons, judge, rank_correlation
+from lesionsam.sweep_space import Dimension, combinations, dead_keys, from_json, read_space, to_json
+from lesionsam.sweep_storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
+from lesionsam.sweep_trial import Place
+from lesionsam.sweep_worker import draw, is_finished, state_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACE = {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "model.unfreeze_last_k": {"low": 0, "high": 2}}
+# What the default is may change; these tests are about a configuration with a prior as target and no contrast.
+BASE = {"method.alpha": 0.0, "method.delta": 1.0, "method.target.kind": "prior", "method.temperature": 0.1}
+FAST = BASE | {
+    "sweep.sampler": "random",
+    "sweep.pruner": "none",
+    "sweep.epochs": 0,
+    "sweep.confirm_seeds": 0,
+    "tracking.enabled": False,
+    "runtime.num_threads": 1,
+    "runtime.device": "cpu",
+    "train.epochs": 2,
+    "data.num_train": 8,
+    "data.num_dev": 4,
+    "data.num_test": 1,
+    "data.max_side": 48,
+}
+WAIT_S = 600
+
+
+def configured(space: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """The default configuration with a space and some dotted keys (their dots as __) changed."""
+    base = {**BASE, **{key.replace("__", "."): value for key, value in changes.items()}}
+    values = unflatten(base, default_values())
+    if space is not None:
+        values["sweep"]["space"] = space
+    return validate(fit(values))
+
+
+def set_params(**changes: Any) -> None:
+    """Change dotted keys (their dots as __) of params.yaml in the current folder."""
+    path = Path("params.yaml")
+    text = path.read_text("utf-8")
+    values = parse_yaml(text, "params.yaml")
+    space = changes.pop("sweep__space", None)
+    values = unflatten({key.replace("__", "."): value for key, value in changes.items()}, values)
+    if space is not None:
+        values["sweep"]["space"] = space
+    path.write_text(edit_text(text, values), "utf-8")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `dvc repro boxes weights` leaves it: a few generated images, a tiny SAM, params.yaml."""
+    folder = tmp_path_factory.mktemp("prepared")
+    text, config = apply_preset("tiny", (ROOT / "params.yaml").read_text("utf-8"))
+    values = unflatten(FAST, to_values(config))
+    values["sweep"]["space"] = SPACE
+    values = to_values(validate(fit(values)))
+    (folder / "params.yaml").write_text(edit_text(text, values), "utf-8")
+    with contextlib.chdir(folder):
+        raw = Path("data/raw")
+        raw.mkdir(parents=True)
+        write_index(
+            raw / "index.csv", write_dataset(raw, seed=0, counts={"train": 8, "dev": 4, "test": 1}, max_side=48)
+        )
+        b = load_config().boxes
+        write_boxes(
+            Path("data/boxes.csv"),
+            annotate(
+                read_index(raw / "index.csv"),
+                root=Path(),
+                seed=b.seed,
+                margin=(b.margin_low, b.margin_high),
+                core=(b.core_low, b.core_high),
+                jitter=b.jitter,
+                min_area=b.min_area,
+            ),
+        )
+        Path("models/pretrained").mkdir(parents=True)
+        save_sam(tiny_sam(sharpness=20), Path("models/pretrained/sam.safetensors"), name="compact")
+    return folder
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to sweep in, as the current folder."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "project"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def only_study(url: str = "sqlite:///sweeps/sweeps.db") -> optuna.Study:
+    storage = open_storage(url)
+    return optuna.load_study(study_name=None, storage=storage)
+
+
+def tried(study: optuna.Study) -> list[dict[str, Any]]:
+    """Values of the finished trials, in their order."""
+    return [t.user_attrs["values"] for t in study.get_trials(deepcopy=False) if is_finished(t)]
+
+
+def wait_until(test: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not test():
+        assert process is None or process.poll() is None, "the process ended early"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ---- the space ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({}, "expected at least one key"),
+        ({"method.temprature": {"low": 0.1, "high": 1.0}}, "did you mean method.temperature"),
+        ({"data.seed": {"low": 0, "high": 3}}, "expected a key that a training reads"),
+        ({"model.name": ["compact", "vit_b"]}, "expected a key that a training reads"),
+        ({"method.gate": [1, 2]}, "a section of keys; name one of its keys"),
+        ({"method.temperature": 0.1}, "expected {low, high} or [choices]"),
+        ({"method.temperature": {"low": 0.1}}, "expected high"),
+        ({"method.temperature": {"low": 0.1, "high": 1.0, "lgo": True}}, "lgo: expected only low, high, log, step"),
+        ({"method.temperature": {"low": 1.0, "high": 0.1}}, "low below high"),
+        ({"method.temperature": {"low": 0.0, "high": 1.0}}, "low: expected a number above 0"),
+        (
+            {"method.gate.entropy_thresh": {"low": 0.1, "high": 0.9}},
+            "high: expected a number from 0 to 0.6932, got 0.9",
+        ),
+        ({"method.alpha": {"low": 0.0, "high": 1.0, "log": True}}, "above 0 where log is true"),
+        ({"method.alpha": {"low": 0.0, "high": 1.0, "step": 2.0}}, "step: expected a number above 0 and at most"),
+        ({"train.lr_head": {"low": 1e-5, "high": 1e-3, "log": True, "step": 1e-5}}, "expected log or step"),
+        ({"method.num_points": {"low": 1.5, "high": 20}}, "low: expected an integer"),
+        ({"method.temperature": {"low": 0.2, "high": 1.0}}, "params.yaml has 0.1, which lies outside"),
+        ({"train.schedule": {"low": 0, "high": 1}}, "expected a list of choices for one of cosine, linear, constant"),
+        ({"train.schedule": ["cosine"]}, "at least two different choices"),
+        ({"train.schedule": ["cosine", "cosinus"]}, "choice cosinus: train.schedule: expected one of"),
+        ({"method.head.norm": ["batch", 1]}, "choice 1"),
+    ],
+)
+def test_a_space_that_is_wrong_is_refused(space: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=r"^sweep\.space") as caught:
+        read_space(configured(space))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_space_of_every_kind_is_read() -> None:
+    config = configured(
+        {
+            "method.temperature": {"low": 0.02, "high": 1.0, "log": True},
+            "method.num_points": {"low": 1, "high": 20, "step": 3},
+            "train.augment": [True, False],
+            "method.target.offset": ["boxes", "none", 0.25],
+            "method.target.kind": ["prior", "teacher"],
+            "train.clip": {"low": 0.5, "high": 2.0, "step": 0.25},
+        }
+    )
+    space = read_space(config)
+    assert [d.values() for d in space] == [
+        None,
+        [1, 4, 7, 10, 13, 16, 19],
+        [True, False],
+        ["boxes", "none", 0.25],
+        ["prior", "teacher"],
+        [0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0],
+    ]
+    assert from_json(to_json(space)) == space
+    assert combinations(space) is None
+    points = combinations(space[2:4])
+    assert points is not None
+    assert len(points) == 6
+    assert 1 not in space[2], "true is not 1"
+
+
+def test_numbers_are_rounded_within_their_range() -> None:
+    free = Dimension("train.lr_head", low=0.00012345, high=0.9, log=True)
+    assert free.rounded(0.123456) == 0.123
+    assert free.rounded(0.00012345) == 0.00012345, "three digits would leave the range"
+    assert Dimension("train.clip", low=0.5, high=2.0, step=0.1).rounded(0.5 + 7 * 0.1) == 1.2
+    assert Dimension("a", low=0, high=4, step=1, whole=True).rounded(3.0) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "space", "dead"),
+    [
+        (
+            {"method__alpha": 0.0},
+            ["method.temperature", "method.head.ema", "train.lr_head", "method.gate.entropy_thresh"],
+            ["method.temperature", "method.head.ema", "train.lr_head"],
+        ),
+        (
+            {"method__alpha": 0.5},
+            ["method.temperature", "method.ema_decay", "method.teacher_prompt"],
+            ["method.teacher_prompt"],
+        ),
+        (
+            {"method__alpha": 0.0, "method__delta": 0.0, "method__epsilon": 1.0},
+            ["method.gate.entropy_thresh", "method.prompts.ring"],
+            ["method.gate.entropy_thresh"],
+        ),
+        (
+            {"method__alpha": 1.0, "method__delta": 0.0},
+            ["method.prompts_per_image", "method.gate.entropy_thresh"],
+            ["method.prompts_per_image"],
+        ),
+        ({"method__alpha": 0.0, "method__target__kind": "fused"}, ["method.ema_decay", "method.teacher_prompt"], []),
+        ({"method__target__offset": 0.1}, ["method.target.looseness"], ["method.target.looseness"]),
+        ({"train__schedule": "constant"}, ["train.final_lr", "train.warmup"], ["train.final_lr"]),
+        ({"model__train_decoder": False}, ["train.lr_decoder", "train.lr_encoder"], ["train.lr_decoder"]),
+        (
+            {},
+            ["method.beta", "method.monitor_masks", "train.overlays"],
+            ["method.beta", "method.monitor_masks", "train.overlays"],
+        ),
+        (
+            {"method__name": "supervised"},
+            ["train.lr_head", "train.lr_encoder", "method.prompts.ring"],
+            ["train.lr_head"],
+        ),
+    ],
+)
+def test_dead_keys(changes: dict[str, Any], space: list[str], dead: list[str]) -> None:
+    found = dead_keys(configured(**changes), [Dimension(key, low=0.1, high=0.5) for key in space])
+    assert list(found) == dead
+    assert all(found.values())
+
+
+def test_a_key_that_another_dimension_brings_to_life_is_not_dead() -> None:
+    config = configured(method__alpha=0.0)
+    both = [Dimension("method.temperature", low=0.1, high=1.0), Dimension("method.alpha", low=0.0, high=1.0)]
+    assert dead_keys(config, both) == {}
+    assert list(dead_keys(config, both[:1])) == ["method.temperature"]
+
+
+def test_a_gate_that_trusts_the_same_images_everywhere_is_dead(project: Path) -> None:
+    config, gate = load_config(), "method.gate.entropy_thresh"
+    bench = open_bench(config)
+    idle = idle_gate(config, bench, [Dimension(gate, low=0.69, high=0.6931)])
+    assert idle is not None
+    assert "the same 8 of 8 images" in idle
+    assert idle_gate(config, bench, [Dimension(gate, low=0.0, high=0.6931)]) is None
+    softness = Dimension("method.target.softness", low=1.0, high=5.0)
+    assert idle_gate(config, bench, [Dimension(gate, low=0.69, high=0.6931), softness]) is None
+
+
+def test_a_space_of_dead_keys_is_refused_and_dead_ones_are_named(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_params(method__alpha=0.0, sweep__space={"method.temperature": {"low": 0.1, "high": 1.0}})
+    with pytest.raises(UserError, match="every key changes nothing under this configuration"):
+        sweep(Request(dry_run=True))
+    assert "method.temperature changes nothing now and is left out: method.alpha is 0" in capsys.readouterr().out
+    set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 3}})
+    with pytest.raises(UserError, match="expected at most 2, the encoder's blocks, got 3"):
+        sweep(Request(dry_run=True))
+
+
+# ---- draws -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gp", "tpe", "random"])
+def test_draws_depend_on_number_and_history_alone(kind: str) -> None:
+    """Two workers that take turns draw what one would have drawn, and nothing twice."""
+    space = [Dimension("train.clip", low=0.1, high=1.0), Dimension("method.beta", low=0.01, high=1.0, log=True)]
+
+    def drawn(num_workers: int) -> list[dict[str, Any]]:
+        storage = optuna.storages.InMemoryStorage()
+        optuna.create_study(study_name="one", storage=storage, direction="maximize")
+        workers = [
+            optuna.load_study(study_name="one", storage=storage, sampler=NumberedSampler(kind, 7, 9))
+            for _ in range(num_workers)
+        ]
+        found = []
+        for k in range(6):
+            trial = workers[k % num_workers].ask()
+            found.append(draw(trial, space))
+            workers[k % num_workers].tell(trial, -((found[-1]["train.clip"] - 0.5) ** 2))
+        return found
+
+    alone = drawn(1)
+    assert drawn(2) == alone
+    assert len({str(values) for values in alone}) == 6
+
+
+def test_pruners_are_built_for_the_budget() -> None:
+    median = build_pruner(configured(sweep__pruner="median", sweep__epochs=12))
+    assert isinstance(median, optuna.pruners.MedianPruner)
+    assert (median._n_startup_trials, median._n_warmup_steps) == (5, 4)
+    assert isinstance(build_pruner(configured(sweep__pruner="hyperband")), optuna.pruners.HyperbandPruner)
+    assert isinstance(build_pruner(configured(sweep__pruner="none")), optuna.pruners.NopPruner)
+
+
+# ---- a sweep -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_from_start_to_applied_values(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_params(sweep__confirm_seeds=2)
+    before = Path("params.yaml").read_text("utf-8")
+    sweep(Request(dry_run=True, trials=4))
+    assert not Path("sweeps").exists()
+    read = set()
+    opened = read_index(Path("data/raw/index.csv"))
+    test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
+    monkeypatch.setattr("lesionsam.sweep_data.read_image", lambda path: read.add(str(path)) or real_read(path))
+    sweep(Request(trials=4, apply=True))
+    study = only_study()
+    first = study.get_trials()[0]
+    start = {"train.lr_encoder": 5e-4, "model.unfreeze_last_k": 0}
+    assert first.user_attrs["values"] == first.user_attrs["start"] == start, "trial 0 is params.yaml as it stands"
+    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 4
+    assert len({str(values) for values in tried(study)}) == 4
+    assert all(
+        len(t.intermediate_values) == 2 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
+    )
+    place = Place.of(study.study_name)
+    assert not list((place.scratch / "trials").iterdir()), "nothing of a finished trial is left but the best weights"
+    load_sam("compact", place.out / "best.safetensors")
+    table = pd.read_csv(place.out / "trials.csv")
+    best = study.best_trial
+    assert list(table["value"]) == [round(t.value or 0, 4) for t in study.get_trials()]
+    assert {path.name for path in place.out.glob("*.png")} == {"history.png", "importance.png", "parallel.png"}
+    out = capsys.readouterr().out
+    assert f"best: trial {best.number}" in out
+    assert "budget of a trial 2 of 2 epochs" in out
+    assert not read & test_images
+    changed = {
+        key for key, value in flatten(load_config()).items() if value != flatten(validate(parse_yaml(before, "a")))[key]
+    }
+    if best.number == 0:
+        assert "nothing to compare" in out
+        assert not changed
+    else:
+        assert "2 new seeds each at 2 epochs" in out
+        assert "the test split was not read" in out
+        assert "2 development images no trial saw" in out
+        assert read, "the comparison reads the images that no trial saw"
+        assert changed <= set(SPACE)
+        for line, old in zip(Path("params.yaml").read_text("utf-8").splitlines(), before.splitlines(), strict=True):
+            assert line.partition("#")[2] == old.partition("#")[2], "comments stay"
+
+    sweep(Request(trials=4, study=study.study_name, params=unchanged(before)))
+    assert len(only_study().get_trials()) == 4, "the same command again trains nothing"
+    Path("params.yaml").write_text(before, "utf-8")
+    set_params(train__weight_decay=0.1)
+    with pytest.raises(UserError, match=r"trials had other values of train\.weight_decay"):
+        sweep(Request(trials=4, study=study.study_name))
+    Path("params.yaml").write_text(before, "utf-8")
+    set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}})
+    with pytest.raises(UserError, match="its search space is another one"):
+        sweep(Request(trials=4, study=study.study_name))
+
+
+def real_read(path: Path) -> np.ndarray:
+    from lesionsam.files import read_image
+
+    return read_image(path)
+
+
+def unchanged(text: str) -> Path:
+    """Another parameter file with a text."""
+    Path("before.yaml").write_text(text, "utf-8")
+    return Path("before.yaml")
+
+
+def test_a_finite_space_is_tried_to_its_end_once(project: Path) -> None:
+    set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}}, train__epochs=1)
+    sweep(Request(trials=9))
+    assert sorted(values["model.unfreeze_last_k"] for values in tried(only_study())) == [0, 1, 2]
+
+
+def test_a_trial_that_fails_counts_and_is_named(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if config.model.unfreeze_last_k == 1:
+            raise RuntimeError("out of memory: made up")
+        return real_train(config, *args, **kwargs)
+
+    from lesionsam.sweep_trial import train as real_train
+
+    monkeypatch.setattr("lesionsam.sweep_trial.train", failing)
+    set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}}, train__epochs=1)
+    sweep(Request(trials=3))
+    assert sorted(state_of(t) for t in only_study().get_trials() if is_finished(t)) == [
+        "complete",
+        "complete",
+        "failed",
+    ]
+    assert "out of memory: made up" in capsys.readouterr().out
+
+
+# ---- storages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["sqlite:///a.db", "study.log"])
+def test_a_running_trial_whose_process_is_gone_is_queued_again(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = optuna.create_study(storage=open_storage(url))
+    with warnings.catch_warnings():  # Optuna wants `optimize` for its heartbeat; here no process is left to beat
+        warnings.simplefilter("ignore", UserWarning)
+        mine, theirs, gone = study.ask(), study.ask(), study.ask()
+    for trial, held in (
+        (mine, owner()),
+        (theirs, {**owner(), "host": "elsewhere"}),
+        (gone, {**owner(), "started": "0"}),
+    ):
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr("owner", held)
+    gone.report(0.5, 1)
+    assert repair(study) == 1
+    assert [t.state.name for t in study.get_trials()] == ["RUNNING", "RUNNING", "FAIL", "WAITING"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        again = study.ask()
+    assert again.number == 3
+    assert again.suggest_float("x", 0, 1) == gone.params["x"]
+    assert study.get_trials()[3].intermediate_values == {1: 0.5}
+
+
+def test_a_trial_that_kills_its_process_every_time_is_given_up() -> None:
+    study = optuna.create_study()
+    for _ in range(10):
+        if study.get_trials() and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
+            break
+        trial = study.ask()
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        retry(study, study.get_trials()[trial.number])
+    assert len(study.get_trials()) == 1 + sweep_storage.MAX_RETRIES
+
+
+def test_a_torn_journal_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "study.log"
+    study = optuna.create_study(study_name="one", storage=open_storage(str(path)))
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "wor')
+    study = optuna.load_study(study_name="one", storage=open_storage(str(path)))
+    study.add_trial(optuna.trial.create_trial(value=2.0))
+    assert [t.value for t in study.get_trials()] == [1.0, 2.0]
+    assert path.read_bytes().startswith(whole)
+
+
+def test_storages_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_storage, "LOCK_SECONDS", 0.2)
+    locked = tmp_path / "locked.db"
+    holder = sqlite3.connect(locked)
+    holder.execute("create table a (b)")
+    holder.execute("begin exclusive")
+    (tmp_path / "no.db").write_text("no database, but a text that is long enough to be looked at " * 30)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        closed = probe.getsockname()[1]
+    cases = [
+        (f"sqlite:///{locked}", "database is locked; another program holds it"),
+        (f"sqlite:///{tmp_path / 'no.db'}", "not a database"),
+        (f"postgresql://me:secret@127.0.0.1:{closed}/x", "choose another --storage"),
+    ]
+    for url, words in cases:
+        with pytest.raises(UserError) as caught, clear_errors(url):
+            open_storage(url)
+        assert words in str(caught.value)
+        assert "secret" not in str(caught.value)
+        assert str(caught.value).startswith(f"storage {shown_url(url)}: ")
+    holder.close()
+    with pytest.raises(UserError, match="--storage: expected a database URL"):
+        storage_url("somewhere")
+
+
+def test_nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    shutil.copy2(root / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"data/raw/index.csv: expected what the pipeline prepares, found nothing; run `dvc repro"
+    ):
+        sweep(Request())
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_is_paired_over_images_with_seeds_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configured(sweep__confirm_seeds=3)
+    jobs = comparisons(config, {"method.temperature": 0.2}, {"method.temperature": 0.1})
+    assert sorted({job.seed for job in jobs}) == [1000, 1001, 1002]
+    rng = np.random.default_rng(0)
+    images = [f"{k:03d}" for k in range(12)]
+    level = rng.uniform(0.2, 0.9, len(images))  # images differ far more than winner and start
+    place, expected = Place.of("s"), []
+    for job in jobs:
+        gain = np.full(len(images), 0.02 + 0.01 * (job.seed - 1001)) if job.which == WINNER else np.zeros(len(images))
+        score = level + gain
+        expected.append((job, score.mean()))
+        job.path(place).parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"run": job.seed, "image_id": name, "prompt": p, "score": s}
+            for name, s in zip(images, score, strict=True)
+            for p in ("ring", "box")
+        ]
+        pd.DataFrame(rows).to_csv(job.path(place), index=False)
+    verdict = judge(config, place, jobs)
+    assert verdict is not None
+    assert verdict.difference == pytest.approx(0.02)
+    assert verdict.seeds_sd == pytest.approx(0.01)
+    assert (verdict.low, verdict.high) == pytest.approx(interval(np.full(12, 0.02), num_bootstrap=50, confidence=0.95))
+    assert (verdict.num_images, verdict.num_seeds) == (12, 3)
+    assert "better" in verdict.line(config, True)
+    jobs[0].path(place).unlink()
+    assert judge(config, place, jobs) is None, "no verdict before every training is there"
+    unsure = Verdict(0.6, 0.59, 0.01, -0.01, 0.03, 12, 3, 0.01)
+    assert "not told apart" in unsure.line(config, True)
+    assert START in {job.which for job in jobs}
+
+
+def test_an_older_file_gets_the_section(root: Path) -> None:
+    text = default_text()
+    head, _, rest = text.partition("sweep: ")
+    assert upgrade(head + rest[rest.index("tracking:") :])[0] == text
+
+
+def test_unseen_images_are_a_stable_share() -> None:
+    names = [f"image{k}" for k in range(40)]
+    held = held_out(names, 0.5)
+    assert len(held) == 20
+    assert held == held_out(reversed(names), 0.5)  # pyright: ignore[reportArgumentType]
+    assert held_out(names, 0.0) == set()
+    assert len(held_out(names[:2], 0.9)) == 1
+    assert held_out(names[:1], 0.5) == set()
+
+
+def test_rank_correlation_of_the_label_free_score() -> None:
+    study = optuna.create_study(direction="maximize")
+    for label_free, miou in ((0.1, 0.2), (0.2, 0.1), (0.3, 0.3), (0.4, 0.4)):
+        study.add_trial(
+            optuna.trial.create_trial(value=miou, user_attrs={"scores": {"label_free": label_free, "miou": miou}})
+        )
+    assert rank_correlation(study) == (pytest.approx(1 - 6 * 2 / (4 * 15)), 4)  # 1 - 6 sum d^2 / (n (n^2 - 1))
+
+
+def test_help_is_quick_and_names_every_option() -> None:
+    program = (
+        "import sys, runpy; sys.argv = ['tune.py', '--help']\ntry:\n"
+        f"    runpy.run_path({str(ROOT / 'src' / 'tune.py')!r}, "
+        "run_name='__main__')\nexcept SystemExit:\n    print(*sorted({'torch', 'optuna', 'mlflow'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    for option in ("--trials", "--timeout", "--workers", "--study", "--storage", "--apply", "--dry-run", "--preset"):
+        assert option in done.stdout
+    assert done.stdout.strip().endswith("╯"), "no heavy library was imported"
