@@ -383,3 +383,11 @@ def test_values_are_written_so_that_they_are_read_back(value: object) -> None:
     read = parse_yaml(f"a: {yaml_text(value)}  # comment", "text")["a"]
     assert read == value
     assert type(read) is type(value)
+
+
+def test_a_placebo_needs_another_image_in_the_batch() -> None:
+    values = default_values()
+    values["method"]["target"]["placebo"] = "warped"
+    values["train"]["batch_size"] = 1
+    with pytest.raises(ConfigError, match=r"train\.batch_size: expected 2 or more when method\.target\.placebo"):
+        validate(values)

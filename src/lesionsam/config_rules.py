@@ -51,6 +51,9 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     terms = ("method.alpha", "method.delta", "method.epsilon")
     if has(*terms) and not any(v[term] for term in terms):
         yield Issue("method.alpha", f"expected one of {', '.join(terms)} above 0, or nothing is learnt, got 0 for all")
+    placebo = v.get("method.target.placebo", "none")
+    if placebo != "none" and v.get("train.batch_size") == 1:
+        yield Issue("train.batch_size", f"expected 2 or more when method.target.placebo is {placebo}, got 1")
     shares = [f"method.prompts.{kind}" for kind in ("ring", "centre", "box", "box+core")]
     if has(*shares) and not any(v[share] for share in shares):
         yield Issue("method.prompts", "expected shares with a sum above 0, got 0 for all")

@@ -172,7 +172,7 @@ def fit(
             | {"epoch": at.epoch},
             at.step,
         )
-        if scores[OBJECTIVE] > at.best_score:
+        if at.best_epoch == 0 or scores[OBJECTIVE] > at.best_score:
             at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
             save_best(folder, method)
         save_state(folder, at, method, optimizer, scaler)
