@@ -12,27 +12,19 @@ from lesionsam.data.download import Remote, fetch
 from lesionsam.data.meter import human_bytes, human_seconds, say
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.files import copy_atomic, sha256_file, write_json_atomic
+from lesionsam.models.published import BASE_URL, CHECKPOINTS
 
 OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
-OFFICIAL = "https://dl.fbaipublicfiles.com/segment_anything"
 ADDRESS = "LESIONSAM_WEIGHTS_URL"  # environment variable: another place that holds the same files
-# Published by Meta AI with SAM (Kirillov et al. 2023, arXiv:2304.02643), Apache-2.0: file, bytes, SHA-256.
-PUBLISHED = {
-    "vit_b": ("sam_vit_b_01ec64.pth", 375_042_383,
-              "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
-    "vit_l": ("sam_vit_l_0b3195.pth", 1_249_524_607,
-              "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
-    "vit_h": ("sam_vit_h_4b8939.pth", 2_564_550_879,
-              "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
-}
 PUBLISHED_SIDE = 1024  # of SAM's input, pixels
 ASSUMED_SPEED = 12.5e6  # bytes/s, a line of 100 Mbit/s
 
 
 def published(name: str) -> dict[str, object]:
     """Fetch SAM's own checkpoint of that name; what weights.json says about it."""
-    file, size, sha256 = PUBLISHED[name]
-    base = os.environ.get(ADDRESS, OFFICIAL).rstrip("/")
+    known = CHECKPOINTS[name]
+    file, size, sha256 = known.file, known.size, known.sha256
+    base = os.environ.get(ADDRESS, BASE_URL).rstrip("/")
     if not (ARCHIVES / file).exists():
         say(f"{file}: {human_bytes(size)} to download, about {human_seconds(size / ASSUMED_SPEED)} at 100 Mbit/s")
     path = fetch(Remote(file, (f"{base}/{file}",), size, sha256), ARCHIVES)

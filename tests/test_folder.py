@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,17 +287,18 @@ def test_published_weights(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     module = stage(root, "weights")
     set_parameters(root, {"model": {"name": "vit_b", "checkpoint": "published"}})
-    name, size, sha256 = module.PUBLISHED["vit_b"]
+    known = module.CHECKPOINTS["vit_b"]
+    name, size, sha256 = known.file, known.size, known.sha256
     with serve(Site(files={f"/sam/{name}": bytes(1000)})) as site:
         monkeypatch.setenv(module.ADDRESS, f"{site.url}/sam/")
         with pytest.raises(UserError, match=f"has a file of 1000 bytes, expected {size}"):
             module.main()
         assert not Path("models/pretrained/weights.json").exists()
-        monkeypatch.setitem(module.PUBLISHED, "vit_b", (name, 1000, sha256))
+        monkeypatch.setitem(module.CHECKPOINTS, "vit_b", replace(known, size=1000))
         with pytest.raises(UserError, match=f"expected {sha256}"):
             module.main()
         right = hashlib.sha256(bytes(1000)).hexdigest()
-        monkeypatch.setitem(module.PUBLISHED, "vit_b", (name, 1000, right))
+        monkeypatch.setitem(module.CHECKPOINTS, "vit_b", replace(known, size=1000, sha256=right))
         module.main()
         assert Path("models/pretrained/sam.pth").read_bytes() == bytes(1000)
         assert json.loads(Path("models/pretrained/weights.json").read_text()) == {
