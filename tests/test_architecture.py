@@ -29,7 +29,8 @@ LAYERS = [
     ["sweep", "report", "foundation", "smoke", "evidence", "predict"],
     ["cli"],
 ]
-IN_ROOM = {"lineage": "tracking", "__main__": "cli"}  # modules that belong to another one's room
+# Modules that belong to another one's room.
+IN_ROOM = {"lineage": "tracking", "registry": "tracking", "__main__": "cli"}
 FREE_AMONG_THEMSELVES = LAYERS[0]
 # Foreign library -> the only modules (or folders) that may import it.
 ONLY_IN = {

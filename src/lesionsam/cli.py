@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lesionsam import cli_results
 from lesionsam.errors import run_guarded
 
 if TYPE_CHECKING:
@@ -147,6 +148,9 @@ def _warn_of_files(config: Config, params: Path) -> None:
 
     for issue in file_rules(config, params.resolve().parent):
         print(f"note: {issue}", file=sys.stderr)
+
+
+cli_results.add_commands(app)
 
 
 def main() -> None:

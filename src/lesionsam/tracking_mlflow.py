@@ -1,4 +1,4 @@
-"""From a spool's journal to MLflow, each point exactly once; the only importer of mlflow.
+"""From a spool's journal to MLflow, each point exactly once.
 
 An operation counts as sent when the server has answered, and only then does `state.json` move past it. After a failure,
 and at every start, it is unknown whether the next operation arrived (the server may have died between storing and
