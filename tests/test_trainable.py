@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import SIDE, tiny_sam
+from tiny import SIDE, tiny_data, tiny_sam
 from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.models.sam import Sam, encode
+from lesionsam.models.sam import Sam, encode, preprocess
 from lesionsam.models.trainable import (
     Teacher,
     copy_trained,
+    encode_batch,
+    encode_frozen,
     encode_prefix,
     encode_suffix,
+    frozen_part,
     num_frozen_blocks,
     select_trainable,
     trained_parameters,
@@ -56,18 +61,65 @@ def test_more_blocks_than_there_are_and_nothing_to_train_are_refused() -> None:
         chosen(tiny_sam(), "none", 0, False)
 
 
-@pytest.mark.parametrize(("case", "frozen"), list(zip(CASES, [-1, -1, 1, 0, 2], strict=True)))
+@pytest.mark.parametrize(("case", "frozen"), list(zip(CASES, [-1, -1, 1, 0, 3], strict=True)))
 def test_leading_frozen_blocks_are_counted(case: tuple[str, int, bool], frozen: int) -> None:
     assert num_frozen_blocks(chosen(tiny_sam(), *case)) == frozen
 
 
-@pytest.mark.parametrize("split", [0, 1, 2])
+@pytest.mark.parametrize("split", [0, 1, 2, 3])
 @torch.no_grad()
 def test_prefix_and_suffix_are_the_whole_encoder(split: int) -> None:
     sam, images = tiny_sam(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    parts = encode_suffix(sam, encode_prefix(sam, images, split), split)
+    prefix = encode_prefix(sam, images, split)
+    assert prefix.shape == ((2, 32, 8, 8) if split == 3 else (2, 8, 8, 32)), "the neck is the last stage"
+    parts = encode_suffix(sam, prefix, split)
     assert torch.equal(parts, encode(sam, images))
     assert not torch.equal(parts, encode_suffix(sam, encode_prefix(sam, images, 0), 1)), "each block counts"
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_frozen_prefix_depends_on_its_image_alone(precision: torch.dtype | None) -> None:
+    """To the last bit: whatever else is in the batch, and wherever the image stands in it."""
+    sam, reference = tiny_sam(), tiny_sam()
+    images = torch.randn(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision is not None):
+        tokens, features = encode_frozen(sam, images, 1, reference)
+        alone = encode_frozen(sam, images[3:4], 1, reference)
+        turned = encode_frozen(sam, images.flip(0)[1:4], 1, reference)
+        from_images = encode_frozen(reference, images, 3)[0]
+        exact = encode_prefix(sam, images, 1), encode(reference, images)
+    assert features is not None
+    for kept, one, three, wanted in zip((tokens, features), alone, turned, exact, strict=True):
+        assert one is not None
+        assert three is not None
+        assert kept.dtype == (precision or torch.float32)
+        assert kept.is_contiguous()
+        assert not kept.requires_grad
+        assert torch.equal(kept[3:4], one)
+        assert torch.equal(kept[1:4].flip(0), three)
+        assert torch.allclose(kept.float(), wanted.float(), rtol=2**-8 if precision else 1e-5, atol=1e-6)
+    assert torch.equal(features, from_images), "the pretrained features do not depend on where the student's split is"
+
+
+def test_a_suffix_goes_on_in_the_precision_of_its_weights() -> None:
+    sam, images = tiny_sam(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    tokens = encode_prefix(sam, images, 1).detach()
+    assert encode_suffix(sam, tokens.bfloat16(), 1).dtype == torch.float32
+    sam.double()
+    assert encode_suffix(sam, tokens.double(), 1).dtype == torch.float64
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_is_encoded_from_what_it_carries(case: tuple[str, int, bool]) -> None:
+    sam, batch = chosen(tiny_sam(), *case), tiny_data(3).batch([0, 1, 2], [0, 5, 3])
+    split = num_frozen_blocks(sam)
+    features = encode_batch(sam, batch)
+    assert torch.allclose(features, encode(sam, preprocess(batch.images, batch.sizes)), atol=1e-5)
+    assert features.requires_grad is (case[0] == "blocks")
+    if split >= 0:
+        prefix, _ = frozen_part(sam, batch, split)
+        black = replace(batch, images=torch.zeros_like(batch.images), prefix=prefix)
+        assert torch.equal(encode_batch(sam, black), features), "the pixels are not looked at again"
 
 
 def test_a_copy_shares_what_is_frozen_and_owns_what_trains() -> None:

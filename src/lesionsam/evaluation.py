@@ -31,7 +31,8 @@ from lesionsam.evaluation_cases import (
     predict_cases,
     upscaled,
 )
-from lesionsam.models.sam import Sam, decode, encode, preprocess
+from lesionsam.models.sam import Sam, decode
+from lesionsam.models.trainable import encode_batch
 from lesionsam.progress import progress
 from lesionsam.prompts import seeded_prompts
 from lesionsam.statistics import OBJECTIVE_PROMPTS
@@ -297,7 +298,7 @@ def quick_evaluate(
 
 def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_points: int) -> dict[str, torch.Tensor]:
     side = batch.images.shape[-1]
-    features = encode(sam, preprocess(batch.images, batch.sizes))
+    features = encode_batch(sam, batch)
     big, small = _inside(batch.big_boxes, side), _inside(batch.small_boxes, side)
     scores, masks = {}, []
     coverage, leakage = [], []

@@ -56,6 +56,7 @@ class LesionDataset:
             valid=torch.from_numpy(valid),
             prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE),
             masks=truth,
+            orientations=torch.tensor([int(o) for o in orientations]),
         )
 
     def _one(self, k: int, orientation: int) -> tuple[np.ndarray, ...]:

@@ -28,8 +28,8 @@ from lesionsam.losses import (
 from lesionsam.methods.base import Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.projection import ProjectionHead, spread
-from lesionsam.models.sam import Sam, decode, preprocess
-from lesionsam.models.trainable import Teacher, encode_prefix, encode_suffix, num_frozen_blocks
+from lesionsam.models.sam import Sam, decode, encode, preprocess
+from lesionsam.models.trainable import Teacher, encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts
 
@@ -160,23 +160,21 @@ class Contrastive:
 
     def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """f with gradient, f_t and f_r without; the frozen prefix runs once for all three."""
-        images = preprocess(batch.images, batch.sizes)
-        split = max(self.frozen_blocks, 0)
-        with torch.set_grad_enabled(self.frozen_blocks < 0):
-            tokens = encode_prefix(self.sam, images, split)
-        f = encode_suffix(self.sam, tokens, split)
-        f_t = f_r = None
-        with torch.no_grad():
-            for_others = images if self.frozen_blocks < 0 else tokens.detach()
-            if self.teacher is not None:
-                f_t = self._encode_with(self.teacher.module.sam, for_others, split)
-            if self.reference is not None and self.options.gamma > 0:
-                f_r = self._encode_with(self.reference, for_others, split)
+        split, reference = self.frozen_blocks, self.reference if self.options.gamma > 0 else None
+        if split >= 0:
+            tokens, f_r = frozen_part(self.sam, batch, split, reference)
+            f = encode_suffix(self.sam, tokens, split)
+        else:
+            images, f_r = preprocess(batch.images, batch.sizes), batch.reference
+            f = encode(self.sam, images)
+            if reference is not None and f_r is None:
+                f_r, _ = encode_frozen(reference, images, num_frozen_blocks(reference))
+        f_t = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher.module.sam
+                f_t = encode_suffix(teacher, tokens, split) if split >= 0 else encode(teacher, images)
         return f, f_t, f_r
-
-    def _encode_with(self, sam: Sam, images_or_tokens: torch.Tensor, split: int) -> torch.Tensor:
-        tokens = encode_prefix(sam, images_or_tokens, 0) if self.frozen_blocks < 0 else images_or_tokens
-        return encode_suffix(sam, tokens, split)
 
     @torch.no_grad()
     def target(

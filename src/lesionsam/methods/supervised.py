@@ -9,8 +9,8 @@ from torch import nn
 
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.methods.base import Term, decode_mixture, known_masks, mean_over, to_grid
-from lesionsam.models.sam import Sam, preprocess
-from lesionsam.models.trainable import encode_prefix, encode_suffix, num_frozen_blocks
+from lesionsam.models.sam import Sam
+from lesionsam.models.trainable import encode_batch
 from lesionsam.types import Batch
 
 
@@ -29,15 +29,10 @@ class Supervised:
         self.model: nn.Module = sam
         self.sam, self.prompts, self.beta = sam, dict(prompts), beta
         self.prompts_per_image, self.num_points = prompts_per_image, num_points
-        self.frozen_blocks = num_frozen_blocks(sam)
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
         """mask (2 BCE + Dice) and the IoU monitor."""
-        images = preprocess(batch.images, batch.sizes)
-        split = max(self.frozen_blocks, 0)
-        with torch.set_grad_enabled(self.frozen_blocks < 0):
-            tokens = encode_prefix(self.sam, images, split)
-        features = encode_suffix(self.sam, tokens, split)
+        features = encode_batch(self.sam, batch)
         y, predicted, rows = decode_mixture(
             self.sam,
             features,
