@@ -35,6 +35,7 @@ FREE_AMONG_THEMSELVES = LAYERS[0]
 # Foreign library -> the only modules (or folders) that may import it.
 ONLY_IN = {
     "segment_anything": ("models",),
+    "peft": ("models",),
     "mlflow": ("tracking",),
     "optuna": ("sweep",),
     "dvc": (),

@@ -24,6 +24,8 @@ from segment_anything import modeling, sam_model_registry
 from lesionsam.boxes import model_frame_size
 from lesionsam.errors import UserError
 from lesionsam.files import write_bytes_atomic
+from lesionsam.models import adapters
+from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact, decode_candidates
 from lesionsam.types import Prompts
 
@@ -82,17 +84,27 @@ def patch_size(sam: Sam) -> int:
     return sam.image_encoder.get_parameter("patch_embed.proj.weight").shape[-1]
 
 
-def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0) -> Sam:
+def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: Path | None = None) -> Sam:
     """A SAM with the weights of a file, on the CPU, in float32, in eval mode.
 
     Args:
         name: compact, vit_b, vit_l or vit_h; None = whichever the file holds.
-        checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), or a .safetensors of `save_sam`.
+        checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), a .safetensors of `save_sam` (with
+            adapters, where it holds some), or the small file of `models.adapted.save_tuned`.
         image_size: side S of the input, pixels; 0 = that of the file.
+        base: the pretrained weights that a small file belongs to; no other file needs it.
     Raises:
         UserError: no such file, an HTML page, a damaged file, weights of another model or values that are not finite.
     """
     state, metadata = read_weights(checkpoint)
+    if (wanted := base_wanted(metadata)) is not None:
+        if base is None:
+            raise UserError(f"{checkpoint}: holds only what was trained, and needs the weights it was trained on: "
+                            f"{wanted}; name them as base, or use best.safetensors beside it, which is whole")
+        size = metadata.get("image_size", "0")
+        sam = load_sam(name or metadata.get("name"), base, image_size=int(size) if size.isdigit() else 0)
+        apply_tuned(sam, checkpoint, state, metadata, base)
+        return at_size(sam, image_size).eval()
     held = model_held(checkpoint, state, metadata)
     if name not in (None, held):
         raise UserError(f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or "
@@ -101,6 +113,10 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0) -> Sam:
     with torch.device("meta"):  # no time for random weights: every tensor comes from the file
         sam = build_compact(architecture) if architecture is not None else sam_model_registry[held]()
         sam = at_size(sam, state[POSITION].shape[1] * patch_size(sam))
+        if (bottleneck := adapters.adapters_held(state)) is not None:
+            dim, first = bottleneck
+            depth = len(sam.image_encoder.blocks)
+            adapters.insert_adapters(sam, dim=dim, last_k=max(depth - first, 0), seed=0)
     expected = sam.state_dict()
     faults = [
         f"{len(keys)} {what} ({', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
@@ -172,7 +188,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None = None) -> None:
-    """Write plain segment_anything keys as safetensors, atomically.
+    """Write plain segment_anything keys as safetensors, atomically; adapters, where there are any, under keys of
+    their own beside them, low-rank updates merged.
 
     Args:
         name: compact, vit_b, vit_l or vit_h. metadata: further entries; the compact one's architecture is added.
@@ -187,7 +204,7 @@ def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None
                    "num_heads": attention.num_heads, "prompt_width": decoder.transformer_dim,
                    "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features}
         notes["architecture"] = json.dumps(numbers)
-    state = {key: value.detach().cpu().contiguous() for key, value in sam.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in own_state(sam).items()}
     write_bytes_atomic(path, save(state, notes))
 
 

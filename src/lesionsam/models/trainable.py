@@ -10,17 +10,21 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.errors import UserError
+from lesionsam.models import adapters, lora
 from lesionsam.models.sam import encode, preprocess
 from lesionsam.types import Batch
 
 
-def select_trainable(sam: Sam, *, encoder: str, unfreeze_last_k: int, train_decoder: bool) -> None:
+def select_trainable(
+    sam: Sam, *, encoder: str, unfreeze_last_k: int = 0, train_decoder: bool, train_prompt_encoder: bool | None = None
+) -> None:
     """Set `requires_grad` of every parameter.
 
     Args:
-        encoder: `none`, or `blocks` for transformer blocks and the neck.
-        unfreeze_last_k: the last K blocks and the neck; 0 = the whole encoder.
-        train_decoder: mask decoder and prompt encoder train.
+        encoder: `none`; `blocks` for transformer blocks and the neck; `adapter` or `lora` for what
+            `models.adapted.attach` put in.
+        unfreeze_last_k: with blocks: the last K blocks and the neck; 0 = the whole encoder.
+        train_decoder: the mask decoder trains. train_prompt_encoder: the prompt encoder; None = as the decoder.
     Raises:
         UserError: K beyond the number of blocks, or nothing left to train.
     """
@@ -36,13 +40,28 @@ def select_trainable(sam: Sam, *, encoder: str, unfreeze_last_k: int, train_deco
             parts = [*blocks[len(blocks) - unfreeze_last_k :], sam.image_encoder.neck]
         for part in parts:
             part.requires_grad_(True)
-    if train_decoder:
-        sam.mask_decoder.requires_grad_(True)
-        sam.prompt_encoder.requires_grad_(True)
+    mark = {"adapter": adapters.MARK, "lora": lora.MARK}.get(encoder)
+    for name, p in sam.named_parameters():
+        if mark is not None and mark in name:
+            p.requires_grad_(True)
+    sam.mask_decoder.requires_grad_(train_decoder)
+    sam.prompt_encoder.requires_grad_(train_decoder if train_prompt_encoder is None else train_prompt_encoder)
     if not any(p.requires_grad for p in sam.parameters()):
         raise UserError(
-            "model.encoder: `none` with model.train_decoder: false leaves nothing to train; change one of them"
+            f"model.encoder: `{encoder}` with model.train_decoder: false leaves nothing to train; change one of them"
         )
+
+
+def trained_counts(module: nn.Module) -> dict[str, int]:
+    """Number of trained parameters by part: encoder, adapters, lora, decoder, prompt_encoder, head, other; no zeros."""
+    marks = {"adapters": adapters.MARK, "lora": lora.MARK, "encoder": "image_encoder.", "decoder": "mask_decoder.",
+             "prompt_encoder": "prompt_encoder.", "head": "head."}
+    counts: dict[str, int] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            part = next((part for part, mark in marks.items() if mark in name), "other")
+            counts[part] = counts.get(part, 0) + p.numel()
+    return counts
 
 
 def num_frozen_blocks(sam: Sam) -> int:
