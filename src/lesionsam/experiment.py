@@ -248,6 +248,7 @@ def train(
         precision=t.precision,
         seed=t.seed,
         augment=t.augment,
+        widen=t.widen,
         patience=t.patience,
         device=device,
         evaluate=evaluate,

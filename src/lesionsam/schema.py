@@ -238,6 +238,9 @@ class Train(Section):
     clip: float = Field(gt=0, description="gradient norm")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="fp32 | bf16 | fp16 (autocast)")
     augment: bool = Field(description="flips and quarter turns, image and boxes together")
+    widen: float = Field(
+        ge=0, le=1, description="share of images shown from farther away: shorter side extended by half with its mirror"
+    )
     select: Literal["objective", "label_free"] = Field(
         description="best checkpoint by: objective (mean IoU of ring, centre, box on dev) | label_free"
     )

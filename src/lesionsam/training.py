@@ -88,6 +88,7 @@ def fit(
     precision: str,
     seed: int,
     augment: bool,
+    widen: float,
     patience: int,
     device: torch.device,
     evaluate: Evaluate,
@@ -122,7 +123,7 @@ def fit(
 
     while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
         method.model.train()
-        batches = data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, start=at.batch)
+        batches = data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, widen=widen, start=at.batch)
         for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
             number = at.epoch * num_batches + at.batch  # of this batch since the beginning
             batch = batch.to(device)

@@ -11,6 +11,7 @@ import torch
 
 from lesionsam.box_prior import inside
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
+from lesionsam.data.widening import widen
 from lesionsam.types import Batch, Sample
 
 NUM_ORIENTATIONS = 8  # flips and quarter turns: the symmetries of the square
@@ -37,10 +38,11 @@ class LesionDataset:
         """Whether every sample has a true mask."""
         return all(s.mask_path is not None for s in self.samples)
 
-    def batch(self, index: Sequence[int] | np.ndarray, orientations: Sequence[int] | np.ndarray | None = None) -> Batch:
-        """Collate samples, each in an orientation from 0 (as it is) to 7; see `orient`."""
-        orientations = orientations if orientations is not None else [0] * len(index)
-        parts = [self._one(int(k), int(o)) for k, o in zip(index, orientations, strict=True)]
+    def batch(self, index: Sequence[int] | np.ndarray, variants: Sequence[int] | np.ndarray | None = None) -> Batch:
+        """Collate samples, each in a variant: 0 (as it is) to 7 are the orientations of `orient`; 8 to 15 the same of
+        the widened frame, see `widening.widen`."""
+        variants = variants if variants is not None else [0] * len(index)
+        parts = [self._one(int(k), int(v)) for k, v in zip(index, variants, strict=True)]
         images, priors, masks, valid, sizes, big, small = (np.stack(p) for p in zip(*parts, strict=True))
         truth = None
         if self.with_masks:
@@ -59,17 +61,22 @@ class LesionDataset:
             orientations=torch.tensor([int(o) for o in orientations]),
         )
 
-    def _one(self, k: int, orientation: int) -> tuple[np.ndarray, ...]:
+    def _one(self, k: int, variant: int) -> tuple[np.ndarray, ...]:
         f = self.frames
-        height, width = f.sizes[k]
+        widened, orientation = divmod(variant, NUM_ORIENTATIONS)
+        height, width = (int(n) for n in f.sizes[k])
         valid = np.zeros((self.side, self.side), bool)
         valid[:height, :width] = True
         for other in f.others[k]:
             valid &= ~(inside(other, valid.shape) & ~inside(f.small_boxes[k], valid.shape))
-        grids = [f.images[k], f.priors[k], f.masks[k], valid]
-        boxes = [f.big_boxes[k], f.small_boxes[k]]
+        grids = (f.images[k], f.priors[k], f.masks[k], valid)
+        boxes = (f.big_boxes[k], f.small_boxes[k])
+        if widened:
+            grids, (height, width), boxes = widen(
+                *grids, (height, width), boxes, prior_scale=PRIOR_SCALE, unknown=UNKNOWN
+            )
         if orientation == 0:
-            return (*grids, f.sizes[k], *boxes)
+            return (*grids, np.array([height, width]), *boxes)
         return (
             *(orient(grid, (height, width), orientation) for grid in grids),
             oriented_size((height, width), orientation),
@@ -81,18 +88,24 @@ class LesionDataset:
         for start in range(0, len(self), batch_size):
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
-    def epoch(self, batch_size: int, *, seed: int, epoch: int, augment: bool, start: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+    ) -> Iterator[Batch]:
         """Batches of one epoch from batch number `start` on; the last batch is filled from the epoch's beginning.
 
-        The order is a permutation and the orientations are draws, both functions of (seed, epoch) alone.
+        The order is a permutation and the variants are draws, both functions of (seed, epoch) alone.
+
+        Args:
+            augment: draw one of the 8 orientations for each image. widen: share of the images that are widened.
         """
         rng = np.random.default_rng([seed, epoch])
-        order, orientations = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
+        order, variants = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
         if not augment:
-            orientations[:] = 0
+            variants[:] = 0
+        variants += NUM_ORIENTATIONS * (rng.random(len(self)) < widen)
         for number in range(start, self.batches_per_epoch(batch_size)):
             index = order[np.arange(number * batch_size, (number + 1) * batch_size) % len(self)]
-            yield self.batch(index, orientations[index])
+            yield self.batch(index, variants[index])
 
     def batches_per_epoch(self, batch_size: int) -> int:
         """Number of batches that cover the set once."""
