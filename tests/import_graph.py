@@ -1,6 +1,7 @@
 """Which modules of the project a file really imports, at whatever depth, read from the source: for dvc.yaml.
 
-`python tests/import_graph.py` prints the module deps that every stage of dvc.yaml must name.
+`python tests/import_graph.py` prints the module deps that every stage of dvc.yaml must name;
+`--write` puts them there.
 """
 
 from __future__ import annotations
@@ -93,7 +94,29 @@ def stage_deps(script: str) -> list[str]:
     return sorted([script, *(path.relative_to(ROOT).as_posix() for path in [*files, *named])])
 
 
+def rewritten(text: str) -> str:
+    """dvc.yaml with the code among every stage's deps as `stage_deps` finds it; all else as it stands."""
+    lines: list[str] = []
+    deps: set[str] = set()
+    stage = ""
+    for line in text.splitlines():
+        if line.startswith("  ") and line[2] != " ":
+            stage = line.strip().rstrip(":")
+        code = line.startswith(("      - src/", "      - stages/"))
+        if line == "    deps:":
+            deps = {f"      - {dep}" for dep in stage_deps(f"stages/{stage}.py")}
+        elif deps and not line.startswith("      - "):  # the list ends here
+            begun = max(k for k, known in enumerate(lines) if known == "    deps:") + 1
+            lines[begun:] = sorted({*lines[begun:], *deps})
+            deps = set()
+        if not code:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
+    if "--write" in sys.argv:
+        (ROOT / "dvc.yaml").write_text(rewritten((ROOT / "dvc.yaml").read_text(encoding="utf-8")), encoding="utf-8")
     for stage in sorted((ROOT / "stages").glob("*.py")):
         lines = "\n".join(f"      - {dep}" for dep in stage_deps(f"stages/{stage.name}"))
         sys.stdout.write(f"{stage.stem}:\n{lines}\n\n")
