@@ -580,6 +580,7 @@ def test_whatever_the_masks_hold_the_contrastive_method_trains_the_same(tmp_path
             precision="fp32",
             seed=0,
             augment=True,
+            widen=0.0,
             patience=0,
             device=CPU,
             evaluate=lambda epoch: {"objective": 0.0},

@@ -53,6 +53,7 @@ def run(method: Method, data: LesionDataset, folder: Path, **changes: Any) -> Pr
         "precision": "fp32",
         "seed": 0,
         "augment": True,
+        "widen": 0.0,
         "patience": 0,
         "device": CPU,
         "log": lambda values, step: None,

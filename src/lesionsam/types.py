@@ -82,7 +82,8 @@ class Batch:
         prior: (B, S, S) float32 logits of the box prior (without offset); None in batches put together by hand.
         masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
             wanted.
-        orientations: (B,) int64 from 0 (as it is) to 7, see `data.datasets.orient`; None where nobody said.
+        orientations: (B,) int64 from 0 (as it is) to 7, see `data.datasets.orient`, 8 to 15 the same of the widened
+            frame; None where nobody said.
         prefix: what the encoder's frozen leading part makes of `images` (`models.trainable.encode_frozen`): tokens
             (B, H', W', width), or features (B, C, H', W') where nothing of the encoder trains; None if not yet made.
         reference: (B, C, H', W') features of the pretrained encoder, None if not yet made.

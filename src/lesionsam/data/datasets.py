@@ -58,7 +58,7 @@ class LesionDataset:
             valid=torch.from_numpy(valid),
             prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE),
             masks=truth,
-            orientations=torch.tensor([int(o) for o in orientations]),
+            orientations=torch.tensor([int(v) for v in variants]),
         )
 
     def _one(self, k: int, variant: int) -> tuple[np.ndarray, ...]:
