@@ -19,7 +19,7 @@ ROOT = import_graph.ROOT
 LAYERS = [
     [
         "types", "errors", "files", "guard", "progress", "limits", "schema", "config", "presets",
-        "boxes", "box_prior", "prompts", "losses", "metrics", "statistics", "overlays",
+        "boxes", "box_prior", "formats", "prompts", "losses", "metrics", "statistics", "overlays",
     ],
     ["data", "models"],
     ["methods"],

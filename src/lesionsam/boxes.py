@@ -242,14 +242,19 @@ def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.nda
         ValueError: names the column, what was expected and what came.
     """
     big, small = parse_box(row, BIG, width, height), parse_box(row, SMALL, width, height)
+    return big, check_small(big, small, row["image_id"])
+
+
+def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray:
+    """The small box (4,), cut at the big one; raises ValueError where it leaves that by more than rounding."""
     outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
     if outside > TOLERANCE:
         raise ValueError(
-            f"small_x0..small_y1: small box {_show(small)} of {row['image_id']!r} leaves the big box "
+            f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box "
             f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
             "exchanged?)"
         )
-    return big, np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
+    return np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
 
 
 def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
@@ -260,22 +265,27 @@ def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: 
             value = float(row[name])
         except ValueError:
             raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})") from None
-        if not np.isfinite(value):
-            raise ValueError(f"{name}: expected a finite number of pixels, got {row[name]!r} ({row['image_id']!r})")
         values.append(value)
-    box = np.array(values)
+    return check_box(np.array(values), names, width, height, row["image_id"])
+
+
+def check_box(box: np.ndarray, names: Sequence[str], width: int, height: int, image_id: str) -> np.ndarray:
+    """A box (4,) XYXY, cut at the frame; `names` are its columns for the ValueError that a wrong one raises."""
+    for name, value in zip(names, box, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number of pixels, got {value} ({image_id!r})")
     for low, high in ((0, 2), (1, 3)):
         if box[high] <= box[low]:
             raise ValueError(
                 f"{names[low]}, {names[high]}: expected {names[low]} < {names[high]}, got {box[low]:g} and "
-                f"{box[high]:g} ({row['image_id']!r}); boxes are XYXY"
+                f"{box[high]:g} ({image_id!r}); boxes are XYXY"
             )
     limits = np.array([width, height, width, height], float)
     excess = np.maximum(-box, box - limits)
     if excess.max() > TOLERANCE:
         name = names[int(excess.argmax())]
         raise ValueError(
-            f"{name}: {box[int(excess.argmax())]:g} lies outside the image {row['image_id']!r} of "
+            f"{name}: {box[int(excess.argmax())]:g} lies outside the image {image_id!r} of "
             f"{width}x{height} px; boxes are in original pixels"
         )
     return np.clip(box, 0, limits)

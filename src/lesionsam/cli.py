@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lesionsam import cli_results
+from lesionsam.cli_data import data_app
 from lesionsam.errors import run_guarded
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.")
 params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
 app.add_typer(params_app, name="params")
+app.add_typer(data_app, name="data")
 
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]

@@ -29,6 +29,7 @@ TURNS = {  # EXIF orientation -> what shows the picture upright
     8: Image.Transpose.ROTATE_90,
 }
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # in any case
 CHUNK = 1 << 20
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None

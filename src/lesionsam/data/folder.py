@@ -17,10 +17,9 @@ from PIL import Image
 from lesionsam.data.index import Row, check_rows, dev_ids
 from lesionsam.data.meter import say
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, check_image, read_mask, sha256_file
+from lesionsam.files import IMAGE_SUFFIXES, atomic_write, check_image, read_mask, sha256_file
 from lesionsam.progress import progress
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 MASK_ENDING = "_segmentation"
 NUM_THREADS = 4  # Pillow decodes outside Python's lock
 
@@ -61,18 +60,18 @@ def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshol
 def _stems(folder: Path) -> dict[str, Path]:
     """Stem in lower case -> image file; hidden files and other kinds are left out."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected images ({', '.join(SUFFIXES)}) in it")
+        raise UserError(f"{folder}: no such folder; expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
     found: dict[str, Path] = {}
     others = 0
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir():
             continue
-        if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
             others += 1
         elif (other := found.setdefault(path.stem.lower(), path)) is not path:
             raise UserError(f"{path}: same name as {other.name}, apart from case or ending; rename one of them")
     if not found:
-        raise UserError(f"{folder}: no images in it; expected files ending in {', '.join(SUFFIXES)}")
+        raise UserError(f"{folder}: no images in it; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     if others:
         say(f"note: {others} files in {folder} are not images and were left out")
     return found
