@@ -54,6 +54,7 @@ DEFAULT = Options(
     offset=0.0,
     softness=3.0,
     teacher_weight=0.0,
+    ramp_steps=0,
     placebo="none",
     prompts={"ring": 0.25, "centre": 0.25, "box": 0.5, "box+core": 0.0},
     prompts_per_image=2,
@@ -351,6 +352,22 @@ def test_the_priors_target_is_its_sigmoid_inside_the_big_box() -> None:
                 if not (y0 <= row + 0.5 < y1 and x0 <= column + 0.5 < x1):
                     wanted[row, column] = 0
         assert torch.allclose(m[k], to_grid(wanted[None], SIDE)[0], atol=1e-5)
+
+
+def test_the_teachers_share_rises_with_the_steps_taken() -> None:
+    batch = some_batch()
+    constant = {v: target_of(contrastive(target="fused", teacher_weight=v), batch)[0] for v in (0.2, 0.4)}
+    prior = target_of(contrastive(target="prior"), batch)[0]
+    rising = contrastive(target="fused", teacher_weight=0.4, ramp_steps=4)
+    assert torch.allclose(target_of(rising, batch)[0], prior, atol=1e-5)
+    for _ in range(2):
+        rising.after_step()
+    rising.teacher = contrastive(target="fused").teacher  # the averages as they were: only the share is looked at
+    assert torch.allclose(target_of(rising, batch)[0], constant[0.2], atol=1e-5)
+    for _ in range(7):
+        rising.after_step()
+    assert torch.allclose(target_of(rising, batch)[0], constant[0.4], atol=1e-5)
+    assert rising.model.state_dict()["num_steps"] == 9
 
 
 def test_fusing_lies_between_prior_and_teacher_and_each_target_is_its_own() -> None:

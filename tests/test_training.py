@@ -38,7 +38,8 @@ def contrastive(**changes: Any) -> Contrastive:
     sam, reference = tiny_sam(sharpness=20), tiny_sam(sharpness=20)
     select_trainable(sam, encoder="blocks", unfreeze_last_k=1, train_decoder=True)
     torch.manual_seed(0)
-    changes = {"alpha": 0.5, "gamma": 0.1, "target": "fused", "teacher_weight": 0.3, "head_norm": "batch"} | changes
+    extra = {"alpha": 0.5, "gamma": 0.1, "target": "fused", "teacher_weight": 0.3, "ramp_steps": 5}
+    changes = extra | {"head_norm": "batch"} | changes
     return Contrastive(sam, reference, options(DEFAULT, entropy_thresh=0.6931, **changes))
 
 

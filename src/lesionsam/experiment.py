@@ -130,6 +130,12 @@ def find_offset(data: LesionDataset, looseness: float) -> float:
     return outline_offset(priors, boxes, looseness, sizes)
 
 
+def num_steps(config: Config, data: LesionDataset) -> int:
+    """Optimiser steps of a whole run on these samples."""
+    t = config.train
+    return t.epochs * -(-data.batches_per_epoch(t.batch_size) // t.accumulate)
+
+
 def build_method(
     config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
 ) -> tuple[Method, float | None]:
@@ -178,6 +184,7 @@ def build_method(
         offset=found,
         softness=getattr(target, "softness", 1.0),
         teacher_weight=getattr(target, "teacher_weight", 0.0),
+        ramp_steps=round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)),
         placebo=getattr(target, "placebo", "none"),
         prompts=m.prompts.shares(),
         prompts_per_image=m.prompts_per_image,
@@ -228,7 +235,7 @@ def train(
         f"training {num_trained:,} of {num_all:,} parameters on {len(data.train)} lesions"
         + (f", outline offset {offset:+.2f}" if offset is not None else "")
     )
-    steps = t.epochs * -(-data.train.batches_per_epoch(t.batch_size) // t.accumulate)
+    steps = num_steps(config, data.train)
     teacher = getattr(method, "teacher", None)
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")

@@ -158,7 +158,10 @@ class FusedTarget(Section):
     looseness: float = Field(ge=0, le=4, description=LOOSENESS)
     softness: float = Field(gt=0, le=100, description=SOFTNESS)
     teacher_weight: float = Field(
-        gt=0, lt=1, description="share of the teacher's logits in the fused target", examples=[0.3]
+        gt=0, lt=1, description="share of the teacher's logits in the fused target, once risen", examples=[0.5]
+    )
+    teacher_ramp: float = Field(
+        ge=0, le=1, description="share of all steps over which teacher_weight rises from 0; 0 = at once", examples=[1.0]
     )
     placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
 

@@ -65,17 +65,21 @@ class Options:
     offset: float
     softness: float
     teacher_weight: float
+    ramp_steps: int
     placebo: str
     prompts: Mapping[str, float]
     prompts_per_image: int
 
 
 class Student(nn.Module):
-    """SAM and the projection head: everything that may train."""
+    """SAM and the projection head: everything that may train; and the number of steps taken."""
+
+    num_steps: torch.Tensor
 
     def __init__(self, sam: Sam, head: ProjectionHead) -> None:
         super().__init__()
         self.sam, self.head = sam, head
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
 
 class Contrastive:
@@ -91,7 +95,7 @@ class Contrastive:
         self.head = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
         self.head.to(sam.pixel_mean.device)
         self.head.requires_grad_(options.alpha > 0)
-        self.model: nn.Module = Student(sam, self.head)
+        self.model = Student(sam, self.head).to(sam.pixel_mean.device)
         self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
         self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
         self.frozen_blocks = num_frozen_blocks(sam)
@@ -148,7 +152,8 @@ class Contrastive:
         return terms
 
     def after_step(self) -> None:
-        """EMA update of the teacher."""
+        """EMA update of the teacher, whose weight in a fused target rises with the number of steps."""
+        self.model.num_steps += 1
         if self.teacher is not None:
             self.teacher.update()
 
@@ -198,7 +203,9 @@ class Contrastive:
                 raise ValueError("a teacher's target needs the teacher")
             low_res, _ = decode(self.teacher.module.sam, f_t, prompts)
             taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
-            logits = taught if o.target == "teacher" else (1 - o.teacher_weight) * logits + o.teacher_weight * taught
+            risen = (self.model.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
+            v = o.teacher_weight * risen
+            logits = taught if o.target == "teacher" else (1 - v) * logits + v * taught
         in_big = box_grid(batch.big_boxes, side, side)
         if o.target != "teacher":
             logits = logits.masked_fill(~in_big, LOWEST)
