@@ -25,7 +25,7 @@ def main(
         "evidence"
     ),
     params: Annotated[Path, typer.Option(help="the default that the rows change")] = ROOT / "params.yaml",
-    epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 5,
+    epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 3,
     precision: Annotated[str, typer.Option(help="fp32 | bf16, of every row but the published letter's")] = "bf16",
     only: Annotated[str, typer.Option(help="rows whose name holds this text; empty = all")] = "",
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
@@ -60,7 +60,7 @@ def main(
         for row in planned
         if only in row.name and seed < row.seeds and not unit_path(out, row, seed).exists()
     ]
-    waiting.sort(key=lambda job: job[0].name == LETTER)  # six times as long as any other row: last
+    waiting.sort(key=lambda job: job[0].name == LETTER)  # ten times as long as any other row: last
     begun, done = time.monotonic(), 0
 
     def work(job: tuple) -> int:

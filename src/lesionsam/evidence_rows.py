@@ -62,11 +62,13 @@ def rows(base: Config) -> list[Row]:
         Row(TUNED_PLACEBO, tuned | {"method.target.placebo": "other"}, preset="published"),
         Row(PRIOR, {"method.target": prior}),
         Row(f"{PRIOR}, without its outline offset", {"method.target": prior | {"offset": "none"}}),
-        Row(f"{PRIOR}, without contrast", {"method.target": prior, "method.alpha": 0.0}),
         Row(TEACHER, teacher),
         Row("contrast alone", {"method.target": prior, "method.alpha": 1.0, "method.delta": 0.0}),
-        Row(f"{PRIOR}, with projection", {"method.target": prior, "method.epsilon": 0.5}),
-        Row(f"{PRIOR}, with distillation", {"method.target": prior, "method.gamma": 0.1}),
+        Row(f"{DEFAULT}, without contrast", {"method.alpha": 0.0}),
+        Row(f"{DEFAULT}, with projection", {"method.epsilon": 0.5}),
+        Row(f"{DEFAULT}, with distillation", {"method.gamma": 0.1}),
+        Row(f"{DEFAULT}, frames not widened", {"train.widen": 0.0}),
+        Row(f"{SUPERVISED}, frames not widened", rate(SUPERVISED_RATE) | {"train.widen": 0.0}, preset="supervised"),
     ]
     for share, seeds in ((0.40, 3), (0.20, 1), (0.80, 1), (0.10, 1)):
         tag, margin = f", boxes {share:.0%} too large", (share, share)
@@ -75,7 +77,7 @@ def rows(base: Config) -> list[Row]:
             Row(DEFAULT + tag, seeds=seeds, margin=margin),
             Row(SUPERVISED + tag, rate(SUPERVISED_RATE), preset="supervised", seeds=seeds, margin=margin),
         ]
-    return [*found, Row(LETTER, preset="published", seeds=1)]
+    return [*found, Row(LETTER, {"train.precision": base.train.precision}, preset="published")]
 
 
 COMPARISONS = (
@@ -89,9 +91,11 @@ COMPARISONS = (
     (DEFAULT, PRIOR),
     (DEFAULT, TEACHER),
     (f"{PRIOR}, without its outline offset", PRIOR),
-    (f"{PRIOR}, without contrast", PRIOR),
-    (f"{PRIOR}, with projection", PRIOR),
-    (f"{PRIOR}, with distillation", PRIOR),
+    (DEFAULT, f"{DEFAULT}, without contrast"),
+    (f"{DEFAULT}, with projection", DEFAULT),
+    (f"{DEFAULT}, with distillation", DEFAULT),
+    (DEFAULT, f"{DEFAULT}, frames not widened"),
+    (SUPERVISED, f"{SUPERVISED}, frames not widened"),
     (f"{DEFAULT}, boxes 40% too large", DEFAULT),
     (f"{DEFAULT}, boxes 40% too large", f"{SUPERVISED}, boxes 40% too large"),
 )
