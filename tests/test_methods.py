@@ -367,7 +367,7 @@ def test_the_teachers_share_rises_with_the_steps_taken() -> None:
     for _ in range(7):
         rising.after_step()
     assert torch.allclose(target_of(rising, batch)[0], constant[0.4], atol=1e-5)
-    assert rising.model.state_dict()["num_steps"] == 9
+    assert rising.student.num_steps == 9
 
 
 def test_fusing_lies_between_prior_and_teacher_and_each_target_is_its_own() -> None:

@@ -95,7 +95,8 @@ class Contrastive:
         self.head = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
         self.head.to(sam.pixel_mean.device)
         self.head.requires_grad_(options.alpha > 0)
-        self.model = Student(sam, self.head).to(sam.pixel_mean.device)
+        self.student = Student(sam, self.head).to(sam.pixel_mean.device)
+        self.model: nn.Module = self.student
         self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
         self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
         self.frozen_blocks = num_frozen_blocks(sam)
@@ -153,7 +154,7 @@ class Contrastive:
 
     def after_step(self) -> None:
         """EMA update of the teacher, whose weight in a fused target rises with the number of steps."""
-        self.model.num_steps += 1
+        self.student.num_steps += 1
         if self.teacher is not None:
             self.teacher.update()
 
@@ -203,7 +204,7 @@ class Contrastive:
                 raise ValueError("a teacher's target needs the teacher")
             low_res, _ = decode(self.teacher.module.sam, f_t, prompts)
             taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
-            risen = (self.model.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
+            risen = (self.student.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
             v = o.teacher_weight * risen
             logits = taught if o.target == "teacher" else (1 - v) * logits + v * taught
         in_big = box_grid(batch.big_boxes, side, side)
