@@ -231,7 +231,16 @@ def recompute(method: Contrastive, batch: Batch, seed: int) -> dict[str, float]:
             values.append(-math.log(near / (near + far)))
         contrasts.append(float(np.mean(values)) if values else None)
     counted = [value for value, ok in zip(contrasts, trusted, strict=True) if ok and value is not None]
-    distil = torch.cat([a - b for a, b in zip(features["student"], features["reference"], strict=True)]).square().mean()
+    gaps = torch.cat([a - b for a, b in zip(features["student"], features["reference"], strict=True)]).square().mean(1)
+    cell = SIDE // gaps.shape[-1]
+    shares = [  # of each cell's pixels, how many are image and no other lesion
+        [
+            [float(v[r : r + cell, c : c + cell].double().mean()) for c in range(0, SIDE, cell)]
+            for r in range(0, SIDE, cell)
+        ]
+        for v in batch.valid
+    ]
+    distil = (gaps * torch.tensor(shares)).sum() / np.sum(shares)
     return {
         "mask": float(np.mean(masks)),
         "iou": float(np.mean(ious)),
@@ -282,6 +291,21 @@ def test_an_image_without_negatives_is_contrasted_with_random_pixels_its_anchors
         found.append(value)
     # Some cell is pseudo mask; its anchor is among its own negatives, so that its loss is at least ln 2 or nearly so.
     assert max(found) > 0.5
+
+
+def test_distillation_skips_padding() -> None:
+    method, batch = contrastive(gamma=1.0), some_batch()
+    with torch.no_grad():
+        for p in method.sam.image_encoder.parameters():
+            p.add_(0.02)
+    valid = torch.ones_like(batch.valid)
+    valid[:, SIDE // 2 :] = False
+    f, _, f_r = method.encode(batch)
+    assert f_r is not None
+    wanted = (f - f_r)[:, :, : f.shape[2] // 2].square().mean()
+    found = method.losses(replace(batch, valid=valid), generator())["distil"].value
+    assert torch.allclose(found, wanted, rtol=1e-5)
+    assert not torch.allclose(found, (f - f_r).square().mean(), rtol=1e-3)
 
 
 def test_distillation_starts_at_zero_and_grows_as_the_student_leaves_the_pretrained_features(tmp_path: Path) -> None:

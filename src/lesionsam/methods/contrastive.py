@@ -132,7 +132,9 @@ class Contrastive:
         if o.alpha > 0:
             terms["contrast"] = Term(self.contrast(batch, f, f_t, m, trusted, generator), o.alpha)
         if o.gamma > 0 and f_r is not None:
-            terms["distil"] = Term(F.mse_loss(f.float(), f_r.float()), o.gamma)
+            squared = (f.float() - f_r.float()).square().mean(1)  # (B, H', W')
+            known = to_grid(batch.valid, f.shape[-1])  # padding and other lesions take no part
+            terms["distil"] = Term((squared * known).sum() / known.sum().clamp(min=1), o.gamma)
         if o.delta > 0:
             terms["pseudo"] = Term(mean_over(soft_mask_loss(y, m[rows], w[rows]), trusted[rows]), o.delta)
         if o.epsilon > 0:
