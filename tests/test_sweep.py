@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,109 +16,35 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from tiny import tiny_sam
+from sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage
-from lesionsam.boxes import annotate, write_boxes
 from lesionsam.config import (
     default_text,
-    default_values,
     flatten,
     load_config,
     parse_yaml,
-    to_values,
-    unflatten,
     validate,
 )
-from lesionsam.config_file import edit_text, fit
-from lesionsam.data.index import read_index, write_index
-from lesionsam.data.synthetic import write_dataset
+from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
-from lesionsam.models.sam import load_sam, save_sam
-from lesionsam.presets import apply_preset, upgrade
+from lesionsam.models.sam import load_sam
+from lesionsam.presets import upgrade
 from lesionsam.statistics import interval
 from lesionsam.sweep import Request, sweep
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import held_out, idle_gate, open_bench
-from lesionsam.sweep_report import START, WINNER, Verdict, comparisons, judge, rank_correlation
+from lesionsam.sweep_report import Verdict, comparisons, judge, rank_correlation
 from lesionsam.sweep_space import Dimension, combinations, dead_keys, from_json, read_space, to_json
 from lesionsam.sweep_storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
-from lesionsam.sweep_trial import Place
+from lesionsam.sweep_trial import START, WINNER, Place
 from lesionsam.sweep_worker import draw, is_finished, state_of
-
-ROOT = Path(__file__).resolve().parents[1]
-SPACE = {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "model.unfreeze_last_k": {"low": 0, "high": 2}}
-# What the default is may change; these tests are about a configuration with a prior as target and no contrast.
-BASE = {"method.alpha": 0.0, "method.delta": 1.0, "method.target.kind": "prior", "method.temperature": 0.1}
-FAST = BASE | {
-    "sweep.sampler": "random",
-    "sweep.pruner": "none",
-    "sweep.epochs": 0,
-    "sweep.confirm_seeds": 0,
-    "tracking.enabled": False,
-    "runtime.num_threads": 1,
-    "runtime.device": "cpu",
-    "train.epochs": 2,
-    "data.num_train": 8,
-    "data.num_dev": 4,
-    "data.num_test": 1,
-    "data.max_side": 48,
-}
-WAIT_S = 600
-
-
-def configured(space: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """The default configuration with a space and some dotted keys (their dots as __) changed."""
-    base = {**BASE, **{key.replace("__", "."): value for key, value in changes.items()}}
-    values = unflatten(base, default_values())
-    if space is not None:
-        values["sweep"]["space"] = space
-    return validate(fit(values))
-
-
-def set_params(**changes: Any) -> None:
-    """Change dotted keys (their dots as __) of params.yaml in the current folder."""
-    path = Path("params.yaml")
-    text = path.read_text("utf-8")
-    values = parse_yaml(text, "params.yaml")
-    space = changes.pop("sweep__space", None)
-    values = unflatten({key.replace("__", "."): value for key, value in changes.items()}, values)
-    if space is not None:
-        values["sweep"]["space"] = space
-    path.write_text(edit_text(text, values), "utf-8")
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as `dvc repro boxes weights` leaves it: a few generated images, a tiny SAM, params.yaml."""
-    folder = tmp_path_factory.mktemp("prepared")
-    text, config = apply_preset("tiny", (ROOT / "params.yaml").read_text("utf-8"))
-    values = unflatten(FAST, to_values(config))
-    values["sweep"]["space"] = SPACE
-    values = to_values(validate(fit(values)))
-    (folder / "params.yaml").write_text(edit_text(text, values), "utf-8")
-    with contextlib.chdir(folder):
-        raw = Path("data/raw")
-        raw.mkdir(parents=True)
-        write_index(
-            raw / "index.csv", write_dataset(raw, seed=0, counts={"train": 8, "dev": 4, "test": 1}, max_side=48)
-        )
-        b = load_config().boxes
-        write_boxes(
-            Path("data/boxes.csv"),
-            annotate(
-                read_index(raw / "index.csv"),
-                root=Path(),
-                seed=b.seed,
-                margin=(b.margin_low, b.margin_high),
-                core=(b.core_low, b.core_high),
-                jitter=b.jitter,
-                min_area=b.min_area,
-            ),
-        )
-        Path("models/pretrained").mkdir(parents=True)
-        save_sam(tiny_sam(sharpness=20), Path("models/pretrained/sam.safetensors"), name="compact")
-    return folder
+    """Made once; tests copy it."""
+    return prepare(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture
@@ -130,24 +53,6 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = Path(shutil.copytree(prepared, tmp_path / "project"))
     monkeypatch.chdir(folder)
     return folder
-
-
-def only_study(url: str = "sqlite:///sweeps/sweeps.db") -> optuna.Study:
-    storage = open_storage(url)
-    return optuna.load_study(study_name=None, storage=storage)
-
-
-def tried(study: optuna.Study) -> list[dict[str, Any]]:
-    """Values of the finished trials, in their order."""
-    return [t.user_attrs["values"] for t in study.get_trials(deepcopy=False) if is_finished(t)]
-
-
-def wait_until(test: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not test():
-        assert process is None or process.poll() is None, "the process ended early"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # ---- the space ---------------------------------------------------------------------------------------------------
@@ -359,7 +264,7 @@ def test_a_sweep_from_start_to_applied_values(
         len(t.intermediate_values) == 2 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
     place = Place.of(study.study_name)
-    assert not list((place.scratch / "trials").iterdir()), "nothing of a finished trial is left but the best weights"
+    assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
     table = pd.read_csv(place.out / "trials.csv")
     best = study.best_trial
@@ -455,7 +360,7 @@ def test_a_running_trial_whose_process_is_gone_is_queued_again(
         trial.suggest_float("x", 0, 1)
         trial.set_user_attr("owner", held)
     gone.report(0.5, 1)
-    assert repair(study) == 1
+    assert repair(study, {}) == 1
     assert [t.state.name for t in study.get_trials()] == ["RUNNING", "RUNNING", "FAIL", "WAITING"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -527,3 +527,35 @@ def test_a_run_that_was_deleted_is_not_brought_back_by_catching_up(tmp_path: Pat
     assert catch_up(tmp_path)
     assert spool_of(tmp_path).pending()[0] == 0
     assert spool_of(tmp_path).read_json("state.json")["run_id"] == shipper.state["run_id"]
+
+
+def test_children_share_one_parent_however_late_the_server_comes(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was sent while they ran: the child's sender makes the parent, another machine's finds it by asking."""
+    client = mlflow.MlflowClient(server.uri)
+
+    def opened(root: Path, name: str, **keywords: Any) -> Tracker:
+        return Tracker.open(root / name, uri=server.uri, experiment="children", root=root, run_name=name, params={},
+                            tags={}, system_metrics=False, send=False, **keywords)
+
+    parent = opened(tmp_path / "here", "parent")
+    for root in ("here", "there"):
+        opened(tmp_path / root, "child", parent=parent.local_id).close()
+        assert catch_up(tmp_path / root)
+    opened(tmp_path / "alone", "child", parent="f" * 32).close()
+    shipper = Shipper(spool_of(tmp_path / "alone"), replace_gone=False)
+    with pytest.raises(Unreachable, match="belongs to is not there yet"):
+        shipper.ship()
+    monkeypatch.setattr("lesionsam.tracking_mlflow.PARENT_SECONDS", 0.0)
+    assert catch_up(tmp_path / "alone")
+    (tmp_path / "here" / "parent" / "run.json").unlink()  # cleaned away: whoever knows the id goes on with that run
+    again = opened(tmp_path / "here", "parent", local_id=parent.local_id)
+    again.close()
+    parent.close()
+    assert sync(tmp_path / "here") == 0
+    runs = client.search_runs([client.get_experiment_by_name("children").experiment_id])
+    (one,) = [run for run in runs if run.info.run_name == "parent"]
+    found = [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_name == "child"]
+    assert sorted(map(str, found)) == sorted([one.info.run_id, one.info.run_id, "None"])
+    assert {run.info.status for run in runs} == {"FINISHED"}

@@ -153,6 +153,27 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def needed_for(key: str) -> list[dict[str, tuple[str, ...]]]:
+    """What a dotted key needs to be read, over all variants: [{key that picks a variant: the words that do}, ...].
+
+    No entry: no variant has such a key. An empty dictionary: always read.
+    """
+
+    def below(model: type[BaseModel], names: list[str], prefix: str) -> Iterator[dict[str, tuple[str, ...]]]:
+        field = fields_of(model).get(names[0])
+        if field is None:
+            return
+        if len(names) == 1:
+            yield {}
+            return
+        tag = tag_name(field)
+        for section in sections_of(field):
+            own = {f"{prefix}{names[0]}.{tag}": tags_of(section, tag)} if tag else {}
+            yield from (own | more for more in below(section, names[1:], f"{prefix}{names[0]}."))
+
+    return list(below(Config, key.split("."), ""))
+
+
 def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
     """Why a key is not known under these values, and which one is meant."""
     known = [known for known, _, _ in walk(values)]

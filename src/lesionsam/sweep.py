@@ -6,6 +6,7 @@ Its parts: `sweep_space` (what is searched), `sweep_data` (what trials share), `
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 import time
@@ -17,34 +18,40 @@ from pathlib import Path
 
 import optuna
 
-from lesionsam.config import Config, flatten, load_config, read_text, to_values
+from lesionsam.config import Config, flatten, load_config, parse_yaml, read_text, to_values, validate
 from lesionsam.config_file import difference, edit_text
 from lesionsam.errors import UserError
 from lesionsam.files import write_text_atomic
+from lesionsam.lineage import repository_root
 from lesionsam.presets import apply_preset
 from lesionsam.sweep_crew import crew, is_late
 from lesionsam.sweep_data import Bench, fixed_values, idle_gate, num_blocks, open_bench
 from lesionsam.sweep_report import (
     Verdict,
     as_text,
+    budget_correlation,
     by_label_free,
     comparisons,
     draw_pictures,
     judge,
     listed,
     rank_correlation,
+    spread,
     summary,
     table,
     winner,
     write,
 )
-from lesionsam.sweep_space import Dimension, combinations, configured, dead_keys, read_space, to_json
-from lesionsam.sweep_storage import HOST, clear_errors, shown_url, storage_url
-from lesionsam.sweep_study import make_ready, open_study
-from lesionsam.sweep_trial import BEST_NAME, Place, budget, open_tracker
+from lesionsam.sweep_space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
+from lesionsam.sweep_storage import clear_errors, shown_url, storage_url
+from lesionsam.sweep_study import made_here, make_ready, open_study
+from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
-from lesionsam.tracking import NullTracker
+from lesionsam.tracking import NullTracker, sync
 from lesionsam.training import OBJECTIVE
+
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+SYNC_SECONDS = 60.0  # patience with MLflow after the last trial
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Request:
     storage: str = ""
     apply: bool = False
     dry_run: bool = False
+    rank_check: int = 0
     preset: str = ""
     params: Path = Path("params.yaml")
 
@@ -69,9 +77,8 @@ def sweep(request: Request) -> None:
         UserError: see the modules; also after Ctrl-C (exit 130) and where trials are missing in the end.
     """
     config = load_config(request.params)
-    text = read_text(request.params)
     if request.preset:
-        text, config = apply_preset(request.preset, text, request.params.name)
+        config = on_preset(request.preset, read_text(request.params), request.params.name)[1]
     url, space = storage_url(request.storage), read_space(config)
     bench = open_bench(config)
     space = live_space(config, bench, space)
@@ -81,16 +88,29 @@ def sweep(request: Request) -> None:
         print(line, flush=True)
     if request.dry_run:
         return
-    previous = (
-        signal.signal(signal.SIGTERM, interrupt) if threading.current_thread() is threading.main_thread() else None
-    )
+    before = {one: signal.getsignal(one) for one in ENDS} if is_main_thread() else {}
+    for one, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup: the terminal may go
+            signal.signal(one, interrupt)
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
     try:
         with clear_errors(url):
-            _search(request, config, bench, space, fixed, name, url, text)
+            _search(request, config, bench, space, fixed, name, url)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def is_main_thread() -> bool:
+    """Whether signals may be handled here."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def on_preset(preset: str, text: str, source: str) -> tuple[str, Config]:
+    """A parameter file's text, and its configuration, with a preset applied; what to sweep stays as the file says."""
+    wanted, found = parse_yaml(text, source).get("sweep"), to_values(apply_preset(preset, text, source)[1])
+    config = validate({**found, "sweep": wanted or found["sweep"]}, f"{source} with preset {preset}")
+    return edit_text(text, to_values(config), source), config
 
 
 def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list[Dimension]:
@@ -104,7 +124,7 @@ def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list
         blocks, most = num_blocks(config, bench), max((int(v) for v in last.choices), default=int(last.high))
         if most > blocks:
             raise UserError(f"sweep.space: {last.key}: expected at most {blocks}, the encoder's blocks, got {most}")
-    dead = dead_keys(config, space)
+    dead = foreign_keys(config) | dead_keys(config, space)
     if (idle := idle_gate(config, bench, [d for d in space if d.key not in dead])) is not None:
         dead["method.gate.entropy_thresh"] = idle
     for key, why in dead.items():
@@ -112,8 +132,8 @@ def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list
     live = [d for d in space if d.key not in dead]
     if not live:
         raise UserError(
-            f"sweep.space: every key changes nothing under this configuration ({', '.join(dead)}); "
-            "search others, or switch on what reads them"
+            f"sweep.space: every key changes nothing under this configuration ({', '.join(dead)}); search others, or "
+            "switch on what reads them"
         )
     return live
 
@@ -133,9 +153,17 @@ def announce(
         f"  {budget(config)} of {config.train.epochs} epochs a trial; trial 0 is "
         f"{f'preset {request.preset}' if request.preset else request.params.name} as it stands",
     ]
+    if bench.held and s.confirm_seeds:
+        lines.append(
+            f"  then winner and start anew, {s.confirm_seeds} seeds each: {2 * s.confirm_seeds} trainings of "
+            f"{config.train.epochs} epochs (together {2 * s.confirm_seeds * config.train.epochs}, the trials at most "
+            f"{request.trials * budget(config)})"
+        )
     points = combinations(space)
     if points is not None and len(points) < request.trials:
         lines.append(f"  the space has only {len(points)} points: {len(points)} trials")
+    if any(d.key == "method.num_points" for d in space):
+        lines.append("  note: method.num_points is also the number of ring points that trials are scored with")
     return lines
 
 
@@ -147,11 +175,9 @@ def _search(
     fixed: dict[str, object],
     name: str,
     url: str,
-    text: str,
 ) -> None:
     place = Place.of(name)
     holder = place.lock("parent.lock")
-    ours = holder.acquire(wait=False)  # who holds it keeps the parent run and closes the sweep on this machine
     tracker, status = NullTracker(None), "FAILED"
     points = combinations(space)
     plan = Plan(
@@ -161,28 +187,39 @@ def _search(
         url=url,
         trials=min(request.trials, len(points) if points is not None else request.trials),
         deadline=time.time() + 60 * request.timeout_minutes if request.timeout_minutes else 0.0,
-        parent_run_id=None,
+        parent=None,
+        workers=request.workers,
     )
-    study = None
+    study, verdict, is_closing = None, None, False
     try:
-        study, created = open_study(config, bench, space, fixed, name, url, place)
-        known = (place.scratch / "parent" / "run.json").exists() and study.user_attrs.get("parent_host") == HOST
-        if ours and (created or known):
-            tracker = open_tracker(
-                config,
-                place.scratch / "parent",
-                name=name,
-                parent_run_id=None,
-                params=flatten(config),
-                tags={"sweep.study": name, "sweep.role": "parent"},
-                system_metrics=config.tracking.system_metrics,
-            )
-        if created:
-            make_ready(study, config, bench, space, tracker)
-        plan = replace(plan, parent_run_id=study.user_attrs["parent_run"] or None)
+        with place.lock("ready.lock", "waiting for the process that prepares this study"):
+            bench.data(config)  # decoded once, by whoever comes first
+            study, created = open_study(config, space, fixed, name, url, place)
+            ours = holder.acquire(wait=False)  # who holds it has the parent run and closes the sweep on this machine
+            place.adopt(study.user_attrs["uid"], alone=ours)
+            is_closing = ours and (made_here(study) or num_finished(study) >= plan.trials)
+            if is_closing:
+                tracker = open_tracker(
+                    config,
+                    place.scratch / "parent",
+                    name=name,
+                    params=flatten(config),
+                    tags={"sweep.study": name, "sweep.role": "parent"},
+                    local_id=study.user_attrs.get("parent"),
+                    system_metrics=config.tracking.system_metrics,
+                )
+            if created:
+                make_ready(study, config, bench, space, tracker)
+        plan = replace(plan, parent=study.user_attrs.get("parent"))
         crew(plan, request.workers)
-        verdict = close_up(config, bench, space, place, study, plan, request.workers) if ours else None
-        finish(study, config, bench, space, place, tracker, verdict)
+        if is_closing:
+            verdict = close_up(config, bench, place, study, plan)
+            ranked = check_budget(config, place, study, plan, request.rank_check)
+            finish(study, config, bench, space, place, tracker, verdict, ranked)
+            if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+                shutil.rmtree(place.scratch / "trials", ignore_errors=True)  # of attempts that nobody took up again
+        else:
+            print(f"\n{as_text(table(study, config, space))}\n\nthe process that made this study closes it", flush=True)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -194,13 +231,15 @@ def _search(
     finally:
         tracker.close(status)
         holder.release()
+    if config.tracking.enabled:
+        sync(repository_root(Path.cwd()), timeout=SYNC_SECONDS)  # closes the runs of workers that were killed
     if (best := winner(study)) is None:
         reasons = [t.user_attrs["error"] for t in listed(study) if "error" in t.user_attrs]
         raise UserError(
             f"no trial came to its end{f'; the first failed with: {reasons[0]}' if reasons else ''}", exit_code=1
         )
     if request.apply:
-        apply_best(request, config, best, verdict, text)
+        apply_best(request, best, verdict)
     if num_finished(study) < plan.trials and not is_late(plan):
         raise UserError(
             f"{num_finished(study)} of {plan.trials} trials finished; the same command goes on", exit_code=1
@@ -212,28 +251,42 @@ def num_finished(study: optuna.Study) -> int:
     return sum(map(is_finished, study.get_trials(deepcopy=False)))
 
 
-def close_up(
-    config: Config,
-    bench: Bench,
-    space: Sequence[Dimension],
-    place: Place,
-    study: optuna.Study,
-    plan: Plan,
-    workers: int,
-) -> Verdict | None:
+def close_up(config: Config, bench: Bench, place: Place, study: optuna.Study, plan: Plan) -> Verdict | None:
     """Winner and start again with new seeds, judged on images that no trial saw; None with nothing to compare."""
     best = winner(study)
     if best is None or "start" in best.user_attrs or not bench.held:
         return None
     jobs = comparisons(config, best.user_attrs["values"], study.user_attrs["start"])
-    todo = [job for job in jobs if not job.path(place).exists()]
-    if todo and not is_late(plan):
-        print(
-            f"comparing trial {best.number} with the start: {len(todo)} trainings of {config.train.epochs} epochs",
-            flush=True,
-        )
-        crew(replace(plan, jobs=tuple(asdict(job) for job in todo)), min(workers, len(todo)))
+    after_trials(jobs, f"comparing trial {best.number} with the start", config, place, plan)
     return judge(config, place, jobs)
+
+
+def check_budget(
+    config: Config, place: Place, study: optuna.Study, plan: Plan, count: int
+) -> tuple[float, int] | None:
+    """Rank correlation of the trials' values with those of whole runs, over trials trained again at full length.
+
+    Args:
+        count: of trials to train again, spread over the ranking; 0 = none beyond those that were.
+    Returns:
+        Spearman's coefficient and the number of trials behind it; None where there are too few.
+    """
+    if budget(config) >= config.train.epochs:
+        if count:
+            print("a trial's budget is the whole run (sweep.epochs): nothing to check", flush=True)
+        return None
+    after_trials(spread(study, config, count), "checking how well a trial's budget ranks", config, place, plan)
+    return budget_correlation(study, config, place)
+
+
+def after_trials(jobs: Sequence[Job], title: str, config: Config, place: Place, plan: Plan) -> None:
+    """Do the trainings among the jobs that have no figures yet, unless the time is over."""
+    todo = [job for job in jobs if not job.path(place).exists()]
+    if not todo or is_late(plan):
+        return
+    print(f"{title}: {len(todo)} trainings of {config.train.epochs} epochs", flush=True)
+    workers = min(plan.workers, len(todo))
+    crew(replace(plan, jobs=tuple(asdict(job) for job in todo), workers=workers), workers)
 
 
 def finish(
@@ -244,9 +297,10 @@ def finish(
     place: Place,
     tracker: NullTracker,
     verdict: Verdict | None,
+    ranked: tuple[float, int] | None,
 ) -> None:
     """Table, summary and pictures: printed, kept in the sweep's folder, and on the parent run."""
-    rows, lines = table(study, space), summary(study, config, bench, space, verdict)
+    rows, lines = table(study, config, space), summary(study, config, bench, verdict, ranked)
     print(f"\n{as_text(rows)}\n")
     for line in lines:
         print(line)
@@ -261,8 +315,10 @@ def finish(
     if best is None or best.value is None:
         return
     points = {"sweep/best": best.value, "sweep/zero_shot": study.user_attrs["zero_shot"], "sweep/trials": step}
-    if (ranked := rank_correlation(study)) is not None:
-        points["sweep/label_free_rank_correlation"] = ranked[0]
+    if (label_free := rank_correlation(study)) is not None:
+        points["sweep/label_free_rank_correlation"] = label_free[0]
+    if ranked is not None:
+        points["sweep/budget_rank_correlation"] = ranked[0]
     if verdict is not None:
         points |= {
             "sweep/difference": verdict.difference,
@@ -273,22 +329,25 @@ def finish(
     tracker.set_tags(
         {"sweep.best_trial": best.number, **{f"sweep.best.{k}": v for k, v in best.user_attrs["values"].items()}}
     )
-    if (place.out / BEST_NAME).exists():
+    if best_note(place).get("values") == best.user_attrs["values"]:  # it may lie on another machine
         tracker.log_checkpoint(place.out / BEST_NAME, "sweep-best", {OBJECTIVE: best.value}, step)
 
 
-def apply_best(
-    request: Request, config: Config, best: optuna.trial.FrozenTrial, verdict: Verdict | None, text: str
-) -> None:
-    """Write the winner's values into params.yaml, comments kept, and print the difference."""
+def apply_best(request: Request, best: optuna.trial.FrozenTrial, verdict: Verdict | None) -> None:
+    """Write the winner's values into params.yaml as it is now, comments kept, and print the difference."""
+    name = request.params.name
     if verdict is not None and verdict.high < 0:
-        print(f"{request.params} stays as it is: on unseen images the winner is worse than the start")
+        print(f"{name} stays as it is: on unseen images the winner is worse than the start")
         return
-    before = read_text(request.params)
-    new = edit_text(text, to_values(configured(config, best.user_attrs["values"])), request.params.name)
-    lines = difference(before, new, request.params.name)
+    before = read_text(request.params)  # a sweep is long: what its owner changed meanwhile stays
+    if request.preset:
+        text, config = on_preset(request.preset, before, name)
+    else:
+        text, config = before, validate(parse_yaml(before, name), name)
+    new = edit_text(text, to_values(configured(config, best.user_attrs["values"])), name)
+    lines = difference(before, new, name)
     if not lines:
-        print(f"{request.params} holds the best values already")
+        print(f"{name} holds the best values already")
         return
     if verdict is not None and verdict.low <= 0:
         print("note: the lead of these values over the start is not sure, see the interval above")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.sweep_worker import Plan, run, to_text
+from lesionsam.sweep_worker import END_SECONDS, Plan, run, to_text
 
-END_SECONDS = 120.0  # patience with workers that were interrupted
 MAX_RESTARTS = 3  # of workers that were killed
 
 
@@ -33,16 +32,16 @@ def crew(plan: Plan, workers: int) -> None:
     if workers == 1:
         run(plan)
         return
-    threads = 0 if plan.values["runtime"]["num_threads"] else max(1, (os.cpu_count() or 1) // workers)
+    threads = 0 if plan.values["runtime"]["num_threads"] else max(1, num_cores() // workers)
     devices = torch.cuda.device_count() if plan.values["runtime"]["device"] == "auto" else 0
     plans = [replace(plan, threads=threads, device=f"cuda:{k % devices}" if devices else "") for k in range(workers)]
-    processes = [start(one) for one in plans]
+    processes: list[subprocess.Popen[str]] = []
     restarts = 0
     try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.2)
-            killed = [k for k, process in enumerate(processes) if (process.poll() or 0) < 0]
-            for k in killed:
+        for one in plans:
+            processes.append(start(one))
+        while True:
+            for k in [k for k, process in enumerate(processes) if (process.poll() or 0) < 0]:
                 if restarts < MAX_RESTARTS and not is_late(plan):
                     restarts += 1
                     print(
@@ -50,10 +49,12 @@ def crew(plan: Plan, workers: int) -> None:
                         flush=True,
                     )
                     processes[k] = start(plans[k])
+            if all(process.poll() is not None for process in processes):
+                break
+            time.sleep(0.2)
     except KeyboardInterrupt:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.terminate()  # before a worker has loaded its libraries this ends it, later it closes its trial
         for process in processes:
             try:
                 process.wait(END_SECONDS)
@@ -65,6 +66,11 @@ def crew(plan: Plan, workers: int) -> None:
         raise UserError("every worker gave up, see above; the same command goes on", exit_code=1)
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(plan: Plan) -> subprocess.Popen[str]:
     """A worker process in a session of its own: Ctrl-C reaches it once, through `crew`."""
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -72,13 +78,14 @@ def start(plan: Plan) -> subprocess.Popen[str]:
     if plan.threads:
         environment |= {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lesionsam.sweep_worker"],
+        [sys.executable, "-m", "lesionsam.sweep_worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         text=True,
         env=environment,
         start_new_session=True,
     )
     if process.stdin is not None:
-        process.stdin.write(to_text(plan))
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `crew` sees that
+            process.stdin.write(to_text(plan))
+            process.stdin.close()
     return process

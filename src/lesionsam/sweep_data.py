@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from lesionsam.boxes import read_boxes
-from lesionsam.config import Config, flatten
+from lesionsam.config import Config, config_digest, flatten, read_yaml
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
@@ -23,17 +23,19 @@ from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import select_trainable
 from lesionsam.prompts import draw_prompts
-from lesionsam.schema import ContrastiveMethod, EllipseTarget, FolderData, PriorTarget
+from lesionsam.schema import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, FolderData, PriorTarget
 from lesionsam.sweep_space import Dimension
 from lesionsam.training import step_generator
 from lesionsam.types import Sample
 
-BOXES, INDEX, PRETRAINED, CACHE = (
+BOXES, INDEX, PRETRAINED, CACHE, LOCK = (
     Path("data/boxes.csv"),
     Path("data/raw/index.csv"),
     Path("models/pretrained"),
     Path(".cache/frames"),
+    Path("dvc.lock"),
 )
+PREPARING = ("download", "boxes", "weights")  # stages of dvc.yaml
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Bench:
     seen: list[Sample]
     held: list[Sample]
     weights: Path
-    _by_side: dict[int, Data] = field(default_factory=dict)
+    _data: dict[int, Data] = field(default_factory=dict)
+    _digest: str = ""
 
     @property
     def has_masks(self) -> bool:
@@ -56,14 +59,22 @@ class Bench:
 
     def data(self, config: Config) -> Data:
         """Training images, and the development images that trials are scored on."""
-        side = input_side(config, self.weights)
-        if side not in self._by_side:
-            self._by_side[side] = open_data(config, self.seen, side=side, cache=CACHE)
-        return self._by_side[side]
+        size = config.model.image_size
+        if size not in self._data:
+            self._data[size] = open_data(config, self.seen, side=input_side(config, self.weights), cache=CACHE)
+        return self._data[size]
 
     def digest(self) -> str:
-        """Of boxes and weights."""
-        return hashlib.sha256(f"{sha256_file(BOXES)} {sha256_file(self.weights)}".encode()).hexdigest()[:16]
+        """Of boxes and weights; read once."""
+        if not self._digest:
+            text = f"{sha256_file(BOXES)} {sha256_file(self.weights)}"
+            self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._digest
+
+    def run_key(self, config: Config) -> str:
+        """Name of a training's scratch folder: hash of parameters, data and pretrained weights."""
+        text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def open_bench(config: Config) -> Bench:
@@ -77,6 +88,8 @@ def open_bench(config: Config) -> Bench:
             raise UserError(
                 f"{path}: expected what the pipeline prepares, found nothing; run `dvc repro {stages}` first"
             )
+    if changed := prepared_otherwise(config):
+        raise UserError(f"{changed[0]}; run `dvc repro boxes weights` with these parameters first")
     samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split in ("train", "dev")]
     held = held_out([s.image_id for s in samples if s.split == "dev"], config.sweep.holdout)
     return Bench(
@@ -84,6 +97,21 @@ def open_bench(config: Config) -> Bench:
         [s for s in samples if s.split == "dev" and s.image_id in held],
         pretrained_weights(PRETRAINED),
     )
+
+
+def prepared_otherwise(config: Config) -> list[str]:
+    """Keys whose value is another one than the pipeline's stages had, by DVC's record; none where there is none."""
+    if not LOCK.exists():
+        return []
+    stages, now, found = read_yaml(LOCK).get("stages", {}), flatten(config), []
+    for stage in PREPARING:
+        for name, value in stages.get(stage, {}).get("params", {}).get("params.yaml", {}).items():
+            then = flatten({name: value})
+            for key in sorted({*then, *(k for k in now if k == name or k.startswith(f"{name}."))}):
+                if then.get(key) != now.get(key):
+                    was, is_now = (held.get(key, "nothing") for held in (then, now))
+                    found.append(f"{key}: expected {was}, which data and models were prepared with, got {is_now}")
+    return found
 
 
 def held_out(image_ids: Sequence[str], share: float) -> set[str]:
@@ -110,6 +138,8 @@ def zero_shot(config: Config, bench: Bench) -> dict[str, float]:
 
 def num_blocks(config: Config, bench: Bench) -> int:
     """Transformer blocks of the prepared model's encoder."""
+    if config.model.name in NUM_BLOCKS:
+        return NUM_BLOCKS[config.model.name]
     return len(load_sam(config.model.name, bench.weights, image_size=config.model.image_size).image_encoder.blocks)
 
 

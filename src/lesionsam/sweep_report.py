@@ -20,10 +20,9 @@ from lesionsam.files import atomic_write, write_text_atomic
 from lesionsam.statistics import interval
 from lesionsam.sweep_data import Bench
 from lesionsam.sweep_space import Dimension, Value
-from lesionsam.sweep_trial import Comparison, Place, budget, shown
+from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place, budget, shown
 from lesionsam.sweep_worker import is_finished, state_of
 
-WINNER, START = "winner", "start"
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
 SEED_OFFSET = 1000  # of the comparison's seeds, from train.seed: none that a trial used
 PICTURES = {
@@ -45,8 +44,8 @@ def winner(study: optuna.Study) -> FrozenTrial | None:
     return max(complete, key=lambda t: (t.value or 0.0, -t.number)) if complete else None
 
 
-def table(study: optuna.Study, space: Sequence[Dimension]) -> list[dict[str, str]]:
-    """One row per trial: number, state, value, the keys' values, epochs, duration."""
+def table(study: optuna.Study, config: Config, space: Sequence[Dimension]) -> list[dict[str, str]]:
+    """One row per trial: number, state, value, the keys' values, epochs (of its budget), duration."""
     rows = []
     for t in listed(study):
         values, scores = t.user_attrs.get("values", {}), t.user_attrs.get("scores", {})
@@ -57,7 +56,7 @@ def table(study: optuna.Study, space: Sequence[Dimension]) -> list[dict[str, str
                 "state": state_of(t),
                 "value": "" if t.value is None else f"{t.value:.4f}",
                 **{d.name: shown(values.get(d.key, "")) for d in space},
-                "epochs": str(steps),
+                "epochs": f"{steps}/{budget(config)}",
                 "seconds": f"{t.duration.total_seconds():.0f}" if t.duration else "",
                 "label_free": f"{scores['label_free']:.4f}" if "label_free" in scores else "",
                 "note": t.user_attrs.get("error", ""),
@@ -88,17 +87,42 @@ def rank_correlation(study: optuna.Study) -> tuple[float, int] | None:
     None for fewer than `MIN_RANKED`, without masks, or where either does not vary.
     """
     scores = [t.user_attrs.get("scores", {}) for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    pairs = np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s])
+    return _spearman(np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s]))
+
+
+def spread(study: optuna.Study, config: Config, count: int) -> list[Job]:
+    """Trainings at full length of so many complete trials, spread evenly over their ranking from best to worst."""
+    complete = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+    ranked = sorted(complete, key=lambda t: (-(t.value or 0.0), t.number))
+    places = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
+    return [Job(FULL, config.train.seed, ranked[k].user_attrs["values"]) for k in places]
+
+
+def budget_correlation(study: optuna.Study, config: Config, place: Place) -> tuple[float, int] | None:
+    """Spearman's correlation of the trials' values with those of the same at full length, and over how many trials.
+
+    None for fewer than `MIN_RANKED`, or where either does not vary.
+    """
+    pairs = []
+    for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        path = Job(FULL, config.train.seed, t.user_attrs["values"]).path(place)
+        if path.exists():
+            pairs.append((t.value, float(pd.read_csv(path)["value"].iloc[0])))
+    return _spearman(np.array(pairs))
+
+
+def _spearman(pairs: np.ndarray) -> tuple[float, int] | None:
+    """(N, 2) pairs -> rank correlation and N, None where there are too few or either column is constant."""
     if len(pairs) < MIN_RANKED or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return None
     return float(np.asarray(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)), len(pairs)
 
 
-def comparisons(config: Config, best: Mapping[str, Value], start: Mapping[str, Value]) -> list[Comparison]:
+def comparisons(config: Config, best: Mapping[str, Value], start: Mapping[str, Value]) -> list[Job]:
     """The trainings of the closing comparison: both with the same new seeds, in turns."""
     seeds = [config.train.seed + SEED_OFFSET + k for k in range(config.sweep.confirm_seeds)]
     return [
-        Comparison(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))
+        Job(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))
     ]
 
 
@@ -130,7 +154,7 @@ class Verdict:
         )
 
 
-def judge(config: Config, place: Place, jobs: Sequence[Comparison]) -> Verdict | None:
+def judge(config: Config, place: Place, jobs: Sequence[Job]) -> Verdict | None:
     """The verdict once every training of the comparison has its figures."""
     if not jobs or not all(job.path(place).exists() for job in jobs):
         return None
@@ -157,9 +181,13 @@ def judge(config: Config, place: Place, jobs: Sequence[Comparison]) -> Verdict |
 
 
 def summary(
-    study: optuna.Study, config: Config, bench: Bench, space: Sequence[Dimension], verdict: Verdict | None
+    study: optuna.Study,
+    config: Config,
+    bench: Bench,
+    verdict: Verdict | None,
+    ranked: tuple[float, int] | None,
 ) -> list[str]:
-    """What came out, in lines."""
+    """What came out, in lines. ranked: of `budget_correlation`."""
     best, trials = winner(study), listed(study)
     counts = {state: sum(state_of(t) == state for t in trials) for state in ("complete", "pruned", "failed", "running")}
     scored = sum(s.split == "dev" for s in bench.seen)
@@ -181,9 +209,15 @@ def summary(
         f"best: trial {best.number}, {best.value:.4f}, {values}"
         + (f"; start (trial {start.number}) {start.value:.4f}" if start is not None else "")
     )
-    if (ranked := rank_correlation(study)) is not None:
+    if (label_free := rank_correlation(study)) is not None:
         lines.append(
-            f"label-free score against true mean IoU: Spearman {ranked[0]:+.2f} over {ranked[1]} complete trials"
+            f"label-free score against true mean IoU: Spearman {label_free[0]:+.2f} over {label_free[1]} complete "
+            "trials, each at its best epoch"
+        )
+    if ranked is not None:
+        lines.append(
+            f"a trial's budget against the whole run ({budget(config)} and {config.train.epochs} epochs, one seed): "
+            f"Spearman {ranked[0]:+.2f} over {ranked[1]} complete trials spread over the ranking"
         )
     if verdict is not None:
         lines.append(verdict.line(config, bench.has_masks))

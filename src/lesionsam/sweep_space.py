@@ -11,10 +11,14 @@ from typing import Any
 from lesionsam.config import Config, describe, flatten, to_values, unflatten, validate
 from lesionsam.config_file import fit
 from lesionsam.errors import UserError
-from lesionsam.limits import Limits
+from lesionsam.limits import Limits, needed_for
 
 SEARCHED = ("model", "method", "train")  # sections that a training reads
 PREPARED = ("model.name", "model.checkpoint")  # other stages made files from these
+NOT_SEARCHED = {
+    "train.seed": "a seed is chance, no setting; winner and start are compared over several",
+    "train.epochs": "the length of a trial is sweep.epochs, and a longer trial would win by its length",
+}
 FIELDS = ("low", "high", "log", "step")
 DIGITS = 3  # significant ones of a drawn number
 MAX_LISTED = 100_000  # combinations of a finite space that are listed
@@ -88,13 +92,28 @@ def read_space(config: Config) -> list[Dimension]:
         UserError: empty, an unknown key, one that a training does not read, a range outside the key's limits, or one
             that leaves out the value params.yaml has (trial 0).
     """
-    written = to_values(config)["sweep"]["space"]
+    written, foreign = to_values(config)["sweep"]["space"], foreign_keys(config)
     if not written:
         raise UserError(
             "sweep.space: expected at least one key with {low, high} or [choices], got none; "
             "such as `method.temperature: {low: 0.02, high: 1.0, log: true}`"
         )
-    return [_dimension(key, value, config) for key, value in written.items()]
+    return [_dimension(key, value, config) for key, value in written.items() if key not in foreign]
+
+
+def foreign_keys(config: Config) -> dict[str, str]:
+    """Keys of `sweep.space` that other variants read, and this configuration does not have -> why."""
+    held, found = flatten(config), {}
+    for key in to_values(config)["sweep"]["space"]:
+        needed = needed_for(key)
+        missing = [
+            f"{tag} is {held[tag]}, and only {' or '.join(words)} reads it"
+            for tag, words in (needed[0].items() if needed else ())
+            if tag in held and held[tag] not in words
+        ]
+        if missing and not any(all(held.get(tag) in words for tag, words in one.items()) for one in needed):
+            found[key] = missing[0]
+    return found
 
 
 def _dimension(key: str, written: object, config: Config) -> Dimension:
@@ -108,6 +127,8 @@ def _dimension(key: str, written: object, config: Config) -> Dimension:
             f"{place}: expected a key that a training reads (of {', '.join(SEARCHED)}; not {', '.join(PREPARED)}), "
             "as a trial uses the data, boxes and weights that are there; remove it"
         )
+    if key in NOT_SEARCHED:
+        raise UserError(f"{place}: expected another key: {NOT_SEARCHED[key]}; remove it")
     if limits.kind in ("section", "list"):
         raise UserError(f"{place}: expected a number, word or boolean, got {limits.expected}; name one of its keys")
     if isinstance(written, list):

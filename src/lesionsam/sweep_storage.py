@@ -13,7 +13,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartb
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
 
@@ -35,6 +35,7 @@ HOST = socket.gethostname()
 LOCK_SECONDS = 60  # patience with an SQLite file that somebody else holds
 JOURNALS = (".log", ".journal", ".jsonl")
 DRIVERS = ("psycopg2", "psycopg", "pg8000")
+FAULTS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 
 def storage_url(text: str) -> str:
@@ -65,7 +66,7 @@ def clear_errors(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    except FAULTS as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -76,6 +77,14 @@ def clear_errors(url: str) -> Iterator[None]:
         else:
             hint = "check that it is there and takes connections, or choose another --storage; nothing in it is lost"
         raise UserError(f"storage {shown_url(url)}: {words}; {hint}") from error
+
+
+def fault_behind(error: BaseException) -> BaseException | None:
+    """The fault of the database in whose handling an error arose, None where there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, FAULTS):
+        found = found.__context__
+    return found
 
 
 def open_storage(url: str) -> BaseStorage:
@@ -93,15 +102,39 @@ def open_storage(url: str) -> BaseStorage:
     elif parsed.drivername == "postgresql":
         parsed = parsed.set(drivername=f"postgresql+{_postgresql_driver()}")
         arguments = {"pool_pre_ping": True}
+    connect = partial(
+        Database,
+        parsed.render_as_string(hide_password=False),
+        engine_kwargs=arguments,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+        heartbeat_stale_trial_callback=retry,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return RDBStorage(
-            parsed.render_as_string(hide_password=False),
-            engine_kwargs=arguments,
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-            heartbeat_stale_trial_callback=retry,
-        )
+        try:
+            return connect()
+        except (ProgrammingError, IntegrityError):  # another machine made the tables at the same moment
+            return connect()
+        except (ImportError, RuntimeError) as error:  # no driver; tables of another Optuna
+            raise UserError(f"storage {shown_url(url)}: {error}") from error
+
+
+class Database(RDBStorage):
+    """Optuna's, for trials that may be suspended: a machine that slept has late heartbeats and live processes."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        """One beat may fail: there is another soon, and where the database is gone the trial itself will say so."""
+        with contextlib.suppress(*FAULTS):
+            super().record_heartbeat(trial_id)
+
+    def _get_stale_trial_ids(self, study_id: int) -> list[int]:
+        """Without those whose owner, a process of this machine, lives."""
+        return [k for k in super()._get_stale_trial_ids(study_id) if not self._lives(k)]
+
+    def _lives(self, trial_id: int) -> bool:
+        held = self.get_trial(trial_id).user_attrs.get("owner")
+        return held is not None and held["host"] == HOST and not is_gone(held)
 
 
 def _postgresql_driver() -> str:
@@ -150,11 +183,15 @@ def owner() -> dict[str, Any]:
     return {"host": HOST, "pid": os.getpid(), "started": _started(os.getpid())}
 
 
-def lost_its_owner(trial: FrozenTrial) -> bool:
-    """Whether the process of a running trial ended on this machine."""
-    held, began = trial.user_attrs.get("owner"), trial.datetime_start
+def lost_its_owner(trial: FrozenTrial, seen: dict[int, float]) -> bool:
+    """Whether the process of a running trial ended on this machine.
+
+    Args:
+        seen: number of a trial without an owner -> when this process first saw it so (other machines' clocks differ).
+    """
+    held = trial.user_attrs.get("owner")
     if held is None:
-        return began is not None and (datetime.now() - began).total_seconds() > OWNERLESS_SECONDS
+        return time.monotonic() - seen.setdefault(trial.number, time.monotonic()) > OWNERLESS_SECONDS
     return is_gone(held)
 
 
@@ -194,11 +231,15 @@ def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     )
 
 
-def repair(study: optuna.Study) -> int:
-    """Fail and queue again what lost its process; returns how many. Call it with the sweep's lock held."""
+def repair(study: optuna.Study, seen: dict[int, float]) -> int:
+    """Fail and queue again what lost its process; returns how many. Call it with the sweep's lock held.
+
+    Args:
+        seen: see `lost_its_owner`; the same one in every call of a process.
+    """
     found = 0
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not lost_its_owner(trial):
+        if not lost_its_owner(trial, seen):
             continue
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError, ValueError):  # another machine was faster
             study.tell(trial.number, state=TrialState.FAIL)
@@ -211,10 +252,14 @@ def repair(study: optuna.Study) -> int:
 
 
 class Lock:
-    """A lock file between the processes of one machine; the system frees it however a process ends."""
+    """A lock file between the processes of one machine; the system frees it however a process ends.
 
-    def __init__(self, path: Path) -> None:
+    notice: printed where a `with` has to wait for it.
+    """
+
+    def __init__(self, path: Path, notice: str = "") -> None:
         self.path = path
+        self.notice = notice
         self._file: IO[str] | None = None
 
     def acquire(self, *, wait: bool = True) -> bool:
@@ -236,7 +281,10 @@ class Lock:
             self._file = None
 
     def __enter__(self) -> Lock:
-        self.acquire()
+        if not self.acquire(wait=False):
+            if self.notice:
+                print(self.notice, flush=True)
+            self.acquire()
         return self
 
     def __exit__(self, *_: object) -> None:

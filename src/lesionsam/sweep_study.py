@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import uuid
 from collections.abc import Sequence
 from json import dumps, loads
 
@@ -13,40 +14,42 @@ from lesionsam.errors import UserError
 from lesionsam.sweep_data import Bench, zero_shot
 from lesionsam.sweep_report import by_label_free
 from lesionsam.sweep_space import Dimension, from_json, to_json
-from lesionsam.sweep_storage import HOST, is_gone, open_storage, owner, wait_for
+from lesionsam.sweep_storage import HOST, open_storage, owner, wait_for
 from lesionsam.sweep_trial import Place
-from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.tracking import NullTracker
 from lesionsam.training import OBJECTIVE
 
 LOCAL_SECONDS, SERVER_SECONDS = 180.0, 30.0  # patience with MLflow's first answer: a file to be made, a server
-CREATOR_SECONDS = 300.0  # patience with the process that made the study, until it is ready
+CREATOR_SECONDS = 600.0  # patience with the machine that made the study, until it is ready
+NAMELESS_SECONDS = 5.0  # between making a study and saying who did
 
 
 def open_study(
     config: Config,
-    bench: Bench,
     space: Sequence[Dimension],
     fixed: dict[str, object],
     name: str,
     url: str,
     place: Place,
 ) -> tuple[optuna.Study, bool]:
-    """The study, and whether this process is to make it ready: whoever made it is, anywhere.
+    """The study, and whether this process is to make it ready. Call it with `ready.lock` of the place held.
 
     Raises:
         UserError: it is there, but searches another space or has other fixed values.
     """
     storage = open_storage(url)
-    with place.lock():
-        try:
-            study, created = optuna.create_study(study_name=name, storage=storage, direction="maximize"), True
-            study.set_user_attr("creator", owner())
-        except optuna.exceptions.DuplicatedStudyError:
-            study, created = optuna.load_study(study_name=name, storage=storage), False
-    if not created and "ready" not in study.user_attrs:
-        print("waiting for the process that made this study to make it ready", flush=True)
-        wait_for(lambda: "ready" in study.user_attrs or is_abandoned(study), CREATOR_SECONDS)
-        created = "ready" not in study.user_attrs
+    try:
+        study, created = optuna.create_study(study_name=name, storage=storage, direction="maximize"), True
+        study.set_user_attr("creator", owner())
+        study.set_user_attr("uid", uuid.uuid4().hex)
+    except optuna.exceptions.DuplicatedStudyError:
+        study, created = optuna.load_study(study_name=name, storage=storage), False
+    if not created and not is_ready(study):  # its maker is elsewhere, or ended early
+        wait_for(lambda: "creator" in study.user_attrs, NAMELESS_SECONDS)
+        if not made_here(study):
+            print("waiting for the machine that made this study to make it ready", flush=True)
+            wait_for(lambda: is_ready(study), CREATOR_SECONDS)
+        created = not is_ready(study)
     if created:
         study.set_user_attr("creator", owner())
         study.set_user_attr("space", dumps(to_json(space)))
@@ -73,29 +76,33 @@ def open_study(
     return study, False
 
 
-def is_abandoned(study: optuna.Study) -> bool:
-    """Whether the process that made a study ended before it was ready."""
+def is_ready(study: optuna.Study) -> bool:
+    """Whether a study has all that `make_ready` gives it."""
+    return "ready" in study.user_attrs
+
+
+def made_here(study: optuna.Study) -> bool:
+    """Whether a process of this machine made a study: its parent run and the closing comparison are at home here."""
     creator = study.user_attrs.get("creator")
-    return creator is not None and is_gone(creator)
+    return creator is None or creator["host"] == HOST
 
 
 def make_ready(
     study: optuna.Study, config: Config, bench: Bench, space: Sequence[Dimension], tracker: NullTracker
 ) -> None:
-    """What a study is given once: params.yaml as its trial 0, the zero-shot figure and the parent run's id."""
+    """What a study is given once: params.yaml as its trial 0, the zero-shot figure, the parent run's local id."""
     start = {d.key: flatten(config)[d.key] for d in space}
     if not study.get_trials(deepcopy=False):
         study.enqueue_trial(start, user_attrs={"start": start})
     study.set_user_attr(
         "zero_shot", zero_shot(config, bench)["label_free" if by_label_free(config, bench) else OBJECTIVE]
     )
-    found = tracker.run_id(SERVER_SECONDS if config.tracking.uri else LOCAL_SECONDS)
-    if found is None and isinstance(tracker, Tracker):
-        print(
-            "warning: MLflow does not answer; trials are tracked on disk and sent later, without a common parent run",
-            file=sys.stderr,
-        )
+    if tracker.local_id is not None:
+        study.set_user_attr("parent", tracker.local_id)
+        if tracker.run_id(SERVER_SECONDS if config.tracking.uri else LOCAL_SECONDS) is None:
+            print(
+                "warning: MLflow does not answer; runs are kept on disk and sent later, under their one parent",
+                file=sys.stderr,
+            )
     study.set_user_attr("start", start)
-    study.set_user_attr("parent_run", found or "")
-    study.set_user_attr("parent_host", HOST)
     study.set_user_attr("ready", True)

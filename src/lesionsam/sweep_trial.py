@@ -1,4 +1,4 @@
-"""One training of a sweep, as a trial (on the trial's budget, pruned by epoch) or as one of the closing comparison."""
+"""One training of a sweep: a trial (on the trial's budget, pruned by epoch), or one of those that follow the trials."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from lesionsam.config import Config, flatten
 from lesionsam.errors import UserError
-from lesionsam.experiment import Trained, run_key, train
+from lesionsam.experiment import Trained, train
 from lesionsam.files import write_text_atomic
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import save_sam
+from lesionsam.progress import silent
 from lesionsam.statistics import OBJECTIVE_PROMPTS
-from lesionsam.sweep_data import BOXES, Bench, score_held
+from lesionsam.sweep_data import Bench, score_held
 from lesionsam.sweep_space import Value, configured
 from lesionsam.sweep_storage import Lock
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.training import OBJECTIVE
 
-BEST_NAME = "best.safetensors"
+BEST_NAME, BEST_NOTE = "best.safetensors", "best.json"
 TRIAL_ERRORS = (UserError, RuntimeError, ValueError, MemoryError)  # fail one trial, not the sweep
 
 
@@ -48,9 +50,30 @@ class Place:
         folder = "".join(c if c.isalnum() or c in "-_." else "_" for c in study)
         return cls(study, Path(".scratch/sweep") / folder, Path("sweeps") / folder)
 
-    def lock(self, name: str = "lock") -> Lock:
+    def lock(self, name: str = "lock", notice: str = "") -> Lock:
         """A lock between this machine's processes."""
-        return Lock(self.scratch / name)
+        return Lock(self.scratch / name, notice)
+
+    def adopt(self, uid: str, *, alone: bool) -> None:
+        """Keep the folders for the study with this id: those of an earlier one by the same name are emptied.
+
+        Raises:
+            UserError: a process of this machine is at work for that other study.
+        """
+        note = self.scratch / "uid"
+        held = note.read_text("utf-8") if note.exists() else ""
+        if held and held != uid:
+            if not alone:
+                raise UserError(
+                    f"study {self.study}: another sweep of this name, in another storage, runs in this folder; wait "
+                    "for it, or name another --study"
+                )
+            for folder in ("trials", "confirm", "parent"):
+                shutil.rmtree(self.scratch / folder, ignore_errors=True)
+            for name in (BEST_NAME, BEST_NOTE):
+                (self.out / name).unlink(missing_ok=True)
+        if held != uid:
+            write_text_atomic(note, uid)
 
 
 def budget(config: Config) -> int:
@@ -79,12 +102,13 @@ def open_tracker(
     folder: Path,
     *,
     name: str,
-    parent_run_id: str | None,
     tags: Mapping[str, Any],
     params: Mapping[str, Any],
+    parent: str | None = None,
+    local_id: str | None = None,
     system_metrics: bool = False,
 ) -> NullTracker:
-    """A run of the sweep; without tracking only its metrics.jsonl."""
+    """A run of the sweep; without tracking only its metrics.jsonl. `parent` and `local_id` as in `Tracker.open`."""
     folder.mkdir(parents=True, exist_ok=True)
     if not config.tracking.enabled:
         return NullTracker(folder)
@@ -97,7 +121,8 @@ def open_tracker(
         params=params,
         tags=tags,
         system_metrics=system_metrics,
-        parent_run_id=parent_run_id,
+        parent=parent,
+        local_id=local_id,
     )
 
 
@@ -117,18 +142,22 @@ def run_trial(
     *,
     number: int,
     values: Mapping[str, Value],
-    parent_run_id: str | None,
+    parent: str | None,
     pruned: type[Exception],
     report: Callable[[float, int], bool],
 ) -> Outcome:
     """Train one trial, resumed where an earlier attempt stopped; its run is closed however it ends.
 
+    Its folder stays until `forget` is called, once the study knows how it ended: a kill between the two is resumed.
+
     Args:
         report: receives (score, epoch) and says whether the trial is to stop; `pruned` is then raised.
     """
     own = trial_config(config, values)
-    folder = place.scratch / "trials" / run_key(own, BOXES, bench.weights)
+    folder = trial_folder(config, bench, place, values)
+    name = run_name(number, values)
     tags = {
+        "mlflow.runName": name,  # a resumed attempt has another number
         "sweep.study": place.study,
         "sweep.trial": number,
         "method": own.method.name,
@@ -137,7 +166,7 @@ def run_trial(
         "data.digest": bench.digest(),
     }
     tracker = open_tracker(
-        own, folder / "run", name=run_name(number, values), parent_run_id=parent_run_id, tags=tags, params=flatten(own)
+        own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own)
     )
     history_path = folder / "epochs.json"
     history: dict[str, dict[str, float]] = json.loads(history_path.read_text()) if history_path.exists() else {}
@@ -155,7 +184,8 @@ def run_trial(
 
     status, state = "KILLED", "interrupted"
     try:
-        trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
+        with silent():
+            trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
         keep_best(trained, own, place, number, values)
         scores = dict(history[str(trained.progress.best_epoch)])
         if all(prompt in scores for prompt in OBJECTIVE_PROMPTS):
@@ -171,9 +201,17 @@ def run_trial(
     finally:
         tracker.set_tags({"sweep.state": state})
         tracker.close(status)
-        if state != "interrupted":
-            shutil.rmtree(folder, ignore_errors=True)
         free_memory()
+
+
+def trial_folder(config: Config, bench: Bench, place: Place, values: Mapping[str, Value]) -> Path:
+    """Scratch of a trial, by its values: another attempt at the same ones goes on there."""
+    return place.scratch / "trials" / bench.run_key(trial_config(config, values))
+
+
+def forget(config: Config, bench: Bench, place: Place, values: Mapping[str, Value]) -> None:
+    """Remove what a trial that ended left in scratch; its best weights, if they are the best of all, are kept."""
+    shutil.rmtree(trial_folder(config, bench, place, values), ignore_errors=True)
 
 
 def free_memory() -> None:
@@ -185,20 +223,33 @@ def free_memory() -> None:
 
 def keep_best(trained: Trained, config: Config, place: Place, number: int, values: Mapping[str, Value]) -> None:
     """Keep a trial's weights where they are the best so far on this machine; there is one file of them."""
-    note = place.out / "best.json"
+    score = trained.progress.best_score
     with place.lock("best.lock"):
-        before = json.loads(note.read_text())["value"] if note.exists() else float("-inf")
-        if trained.progress.best_score > before:
+        before = best_note(place)
+        if not before or (score, -number) > (before["value"], -before["trial"]):
             place.out.mkdir(parents=True, exist_ok=True)
             save_sam(trained.sam, place.out / BEST_NAME, name=config.model.name, metadata={"trial": str(number)})
-            write_text_atomic(
-                note, json.dumps({"trial": number, "value": trained.progress.best_score, "values": dict(values)})
-            )
+            note = {"trial": number, "value": score, "values": dict(values)}
+            write_text_atomic(place.out / BEST_NOTE, json.dumps(note))
+
+
+def best_note(place: Place) -> dict[str, Any]:
+    """Trial, value and values of the weights that are kept on this machine; empty where there are none."""
+    path = place.out / BEST_NOTE
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+WINNER, START, FULL = "winner", "start", "full"  # kinds of `Job`
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One training of the closing comparison: which of the two, with which seed."""
+class Job:
+    """A training at the full number of epochs, after the trials.
+
+    Attributes:
+        which: winner or start, trained anew for the comparison; full, a trial again, to see how well its budget ranks.
+        seed: of the training. values: of the search space.
+    """
 
     which: str
     seed: int
@@ -207,17 +258,19 @@ class Comparison:
     def path(self, place: Place) -> Path:
         """Its figures."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
-        return place.scratch / "confirm" / f"{digest}-{self.seed}.csv"
+        return place.scratch / "confirm" / f"{digest}-{FULL if self.which == FULL else self.seed}.csv"
 
 
-def compare(config: Config, bench: Bench, place: Place, job: Comparison) -> None:
-    """Train winner or start anew with another seed at the full number of epochs, and score it on unseen images."""
-    own = configured(
-        config, {"train.select": config.sweep.objective, "train.seed": job.seed, **job.values}, "comparison"
-    )
-    folder = place.scratch / "confirm" / run_key(own, BOXES, bench.weights)
-    trained = train(own, bench.data(own), bench.weights, folder=folder, log=lambda *_: None, say=lambda _: None)
-    rows = score_held(own, bench, trained.sam, model=job.which, run=str(job.seed))
+def do(config: Config, bench: Bench, place: Place, job: Job) -> None:
+    """Train a job's values, and write its figures: of a comparison on unseen images, of a trial's as the trial had."""
+    own = configured(config, {"train.select": config.sweep.objective, "train.seed": job.seed, **job.values}, job.which)
+    folder = place.scratch / "confirm" / bench.run_key(own)
+    with silent():
+        trained = train(own, bench.data(own), bench.weights, folder=folder, log=lambda *_: None, say=lambda _: None)
+        if job.which == FULL:
+            rows = pd.DataFrame({"value": [trained.progress.best_score]})
+        else:
+            rows = score_held(own, bench, trained.sam, model=job.which, run=str(job.seed))
     write_text_atomic(job.path(place), rows.to_csv(index=False))
     shutil.rmtree(folder, ignore_errors=True)
     free_memory()

@@ -1,11 +1,13 @@
 """A worker of a sweep: takes trials of the study until it has as many finished ones as it shall have.
 
-`python -m lesionsam.sweep_worker` reads its plan from standard input; with one worker the sweep calls `work` itself.
+`python -m lesionsam.sweep_worker PARENT_PID` reads its plan from standard input and ends with its parent; with one
+worker the sweep calls `run` itself.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -25,11 +27,14 @@ from lesionsam.errors import run_guarded
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import open_bench
 from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
-from lesionsam.sweep_storage import clear_errors, open_storage, owner, queue_again, repair
-from lesionsam.sweep_trial import TRIAL_ERRORS, Comparison, Place, compare, run_trial, shown
+from lesionsam.sweep_storage import clear_errors, fault_behind, open_storage, owner, queue_again, repair
+from lesionsam.sweep_trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
 
 WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials
 MAX_DUPLICATES = 30  # drawn in a row before the space counts as used up
+SAY_SECONDS = 60.0  # of silence in a long trial
+END_SECONDS = 120.0  # patience with a worker that was interrupted
+SET_ASIDE = {"duplicate_of": "duplicate", "surplus": "surplus"}  # attributes of trials that were not trained
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Plan:
 
     Attributes:
         values: nested parameters. space: its live dimensions. trials: finished ones the study shall have.
-        deadline: seconds since the epoch, 0 = none. jobs: trainings of the closing comparison instead of trials.
+        deadline: seconds since the epoch, 0 = none. parent: local id of the sweep's own run.
+        workers: how many share the plan here. jobs: trainings to do instead of trials.
     """
 
     values: dict[str, Any]
@@ -47,7 +53,8 @@ class Plan:
     url: str
     trials: int
     deadline: float
-    parent_run_id: str | None
+    parent: str | None
+    workers: int = 1
     threads: int = 0
     device: str = ""
     jobs: tuple[dict[str, Any], ...] = ()
@@ -64,6 +71,14 @@ class Plan:
 
 class Duplicate(Exception):
     """These values were tried before."""
+
+
+class Taken(Exception):
+    """This process was taken for dead, and its trial given to another."""
+
+
+class Surplus(Exception):
+    """Other machines began the last trials at the same moment."""
 
 
 def is_finished(trial: FrozenTrial) -> bool:
@@ -95,7 +110,8 @@ class Worker:
         if self.config.runtime.num_threads:
             torch.set_num_threads(self.config.runtime.num_threads)
         self.place, self.bench = Place.of(plan.study), open_bench(self.config)
-        self.lock, self.begun, self.done_before = self.place.lock(), time.monotonic(), -1
+        self.lock, self.begun, self.said = self.place.lock(), time.monotonic(), time.monotonic()
+        self.ownerless: dict[int, float] = {}
         self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, plan.trials)
         self.study = optuna.load_study(
             study_name=plan.study,
@@ -110,10 +126,9 @@ class Worker:
         while not self.plan.deadline or time.time() < self.plan.deadline:
             self.lock.acquire()
             try:
-                repair(self.study)
+                repair(self.study, self.ownerless)
                 trials = self.study.get_trials(deepcopy=False)
                 num_finished = sum(map(is_finished, trials))
-                self.done_before = num_finished if self.done_before < 0 else self.done_before
                 num_running = sum(t.state == TrialState.RUNNING for t in trials)
                 if num_finished >= self.plan.trials or self.duplicates >= MAX_DUPLICATES:
                     return
@@ -138,14 +153,30 @@ class Worker:
             return self._train(trial, values)
 
         try:
-            self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate))
+            self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate, Surplus))
         except KeyboardInterrupt:
-            for trial in current:
-                queue_again(self.study, self._frozen(trial))
+            self._hand_back(current)
             raise
+        except ValueError:  # Optuna's, after `Taken`
+            if not (current and self._frozen(current[0]).state.is_finished()):
+                raise
+            print(f"trial {current[0].number}: given to another, as this machine did not answer", flush=True)
+            return
+        except UnboundLocalError as error:  # Optuna's own, where the storage fails as it notes how a trial ended
+            raise (fault_behind(error) or error) from None
         frozen = self._frozen(current[0])
-        if "duplicate_of" not in frozen.user_attrs:
+        if is_finished(frozen):
+            forget(self.config, self.bench, self.place, frozen.user_attrs["values"])
             self._say(frozen, time.monotonic() - begun)
+
+    def _hand_back(self, interrupted: Sequence[Trial]) -> None:
+        """Queue again what was interrupted, unless it had come to its end."""
+        for trial in interrupted:
+            if self._frozen(trial).state == TrialState.RUNNING:
+                self.study.tell(trial, state=TrialState.FAIL)
+            frozen = self._frozen(trial)
+            if frozen.state == TrialState.FAIL and state_of(frozen) == "lost":
+                queue_again(self.study, frozen)
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[trial.number]
@@ -153,16 +184,21 @@ class Worker:
     def _values(self, trial: Trial) -> dict[str, Value]:
         """Values of a trial: drawn now, or those of an attempt that was cut short. This process becomes its owner."""
         trial.set_user_attr("owner", owner())
-        if known := trial.user_attrs.get("values"):
-            return known
-        start = trial.user_attrs.get("start")
-        drawn = draw(trial, self.space)
-        values = dict(start) if start else drawn
+        values = trial.user_attrs.get("values")
+        if values is None:
+            drawn = draw(trial, self.space)
+            values = trial.user_attrs.get("start") or drawn
+            trial.set_user_attr("values", values)
+        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number != trial.number]
+        before = [t for t in trials if t.number < trial.number and (is_finished(t) or t.state == TrialState.RUNNING)]
+        if len(before) >= self.plan.trials:
+            trial.set_user_attr("surplus", True)
+            raise Surplus
+        # Written first and compared then: of two machines with the same values one sees the other, or both step back.
         taken = [
             t
-            for t in self.study.get_trials(deepcopy=False)
-            if t.number != trial.number
-            and t.user_attrs.get("values")
+            for t in trials
+            if t.user_attrs.get("values")
             and (is_finished(t) or t.state in (TrialState.RUNNING, TrialState.WAITING))
         ]
         twin = next(
@@ -175,7 +211,6 @@ class Worker:
             self._queue_unseen(trial.number, [t.user_attrs["values"] for t in taken])
             raise Duplicate(f"trial {twin.number} has these values")
         self.duplicates, self.sampler.at_random = 0, False
-        trial.set_user_attr("values", values)
         return values
 
     def _queue_unseen(self, number: int, taken: Sequence[dict[str, Value]]) -> None:
@@ -194,8 +229,14 @@ class Worker:
         reported = set(self._frozen(trial).intermediate_values)
 
         def report(score: float, epoch: int) -> bool:
-            if epoch not in reported:
-                trial.report(score, epoch)
+            try:
+                if epoch not in reported:
+                    trial.report(score, epoch)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                raise Taken from None
+            if time.monotonic() - self.said > SAY_SECONDS:
+                self.said = time.monotonic()
+                print(f"trial {trial.number}: epoch {epoch} of {budget(self.config)}, {score:.4f}", flush=True)
             return "start" not in trial.user_attrs and trial.should_prune()
 
         try:
@@ -205,10 +246,12 @@ class Worker:
                 self.place,
                 number=trial.number,
                 values=values,
-                parent_run_id=self.plan.parent_run_id,
+                parent=self.plan.parent,
                 pruned=optuna.TrialPruned,
                 report=report,
             )
+            if not math.isfinite(outcome.value):
+                raise ValueError(f"its value is {outcome.value}")
         except TRIAL_ERRORS as error:
             trial.set_user_attr("error", (str(error).strip() or type(error).__name__).splitlines()[0][:300])
             raise
@@ -218,42 +261,60 @@ class Worker:
 
     def _say(self, trial: FrozenTrial, seconds: float) -> None:
         """A line about a trial that ended: what it got, how far the study is and how long it will take."""
-        trials = self.study.get_trials(deepcopy=False)
-        done = sum(map(is_finished, trials))
+        trials = [t for t in self.study.get_trials(deepcopy=False) if is_finished(t)]
         best = max((t.value for t in trials if t.state == TrialState.COMPLETE and t.value is not None), default=None)
         value = trial.user_attrs.get("error", "" if trial.value is None else f"{trial.value:.4f}")
         keys = " ".join(f"{key.rpartition('.')[2]}={shown(v)}" for key, v in trial.user_attrs.get("values", {}).items())
-        left = (time.monotonic() - self.begun) / max(1, done - self.done_before) * max(0, self.plan.trials - done)
         progress = [
-            f"{done}/{self.plan.trials} done",
+            f"{len(trials)}/{self.plan.trials} done",
             *([f"best {best:.4f}"] if best is not None else []),
-            *([f"about {left / 60:.0f} min left"] if left > 90 else []),
+            *time_left(trials, self.plan, self.config, 2 * self.config.sweep.confirm_seeds if self.bench.held else 0),
         ]
+        self.said = time.monotonic()
         print(
             f"trial {trial.number}: {state_of(trial)} {value} | {keys} | {seconds:.0f} s | {', '.join(progress)}",
             flush=True,
         )
 
-    def compare(self) -> None:
-        """The trainings of the closing comparison that no other process has begun or finished."""
-        for held in self.plan.jobs:
-            job = Comparison(**held)
+    def do_jobs(self) -> None:
+        """The trainings after the trials that no other process has begun or finished."""
+        jobs = [Job(**held) for held in self.plan.jobs]
+        for job in jobs:
             lock = self.place.lock(f"confirm/{job.path(self.place).stem}.lock")
             if not lock.acquire(wait=False):
                 continue
             try:
-                if not job.path(self.place).exists():
-                    begun = time.monotonic()
-                    compare(self.config, self.bench, self.place, job)
-                    print(f"comparison: {job.which}, seed {job.seed}, {time.monotonic() - begun:.0f} s", flush=True)
+                if job.path(self.place).exists():
+                    continue
+                begun = time.monotonic()
+                do(self.config, self.bench, self.place, job)
+                done = sum(other.path(self.place).exists() for other in jobs)
+                left = (time.monotonic() - self.begun) / done * (len(jobs) - done)
+                print(
+                    f"{job.which}, seed {job.seed}: {time.monotonic() - begun:.0f} s | {done}/{len(jobs)} done"
+                    + (f", about {left / 60:.0f} min left" if left > 90 else ""),
+                    flush=True,
+                )
             finally:
                 lock.release()
+
+
+def time_left(trials: Sequence[FrozenTrial], plan: Plan, config: Config, num_after: int) -> list[str]:
+    """What is left, in words, by the time that the finished trials took: their rest, and the trainings after them."""
+    seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
+    epochs = sum(max(t.intermediate_values, default=0) for t in trials)
+    if not epochs or not seconds:
+        return []
+    rest = sum(seconds) / len(seconds) * max(0, plan.trials - len(trials)) / plan.workers
+    after = sum(seconds) / epochs * config.train.epochs * num_after / plan.workers
+    found = [f"about {rest / 60:.0f} min left"] if rest > 90 else []
+    return found + ([f"then about {after / 60:.0f} min to compare"] if after > 90 else [])
 
 
 def state_of(trial: FrozenTrial) -> str:
     """A trial's state in a word."""
     if trial.state == TrialState.FAIL and "error" not in trial.user_attrs:
-        return "duplicate" if "duplicate_of" in trial.user_attrs else "lost"
+        return next((word for mark, word in SET_ASIDE.items() if mark in trial.user_attrs), "lost")
     return {"FAIL": "failed"}.get(trial.state.name, trial.state.name.lower())
 
 
@@ -266,7 +327,7 @@ def run(plan: Plan) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
     with clear_errors(plan.url):
         worker = Worker(plan)
-        worker.compare() if plan.jobs else worker.work()
+        worker.do_jobs() if plan.jobs else worker.work()
 
 
 def to_text(plan: Plan) -> str:
@@ -278,21 +339,22 @@ def _end_with(parent: int) -> None:
     """Interrupt this process in good order when the one that started it is gone."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(END_SECONDS)
+    os._exit(130)
 
 
 def interrupt(*_: object) -> None:
-    """Handler of SIGTERM: end as after Ctrl-C."""
+    """Handler of SIGTERM and SIGHUP: end as after Ctrl-C."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Entry point of a worker process; ends with 130 when it was interrupted."""
+    """Entry point of a worker process, given its parent's id; ends with 130 when it was interrupted."""
     signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
-    plan = json.loads(sys.stdin.read())
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
     try:
+        plan = json.loads(sys.stdin.read())
         run(Plan(**{**plan, "jobs": tuple(plan["jobs"])}))
     except KeyboardInterrupt:
         sys.exit(130)

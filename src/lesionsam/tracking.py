@@ -109,6 +109,11 @@ class NullTracker:
     def log_artifact(self, path: Path, folder: str = "") -> None:
         """Log a file, or every file below a folder, into a folder of the run's artifacts."""
 
+    @property
+    def local_id(self) -> str | None:
+        """The id that the run has from its first moment, with or without a server; None without tracking."""
+        return None
+
     def run_id(self, timeout: float = 0.0) -> str | None:
         """MLflow's id of the run, waiting for it at most `timeout` seconds; None while no server has answered."""
         return None
@@ -145,7 +150,7 @@ class Tracker(NullTracker):
     @classmethod
     def open(cls, folder: Path, *, uri: str, experiment: str, root: Path, run_name: str,
              params: Mapping[str, Any], tags: Mapping[str, Scalar], system_metrics: bool,
-             parent_run_id: str | None = None, send: bool = True) -> Tracker:
+             parent: str | None = None, local_id: str | None = None, send: bool = True) -> Tracker:
         """Start a run, or go on with the one whose run.json lies in the folder.
 
         Args:
@@ -154,15 +159,17 @@ class Tracker(NullTracker):
             root: repository root, see `repository_root`; holds the spool, and without a URI database and artifacts.
             params: flat or nested. A parameter that was logged with another value before becomes a tag `changed.<key>`.
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
+            parent: `local_id` of the run that this one belongs to, known before any server has answered.
+            local_id: of this run, where another process or machine knows it and run.json may be gone.
             send: False leaves sending to the next start or to `sync`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
-        local_id = record.get("local_id") or uuid.uuid4().hex
+        resumed = bool(record or local_id)
+        own_id: str = record.get("local_id") or local_id or uuid.uuid4().hex
         meta = {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "run_name": run_name,
-                "parent_run_id": parent_run_id, "system_metrics": system_metrics}
-        resumed = bool(record)
-        spool = prepare_spool(root, local_id, meta, record.get("run_id"))
+                "parent": parent, "system_metrics": system_metrics}
+        spool = prepare_spool(root, own_id, meta, record.get("run_id"))
         repair_journal(spool, folder)
         tracker = cls(spool, folder, send=send)
         tracker._write_record()
@@ -255,6 +262,10 @@ class Tracker(NullTracker):
             below = file.parent.relative_to(path).as_posix()
             self._add_file("artifact", file, folder="/".join(part for part in (folder, below) if part not in ("", ".")))
 
+    @property
+    def local_id(self) -> str | None:
+        return self._spool.local_id
+
     def run_id(self, timeout: float = 0.0) -> str | None:
         deadline = time.monotonic() + timeout
         while not (found := self._spool.read_json("state.json").get("run_id")) and time.monotonic() < deadline:
@@ -328,8 +339,9 @@ def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:
-    """Send what earlier runs below the root could not; returns the number of entries still waiting."""
-    if any(spool.pending()[0] for spool in Spool.all(root)):
+    """Send what earlier runs below the root could not, and close those whose process died; returns the number of
+    entries still waiting."""
+    if any(spool.pending()[0] or spool.is_abandoned() for spool in Spool.all(root)):
         with (spool_root(root) / "sync.log").open("wb") as log:
             process = _start(["--all", str(root)], log)
             try:

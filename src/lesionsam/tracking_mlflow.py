@@ -8,12 +8,14 @@ models are looked up by a tag, pictures by their file name. Everything else can 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1000  # of a batch, by MLflow's API
 MAX_PARAMS = 100
+PARENT_SECONDS = 90.0  # patience with a parent run that another machine is to make
 LOCAL_ID_TAG = "lesionsam.local_id"
 # Nothing that the caller has set himself is overridden. One try and a short wait: repeating is this module's business.
 ENVIRONMENT = {
@@ -70,6 +73,7 @@ class Shipper:
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
+        self._patience = time.monotonic() + PARENT_SECONDS
 
     def ship(self) -> bool:
         """Send the next unit, and say whether there was one. Raises `Unreachable` where it has to be tried again."""
@@ -168,8 +172,8 @@ class Shipper:
             run_id = found[0].info.run_id
         else:
             tags = {LOCAL_ID_TAG: self.spool.local_id, "mlflow.source.name": "lesionsam", "mlflow.source.type": "LOCAL"}
-            if self.meta.get("parent_run_id"):
-                tags["mlflow.parentRunId"] = self.meta["parent_run_id"]
+            if (parent_id := self._find_parent(experiment_id)) is not None:
+                tags["mlflow.parentRunId"] = parent_id
             if self.state.get("replaces"):
                 tags["lesionsam.replaces"] = self.state["replaces"]
             run = self.client.create_run(experiment_id, self.meta["start_time"], tags, self.meta["run_name"])
@@ -177,6 +181,27 @@ class Shipper:
         self.state["run_id"] = run_id
         self._save()
         return run_id
+
+    def _find_parent(self, experiment_id: str) -> str | None:
+        """MLflow's id of the run that this one belongs to, known here by its local id.
+
+        Where the parent's spool lies beside this one, its owner makes it, or this process where the owner is gone.
+        Elsewhere the server is asked, for a while: another machine's own store is never seen, and costs nobody a run.
+        """
+        if not (local_id := self.meta.get("parent")):
+            return None
+        parent = Spool(self.spool.folder.parent / local_id)
+        if known := parent.read_json("state.json").get("run_id"):
+            return known
+        if (parent.folder / "meta.json").exists():
+            if (lock := parent.lock("sender")) is None:
+                raise Unreachable("the run that it belongs to is not there yet")
+            with lock:
+                return Shipper(parent, replace_gone=False)._find_run()
+        found = self.client.search_runs([experiment_id], f"tags.`{LOCAL_ID_TAG}` = '{local_id}'")
+        if not found and self.meta["uri"] and time.monotonic() < self._patience:
+            raise Unreachable("the run that it belongs to is not there yet")
+        return found[0].info.run_id if found else None
 
     def _find_experiment(self) -> Experiment:
         from mlflow.exceptions import MlflowException
@@ -312,7 +337,8 @@ class Shipper:
             if entry is not None and entry["kind"] == "status":
                 last = entry["status"]
         if last in (None, "RUNNING") and self.state["run_id"] and not self.state.get("killed"):
-            self._attempt(lambda: self.client.set_terminated(self.state["run_id"], "KILLED"))
+            with contextlib.suppress(RunGone):
+                self._attempt(lambda: self.client.set_terminated(self.state["run_id"], "KILLED"))
             self.state["killed"] = True
             self._save()
 

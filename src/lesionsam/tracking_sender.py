@@ -46,10 +46,7 @@ def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = la
 
 
 def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
-    state = spool.read_json("state.json")
-    closed = any(entry is not None and entry["kind"] == "status" and entry["status"] != "RUNNING"
-                 for entry, _ in read_lines(spool.path("journal")))
-    if not spool.pending()[0] and (closed or state.get("killed")):
+    if not spool.pending()[0] and spool.is_closed():
         return
     shipper = Shipper(spool, replace_gone=False)
     while not stop():

@@ -136,6 +136,19 @@ class Spool:
                 num_files += entry is not None and "file" in entry
         return num_lines, num_files
 
+    def is_closed(self) -> bool:
+        """Whether the owner said how the run ended, or the server was told that it was killed."""
+        statuses = [entry["status"] for entry, _ in read_lines(self.path("journal"))
+                    if entry is not None and entry["kind"] == "status"]
+        return bool(statuses and statuses[-1] != "RUNNING") or bool(self.read_json("state.json").get("killed"))
+
+    def is_abandoned(self) -> bool:
+        """Whether the owner died without closing the run."""
+        if self.is_closed() or (lock := self.lock("owner")) is None:
+            return False
+        lock.close()
+        return True
+
     def stash(self, source: Path, sequence: int) -> str:
         """Keep a file as it is now; returns its path below the spool. A hard link, or a copy across file systems.
 
