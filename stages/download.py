@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 from lesionsam.config import load_config
+from lesionsam.data.coco import index_coco
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import check_rows, summary, write_index
 from lesionsam.data.isic import fetch_isic
 from lesionsam.data.meter import say
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import run_guarded
-from lesionsam.schema import FolderData, SyntheticData
+from lesionsam.schema import CocoData, FolderData, SyntheticData
 
 RAW, ARCHIVES, LOCK = Path("data/raw"), Path(".archives"), Path("archives.lock.json")
 
@@ -30,6 +31,10 @@ def main() -> None:
     elif isinstance(data, FolderData):
         rows = index_folder(Path(config.inputs.folder), dev_fraction=data.dev_fraction, test_split=data.test_split,
                             threshold_masks=data.threshold_masks, masks_out=RAW / "masks")
+    elif isinstance(data, CocoData):
+        rows = index_coco(Path(config.inputs.folder), annotations=data.annotations, images=data.images,
+                          categories=data.categories, dev_fraction=data.dev_fraction, test_split=data.test_split,
+                          raw=RAW)
     else:
         rows = fetch_isic(data.source, subset=data.subset, dev_fraction=data.dev_fraction, base_url=data.base_url,
                           raw=RAW, archives=ARCHIVES, lock_path=LOCK)

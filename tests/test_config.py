@@ -313,7 +313,8 @@ def test_describe() -> None:
     assert (limits.kind, limits.low, limits.high, limits.low_open) == ("number", 0, 0.6932, False)
     assert "nats" in limits.description
     assert describe("method.temperature", DEFAULT).low_open
-    assert describe("data.source", DEFAULT).choices == ("synthetic", "folder", "isic2016", "isic2017", "isic2018")
+    assert describe("data.source", DEFAULT).choices == (
+        "synthetic", "folder", "coco", "isic2016", "isic2017", "isic2018")
     offset = describe("method.target.offset", DEFAULT)
     assert (offset.kind, offset.choices, offset.low, offset.high) == ("number", ("boxes", "none"), -3, 3)
     jitter = describe("evaluate.jitter", DEFAULT)

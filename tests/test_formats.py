@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,6 +335,28 @@ def test_what_a_format_cannot_hold_is_told(form: str, lost: list[str], tmp_path:
     notes = convert(tmp_path / "a.json", tmp_path / "b", to_form=form).notes
     assert len(notes) == len(lost)
     assert all(note.startswith(start) for note, start in zip(notes, lost, strict=True))
+
+
+def test_masks_of_a_folder(tmp_path: Path, images: Path) -> None:
+    """Each of several lesions gets the mask inside its big box; names may end in _segmentation, in any case."""
+    mask = np.zeros((100, 200), np.uint8)
+    mask[30:60, 20:40] = mask[85:95, 190:198] = 255
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "A_Segmentation.PNG")
+    wanted = many()
+    wanted = replace(wanted, lesions=tuple(replace(each, segmentation=None) for each in wanted.lesions))
+    WRITERS["csv"](tmp_path / "a.csv", wanted)
+    found = convert(tmp_path / "a.csv", tmp_path / "a.json", images=images, masks=tmp_path / "masks").lesions
+    assert [each.segmentation is not None for each in found] == [True, True, False, False, False]
+    first, second = (rle.decode(each.segmentation, 100, 200) for each in found[:2])
+    assert first.sum() == 30 * 20, "big box 0 ends before the other part"
+    assert np.array_equal(second, mask > 0)
+    shutil.copy(tmp_path / "masks" / "A_Segmentation.PNG", tmp_path / "masks" / "a.png")
+    for folder, message in ((tmp_path / "masks", r"a\.png: .*A_Segmentation\.PNG is a mask of the same image"),
+                            (tmp_path / "none", "none: no such folder"), (tmp_path / "x", "x: no mask of any of")):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            convert(tmp_path / "a.csv", tmp_path / "b.json", images=images, masks=folder)
 
 
 def test_drawn_small_boxes_stay() -> None:

@@ -84,7 +84,7 @@ def test_every_preset_says_what_it_is(name: str) -> None:
 
 
 def test_every_value_to_start_from_is_valid() -> None:
-    for changes in ({"data": {"source": source}} for source in ("folder", "isic2017", "isic2018")):
+    for changes in ({"data": {"source": source}} for source in ("folder", "coco", "isic2017", "isic2018")):
         validate(fit(merge(default_values(), changes)))
     for kind in ("prior", "fused", "teacher", "ellipse"):
         values = fit(merge(default_values(), {"method": {"target": {"kind": kind}}}))

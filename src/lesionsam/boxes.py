@@ -221,10 +221,18 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
     if row.get("split") and row["split"] != entry["split"]:
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
     big, small = parse_boxes(row, width, height)
-    mask_path = str(entry.get("mask_path") or "")
+    mask_path, lesion_id = str(entry.get("mask_path") or ""), row.get("lesion_id") or "0"
+    own = entry.get("lesions")
+    if isinstance(own, Mapping):
+        if lesion_id not in own:
+            raise ValueError(
+                f"lesion_id: {lesion_id!r} is no lesion of image {image_id!r}; it has {', '.join(own)} (see "
+                "data/raw/lesions.csv)"
+            )
+        mask_path = str(own[lesion_id])
     return Sample(
         image_id=image_id,
-        lesion_id=row.get("lesion_id") or "0",
+        lesion_id=lesion_id,
         split=str(entry["split"]),
         image_path=root / str(entry["image_path"]),
         mask_path=root / mask_path if mask_path else None,
@@ -232,6 +240,7 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
         height=height,
         big_box=big,
         small_box=small,
+        own_mask=isinstance(own, Mapping),
     )
 
 
@@ -307,40 +316,46 @@ def annotate(
 ) -> list[Sample]:
     """The simulated annotator over a whole index: one lesion per mask.
 
-    Draws depend on (seed, image_id) alone, so that an image keeps its boxes whatever else the set holds.
+    Draws depend on (seed, image_id, lesion_id) alone, so that a lesion keeps its boxes whatever else the set holds.
+    Where lesions have masks of their own, those below `min_area` pixels are passed over.
 
     Raises:
-        UserError: an image without a mask, or a mask without a lesion of `min_area` pixels.
+        UserError: an image without a mask, or an image's one mask without a lesion of `min_area` pixels.
     """
     samples = []
     for image_id, entry in progress(index.items(), total=len(index), title="annotating"):
-        mask_path = str(entry.get("mask_path") or "")
-        if not mask_path:
-            raise UserError(
-                f"{entry['image_path']}: has no mask to simulate an annotator from; add masks for every image, or "
-                "give your own boxes (boxes.source: csv)"
+        own = entry.get("lesions")
+        masks = dict(own) if isinstance(own, Mapping) else {"0": str(entry.get("mask_path") or "")}
+        for lesion_id, mask_path in masks.items():
+            if not mask_path:
+                raise UserError(
+                    f"{entry['image_path']}: has no mask to simulate an annotator from; add masks for every image, or "
+                    "give your own boxes (boxes.source: csv)"
+                )
+            width, height = int(str(entry["width"])), int(str(entry["height"]))
+            mask = read_mask(root / mask_path, (width, height))
+            key = f"{seed}|{image_id}" + (f"|{lesion_id}" if lesion_id != "0" else "")
+            rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint64))
+            boxes = simulate_boxes(mask, rng, margin=margin, core=core, jitter=jitter, min_area=min_area)
+            if boxes is None and own is not None:
+                continue
+            if boxes is None:
+                raise UserError(
+                    f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
+                    f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask"
+                )
+            samples.append(
+                Sample(
+                    image_id=image_id,
+                    lesion_id=lesion_id,
+                    split=str(entry["split"]),
+                    image_path=root / str(entry["image_path"]),
+                    mask_path=root / mask_path,
+                    width=width,
+                    height=height,
+                    big_box=boxes[0],
+                    small_box=boxes[1],
+                    own_mask=own is not None,
+                )
             )
-        width, height = int(str(entry["width"])), int(str(entry["height"]))
-        mask = read_mask(root / mask_path, (width, height))
-        digest = hashlib.sha256(f"{seed}|{image_id}".encode()).digest()
-        rng = np.random.default_rng(np.frombuffer(digest, np.uint64))
-        boxes = simulate_boxes(mask, rng, margin=margin, core=core, jitter=jitter, min_area=min_area)
-        if boxes is None:
-            raise UserError(
-                f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
-                f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask"
-            )
-        samples.append(
-            Sample(
-                image_id=image_id,
-                lesion_id="0",
-                split=str(entry["split"]),
-                image_path=root / str(entry["image_path"]),
-                mask_path=root / mask_path,
-                width=width,
-                height=height,
-                big_box=boxes[0],
-                small_box=boxes[1],
-            )
-        )
     return samples

@@ -22,6 +22,7 @@ def convert(
     form: Annotated[str, typer.Option("--format", help=f"Of TO: {FORMATS}; unset: by its ending.")] = "",
     from_form: Annotated[str, typer.Option("--from-format", help="Of FROM; unset: by its ending and content.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, for their names and sizes.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of masks to take along, where TO can hold them.")] = None,
     big: Annotated[str, typer.Option(help="Label of the big boxes.")] = "big",
     small: Annotated[str, typer.Option(help="Label of the small boxes.")] = "small",
     category: Annotated[list[str] | None, typer.Option(help="Of COCO: read this one only; may be repeated.")] = None,
@@ -36,8 +37,9 @@ def convert(
     from lesionsam.formats.records import CORE, Labels
 
     names = [name.strip() for name in classes.split(",")] if classes else None
-    found = run(source, target, from_form=from_form, to_form=form, images=images, labels=Labels(big, small),
-                categories=category or (), classes=names, core=CORE if core is None else core, overwrite=overwrite)
+    found = run(source, target, from_form=from_form, to_form=form, images=images, masks=masks,
+                labels=Labels(big, small), categories=category or (), classes=names,
+                core=CORE if core is None else core, overwrite=overwrite)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{target}: {len(found.lesions)} lesions of {len(found.pictures)} images")

@@ -323,7 +323,8 @@ def summary(config: Config) -> list[str]:
     """The configuration in a few lines, for people."""
     data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
     size = f", side {model.image_size} px" if model.image_size else ""
-    counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split")}
+    counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split"),
+              "coco": ("annotations", "test_split")}
     named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
     last = getattr(model, "unfreeze_last_k", 0)
     parts = {"none": "no encoder block", "blocks": f"last {last} encoder blocks" if last else "whole encoder"}

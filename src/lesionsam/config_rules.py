@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionsam.schema import NUM_BLOCKS, Config
+from lesionsam.schema import NUM_BLOCKS, CocoData, Config, FolderData
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     if has("data.source", "data.dev_fraction") and v["data.dev_fraction"] == 0:
         if v["data.source"] == "isic2016":
             yield Issue("data.dev_fraction", "expected a number above 0 (isic2016 has no validation split), got 0")
-        if v["data.source"] == "folder" and v.get("data.test_split") == "val":
+        if v["data.source"] in ("folder", "coco") and v.get("data.test_split") == "val":
             yield Issue("data.dev_fraction", "expected a number above 0 when data.test_split is val, got 0")
     if has("model.image_size") and 0 < v["model.image_size"] < 32:
         yield Issue("model.image_size", f"expected 0 or an integer from 32 to 4096, got {v['model.image_size']}")
@@ -67,7 +67,9 @@ def file_rules(config: Config, root: Path) -> Iterator[Issue]:
     folder, boxes = root / config.inputs.folder, root / config.inputs.boxes
     if config.boxes.source == "csv" and not boxes.is_file():
         yield Issue("inputs.boxes", f"expected a CSV file when boxes.source is csv, got none at {config.inputs.boxes}")
-    if config.data.source != "folder":
+    if isinstance(config.data, CocoData):
+        yield from _coco_rules(config.data, folder, config.inputs.folder)
+    if not isinstance(config.data, FolderData):
         return
     splits = ("train", config.data.test_split) + (() if config.data.dev_fraction else ("val",))
     missing = [f"images/{split}" for split in dict.fromkeys(splits) if not (folder / "images" / split).is_dir()]
@@ -84,3 +86,10 @@ def file_rules(config: Config, root: Path) -> Iterator[Issue]:
             yield Issue("train.select", f"expected label_free when {config.inputs.folder} has no masks, got objective")
 
 
+def _coco_rules(data: CocoData, folder: Path, named: str) -> Iterator[Issue]:
+    for split in dict.fromkeys(("train", data.test_split) + (() if data.dev_fraction else ("val",))):
+        file, images = (pattern.replace("{split}", split) for pattern in (data.annotations, data.images))
+        if not (folder / file).is_file():
+            yield Issue("data.annotations", f"expected {file} in {named} (inputs.folder), got no such file")
+        if not (folder / images).is_dir():
+            yield Issue("data.images", f"expected a folder {images} in {named} (inputs.folder), got none")

@@ -25,7 +25,7 @@ from lesionsam.evaluation_cases import (
     LoadImage,
     LoadMask,
     Request,
-    build_case,
+    build_cases,
     by_image,
     measure,
     predict_cases,
@@ -234,9 +234,8 @@ def evaluate_baselines(
     rows: list[dict[str, object]] = []
     numbered = iter(priors)
     for lesions in progress(images, total=len(images), title="baselines: masks"):
-        mask = load_mask(lesions[0]) if load_mask is not None else None
-        for sample in lesions:
-            case = build_case(sample, mask, [other for other in lesions if other is not sample])
+        for case in build_cases(lesions, load_mask):
+            sample = case.sample
             large = Image.fromarray(next(numbered)).resize((sample.width, sample.height), Image.Resampling.BILINEAR)
             prior = np.full(case.shape, OUTSIDE, np.float32)
             prior[case.big] = np.asarray(large)[case.big]

@@ -52,7 +52,8 @@ def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sampl
     """Truth and regions of a lesion.
 
     Args:
-        mask: (H, W) bool, the image's whole mask, or None. siblings: the image's other lesions.
+        mask: (H, W) bool, the image's whole mask, or the lesion's own one where it has one, or None.
+        siblings: the image's other lesions.
     """
     shape = (sample.height, sample.width)
     big, small = box_slices(sample.big_box, shape), box_slices(sample.small_box, shape)
@@ -62,7 +63,9 @@ def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sampl
         for other in siblings:
             valid[box_slices(other.big_box, shape)] = False
         valid[big] = True
-        if mask is not None:
+        if mask is not None and sample.own_mask:
+            truth = mask & valid
+        elif mask is not None:
             truth = np.zeros(shape, bool)
             truth[big] = mask[big]
     return Case(sample, shape, truth, valid, None if truth is None else metrics.Outline.of(truth), big, small)
@@ -178,9 +181,11 @@ def by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterator[Case]:
-    """The lesions of one image, its mask read once."""
-    mask = load_mask(lesions[0]) if load_mask is not None else None
+    """The lesions of one image; a mask that they share is read once."""
+    mask, path = None, None
     for sample in lesions:
+        if load_mask is not None and (path is None or sample.mask_path != path):
+            mask, path = load_mask(sample), sample.mask_path
         yield build_case(sample, mask, [other for other in lesions if other is not sample])
 
 

@@ -56,7 +56,7 @@ class Limits:
         if self.kind == "choice":
             return self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
         if self.kind == "list":
-            return "a list of " + (", ".join(self.choices) if self.choices else "numbers" + self._range())
+            return self.form or "a list of " + (", ".join(self.choices) if self.choices else "numbers" + self._range())
         names = {"integer": "an integer", "number": "a number", "boolean": "true or false",
                  "section": "a section of keys", "text": self.form or "a text"}
         return (", ".join(self.choices) + " or " if self.choices else "") + names[self.kind] + self._range()

@@ -25,12 +25,14 @@ class Section(BaseModel):
 class Inputs(Section):
     folder: str = Field(
         min_length=1,
-        description="images/{train,val,test} and optional masks/{train,val,test}; read when data.source is folder",
+        description=(
+            "images/{train,val,test} and optional masks/{train,val,test}; read when data.source is folder or coco"
+        ),
     )
     boxes: str = Field(min_length=1, description="your two-box CSV file; read when boxes.source is csv")
 
 
-DATA_SOURCE = "synthetic | isic2016 | isic2017 | isic2018 | folder"
+DATA_SOURCE = "synthetic | isic2016 | isic2017 | isic2018 | folder | coco"
 DEV_FRACTION = "share of the training images held out to select on, by hash of the id; 0 = the source's own split"
 
 
@@ -53,6 +55,26 @@ class FolderData(Section):
     )
     threshold_masks: bool = Field(
         description="grey masks (JPEG and the like) are cut at half of their range, not refused", examples=[False]
+    )
+
+
+class CocoData(Section):
+    source: Literal["coco"] = Field(description=DATA_SOURCE)
+    annotations: str = Field(
+        pattern=r"\{split\}",
+        title="a path with {split} in it",
+        description="COCO instances in inputs.folder; {split} is train, val and test",
+        examples=["annotations/{split}.json"],
+    )
+    images: str = Field(
+        min_length=1, description="folder of the images in inputs.folder, {split} likewise", examples=["images/{split}"]
+    )
+    categories: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        title="a list of category names", description="names of those that are lesions; [] = all", examples=[[]]
+    )
+    dev_fraction: float = Field(ge=0, lt=1, description=DEV_FRACTION, examples=[0.0])
+    test_split: Literal["val", "test"] = Field(
+        description="which of your splits is reported on, once: val | test", examples=["test"]
     )
 
 
@@ -309,7 +331,7 @@ class Config(Section):
 
     version: int = Field(ge=1, le=1)
     inputs: Inputs = Field(description="your own files; DVC watches both paths for change")
-    data: SyntheticData | FolderData | IsicData = Field(discriminator="source")
+    data: SyntheticData | FolderData | CocoData | IsicData = Field(discriminator="source")
     boxes: SimulatedBoxes | CsvBoxes = Field(discriminator="source")
     model: FrozenEncoder | BlocksEncoder = Field(discriminator="encoder")
     method: ContrastiveMethod | SupervisedMethod = Field(discriminator="name")

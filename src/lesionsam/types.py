@@ -28,7 +28,8 @@ class Sample:
         image_path: image file. mask_path: its mask file, or None where nobody drew one.
         width, height: size of the image after EXIF transpose, pixels.
         big_box, small_box: (4,) float64 XYXY, original pixels.
-            With several lesions in one image the truth of each is the mask inside its big box.
+        own_mask: whether the mask shows this lesion alone. Where it does not, and the image has several lesions, the
+            truth of each is the mask inside its big box.
     """
 
     image_id: str
@@ -40,6 +41,7 @@ class Sample:
     height: int
     big_box: np.ndarray
     small_box: np.ndarray
+    own_mask: bool = False
 
 
 @dataclass(frozen=True)

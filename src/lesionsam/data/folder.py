@@ -7,7 +7,6 @@ STEM_segmentation; upper and lower case do not matter.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,13 +14,12 @@ import numpy as np
 from PIL import Image
 
 from lesionsam.data.index import Row, check_rows, dev_ids
+from lesionsam.data.jobs import run_jobs
 from lesionsam.data.meter import say
 from lesionsam.errors import UserError
 from lesionsam.files import IMAGE_SUFFIXES, atomic_write, check_image, read_mask, sha256_file
-from lesionsam.progress import progress
 
 MASK_ENDING = "_segmentation"
-NUM_THREADS = 4  # Pillow decodes outside Python's lock
 
 
 def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshold_masks: bool = False,
@@ -52,7 +50,7 @@ def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshol
             split = "dev" if name == "train" and image_path.stem in chosen else folders[name]
             copy = masks_out / split / f"{image_path.stem}.png" if threshold_masks and masks_out else None
             jobs.append(partial(_row, image_path, masks.get(stem), split, copy))
-    rows = _run(jobs)
+    rows = run_jobs(jobs)
     check_rows(rows, str(folder))
     return rows
 
@@ -112,19 +110,3 @@ def _row(image_path: Path, mask_path: Path | None, split: str, copy: Path | None
     return {"image_id": image_path.stem, "split": split, "image_path": image_path.as_posix(),
             "mask_path": mask_path.as_posix() if mask_path else "", "width": width, "height": height,
             "sha256": sha256_file(image_path)}
-
-
-def _run(jobs: list[Callable[[], Row]]) -> list[Row]:
-    def guarded(job: Callable[[], Row]) -> Row | UserError:
-        try:
-            return job()
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        done = list(progress(pool.map(guarded, jobs), total=len(jobs), title="reading images"))
-    problems = [item for item in done if isinstance(item, UserError)]
-    if problems:
-        more = f" (and {len(problems) - 1} more faulty files)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}")
-    return [item for item in done if not isinstance(item, UserError)]

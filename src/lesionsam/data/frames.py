@@ -112,7 +112,7 @@ def prepare(
     mask = np.full((side, side), UNKNOWN, np.uint8)
     if sample.mask_path is not None:
         truth = read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold_masks)
-        if len(others):
+        if len(others) and not sample.own_mask:
             truth = truth & inside(sample.big_box, truth.shape)
         grey = Image.fromarray(truth.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
         mask[:] = 0

@@ -18,6 +18,8 @@ from lesionsam.files import atomic_write
 from lesionsam.types import SPLITS
 
 COLUMNS = ("image_id", "split", "image_path", "mask_path", "width", "height", "sha256")
+LESIONS = "lesions.csv"  # beside index.csv where the source has a mask for each of several lesions
+LESION_COLUMNS = ("image_id", "lesion_id", "mask_path", "annotation_id", "category", "area")
 Row = dict[str, Any]
 
 
@@ -76,6 +78,8 @@ def write_index(path: Path, rows: Iterable[Row]) -> None:
 def read_index(path: Path) -> dict[str, Row]:
     """image_id -> row of index.csv, in its order; width and height are ints, mask_path is "" where there is none.
 
+    Where lesions.csv lies beside it, rows also have "lesions": lesion_id -> path of that lesion's own mask.
+
     Raises:
         UserError: missing, or not such a table; names line and column.
     """
@@ -106,4 +110,21 @@ def read_index(path: Path) -> dict[str, Row]:
         rows[row["image_id"]] = {**row, **sizes}
     if not rows:
         raise UserError(f"{path}: no rows; run `dvc repro -f download`")
+    for image_id, lesions in _read_lesions(path.with_name(LESIONS)).items():
+        if image_id not in rows:
+            raise UserError(f"{path.with_name(LESIONS)}: image {image_id!r} is not in {path.name}; run `dvc repro -f "
+                            "download`")
+        rows[image_id]["lesions"] = lesions
     return rows
+
+
+def _read_lesions(path: Path) -> dict[str, dict[str, str]]:
+    if not path.exists():
+        return {}
+    reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    if tuple(reader.fieldnames or ()) != LESION_COLUMNS:
+        raise UserError(f"{path}: expected the columns {', '.join(LESION_COLUMNS)}; run `dvc repro -f download`")
+    found: dict[str, dict[str, str]] = {}
+    for row in reader:
+        found.setdefault(row["image_id"], {})[row["lesion_id"]] = row["mask_path"]
+    return found

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from lesionsam.box_prior import inside
 from lesionsam.errors import UserError
+from lesionsam.files import IMAGE_SUFFIXES, read_mask
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
@@ -18,6 +21,7 @@ from lesionsam.formats.records import (
     with_pictures,
     with_small_boxes,
 )
+from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
 from lesionsam.formats.yolo import read_yolo, write_yolo
@@ -73,13 +77,48 @@ def read_annotations(path: Path, form: str, *, pictures: Mapping[str, Picture] |
     return with_pictures(found, pictures) if pictures is not None else found
 
 
+def with_masks(annotations: Annotations, folder: Path) -> Annotations:
+    """The same with the masks of a folder and those within it as run lengths, by the name of the image.
+
+    A mask is called as its image, or with _segmentation added. Of several lesions in an image each gets the part of the
+    mask inside its big box. A lesion whose part is empty, or whose image has no mask, stays as it is.
+
+    Raises:
+        UserError: no such folder, no mask for any image, two masks for one, or a mask of another size or kind.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected the masks")
+    wanted = {picture.image_id.lower(): picture for picture in annotations.pictures}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        stem = path.stem.lower()
+        name = stem if stem in wanted else stem.removesuffix("_segmentation")
+        if path.suffix.lower() not in IMAGE_SUFFIXES or name not in wanted or not path.is_file():
+            continue
+        if found.setdefault(name, path) is not path:
+            raise UserError(f"{path}: {found[name]} is a mask of the same image; keep one of them")
+    if not found:
+        raise UserError(f"{folder}: no mask of any of the {len(wanted)} images; expected masks called as their images")
+    lesions = []
+    for image_id, held in annotations.by_picture().items():
+        picture, path = wanted[image_id.lower()], found.get(image_id.lower())
+        mask = read_mask(path, (picture.width, picture.height)) if path is not None and held else None
+        for lesion in held:
+            part = mask
+            if mask is not None and len(held) > 1:
+                part = mask & inside(lesion.big_box, mask.shape)
+            lesions.append(lesion if part is None or not part.any() else replace(lesion, segmentation=encode(part)))
+    return replace(annotations, lesions=tuple(lesions))
+
+
 def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "", images: Path | None = None,
-            labels: Labels | None = None, categories: Sequence[str] = (), classes: Sequence[str] | None = None,
-            core: float = CORE, overwrite: bool = False) -> Annotations:
+            masks: Path | None = None, labels: Labels | None = None, categories: Sequence[str] = (),
+            classes: Sequence[str] | None = None, core: float = CORE, overwrite: bool = False) -> Annotations:
     """Read annotations, make the small boxes that are missing, and write them; what was written, with notes.
 
     Args:
         from_form, to_form: of `FORMATS`; "" = by the paths' endings. images: folder of the images, where needed.
+        masks: folder of masks to take along, see `with_masks`.
         core: share of a made small box, see `with_small_boxes`. overwrite: whether a file at `target` may go.
     Raises:
         UserError: nothing is written.
@@ -96,6 +135,8 @@ def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "
     if not found.lesions:
         raise UserError(f"{source}: no boxes in it; expected one or two per lesion")
     found = with_small_boxes(found, core)
+    if masks is not None:
+        found = with_masks(found, masks)
     WRITERS[to_form](target, found)
     return Annotations(found.pictures, found.lesions, (*found.notes, *_lost(found, to_form)))
 

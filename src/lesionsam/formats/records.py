@@ -115,10 +115,8 @@ class Gathered:
         Raises:
             UserError: a size that is none, a name that leaves the folder, or two pictures of the same id.
         """
-        name = str(file_name).replace("\\", "/")
-        path = PurePosixPath(name)
-        if not path.stem or path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{self.source}: image {file_name!r}: expected a file name below the folder of images")
+        path = checked_name(file_name, self.source)
+        name = path.as_posix()
         sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (width, height)]
         if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
             raise UserError(f"{self.source}: image {name!r}: expected width and height in pixels, got {width!r} and "
@@ -153,6 +151,14 @@ class Gathered:
         if others:
             notes.append(f"{others} shapes with other labels than {labels.big!r} and {labels.small!r} were left out")
         return checked(Annotations(tuple(self.pictures.values()), tuple(lesions), tuple(notes)), self.source)
+
+
+def checked_name(file_name: object, place: str) -> PurePosixPath:
+    """A file name out of annotations, below the folder of the images; `place` begins the UserError otherwise."""
+    path = PurePosixPath(file_name.replace("\\", "/")) if isinstance(file_name, str) else PurePosixPath()
+    if not path.stem or path.is_absolute() or ".." in path.parts or "\0" in path.name:
+        raise UserError(f"{place}: expected a file name below the folder of images, got {str(file_name)!r}")
+    return path
 
 
 def _single(image_id: str, shapes: Sequence[Shape]) -> list[Lesion]:
