@@ -184,8 +184,8 @@ def test_every_issue_at_once_and_in_order() -> None:
 
 def test_a_key_of_another_variant_says_when_it_is_read() -> None:
     issues = issues_of(changed(default_values(), "data.dev_fraction", 0.1))
-    assert issues == {"data.dev_fraction": "read only when data.source is folder or isic2016 or isic2017 or isic2018, "
-                                           "got synthetic; remove it"}
+    assert issues == {"data.dev_fraction": "read only when data.source is folder or coco or isic2016 or isic2017 or "
+                                           "isic2018, got synthetic; remove it"}
     issues = issues_of(changed(values_of("csv"), "method.target.placebo", "other"))
     assert list(issues) == ["method.target.placebo"]
     assert issues["method.target.placebo"].startswith("read only when method.target.kind is prior or ")

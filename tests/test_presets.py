@@ -194,7 +194,7 @@ def test_to_yaml_is_the_file() -> None:
 
 
 def test_unknown_preset_and_broken_file() -> None:
-    with pytest.raises(UserError, match="preset nonesuch: expected one of demo, folder"):
+    with pytest.raises(UserError, match="preset nonesuch: expected one of demo, coco, folder"):
         apply_preset("nonesuch", default_text())
     broken = default_text().replace("patience: 0", "patiense: 0")
     with pytest.raises(ConfigError, match=r"params.yaml with preset supervised: train.patiense: unknown key"):
