@@ -39,6 +39,7 @@ DEFAULT = validate(default_values())
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "folder": {"data": {"source": "folder"}},
+    "coco": {"data": {"source": "coco"}},
     "isic": {"data": {"source": "isic2018"}, "model": {"encoder": "none"},
              "method": {"alpha": 0.0, "gamma": 0.0, "target": {"kind": "teacher"}}},
     "csv": {"boxes": {"source": "csv"}, "method": {"target": {"kind": "ellipse"}}},
