@@ -217,3 +217,28 @@ def test_spread_tells_a_collapsed_head_from_a_lively_one() -> None:
     collapsed = spread(lively[:1, :, :1, :1].expand(4, 64, 12, 12))
     assert collapsed["channel_std"] == pytest.approx(0, abs=1e-6)
     assert collapsed["mean_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_dropping_unused_columns_leaves_the_contrast_and_its_gradient_as_they_were() -> None:
+    """Against the same function on every column; the last bits differ, as sums of fewer zeros run in another order."""
+    z, p = unit((3, 12, 8), 0).requires_grad_(), unit((3, 12, 8), 1)
+    generator = torch.Generator().manual_seed(2)
+    index = torch.stack([torch.randperm(12, generator=generator) for _ in range(3)])
+    anchors, negatives = (torch.rand(3, 12, generator=generator) < share for share in (0.3, 0.5))
+    anchors[:, 4], negatives[:, 7] = False, False
+
+    def contrast(*kept: torch.Tensor) -> torch.Tensor:
+        at, at_valid, away, away_valid = kept
+        a, positive, n = (v.gather(1, k[..., None].expand(-1, -1, 8)) for v, k in ((z, at), (p, at), (z, away)))
+        return losses.info_nce(a, positive, n, at_valid, away_valid, 0.1).sum()
+
+    full = contrast(index, anchors, index, negatives)
+    at, away = losses.drop_unused(index, anchors), losses.drop_unused(index, negatives)
+    trimmed = contrast(*at, *away)
+    assert at[0].shape[1] == int(anchors.any(0).sum()) < 12
+    assert away[0].shape[1] == int(negatives.any(0).sum()) < 12
+    assert trimmed.item() == pytest.approx(full.item(), rel=1e-6)
+    wanted, found = (torch.autograd.grad(value, z)[0] for value in (full, trimmed))
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    nothing = losses.drop_unused(index, torch.zeros(3, 12, dtype=torch.bool))
+    assert contrast(*nothing, *away).item() == 0

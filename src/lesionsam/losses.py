@@ -112,3 +112,17 @@ def sample_pixels(candidates: torch.Tensor, count: int, uniforms: torch.Tensor) 
     keys = torch.where(candidates, uniforms + 1, torch.zeros_like(uniforms))
     chosen = keys.topk(min(count, candidates.shape[1]), dim=1)
     return chosen.indices, chosen.values > 0.5
+
+
+def drop_unused(index: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the columns that are valid for no image, where that costs no wait: on the CPU.
+
+    A GPU would have to tell the host how many columns are left; its arithmetic on the rest is cheaper than that.
+
+    Args:
+        index: (B, K) int64. valid: (B, K) bool.
+    """
+    if valid.device.type != "cpu":
+        return index, valid
+    used = valid.any(0)
+    return index[:, used], valid[:, used]

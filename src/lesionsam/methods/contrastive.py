@@ -18,6 +18,7 @@ from lesionsam.losses import (
     bce,
     binary_entropy,
     dice,
+    drop_unused,
     hard_iou,
     info_nce,
     projection_loss,
@@ -260,7 +261,8 @@ class Contrastive:
             width = random_at.shape[1]
             away[:, :width] = torch.where(none, random_at, away[:, :width])
             away_valid[:, :width] = torch.where(none, random_valid, away_valid[:, :width])
-        away_valid = away_valid & trusted[:, None]
+        at, anchor_valid = drop_unused(at, anchor_valid & trusted[:, None])
+        away, away_valid = drop_unused(away, away_valid & trusted[:, None])
 
         def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
@@ -269,7 +271,7 @@ class Contrastive:
         if o.in_batch:
             negatives, away_valid = negatives.flatten(0, 1)[None], away_valid.flatten()[None]
         loss = info_nce(pick(z, at), pick(z_t, at), negatives, anchor_valid, away_valid, o.temperature)
-        return mean_over(loss, trusted & anchor_valid.any(1))
+        return mean_over(loss, anchor_valid.any(1))
 
     def head_spread(self) -> dict[str, float]:
         """Spread of the last batch's projected pixels; see `models.projection.spread`."""
