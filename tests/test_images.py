@@ -267,7 +267,37 @@ def test_grey_masks_need_the_threshold(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(one, threshold=True), BLOB)  # 0 and 1 stay what they mean
 
 
-def test_coloured_masks_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("palette", [
+    [0, 0, 0, 90, 90, 90], [0, 0, 0, 200, 0, 0], [255, 255, 255, 200, 0, 0], [40, 40, 40, 90, 90, 90]])
+def test_palettes_of_two(tmp_path: Path, palette: list[int]) -> None:
+    """Black is background, wherever it stands; without black, the first entry is."""
+    image = Image.fromarray(BLOB.astype(np.uint8), "P")
+    image.putpalette(palette)
+    assert np.array_equal(read_mask(save(tmp_path / "p.png", image)), BLOB)
+    if not any(palette[:3]):
+        turned = Image.fromarray((~BLOB).astype(np.uint8), "P")
+        turned.putpalette(palette[3:] + palette[:3])
+        assert np.array_equal(read_mask(save(tmp_path / "p.png", turned)), BLOB)
+
+
+def test_palette_of_three_is_refused_with_its_colours(tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) % 3, "P")
+    image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    with pytest.raises(UserError, match=r"p\.png: mask has 3 colours \(#000000, #00c800, #c80000\); expected"):
+        read_mask(save(tmp_path / "p.png", image))
+
+
+def test_coloured_masks_need_the_threshold(tmp_path: Path) -> None:
     path = save(tmp_path / "c.png", Image.fromarray(RAMP))
-    with pytest.raises(UserError, match="colours; expected black and one other"):
+    with pytest.raises(UserError, match=r"colours \(#.*\.\.\.\); expected black and one other"):
         read_mask(path)
+    tinted = np.where(BLOB[..., None], [250, 240, 255], [4, 0, 9]).astype(np.uint8)
+    assert np.array_equal(read_mask(save(tmp_path / "t.png", Image.fromarray(tinted)), threshold=True), BLOB)
+
+
+def test_jpeg_masks_need_the_threshold(tmp_path: Path) -> None:
+    path = tmp_path / "m.jpg"
+    Image.fromarray(BLOB.astype(np.uint8) * 255).save(path, quality=60)
+    with pytest.raises(UserError, match=r"grey levels \(.*\), as JPEG changes them; expected 0 and 255"):
+        read_mask(path)
+    assert (read_mask(path, threshold=True) != BLOB).mean() < 0.02

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -180,11 +180,12 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
               max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a lesion mask.
 
-    Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion, or two colours of which one is black.
+    Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion; two colours of which one is black; or two
+    entries of a palette: black is background, else the palette's first.
 
     Args:
         size: (width, height) that the mask must have, or None.
-        threshold: also accept grey levels in between; lesion is what exceeds half of the range.
+        threshold: also accept other grey levels and colours; lesion is what exceeds half of the range in brightness.
     Returns:
         (H, W) bool, True on the lesion. It may be empty: the caller knows whether that is an error.
     Raises:
@@ -193,7 +194,8 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
     path = Path(path)
     with _open(path, max_pixels) as image:
         _load(image, path)
-        levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path)
+        levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path, threshold)
+        form = image.format
     if size is not None and levels.shape != (size[1], size[0]):
         raise UserError(f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its "
                         "image; export the mask at the image's own size")
@@ -207,9 +209,14 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
         return levels > 0
     if threshold:
         return levels > full // 2
-    shown = ", ".join(str(value) for value in found[:6]) + (", ..." if len(found) > 6 else "")
-    raise UserError(f"{path}: mask has {len(found)} grey levels ({shown}); expected 0 and 255 (or 0 and 1); save it "
-                    "as PNG with two levels, or set data.threshold_masks to true with data.source folder")
+    why = ", as JPEG changes them" if form in ("JPEG", "MPO") else ""
+    raise UserError(f"{path}: mask has {len(found)} grey levels ({_listed(found)}){why}; expected 0 and 255 (or 0 and "
+                    "1); save it as PNG with two levels, or set data.threshold_masks to true with data.source folder")
+
+
+def _listed(values: Iterable[object], most: int = 8) -> str:
+    texts = [str(value) for value in values]
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
 
 
 @contextmanager
@@ -306,13 +313,19 @@ def _deep_grey(image: Image.Image, path: Path) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 
 
-def _mask_levels(image: Image.Image, path: Path) -> np.ndarray:
+def _mask_levels(image: Image.Image, path: Path, threshold: bool) -> np.ndarray:
     image = _upright(image)
     if image.mode in ("I;16", "I;16L", "I;16B", "I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{path}: mask values of {values.min()}..{values.max()}; expected 0 and 255 (or 0 and 1)")
         return values.astype(np.uint16)
+    if image.mode == "P" and "transparency" not in image.info:
+        entries = np.asarray(image)
+        used = np.unique(entries)
+        black = [entry for entry in used if not any(image.getpalette()[3 * entry : 3 * entry + 3])]  # type: ignore[index]
+        if len(used) == 2 and (len(black) == 1 or used[0] == 0):
+            return entries != (black[0] if len(black) == 1 else 0)
     colours = _to_rgb(image, path)
     packed = (colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)).ravel()
     if (colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all():
@@ -320,4 +333,8 @@ def _mask_levels(image: Image.Image, path: Path) -> np.ndarray:
     found = np.unique(packed)
     if len(found) <= 2 and found[0] == 0:
         return packed.reshape(colours.shape[:2]) > 0
-    raise UserError(f"{path}: mask has {len(found)} colours; expected black and one other, or grey 0 and 255")
+    if threshold:
+        return np.asarray(Image.fromarray(colours).convert("L"))
+    names = _listed(f"#{value:06x}" for value in found)
+    raise UserError(f"{path}: mask has {len(found)} colours ({names}); expected black and one other, or grey 0 and "
+                    "255; save it as PNG with two levels, or set data.threshold_masks to true with data.source folder")
