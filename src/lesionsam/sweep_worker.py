@@ -237,6 +237,8 @@ class Worker:
             if time.monotonic() - self.said > SAY_SECONDS:
                 self.said = time.monotonic()
                 print(f"trial {trial.number}: epoch {epoch} of {budget(self.config)}, {score:.4f}", flush=True)
+            if epoch >= budget(self.config):  # nothing left to save
+                return False
             return "start" not in trial.user_attrs and trial.should_prune()
 
         try:
