@@ -22,7 +22,10 @@ app = typer.Typer(
 params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
+cache_app = typer.Typer(invoke_without_command=True, help="Show what is cached: decoded images, frozen activations.")
+app.add_typer(cache_app, name="cache")
 
+CACHE = Path(".cache")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]
 
@@ -63,6 +66,25 @@ def check(params: Params = Path("params.yaml")) -> None:
 
     for line in summary(load_config(params)):
         print(line)
+
+
+@cache_app.callback()
+def cache(context: typer.Context) -> None:
+    """Show what is cached: decoded images, activations of the frozen encoder; what it takes and when it was used."""
+    from lesionsam.data.caches import report
+
+    if context.invoked_subcommand is None:
+        for line in report(CACHE):
+            print(line)
+
+
+@cache_app.command("clear")
+def clear_cache() -> None:
+    """Remove all of it; what is needed is made again. A training that runs goes on with what it has open."""
+    from lesionsam.data.caches import clear, in_words
+
+    removed, left = clear(CACHE)
+    print(f"removed {in_words(removed)} from {CACHE}" + "".join(f"; left {folder}, in use" for folder in left))
 
 
 @app.command()

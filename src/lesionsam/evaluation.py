@@ -17,7 +17,7 @@ from PIL import Image
 from lesionsam import metrics
 from lesionsam.box_prior import OUTSIDE, ellipse_prior, outline_offset
 from lesionsam.boxes import model_frame_size
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.datasets import Batches
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
     LEAKING,
@@ -256,7 +256,7 @@ def evaluate_baselines(
 
 def quick_evaluate(
     sam: Sam,
-    dataset: LesionDataset,
+    dataset: Batches,
     *,
     prompts: Sequence[str],
     seed: int,

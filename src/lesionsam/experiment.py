@@ -17,10 +17,12 @@ import torch
 
 from lesionsam.box_prior import outline_offset
 from lesionsam.config import Config, config_digest
-from lesionsam.data.datasets import LesionDataset, open_dataset
+from lesionsam.data.datasets import Batches, LesionDataset, open_dataset
 from lesionsam.data.frames import PRIOR_SCALE
+from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
+from lesionsam.experiment_cache import open_caches
 from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive, Options
@@ -38,10 +40,15 @@ SELECTION_SEED = 0  # of the development prompts: the same in every epoch and ru
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits that a training may read; never the test split."""
+    """The two splits that a training may read; never the test split.
+
+    Attributes:
+        activations: folder of the cache of frozen activations; None: none is kept.
+    """
 
     train: LesionDataset
     dev: LesionDataset
+    activations: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ def input_side(config: Config, weights: Path) -> int:
 def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Path) -> Data:
     """Decode the training and development samples (or reopen them).
 
+    Args:
+        side: S. cache: folder of decoded frames; activations are kept beside it.
     Raises:
         UserError: an empty split, or a supervised run on images without masks.
     """
@@ -117,7 +126,7 @@ def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Pa
             f"method.name: supervised needs a mask for every training image; {missing.image_id!r} has none "
             "(use method.name: contrastive, which needs none)"
         )
-    return Data(sets["train"], sets["dev"])
+    return Data(sets["train"], sets["dev"], cache.with_name("activations"))
 
 
 def find_offset(data: LesionDataset, looseness: float) -> float:
@@ -239,30 +248,39 @@ def train(
     teacher = getattr(method, "teacher", None)
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
-    evaluate: Evaluate = partial(
-        _evaluate, sam=sam, data=data.dev, config=config, device=device, after_epoch=after_epoch
-    )
-    progress = fit(
-        method,
-        data.train,
-        groups=parameter_groups(method.model, {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}),
-        epochs=t.epochs,
-        batch_size=t.batch_size,
-        accumulate=t.accumulate,
-        weight_decay=t.weight_decay,
-        factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
-        clip=t.clip,
-        precision=t.precision,
-        seed=t.seed,
-        augment=t.augment,
-        widen=t.widen,
-        patience=t.patience,
-        device=device,
-        evaluate=evaluate,
-        log=log,
-        folder=folder,
-        say=say,
-    )
+    learning_rates = {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}
+    with open_caches(config, data.activations, sam, method, device, say) as caches:
+        loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
+        evaluate: Evaluate = partial(
+            _evaluate,
+            sam=sam,
+            data=data.dev,
+            batches=loader(data.dev, cache=caches.dev),
+            config=config,
+            device=device,
+            after_epoch=after_epoch,
+        )
+        progress = fit(
+            method,
+            loader(data.train, cache=caches.train),
+            groups=parameter_groups(method.model, learning_rates),
+            epochs=t.epochs,
+            batch_size=t.batch_size,
+            accumulate=t.accumulate,
+            weight_decay=t.weight_decay,
+            factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
+            clip=t.clip,
+            precision=t.precision,
+            seed=t.seed,
+            augment=t.augment,
+            widen=t.widen,
+            patience=t.patience,
+            device=device,
+            evaluate=evaluate,
+            log=log,
+            folder=folder,
+            say=say,
+        )
     if save_last is not None:
         save_last(sam)
     load_best(folder, method.model)
@@ -275,13 +293,14 @@ def _evaluate(
     *,
     sam: Sam,
     data: LesionDataset,
+    batches: Batches,
     config: Config,
     device: torch.device,
     after_epoch: Callable[[Sam, int], None] | None,
 ) -> dict[str, float]:
     scores = quick_evaluate(
         sam,
-        data,
+        batches,
         prompts=list(OBJECTIVE_PROMPTS),
         seed=SELECTION_SEED,
         batch_size=config.evaluate.batch_size,

@@ -322,8 +322,15 @@ class Runtime(Section):
     device: str = Field(
         pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N", description="auto | cpu | cuda | cuda:N"
     )
-    num_workers: int = Field(ge=0, le=256, description="loader processes")
+    num_workers: int = Field(
+        ge=0, le=256, description="processes that decode, threads that make batches ahead; 0 = none"
+    )
     num_threads: int = Field(ge=0, le=1024, description="CPU threads of torch; 0 = its own choice")
+    cache_gb: float = Field(
+        ge=0, description="disk for the frozen encoder's activations, all runs together; 0 = no cache [GB]"
+    )
+    cache_memory_gb: float = Field(ge=0, description="of these, kept in memory by each process [GB]")
+    cache_gpu_gb: float = Field(ge=0, description="of these, kept on the GPU [GB]")
 
 
 class Config(Section):

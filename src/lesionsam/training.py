@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.datasets import Batches
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method, Term
@@ -76,7 +76,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 def fit(
     method: Method,
-    data: LesionDataset,
+    data: Batches,
     *,
     groups: Sequence[Group],
     epochs: int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,31 @@ from lesionsam.data.widening import widen
 from lesionsam.types import Batch, Sample
 
 NUM_ORIENTATIONS = 8  # flips and quarter turns: the symmetries of the square
+
+
+class Part(NamedTuple):
+    """The samples of one batch, and the variant of each (None: all as they are): the arguments of `batch`."""
+
+    index: np.ndarray
+    variants: np.ndarray | None
+
+
+class Batches(Protocol):
+    """Where batches come from: a `LesionDataset`, or a `loader.Loader` around one."""
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order, once, as they are."""
+        ...
+
+    def epoch(
+        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of one epoch from batch number `start` on, a function of (seed, epoch)."""
+        ...
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Number of batches that cover the set once."""
+        ...
 
 
 class LesionDataset:
@@ -85,8 +111,8 @@ class LesionDataset:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All samples in order, once, as they are."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))))
+        for part in self.plan_in_order(batch_size):
+            yield self.batch(*part)
 
     def epoch(
         self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
@@ -98,14 +124,28 @@ class LesionDataset:
         Args:
             augment: draw one of the 8 orientations for each image. widen: share of the images that are widened.
         """
+        for part in self.plan(batch_size, seed=seed, epoch=epoch, augment=augment, widen=widen, start=start):
+            yield self.batch(*part)
+
+    def plan_in_order(self, batch_size: int) -> list[Part]:
+        """What `batches` hands to `batch`."""
+        starts = range(0, len(self), batch_size)
+        return [Part(np.arange(k, min(k + batch_size, len(self))), None) for k in starts]
+
+    def plan(
+        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+    ) -> list[Part]:
+        """What `epoch` hands to `batch`."""
         rng = np.random.default_rng([seed, epoch])
         order, variants = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
         if not augment:
             variants[:] = 0
         variants += NUM_ORIENTATIONS * (rng.random(len(self)) < widen)
+        parts = []
         for number in range(start, self.batches_per_epoch(batch_size)):
             index = order[np.arange(number * batch_size, (number + 1) * batch_size) % len(self)]
-            yield self.batch(index, variants[index])
+            parts.append(Part(index, variants[index]))
+        return parts
 
     def batches_per_epoch(self, batch_size: int) -> int:
         """Number of batches that cover the set once."""

@@ -32,6 +32,7 @@ PRIOR_SCALE = 36.0  # int8 steps per logit; the prior lies in [-3.5, 3.5]
 PRIOR_SIDE = 128  # longest side of the image that the prior reads its colours from, pixels
 UNKNOWN = 255  # in masks: nobody drew one
 INDEX_NAME = "frames.json"
+BUILDING = "building-"  # begins the name of a folder that is not whole yet
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _build(
             f"{free_disk_bytes(folder.parent) / 1e9:.1f} GB free; free space or lower model.image_size"
         )
     count = len(samples)
-    temporary = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
     try:
         shapes = {
             "images": ((count, side, side, 3), np.uint8),
