@@ -50,7 +50,8 @@ def test_help_as_a_module_loads_nothing_heavy(root: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["preset"], ["check"], ["params"], ["params", "upgrade"], ["predict"], ["smoke"],
-                                     ["foundation"], ["data"], ["data", "convert"], ["cache"], ["cache", "clear"]])
+                                     ["foundation"], ["data"], ["data", "convert"], ["data", "check"],
+                                     ["data", "show"], ["cache"], ["cache", "clear"]])
 def test_every_command_has_help(command: list[str], monkeypatch: pytest.MonkeyPatch,
                                 capsys: pytest.CaptureFixture[str]) -> None:
     assert lesionsam(monkeypatch, *command, "--help") == 0

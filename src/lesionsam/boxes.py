@@ -139,11 +139,22 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
     Raises:
         UserError: the first faulty row, with line number, column, expected and got, and how many more there are.
     """
-    rows = read_rows(path)
+    samples, problems = scan_boxes(path, index, root=root)
+    if problems:
+        more = f" (and {len(problems) - 1} more faulty lines)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {problems[0]}{more}")
+    if not samples:
+        raise UserError(f"{path}: no rows; expected one row per lesion with the columns {', '.join(REQUIRED)}")
+    return samples
+
+
+def scan_boxes(
+    path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path
+) -> tuple[list[Sample], list[str]]:
+    """The sound rows of a two-box CSV, and a line of text for each faulty one; see `read_boxes`."""
     samples, problems = [], []
     seen: dict[tuple[str, str], int] = {}
-    per_image: dict[str, int] = {}
-    for line, row in rows:
+    for line, row in read_rows(path):
         try:
             sample = _parse_row(row, index, root)
             key = (sample.image_id, sample.lesion_id)
@@ -156,14 +167,8 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
             problems.append(f"line {line}, {error}")
             continue
         seen[key] = line
-        per_image[sample.image_id] = per_image.get(sample.image_id, 0) + 1
         samples.append(sample)
-    if problems:
-        more = f" (and {len(problems) - 1} more faulty lines)" if len(problems) > 1 else ""
-        raise UserError(f"{path}: {problems[0]}{more}")
-    if not samples:
-        raise UserError(f"{path}: no rows; expected one row per lesion with the columns {', '.join(REQUIRED)}")
-    return samples
+    return samples, problems
 
 
 def read_rows(path: Path, required: Sequence[str] = REQUIRED) -> list[tuple[int, dict[str, str]]]:

@@ -47,7 +47,8 @@ def overlay(
     """The picture with what is given drawn on it.
 
     Args:
-        image: (H, W, 3) uint8 RGB. truth, prediction: (H, W) bool. big, small: (4,) XYXY. points: (N, 2) XY.
+        image: (H, W, 3) uint8 RGB. truth, prediction: (H, W) bool. points: (N, 2) XY.
+        big, small: (4,) XYXY, or (N, 4) of several lesions.
         labels: (N,) of the points, 1 foreground (disc), 0 background (cross); all foreground if None.
         caption: lines of text below the picture, shortened to its width.
         max_side: the picture is scaled to this longer side, pixels, but never above its own (or `MIN_SIDE`).
@@ -65,10 +66,9 @@ def overlay(
     canvas = ImageDraw.Draw(layer)
     stretch = np.array(layer.size) / (width, height)  # canvas pixels per picture pixel, x and y
     line = OVERSAMPLING * max(1.6, max(size) / 260)
-    if big is not None:
-        _box(canvas, np.asarray(big, float).reshape(2, 2) * stretch, line, layer.size, dashed=True)
-    if small is not None:
-        _box(canvas, np.asarray(small, float).reshape(2, 2) * stretch, line, layer.size, dashed=False)
+    for boxes, dashed in ((big, True), (small, False)):
+        for corners in np.asarray([] if boxes is None else boxes, float).reshape(-1, 2, 2):
+            _box(canvas, corners * stretch, line, layer.size, dashed=dashed)
     for mask, colour, thickness in ((truth, TRUTH, 1.35), (prediction, PREDICTION, 1.0)):
         if mask is not None:
             rings = [ring * stretch for ring in outlines(mask)]
@@ -202,7 +202,13 @@ def legend(
 
 
 def sheet(
-    pictures: Sequence[np.ndarray], columns: int, title: str, *, key: bool = True, points: bool = False
+    pictures: Sequence[np.ndarray],
+    columns: int,
+    title: str,
+    *,
+    key: bool = True,
+    points: bool = False,
+    prediction: bool = True,
 ) -> np.ndarray:
     """Pictures of any size on one white page: a title, rows of `columns`, and the legend at the foot.
 
@@ -210,7 +216,7 @@ def sheet(
         pictures: (h, w, 3) uint8 each, as `overlay` returns them; each stands in the middle of its column, rows are as
             high as their highest picture.
         columns: pictures per row, at least 1. title: text at the head.
-        key: whether the legend is drawn. points: whether it explains points.
+        key: whether the legend is drawn. points, prediction: whether it explains them.
     Returns:
         (H, W, 3) uint8.
     """
@@ -229,7 +235,7 @@ def sheet(
             strip[: picture.shape[0], left : left + picture.shape[1]] = picture
         parts.append(strip)
     if key:
-        parts.append(legend(width, points=points))
+        parts.append(legend(width, points=points, prediction=prediction))
     return np.concatenate(parts)
 
 

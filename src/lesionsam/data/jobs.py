@@ -30,7 +30,8 @@ def run_jobs(jobs: Sequence[Callable[[], Result]], *, title: str = "reading imag
     return [item for item in done if not isinstance(item, UserError)]
 
 
-def outcomes(jobs: Sequence[Callable[[], Result]], *, title: str) -> Iterator[Result | UserError]:
+def outcomes(jobs: Sequence[Callable[[], Result]], *, title: str, num_threads: int = NUM_THREADS
+             ) -> Iterator[Result | UserError]:
     """What each job gives, or the fault it ends in, in order, with a progress bar."""
 
     def guarded(job: Callable[[], Result]) -> Result | UserError:
@@ -39,5 +40,5 @@ def outcomes(jobs: Sequence[Callable[[], Result]], *, title: str) -> Iterator[Re
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with ThreadPoolExecutor(num_threads) as pool:
         yield from progress(pool.map(guarded, jobs), total=len(jobs), title=title)
