@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test lint types tune ui report foundation evidence lock clean
+.PHONY: help setup demo test lint types tune ui report foundation evidence web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ foundation: $(READY) ## rebuild the compact model's weights in foundation/ (an h
 
 evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
 	python src/evidence.py $(FOLDER) --out evidence
+
+# Versions that are known to work together; nothing of them is kept beside the sources.
+WEB_TOOLS := .cache/web
+web: $(READY) ## the annotation page's JavaScript from its TypeScript (needs node 20 and npm; fetches two packages)
+	npm install --prefix $(WEB_TOOLS) --no-save --no-package-lock --no-audit --no-fund --silent typescript@7.0.2 esbuild@0.28.2
+	python -m lesionsam.annotation.bundle $(WEB_TOOLS)
 
 lock: $(READY) ## requirements.lock from requirements.in (needs uv and the network)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \

@@ -24,7 +24,7 @@ LAYERS = [
     ["data", "models"],
     ["methods"],
     ["training", "inference", "epoch_pictures"],
-    ["evaluation"],
+    ["evaluation", "annotation"],
     ["experiment", "tracking"],
     ["sweep", "report", "foundation", "smoke", "evidence", "predict"],
     ["cli"],
@@ -39,6 +39,9 @@ ONLY_IN = {
     "mlflow": ("tracking",),
     "optuna": ("sweep",),
     "dvc": (),
+    "fastapi": ("annotation",),
+    "starlette": ("annotation",),
+    "uvicorn": ("annotation",),
 }
 NEEDS_TRACKING_OR_SWEEP = ("tracking", "sweep", "report", "foundation", "smoke", "evidence", "predict", "cli")
 

@@ -125,6 +125,33 @@ def predict(
 
 
 @app.command()
+def annotate(
+    images: Annotated[list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.",
+                                                show_default=False)],
+    boxes: Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")] = None,
+    model: Annotated[Path | None, typer.Option(
+        help="Weights, or a run's folder such as models/adapted: its masks follow the boxes.")] = None,
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    port: Annotated[int | None, typer.Option(help="Unset: 8350, or a free one.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own get a token.")]
+    = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    who: Annotated[str, typer.Option(help="Your name, recorded with every change; unset: the login name.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Draw two boxes per lesion on a page in the browser; everything is saved at once and stays on this machine."""
+    from lesionsam.annotation.serve import annotate as run
+
+    where = "cpu"
+    if model is not None:
+        from lesionsam.experiment import torch_device
+
+        where = str(torch_device(device))
+    run(images, boxes=boxes, model=model, threshold=threshold, port=port, host=host, browser=browser, who=who,
+        device=where)
+
+
+@app.command()
 def foundation(
     minutes: Annotated[float, typer.Option(help="Running time by the clock, resumed runs added up.")] = 60.0,
     threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,

@@ -176,6 +176,33 @@ def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
+    """A picture to look at, not to measure on: JPEGs are decoded at a half, a quarter or an eighth where that suffices.
+
+    Args:
+        longest: longer side of the picture, pixels; never more than its own.
+    Returns:
+        (h, w, 3) uint8 RGB, EXIF orientation applied, and (width, height) of the whole image after EXIF transpose.
+    Raises:
+        UserError: as `read_image`.
+    """
+    path = Path(path)
+    with _open(path, max_pixels) as image:
+        width, height = image.size
+        image.draft("RGB", (longest, longest))
+        _load(image, path)
+        if image.format not in ("JPEG", "MPO"):
+            width, height = image.size  # as in `check_image`
+        if _orientation(image) >= 5:
+            width, height = height, width
+        pixels = _to_rgb(image, path)
+    scale = min(1.0, longest / max(width, height))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    if pixels.shape[:2] != (size[1], size[0]):
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
+    return np.ascontiguousarray(pixels), (width, height)
+
+
 def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False,
               max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a lesion mask.
