@@ -25,7 +25,7 @@ from PIL import Image
 from lesionsam.annotation import store as store_module
 from lesionsam.annotation.catalogue import key_of
 from lesionsam.annotation.gate import HEADERS, MAX_BODY, is_loopback
-from lesionsam.annotation.serve import annotate, default_table, listen, weights_of
+from lesionsam.annotation.serve import annotate, default_table, listen
 from lesionsam.errors import UserError
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam, save_sam
@@ -445,7 +445,8 @@ def test_a_second_page_on_the_same_table_is_refused(folder: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("options", "said"), [
-    ({"model": Path("nowhere.safetensors")}, "no such weights file"), ({"model": Path()}, "holds none of best"),
+    ({"model": Path("nowhere.safetensors")}, "no such weights file"),
+    ({"model": Path("images", "a.png")}, "cannot be read as weights|not a plain file of weights"),
     ({"threshold": 0.0}, "--threshold: expected a probability"), ({"boxes": Path("images")}, "is a folder"),
 ])
 def test_what_cannot_start_says_why(folder: Path, options: dict[str, Any], said: str,
@@ -459,8 +460,6 @@ def test_where_the_table_goes(folder: Path) -> None:
     assert default_table(folder / "images") == folder / "boxes.csv"
     assert default_table(folder / "images" / "a.png") == folder / "images" / "boxes.csv"
     assert default_table(folder / "images" / "*.png") == folder / "images" / "boxes.csv"
-    (folder / "best.safetensors").touch()
-    assert weights_of(folder) == folder / "best.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------------ kill -9

@@ -129,8 +129,9 @@ def annotate(
     images: Annotated[list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.",
                                                 show_default=False)],
     boxes: Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")] = None,
-    model: Annotated[Path | None, typer.Option(
-        help="Weights, or a run's folder such as models/adapted: its masks follow the boxes.")] = None,
+    model: Annotated[str | None, typer.Option(
+        help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS: its masks follow the "
+             "boxes.")] = None,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
     port: Annotated[int | None, typer.Option(help="Unset: 8350, or a free one.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own get a token.")]
@@ -142,12 +143,13 @@ def annotate(
     """Draw two boxes per lesion on a page in the browser; everything is saved at once and stays on this machine."""
     from lesionsam.annotation.serve import annotate as run
 
-    where = "cpu"
+    weights, where = None, "cpu"
     if model is not None:
         from lesionsam.experiment import torch_device
+        from lesionsam.registry import resolve_model
 
-        where = str(torch_device(device))
-    run(images, boxes=boxes, model=model, threshold=threshold, port=port, host=host, browser=browser, who=who,
+        weights, where = resolve_model(model), str(torch_device(device))
+    run(images, boxes=boxes, model=weights, threshold=threshold, port=port, host=host, browser=browser, who=who,
         device=where)
 
 

@@ -26,7 +26,6 @@ from lesionsam.errors import UserError
 from lesionsam.guard import only_one
 
 PORT = 8350  # tried first; any free one where it is taken
-WEIGHTS = ("best.safetensors", "last.safetensors", "sam.safetensors", "sam.pth")  # of a run's folder, best first
 
 
 def annotate(images: Sequence[str | Path], *, boxes: Path | None = None, model: Path | None = None,
@@ -36,7 +35,7 @@ def annotate(images: Sequence[str | Path], *, boxes: Path | None = None, model: 
 
     Args:
         images: folders, files, patterns. boxes: the two-box CSV; boxes.csv beside the first folder if None.
-        model: weights, or the folder of a run. threshold: probability above which a pixel is lesion.
+        model: weights of a SAM. threshold: probability above which a pixel is lesion.
         port: None = `PORT`, or any free one. host: address to listen on; others than loopback get a token.
         browser: open it. who: name of the annotator; the login name if empty. device: of the model.
     Raises:
@@ -68,21 +67,6 @@ def _title(images: Sequence[str | Path]) -> str:
     return name if len(images) == 1 else f"{name} and {len(images) - 1} more"
 
 
-def weights_of(run_or_file: Path) -> Path:
-    """The weights of a run's folder, or the file itself.
-
-    Raises:
-        UserError: a folder without weights.
-    """
-    if not run_or_file.is_dir():
-        return run_or_file
-    found = [run_or_file / name for name in WEIGHTS if (run_or_file / name).is_file()]
-    if not found:
-        raise UserError(f"--model: {run_or_file} holds none of {', '.join(WEIGHTS)}; name a file of weights or the "
-                        "folder of a run, such as models/adapted")
-    return found[0]
-
-
 def login_name() -> str:
     """Of the person at this machine, as far as it is known."""
     try:
@@ -96,7 +80,7 @@ def _load(model: Path | None, pictures: Pictures, threshold: float, device: str)
         return None
     from lesionsam.annotation.model import Model
 
-    return Model(weights_of(model), pictures, threshold=threshold, device=device)
+    return Model(model, pictures, threshold=threshold, device=device)
 
 
 def listen(host: str, port: int | None) -> socket.socket:
