@@ -21,7 +21,8 @@ from lesionsam.files import read_image, read_mask
 from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
-from lesionsam.schema import ContrastiveMethod, FolderData
+from lesionsam.schema import FolderData
+from lesionsam.schema_method import ContrastiveMethod
 from lesionsam.tracking import Tracker
 from lesionsam.types import Sample
 

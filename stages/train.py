@@ -13,13 +13,24 @@ from lesionsam.config import Config, flatten, load_config
 from lesionsam.data.index import read_index
 from lesionsam.epoch_pictures import draw_epoch
 from lesionsam.errors import run_guarded
-from lesionsam.experiment import SELECTION_SEED, Trained, input_side, open_data, pretrained_weights, run_key, train
+from lesionsam.experiment import (
+    SELECTION_SEED,
+    Trained,
+    input_side,
+    open_data,
+    pretrained_weights,
+    run_key,
+    train,
+)
+from lesionsam.experiment_parts import strategy_of
 from lesionsam.files import atomic_write, sha256_file
 from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
+from lesionsam.models.adapted import save_tuned
 from lesionsam.models.sam import Sam, save_sam
 from lesionsam.tracking import NullTracker, Tracker
-from lesionsam.training import OBJECTIVE, save_head
+from lesionsam.training import OBJECTIVE
+from lesionsam.training_state import save_head
 
 ROOT = Path.cwd()
 OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")
@@ -80,7 +91,7 @@ def main() -> None:
                 after_epoch=after_epoch,
                 save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name),
             )
-            write_outputs(folder / "out", folder, config, trained)
+            write_outputs(folder / "out", folder, config, trained, weights)
             tracker.log_artifact(Path("params.yaml"), "config")
             tracker.log_checkpoint(
                 folder / "out" / "best.safetensors",
@@ -129,10 +140,15 @@ def open_tracker(config: Config, folder: Path) -> NullTracker:
     )
 
 
-def write_outputs(out: Path, folder: Path, config: Config, trained: Trained) -> None:
-    """What models/adapted/ holds beside the last epoch's weights, the run's record and its points."""
+def write_outputs(out: Path, folder: Path, config: Config, trained: Trained, weights: Path) -> None:
+    """What models/adapted/ holds beside the last epoch's weights, the run's record and its points.
+
+    `tuned.safetensors` is the small file of what was trained, beside `weights`, where the encoder's own were not.
+    """
     notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
     save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
+    if (strategy := strategy_of(config)).encoder != "blocks":
+        save_tuned(trained.sam, out / "tuned.safetensors", name=config.model.name, strategy=strategy, base=weights)
     save_head(trained.method, out / "head.safetensors")
     shutil.copy2("params.yaml", out / "params.yaml")
     shutil.copy2(folder / "history.csv", out / "history.csv")

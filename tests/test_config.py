@@ -205,7 +205,7 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "key", "words"), [
     ({"boxes.core_low": 0.9}, "boxes.core_low", "boxes.core_high"),
-    ({"model.encoder": "none", "model.train_decoder": False, "method.alpha": 0.0},
+    ({"model.encoder": "none", "model.train_decoder": False, "model.train_prompt_encoder": False, "method.alpha": 0.0},
      "model.train_decoder", "nothing trains"),
     ({"model.encoder": "none", "method.alpha": 1.0}, "method.alpha", "model.encoder is none"),
     ({"model.encoder": "none", "method.alpha": 0.0, "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),

@@ -18,6 +18,7 @@ from lesionsam.config import Config, default_values, validate
 from lesionsam.experiment import build_method
 from lesionsam.methods.base import draw_kinds, known_masks, to_grid
 from lesionsam.methods.contrastive import Contrastive, Options
+from lesionsam.methods.supervised import Options as SupervisedOptions
 from lesionsam.methods.supervised import Supervised
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.sam import save_sam
@@ -72,10 +73,25 @@ def contrastive(seed: int = 0, decoder: bool = True, **changes: Any) -> Contrast
     return Contrastive(sam, reference.requires_grad_(False), options(**changes))
 
 
-def supervised() -> Supervised:
+SUPERVISED = SupervisedOptions(
+    loss="dice_bce",
+    candidates="one",
+    iou_loss="monitor",
+    beta=0.5,
+    learned_weights=False,
+    average=0.0,
+    num_points=10,
+    prompts_per_image=2,
+    corrections=0,
+    prompts=DEFAULT.prompts,
+    from_masks=None,
+)
+
+
+def supervised(**changes: Any) -> Supervised:
     sam = tiny_sam()
     select_trainable(sam, encoder="blocks", unfreeze_last_k=0, train_decoder=True)
-    return Supervised(sam, prompts=DEFAULT.prompts, prompts_per_image=2, num_points=10, beta=0.5)
+    return Supervised(sam, replace(SUPERVISED, **changes))
 
 
 def some_batch(count: int = 4, **changes: Any) -> Batch:
@@ -616,12 +632,14 @@ def test_whatever_the_masks_hold_the_contrastive_method_trains_the_same(tmp_path
             batch_size=4,
             accumulate=1,
             weight_decay=0.0,
+            betas=(0.9, 0.999),
             factor=lambda step: 1.0,
             clip=1.0,
             precision="fp32",
             seed=0,
             augment=True,
             widen=0.0,
+            distort=None,
             patience=0,
             device=CPU,
             evaluate=lambda epoch: {"objective": 0.0},
@@ -643,8 +661,8 @@ def test_whatever_the_masks_hold_the_contrastive_method_trains_the_same(tmp_path
 def test_a_supervised_run_does_depend_on_the_masks() -> None:
     method, batch = supervised(), some_batch()
     assert batch.masks is not None
-    first = method.losses(batch, generator())["mask"].value
-    second = method.losses(replace(batch, masks=1 - batch.masks), generator())["mask"].value
+    first = method.losses(batch, generator())["bce"].value
+    second = method.losses(replace(batch, masks=1 - batch.masks), generator())["bce"].value
     assert first.item() != second.item()
 
 
@@ -656,11 +674,11 @@ def test_images_without_a_mask_take_no_part_in_a_supervised_loss() -> None:
     _, known = known_masks(replace(batch, masks=masks), SIDE)
     assert known.tolist() == [True, False]
     method = supervised()
-    value = method.losses(replace(batch, masks=masks), generator())["mask"].value
+    value = method.losses(replace(batch, masks=masks), generator())["bce"].value
     assert math.isfinite(value.item())
     value.backward()
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in method.model.parameters())
-    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())["mask"].value
+    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())["bce"].value
     assert nobody.item() == 0
 
 

@@ -23,16 +23,8 @@ from lesionsam.config import (
 from lesionsam.config_file import difference, edit_text, fit, merge, to_yaml
 from lesionsam.errors import UserError
 from lesionsam.presets import about, apply_preset, preset_names, upgrade
-from lesionsam.schema import (
-    BlocksEncoder,
-    ContrastiveMethod,
-    CsvBoxes,
-    FolderData,
-    IsicData,
-    SimulatedBoxes,
-    SupervisedMethod,
-    TeacherTarget,
-)
+from lesionsam.schema import CsvBoxes, FolderData, IsicData, SimulatedBoxes
+from lesionsam.schema_method import BlocksEncoder, ContrastiveMethod, SupervisedMethod, TeacherTarget
 
 NAMES = preset_names()
 
@@ -141,7 +133,7 @@ def test_supervised_shares_budget_and_prompts_with_the_default() -> None:
     _, config = applied("supervised")
     default = validate(default_values())
     assert isinstance(config.method, SupervisedMethod)
-    assert config.method.prompts == default.method.prompts
+    assert config.method.prompts.shares() == default.method.prompts.shares()
     assert config.method.prompts_per_image == default.method.prompts_per_image
     assert config_digest(config, ["data", "boxes", "model", "train"]) == config_digest(
         default, ["data", "boxes", "model", "train"])
@@ -178,7 +170,7 @@ def test_only_values_differ() -> None:
         if line.split(":")[0].strip() not in gone]
     lines = difference(default_text(), new, "params.yaml")
     assert lines[:2] == ["--- params.yaml (now)", "+++ params.yaml (new)"]
-    assert "+  lr_encoder: 3.0e-4" in lines
+    assert any(line.startswith("+  lr_encoder: 3.0e-4 ") for line in lines)
 
 
 def test_columns_of_comments_stay() -> None:

@@ -18,17 +18,8 @@ from lesionsam.errors import UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
-from lesionsam.training import (
-    LIVENESS_STEPS,
-    Progress,
-    fit,
-    load_best,
-    parameter_groups,
-    schedule_factor,
-    step_generator,
-    teacher_of,
-    trained_state,
-)
+from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
+from lesionsam.training_state import Progress, load_best, teacher_of, trained_state
 
 CPU = torch.device("cpu")
 
@@ -55,6 +46,8 @@ def run(method: Method, data: LesionDataset, folder: Path, **changes: Any) -> Pr
         "seed": 0,
         "augment": True,
         "widen": 0.0,
+        "distort": None,
+        "betas": (0.9, 0.999),
         "patience": 0,
         "device": CPU,
         "log": lambda values, step: None,
@@ -206,6 +199,7 @@ class Mean:
     def __init__(self, poison: Callable[[int], float] = lambda call: 0.0, dead: bool = False) -> None:
         torch.manual_seed(0)
         self.model: torch.nn.Module = torch.nn.Linear(3, 1)
+        self.kept = self.model
         self.calls, self.poison, self.dead = 0, poison, dead
         self.after, self.numbers = 0, []
 

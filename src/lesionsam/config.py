@@ -319,6 +319,25 @@ def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
+def trained_parts(config: Config) -> str:
+    """What trains, in words."""
+    model = config.model
+
+    def where(last: int) -> str:
+        return f"in the last {last} blocks" if last else "in every block"
+
+    if model.encoder == "blocks":
+        words = f"last {model.unfreeze_last_k} encoder blocks" if model.unfreeze_last_k else "whole encoder"
+    elif model.encoder == "adapter":
+        words = f"adapters of {model.adapter_dim} units {where(model.adapter_last_k)}"
+    elif model.encoder == "lora":
+        words = f"low-rank updates of rank {model.lora_rank} {where(model.lora_last_k)}"
+    else:
+        words = "no encoder block"
+    switches = (("decoder", model.train_decoder), ("prompt encoder", model.train_prompt_encoder))
+    return ", ".join([words, *(name for name, on in switches if on)])
+
+
 def summary(config: Config) -> list[str]:
     """The configuration in a few lines, for people."""
     data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
@@ -326,14 +345,12 @@ def summary(config: Config) -> list[str]:
     counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split"),
               "coco": ("annotations", "test_split")}
     named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
-    last = getattr(model, "unfreeze_last_k", 0)
-    parts = {"none": "no encoder block", "blocks": f"last {last} encoder blocks" if last else "whole encoder"}
+    trained = trained_parts(config)
     target = f", target {method.target.kind}" if method.name == "contrastive" else ""
     return [
         f"data     {data.source} ({named})",
         f"boxes    {boxes.source}",
-        f"model    {model.name} from {model.checkpoint}{size}; trained: {parts[model.encoder]}"
-        + (", decoder" if model.train_decoder else ""),
+        f"model    {model.name} from {model.checkpoint}{size}; trained: {trained}",
         f"method   {method.name}{target}",
         f"train    {train.epochs} epochs, {train.batch_size} x {train.accumulate} images a step, {train.precision}",
         f"digest   {config_digest(config)[:12]}",

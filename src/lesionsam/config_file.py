@@ -164,7 +164,10 @@ def fit(values: Mapping[str, Any]) -> dict[str, Any]:
     return _fit(Config, values, default_values())
 
 
-def _fit(model: type[BaseModel], values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+def _fit(
+    model: type[BaseModel], values: Mapping[str, Any], default: Any, variants: tuple[type[BaseModel], ...] = ()
+) -> dict[str, Any]:
+    """One section; `variants` are the classes that it might be, this one among them."""
     fitted: dict[str, Any] = {}
     default = default if isinstance(default, Mapping) else {}
     for name, field in fields_of(model).items():
@@ -174,10 +177,12 @@ def _fit(model: type[BaseModel], values: Mapping[str, Any], default: Any) -> dic
             if tag_name(field) and tag_name(field) not in held:
                 held = {tag_name(field): likely_tag(field, held), **held}
             child = variant_of(field, held)
-            readable = {key for section in sections_of(field) for key in fields_of(section)}
+            # Also what the section of this name may hold under another variant of the section above.
+            namesakes = [field, *(fields_of(variant)[name] for variant in variants if name in fields_of(variant))]
+            readable = {key for one in namesakes for section in sections_of(one) for key in fields_of(section)}
             own = set(fields_of(child)) if child is not None else readable
             held = {key: value for key, value in held.items() if key in own or key not in readable}
-            held = _fit(child, held, start) if child is not None else held
+            held = _fit(child, held, start, sections_of(field)) if child is not None else held
         fitted[name] = held
     return fitted | {name: value for name, value in values.items() if name not in fitted}
 

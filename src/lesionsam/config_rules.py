@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionsam.schema import NUM_BLOCKS, CocoData, Config, FolderData
+from lesionsam.schema import CocoData, Config, FolderData
+from lesionsam.schema_method import NUM_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
         yield Issue("model.image_size", f"expected 0 or an integer from 32 to 4096, got {v['model.image_size']}")
     if has("model.name", "model.checkpoint") and v["model.name"] == "compact" and v["model.checkpoint"] == "published":
         yield Issue("model.checkpoint", "expected a file when model.name is compact, got published")
-    most, wanted = NUM_BLOCKS.get(v.get("model.name", ""), 64), v.get("model.unfreeze_last_k", 0)
-    if wanted > most:
-        yield Issue("model.unfreeze_last_k", f"expected at most {most}, the blocks of {v['model.name']}, got {wanted}")
+    most = NUM_BLOCKS.get(v.get("model.name", ""), 64)
+    for key in ("model.unfreeze_last_k", "model.adapter_last_k", "model.lora_last_k"):
+        if v.get(key, 0) > most:
+            yield Issue(key, f"expected at most {most}, the blocks of {v['model.name']}, got {v[key]}")
     if v.get("model.encoder") == "none":
-        if v.get("model.train_decoder") is False:
+        if v.get("model.train_decoder") is False and v.get("model.train_prompt_encoder") is False:
             yield Issue("model.train_decoder", "expected true when model.encoder is none, or nothing trains, got false")
         for term in ("method.alpha", "method.gamma"):
             if v.get(term, 0) > 0:
@@ -54,9 +56,10 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     placebo = v.get("method.target.placebo", "none")
     if placebo != "none" and v.get("train.batch_size") == 1:
         yield Issue("train.batch_size", f"expected 2 or more when method.target.placebo is {placebo}, got 1")
-    shares = [f"method.prompts.{kind}" for kind in ("ring", "centre", "box", "box+core")]
-    if has(*shares) and not any(v[share] for share in shares):
-        yield Issue("method.prompts", "expected shares with a sum above 0, got 0 for all")
+    for kinds in (("ring", "centre", "box", "box+core"), ("box", "points", "box+points")):
+        shares = [f"method.prompts.{kind}" for kind in kinds]
+        if has(*shares) and not any(v[share] for share in shares):
+            yield Issue("method.prompts", "expected shares with a sum above 0, got 0 for all")
     for key in ("evaluate.prompts", "evaluate.jitter"):
         if has(key) and len({str(item) for item in v[key]}) < len(v[key]):
             yield Issue(key, f"expected each item once, got {', '.join(map(str, v[key]))}")

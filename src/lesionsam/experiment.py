@@ -18,19 +18,22 @@ import torch
 from lesionsam.box_prior import outline_offset
 from lesionsam.config import Config, config_digest
 from lesionsam.data.datasets import Batches, LesionDataset, open_dataset
+from lesionsam.data.distortion import Distortion
 from lesionsam.data.frames import PRIOR_SCALE
 from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
 from lesionsam.experiment_cache import open_caches
+from lesionsam.experiment_parts import build_supervised, learning_groups, prepare_sam
 from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive, Options
-from lesionsam.methods.supervised import Supervised
 from lesionsam.models.sam import Sam, load_sam
-from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.schema import FolderData, SupervisedMethod
-from lesionsam.training import OBJECTIVE, Evaluate, Log, Progress, fit, load_best, parameter_groups, schedule_factor
+from lesionsam.models.trainable import trained_counts
+from lesionsam.schema import FolderData
+from lesionsam.schema_method import SupervisedMethod
+from lesionsam.training import OBJECTIVE, Evaluate, Log, fit, schedule_factor
+from lesionsam.training_state import Progress, load_best
 from lesionsam.types import Sample
 
 OFFSET_SAMPLES = 300  # images that the outline offset is found on, at most
@@ -53,12 +56,17 @@ class Data:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the student with its best epoch's weights, and how it got there."""
+    """A finished run: the student with its best epoch's weights, and how it got there.
+
+    Attributes:
+        trained: number of trained parameters.
+    """
 
     sam: Sam
     method: Method
     progress: Progress
     offset: float | None
+    trained: int
 
 
 def torch_device(name: str) -> torch.device:
@@ -155,9 +163,7 @@ def build_method(
     """
     m = config.method
     if isinstance(m, SupervisedMethod):
-        return Supervised(
-            sam, prompts=m.prompts.shares(), prompts_per_image=m.prompts_per_image, num_points=m.num_points, beta=m.beta
-        ), None
+        return build_supervised(m, sam), None
     target = m.target
     offset = getattr(target, "offset", None)
     found = (
@@ -227,35 +233,30 @@ def train(
     device = torch_device(config.runtime.device)
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
-    sam = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
-    select_trainable(
-        sam,
-        encoder=config.model.encoder,
-        unfreeze_last_k=getattr(config.model, "unfreeze_last_k", 0),
-        train_decoder=config.model.train_decoder,
-    )
+    sam = prepare_sam(config, weights, device)
     method, offset = build_method(config, sam, weights, data.train, device)
-    t = config.train
-    num_trained, num_all = (
-        sum(p.numel() for p in trained_parameters(method.model)),
-        sum(p.numel() for p in method.model.parameters()),
-    )
+    t, counts = config.train, trained_counts(method.model)
+    num_trained, num_all = sum(counts.values()), sum(p.numel() for p in method.model.parameters())
     say(
-        f"training {num_trained:,} of {num_all:,} parameters on {len(data.train)} lesions"
+        f"training {num_trained:,} of {num_all:,} parameters ("
+        + ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in counts.items())
+        + f") on {len(data.train)} lesions"
         + (f", outline offset {offset:+.2f}" if offset is not None else "")
     )
+    log({"parameters": num_all, "parameters_trained": num_trained}, 0)
     steps = num_steps(config, data.train)
     teacher = getattr(method, "teacher", None)
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
-    learning_rates = {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}
+    kept = method.kept.get_submodule("sam")
     with open_caches(config, data.activations, sam, method, device, say) as caches:
         loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
         evaluate: Evaluate = partial(
             _evaluate,
-            sam=sam,
+            sam=kept,
             data=data.dev,
-            batches=loader(data.dev, cache=caches.dev),
+            # An average trains nothing, so that its frozen part is another than what the cache holds.
+            batches=loader(data.dev, cache=caches.dev if kept is sam else None),
             config=config,
             device=device,
             after_epoch=after_epoch,
@@ -263,17 +264,19 @@ def train(
         progress = fit(
             method,
             loader(data.train, cache=caches.train),
-            groups=parameter_groups(method.model, learning_rates),
+            groups=learning_groups(config, method),
             epochs=t.epochs,
             batch_size=t.batch_size,
             accumulate=t.accumulate,
             weight_decay=t.weight_decay,
+            betas=(t.beta1, t.beta2),
             factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
             clip=t.clip,
             precision=t.precision,
             seed=t.seed,
             augment=t.augment,
             widen=t.widen,
+            distort=Distortion(**t.distort.model_dump()),
             patience=t.patience,
             device=device,
             evaluate=evaluate,
@@ -282,10 +285,10 @@ def train(
             say=say,
         )
     if save_last is not None:
-        save_last(sam)
+        save_last(kept)
     load_best(folder, method.model)
     method.model.eval()
-    return Trained(sam, method, progress, offset)
+    return Trained(sam, method, progress, offset, num_trained)
 
 
 def _evaluate(

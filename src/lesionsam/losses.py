@@ -6,10 +6,21 @@ Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
+FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # Lin et al. 2017, arXiv:1708.02002, table 1b; SAM's too
+# Name in params.yaml -> its terms and their weights. focal_dice: 20 to 1, as SAM was trained (arXiv:2304.02643, A).
+MASK_LOSSES: Mapping[str, Mapping[str, float]] = {
+    "dice_bce": {"bce": 2.0, "dice": 1.0},
+    "dice": {"dice": 1.0},
+    "bce": {"bce": 1.0},
+    "focal": {"focal": 1.0},
+    "focal_dice": {"focal": 20.0, "dice": 1.0},
+}
 
 
 def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -36,9 +47,25 @@ def dice(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return 1 - (2 * intersection + 1) / ((w * p).flatten(1).sum(1) + (w * m).flatten(1).sum(1) + 1)
 
 
+def focal(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(B,): weighted mean over pixels of a_t (1 - p_t)^2 CE (Lin et al. 2017, arXiv:1708.02002, equation 5).
+
+    With m in [0, 1] both classes' parts count by their share: a m (1 - p)^2 (-log p) + (1 - a) (1 - m) p^2
+    (-log(1 - p)), a = 0.25 the lesion's; for m of 0 and 1 it is the paper's formula.
+    """
+    y, m = y.float(), m.float()
+    p = torch.sigmoid(y)
+    lesion = FOCAL_ALPHA * m * (1 - p) ** FOCAL_GAMMA * F.softplus(-y)
+    background = (1 - FOCAL_ALPHA) * (1 - m) * p**FOCAL_GAMMA * F.softplus(y)
+    return weighted_mean(lesion + background, w)
+
+
 def soft_mask_loss(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): 2 BCE + Dice, the loss of the pseudo-mask term and of the supervised run alike."""
+    """(B,): 2 BCE + Dice, the loss of the pseudo-mask term and the default one of the supervised run."""
     return 2 * bce(y, m, w) + dice(y, m, w)
+
+
+MASK_TERMS = {"bce": bce, "dice": dice, "focal": focal}
 
 
 def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

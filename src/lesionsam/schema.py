@@ -3,6 +3,7 @@
 To add a key: a field here (its description is the comment that params.yaml carries), the line in params.yaml, and the
 same line in `presets/demo.yaml`. A key that only one variant of a section reads goes into that variant's class, with an
 `examples` entry as the value to start from. Units stand in brackets. `lesionsam.config` loads, explains and hashes.
+The sections `model` and `method` are in `lesionsam.schema_method`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lesionsam.schema_method import (
+    AdapterEncoder,
+    BlocksEncoder,
+    ContrastiveMethod,
+    FrozenEncoder,
+    LoraEncoder,
+    Section,
+    SupervisedMethod,
+)
+
 PromptKind = Literal["ring", "centre", "box", "box+core", "tight"]
-MAX_ENTROPY = 0.6932  # ln 2, rounded up
-NUM_BLOCKS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}  # transformer blocks of SAM's own encoders
-
-
-class Section(BaseModel):
-    """A section of params.yaml: unknown keys refused, values neither converted nor changed after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Inputs(Section):
@@ -114,138 +117,12 @@ class CsvBoxes(Section):
     source: Literal["csv"] = Field(description=BOX_SOURCE)
 
 
-ENCODER = "which encoder parameters train: none | blocks"
-
-
-class AnyModel(Section):
-    name: Literal["compact", "vit_b", "vit_l", "vit_h"] = Field(description="compact | vit_b | vit_l | vit_h")
-    checkpoint: str = Field(min_length=1, description="file, or `published` for SAM's own (downloaded and verified)")
-    image_size: int = Field(ge=0, le=4096, description="side S of the model's input [px]; 0 = the model's own")
-    train_decoder: bool = Field(description="mask decoder and prompt encoder train too")
-
-
-class FrozenEncoder(AnyModel):
-    encoder: Literal["none"] = Field(description=ENCODER)
-
-
-class BlocksEncoder(AnyModel):
-    encoder: Literal["blocks"] = Field(description=ENCODER)
-    unfreeze_last_k: int = Field(
-        ge=0, le=64, description="with blocks: the last K transformer blocks and the neck; 0 = all"
-    )
-
-
-class Gate(Section):
-    region: Literal["image", "big_box"] = Field(description="entropy averaged over: image (published) | big_box")
-    entropy_thresh: float = Field(
-        ge=0,
-        le=MAX_ENTROPY,
-        description="an image is trusted at or below this mean binary entropy [nats, at most 0.693]",
-    )
-    trust_empty: bool = Field(description="published: true")
-
-
-class Negatives(Section):
-    missed_core: Literal["negative", "ignore", "positive"] = Field(
-        description="core pixels the teacher missed: negative (published) | ignore | positive"
-    )
-    certain_background: bool = Field(description="pixels outside the big box are negatives")
-    in_batch: bool = Field(description="also the negatives of the other images of the batch")
-    random_fallback: bool = Field(description="published: true; random pixels where an image has no negatives")
-
-
-class Head(Section):
-    norm: Literal["group", "batch"] = Field(description="group | batch")
-    ema: bool = Field(description="the teacher has its own head, an average; published: false, one shared head")
-
-
-TARGET_KIND = "prior | teacher | fused (prior and teacher) | ellipse"
-SOFTNESS = "soft labels are sigmoid(softness * (prior + offset))"
-PLACEBO = "none | other (target of another image) | warped (the same, warped into this big box)"
-OFFSET = "outline offset of the prior: boxes (found from the boxes alone) | none | a number"
-LOOSENESS = "by how much annotators draw the big box too large, for finding the offset"
-
-
-class PriorTarget(Section):
-    kind: Literal["prior"] = Field(description=TARGET_KIND)
-    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
-    looseness: float = Field(ge=0, le=4, description=LOOSENESS)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS)
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
-
-
-class FusedTarget(Section):
-    kind: Literal["fused"] = Field(description=TARGET_KIND)
-    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
-    looseness: float = Field(ge=0, le=4, description=LOOSENESS)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS)
-    teacher_weight: float = Field(
-        gt=0, lt=1, description="share of the teacher's logits in the fused target, once risen", examples=[0.5]
-    )
-    teacher_ramp: float = Field(
-        ge=0, le=1, description="share of all steps over which teacher_weight rises from 0; 0 = at once", examples=[1.0]
-    )
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
-
-
-class TeacherTarget(Section):
-    kind: Literal["teacher"] = Field(description=TARGET_KIND)
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO, examples=["none"])
-
-
-class EllipseTarget(Section):
-    kind: Literal["ellipse"] = Field(description=TARGET_KIND)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS, examples=[3.0])
-
-
-class PromptShares(Section):
-    ring: float = Field(ge=0)
-    centre: float = Field(ge=0)
-    box: float = Field(ge=0)
-    box_core: float = Field(ge=0, alias="box+core")
-
-    def shares(self) -> dict[str, float]:
-        """Probability of each kind of prompt; they sum to 1."""
-        values = self.model_dump(by_alias=True)
-        return {kind: share / sum(values.values()) for kind, share in values.items()}
-
-
-METHOD_NAME = "contrastive (two boxes, no masks) | supervised (masks)"
-BETA = "weight of the IoU monitor in the printed total; carries no gradient"
-NUM_POINTS = "points of a ring prompt"
-PER_IMAGE = "prompts drawn for each image in a step, each decoded"
-SHARES = "share of the student's prompts, per image and step"
-
-
-class ContrastiveMethod(Section):
-    name: Literal["contrastive"] = Field(description=METHOD_NAME)
-    alpha: float = Field(ge=0, description="weight of the contrastive term")
-    beta: float = Field(ge=0, description=BETA)
-    gamma: float = Field(ge=0, description="weight of the distillation to the pretrained features")
-    delta: float = Field(ge=0, description="weight of the pseudo-mask term")
-    epsilon: float = Field(ge=0, description="weight of the two-box projection term")
-    temperature: float = Field(gt=0, le=10, description="of InfoNCE")
-    pos_samples: int = Field(ge=1, le=65536, description="anchors per image, at most")
-    neg_samples: int = Field(ge=1, le=65536, description="negatives per image, at most")
-    ema_decay: float = Field(ge=0, lt=1, description="of the teacher, per step")
-    num_points: int = Field(ge=1, le=1000, description=NUM_POINTS)
-    teacher_prompt: Literal["ring", "box", "core", "box+core"] = Field(description="ring | box | core | box+core")
-    monitor_masks: bool = Field(description="log loss against true masks where there are any; never a gradient")
-    gate: Gate
-    negatives: Negatives
-    head: Head
-    target: PriorTarget | FusedTarget | TeacherTarget | EllipseTarget = Field(discriminator="kind")
-    prompts_per_image: int = Field(ge=1, le=16, description=PER_IMAGE, examples=[2])
-    prompts: PromptShares = Field(description=SHARES)
-
-
-class SupervisedMethod(Section):
-    name: Literal["supervised"] = Field(description=METHOD_NAME)
-    loss: Literal["dice_bce"] = Field(description="dice_bce", examples=["dice_bce"])
-    beta: float = Field(ge=0, description=BETA)
-    num_points: int = Field(ge=1, le=1000, description=NUM_POINTS)
-    prompts_per_image: int = Field(ge=1, le=16, description=PER_IMAGE, examples=[2])
-    prompts: PromptShares = Field(description=SHARES)
+class Distort(Section):
+    scale: float = Field(ge=0, lt=1, description="shrunk or enlarged by up to this share; image, mask and boxes")
+    brightness: float = Field(ge=0, lt=1, description="times 1 plus or minus up to this")
+    contrast: float = Field(ge=0, lt=1, description="about the image's mean grey, times 1 plus or minus up to this")
+    hue: float = Field(ge=0, le=0.5, description="turned by up to this share of the colour circle")
+    blur: float = Field(ge=0, le=16, description="Gaussian of up to this standard deviation [px of the model's input]")
 
 
 class Train(Section):
@@ -253,10 +130,12 @@ class Train(Section):
     epochs: int = Field(ge=1, le=100_000)
     batch_size: int = Field(ge=1, le=4096, description="[images]")
     accumulate: int = Field(ge=1, le=4096, description="batches per optimiser step")
-    lr_encoder: float = Field(gt=0, le=1)
-    lr_decoder: float = Field(gt=0, le=1)
+    lr_encoder: float = Field(gt=0, le=1, description="of encoder blocks, adapters or low-rank updates")
+    lr_decoder: float = Field(gt=0, le=1, description="of mask decoder and prompt encoder")
     lr_head: float = Field(gt=0, le=1, description="of the projection head")
     weight_decay: float = Field(ge=0, le=1)
+    beta1: float = Field(ge=0, lt=1, description="of AdamW: decay of the mean gradient, per step")
+    beta2: float = Field(ge=0, lt=1, description="of AdamW: decay of its mean square")
     warmup: float = Field(ge=0, lt=1, description="share of all steps")
     schedule: Literal["cosine", "linear", "constant"] = Field(description="cosine | linear | constant")
     final_lr: float = Field(ge=0, le=1, description="floor, as a share of the learning rate")
@@ -266,6 +145,7 @@ class Train(Section):
     widen: float = Field(
         ge=0, le=1, description="share of images shown from farther away: shorter side extended by half with its mirror"
     )
+    distort: Distort = Field(description="drawn anew for each image and epoch; 0 = off")
     select: Literal["objective", "label_free"] = Field(
         description="best checkpoint by: objective (mean IoU of ring, centre, box on dev) | label_free"
     )
@@ -340,7 +220,7 @@ class Config(Section):
     inputs: Inputs = Field(description="your own files; DVC watches both paths for change")
     data: SyntheticData | FolderData | CocoData | IsicData = Field(discriminator="source")
     boxes: SimulatedBoxes | CsvBoxes = Field(discriminator="source")
-    model: FrozenEncoder | BlocksEncoder = Field(discriminator="encoder")
+    model: FrozenEncoder | BlocksEncoder | AdapterEncoder | LoraEncoder = Field(discriminator="encoder")
     method: ContrastiveMethod | SupervisedMethod = Field(discriminator="name")
     train: Train
     evaluate: Evaluate

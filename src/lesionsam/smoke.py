@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 
-from lesionsam import experiment, metrics
+from lesionsam import experiment, experiment_parts, metrics
 from lesionsam.boxes import simulate_boxes, to_model_frame
 from lesionsam.config import Config, default_values, unflatten, validate
 from lesionsam.data.datasets import LesionDataset, open_dataset
@@ -31,8 +31,8 @@ from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.files import read_image, read_mask, sha256_file
 from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode, load_sam, preprocess, resize_longest, upscale
-from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training import autocast, parameter_groups, step_generator, sum_of
+from lesionsam.models.trainable import trained_parameters
+from lesionsam.training import autocast, step_generator, sum_of
 from lesionsam.types import Prompts, Sample
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
@@ -207,14 +207,13 @@ def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, flo
 def train_one_step(config: Config, sam: Sam, checkpoint: Path, data: LesionDataset,
                    device: torch.device) -> dict[str, float]:
     """One step of the default method with the loop's own parts; loss, gradient and new weights must be finite."""
-    t, m = config.train, config.model
-    select_trainable(sam, encoder=m.encoder, unfreeze_last_k=getattr(m, "unfreeze_last_k", 0),
-                     train_decoder=m.train_decoder)
+    t = config.train
+    experiment_parts.choose_trained(config, sam)
     method, _ = experiment.build_method(config, sam, checkpoint, data, device)
     parameters = trained_parameters(method.model)
-    groups = parameter_groups(method.model, {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder})
+    groups = experiment_parts.learning_groups(config, method)
     optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.learning_rate} for g in groups],
-                                  weight_decay=t.weight_decay)
+                                  weight_decay=t.weight_decay, betas=(t.beta1, t.beta2))
     method.model.train()
     batch = next(data.epoch(NUM_TRAIN, seed=t.seed, epoch=0, augment=t.augment)).to(device)
     begun = time.perf_counter()

@@ -17,13 +17,21 @@ from lesionsam.config import Config, config_digest, flatten, read_yaml
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
-from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
+from lesionsam.experiment import (
+    Data,
+    build_method,
+    input_side,
+    open_data,
+    pretrained_weights,
+    torch_device,
+)
+from lesionsam.experiment_parts import prepare_sam
 from lesionsam.files import read_image, read_mask, sha256_file
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
-from lesionsam.models.trainable import select_trainable
 from lesionsam.prompts import draw_prompts
-from lesionsam.schema import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, FolderData, PriorTarget
+from lesionsam.schema import FolderData
+from lesionsam.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.sweep_space import Dimension
 from lesionsam.training import step_generator
 from lesionsam.types import Sample
@@ -176,8 +184,7 @@ def target_entropies(config: Config, bench: Bench) -> np.ndarray:
     """(N,) mean binary entropy of every training image's target, nats, as the gate sees it."""
     device = torch_device(config.runtime.device)
     data = bench.data(config).train
-    sam = load_sam(config.model.name, bench.weights, image_size=config.model.image_size).to(device)
-    select_trainable(sam, encoder=config.model.encoder, unfreeze_last_k=0, train_decoder=config.model.train_decoder)
+    sam = prepare_sam(config, bench.weights, device)
     method, _ = build_method(config, sam, bench.weights, data, device)
     if not isinstance(method, Contrastive):
         raise ValueError("only the contrastive method has a gate")

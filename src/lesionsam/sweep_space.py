@@ -252,14 +252,15 @@ def _rules(
     def one_of(*words: object) -> Callable[[Any], bool]:
         return lambda value: value in words
 
-    yield ("method.beta", "method.monitor_masks"), "it weighs or switches a monitor without gradient"
+    if not may("method.iou_loss", one_of("mse", "smooth_l1")):
+        yield ("method.beta", "method.monitor_masks"), "it weighs or switches a monitor without gradient"
     yield ("train.overlays", "train.select"), "it is no part of what is learnt"
     if not may("train.schedule", one_of("cosine", "linear")):
         yield ("train.final_lr",), "train.schedule is constant"
-    if not may("model.encoder", one_of("blocks")):
+    if not may("model.encoder", one_of("blocks", "adapter", "lora")):
         yield ("train.lr_encoder",), "model.encoder is none"
-    if not may("model.train_decoder", one_of(True)):
-        yield ("train.lr_decoder",), "model.train_decoder is false"
+    if not may("model.train_decoder", one_of(True)) and not may("model.train_prompt_encoder", one_of(True)):
+        yield ("train.lr_decoder",), "model.train_decoder and model.train_prompt_encoder are false"
     if not may("method.name", one_of("contrastive")):
         yield ("train.lr_head",), "only the contrastive method has a projection head"
         return

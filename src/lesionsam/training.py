@@ -3,59 +3,48 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from lesionsam.data.datasets import Batches
+from lesionsam.data.distortion import Distortion
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE
-from lesionsam.models.trainable import Teacher, trained_parameters
+from lesionsam.models.trainable import trained_parameters
 from lesionsam.progress import progress
+from lesionsam.training_state import Progress, load_state, save_best, save_state
 
 Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
 
-LIVENESS_STEPS = range(1, 9)  # steps whose terms are checked for gradient; the first step has none for distillation
+LIVENESS_STEPS = range(9)  # steps whose terms are checked for gradient; in the first one distillation has none
 MAX_NONFINITE = 3  # non-finite losses in a row before the run stops
 FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
 SAVE_SECONDS = 600.0  # between saves inside a long epoch
-NUM_STATES = 2  # training states kept: the newest and the one to fall back to
 SHORT_NAMES = {"contrast": "cont", "projection": "proj"}  # of the progress line
 OBJECTIVE = "objective"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate."""
+    """Parameters that share a learning rate.
+
+    Attributes:
+        apart: neither decayed nor clipped with the others. AdamW treats each parameter by itself, so that such a group
+            is an optimiser of its own in all but name.
+    """
 
     name: str
     parameters: Sequence[nn.Parameter]
     learning_rate: float
-
-
-@dataclass
-class Progress:
-    """What a run knows of itself beside its weights."""
-
-    step: int = 0
-    epoch: int = 0  # epochs finished
-    batch: int = 0  # batches of the current epoch finished
-    best_score: float = -math.inf
-    best_epoch: int = 0
-    alive: list[str] = field(default_factory=list)
-    nonfinite: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    apart: bool = False
 
 
 def schedule_factor(step: int, num_steps: int, *, schedule: str, warmup: float, final: float) -> float:
@@ -83,12 +72,14 @@ def fit(
     batch_size: int,
     accumulate: int,
     weight_decay: float,
+    betas: tuple[float, float],
     factor: Callable[[int], float],
     clip: float,
     precision: str,
     seed: int,
     augment: bool,
     widen: float,
+    distort: Distortion | None,
     patience: int,
     device: torch.device,
     evaluate: Evaluate,
@@ -100,6 +91,7 @@ def fit(
 
     Args:
         groups: every trained parameter, once. factor: step -> factor of every group's learning rate.
+        betas: of AdamW. augment, widen, distort: see `LesionDataset.epoch`.
         precision: fp32, bf16 or fp16 autocast; losses are fp32 always.
         patience: epochs without a better objective before stopping; 0 = never.
         evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
@@ -109,24 +101,37 @@ def fit(
         UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
     """
     optimizer = torch.optim.AdamW(
-        [{"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate} for g in groups],
+        [
+            {"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate}
+            | ({"weight_decay": 0.0} if g.apart else {})
+            for g in groups
+        ],
         weight_decay=weight_decay,
+        betas=betas,
     )
     scaler = torch.amp.GradScaler(enabled=precision == "fp16" and device.type == "cuda")
     parameters = [p for g in groups for p in g.parameters]
+    clipped = [p for g in groups if not g.apart for p in g.parameters]
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.model.modules())
     at = load_state(folder, method, optimizer, scaler) or Progress()
     if at.step:
         say(f"resuming after epoch {at.epoch}, step {at.step}")
     num_batches = data.batches_per_epoch(batch_size)
     waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
     begun, begun_at, saved = time.monotonic(), at.epoch * num_batches + at.batch, time.monotonic()
+    terms: Mapping[str, Term] = {}
 
     while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
         method.model.train()
-        batches = data.epoch(batch_size, seed=seed, epoch=at.epoch, augment=augment, widen=widen, start=at.batch)
+        entered = time.monotonic()
+        batches = data.epoch(
+            batch_size, seed=seed, epoch=at.epoch, augment=augment, widen=widen, distort=distort, start=at.batch
+        )
         for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
             number = at.epoch * num_batches + at.batch  # of this batch since the beginning
             batch = batch.to(device)
+            if drops:  # torch's dropout reads the global state alone: made a function of (seed, batch), for resumes
+                torch.manual_seed(step_generator(seed, number).initial_seed())
             with autocast(device, precision):
                 terms = method.losses(batch, step_generator(seed, number))
             total = sum_of(terms)
@@ -145,14 +150,14 @@ def fit(
                     group["lr"] = group["base"] * factor(at.step)
                 if not at.nonfinite:
                     scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, clip)
+                    nn.utils.clip_grad_norm_(clipped, clip)
                     scaler.step(optimizer)
                     scaler.update()
                     method.after_step()
                 optimizer.zero_grad()
                 at.step += 1
                 if at.step == LIVENESS_STEPS.stop:
-                    check_alive(terms, method, at.alive, say)
+                    check_alive(terms, method, at, say)
             values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
             waiting.append((at.step, {"loss": total.detach(), **values}))
             if len(waiting) >= FLUSH_STEPS or last:
@@ -163,6 +168,7 @@ def fit(
                 save_state(folder, at, method, optimizer, scaler)
                 saved = time.monotonic()
 
+        at.seconds += time.monotonic() - entered
         means = {name: value / at.sums["batches"] for name, value in at.sums.items() if name != "batches"}
         at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
         method.model.eval()
@@ -180,6 +186,8 @@ def fit(
         saved = time.monotonic()
         spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
         say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
+    if terms and at.step < LIVENESS_STEPS.stop:  # a run too short for the check above
+        check_alive(terms, method, at, say)
     return at
 
 
@@ -207,22 +215,26 @@ def note_alive(terms: Mapping[str, Term], parameters: Sequence[nn.Parameter], al
                 alive.append(name)
 
 
-def check_alive(terms: Mapping[str, Term], method: Method, alive: Sequence[str], say: Callable[[str], None]) -> None:
-    """Stop when a term that is switched on never had a gradient; a gate that trusts nobody is named as the reason."""
+def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Callable[[str], None]) -> None:
+    """Stop when a term that is switched on never had a gradient; a gate that trusts nobody is named as the reason.
+
+    A run of one step is only warned about: distillation starts at zero, with gradient zero.
+    """
     for name, term in terms.items():
-        if name in ("mask", "iou") and not term.value.requires_grad:
-            continue
-        if name not in alive:
+        if not term.monitor and name not in at.alive:
             trusted = method.monitors().get("trusted")
             if trusted is not None and float(trusted) == 0:
                 say(
                     f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
                     f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)"
                 )
+            elif at.step < 2:
+                say(f"warning: the term `{name}` had no gradient in the one step of this run")
             else:
+                weight = torch.as_tensor(term.weight).item()
                 raise UserError(
-                    f"the term `{name}` is switched on (weight {term.weight:g}) but its gradient was zero in each of "
-                    f"the first {len(LIVENESS_STEPS)} steps; set its weight to 0 or change what it depends on"
+                    f"the term `{name}` is switched on (weight {weight:g}) but its gradient was zero in each of the "
+                    f"first {min(at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or change what it depends on"
                 )
     head_spread = getattr(method, "head_spread", None)
     if "contrast" in terms and head_spread is not None:
@@ -273,109 +285,20 @@ def progress_line(at: Progress, means: Mapping[str, float], scores: Mapping[str,
     return " ".join(parts) + f" | best={at.best_score:.4f} (E{at.best_epoch}) ETA {int(eta // 60)}:{int(eta % 60):02d}"
 
 
-# ---- states on disk -----------------------------------------------------------------------------------------------
-
-
-def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters and all buffers of a module, detached, on the CPU."""
-    kept = {name: p for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers())
-    return {name: value.detach().cpu().clone() for name, value in kept.items()}
-
-
-def save_best(folder: Path, method: Method) -> None:
-    """Keep the student's trained parameters as folder/best.pt, atomically."""
-    with atomic_write(folder / "best.pt") as file:
-        torch.save(trained_state(method.model), file)
-
-
-def load_best(folder: Path, module: nn.Module) -> None:
-    """Put the best epoch's parameters back into the student."""
-    module.load_state_dict(torch.load(folder / "best.pt", weights_only=True), strict=False)
-
-
-def save_head(method: Method, path: Path) -> None:
-    """Write the projection head of a method that has one, as safetensors, atomically."""
-    head = getattr(method, "head", None)
-    if isinstance(head, nn.Module):
-        state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-        write_bytes_atomic(path, safetensors.torch.save(state))
-
-
-def teacher_of(method: Method) -> Teacher | None:
-    """The method's averaged teacher, where it has one."""
-    return getattr(method, "teacher", None)
-
-
-def save_state(
-    folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Write everything that a resume needs as one new file; the one before stays to fall back to."""
-    teacher = teacher_of(method)
-    averages = None
-    if teacher is not None:
-        followed = {n for n, p in method.model.named_parameters() if p.requires_grad} | dict(
-            method.model.named_buffers()
-        ).keys()
-        averages = {n: v.detach().cpu().clone() for n, v in teacher.module.state_dict().items() if n in followed}
-    state = {
-        "progress": vars(at),
-        "model": trained_state(method.model),
-        "teacher": averages,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-    }
-    with atomic_write(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt") as file:
-        torch.save(state, file)
-    for old in sorted(folder.glob("state-*.pt"))[:-NUM_STATES]:
-        os.unlink(old)
-
-
-def load_state(
-    folder: Path, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Progress | None:
-    """Restore the newest readable state of a folder.
-
-    Returns:
-        Where the run stood, or None where the folder holds no state.
-    Raises:
-        UserError: states are there but none can be read.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = sorted(folder.glob("state-*.pt"), reverse=True)
-    for file in files:
-        try:
-            state = torch.load(file, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
-            print(
-                f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it",
-                flush=True,
-            )
-            continue
-        method.model.load_state_dict(state["model"], strict=False)
-        teacher = teacher_of(method)
-        if teacher is not None:
-            teacher.module.load_state_dict(state["teacher"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return Progress(**state["progress"])
-    if files:
-        raise UserError(
-            f"{folder}: none of the {len(files)} training states can be read; delete the folder to start anew"
-        )
-    return None
-
-
-def parameter_groups(model: nn.Module, learning_rates: Mapping[str, float]) -> list[Group]:
+def parameter_groups(
+    model: nn.Module, learning_rates: Mapping[str, float], apart: Sequence[str] = ()
+) -> list[Group]:
     """Split the trained parameters by the first learning rate whose key is part of their name.
 
     Args:
         learning_rates: part of a parameter's name (`image_encoder`, `head.`) -> learning rate; `` matches the rest.
+        apart: those of its keys whose groups have an optimiser of their own, see `Group`.
     """
     groups: dict[str, list[nn.Parameter]] = {key: [] for key in learning_rates}
     for name, p in model.named_parameters():
         if p.requires_grad:
             groups[next(key for key in learning_rates if key in name)].append(p)
-    used = [Group(key, ps, learning_rates[key]) for key, ps in groups.items() if ps]
+    used = [Group(key, ps, learning_rates[key], key in apart) for key, ps in groups.items() if ps]
     if sum(len(g.parameters) for g in used) != len(trained_parameters(model)):
         raise ValueError("every trained parameter must belong to exactly one group")
     return used

@@ -85,7 +85,7 @@ class Batch:
         masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
             wanted.
         orientations: (B,) int64 from 0 (as it is) to 7, see `data.datasets.orient`, 8 to 15 the same of the widened
-            frame; None where nobody said.
+            frame; None where nobody said, and where the images are distorted beside that.
         prefix: what the encoder's frozen leading part makes of `images` (`models.trainable.encode_frozen`): tokens
             (B, H', W', width), or features (B, C, H', W') where nothing of the encoder trains; None if not yet made.
         reference: (B, C, H', W') features of the pretrained encoder, None if not yet made.

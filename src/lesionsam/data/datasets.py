@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lesionsam.box_prior import inside
+from lesionsam.data.distortion import Distortion, distort
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
 from lesionsam.data.widening import widen
 from lesionsam.types import Batch, Sample
@@ -23,6 +24,8 @@ class Part(NamedTuple):
 
     index: np.ndarray
     variants: np.ndarray | None
+    limits: Distortion | None = None
+    seed: tuple[int, ...] = ()
 
 
 class Batches(Protocol):
@@ -33,7 +36,15 @@ class Batches(Protocol):
         ...
 
     def epoch(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        widen: float = 0.0,
+        distort: Distortion | None = None,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """Batches of one epoch from batch number `start` on, a function of (seed, epoch)."""
         ...
@@ -64,11 +75,24 @@ class LesionDataset:
         """Whether every sample has a true mask."""
         return all(s.mask_path is not None for s in self.samples)
 
-    def batch(self, index: Sequence[int] | np.ndarray, variants: Sequence[int] | np.ndarray | None = None) -> Batch:
+    def batch(
+        self,
+        index: Sequence[int] | np.ndarray,
+        variants: Sequence[int] | np.ndarray | None = None,
+        limits: Distortion | None = None,
+        seed: Sequence[int] = (),
+    ) -> Batch:
         """Collate samples, each in a variant: 0 (as it is) to 7 are the orientations of `orient`; 8 to 15 the same of
-        the widened frame, see `widening.widen`."""
+        the widened frame, see `widening.widen`.
+
+        Args:
+            limits: of distortions beside that, each a function of (seed, index of the sample); None or all 0: none.
+        """
         variants = variants if variants is not None else [0] * len(index)
-        parts = [self._one(int(k), int(v)) for k, v in zip(index, variants, strict=True)]
+        parts = [
+            self._one(int(k), int(v), limits, np.random.default_rng([*seed, int(k)]) if limits else None)
+            for k, v in zip(index, variants, strict=True)
+        ]
         images, priors, masks, valid, sizes, big, small = (np.stack(p) for p in zip(*parts, strict=True))
         truth = None
         if self.with_masks:
@@ -84,10 +108,12 @@ class LesionDataset:
             valid=torch.from_numpy(valid),
             prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE),
             masks=truth,
-            orientations=torch.tensor([int(v) for v in variants]),
+            orientations=None if limits else torch.tensor([int(v) for v in variants]),
         )
 
-    def _one(self, k: int, variant: int) -> tuple[np.ndarray, ...]:
+    def _one(
+        self, k: int, variant: int, limits: Distortion | None = None, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, ...]:
         f = self.frames
         widened, orientation = divmod(variant, NUM_ORIENTATIONS)
         height, width = (int(n) for n in f.sizes[k])
@@ -100,6 +126,10 @@ class LesionDataset:
         if widened:
             grids, (height, width), boxes = widen(
                 *grids, (height, width), boxes, prior_scale=PRIOR_SCALE, unknown=UNKNOWN
+            )
+        if limits and rng is not None:
+            grids, (height, width), boxes = distort(
+                grids, (height, width), boxes, limits, rng, prior_scale=PRIOR_SCALE, unknown=UNKNOWN
             )
         if orientation == 0:
             return (*grids, np.array([height, width]), *boxes)
@@ -115,16 +145,26 @@ class LesionDataset:
             yield self.batch(*part)
 
     def epoch(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        widen: float = 0.0,
+        distort: Distortion | None = None,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """Batches of one epoch from batch number `start` on; the last batch is filled from the epoch's beginning.
 
-        The order is a permutation and the variants are draws, both functions of (seed, epoch) alone.
+        The order is a permutation, the variants and distortions are draws, all functions of (seed, epoch) alone.
 
         Args:
             augment: draw one of the 8 orientations for each image. widen: share of the images that are widened.
+            distort: limits of what is drawn beside that; None = nothing.
         """
-        for part in self.plan(batch_size, seed=seed, epoch=epoch, augment=augment, widen=widen, start=start):
+        drawn = {"augment": augment, "widen": widen, "distort": distort}
+        for part in self.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn):
             yield self.batch(*part)
 
     def plan_in_order(self, batch_size: int) -> list[Part]:
@@ -133,7 +173,15 @@ class LesionDataset:
         return [Part(np.arange(k, min(k + batch_size, len(self))), None) for k in starts]
 
     def plan(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        widen: float = 0.0,
+        distort: Distortion | None = None,
+        start: int = 0,
     ) -> list[Part]:
         """What `epoch` hands to `batch`."""
         rng = np.random.default_rng([seed, epoch])
@@ -144,7 +192,7 @@ class LesionDataset:
         parts = []
         for number in range(start, self.batches_per_epoch(batch_size)):
             index = order[np.arange(number * batch_size, (number + 1) * batch_size) % len(self)]
-            parts.append(Part(index, variants[index]))
+            parts.append(Part(index, variants[index], distort, (seed, epoch)))
         return parts
 
     def batches_per_epoch(self, batch_size: int) -> int:

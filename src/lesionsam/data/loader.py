@@ -16,6 +16,7 @@ import torch
 
 from lesionsam.data.activations import Activations, Fetched, image_key
 from lesionsam.data.datasets import LesionDataset, Part
+from lesionsam.data.distortion import Distortion
 from lesionsam.types import Batch
 
 Item = TypeVar("Item")
@@ -44,12 +45,19 @@ class Loader:
         return self.data.batches_per_epoch(batch_size)
 
     def epoch(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool, widen: float = 0.0, start: int = 0
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        widen: float = 0.0,
+        distort: Distortion | None = None,
+        start: int = 0,
     ) -> Iterator[Batch]:
         """The batches of `LesionDataset.epoch`."""
-        return self._load(
-            self.data.plan(batch_size, seed=seed, epoch=epoch, augment=augment, widen=widen, start=start)
-        )
+        drawn = {"augment": augment, "widen": widen, "distort": distort}
+        return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All samples in order, once, as they are."""

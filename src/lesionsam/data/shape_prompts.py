@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lesionsam.box_prior import box_prior
 from lesionsam.data.shapes import generate_shapes
+from lesionsam.prompts import tight_boxes
 from lesionsam.types import Prompts
 
 CHUNK = 48  # images generated at once
@@ -64,20 +65,6 @@ def make_targets(side: int, grid: int, generator: torch.Generator, num_images: i
                        zip(images.permute(0, 2, 3, 1).numpy(), big.numpy(), small.numpy(), strict=True)])
     return Targets(images, torch.full((len(images), 2), side), masks, big, small,
                    F.adaptive_avg_pool2d(torch.from_numpy(priors).float(), grid))
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """(B, S, S) bool -> (B, 4) bounding boxes, half-open; an empty mask gives the whole frame."""
-    side = masks.shape[-1]
-    axis = torch.arange(side)
-    edges = []
-    for occupied in (masks.any(1), masks.any(2)):  # columns, rows
-        low = torch.where(occupied, axis, side).amin(1)
-        high = torch.where(occupied, axis + 1, 0).amax(1)
-        empty = high == 0
-        edges.append((torch.where(empty, 0, low), torch.where(empty, side, high)))
-    (x0, x1), (y0, y1) = edges
-    return torch.stack([x0, y0, x1, y1], 1).float()
 
 
 def loosen(boxes: Tensor, side: int, generator: torch.Generator) -> Tensor:

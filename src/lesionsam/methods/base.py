@@ -16,16 +16,26 @@ from lesionsam.types import Batch
 
 
 class Term(NamedTuple):
-    """One term of the loss: its plain value (scalar tensor) and its weight in the total."""
+    """One term of the loss: its plain value (scalar tensor) and its weight in the total, which may be learnt too.
+
+    A monitor counts in the printed total only: it has no gradient and is not missed where it should have one.
+    """
 
     value: torch.Tensor
-    weight: float
+    weight: float | torch.Tensor
+    monitor: bool = False
 
 
 class Method(Protocol):
-    """What differs between ways of training, and nothing else."""
+    """What differs between ways of training, and nothing else.
+
+    Attributes:
+        model: everything that trains. Its submodule `sam` is the segmenter.
+        kept: the module that is evaluated and saved, `model` or its running average; parameters of the same names.
+    """
 
     model: nn.Module
+    kept: nn.Module
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
         """Terms of one batch; those without gradient are monitors. The total is the sum of weight times value."""
@@ -78,6 +88,15 @@ def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generat
     return [names[drawn[k]] for k in torch.randperm(count, generator=generator).tolist()]
 
 
+def draw_groups(
+    shares: Mapping[str, float], count: int, repeats: int, generator: torch.Generator
+) -> list[tuple[str, torch.Tensor]]:
+    """Kinds of prompt for `repeats` prompts of each of `count` images: (kind, (G,) int64 images), a group per kind."""
+    rows = torch.arange(count * repeats) % count
+    kinds = draw_kinds(shares, len(rows), generator)
+    return [(kind, rows[[k for k, drawn in enumerate(kinds) if drawn == kind]]) for kind in sorted(set(kinds))]
+
+
 def decode_mixture(
     sam: Sam,
     features: torch.Tensor,
@@ -95,11 +114,9 @@ def decode_mixture(
     Returns:
         low_res_masks (R, T, T) logits, iou_predictions (R,), rows (R,) int64 into the batch, R = B * repeats.
     """
-    rows = torch.arange(len(batch.ids) * repeats) % len(batch.ids)
-    kinds = draw_kinds(shares, len(rows), generator)
     logits, predictions, used = [], [], []
-    for kind in sorted(set(kinds)):
-        picked = rows[[k for k, drawn in enumerate(kinds) if drawn == kind]].to(features.device)
+    for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
+        picked = group.to(features.device)
         prompts = draw_prompts(
             kind, batch.big_boxes[picked], batch.small_boxes[picked], num_points=num_points, generator=generator
         )

@@ -98,6 +98,7 @@ class Contrastive:
         self.head.requires_grad_(options.alpha > 0)
         self.student = Student(sam, self.head).to(sam.pixel_mean.device)
         self.model: nn.Module = self.student
+        self.kept: nn.Module = self.student
         self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
         self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
         self.frozen_blocks = num_frozen_blocks(sam)
@@ -127,9 +128,11 @@ class Contrastive:
             if o.monitor_masks:
                 truth, known = known_masks(batch, y.shape[-1])
                 terms["mask"] = Term(
-                    mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]), 1.0
+                    mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]),
+                    1.0,
+                    monitor=True,
                 )
-            terms["iou"] = Term(F.mse_loss(predicted.float(), hard_iou(y, m[rows], w[rows])), o.beta)
+            terms["iou"] = Term(F.mse_loss(predicted.float(), hard_iou(y, m[rows], w[rows])), o.beta, monitor=True)
         if o.alpha > 0:
             terms["contrast"] = Term(self.contrast(batch, f, f_t, m, trusted, generator), o.alpha)
         if o.gamma > 0 and f_r is not None:

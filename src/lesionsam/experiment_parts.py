@@ -1,0 +1,78 @@
+"""Config -> what trains: the strategy put into SAM, its learning rates, the supervised method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lesionsam.config import Config
+from lesionsam.methods.base import Method
+from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Options, Supervised
+from lesionsam.models.adapted import Strategy, attach
+from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.trainable import select_trainable
+from lesionsam.schema_method import LearnedWeights, MaskPrompts, SupervisedMethod
+from lesionsam.training import Group, parameter_groups
+
+
+def strategy_of(config: Config) -> Strategy:
+    """Which parameters of the encoder train, as `models.adapted` takes it."""
+    m = config.model
+    if m.encoder == "adapter":
+        return Strategy("adapter", last_k=m.adapter_last_k, adapter_dim=m.adapter_dim)
+    if m.encoder == "lora":
+        return Strategy("lora", last_k=m.lora_last_k, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha,
+                        lora_dropout=m.lora_dropout)
+    return Strategy(m.encoder, last_k=m.unfreeze_last_k if m.encoder == "blocks" else 0)
+
+
+def choose_trained(config: Config, sam: Sam) -> None:
+    """Put in what `model.encoder` asks for and say which parameters train."""
+    m, strategy = config.model, strategy_of(config)
+    attach(sam, strategy, seed=config.train.seed)
+    select_trainable(
+        sam,
+        encoder=m.encoder,
+        unfreeze_last_k=strategy.last_k if m.encoder == "blocks" else 0,
+        train_decoder=m.train_decoder,
+        train_prompt_encoder=m.train_prompt_encoder,
+    )
+
+
+def prepare_sam(config: Config, weights: Path, device: torch.device) -> Sam:
+    """The pretrained SAM with what `model.encoder` asks for, its trained parameters chosen."""
+    sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
+    choose_trained(config, sam)
+    return sam.to(device)
+
+
+def learning_groups(config: Config, method: Method) -> list[Group]:
+    """The trained parameters by learning rate; learnt weights of the loss's terms as a group apart."""
+    t, rates = config.train, {}
+    if isinstance(config.method, SupervisedMethod) and isinstance(config.method.weighting, LearnedWeights):
+        rates[LOG_WEIGHTS] = config.method.weighting.learning_rate
+    rates |= {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}
+    return parameter_groups(method.model, rates, apart=[LOG_WEIGHTS])
+
+
+def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
+    """The supervised method around a SAM whose trained parts are selected."""
+    p = m.prompts
+    draws = (
+        MaskDraws(p.box_jitter, p.max_points, p.point_jitter, p.negative) if isinstance(p, MaskPrompts) else None
+    )
+    options = Options(
+        loss=m.loss,
+        candidates=m.candidates,
+        iou_loss=m.iou_loss,
+        beta=m.beta,
+        learned_weights=isinstance(m.weighting, LearnedWeights),
+        average=m.average,
+        num_points=m.num_points,
+        prompts_per_image=m.prompts_per_image,
+        corrections=m.corrections,
+        prompts=p.shares(),
+        from_masks=draws,
+    )
+    return Supervised(sam, options)

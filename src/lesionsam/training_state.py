@@ -1,0 +1,128 @@
+"""What a training keeps on disk: states to resume from, the best epoch's weights, the projection head."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lesionsam.errors import UserError
+from lesionsam.files import atomic_write, write_bytes_atomic
+from lesionsam.methods.base import Method
+from lesionsam.models.trainable import Teacher
+
+NUM_STATES = 2  # training states kept: the newest and the one to fall back to
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself beside its weights."""
+
+    step: int = 0
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches of the current epoch finished
+    best_score: float = -math.inf
+    best_epoch: int = 0
+    alive: list[str] = field(default_factory=list)
+    nonfinite: int = 0
+    seconds: float = 0.0  # spent in training, evaluations left out
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def trained_names(module: nn.Module) -> set[str]:
+    """Names of a module's trained parameters and of all its buffers."""
+    return {name for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers()).keys()
+
+
+def state_of(module: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
+    """Some parameters and buffers of a module, detached, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items() if name in names}
+
+
+def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters and all buffers of a module, detached, on the CPU."""
+    return state_of(module, trained_names(module))
+
+
+def save_best(folder: Path, method: Method) -> None:
+    """Keep what is evaluated (the student, or its average) as folder/best.pt, atomically."""
+    with atomic_write(folder / "best.pt") as file:
+        torch.save(state_of(method.kept, trained_names(method.model)), file)
+
+
+def load_best(folder: Path, module: nn.Module) -> None:
+    """Put the best epoch's parameters back into the student."""
+    module.load_state_dict(torch.load(folder / "best.pt", weights_only=True), strict=False)
+
+
+def save_head(method: Method, path: Path) -> None:
+    """Write the projection head of a method that has one, as safetensors, atomically."""
+    head = getattr(method, "head", None)
+    if isinstance(head, nn.Module):
+        state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+        write_bytes_atomic(path, safetensors.torch.save(state))
+
+
+def teacher_of(method: Method) -> Teacher | None:
+    """The method's averaged teacher, where it has one."""
+    return getattr(method, "teacher", None)
+
+
+def save_state(
+    folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Write everything that a resume needs as one new file; the one before stays to fall back to."""
+    teacher = teacher_of(method)
+    averages = None if teacher is None else state_of(teacher.module, trained_names(method.model))
+    state = {
+        "progress": vars(at),
+        "model": trained_state(method.model),
+        "teacher": averages,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+    with atomic_write(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt") as file:
+        torch.save(state, file)
+    for old in sorted(folder.glob("state-*.pt"))[:-NUM_STATES]:
+        os.unlink(old)
+
+
+def load_state(
+    folder: Path, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> Progress | None:
+    """Restore the newest readable state of a folder.
+
+    Returns:
+        Where the run stood, or None where the folder holds no state.
+    Raises:
+        UserError: states are there but none can be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = sorted(folder.glob("state-*.pt"), reverse=True)
+    for file in files:
+        try:
+            state = torch.load(file, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
+            print(
+                f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it",
+                flush=True,
+            )
+            continue
+        method.model.load_state_dict(state["model"], strict=False)
+        teacher = teacher_of(method)
+        if teacher is not None:
+            teacher.module.load_state_dict(state["teacher"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return Progress(**state["progress"])
+    if files:
+        raise UserError(
+            f"{folder}: none of the {len(files)} training states can be read; delete the folder to start anew"
+        )
+    return None
