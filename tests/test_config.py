@@ -46,6 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "prior": {"method": {"target": {"kind": "prior"}}},
     "fused": {"method": {"target": {"kind": "fused"}}},
     "supervised": {"method": {"name": "supervised"}},
+    "lora, prompts from masks": {
+        "model": {"encoder": "lora"},
+        "method": {"name": "supervised", "prompts": {"source": "masks"}, "weighting": {"kind": "learned"}},
+    },
+    "adapter": {"model": {"encoder": "adapter"}},
 }
 
 
@@ -212,6 +217,9 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
     ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
     ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
     ({"model.image_size": 20}, "model.image_size", "32"),
+    ({"model.name": "vit_b", "model.encoder": "lora", "model.lora_last_k": 13}, "model.lora_last_k", "12"),
+    ({"model.name": "vit_b", "model.encoder": "adapter", "model.adapter_last_k": 13}, "model.adapter_last_k", "12"),
+    ({"model.encoder": "lora", "model.lora_rank": 0}, "model.lora_rank", "expected an integer from 1 to 1024, got 0"),
     ({"method.alpha": 0.0, "method.delta": 0.0, "method.epsilon": 0.0}, "method.alpha", "nothing is learnt"),
     ({f"method.prompts.{kind}": 0.0 for kind in ("ring", "centre", "box", "box+core")}, "method.prompts", "above 0"),
     ({"data.source": "isic2016", "data.dev_fraction": 0.0}, "data.dev_fraction", "above 0"),
@@ -222,6 +230,28 @@ def test_rules_between_keys(changes: dict[str, Any], key: str, words: str) -> No
     issues = issues_of(fit(unflatten(changes, default_values())))
     assert list(issues) == [key]
     assert words in issues[key]
+
+
+@pytest.mark.parametrize(("variant", "key", "message"), [
+    ("default", "model.lora_rank", "read only when model.encoder is lora, got blocks; remove it"),
+    ("default", "model.adapter_dim", "read only when model.encoder is adapter, got blocks; remove it"),
+    ("adapter", "model.unfreeze_last_k", "read only when model.encoder is blocks, got adapter; remove it"),
+    ("supervised", "method.prompts.max_points", "read only when method.prompts.source is masks, got boxes; remove it"),
+    ("supervised", "method.weighting.learning_rate",
+     "read only when method.weighting.kind is learned, got fixed; remove it"),
+    ("default", "method.corrections", "read only when method.name is supervised, got contrastive; remove it"),
+])
+def test_a_strategys_option_under_another_strategy_is_one_line(variant: str, key: str, message: str) -> None:
+    assert issues_of(changed(values_of(variant), key, 1)) == {key: message}
+
+
+def test_options_of_another_strategy_go_when_the_strategy_changes() -> None:
+    """`fit`, behind presets and upgrade: also inside a section that both methods have."""
+    masks = values_of("lora, prompts from masks")
+    back = fit(unflatten({"method.name": "contrastive", "model.encoder": "blocks"}, masks))
+    assert not set(back["model"]) - set(default_values()["model"])
+    assert set(back["method"]["prompts"]) == {"ring", "centre", "box", "box+core"}
+    validate(back)
 
 
 def test_supervised_needs_no_contrastive_term_and_a_frozen_encoder_is_fine() -> None:
