@@ -359,6 +359,22 @@ def test_masks_of_a_folder(tmp_path: Path, images: Path) -> None:
             convert(tmp_path / "a.csv", tmp_path / "b.json", images=images, masks=folder)
 
 
+def test_a_file_for_each_split(tmp_path: Path, images: Path) -> None:
+    wanted = many()
+    wanted = replace(wanted, pictures=tuple(replace(each, split="dev") if each.image_id == "ä" else each
+                                            for each in wanted.pictures))
+    WRITERS["csv"](tmp_path / "a.csv", wanted)
+    convert(tmp_path / "a.csv", tmp_path / "x" / "{split}.json", images=images)
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["train.json", "val.json"], "none for test"
+    assert [each.image_id for each in read_annotations(tmp_path / "x/val.json", "coco").pictures] == ["ä"]
+    with pytest.raises(UserError, match=r"train\.json: is there already"):
+        convert(tmp_path / "a.csv", tmp_path / "x" / "{split}.json", images=images)
+    written(tmp_path / "b.csv", HEADER + ROW)
+    with pytest.raises(UserError, match=r"the split of image 'a' is unknown"):
+        convert(tmp_path / "b.csv", tmp_path / "y" / "{split}.json", images=images)
+    assert not (tmp_path / "y").exists()
+
+
 def test_drawn_small_boxes_stay() -> None:
     wanted = many()
     assert with_small_boxes(wanted) is wanted

@@ -17,8 +17,9 @@ FORMATS = "csv (two-box CSV), coco, yolo (a folder), cvat (for images 1.1), labe
 def convert(
     source: Annotated[Path, typer.Argument(metavar="FROM", help="File to read, or folder of YOLO files.",
                                            show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="TO", help="File to write, or new folder for YOLO files.",
-                                           show_default=False)],
+    target: Annotated[Path, typer.Argument(
+        metavar="TO", help="File to write, or new folder for YOLO files; {split} in it: one for each split.",
+        show_default=False)],
     form: Annotated[str, typer.Option("--format", help=f"Of TO: {FORMATS}; unset: by its ending.")] = "",
     from_form: Annotated[str, typer.Option("--from-format", help="Of FROM; unset: by its ending and content.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, for their names and sizes.")] = None,

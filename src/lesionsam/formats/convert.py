@@ -29,6 +29,8 @@ from lesionsam.formats.yolo import read_yolo, write_yolo
 WRITERS = {"csv": write_table, "coco": write_coco, "yolo": write_yolo, "cvat": write_cvat,
            "label-studio": write_label_studio}
 FORMATS = tuple(WRITERS)
+SPLIT = "{split}"  # in a target: a file for each split, called as the COCO source and its like call them
+SPLIT_FILES = {"train": "train", "dev": "val", "test": "test"}
 HOLDS_MASKS = ("coco", "cvat")
 
 
@@ -117,6 +119,7 @@ def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "
     """Read annotations, make the small boxes that are missing, and write them; what was written, with notes.
 
     Args:
+        target: {split} in it stands for train, val and test, a file for each.
         from_form, to_form: of `FORMATS`; "" = by the paths' endings. images: folder of the images, where needed.
         masks: folder of masks to take along, see `with_masks`.
         core: share of a made small box, see `with_small_boxes`. overwrite: whether a file at `target` may go.
@@ -127,8 +130,9 @@ def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "
     to_form = to_form or guess_format(target, reading=False)
     if to_form not in FORMATS:
         raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {to_form!r}")
-    if target.is_file() and not overwrite:
-        raise UserError(f"{target}: is there already; choose another name, or allow it to be replaced (--overwrite)")
+    for place in _places(target):
+        if place.is_file() and not overwrite:
+            raise UserError(f"{place}: is there already; choose another name, or allow it to be replaced (--overwrite)")
     pictures = find_pictures(images) if images is not None else None
     found = read_annotations(source, from_form, pictures=pictures, labels=labels, categories=categories,
                              classes=classes)
@@ -137,8 +141,37 @@ def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "
     found = with_small_boxes(found, core)
     if masks is not None:
         found = with_masks(found, masks)
-    WRITERS[to_form](target, found)
+    for place, part in _parts(target, found):
+        WRITERS[to_form](place, part)
     return Annotations(found.pictures, found.lesions, (*found.notes, *_lost(found, to_form)))
+
+
+def _places(target: Path) -> list[Path]:
+    """The files that a target stands for: itself, or one per split."""
+    if SPLIT not in str(target):
+        return [target]
+    return [Path(str(target).replace(SPLIT, name)) for name in SPLIT_FILES.values()]
+
+
+def _parts(target: Path, annotations: Annotations) -> list[tuple[Path, Annotations]]:
+    """What goes where.
+
+    Raises:
+        UserError: files per split are asked for, and a picture's split is unknown.
+    """
+    if SPLIT not in str(target):
+        return [(target, annotations)]
+    parts = []
+    for place, split in zip(_places(target), SPLIT_FILES, strict=True):
+        pictures = tuple(picture for picture in annotations.pictures if picture.split == split)
+        ids = {picture.image_id for picture in pictures}
+        lesions = tuple(lesion for lesion in annotations.lesions if lesion.image_id in ids)
+        if pictures:
+            parts.append((place, Annotations(pictures, lesions)))
+    if unknown := next((picture for picture in annotations.pictures if picture.split not in SPLIT_FILES), None):
+        raise UserError(f"{target}: the split of image {unknown.image_id!r} is unknown (train, dev or test, as "
+                        "data/boxes.csv has it); name one file without {split}")
+    return parts
 
 
 def _lost(annotations: Annotations, form: str) -> Iterator[str]:
