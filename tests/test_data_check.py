@@ -225,6 +225,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
              "one colour all over"),
     "thin": (lambda own: Image.effect_noise((500, 90), 50).save(own / "images/train/z.png"), "warning",
              "500x90 px is very small or very thin"),
+    "superpixels": (lambda own: save_copy(
+        image_of(own, "train"), own / "images/train/z_superpixels.png", COPIES["paler"]), "warning",
+                    "by its name a mask or ISIC's superpixels"),
+    "known overlap": (lambda own: image_of(own, "train").rename(own / "images/train/ISIC_0001184.jpg"), "note",
+                      "ISIC_0001184 is a training and a test image of ISIC 2016"),
     "other files": (lambda own: (own / "images/train/notes.txt").write_text("x"), "note", "1 files are not images"),
 }
 

@@ -19,6 +19,7 @@ import numpy as np
 from lesionsam.boxes import scan_boxes
 from lesionsam.data.check_items import ERROR, NOTE, ORDER, WARNING, Found, Issue, Item
 from lesionsam.data.inspection import Look, inspect
+from lesionsam.data.isic import EDITIONS
 from lesionsam.data.jobs import outcomes
 from lesionsam.data.likeness import near_pairs
 from lesionsam.errors import UserError
@@ -237,6 +238,11 @@ def _about_the_whole(report: Report) -> Iterator[Issue]:
     if numbered and report.foreign == len(report.looks):
         yield Issue(NOTE, "id", f"{numbered} images carry ISIC numbers: the editions of 2016, 2017 and 2018 share "
                     "images, so compare with another edition you report on (--against FOLDER)")
+    for edition in EDITIONS.values():
+        for look in report.own:
+            if _isic(look) in edition.overlap:
+                yield Issue(NOTE, "id", f"{look.item.path}: {_isic(look)} is a training and a test image of ISIC "
+                            f"{edition.year}; never train on it and report on that edition", look.item.image_id)
     masked = sum(bool(look.shares) for look in report.own)
     if masked == 0 and not report.samples:
         yield Issue(NOTE, "mask", "no masks and no boxes: training needs one or the other")

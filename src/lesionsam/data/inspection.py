@@ -8,6 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from lesionsam.data.check_items import ERROR, WARNING, Issue, Item
+from lesionsam.data.folder import MASK_ENDING
 from lesionsam.data.likeness import Fingerprint, fingerprint
 from lesionsam.errors import UserError
 from lesionsam.files import read_image, sha256_file
@@ -16,6 +17,7 @@ MIN_SIDE = 64  # pixels; a smaller picture has little to segment
 MIN_PART = 16  # pixels of a piece that counts, boxes.min_area of the default
 MOST, LEAST = 0.98, 0.0005  # shares of the image that a lesion seldom exceeds or falls below
 MAX_ASPECT = 4.0
+NO_PHOTOGRAPHS = ("_superpixels", MASK_ENDING)  # files that ISIC's archives hold beside or instead of the images
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def inspect(item: Item) -> Look:
              f"{width}x{height} px{turned}")
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         tell(WARNING, "size", f"{item.path}: {width}x{height} px is very small or very thin; is it a lesion's picture?")
+    if item.path.stem.lower().endswith(NO_PHOTOGRAPHS):
+        tell(WARNING, "name", f"{item.path}: by its name a mask or ISIC's superpixels, no photograph; take it out of "
+             "the images")
     mark = fingerprint(image)
     if mark.detail is None:
         tell(WARNING, "image", f"{item.path}: one colour all over; is it a lesion's picture?")
