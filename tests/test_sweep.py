@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -24,6 +25,7 @@ from lesionsam.config import (
     flatten,
     load_config,
     parse_yaml,
+    to_values,
     validate,
 )
 from lesionsam.data.index import read_index
@@ -31,14 +33,15 @@ from lesionsam.errors import UserError
 from lesionsam.models.sam import load_sam
 from lesionsam.presets import upgrade
 from lesionsam.statistics import interval
-from lesionsam.sweep import Request, sweep
+from lesionsam.sweep import Request, apply_best, sweep
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import held_out, idle_gate, open_bench
-from lesionsam.sweep_report import Verdict, comparisons, judge, rank_correlation
+from lesionsam.sweep_pictures import draw_pictures, importance
+from lesionsam.sweep_report import Verdict, comparisons, judge, rank_correlation, spread
 from lesionsam.sweep_space import Dimension, combinations, dead_keys, from_json, read_space, to_json
 from lesionsam.sweep_storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
-from lesionsam.sweep_trial import START, WINNER, Place
-from lesionsam.sweep_worker import draw, is_finished, state_of
+from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place
+from lesionsam.sweep_worker import Duplicate, Plan, Surplus, Worker, draw, is_finished, state_of
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +68,8 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({"method.temprature": {"low": 0.1, "high": 1.0}}, "did you mean method.temperature"),
         ({"data.seed": {"low": 0, "high": 3}}, "expected a key that a training reads"),
         ({"model.name": ["compact", "vit_b"]}, "expected a key that a training reads"),
+        ({"train.seed": {"low": 0, "high": 9}}, "a seed is chance, no setting"),
+        ({"train.epochs": {"low": 5, "high": 30}}, "a longer trial would win by its length"),
         ({"method.gate": [1, 2]}, "a section of keys; name one of its keys"),
         ({"method.temperature": 0.1}, "expected {low, high} or [choices]"),
         ({"method.temperature": {"low": 0.1}}, "expected high"),
@@ -204,6 +209,32 @@ def test_a_space_of_dead_keys_is_refused_and_dead_ones_are_named(
         sweep(Request(dry_run=True))
 
 
+def test_keys_of_another_variant_are_named_and_the_rest_is_searched(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default space on a preset that has no temperature, no gate and no target; a typing error stays one."""
+    space = {
+        "method.temperature": {"low": 0.02, "high": 1.0, "log": True},
+        "method.gate.entropy_thresh": {"low": 0.05, "high": 0.65},
+        "model.unfreeze_last_k": {"low": 0, "high": 2},
+    }
+    set_params(sweep__space=space)
+    sweep(Request(dry_run=True, preset="supervised"))
+    out = capsys.readouterr().out
+    for key in ("method.temperature", "method.gate.entropy_thresh"):
+        assert f"{key} changes nothing now and is left out: method.name is supervised, and only contrastive" in out
+    assert "model.unfreeze_last_k from 0 to 2" in out
+    assert "trial 0 is preset supervised as it stands" in out
+    set_params(sweep__space={"method.target.teacher_weight": {"low": 0.1, "high": 0.9}})
+    with pytest.raises(UserError, match="every key changes nothing under this configuration"):
+        sweep(Request(dry_run=True))
+    out = capsys.readouterr().out
+    assert "method.target.kind is prior, and only fused reads it" in out
+    set_params(sweep__space={"method.target.teacher_wait": {"low": 0.1, "high": 0.9}})
+    with pytest.raises(UserError, match=r"sweep\.space: method\.target\.teacher_wait: unknown key"):
+        sweep(Request(dry_run=True))
+
+
 # ---- draws -------------------------------------------------------------------------------------------------------
 
 
@@ -245,7 +276,7 @@ def test_pruners_are_built_for_the_budget() -> None:
 def test_a_sweep_from_start_to_applied_values(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_params(sweep__confirm_seeds=2)
+    set_params(sweep__confirm_seeds=2, sweep__epochs=1)
     before = Path("params.yaml").read_text("utf-8")
     sweep(Request(dry_run=True, trials=4))
     assert not Path("sweeps").exists()
@@ -253,7 +284,7 @@ def test_a_sweep_from_start_to_applied_values(
     opened = read_index(Path("data/raw/index.csv"))
     test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
     monkeypatch.setattr("lesionsam.sweep_data.read_image", lambda path: read.add(str(path)) or real_read(path))
-    sweep(Request(trials=4, apply=True))
+    sweep(Request(trials=4, apply=True, rank_check=9))
     study = only_study()
     first = study.get_trials()[0]
     start = {"train.lr_encoder": 5e-4, "model.unfreeze_last_k": 0}
@@ -261,9 +292,13 @@ def test_a_sweep_from_start_to_applied_values(
     assert [state_of(t) for t in study.get_trials()] == ["complete"] * 4
     assert len({str(values) for values in tried(study)}) == 4
     assert all(
-        len(t.intermediate_values) == 2 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
+        len(t.intermediate_values) == 1 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
     place = Place.of(study.study_name)
+    whole = [
+        pd.read_csv(Job(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()
+    ]
+    expected = np.corrcoef(np.argsort(np.argsort([t.value for t in study.get_trials()])), np.argsort(np.argsort(whole)))
     assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
     table = pd.read_csv(place.out / "trials.csv")
@@ -272,7 +307,8 @@ def test_a_sweep_from_start_to_applied_values(
     assert {path.name for path in place.out.glob("*.png")} == {"history.png", "importance.png", "parallel.png"}
     out = capsys.readouterr().out
     assert f"best: trial {best.number}" in out
-    assert "budget of a trial 2 of 2 epochs" in out
+    assert "budget of a trial 1 of 2 epochs" in out
+    assert f"(1 and 2 epochs, one seed): Spearman {expected[0, 1]:+.2f} over 4 complete trials" in out
     assert not read & test_images
     changed = {
         key for key, value in flatten(load_config()).items() if value != flatten(validate(parse_yaml(before, "a")))[key]
@@ -311,6 +347,29 @@ def unchanged(text: str) -> Path:
     """Another parameter file with a text."""
     Path("before.yaml").write_text(text, "utf-8")
     return Path("before.yaml")
+
+
+def test_what_changed_during_a_sweep_stays_when_the_winner_is_applied(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Values, comments and layout of params.yaml are those it has then; a preset is applied below the winner."""
+    best = optuna.trial.create_trial(value=1.0, user_attrs={"values": {"train.lr_encoder": 0.00025}})
+    path = Path("params.yaml")
+    path.write_text(path.read_text("utf-8").replace("clip: 1.0 ", "clip: 0.7 ") + "# mine\n", "utf-8")
+    before = path.read_text("utf-8").splitlines()
+    apply_best(Request(), best, None)
+    changed = [(old, new) for old, new in zip(before, path.read_text("utf-8").splitlines(), strict=True) if old != new]
+    assert [(old.split("#")[0].split(), new.split("#")[0].split()) for old, new in changed] == [
+        (["lr_encoder:", "5.0e-4"], ["lr_encoder:", "2.5e-4"])
+    ]
+    assert "+  lr_encoder: 2.5e-4" in capsys.readouterr().out
+    worse = Verdict(0.5, 0.6, -0.1, -0.2, -0.05, 12, 5, 0.01)
+    apply_best(Request(), optuna.trial.create_trial(value=1.0, user_attrs={"values": {"train.clip": 0.1}}), worse)
+    assert load_config().train.clip == 0.7, "on unseen images it was worse"
+    apply_best(Request(preset="supervised"), best, None)
+    config = load_config()
+    assert (config.method.name, config.train.lr_encoder, config.train.clip) == ("supervised", 0.00025, 0.7)
+    assert config.sweep.space == load_config(unchanged("\n".join(before))).sweep.space
 
 
 def test_a_finite_space_is_tried_to_its_end_once(project: Path) -> None:
@@ -419,6 +478,80 @@ def test_storages_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
         storage_url("somewhere")
 
 
+def test_data_prepared_with_other_parameters_is_refused(project: Path) -> None:
+    """DVC's record says what the stages had; without one nothing can be compared."""
+    held = {"data": {**parse_yaml(Path("params.yaml").read_text("utf-8"), "")["data"], "num_train": 99}}
+    stages = {"download": {"params": {"params.yaml": held}}, "train": {"params": {"params.yaml": {"train": {}}}}}
+    Path("dvc.lock").write_text(json.dumps({"stages": stages}), "utf-8")
+    with pytest.raises(UserError, match=r"^data\.num_train: expected 99, which .* prepared with, got 8; run `dvc "):
+        sweep(Request(dry_run=True))
+    held["data"]["num_train"] = 8
+    Path("dvc.lock").write_text(json.dumps({"stages": stages}), "utf-8")
+    with pytest.raises(UserError, match=r"^data\.num_test: expected 1, .* got 4; run"):
+        sweep(Request(dry_run=True, preset="tiny"))
+    sweep(Request(dry_run=True))
+
+
+def test_a_live_process_keeps_its_trials_however_late_its_heart_beats(tmp_path: Path) -> None:
+    """A machine that slept: the database finds the beat stale, the process is there."""
+    storage = open_storage(f"sqlite:///{tmp_path / 'a.db'}")
+    study = optuna.create_study(storage=storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        mine, gone = study.ask(), study.ask()
+    mine.set_user_attr("owner", owner())
+    gone.set_user_attr("owner", {**owner(), "host": "elsewhere"})
+    for trial in (mine, gone):
+        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+    with sqlite3.connect(tmp_path / "a.db") as database:
+        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
+    database.close()
+    repair(study, {})
+    assert [t.state.name for t in study.get_trials()] == ["RUNNING", "FAIL", "WAITING"]
+
+
+def test_of_two_machines_neither_repeats_nor_exceeds(project: Path) -> None:
+    """Another machine holds no lock of this one: its trials are seen in the study alone."""
+    study = optuna.create_study(study_name="s", storage=open_storage("sqlite:///s.db"), direction="maximize")
+    space = {"model.unfreeze_last_k": {"low": 0, "high": 2}}
+    set_params(sweep__space=space)
+    values = to_values(load_config())
+    plan = Plan(values, to_json(read_space(load_config())), "s", "sqlite:///s.db", 2, 0.0, None)
+    worker = Worker(plan)
+    study.enqueue_trial({"model.unfreeze_last_k": 1})
+    study.enqueue_trial({"model.unfreeze_last_k": 1})
+    study.enqueue_trial({"model.unfreeze_last_k": 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        first, second, third = (worker.study.ask() for _ in range(3))
+    assert worker._values(first) == {"model.unfreeze_last_k": 1}
+    with pytest.raises(Duplicate, match="trial 0 has these values"):
+        worker._values(second)
+    with pytest.raises(Surplus):
+        worker._values(third)
+    frozen = study.get_trials()
+    assert {"duplicate_of": 0}.items() <= frozen[1].user_attrs.items()
+    assert frozen[2].user_attrs["surplus"]
+
+
+def test_the_folders_of_an_earlier_study_are_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that was deleted, or another one: its runs, states and best weights are no part of this study."""
+    monkeypatch.chdir(tmp_path)
+    place = Place.of("s")
+    place.adopt("one", alone=True)
+    for path in (place.scratch / "parent" / "run.json", place.scratch / "confirm" / "a.csv", place.out / "best.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    place.adopt("one", alone=False)
+    assert (place.scratch / "parent" / "run.json").exists()
+    with pytest.raises(UserError, match="another sweep of this name, in another storage, runs in this folder"):
+        place.adopt("two", alone=False)
+    place.adopt("two", alone=True)
+    assert not (place.scratch / "parent").exists()
+    assert not (place.scratch / "confirm").exists()
+    assert not (place.out / "best.json").exists()
+
+
 def test_nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     shutil.copy2(root / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -479,6 +612,48 @@ def test_unseen_images_are_a_stable_share() -> None:
     assert held_out(names, 0.0) == set()
     assert len(held_out(names[:2], 0.9)) == 1
     assert held_out(names[:1], 0.5) == set()
+
+
+def test_trials_to_train_at_full_length_are_spread_over_the_ranking() -> None:
+    study = optuna.create_study(direction="maximize")
+    for k, value in enumerate((0.3, 0.9, 0.1, 0.5, 0.7)):
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"values": {"train.clip": float(k)}}))
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, value=1.0))
+    jobs = spread(study, configured(train__seed=7), 3)
+    assert [job.values["train.clip"] for job in jobs] == [1.0, 3.0, 2.0], "best, middle, worst"
+    assert {job.seed for job in jobs} == {7}, "the trials' own seed"
+    assert len(spread(study, configured(), 99)) == 5
+    assert spread(study, configured(), 0) == []
+
+
+def test_pictures_show_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variance of a value that follows one key alone is that key's; pruned and failed trials do not count in it."""
+    monkeypatch.chdir(tmp_path)
+    config = configured({"train.clip": {"low": 0.1, "high": 2.0}, "train.augment": [True, False]})
+    space = read_space(config)
+    study = optuna.create_study(direction="maximize")
+    kinds = {
+        "train.clip": optuna.distributions.FloatDistribution(0.1, 2.0),
+        "train.augment": optuna.distributions.CategoricalDistribution([True, False]),
+    }
+    states = [optuna.trial.TrialState.COMPLETE] * 8 + [optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL]
+    for k, state in enumerate(states):
+        values = {"train.clip": 1.0 if k == 0 else 0.2 * k, "train.augment": k % 3 == 0}
+        attributes = {"values": values, **({"start": values} if k == 0 else {}), **({"error": "x"} if k == 9 else {})}
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=None if k == 9 else 1.0 if values["train.augment"] else 0.0,
+                params=values,
+                distributions=kinds,
+                user_attrs=attributes,
+            )
+        )
+    assert importance(study, space)["train.augment"] > 0.95
+    paths = draw_pictures(study, Place.of("s"), space, "value")
+    assert set(paths) == {"history", "importance", "parallel"}
+    for path in paths.values():
+        assert real_read(path).std() > 10, "not an empty page"
 
 
 def test_rank_correlation_of_the_label_free_score() -> None:

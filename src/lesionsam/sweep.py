@@ -26,16 +26,16 @@ from lesionsam.lineage import repository_root
 from lesionsam.presets import apply_preset
 from lesionsam.sweep_crew import crew, is_late
 from lesionsam.sweep_data import Bench, fixed_values, idle_gate, num_blocks, open_bench
+from lesionsam.sweep_pictures import draw_pictures
 from lesionsam.sweep_report import (
     Verdict,
     as_text,
     budget_correlation,
-    by_label_free,
     comparisons,
-    draw_pictures,
     judge,
     listed,
     rank_correlation,
+    scored_by,
     spread,
     summary,
     table,
@@ -143,9 +143,11 @@ def announce(
 ) -> list[str]:
     """What is going to happen, in lines."""
     s, scored = config.sweep, sum(one.split == "dev" for one in bench.seen)
-    by = "label-free score" if by_label_free(config, bench) else "mean IoU of ring, centre, box"
+    points = combinations(space)
+    trials = min(request.trials, request.trials if points is None else len(points))
+    by = scored_by(config, bench)
     if s.objective == OBJECTIVE and not bench.has_masks:
-        by += " (no masks: label-free, whatever sweep.objective says)"
+        by += " (there are no masks, whatever sweep.objective says)"
     lines = [
         f"study {name} in {shown_url(url)}: up to {request.trials} trials, {s.sampler} sampler, {s.pruner} pruner",
         *(f"  {dimension}" for dimension in space),
@@ -157,11 +159,10 @@ def announce(
         lines.append(
             f"  then winner and start anew, {s.confirm_seeds} seeds each: {2 * s.confirm_seeds} trainings of "
             f"{config.train.epochs} epochs (together {2 * s.confirm_seeds * config.train.epochs}, the trials at most "
-            f"{request.trials * budget(config)})"
+            f"{trials * budget(config)})"
         )
-    points = combinations(space)
-    if points is not None and len(points) < request.trials:
-        lines.append(f"  the space has only {len(points)} points: {len(points)} trials")
+    if trials < request.trials:
+        lines.append(f"  the space has only {trials} points: {trials} trials")
     if any(d.key == "method.num_points" for d in space):
         lines.append("  note: method.num_points is also the number of ring points that trials are scored with")
     return lines
@@ -308,7 +309,7 @@ def finish(
     step = num_finished(study)
     for path in write(place, rows, lines):
         tracker.log_artifact(path)
-    for name, path in draw_pictures(study, place, space).items():
+    for name, path in draw_pictures(study, place, space, scored_by(config, bench)).items():
         tracker.log_artifact(path, "pictures")
         tracker.log_picture(path, f"sweep_{name}", step)
     best = winner(study)

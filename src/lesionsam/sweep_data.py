@@ -115,7 +115,8 @@ def prepared_otherwise(config: Config) -> list[str]:
     for stage in PREPARING:
         for name, value in stages.get(stage, {}).get("params", {}).get("params.yaml", {}).items():
             then = flatten({name: value})
-            for key in sorted({*then, *(k for k in now if k == name or k.startswith(f"{name}."))}):
+            here = {key: None for key in now if key == name or key.startswith(f"{name}.")}
+            for key in sorted(here | then, key=lambda k: k not in here or k not in then):  # those of both first
                 if then.get(key) != now.get(key):
                     was, is_now = (held.get(key, "nothing") for held in (then, now))
                     found.append(f"{key}: expected {was}, which data and models were prepared with, got {is_now}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
 from lesionsam.config import Config
-from lesionsam.files import atomic_write, write_text_atomic
+from lesionsam.files import write_text_atomic
 from lesionsam.statistics import interval
 from lesionsam.sweep_data import Bench
 from lesionsam.sweep_space import Dimension, Value
@@ -25,11 +24,6 @@ from lesionsam.sweep_worker import is_finished, state_of
 
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
 SEED_OFFSET = 1000  # of the comparison's seeds, from train.seed: none that a trial used
-PICTURES = {
-    "history": "plot_optimization_history",
-    "importance": "plot_param_importances",
-    "parallel": "plot_parallel_coordinate",
-}
 
 
 def listed(study: optuna.Study) -> list[FrozenTrial]:
@@ -190,12 +184,7 @@ def summary(
     """What came out, in lines. ranked: of `budget_correlation`."""
     best, trials = winner(study), listed(study)
     counts = {state: sum(state_of(t) == state for t in trials) for state in ("complete", "pruned", "failed", "running")}
-    scored = sum(s.split == "dev" for s in bench.seen)
-    what = (
-        "label-free score (core coverage, consistency, 1 - leakage)"
-        if by_label_free(config, bench)
-        else "mean IoU of ring, centre, box"
-    )
+    scored, what = sum(s.split == "dev" for s in bench.seen), scored_by(config, bench)
     lines = [
         f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count),
         f"value: {what} on {scored} development images at model size, best epoch; budget of a trial "
@@ -237,6 +226,13 @@ def by_label_free(config: Config, bench: Bench) -> bool:
     return config.sweep.objective == "label_free" or not bench.has_masks
 
 
+def scored_by(config: Config, bench: Bench) -> str:
+    """The value of a trial, in words."""
+    if by_label_free(config, bench):
+        return "label-free score (core coverage, consistency, 1 - leakage)"
+    return "mean IoU of ring, centre, box"
+
+
 def write(place: Place, rows: Sequence[Mapping[str, str]], lines: Sequence[str]) -> list[Path]:
     """trials.csv and summary.md in the sweep's folder."""
     place.out.mkdir(parents=True, exist_ok=True)
@@ -248,34 +244,3 @@ def write(place: Place, rows: Sequence[Mapping[str, str]], lines: Sequence[str])
     body = "\n".join(f"- {line}" for line in lines)
     write_text_atomic(place.out / "summary.md", f"# {place.study}\n\n{body}\n\n{as_text(rows)}\n")
     return [place.out / "trials.csv", place.out / "summary.md"]
-
-
-def draw_pictures(study: optuna.Study, place: Place, space: Sequence[Dimension]) -> dict[str, Path]:
-    """History, importance and parallel coordinates as PNG files, those that the trials suffice for."""
-    complete = [t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    if not complete:
-        return {}
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from optuna.visualization import matplotlib as drawing
-
-    few = len(complete) < 2 or len(set(complete)) < 2
-    paths = {}
-    for name, function in PICTURES.items():
-        if name != "history" and few:
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            keys = {} if name == "history" else {"params": [d.key for d in space]}
-            axes = getattr(drawing, function)(study, **keys)
-            figure = axes.figure
-            figure.set_size_inches(9, 5)
-            figure.tight_layout()
-            paths[name] = place.out / f"{name}.png"
-            place.out.mkdir(parents=True, exist_ok=True)
-            with atomic_write(paths[name]) as file:
-                figure.savefig(file, dpi=110, format="png")
-            plt.close(figure)
-    return paths

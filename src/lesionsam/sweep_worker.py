@@ -27,7 +27,7 @@ from lesionsam.errors import run_guarded
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import open_bench
 from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
-from lesionsam.sweep_storage import clear_errors, fault_behind, open_storage, owner, queue_again, repair
+from lesionsam.sweep_storage import HOST, clear_errors, fault_behind, open_storage, owner, queue_again, repair
 from lesionsam.sweep_trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
 
 WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials
@@ -119,7 +119,7 @@ class Worker:
             sampler=self.sampler,
             pruner=build_pruner(self.config),
         )
-        self.listed, self.duplicates = combinations(self.space), 0
+        self.listed, self.duplicates, self.waiting = combinations(self.space), 0, False
 
     def work(self) -> None:
         """Trials until there are enough, the time is over or the space is used up."""
@@ -135,9 +135,19 @@ class Worker:
                 if num_finished + num_running < self.plan.trials:
                     self._one()
                     continue
+                self._explain_waiting(trials)
             finally:
                 self.lock.release()
             time.sleep(WAIT_SECONDS)
+
+    def _explain_waiting(self, trials: Sequence[FrozenTrial]) -> None:
+        """Say once whose trials are waited for, where nothing would tell that the machine they run on is gone."""
+        if self.waiting or "://" in self.plan.url:
+            return
+        held = [t.user_attrs["owner"] for t in trials if t.state == TrialState.RUNNING and "owner" in t.user_attrs]
+        if hosts := {one["host"] for one in held} - {HOST}:
+            self.waiting = True
+            print(f"waiting for {', '.join(sorted(hosts))}; a journal file does not show if that is gone", flush=True)
 
     def _one(self) -> None:
         """One trial; the lock is given back as soon as its values are drawn."""
