@@ -78,7 +78,7 @@ def smoke(name: str, checkpoint: Path, *, image_size: int | None = None, device:
         num_parameters, side = sum(p.numel() for p in sam.parameters()), int(sam.image_encoder.img_size)
         say(f"load        {figures['load']:.1f} s, {num_parameters / 1e6:.1f} M parameters, input {side} x {side} px")
 
-        samples = generated_samples(Path(folder), config)
+        samples = generated_samples(Path(folder))
         train = [s for s in samples if s.split == "train"]
         test = [s for s in samples if s.split == "test"]
         figures |= predict_one(sam, test[0], where)
@@ -166,9 +166,9 @@ def load_mask(sample: Sample) -> np.ndarray | None:
     return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
 
 
-def generated_samples(folder: Path, config: Config) -> list[Sample]:
+def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Sample]:
     """A few generated pictures on disk with the simulated annotator's boxes."""
-    rows = write_dataset(folder, seed=0, counts={"train": NUM_TRAIN, "test": NUM_TEST}, max_side=MAX_SIDE)
+    rows = write_dataset(folder, seed=0, counts={"train": num_train, "test": num_test}, max_side=MAX_SIDE)
     samples = []
     for row in rows:
         width, height = int(row["width"]), int(row["height"])

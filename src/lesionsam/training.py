@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,9 @@ from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.progress import progress
+from lesionsam.training_memory import Moment, in_parts, make_smaller
 from lesionsam.training_state import Progress, load_state, save_best, save_state
+from lesionsam.types import Batch
 
 Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
@@ -124,26 +128,33 @@ def fit(
     while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
         method.model.train()
         entered = time.monotonic()
-        batches = data.epoch(
-            batch_size, seed=seed, epoch=at.epoch, augment=augment, widen=widen, distort=distort, start=at.batch
+        batches = epoch_from(
+            at, data, batch_size=batch_size, seed=seed, augment=augment, widen=widen, distort=distort
         )
         for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
             number = at.epoch * num_batches + at.batch  # of this batch since the beginning
-            batch = batch.to(device)
+            generator = step_generator(seed, number)
             if drops:  # torch's dropout reads the global state alone: made a function of (seed, batch), for resumes
-                torch.manual_seed(step_generator(seed, number).initial_seed())
-            with autocast(device, precision):
-                terms = method.losses(batch, step_generator(seed, number))
-            total = sum_of(terms)
-            if at.step in LIVENESS_STEPS:
-                note_alive(terms, parameters, at.alive)
-            if not math.isfinite(total.item()):
+                torch.manual_seed(generator.initial_seed())
+            if at.batch % accumulate == 0:
+                before = Moment.of(at, method, len(waiting))
+            group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
+            outcome = in_parts(batch.to(device), at.parts, partial(
+                add_gradients, method, generator=generator, precision=precision, scaler=scaler, group_size=group_size,
+                watched=parameters if at.step in LIVENESS_STEPS else (), alive=at.alive,
+            ))
+            if isinstance(outcome, str):  # out of memory: once more from the beginning of the group, in smaller parts
+                optimizer.zero_grad()
+                del waiting[before.num_waiting :]
+                before.restore(at, method)
+                make_smaller(at, batch, method, outcome, say)
+                continue
+            terms, values = outcome
+            if not math.isfinite(values["loss"].item()):
                 skip_nonfinite(at, terms, batch.ids, say)
                 optimizer.zero_grad()
             else:
                 at.nonfinite = 0
-                group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
-                scaler.scale(total / group_size).backward()
             last = at.batch + 1 == num_batches
             if (at.batch + 1) % accumulate == 0 or last:
                 for group in optimizer.param_groups:
@@ -158,9 +169,8 @@ def fit(
                 at.step += 1
                 if at.step == LIVENESS_STEPS.stop:
                     check_alive(terms, method, at, say)
-            values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
-            waiting.append((at.step, {"loss": total.detach(), **values}))
-            if len(waiting) >= FLUSH_STEPS or last:
+            waiting.append((at.step, values))
+            if (len(waiting) >= FLUSH_STEPS and (at.batch + 1) % accumulate == 0) or last:
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
             at.batch += 1
             if time.monotonic() - saved > SAVE_SECONDS and not last and at.batch % accumulate == 0:
@@ -194,11 +204,51 @@ def fit(
 # ---- parts of the loop, in the order of their use ----------------------------------------------------------------
 
 
+def epoch_from(at: Progress, data: Batches, *, batch_size: int, **options: Any) -> Iterator[Batch]:
+    """The batches of epoch `at.epoch` from number `at.batch` on, also when that is set back between two of them."""
+    while at.batch < data.batches_per_epoch(batch_size):
+        for batch in data.epoch(batch_size, epoch=at.epoch, start=at.batch, **options):
+            number = at.batch
+            yield batch
+            if at.batch != number + 1:
+                break
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Mixed precision for the forward pass; losses cast to fp32 themselves."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def add_gradients(
+    method: Method,
+    part: Batch,
+    share: float,
+    *,
+    generator: torch.Generator,
+    precision: str,
+    scaler: torch.amp.GradScaler,
+    group_size: int,
+    watched: Sequence[nn.Parameter],
+    alive: list[str],
+) -> tuple[Mapping[str, Term], dict[str, torch.Tensor]]:
+    """Forward and backward of a batch, or of a `share` of one; gradients are those of a mean over the group's batches.
+
+    Args:
+        watched, alive: parameters by which terms are found alive, see `note_alive`; none: they are not looked at.
+    Returns:
+        the terms; `loss`, terms and monitors, detached. No gradient is added where the loss is not finite.
+    """
+    with autocast(part.images.device, precision):
+        terms = method.losses(part, generator)
+    total = sum_of(terms)
+    if watched:
+        note_alive(terms, watched, alive)
+    if math.isfinite(total.item()):
+        scaler.scale(total * share / group_size).backward()
+    values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
+    return terms, {"loss": total.detach(), **values}
 
 
 def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:

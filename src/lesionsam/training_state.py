@@ -31,6 +31,7 @@ class Progress:
     best_epoch: int = 0
     alive: list[str] = field(default_factory=list)
     nonfinite: int = 0
+    parts: int = 1  # that each batch is made in, since the memory did not hold all of it
     seconds: float = 0.0  # spent in training, evaluations left out
     sums: dict[str, float] = field(default_factory=dict)
 

@@ -111,3 +111,11 @@ class Batch:
         moved = {f.name: value.to(device, non_blocking=True) for f in fields(self)
                  if isinstance(value := getattr(self, f.name), torch.Tensor)}
         return replace(self, **moved)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the lesions."""
+        import torch
+
+        picked = {f.name: value[rows] for f in fields(self)
+                  if isinstance(value := getattr(self, f.name), torch.Tensor | tuple)}
+        return replace(self, **picked)

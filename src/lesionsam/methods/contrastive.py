@@ -102,6 +102,7 @@ class Contrastive:
         self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
         self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
         self.frozen_blocks = num_frozen_blocks(sam)
+        self.smallest_batch = 1 if options.placebo == "none" else 2  # a placebo's target is another image's
         self._monitors: dict[str, torch.Tensor] = {}
 
     # ---- one step ----------------------------------------------------------------------------------------------------

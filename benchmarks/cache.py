@@ -1,0 +1,236 @@
+"""What cached activations and the loader are worth: `python benchmarks/cache.py`; minutes on one core, no data needed.
+
+Prints a Markdown table of ratios, each beside the limit it is held to, and ends with an error where one is missed.
+Random weights: time does not depend on what the weights are. CPU time of one thread, or wall time on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesionsam.config import Config, default_values, unflatten, validate
+from lesionsam.config_file import fit as fit_values
+from lesionsam.data.datasets import LesionDataset, open_dataset
+from lesionsam.data.loader import Loader
+from lesionsam.experiment import build_method, torch_device
+from lesionsam.experiment_cache import open_caches
+from lesionsam.methods.base import Method
+from lesionsam.models.compact import CompactArchitecture
+from lesionsam.models.sam import Sam, build_sam, save_sam
+from lesionsam.models.trainable import select_trainable
+from lesionsam.smoke import generated_samples
+from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups
+
+EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0
+
+
+class Bench:
+    """A model with random weights, generated images, and trainings of it that are timed.
+
+    Args:
+        architecture: of the model. count, batch_size: images of the training set and of a step.
+    """
+
+    def __init__(self, folder: Path, architecture: CompactArchitecture, count: int, batch_size: int, precision: str,
+                 device: torch.device) -> None:
+        self.folder, self.batch_size, self.device, self.runs = folder, batch_size, device, 0
+        self.weights, self.precision = folder / "weights.safetensors", precision
+        torch.manual_seed(0)
+        save_sam(build_sam("compact", architecture=architecture), self.weights, name="compact")
+        self.architecture = architecture
+        samples = generated_samples(folder / "images", count, 0)
+        self.data: LesionDataset = open_dataset(samples, architecture.image_size, folder / "frames", with_masks=True)
+
+    def config(self, **changes: Any) -> Config:
+        """The default parameters with these dotted keys (written with __) changed."""
+        values = {"train.precision": self.precision, "train.batch_size": self.batch_size}
+        return validate(fit_values(unflatten(values | {k.replace("__", "."): v for k, v in changes.items()},
+                                             default_values())))
+
+    def sam(self, config: Config) -> Sam:
+        """The student, what trains selected."""
+        torch.manual_seed(0)
+        sam = build_sam("compact", architecture=self.architecture).to(self.device)
+        last_k = getattr(config.model, "unfreeze_last_k", 0)
+        select_trainable(sam, encoder=config.model.encoder, unfreeze_last_k=last_k, train_decoder=True)
+        return sam
+
+    def train(self, config: Config, cache: Path | None, *, epochs: int, augment: bool,
+              num_workers: int = 0) -> tuple[list[float], float, float]:
+        """Train as the train stage does, without evaluation.
+
+        Returns:
+            seconds of each epoch; share of a step that is spent outside the method's forward and backward pass; share
+            of activations that were cached.
+        """
+        self.runs += 1
+        sam = self.sam(config)
+        method, _ = build_method(config, sam, self.weights, self.data, self.device)
+        clock = Clock(self.device)
+        ends: list[float] = []
+        with clock.watching(method), open_caches(config, cache, sam, method, self.device, lambda line: None) as caches:
+            loader = Loader(self.data, device=self.device, num_workers=num_workers, cache=caches.train)
+
+            def evaluate(epoch: int) -> dict[str, float]:
+                ends.append(clock.now())
+                clock.epoch_ends()
+                return {"objective": 0.0}
+
+            begun = clock.now()
+            fit(method, loader, groups=parameter_groups(method.model, {"": 1e-5}), epochs=epochs,
+                batch_size=self.batch_size, accumulate=1, weight_decay=0.0, factor=lambda step: 1.0, clip=1.0,
+                precision=self.precision, seed=0, augment=augment, widen=0.0, patience=0, device=self.device,
+                evaluate=evaluate, log=lambda values, step: None, folder=self.folder / f"run{self.runs}",
+                say=lambda line: None)
+            share = caches.train.hits / max(1, caches.train.looked_up) if caches.train is not None else 0.0
+        seconds = [end - start for start, end in zip([begun, *ends[:-1]], ends, strict=True)]
+        return seconds, clock.outside(), share
+
+
+class Clock:
+    """CPU seconds of this process, or wall seconds with the GPU's queue empty; how many of a step's a method takes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.steps, self.inside, self.whole = device, 0, 0.0, 0.0
+        self._begun = self._spent = 0.0
+
+    def now(self) -> float:
+        """Seconds."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time()
+
+    @contextmanager
+    def watching(self, method: Method) -> Iterator[None]:
+        """Time `losses` and every backward pass while the block runs."""
+        losses, backward = method.losses, torch.Tensor.backward
+
+        def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            begun = self.now()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._spent += self.now() - begun
+
+        def timed_losses(*arguments: Any) -> Any:
+            self.steps += 1
+            if self._begun and self.steps > LIVENESS_STEPS.stop + 1:  # before, the loop asks for extra gradients
+                self.whole, self.inside = self.whole + self.now() - self._begun, self.inside + self._spent
+            self._begun, self._spent = self.now(), 0.0
+            return timed(losses, *arguments)
+
+        method.losses = timed_losses  # type: ignore[method-assign]
+        torch.Tensor.backward = lambda *a, **o: timed(backward, *a, **o)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.Tensor.backward = backward  # type: ignore[method-assign]
+
+    def epoch_ends(self) -> None:
+        """What follows up to the next step is no part of a step."""
+        self._begun = 0.0
+
+    def outside(self) -> float:
+        """Share of the steps, from one forward pass to the next of the same epoch, that was spent elsewhere."""
+        return 1 - self.inside / self.whole if self.whole else 0.0
+
+
+def loader_speed(bench: Bench, num_workers: int, cache: Path | None, config: Config, epochs: int = 3) -> float:
+    """Images per second, by the clock on the wall, that the loader makes for a step that takes no time."""
+    sam = bench.sam(config)
+    method, _ = build_method(config, sam, bench.weights, bench.data, bench.device)
+    with open_caches(config, cache, sam, method, bench.device, lambda line: None) as caches:
+        loader = Loader(bench.data, device=bench.device, num_workers=num_workers, cache=caches.train)
+        for _ in loader.epoch(bench.batch_size, seed=0, epoch=0, augment=False):
+            pass
+        begun = time.perf_counter()
+        for epoch in range(epochs):
+            for _ in loader.epoch(bench.batch_size, seed=0, epoch=epoch, augment=False):
+                pass
+    return epochs * len(bench.data) / (time.perf_counter() - begun)
+
+
+def main() -> int:
+    """Measure, print the table, say which limits are missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--side", type=int, default=512, help="image side, pixels (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=192, help="of the encoder (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=12, help="of the encoder (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=16, help="training images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2, help="images of a step (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    a = parser.parse_args()
+    device = torch_device("auto")
+    torch.set_num_threads(a.threads)
+    architecture = CompactArchitecture(image_size=a.side, patch_size=16, width=a.width, depth=a.blocks,
+                                       num_heads=a.width // 64, prompt_width=256, decoder_mlp=2048)
+    rows: list[tuple[str, str, str]] = []
+    missed: list[str] = []
+
+    def row(what: str, value: float, limit: float | None = None, *, most: bool = True, form: str = ".2f") -> None:
+        held = limit is None or (value <= limit if most else value >= limit)
+        bound = "" if limit is None else f"{'at most' if most else 'at least'} {limit:{form}}" + ", MISSED" * (not held)
+        rows.append((what, f"{value:{form}}", bound))
+        print(f"{what}: {value:{form}} {bound}", file=sys.stderr, flush=True)
+        if not held:
+            missed.append(what)
+
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), architecture, a.count, a.batch_size, a.precision, device)
+        for last_k, gamma in ((2, 0.0), (2, 0.1), (1, 0.1)):
+            config = bench.config(model__unfreeze_last_k=last_k, method__gamma=gamma)
+            what = f"K = {last_k}" + (", distillation" if gamma else "")
+            cache = Path(name) / f"cache{last_k}{gamma}"
+            plain, _, _ = bench.train(config, None, epochs=2, augment=False)
+            cached, _, _ = bench.train(config, cache, epochs=2, augment=False)
+            warm, outside, share = bench.train(config, cache, epochs=2, augment=False)
+            row(f"{what}: second epoch / first", cached[1] / cached[0], EPOCH_LIMIT if last_k == 2 else None)
+            row(f"{what}: second epoch / second epoch without a cache", cached[1] / plain[1],
+                EPOCH_LIMIT if last_k == 2 else None)
+            row(f"{what}: a trial on a warm cache / without a cache", sum(warm) / sum(plain))
+            row(f"{what}: outside forward and backward, warm cache", outside, OUTSIDE_LIMIT, form=".3f")
+            if share < 1:
+                missed.append(f"{what}: {share:.0%} of a warm cache found")
+            if (last_k, gamma) == (2, 0.0):
+                row(f"{what}: first epoch, cache being filled / without a cache", cached[0] / plain[0])
+                turned, _, found = bench.train(config, Path(name) / "turned", epochs=2, augment=True)
+                row(f"{what}, flips and turns: second epoch / first", turned[1] / turned[0])
+                row(f"{what}, flips and turns: share found in two epochs", found)
+        decoder = bench.config(model__encoder="none", method__alpha=0.0)
+        loop, _, _ = bench.train(decoder, None, epochs=2, augment=False)
+        bench.train(decoder, Path(name) / "decoder", epochs=1, augment=False)
+        fast, _, _ = bench.train(decoder, Path(name) / "decoder", epochs=2, augment=False)
+        row("decoder only: encoder in the loop / cached, per step", loop[1] / fast[1], DECODER_LIMIT, most=False)
+        rate = partial(loader_speed, bench, config=bench.config(model__unfreeze_last_k=2))
+        needed = a.count / warm[1]
+        row("loader without cache, images/s", rate(0, None), form=".0f")
+        row("loader with warm cache, images/s", rate(0, Path(name) / "cache20.0"), form=".0f")
+        row("loader with warm cache, 1 thread ahead, images/s", rate(1, Path(name) / "cache20.0"), form=".0f")
+        row("step on a warm cache needs, images/s", needed, form=".2f")
+    print(f"\n{datetime.date.today()}, {device.type} {platform.machine()}, torch {torch.__version__}, "
+          f"{a.threads} thread, {a.precision}: D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, "
+          f"{a.count} images\n")
+    print("| measured | figure | limit |\n|---|---|---|")
+    for what, value, bound in rows:
+        print(f"| {what} | {value} | {bound} |")
+    for what in missed:
+        print(f"missed: {what}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
