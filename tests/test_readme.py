@@ -45,6 +45,9 @@ def test_commands_exist(document: str) -> None:
             continue
         assert name in group.commands, f"{document}: lesionsam {name}"  # pyright: ignore[reportAttributeAccessIssue]
         command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):  # `lesionsam data convert`
+            assert rest[0] in command.commands, f"{document}: lesionsam {name} {rest[0]}"
+            command, rest = command.commands[rest[0]], rest[1:]
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         named = {word.split("=")[0] for word in rest if word.startswith("--")} - {"--help"}
         assert named <= options, f"{document}: lesionsam {name} has no {named - options}"
