@@ -56,8 +56,7 @@ def contrastive(last_k: int = 1, gamma: float = 0.1) -> Contrastive:
 
 def decoder_only() -> Method:
     method = supervised()
-    assert isinstance(method.model, Sam)
-    select_trainable(method.model, encoder="none", unfreeze_last_k=0, train_decoder=True)
+    select_trainable(sam_of(method), encoder="none", unfreeze_last_k=0, train_decoder=True)
     return method
 
 

@@ -160,7 +160,12 @@ def test_numbers_are_rounded_within_their_range() -> None:
         ({"method__alpha": 0.0, "method__target__kind": "fused"}, ["method.ema_decay", "method.teacher_prompt"], []),
         ({"method__target__offset": 0.1}, ["method.target.looseness"], ["method.target.looseness"]),
         ({"train__schedule": "constant"}, ["train.final_lr", "train.warmup"], ["train.final_lr"]),
-        ({"model__train_decoder": False}, ["train.lr_decoder", "train.lr_encoder"], ["train.lr_decoder"]),
+        ({"model__train_decoder": False}, ["train.lr_decoder", "train.lr_encoder"], []),
+        (
+            {"model__train_decoder": False, "model__train_prompt_encoder": False},
+            ["train.lr_decoder", "train.lr_encoder"],
+            ["train.lr_decoder"],
+        ),
         (
             {},
             ["method.beta", "method.monitor_masks", "train.overlays"],
