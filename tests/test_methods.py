@@ -326,7 +326,7 @@ def test_distillation_skips_padding() -> None:
 
 def test_distillation_starts_at_zero_and_grows_as_the_student_leaves_the_pretrained_features(tmp_path: Path) -> None:
     value = contrastive(gamma=1.0).losses(some_batch(), generator())["distil"].value
-    assert value.item() == 0
+    assert value.item() < 1e-12, "but for rounding: what has a gradient may be computed in another way"
     value = published(tmp_path).losses(some_batch(), generator())["distil"].value
     assert value.item() > 1e-4
 

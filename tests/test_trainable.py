@@ -87,7 +87,8 @@ def test_a_frozen_prefix_depends_on_its_image_alone(precision: torch.dtype | Non
         alone = encode_frozen(sam, images[3:4], 1, reference)
         turned = encode_frozen(sam, images.flip(0)[1:4], 1, reference)
         from_images = encode_frozen(reference, images, 3)[0]
-        exact = encode_prefix(sam, images, 1), encode(reference, images)
+        with torch.no_grad():  # as the frozen part is: with gradients the attention may be computed in another way
+            exact = encode_prefix(sam, images, 1), encode(reference, images)
     assert features is not None
     for kept, one, three, wanted in zip((tokens, features), alone, turned, exact, strict=True):
         assert one is not None

@@ -26,10 +26,11 @@ from lesionsam.errors import UserError
 from lesionsam.files import write_bytes_atomic
 from lesionsam.models import adapters
 from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
+from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact, decode_candidates
 from lesionsam.types import Prompts
 
-__all__ = ["Sam", "build_sam", "decode", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
+__all__ = ["Sam", "build_sam", "decode", "embed", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
            "save_sam", "upscale"]
 
 Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
@@ -223,8 +224,15 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def encode(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) preprocessed -> features (B, C, H', W')."""
-    return sam.image_encoder(images)
+    """(B, 3, S, S) preprocessed -> features (B, C, H', W'); its blocks as `attention.Execution` has them."""
+    encoder = sam.image_encoder
+    return encoder.neck(run_blocks(encoder, embed(sam, images), 0).permute(0, 3, 1, 2))
+
+
+def embed(sam: Sam, images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens with their positions, before the first block."""
+    tokens, position = sam.image_encoder.patch_embed(images), sam.image_encoder.pos_embed
+    return tokens if position is None else tokens + position
 
 
 def decode(sam: Sam, features: torch.Tensor, prompts: Prompts,

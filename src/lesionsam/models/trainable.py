@@ -11,7 +11,8 @@ from torch import nn
 
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
-from lesionsam.models.sam import encode, preprocess
+from lesionsam.models.attention import run_blocks
+from lesionsam.models.sam import embed, encode, preprocess
 from lesionsam.types import Batch
 
 
@@ -88,11 +89,7 @@ def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tens
         (B, H', W', width) tokens after patch embedding and `num_blocks` blocks; features (B, C, H', W') with the neck.
     """
     encoder = sam.image_encoder
-    tokens = encoder.patch_embed(images)
-    if encoder.pos_embed is not None:
-        tokens = tokens + encoder.pos_embed
-    for block in encoder.blocks[:num_blocks]:
-        tokens = block(tokens)
+    tokens = run_blocks(encoder, embed(sam, images), 0, num_blocks)
     return encoder.neck(tokens.permute(0, 3, 1, 2)) if num_blocks > len(encoder.blocks) else tokens
 
 
@@ -103,8 +100,7 @@ def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tens
     """
     encoder = sam.image_encoder
     tokens = tokens.to(torch.promote_types(tokens.dtype, encoder.get_parameter("patch_embed.proj.weight").dtype))
-    for block in encoder.blocks[num_blocks:]:
-        tokens = block(tokens)
+    tokens = run_blocks(encoder, tokens, num_blocks)
     return tokens if num_blocks > len(encoder.blocks) else encoder.neck(tokens.permute(0, 3, 1, 2))
 
 
