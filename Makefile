@@ -77,8 +77,8 @@ report: $(READY) ## report/index.html from what is there, training only what has
 	dvc repro report
 	@echo "open report/index.html"
 
-foundation: $(READY) ## rebuild the compact model's weights in foundation/ (an hour of two cores; resumes)
-	python -m lesionsam.foundation
+foundation: $(READY) ## train the compact model again, of params.yaml's sizes (an hour of two cores; resumes)
+	lesionsam foundation
 
 evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
 	python src/evidence.py $(FOLDER) --out evidence

@@ -26,6 +26,7 @@ from lesionsam.config import (
     parse_yaml,
     summary,
     to_values,
+    trained_parts,
     unflatten,
     validate,
     with_values,
@@ -243,6 +244,17 @@ def test_rules_between_keys(changes: dict[str, Any], key: str, words: str) -> No
 ])
 def test_a_strategys_option_under_another_strategy_is_one_line(variant: str, key: str, message: str) -> None:
     assert issues_of(changed(values_of(variant), key, 1)) == {key: message}
+
+
+def test_what_trains_in_words() -> None:
+    words = {variant: trained_parts(values_of(variant)["model"]) for variant in ("default", "lora, prompts from masks",
+                                                                                 "adapter")}
+    assert words["default"] == "the whole encoder, the decoder, the prompt encoder"
+    assert words["lora, prompts from masks"].startswith("low-rank updates (rank 8) of the whole encoder, the decoder")
+    frozen = {**default_values()["model"], "encoder": "none", "train_prompt_encoder": False}
+    assert trained_parts(frozen) == "the decoder"
+    last = {**values_of("adapter")["model"], "adapter_last_k": 2}
+    assert trained_parts(last).startswith("adapters of 32 units of the last 2 encoder blocks")
 
 
 def test_options_of_another_strategy_go_when_the_strategy_changes() -> None:

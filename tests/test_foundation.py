@@ -15,13 +15,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import tiny_data
 
 from lesionsam import foundation
+from lesionsam.config import default_values, validate
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError
-from lesionsam.foundation_card import current_commit
+from lesionsam.foundation_card import card_text, current_commit
+from lesionsam.foundation_data import DataPool, open_pool, targets_of
 from lesionsam.models.compact import CompactArchitecture, build_compact
-from lesionsam.models.sam import save_sam
+from lesionsam.models.sam import load_sam, save_sam
 
 TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)
 FOLDER = Path(__file__).parents[1] / "foundation"
@@ -160,18 +163,62 @@ def test_the_cards_scores_are_those_of_the_shipped_weights() -> None:
         assert scores[f"shapes/{kind}"] == pytest.approx(float(value), abs=0.005), kind
 
 
-def test_the_command_writes_weights_and_card(short: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(foundation, "CompactArchitecture", lambda: TINY)
+TINY_WORDS = ["--image-size", "32", "--width", "16", "--depth", "2", "--num-heads", "2", "--prompt-width", "16",
+              "--decoder-mlp", "32", "--params", str(FOLDER.parent / "params.yaml")]
+
+
+def test_the_command_writes_weights_and_card(short: None, tmp_path: Path) -> None:
     out = tmp_path / "new" / "compact.safetensors"
     threads = torch.get_num_threads()
     words = ["--minutes", "0.01", "--seed", "9", "--threads", "1", "--out", str(out), "--state", str(tmp_path / "s.pt")]
+    words += TINY_WORDS
     foundation.main(words)
     torch.set_num_threads(threads)
+    held = load_sam("compact", out)
+    assert (held.image_encoder.img_size, len(held.image_encoder.blocks)) == (32, 2)
     card = (tmp_path / "new" / "card.md").read_text()
+    assert f"; {sum(p.numel() for p in held.parameters()):,} parameters)" in card
     assert "| seed | 9 |" in card
     assert " ".join(words) in card
     assert re.search(r"^\| held-out shapes, box\+prior \| 0\.\d{4} \|$", card, re.MULTILINE)
     assert hashlib.sha256(out.read_bytes()).hexdigest() in card
+
+
+def test_sizes_that_do_not_fit_and_another_runs_state_are_one_line(short: None, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "a.safetensors"), "--state", str(tmp_path / "s.pt"), "--minutes", "0.001"]
+    with pytest.raises(UserError, match=r"foundation\.width: expected a multiple of .*num_heads \(2\), got 17$"):
+        foundation.main([*out, *TINY_WORDS, "--width", "17"])
+    with pytest.raises(UserError, match=r"foundation\.depth: expected an integer from 1 to 64, got 0"):
+        foundation.main([*out, *TINY_WORDS, "--depth", "0"])
+    foundation.main([*out, *TINY_WORDS])
+    assert (tmp_path / "a.md").exists(), "a card of its own beside weights of another name"
+    with pytest.raises(UserError, match=r"s\.pt: belongs to a run with depth 2, not 1; --fresh starts anew"):
+        foundation.main([*out, *TINY_WORDS, "--depth", "1"])
+
+
+def test_a_folder_or_any_other_source_is_trained_on_in_place_of_shapes(tmp_path: Path) -> None:
+    data = tiny_data(12)
+    pool = DataPool(data, 4 * TINY.grid)
+    held = targets_of(tiny_data(6, seed=9), np.arange(6), 4 * TINY.grid)
+    assert held.masks.dtype == torch.bool
+    assert held.priors.shape == (6, 16, 16)
+    drawn = pool.draw(64, seeded())
+    centre = (drawn.small[:, :2] + drawn.small[:, 2:]).long() // 2
+    assert bool(drawn.masks[torch.arange(64), centre[:, 1], centre[:, 0]].all()), "boxes turn with their masks"
+    assert not torch.equal(pool.draw(8, seeded(1)).images, pool.draw(8, seeded(2)).images)
+    sam, progress = foundation.pretrain(minutes=0.02, seed=0, state_path=tmp_path / "s.pt", architecture=TINY,
+                                        images=(pool, held), log=lambda line: None)
+    assert progress.step > 0
+    assert {"data/box", "data/centre"} <= set(progress.scores)
+    assert "training images and masks" in card_text(
+        command="", commit="", seed=0, machine="", steps=1, minutes=1, cpu_minutes=1, scores=progress.scores, sha256="",
+        architecture=TINY, images="data", num_parameters=sum(p.numel() for p in sam.parameters()))
+
+
+def test_without_the_stages_that_make_the_data_it_says_which_to_run(tmp_path: Path) -> None:
+    config = validate(default_values())
+    with pytest.raises(UserError, match=r"foundation\.images: data needs data/boxes\.csv .* run `dvc repro boxes`"):
+        open_pool(config, 32, 16, tmp_path)
 
 
 def test_the_commit_is_read_from_git_and_unknown_outside(tmp_path: Path) -> None:

@@ -153,20 +153,12 @@ def annotate(
         device=where)
 
 
-@app.command()
-def foundation(
-    minutes: Annotated[float, typer.Option(help="Running time by the clock, resumed runs added up.")] = 60.0,
-    threads: Annotated[int, typer.Option(help="CPU threads of torch.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of weights, shapes, batches and prompts.")] = 0,
-    out: Annotated[Path, typer.Option(help="Weights to write.")] = Path("foundation/compact.safetensors"),
-    state: Annotated[Path, typer.Option(help="Training state, to resume from.")] = Path(".cache/foundation/state.pt"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the state.")] = False,
-) -> None:
-    """Pretrain the compact SAM on generated shapes; it sees no lesion."""
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def foundation(context: typer.Context) -> None:
+    """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
     from lesionsam.foundation import main as run
 
-    run(["--minutes", str(minutes), "--threads", str(threads), "--seed", str(seed), "--out", str(out),
-         "--state", str(state), *(["--resume"] if resume else [])])
+    run(context.args)
 
 
 def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:

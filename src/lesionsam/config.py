@@ -37,7 +37,7 @@ from lesionsam.limits import (
 )
 from lesionsam.schema import Config
 
-HOW_NOT_WHAT = ("version", "sweep", "tracking", "runtime")  # sections that no hash holds
+HOW_NOT_WHAT = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash holds
 
 
 class ConfigError(UserError):
@@ -319,23 +319,18 @@ def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
-def trained_parts(config: Config) -> str:
-    """What trains, in words."""
-    model = config.model
-
-    def where(last: int) -> str:
-        return f"in the last {last} blocks" if last else "in every block"
-
-    if model.encoder == "blocks":
-        words = f"last {model.unfreeze_last_k} encoder blocks" if model.unfreeze_last_k else "whole encoder"
-    elif model.encoder == "adapter":
-        words = f"adapters of {model.adapter_dim} units {where(model.adapter_last_k)}"
-    elif model.encoder == "lora":
-        words = f"low-rank updates of rank {model.lora_rank} {where(model.lora_last_k)}"
-    else:
-        words = "no encoder block"
-    switches = (("decoder", model.train_decoder), ("prompt encoder", model.train_prompt_encoder))
-    return ", ".join([words, *(name for name, on in switches if on)])
+def trained_parts(model: Mapping[str, Any]) -> str:
+    """What a section `model` (plain values) trains, in words."""
+    last = next((value for key, value in model.items() if key.endswith("last_k")), 0)
+    where = f"of the last {last} encoder blocks" if last else "of the whole encoder"
+    words = {
+        "none": [],
+        "blocks": [f"the last {last} encoder blocks" if last else "the whole encoder"],
+        "adapter": [f"adapters of {model.get('adapter_dim')} units {where}"],
+        "lora": [f"low-rank updates (rank {model.get('lora_rank')}) {where}"],
+    }[model["encoder"]]
+    switches = (("the decoder", "train_decoder"), ("the prompt encoder", "train_prompt_encoder"))
+    return ", ".join([*words, *(name for name, key in switches if model[key])])
 
 
 def summary(config: Config) -> list[str]:
@@ -345,7 +340,7 @@ def summary(config: Config) -> list[str]:
     counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split"),
               "coco": ("annotations", "test_split")}
     named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
-    trained = trained_parts(config)
+    trained = trained_parts(to_values(config)["model"])
     target = f", target {method.target.kind}" if method.name == "contrastive" else ""
     return [
         f"data     {data.source} ({named})",

@@ -1,6 +1,7 @@
-"""Pretrain the compact SAM on generated shapes: `python -m lesionsam.foundation`.
+"""Train a compact SAM from scratch: `lesionsam foundation`; section `foundation` of params.yaml says of what sizes.
 
-It sees shapes of lesionsam.data.shapes only, prompted with boxes, points and mask prompts. Each step encodes a batch
+By default it sees shapes of lesionsam.data.shapes only, or else the images and masks of section `data` (a folder, COCO,
+any other source); either way prompted with boxes, points and mask prompts. Each step encodes a batch
 once and decodes it three times: a loose box, points alone, and a refinement of a given mask (the box prior or the
 model's own earlier logits). The learning rate follows the clock, so that the run fits the time there is.
 """
@@ -26,15 +27,18 @@ from torch import Tensor, nn
 
 from lesionsam.box_prior import box_prior
 from lesionsam.boxes import simulate_boxes
+from lesionsam.config import load_config, with_values
 from lesionsam.data import shape_prompts
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.files import read_image, read_mask, sha256_file, write_bytes_atomic, write_text_atomic
 from lesionsam.foundation_card import card_text, current_commit, machine_in_words
+from lesionsam.foundation_data import DataPool, open_pool
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.compact import CompactArchitecture, build_compact, decode_candidates
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, save_sam
 from lesionsam.prompts import draw_prompts
+from lesionsam.schema import Foundation
 from lesionsam.types import Prompts
 
 BATCH_SIZE = 8
@@ -48,6 +52,7 @@ MEASURE_SECONDS, SAVE_SECONDS = 240.0, 180.0
 HELD_OUT_SEED = 777_000_001
 CHUNK_SEED_STRIDE = 1_000_003
 MEASURED = ("box", "centre", "ring")
+CARDS = {"compact.safetensors": "card.md"}  # the shipped weights' card; any other file's has its name
 
 
 @dataclass
@@ -63,6 +68,7 @@ class Progress:
 
 def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: CompactArchitecture | None = None,
              resume: bool = False, bfloat16: bool = True, probe: Path | None = None,
+             images: tuple[DataPool, Targets] | None = None,
              log: Callable[[str], None] = print) -> tuple[Sam, Progress]:
     """Train a compact SAM from scratch for `minutes` of running time.
 
@@ -71,6 +77,7 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
         seed: of weights, shapes, batches and prompts.
         state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
         bfloat16: autocast of encoder and decoder; weights and losses stay float32.
+        images: what is trained on instead of generated shapes, and what to measure on; see `foundation_data.open_pool`.
         probe: folder with images/train/*.jpg and masks/train/*.png to measure on; never trained or selected on.
         log: takes each progress line.
     Returns:
@@ -86,11 +93,12 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     progress = Progress()
+    run = {**asdict(architecture), "seed": seed, "images": "shapes" if images is None else "data"}
     if resume and state_path.is_file():
-        progress = _restore(state_path, architecture, seed, sam, average, optimiser, generator)
+        progress = _restore(state_path, run, sam, average, optimiser, generator)
         log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
-    pool = _Pool(architecture, seed, progress.chunks)
-    held_out = {"shapes": held_out_shapes(architecture)}
+    pool = _Pool(architecture, seed, progress.chunks) if images is None else images[0]
+    held_out = {"shapes": held_out_shapes(architecture)} | ({} if images is None else {"data": images[1]})
     if probe is not None:
         held_out["probe"] = read_probe(probe, architecture)
     clock, cpu_clock = time.monotonic() - progress.seconds, time.process_time() - progress.cpu_seconds
@@ -100,7 +108,7 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
         rate *= FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        batch = shape_prompts.augment(pool.draw(BATCH_SIZE, generator), generator)
+        batch = pool.draw(BATCH_SIZE, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = step_loss(sam, batch, generator)
         if not torch.isfinite(loss):
@@ -122,10 +130,10 @@ def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: Compa
             log(_line(progress, minutes, mean_loss, rate))
         if progress.seconds - saved > SAVE_SECONDS:
             saved = progress.seconds
-            _save_state(state_path, architecture, seed, sam, average, optimiser, generator, progress)
+            _save_state(state_path, run, sam, average, optimiser, generator, progress)
     progress.scores = measure(average, held_out)
     log(_line(progress, minutes, mean_loss, 0.0))
-    _save_state(state_path, architecture, seed, sam, average, optimiser, generator, progress)
+    _save_state(state_path, run, sam, average, optimiser, generator, progress)
     return average, progress
 
 
@@ -243,12 +251,12 @@ class _Pool:
         self.parts.append(make_targets(self.architecture.image_size, 4 * self.architecture.grid, generator))
 
     def draw(self, num: int, generator: torch.Generator) -> Targets:
-        """`num` targets, each from a chunk drawn anew."""
+        """`num` targets, each from a chunk drawn anew, augmented together."""
         drawn = []
         for index in torch.randint(len(self.parts), (num,), generator=generator).tolist():
             part = self.parts[index]
             drawn.append(part[torch.randint(len(part), (1,), generator=generator)])
-        return Targets.join(drawn)
+        return shape_prompts.augment(Targets.join(drawn), generator)
 
 
 @torch.no_grad()
@@ -262,20 +270,23 @@ def _line(progress: Progress, minutes: float, loss: float, rate: float) -> str:
             f"loss {loss:.3f} lr {rate:.1e} {scores}")
 
 
-def _save_state(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam, average: Sam,
-                optimiser: torch.optim.Optimizer, generator: torch.Generator, progress: Progress) -> None:
+def _save_state(path: Path, run: Mapping[str, object], sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
+                generator: torch.Generator, progress: Progress) -> None:
     buffer = io.BytesIO()
-    torch.save({"run": {**asdict(architecture), "seed": seed}, "progress": asdict(progress),
+    torch.save({"run": dict(run), "progress": asdict(progress),
                 "model": sam.state_dict(), "average": average.state_dict(),
                 "optimiser": optimiser.state_dict(), "generator": generator.get_state()}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
-def _restore(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam, average: Sam,
-             optimiser: torch.optim.Optimizer, generator: torch.Generator) -> Progress:
-    state, wanted = torch.load(path, weights_only=True), {**asdict(architecture), "seed": seed}
-    if state.get("run") != wanted:
-        raise UserError(f"{path}: belongs to a run with {state.get('run')}, expected {wanted}; --fresh starts anew")
+def _restore(path: Path, run: Mapping[str, object], sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
+             generator: torch.Generator) -> Progress:
+    state = torch.load(path, weights_only=True)
+    held = {"images": "shapes"} | state.get("run", {})
+    if held != dict(run):
+        differing = ", ".join(f"{key} {held.get(key)}, not {value}" for key, value in run.items()
+                              if held.get(key) != value)
+        raise UserError(f"{path}: belongs to a run with {differing}; --fresh starts anew, --state names another file")
     sam.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
@@ -284,30 +295,44 @@ def _restore(path: Path, architecture: CompactArchitecture, seed: int, sam: Sam,
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m lesionsam.foundation", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="running time by the clock, resumed runs added up")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--seed", type=int, default=0)
+    """The command; what is not said comes from section `foundation` of the parameter file."""
+    parser = argparse.ArgumentParser(prog="lesionsam foundation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
+    for name, known in Foundation.model_fields.items():
+        kind = {"minutes": float, "images": str}.get(name, int)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{known.description} (as in --params)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
     parser.add_argument("--out", type=Path, default=Path("foundation/compact.safetensors"), help="weights to write")
     parser.add_argument("--state", type=Path, default=Path(".cache/foundation/state.pt"), help="training state")
     parser.add_argument("--fresh", action="store_true", help="start anew even where --state holds an earlier run")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--probe", type=Path, help="folder of real images to measure on; never trained or selected on")
     options = parser.parse_args(arguments)
+    given = {f"foundation.{name}": value for name in Foundation.model_fields
+             if (value := getattr(options, name)) is not None}
+    config = with_values(load_config(options.params, check_files=False), given, "lesionsam foundation")
+    f = config.foundation
     torch.set_num_threads(options.threads)
-    architecture, commit = CompactArchitecture(), current_commit(Path(__file__).parent)
-    sam, progress = pretrain(minutes=options.minutes, seed=options.seed, state_path=options.state,
-                             architecture=architecture, resume=not options.fresh, bfloat16=not options.float32,
-                             probe=options.probe, log=lambda line: print(line, flush=True))
+    architecture, commit = CompactArchitecture(
+        image_size=f.image_size, patch_size=f.patch_size, width=f.width, depth=f.depth, num_heads=f.num_heads,
+        prompt_width=f.prompt_width, decoder_mlp=f.decoder_mlp), current_commit(Path(__file__).parent)
+    images = None
+    if f.images == "data":
+        images = open_pool(config, architecture.image_size, 4 * architecture.grid, Path())
+    sam, progress = pretrain(minutes=f.minutes, seed=f.seed, state_path=options.state, architecture=architecture,
+                             resume=not options.fresh, bfloat16=not options.float32, probe=options.probe,
+                             images=images, log=lambda line: print(line, flush=True))
+    num_parameters = sum(p.numel() for p in sam.parameters())
     save_sam(sam.half(), options.out, name="compact")
     words = sys.argv[1:] if arguments is None else arguments
-    card = card_text(command=" ".join(["python -m lesionsam.foundation", *words]), commit=commit, seed=options.seed,
+    card = card_text(command=" ".join(["lesionsam foundation", *words]), commit=commit, seed=f.seed,
                      machine=machine_in_words(options.threads), steps=progress.step, minutes=progress.seconds / 60,
                      cpu_minutes=progress.cpu_seconds / 60, scores=progress.scores, sha256=sha256_file(options.out),
-                     architecture=architecture)
-    write_text_atomic(options.out.with_name("card.md"), card)
-    print(f"wrote {options.out} and card.md: {progress.step} steps, {progress.seconds / 60:.1f} min")
+                     architecture=architecture, images=f.images, num_parameters=num_parameters)
+    write_text_atomic(options.out.with_name(CARDS.get(options.out.name, f"{options.out.stem}.md")), card)
+    print(f"wrote {options.out} and its card: {num_parameters:,} parameters, {progress.step} steps, "
+          f"{progress.seconds / 60:.1f} min")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,26 @@ from pathlib import Path
 from lesionsam.models.compact import CompactArchitecture
 
 ROWS = ("box", "centre", "ring", "box+prior", "prior")
-SETS = {"shapes": "held-out shapes", "probe": "real images"}
+SETS = {"shapes": "held-out shapes", "data": "development images", "probe": "real images"}
+SEEN = {
+    "shapes": "generated shapes only: `lesionsam.data.shapes`. No photograph,\n"
+    "no lesion and no annotation of a person took part. It is a stand-in for trying, testing and teaching; it knows "
+    "far less\nthan SAM.",
+    "data": "the training images and masks of the parameter file's section `data`.",
+}
 
 
 def card_text(*, command: str, commit: str, seed: int, machine: str, steps: int, minutes: float, cpu_minutes: float,
-              scores: Mapping[str, float], sha256: str, architecture: CompactArchitecture) -> str:
-    """Markdown of the card; scores are keyed "set/prompt" as `foundation.measure` gives them."""
+              scores: Mapping[str, float], sha256: str, architecture: CompactArchitecture, images: str,
+              num_parameters: int) -> str:
+    """Markdown of the card; scores are keyed "set/prompt" as `foundation.measure` gives them; images: key of SEEN."""
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())
     table = "\n".join(f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |" for name in SETS for kind in ROWS
                       if f"{name}/{kind}" in scores)
     return f"""# The compact SAM
 
-Segment-anything's own modules with small numbers ({numbers}), trained from scratch on
-generated shapes only: `lesionsam.data.shapes`. No photograph,
-no lesion and no annotation of a person took part. It is a stand-in for trying, testing and teaching; it knows far less
-than SAM.
+Segment-anything's own modules with small numbers ({numbers}; {num_parameters:,} parameters), trained from scratch on
+{SEEN[images]}
 
 | | |
 |---|---|

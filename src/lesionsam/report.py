@@ -15,7 +15,7 @@ from PIL import Image
 
 from lesionsam import report_charts as charts
 from lesionsam import statistics
-from lesionsam.config import read_yaml
+from lesionsam.config import read_yaml, trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation_pictures import GROUPS
 from lesionsam.evaluation_results import (
@@ -115,15 +115,8 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         if params["train"]["select"] == "objective" and summary["has_truth"]
         else "by what needs no mask"
     )
-    parts = (
-        "the decoder only"
-        if model["encoder"] == "none"
-        else "image encoder and decoder"
-        if model["train_decoder"]
-        else "the image encoder"
-    )
     out = [
-        f"{labels} What trains is {parts}, for {params['train']['epochs']} epochs; "
+        f"{labels} What trains is {trained_parts(model)}, for {params['train']['epochs']} epochs; "
         f"the best epoch was chosen {selection}. "
         "The test images were read once, by the evaluation that this page shows."
     ]

@@ -191,6 +191,23 @@ class Sweep(Section):
     space: Space = Field(description="any key of model, method, train: {low, high, log, step} or [choices]")
 
 
+class Foundation(Section):
+    images: Literal["shapes", "data"] = Field(
+        description="shapes (generated) | data (training images and masks of section data, after `dvc repro boxes`)"
+    )
+    minutes: float = Field(gt=0, le=100_000, description="running time by the clock, resumed runs added up")
+    seed: int = Field(ge=0, description="of weights, images, batches and prompts")
+    image_size: int = Field(ge=16, le=1024, description="side S of the input [px]; a multiple of patch_size")
+    patch_size: int = Field(ge=2, le=64, description="side of a patch [px], a cell of the feature grid")
+    width: int = Field(ge=8, le=4096, description="channels of the encoder's tokens; a multiple of num_heads")
+    depth: int = Field(ge=1, le=64, description="transformer blocks of the encoder")
+    num_heads: int = Field(ge=1, le=64, description="attention heads of each block")
+    prompt_width: int = Field(
+        ge=16, le=1024, description="channels of features, prompt encoder and decoder; a multiple of 16"
+    )
+    decoder_mlp: int = Field(ge=8, le=8192, description="hidden units of the decoder's transformer")
+
+
 class Tracking(Section):
     enabled: bool
     uri: str = Field(description="MLflow tracking URI; empty = sqlite:///mlflow.db in the repository root")
@@ -225,5 +242,6 @@ class Config(Section):
     train: Train
     evaluate: Evaluate
     sweep: Sweep = Field(description="of `python src/tune.py`; no stage reads it")
+    foundation: Foundation = Field(description="of `lesionsam foundation`, a compact SAM from scratch")
     tracking: Tracking
     runtime: Runtime = Field(description="how and where, never what: in no hash, so a change never retrains")
