@@ -29,11 +29,13 @@ from lesionsam.lineage import repository_root
 from lesionsam.models.adapted import save_tuned
 from lesionsam.models.sam import Sam, save_sam
 from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.tracking_tensorboard import Board
 from lesionsam.training import OBJECTIVE
 from lesionsam.training_state import save_head
 
 ROOT = Path.cwd()
 OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")
+BOARDS = Path("tensorboard")
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
     folder = SCRATCH / run_key(config, boxes, weights)
     with only_one(SCRATCH / "lock", "training"):
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
+        board = Board(BOARDS / folder.name) if config.tracking.tensorboard else None
         tracker = open_tracker(config, folder / "run")
         for split, dataset in (("train", data.train), ("dev", data.dev)):
             tracker.log_dataset(f"{config.data.source}-{split}", sha256_file(boxes)[:16], str(boxes), split)
@@ -53,6 +56,8 @@ def main() -> None:
 
         def log(values: Mapping[str, float], step: int) -> None:
             tracker.log(values, step)
+            if board is not None:
+                board.log(values, step)
             if "epoch" in values:
                 history[int(values["epoch"]) - 1 :] = [
                     {"epoch": int(values["epoch"]), "step": step}
@@ -105,6 +110,8 @@ def main() -> None:
             raise
         finally:
             tracker.close(status)
+            if board is not None:
+                board.close()
         for name in ("run.json", "metrics.jsonl"):
             if (folder / "run" / name).exists():
                 shutil.copy2(folder / "run" / name, folder / "out" / name)

@@ -37,6 +37,7 @@ ONLY_IN = {
     "segment_anything": ("models",),
     "peft": ("models",),
     "mlflow": ("tracking",),
+    "torch.utils.tensorboard": ("tracking",),
     "optuna": ("sweep",),
     "dvc": (),
     "fastapi": ("annotation",),

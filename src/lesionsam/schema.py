@@ -213,6 +213,7 @@ class Tracking(Section):
     uri: str = Field(description="MLflow tracking URI; empty = sqlite:///mlflow.db in the repository root")
     experiment: str = Field(min_length=1)
     system_metrics: bool
+    tensorboard: bool = Field(description="values also as event files in tensorboard/; needs the package tensorboard")
 
 
 class Runtime(Section):
