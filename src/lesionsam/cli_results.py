@@ -2,14 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lesionsam.errors import UserError
+
+if TYPE_CHECKING:
+    from lesionsam.export import Format
+
+FORMATS = ("pth", "safetensors", "hf", "onnx", "mlflow")
 
 
 def add_commands(app: typer.Typer) -> None:
     """Make this module's commands part of `lesionsam`."""
-    app.command()(promote)
+    for command in (export, promote, doctor):
+        app.command()(command)
+
+
+def export(
+    formats: Annotated[list[str] | None, typer.Option(
+        "--format", help=f"{', '.join(FORMATS)}; may be repeated.", show_default=False)] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every format.")] = False,
+    model: Annotated[str, typer.Option(
+        help="Weights file, folder with one, MLflow run id, or models:/lesionsam@champion.")] = "models/adapted",
+    out: Annotated[Path, typer.Option(help="Folder; each format gets one of its name in it.")] = Path("exports"),
+    images: Annotated[Path | None, typer.Option(
+        help="Folder of images to compare on; unset: generated ones.", show_default=False)] = None,
+    num_images: Annotated[int, typer.Option(help="Of them, at most, evenly picked.")] = 50,
+) -> None:
+    """Give a model away: write it, load it back in the library that is meant to read it, compare, print how far off."""
+    chosen = list(FORMATS) if everything else list(dict.fromkeys(formats or ()))
+    if not chosen:
+        raise UserError(f"export: expected --all or --format, one of {', '.join(FORMATS)}, got neither")
+    if unknown := [name for name in chosen if name not in FORMATS]:
+        raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
+
+    from lesionsam import export as exporting
+    from lesionsam.registry import resolve_model
+
+    pictures = exporting.check_pictures(images, num_images)
+    subject = exporting.open_subject(resolve_model(model))
+    outcomes = exporting.export(subject, [_format(name) for name in chosen], out, pictures=pictures)
+    exporting.print_table(outcomes)
+    failed = [(outcome.format.name, fault) for outcome in outcomes for fault in outcome.faults]
+    for name, fault in failed:
+        typer.echo(f"error: {name}: {fault}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _format(name: str) -> Format:
+    """One of `FORMATS`; its library is imported when it is used."""
+    if name == "mlflow":
+        from lesionsam.tracking_pyfunc import FORMAT
+    elif name == "onnx":
+        from lesionsam.export_onnx import FORMAT
+    elif name == "hf":
+        from lesionsam.export_hf import FORMAT
+    else:
+        from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
+
+        return PTH_FORMAT if name == "pth" else SAFETENSORS_FORMAT
+    return FORMAT
 
 
 def promote(
@@ -27,3 +83,14 @@ def promote(
     if done.previous not in (None, done.version):
         score = "" if done.previous_objective is None else f", {done.previous_objective:.3f}"
         print(f"it was version {done.previous}{score}; models:/{NAME}/{done.previous} still means that one")
+
+
+def doctor() -> None:
+    """Look at packages, GPU, memory, disk, tracking, data, weights and DVC's state, and say what to do next."""
+    from lesionsam.doctor import examine, next_step, print_findings
+    from lesionsam.lineage import repository_root
+
+    root = repository_root(Path.cwd())
+    findings = examine(root)
+    if code := print_findings(findings, next_step(root, findings)):
+        raise typer.Exit(code)
