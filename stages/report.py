@@ -1,4 +1,4 @@
-"""Stage report: results and training -> one HTML page that opens offline."""
+"""Stage report: results and training -> one HTML page that opens offline, and the model card."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from pathlib import Path
 from lesionsam.errors import run_guarded
 from lesionsam.lineage import lineage_tags
 from lesionsam.report import build_report
+from lesionsam.report_card import build_card
 
 
 def main() -> None:
-    """Build report/index.html."""
+    """Build report/index.html and report/model_card.md."""
     output = Path("report/index.html")
     output.parent.mkdir(exist_ok=True)
-    size = build_report(
-        Path("results"), Path("models/adapted"), output, commit=lineage_tags(Path.cwd()).get("mlflow.source.git.commit")
-    )
-    print(f"{output} ({size / 1e6:.1f} MB)")
+    results, training = Path("results"), Path("models/adapted")
+    commit = lineage_tags(Path.cwd()).get("mlflow.source.git.commit")
+    size = build_report(results, training, output, commit=commit)
+    build_card(results, training, output.with_name("model_card.md"), commit=commit)
+    print(f"{output} ({size / 1e6:.1f} MB), {output.with_name('model_card.md')}")
 
 
 if __name__ == "__main__":
