@@ -94,7 +94,7 @@ def test_the_last_blocks_alone_share_the_frozen_prefix(preset: str, weights: Pat
     sam = prepare_sam(config, weights, CPU)
     ran: list[int] = []
     for k, block in enumerate(sam.image_encoder.blocks):
-        block.register_forward_hook(lambda *_, k=k: ran.append(k))
+        block.mlp.register_forward_hook(lambda *_, k=k: ran.append(k))
     method, _ = build_method(config, sam, weights, tiny_data(4), CPU)
     batch = tiny_data(4).batch(range(4))
     terms = method.losses(batch, step_generator(0, 0))
