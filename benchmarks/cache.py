@@ -26,13 +26,14 @@ from lesionsam.data.datasets import LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
 from lesionsam.experiment import build_method, torch_device
 from lesionsam.experiment_cache import open_caches
+from lesionsam.experiment_parts import prepare_sam
 from lesionsam.methods.base import Method
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam, save_sam
-from lesionsam.models.trainable import select_trainable
+from lesionsam.models.sam import build_sam, save_sam
 from lesionsam.smoke import generated_samples
 from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups
 
+DECODER = {"method__name": "supervised", "model__encoder": "none"}
 EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0
 
 
@@ -40,32 +41,27 @@ class Bench:
     """A model with random weights, generated images, and trainings of it that are timed.
 
     Args:
-        architecture: of the model. count, batch_size: images of the training set and of a step.
+        name: of the model, as in model.name. architecture: of the compact one. count, batch_size: images of the
+            training set and of a step.
     """
 
-    def __init__(self, folder: Path, architecture: CompactArchitecture, count: int, batch_size: int, precision: str,
-                 device: torch.device) -> None:
+    def __init__(self, folder: Path, name: str, architecture: CompactArchitecture | None, count: int, batch_size: int,
+                 precision: str, device: torch.device) -> None:
         self.folder, self.batch_size, self.device, self.runs = folder, batch_size, device, 0
-        self.weights, self.precision = folder / "weights.safetensors", precision
+        self.name, self.weights, self.precision = name, folder / "weights.safetensors", precision
         torch.manual_seed(0)
-        save_sam(build_sam("compact", architecture=architecture), self.weights, name="compact")
-        self.architecture = architecture
+        sam = build_sam(name, architecture=architecture)
+        save_sam(sam, self.weights, name=name)
         samples = generated_samples(folder / "images", count, 0)
-        self.data: LesionDataset = open_dataset(samples, architecture.image_size, folder / "frames", with_masks=True)
+        side = int(sam.image_encoder.img_size)
+        self.data: LesionDataset = open_dataset(samples, side, folder / "frames", with_masks=True)
 
     def config(self, **changes: Any) -> Config:
         """The default parameters with these dotted keys (written with __) changed."""
-        values = {"train.precision": self.precision, "train.batch_size": self.batch_size}
+        values = {"train.precision": self.precision, "train.batch_size": self.batch_size, "model.name": self.name,
+                  "model.checkpoint": str(self.weights)}
         return validate(fit_values(unflatten(values | {k.replace("__", "."): v for k, v in changes.items()},
                                              default_values())))
-
-    def sam(self, config: Config) -> Sam:
-        """The student, what trains selected."""
-        torch.manual_seed(0)
-        sam = build_sam("compact", architecture=self.architecture).to(self.device)
-        last_k = getattr(config.model, "unfreeze_last_k", 0)
-        select_trainable(sam, encoder=config.model.encoder, unfreeze_last_k=last_k, train_decoder=True)
-        return sam
 
     def train(self, config: Config, cache: Path | None, *, epochs: int, augment: bool,
               num_workers: int = 0) -> tuple[list[float], float, float]:
@@ -76,7 +72,7 @@ class Bench:
             of activations that were cached.
         """
         self.runs += 1
-        sam = self.sam(config)
+        sam = prepare_sam(config, self.weights, self.device)
         method, _ = build_method(config, sam, self.weights, self.data, self.device)
         clock = Clock(self.device)
         ends: list[float] = []
@@ -90,9 +86,10 @@ class Bench:
 
             begun = clock.now()
             fit(method, loader, groups=parameter_groups(method.model, {"": 1e-5}), epochs=epochs,
-                batch_size=self.batch_size, accumulate=1, weight_decay=0.0, factor=lambda step: 1.0, clip=1.0,
-                precision=self.precision, seed=0, augment=augment, widen=0.0, patience=0, device=self.device,
-                evaluate=evaluate, log=lambda values, step: None, folder=self.folder / f"run{self.runs}",
+                batch_size=self.batch_size, accumulate=1, weight_decay=0.0, betas=(0.9, 0.999),
+                factor=lambda step: 1.0, clip=1.0, precision=self.precision, seed=0, augment=augment, widen=0.0,
+                distort=None, patience=0, device=self.device, evaluate=evaluate, log=lambda values, step: None,
+                folder=self.folder / f"run{self.runs}",
                 say=lambda line: None)
             share = caches.train.hits / max(1, caches.train.looked_up) if caches.train is not None else 0.0
         seconds = [end - start for start, end in zip([begun, *ends[:-1]], ends, strict=True)]
@@ -150,7 +147,7 @@ class Clock:
 
 def loader_speed(bench: Bench, num_workers: int, cache: Path | None, config: Config, epochs: int = 3) -> float:
     """Images per second, by the clock on the wall, that the loader makes for a step that takes no time."""
-    sam = bench.sam(config)
+    sam = prepare_sam(config, bench.weights, bench.device)
     method, _ = build_method(config, sam, bench.weights, bench.data, bench.device)
     with open_caches(config, cache, sam, method, bench.device, lambda line: None) as caches:
         loader = Loader(bench.data, device=bench.device, num_workers=num_workers, cache=caches.train)
@@ -190,7 +187,7 @@ def main() -> int:
             missed.append(what)
 
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), architecture, a.count, a.batch_size, a.precision, device)
+        bench = Bench(Path(name), "compact", architecture, a.count, a.batch_size, a.precision, device)
         for last_k, gamma in ((2, 0.0), (2, 0.1), (1, 0.1)):
             config = bench.config(model__unfreeze_last_k=last_k, method__gamma=gamma)
             what = f"K = {last_k}" + (", distillation" if gamma else "")
@@ -210,17 +207,20 @@ def main() -> int:
                 turned, _, found = bench.train(config, Path(name) / "turned", epochs=2, augment=True)
                 row(f"{what}, flips and turns: second epoch / first", turned[1] / turned[0])
                 row(f"{what}, flips and turns: share found in two epochs", found)
-        decoder = bench.config(model__encoder="none", method__alpha=0.0)
-        loop, _, _ = bench.train(decoder, None, epochs=2, augment=False)
-        bench.train(decoder, Path(name) / "decoder", epochs=1, augment=False)
-        fast, _, _ = bench.train(decoder, Path(name) / "decoder", epochs=2, augment=False)
-        row("decoder only: encoder in the loop / cached, per step", loop[1] / fast[1], DECODER_LIMIT, most=False)
         rate = partial(loader_speed, bench, config=bench.config(model__unfreeze_last_k=2))
         needed = a.count / warm[1]
         row("loader without cache, images/s", rate(0, None), form=".0f")
         row("loader with warm cache, images/s", rate(0, Path(name) / "cache20.0"), form=".0f")
         row("loader with warm cache, 1 thread ahead, images/s", rate(1, Path(name) / "cache20.0"), form=".0f")
         row("step on a warm cache needs, images/s", needed, form=".2f")
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), "vit_b", None, 2, 1, a.precision, device)
+        decoder = bench.config(**DECODER)
+        bench.train(decoder, Path(name) / "cache", epochs=1, augment=False)
+        loop, _, _ = bench.train(decoder, None, epochs=1, augment=False)
+        cached, _, _ = bench.train(decoder, Path(name) / "cache", epochs=1, augment=False)
+        row("ViT-B at 1024 px, decoder only: encoder in the loop / cached", loop[0] / cached[0], DECODER_LIMIT,
+            most=False, form=".1f")
     print(f"\n{datetime.date.today()}, {device.type} {platform.machine()}, torch {torch.__version__}, "
           f"{a.threads} thread, {a.precision}: D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, "
           f"{a.count} images\n")

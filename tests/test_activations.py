@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_methods import DEFAULT, options, supervised
+from test_methods import DEFAULT, SUPERVISED, options
 from test_training import CPU, Stop, differing, run, stop_at, weights
 from tiny import SIDE, tiny_data, tiny_sam
 
@@ -31,6 +31,8 @@ from lesionsam.evaluation import quick_evaluate
 from lesionsam.experiment_cache import computing, open_caches
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
+from lesionsam.methods.supervised import Supervised
+from lesionsam.models.attention import Execution, set_execution
 from lesionsam.models.frozen import frozen_identity
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import num_frozen_blocks, select_trainable
@@ -55,9 +57,9 @@ def contrastive(last_k: int = 1, gamma: float = 0.1) -> Contrastive:
 
 
 def decoder_only() -> Method:
-    method = supervised()
-    select_trainable(sam_of(method), encoder="none", unfreeze_last_k=0, train_decoder=True)
-    return method
+    sam = tiny_sam(sharpness=20)
+    select_trainable(sam, encoder="none", unfreeze_last_k=0, train_decoder=True)
+    return Supervised(sam, SUPERVISED)
 
 
 def sam_of(method: Method) -> Sam:
@@ -196,6 +198,9 @@ def test_identity_follows_weights_structure_and_boundary() -> None:
     assert frozen_identity(sam, 2) != frozen_identity(tiny_sam(), 2)
     sam.image_encoder.blocks[0].attn.num_heads = 4
     assert frozen_identity(sam, 1) != before
+    other = tiny_sam()
+    set_execution(other.image_encoder, Execution(attention="chunked"))
+    assert frozen_identity(other, 1) not in (before, frozen_identity(sam, 1))
     turned = tiny_sam()
     with torch.no_grad():
         turned.image_encoder.get_parameter("pos_embed")[0, 0, 0, 0] += 1e-3
@@ -564,9 +569,9 @@ def test_a_batch_of_unknown_orientation_is_left_to_the_method(data: LesionDatase
     method = contrastive()
     cache = activations(method, tmp_path, memory=0)
     loader = Loader(data, device=CPU, cache=cache)
-    plain = data.batch
+    plain = data.packed
     data_batch = lambda *part: replace(plain(*part), orientations=None)  # noqa: E731
-    loader.data = type("Data", (), {"batch": staticmethod(data_batch), "plan_in_order": data.plan_in_order})()  # type: ignore[assignment]
+    loader.data = type("Data", (), {"packed": staticmethod(data_batch), "plan_in_order": data.plan_in_order})()  # type: ignore[assignment]
     assert all(batch.prefix is None for batch in loader.batches(4))
 
 

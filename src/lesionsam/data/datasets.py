@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -88,26 +89,34 @@ class LesionDataset:
         Args:
             limits: of distortions beside that, each a function of (seed, index of the sample); None or all 0: none.
         """
+        return expanded(self.packed(index, variants, limits, seed))
+
+    def packed(
+        self,
+        index: Sequence[int] | np.ndarray,
+        variants: Sequence[int] | np.ndarray | None = None,
+        limits: Distortion | None = None,
+        seed: Sequence[int] = (),
+    ) -> Batch:
+        """The same with prior (int8) and masks (uint8) as they are stored, a quarter of the bytes; see `expanded`."""
         variants = variants if variants is not None else [0] * len(index)
         parts = [
             self._one(int(k), int(v), limits, np.random.default_rng([*seed, int(k)]) if limits else None)
             for k, v in zip(index, variants, strict=True)
         ]
-        images, priors, masks, valid, sizes, big, small = (np.stack(p) for p in zip(*parts, strict=True))
-        truth = None
-        if self.with_masks:
-            truth = torch.from_numpy(masks.astype(np.float32))
-            truth[truth == UNKNOWN] = float("nan")
+        images, priors, masks, valid, sizes, big, small = (
+            torch.from_numpy(np.stack(p)) for p in zip(*parts, strict=True)
+        )
         return Batch(
             ids=tuple(self.ids[int(k)] for k in index),
             index=torch.tensor([int(k) for k in index]),
-            images=torch.from_numpy(images).permute(0, 3, 1, 2),
-            sizes=torch.from_numpy(sizes),
-            big_boxes=torch.from_numpy(big),
-            small_boxes=torch.from_numpy(small),
-            valid=torch.from_numpy(valid),
-            prior=torch.from_numpy(priors.astype(np.float32) / PRIOR_SCALE),
-            masks=truth,
+            images=images.permute(0, 3, 1, 2),
+            sizes=sizes,
+            big_boxes=big,
+            small_boxes=small,
+            valid=valid,
+            prior=priors,
+            masks=masks if self.with_masks else None,
             orientations=None if limits else torch.tensor([int(v) for v in variants]),
         )
 
@@ -200,6 +209,14 @@ class LesionDataset:
         return -(-len(self) // batch_size)
 
 
+def expanded(batch: Batch) -> Batch:
+    """A batch of `LesionDataset.packed` with prior and masks as `types.Batch` wants them, on whatever device it is."""
+    masks, prior = batch.masks, batch.prior
+    if masks is not None:
+        masks = masks.float().masked_fill_(masks == UNKNOWN, float("nan"))
+    return replace(batch, masks=masks, prior=None if prior is None else prior.float() / PRIOR_SCALE)
+
+
 def open_dataset(
     samples: Sequence[Sample],
     side: int,
@@ -230,6 +247,9 @@ def orient(grid: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndar
         An array of grid's shape; padding keeps the value it had in the grid's last row and column.
     """
     height, width = size
+    if grid.ndim == 3:  # a pixel as one item: moved at once, in half the time
+        pixels = np.ascontiguousarray(grid).view(np.dtype((np.void, grid.shape[2] * grid.itemsize)))[..., 0]
+        return orient(pixels, size, orientation)[..., None].view(grid.dtype)
     part = grid[:height, :width]
     if orientation & 1:
         part = part[:, ::-1]

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from lesionsam.data.activations import Activations, Fetched, image_key
-from lesionsam.data.datasets import LesionDataset, Part
+from lesionsam.data.datasets import LesionDataset, Part, expanded
 from lesionsam.data.distortion import Distortion
 from lesionsam.types import Batch
 
@@ -65,11 +65,11 @@ class Loader:
 
     def _load(self, parts: Sequence[Part]) -> Iterator[Batch]:
         for found in ahead(self._prepare, parts, self.num_workers):
-            batch = found.batch.to(self.device)
+            batch = expanded(found.batch.to(self.device))
             yield self.cache.complete(found, batch) if self.cache is not None and found.rows else batch
 
     def _prepare(self, part: Part) -> Fetched:
-        batch = self.data.batch(*part)
+        batch = self.data.packed(*part)
         keys = self._keys_of(batch) if self.cache is not None else None
         if self.device.type == "cuda":
             batch = pinned(batch)

@@ -21,6 +21,7 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
     digest, encoder = hashlib.sha256(), sam.image_encoder
+    digest.update(repr(getattr(encoder, "execution", None)).encode())  # which of the exact attentions, see `attention`
     library = {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)}
     for path in sorted({*map(str, Path(__file__).parent.glob("*.py")), *filter(None, library)}):
         digest.update(Path(path).read_bytes())

@@ -121,7 +121,7 @@ def encode_frozen(
         what `encode_prefix` gives, contiguous; features (B, C, H', W') of `reference`, contiguous, or None.
     """
     tokens, features = [], []
-    for image in images.split(1):
+    for image in images.contiguous().split(1):  # one layout: kernels, and so last bits, may differ by it
         exact = encode_prefix(sam, image, num_blocks)
         tokens.append(as_kept(exact))
         if reference is not None:
