@@ -22,7 +22,7 @@ from PIL import Image
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.gate import Gate
 from lesionsam.annotation.pictures import Pictures
-from lesionsam.annotation.serve import listen
+from lesionsam.annotation.serve import add_model, listen
 from lesionsam.annotation.server import Desk, create_app
 from lesionsam.annotation.store import Store
 
@@ -73,12 +73,9 @@ def serving(folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1
             ) -> Iterator[Served]:
     """The server over folder/images and folder/boxes.csv, in a thread."""
     catalogue, pictures = Catalogue([folder / "images"]), Pictures()
-    model = None
+    desk = Desk(catalogue, Store(folder / "boxes.csv", catalogue), pictures, None, "ann", folder.name)
     if weights is not None:
-        from lesionsam.annotation.model import Model
-
-        model = Model(weights, pictures)
-    desk = Desk(catalogue, Store(folder / "boxes.csv", catalogue), pictures, model, "ann", folder.name)
+        add_model(desk, weights, 0.5)
     listener = listen("127.0.0.1", 0)
     port = listener.getsockname()[1]
     gate = Gate(create_app(desk), host=host, port=port, token=token)
@@ -91,6 +88,9 @@ def serving(folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1
     url = f"http://127.0.0.1:{port}"
     with httpx.Client(base_url=url, timeout=SECONDS) as client:
         yield Served(url, desk, client)
+    for part in (desk.review, desk.products):
+        if part is not None:
+            part.stop() if part is desk.review else part.finish(5)  # pyright: ignore[reportAttributeAccessIssue]
     server.should_exit = True
     thread.join(10)
     listener.close()

@@ -22,10 +22,12 @@ from lesionsam.files import sha256_file
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, upscale
 from lesionsam.prompts import seeded_prompts
+from lesionsam.types import Prompts
 
 PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
 FEATURE_BYTES = 512 << 20
 DETAIL = 2  # the picture that is encoded is decoded at this many times the model's side
+AT_ONCE = 25  # prompts in one decoder pass
 MAX_AHEAD = 16  # images waiting to be encoded
 
 
@@ -128,6 +130,25 @@ class Model:
         x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
         inner = kept[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
         return Answer(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
+
+    @torch.inference_mode()
+    def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Three masks for each of N points.
+
+        Args:
+            places: (N, 2) XY, shares of the image.
+        Returns:
+            (3 N, t, u) float32 logits of the image part and (3 N,) predicted IoUs.
+        """
+        height, width = features.size
+        points = torch.tensor(places * (width, height), dtype=torch.float32)[:, None].to(self.device)
+        labels = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
+        parts = [decode(self.sam, features.values.expand(len(some), -1, -1, -1), Prompts(some, label), multimask=True)
+                 for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)]
+        low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
+        predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
+        cells = low_res.shape[1] / self.side
+        return low_res[:, : max(1, round(height * cells)), : max(1, round(width * cells))], predicted
 
     @torch.inference_mode()
     def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:

@@ -25,6 +25,7 @@ from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
 from lesionsam.guard import only_one
 
+FINISH_SECONDS = 10.0  # for masks that are still to be written when the page is closed; the rest at the next start
 PORT = 8350  # tried first; any free one where it is taken
 
 
@@ -48,11 +49,28 @@ def annotate(images: Sequence[str | Path], *, boxes: Path | None = None, model: 
     if table.is_dir():
         raise UserError(f"--boxes: {table} is a folder; expected a CSV file, such as {table / 'boxes.csv'}")
     with only_one(table.parent / f".{table.name}.lock", f"annotation of {table}"):
-        store = Store(table, catalogue)
-        pictures = Pictures()
-        desk = Desk(catalogue, store, pictures, _load(model, pictures, threshold, device), who or login_name(),
-                    _title(images))
-        _serve(desk, host, port, browser)
+        store, pictures = Store(table, catalogue), Pictures()
+        desk = Desk(catalogue, store, pictures, None, who or login_name(), _title(images))
+        if model is not None:
+            add_model(desk, model, threshold, device)
+        try:
+            _serve(desk, host, port, browser)
+        finally:
+            if desk.review is not None:
+                desk.review.stop()
+            if desk.products is not None:
+                desk.products.finish(FINISH_SECONDS)
+
+
+def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") -> None:
+    """Give a desk a model, the proposals it makes and the masks it writes; only now torch is loaded."""
+    from lesionsam.annotation.model import Model
+    from lesionsam.annotation.products import Products, masks_folder
+    from lesionsam.annotation.review import Review
+
+    desk.model = Model(weights, desk.pictures, threshold=threshold, device=device)
+    desk.review = Review(desk.catalogue, desk.store, desk.pictures, desk.model)
+    desk.products = Products(masks_folder(desk.store.path), desk.catalogue, desk.store, desk.model)
 
 
 def default_table(images: Path) -> Path:
@@ -73,14 +91,6 @@ def login_name() -> str:
         return getpass.getuser()[:MAX_NAME]
     except (OSError, KeyError, ImportError):
         return "annotator"
-
-
-def _load(model: Path | None, pictures: Pictures, threshold: float, device: str):
-    if model is None:
-        return None
-    from lesionsam.annotation.model import Model
-
-    return Model(model, pictures, threshold=threshold, device=device)
 
 
 def listen(host: str, port: int | None) -> socket.socket:

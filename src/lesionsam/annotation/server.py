@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,8 @@ from lesionsam.errors import UserError
 
 if TYPE_CHECKING:  # a page without a model need not wait for torch
     from lesionsam.annotation.model import Model
+    from lesionsam.annotation.products import Products
+    from lesionsam.annotation.review import Review
 
 WEB = FilePath(__file__).parent / "web"
 FILES = {"": ("index.html", "text/html; charset=utf-8"),
@@ -90,6 +92,7 @@ class Desk:
 
     Attributes:
         who: name of the annotator until the page says another. title: of the page.
+        review, products: with a model, what it proposes and the masks it writes.
     """
 
     catalogue: Catalogue
@@ -98,6 +101,14 @@ class Desk:
     model: Model | None
     who: str
     title: str
+    review: Review | None = None
+    products: Products | None = None
+
+    def busy(self) -> None:
+        """Somebody is drawing: what can wait waits."""
+        for part in (self.review, self.products):
+            if part is not None:
+                part.busy()
 
     def entry(self, key: str) -> Entry:
         """The image of a key.
@@ -191,7 +202,9 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         now, ids = desk.store.changes_since(clock)
         entries = (desk.catalogue.by_id.get(image_id) for image_id in ids)
         changed = [[entry.key, *desk.summary(entry.image_id)] for entry in entries if entry is not None]
-        return JSONResponse({"clock": now, "changed": changed, "problem": problem, "proposed": 0})
+        return JSONResponse({"clock": now, "changed": changed,
+                             "problem": problem or (desk.products.problem if desk.products else ""),
+                             "proposed": desk.review.count if desk.review else 0})
 
     @app.get("/api/images/{key}")
     def image(key: Key) -> Response:
@@ -202,7 +215,7 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         problem = (f"lesion {wrong[0]} of {desk.store.path.name} lies outside this image of {width}x{height} px; "
                    "boxes are pixels of the upright image" if wrong else "")
         return JSONResponse({"width": width, "height": height, "state": _as_sent(state), "problem": problem,
-                             "proposal": None})
+                             "proposal": desk.review.proposal(entry) if desk.review else None})
 
     @app.get("/api/images/{key}/picture")
     def picture(key: Key, level: Annotated[str, Query(pattern=f"^({'|'.join(LEVELS)})$")] = "view") -> Response:
@@ -211,14 +224,22 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
     @app.put("/api/images/{key}")
     def save(key: Key, sent: SentChange) -> Response:
         entry = desk.entry(key)
+        desk.busy()
         size = desk.pictures.size(entry)
         if problem := _table_problem(desk.store):
             return JSONResponse({"problem": problem}, 503)
         try:
-            state = desk.store.save(entry.image_id, _change(desk, sent), size)
+            state = desk.store.save(entry.image_id, _change(desk, entry, sent), size)
         except Conflict as conflict:
             return JSONResponse({"problem": str(conflict), "state": _as_sent(conflict.state)}, 409)
+        if desk.products is not None:
+            desk.products.note(entry.image_id)
         return JSONResponse({"state": _as_sent(state), "clock": desk.store.clock})
+
+    @app.get("/api/queue")
+    def queue() -> Response:
+        review = desk.review
+        return JSONResponse({"images": review.queue() if review else [], "left": review.left() if review else 0})
 
 
 def _table_problem(store: Store) -> str:
@@ -239,17 +260,19 @@ def _as_sent(state: ImageState) -> dict[str, Any]:
                 for each in state.lesions]}
 
 
-def _change(desk: Desk, sent: SentChange) -> Change:
-    """What a page sent, as the store takes it."""
-    model, threshold = (desk.model.digest, desk.model.threshold) if desk.model else ("", None)
+def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
+    """What a page sent, as the store takes it; a lesion is a proposal's only where that was really proposed."""
+    known = desk.review.boxes(entry.image_id) if desk.review else None
     lesions = []
     for each in sent.lesions:
         check_text(each.id, "lesion id")
-        proposed = tuple(_box(box) for box in each.proposed) if each.proposed else None
-        lesions.append(Lesion(
-            each.id, _box(each.big), _box(each.small), source="accepted" if each.agreed else "drawn", core=each.core,
-            proposed=(proposed[0], proposed[1]) if proposed else None, model=model if proposed else "",
-            threshold=threshold if proposed else None))
+        is_proposed = known is not None and each.proposed is not None and (
+            _box(each.proposed[0]), _box(each.proposed[1])) == known
+        lesion = Lesion(each.id, _box(each.big), _box(each.small), core=each.core,
+                        source="accepted" if each.agreed else "drawn")
+        if is_proposed and desk.model is not None:
+            lesion = replace(lesion, proposed=known, model=desk.model.digest, threshold=desk.model.threshold)
+        lesions.append(lesion)
     if len({each.id for each in sent.lesions}) != len(sent.lesions):
         raise UserError("two lesions of one image have the same id; load the page again")
     check_text(sent.who, "name")
@@ -278,6 +301,7 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
     @app.post("/api/images/{key}/preview")
     def preview(key: Key, sent: SentBoxes) -> Response:
         entry = desk.entry(key)
+        desk.busy()
         size = desk.pictures.size(entry)
         small_picture = desk.pictures.small(entry, PRIOR_SIDE)
         big, others = _box(sent.big), [_box(box) for box in sent.others]
@@ -288,10 +312,12 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/api/prepare")
     def prepare(sent: SentKeys) -> Response:
-        for key in sent.keys:
-            entry = desk.catalogue.by_key.get(key)
-            if entry is not None and not entry.fault and desk.model is not None:
+        found = [entry for key in sent.keys if (entry := desk.catalogue.by_key.get(key)) and not entry.fault]
+        if desk.model is not None:
+            for entry in found:
                 desk.model.prepare(entry)
+        if desk.review is not None:
+            desk.review.soon(found)
         return JSONResponse({})
 
 

@@ -1,0 +1,282 @@
+"""Proposals, their order of doubt, decisions on them, and the masks that are written."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from annotating import SIZE, Served, draw_images, sent, serving
+from PIL import Image
+
+from lesionsam.annotation.assist import PRIOR_SIDE
+from lesionsam.annotation.catalogue import Catalogue
+from lesionsam.annotation.model import Model
+from lesionsam.annotation.pictures import Cache, Pictures
+from lesionsam.annotation.products import COCO, mask_name
+from lesionsam.annotation.proposals import (
+    Proposed,
+    boxes_of_mask,
+    colour_candidate,
+    distinct,
+    doubt,
+    oddness,
+    propose,
+)
+from lesionsam.files import read_mask
+from lesionsam.formats.convert import read_annotations
+from lesionsam.formats.rle import decode
+from lesionsam.inference import predict_files
+from lesionsam.metrics import iou
+from lesionsam.models.compact import CompactArchitecture
+from lesionsam.models.sam import build_sam, save_sam
+
+NAMES = ("one", "two", "three", "a b/'".replace("/", "∕"))
+TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_sam(build_sam("compact", architecture=TINY), path, name="compact")
+    return path
+
+
+@pytest.fixture
+def served(tmp_path: Path, weights: Path) -> Iterator[Served]:
+    draw_images(tmp_path / "images", NAMES)
+    with serving(tmp_path, weights=weights) as found:
+        yield found
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "never true"
+        time.sleep(0.02)
+
+
+def drawn_lesion(size: tuple[int, int] = (128, 96)) -> tuple[np.ndarray, np.ndarray]:
+    """A dark ellipse on skin, (h, w, 3) uint8, and its mask."""
+    x, y = np.meshgrid(np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5)
+    mask = ((x - 70) / 24) ** 2 + ((y - 44) / 17) ** 2 < 1
+    noise = np.random.default_rng(0).normal(0, 4, (*mask.shape, 1))
+    return np.clip(np.where(mask[..., None], (115, 70, 60), (205, 165, 145)) + noise, 0, 255).astype(np.uint8), mask
+
+
+def test_colour_alone_finds_what_is_dark_and_central() -> None:
+    from skimage.color import rgb2lab
+
+    picture, mask = drawn_lesion()
+    found = colour_candidate(rgb2lab(picture))
+    assert found is not None
+    assert iou(found, mask) > 0.9
+    assert colour_candidate(np.zeros((20, 30, 3))) is None  # nothing stands out
+
+
+def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
+    """Even a model of random weights: the colours carry the proposal then."""
+    picture, mask = drawn_lesion((640, 480))
+    (tmp_path / "images").mkdir()
+    x, y = np.meshgrid(np.arange(640) + 0.5, np.arange(480) + 0.5)
+    mask = ((x - 350) / 120) ** 2 + ((y - 220) / 85) ** 2 < 1
+    Image.fromarray(np.where(mask[..., None], (115, 70, 60), (205, 165, 145)).astype(np.uint8)).save(
+        tmp_path / "images" / "a.png")
+    pictures = Pictures()
+    model = Model(weights, pictures)
+    (entry,) = Catalogue([tmp_path / "images"]).entries
+    found = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), (640, 480), "a")
+    assert found is not None
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = found.big, found.small
+    assert mask[round(v0) : round(v1), round(u0) : round(u1)].mean() > 0.9
+    assert mask[round(y0) : round(y1), round(x0) : round(x1)].sum() > 0.8 * mask.sum()
+    assert picture.shape == (480, 640, 3)
+
+
+def test_boxes_of_a_mask_are_an_annotators() -> None:
+    _, mask = drawn_lesion()
+    found = boxes_of_mask(mask, (256, 192))  # the mask on half of the image's grid
+    assert found is not None
+    (x0, y0, x1, y1), (u0, v0, u1, v1) = (np.array(box) / 2 for box in found)
+    assert (x1 - x0, y1 - y0) == pytest.approx((48 * 1.15, 34 * 1.15), abs=1)  # 15 % too large
+    assert mask[round(v0) : round(v1), round(u0) : round(u1)].all()
+    assert boxes_of_mask(np.zeros((9, 9), bool), (9, 9)) is None
+
+
+def test_candidates_that_are_one_are_taken_once() -> None:
+    masks = np.zeros((4, 10, 10), bool)
+    masks[0, :5], masks[1, :5], masks[2, 5:], masks[3, :, :] = True, True, True, True
+    assert distinct(masks, np.array([0.5, 0.9, 0.7, -1.0])) == [1, 2]
+
+
+def proposed(**changes: float) -> Proposed:
+    values: dict = {"big": (0, 0, 4, 4), "small": (1, 1, 2, 2), "predicted_iou": 0.95, "entropy": 0.02,
+                    "agreement": 0.95, "area": 0.1, "score": 0.8}
+    return Proposed(**(values | changes))
+
+
+@pytest.mark.parametrize(("changes", "why"), [
+    ({"entropy": 0.35}, "the mask is uncertain"), ({"agreement": 0.3}, "model and colours disagree"),
+    ({"predicted_iou": 0.2}, "the model expects a poor mask"), ({"area": 0.9}, "an unusual size"),
+    ({"score": 0.1}, "little stands out from the skin"),
+])
+def test_every_sign_of_doubt_counts_and_is_said(changes: dict[str, float], why: str) -> None:
+    usual = [np.log(0.1) + 0.01 * k for k in range(-10, 10)]
+    calm, reasons = doubt(proposed(), usual)
+    assert (calm < 0.12, reasons) == (True, [])
+    more, reasons = doubt(proposed(**changes), usual)
+    assert more > calm + 0.04
+    assert reasons == [why]
+    assert 0 <= more <= 1
+
+
+def test_a_size_is_odd_only_once_sizes_are_known() -> None:
+    assert oddness(0.9, [np.log(0.1)] * 9) == 0
+    assert oddness(0.9, [np.log(0.1)] * 10) == 1
+    assert oddness(0.1, [np.log(0.1)] * 10) == 0
+
+
+def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> None:
+    """Accepted, corrected, rejected, unclear: each leaves the queue with its own provenance."""
+    client = served.client
+    until(lambda: client.get("/api/queue").json()["left"] == 0)
+    images = client.get("/api/queue").json()["images"]
+    assert sorted(key for key, _ in images) == sorted(served.key(name) for name in NAMES)
+    assert [value for _, value in images] == sorted((value for _, value in images), reverse=True)
+    assert client.get("/api/changes?clock=0").json()["proposed"] == 4
+
+    proposals = {name: client.get(f"/api/images/{served.key(name)}").json()["proposal"] for name in NAMES}
+    (lesion,) = proposals["one"]["lesions"]
+    boxes = [lesion["big"], lesion["small"]]
+    moved = [lesion["big"][0] + 2, *lesion["big"][1:]]
+    accepted = served.save("one", 0, "a", [sent("0", *boxes, proposed=boxes)]).json()["state"]["lesions"][0]
+    (lesion,) = proposals["two"]["lesions"]
+    moved = [max(0, lesion["big"][0] - 2), *lesion["big"][1:]]
+    corrected = served.save("two", 0, "b", [sent("0", moved, lesion["small"], proposed=[
+        lesion["big"], lesion["small"]])]).json()["state"]["lesions"][0]
+    assert (accepted["source"], corrected["source"]) == ("accepted", "corrected")
+    made_up = served.save("three", 0, "c", [sent(proposed=[sent()["big"], sent()["small"]])])
+    assert made_up.json()["state"]["lesions"][0]["source"] == "drawn"  # nobody proposed that
+    assert served.save(NAMES[3], 0, "d", mark="rejected").json()["state"]["status"] == "rejected"
+    assert client.get("/api/queue").json() == {"images": [], "left": 0}
+    lines = [json.loads(line) for line in (tmp_path / "boxes.journal.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["image_id"] == "one")["lesions"][0]
+    assert (first["model"], first["threshold"]) == (served.desk.model.digest if served.desk.model else "", 0.5)
+
+
+def test_proposals_are_kept_and_a_changed_image_gets_none(tmp_path: Path, weights: Path) -> None:
+    draw_images(tmp_path / "images", NAMES[:2])
+    with serving(tmp_path, weights=weights) as served:
+        until(lambda: served.client.get("/api/queue").json()["left"] == 0)
+        first = served.client.get(f"/api/images/{served.key('one')}").json()["proposal"]
+    size = (tmp_path / "boxes.proposals.jsonl").stat().st_size
+    with (tmp_path / "boxes.proposals.jsonl").open("a") as file:
+        file.write('{"image_id": "two", "model": "cut sho')
+    draw_images(tmp_path / "images", ["two"], (300, 240))
+    with serving(tmp_path, weights=weights) as served:
+        assert served.client.get("/api/queue").json()["left"] == 0
+        assert served.client.get(f"/api/images/{served.key('one')}").json()["proposal"] == first
+        assert served.client.get(f"/api/images/{served.key('two')}").json()["proposal"] is None
+    assert (tmp_path / "boxes.proposals.jsonl").stat().st_size < size + 60
+
+
+def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path, weights: Path) -> None:
+    """PNG by PNG the masks of `lesionsam predict --prompt box+core`; COCO tells where they come from."""
+    served.save("one", 0, "a", [sent(seconds=3.5)])
+    served.save("two", 0, "b", [sent(), sent("1", [10, 10, 100, 90], [20, 20, 60, 60])])
+    served.save(NAMES[3], 0, "c", [sent()])
+    assert served.desk.products is not None
+    served.desk.products.finish(60)
+    assert served.desk.products.problem == ""
+    folder = tmp_path / "boxes.masks"
+    names = {("one", "0"): "one.png", ("two", "0"): "two_0.png", ("two", "1"): "two_1.png",
+             (NAMES[3], "0"): mask_name(NAMES[3], "0", is_only=True)}
+    assert {path.name for path in folder.iterdir()} == {*names.values(), COCO}
+    predict_files([tmp_path / "images" / f"{name}.png" for name in ("one", "two")], tmp_path / "boxes.csv",
+                  weights=weights, out=tmp_path / "predicted", prompt="box+core", overlays=False)
+    for key, name in names.items():
+        if key[0] != NAMES[3]:
+            assert np.array_equal(read_mask(folder / name, SIZE), read_mask(tmp_path / "predicted" / "masks" / name))
+    document = json.loads((folder / COCO).read_text())
+    files = {image["id"]: Path(image["file_name"]).stem for image in document["images"]}
+    masks = [each for each in document["annotations"] if each["category_id"] == 3]
+    for each in masks:
+        mask = decode(each["segmentation"], SIZE[1], SIZE[0])
+        name = names[files[each["image_id"]], each["attributes"]["lesion_id"]]
+        assert np.array_equal(mask, read_mask(folder / name))
+        assert each["area"] == mask.sum()
+        assert (each["attributes"]["source"], each["attributes"]["threshold"]) == ("drawn", 0.5)
+    back = read_annotations(folder / COCO, "coco")
+    assert {(each.image_id, each.lesion_id): tuple(each.big_box) for each in back.lesions} == {
+        ("one", "0"): tuple(sent()["big"]), ("two", "0"): tuple(sent()["big"]), ("two", "1"): (10, 10, 100, 90),
+        (NAMES[3], "0"): tuple(sent()["big"])}
+
+
+def test_masks_follow_the_table_over_restarts(tmp_path: Path, weights: Path) -> None:
+    draw_images(tmp_path / "images", NAMES[:2])
+    folder = tmp_path / "boxes.masks"
+
+    def state() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
+
+    def settle(served: Served) -> dict[str, int]:
+        assert served.desk.products is not None
+        served.desk.products.finish(60)
+        return state()
+
+    with serving(tmp_path, weights=weights) as served:
+        served.save("one", 0, "a", [sent(), sent("1", [10, 10, 100, 90], [20, 20, 60, 60])])
+        first = settle(served)
+        assert set(first) == {"one_0.png", "one_1.png", COCO}
+    with serving(tmp_path, weights=weights) as served:
+        assert settle(served) == first  # nothing made twice
+    with serving(tmp_path, weights=weights) as served:
+        served.save("one", 1, "b", [sent()])
+        assert set(settle(served)) == {"one.png", COCO}
+    (folder / "one.png").unlink()
+    text = (tmp_path / "boxes.csv").read_text()
+    (tmp_path / "boxes.csv").write_text(text + "two,0,320,240,50,50,200,180,90,90,150,140\n")
+    with serving(tmp_path, weights=weights) as served:
+        assert set(settle(served)) == {"one.png", "two.png", COCO}  # made up for
+    with serving(tmp_path, weights=weights) as served:
+        served.save("one", 2, "c")
+        served.save("two", 0, "d")  # a row found at the start is where revisions begin
+        assert set(settle(served)) == {COCO}
+
+
+def test_a_value_is_made_once_however_many_ask() -> None:
+    import threading
+
+    cache, made = Cache(1000), []
+
+    def make() -> tuple[int, int]:
+        made.append(1)
+        time.sleep(0.05)
+        return len(made), 600
+
+    found: list[int] = []
+    threads = [threading.Thread(target=lambda: found.append(cache.get("a", make))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (found, len(made)) == ([1] * 5, 1)
+    cache.get("b", make)
+    assert cache.peek("a") is None  # thrown out above the limit
+    with pytest.raises(ZeroDivisionError):
+        cache.get("c", lambda: (1 // 0, 1))
+    assert cache.get("c", lambda: (7, 1)) == 7  # a failure is not kept
+
+
+def test_a_model_is_asked_only_by_those_who_have_one(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", NAMES[:1])
+    with serving(tmp_path) as served:
+        assert served.client.get("/api/queue").json() == {"images": [], "left": 0}
+        assert isinstance(served.client, httpx.Client)
+        assert served.client.get(f"/api/images/{served.key('one')}").json()["proposal"] is None
