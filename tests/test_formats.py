@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -467,7 +469,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
                        r"annotation 9: category_id 1 stands for no category; it has 3 \(melanoma\)"),
     "coco: categories": ("coco", coco_file(categories={}), "expected a list of category objects"),
     "coco: size": ("coco", coco_file(images=[{"id": 7, "file_name": "a.jpg", "width": 0, "height": 9}]),
-                   "image 'a.jpg': expected width and height in pixels, got 0 and 9"),
+                   "image 'a.jpg': expected width and height in pixels, .*, got 0 and 9"),
     "coco: outside name": ("coco", coco_file(images=[{"id": 7, "file_name": "../a.jpg", "width": 9, "height": 9}]),
                            "expected a file name below the folder"),
     "coco: same stem": ("coco", coco_file(images=[{"id": k, "file_name": f"{k}/a.jpg", "width": 9, "height": 9}
@@ -535,6 +537,49 @@ def test_faults(tmp_path: Path, fault: str) -> None:
         read_annotations(path, form)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(path))
+
+
+def damaged(document: Any, rng: random.Random) -> Any:
+    """A JSON document with some of its parts taken out or replaced by something else."""
+    def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        yield path
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield from places(value[key], (*path, key))
+
+    document = copy.deepcopy(document)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        *path, leaf = rng.choice([path for path in places(document) if path])
+        held = document
+        for key in path:
+            held = held[key]
+        if rng.random() < 0.25:
+            del held[leaf]
+        else:
+            held[leaf] = rng.choice([None, True, -1, 0, 1e308, "x", "", [], {}, [1], {"a": 1}, "../x", "n" * 300,
+                                     "a\0", [[1, 2]], 10**30, 10**400, {"size": [1, 1], "counts": "0"}])
+    return document
+
+
+@pytest.mark.parametrize("form", ["coco", "label-studio", "cvat", "csv"])
+def test_damaged_files_end_in_one_line_or_are_read(form: str, tmp_path: Path) -> None:
+    """A hundred files with planted nonsense: no traceback, whatever it is."""
+    WRITERS[form](tmp_path / "sound", many())
+    sound, rng = (tmp_path / "sound").read_bytes(), random.Random(7)
+    refused: list[str] = []
+    for _ in range(100):
+        if form in ("coco", "label-studio"):
+            broken = json.dumps(damaged(json.loads(sound), rng)).encode()
+        else:
+            at, end = sorted(rng.choices(range(len(sound)), k=2))
+            piece = rng.choice([b"-", b"9" * 30, b"<", b'"', b"inf", b"\x00", b"\xff", b"&x;", sound[at : at + 50]])
+            broken = sound[:at] + piece + sound[min(end, at + rng.choice([0, 0, 5, 40])) :]
+        (tmp_path / "broken").write_bytes(broken)
+        try:
+            read_annotations(tmp_path / "broken", form)
+        except UserError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert max(len(line) for line in refused) < 500 + len(str(tmp_path))
 
 
 YOLO_FAULTS: dict[str, tuple[str, str]] = {

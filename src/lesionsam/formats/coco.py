@@ -8,7 +8,7 @@ height.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +66,17 @@ def load_instances(path: Path, categories: Sequence[str] = ()) -> Instances:
         raise UserError(f"{path}: no category {missing[0]!r}; it has {', '.join(names.values()) or 'none'}")
     annotations = _by_id(found["annotations"], path, "annotation")
     for key, entry in annotations.items():
-        if entry.get("image_id") not in images:
+        if not _stands_for(entry.get("image_id"), images):
             raise UserError(f"{path}: annotation {key}: image_id {entry.get('image_id')!r} stands for no image")
-        if entry.get("category_id") not in names:
+        if not _stands_for(entry.get("category_id"), names):
             raise UserError(f"{path}: annotation {key}: category_id {entry.get('category_id')!r} stands for no category"
                             f"; it has {', '.join(f'{k} ({v})' for k, v in names.items()) or 'none'}")
     wanted = [each for each in annotations.values() if not categories or names[each["category_id"]] in categories]
     return Instances(path, images, names, tuple(wanted))
+
+
+def _stands_for(key: object, known: Mapping[int, object]) -> bool:
+    return isinstance(key, int) and not isinstance(key, bool) and key in known
 
 
 def _by_id(entries: object, path: Path, kind: str) -> dict[int, dict[str, Any]]:

@@ -128,7 +128,8 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
             if number(value.get("rotation", 0), f"{where}, {at}, rotation") or region.get("image_rotation"):
                 raise UserError(f"{where}, {at}: turned; expected an upright rectangle on an image as it lies")
             x, y, w, h = (number(value.get(name), f"{where}, {at}, {name}") for name in ("x", "y", "width", "height"))
-            box = np.array([x, y, x + w, y + h]) * np.tile(scale, 2)
+            with np.errstate(over="ignore"):  # an infinite box is refused with the other wrong ones
+                box = np.array([x, y, x + w, y + h]) * np.tile(scale, 2)
         else:
             points = value.get("points")
             if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):

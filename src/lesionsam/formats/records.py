@@ -17,7 +17,7 @@ import numpy as np
 
 from lesionsam.boxes import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, image_size
+from lesionsam.files import IMAGE_SUFFIXES, MAX_PIXELS, image_size
 from lesionsam.types import SPLITS, Sample
 
 BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
@@ -117,16 +117,16 @@ class Gathered:
         """
         path = checked_name(file_name, self.source)
         name = path.as_posix()
-        sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (width, height)]
-        if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
-            raise UserError(f"{self.source}: image {name!r}: expected width and height in pixels, got {width!r} and "
-                            f"{height!r}")
+        sides = _side(width), _side(height)
+        if not 0 < sides[0] * sides[1] <= MAX_PIXELS:
+            raise UserError(f"{self.source}: image {name!r}: expected width and height in pixels, at most "
+                            f"{MAX_PIXELS / 1e6:.0f} megapixels, got {str(width)[:20]} and {str(height)[:20]}")
         if path.stem in self.pictures:
             other = self.pictures[path.stem].file_name
             raise UserError(f"{self.source}: images {other!r} and {name!r} have the same id {path.stem!r}; rename one, "
                             "as boxes are found by id")
         split = split.lower() if split.lower() in SPLITS else ""
-        self.pictures[path.stem] = Picture(path.stem, name, *map(int, sides), split)  # type: ignore[call-overload]
+        self.pictures[path.stem] = Picture(path.stem, name, *sides, split)
         self.shapes[path.stem] = []
         return path.stem
 
@@ -153,11 +153,19 @@ class Gathered:
         return checked(Annotations(tuple(self.pictures.values()), tuple(lesions), tuple(notes)), self.source)
 
 
+def _side(value: object) -> int:
+    """A whole number of pixels, also where a tool wrote it as 512.0; 0 for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PIXELS else 0
+
+
 def checked_name(file_name: object, place: str) -> PurePosixPath:
     """A file name out of annotations, below the folder of the images; `place` begins the UserError otherwise."""
     path = PurePosixPath(file_name.replace("\\", "/")) if isinstance(file_name, str) else PurePosixPath()
-    if not path.stem or path.is_absolute() or ".." in path.parts or "\0" in path.name:
-        raise UserError(f"{place}: expected a file name below the folder of images, got {str(file_name)!r}")
+    unfit = path.is_absolute() or any(part == ".." or "\0" in part or len(part.encode()) > 255 for part in path.parts)
+    if not path.stem or unfit:
+        raise UserError(f"{place}: expected a file name below the folder of images, got {str(file_name)[:80]!r}")
     return path
 
 

@@ -116,6 +116,8 @@ def read_xml(path: Path, expected: str) -> Element:
     except expat.ExpatError as error:
         raise UserError(f"{path}: line {error.lineno}: not XML ({expat.errors.messages[error.code]}); expected "
                         f"{expected}") from None
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{path}: {error}; expected {expected} in UTF-8") from None
     return top.children[0]
 
 
