@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 31c602ebebca49eb8d59033276ef3021fd950f93438347d5ee6840f9afa8a8bc; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 67e80bcb02acff333e044e586dc567845f0208672631536595d13dc0d327525a; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -1039,7 +1039,7 @@
     }
     fill(element, row) {
       const lesions = row.count ? `${row.count} lesion${row.count > 1 ? "s" : ""}` : "";
-      const doubt = this.filter === "review" ? `doubt ${(this.doubts.get(row.key) ?? 0).toFixed(2)}` : "";
+      const doubt = this.filter === "review" && row.status === "open" ? `doubt ${(this.doubts.get(row.key) ?? 0).toFixed(2)}` : "";
       element.dataset.status = row.status;
       element.title = row.id;
       element.querySelector(".name").textContent = row.id;
@@ -1189,7 +1189,9 @@
     if (target === "core") return ["Core: a box that lies inside the lesion", "2"];
     if (editor.waiting) return ["Drag the core inside it, or keep the suggested one", "2"];
     if (editor.forceNew) return ["Drag another big box", "1"];
-    if (editor.ghosts.length) return ["Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
+    if (editor.ghosts.length) {
+      return [isTouch ? "Proposed: accept it, or drag an edge to correct it" : "Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
+    }
     if (editor.mark === "no_lesion") return ["Marked: no lesion", "0"];
     if (editor.mark === "cannot_tell") return ["Marked: cannot tell", "0"];
     if (!editor.lesions.length) return ["Drag a big box around the lesion", "1"];
@@ -1248,6 +1250,7 @@
   }
 
   // src/lesionsam/annotation/web/app.ts
+  var NARROW = "(max-width: 1100px)";
   var POLL = 2e3;
   var AHEAD = 3;
   var SETTLE = 350;
@@ -1262,7 +1265,7 @@
       this.look = { contrast: 1, gamma: 1 };
       this.shown = { model: true, prior: true, fill: true, boxes: true };
       this.pointer = null;
-      this.isTouch = false;
+      this.isTouch = window.matchMedia("(pointer: coarse)").matches;
       this.watch = new Watch();
       this.byKey = /* @__PURE__ */ new Map();
       this.pictures = new Pictures();
@@ -1280,7 +1283,10 @@
       this.tableProblem = "";
       this.ghosts = [];
       this.numProposed = 0;
-      this.list = new List(byId("scroller"), byId("spacer"), byId("empty"), (key) => void this.open(key));
+      this.list = new List(byId("scroller"), byId("spacer"), byId("empty"), (key) => {
+        if (window.matchMedia(NARROW).matches) document.body.classList.add("list-away");
+        void this.open(key);
+      });
       new ResizeObserver(() => this.resize()).observe(canvas.parentElement);
     }
     async start() {
@@ -2107,7 +2113,7 @@
   async function main() {
     const canvas = byId("canvas");
     const app = new App(canvas);
-    if (window.matchMedia("(max-width: 1100px)").matches) document.body.classList.add("list-away");
+    if (window.matchMedia(NARROW).matches) document.body.classList.add("list-away");
     window.addEventListener("beforeunload", (event) => {
       app.flush();
       if (app.saver.unsaved.some((key) => app.saver.problemOf(key))) event.preventDefault();

@@ -11,6 +11,7 @@ import { Watch } from "./watch";
 import * as ui from "./ui";
 import type { Box, Detail, Mark, Preview, Row, Session, Snapshot, State } from "./types";
 
+export const NARROW = "(max-width: 1100px)"; // as in the style sheet: the list is a drawer there
 const POLL = 2000; // ms
 const AHEAD = 3; // pictures fetched before they are asked for
 const SETTLE = 350; // ms after the last nudge until it is saved
@@ -25,7 +26,7 @@ export class App {
   look: Look = { contrast: 1, gamma: 1 };
   shown: Shown = { model: true, prior: true, fill: true, boxes: true };
   pointer: Point | null = null;
-  isTouch = false;
+  isTouch = window.matchMedia("(pointer: coarse)").matches;
   saver!: api.Saver;
   readonly watch = new Watch();
   readonly list: List;
@@ -44,7 +45,10 @@ export class App {
   private tableProblem = "";
 
   constructor(private canvas: HTMLCanvasElement) {
-    this.list = new List(ui.byId("scroller"), ui.byId("spacer"), ui.byId("empty"), (key) => void this.open(key));
+    this.list = new List(ui.byId("scroller"), ui.byId("spacer"), ui.byId("empty"), (key) => {
+      if (window.matchMedia(NARROW).matches) document.body.classList.add("list-away");
+      void this.open(key);
+    });
     new ResizeObserver(() => this.resize()).observe(canvas.parentElement as HTMLElement);
   }
 

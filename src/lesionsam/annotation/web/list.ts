@@ -138,7 +138,7 @@ export class List {
 
   private fill(element: HTMLElement, row: Row): void {
     const lesions = row.count ? `${row.count} lesion${row.count > 1 ? "s" : ""}` : "";
-    const doubt = this.filter === "review" ? `doubt ${(this.doubts.get(row.key) ?? 0).toFixed(2)}` : "";
+    const doubt = this.filter === "review" && row.status === "open" ? `doubt ${(this.doubts.get(row.key) ?? 0).toFixed(2)}` : "";
     element.dataset.status = row.status;
     element.title = row.id;
     (element.querySelector(".name") as HTMLElement).textContent = row.id;

@@ -1,6 +1,6 @@
 // Where the page begins.
 
-import { App } from "./app";
+import { App, NARROW } from "./app";
 import { Problem } from "./api";
 import { bindKeys, bindPointers, setFilter, showSwitches } from "./input";
 import { FILTERS } from "./list";
@@ -64,7 +64,7 @@ function settings(app: App): void {
 async function main(): Promise<void> {
   const canvas = ui.byId<HTMLCanvasElement>("canvas");
   const app = new App(canvas);
-  if (window.matchMedia("(max-width: 1100px)").matches) document.body.classList.add("list-away");
+  if (window.matchMedia(NARROW).matches) document.body.classList.add("list-away");
   window.addEventListener("beforeunload", (event) => {
     app.flush();
     if (app.saver.unsaved.some((key) => app.saver.problemOf(key))) event.preventDefault();

@@ -79,7 +79,9 @@ export function hintFor(editor: Editor | null, isTouch: boolean): [string, strin
   if (target === "core") return ["Core: a box that lies inside the lesion", "2"];
   if (editor.waiting) return ["Drag the core inside it, or keep the suggested one", "2"];
   if (editor.forceNew) return ["Drag another big box", "1"];
-  if (editor.ghosts.length) return ["Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
+  if (editor.ghosts.length) {
+    return [isTouch ? "Proposed: accept it, or drag an edge to correct it" : "Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
+  }
   if (editor.mark === "no_lesion") return ["Marked: no lesion", "0"];
   if (editor.mark === "cannot_tell") return ["Marked: cannot tell", "0"];
   if (!editor.lesions.length) return ["Drag a big box around the lesion", "1"];
