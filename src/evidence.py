@@ -31,21 +31,28 @@ def main(
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
     workers: Annotated[int, typer.Option(help="units at once, one thread each")] = 2,
     tune: Annotated[bool, typer.Option(help="only the learning rates, on the development split")] = False,
+    which: Annotated[str, typer.Option("--set", help="rows | strategies (every way to fine-tune) | labels (what masks "
+                                       "are worth)")] = "rows",
+    track: Annotated[bool, typer.Option(help="each unit also a run in mlflow.db (lesionsam-evidence)")] = False,
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
     from lesionsam.config import load_config, with_values
     from lesionsam.data.folder import index_folder
     from lesionsam.data.index import read_index, write_index
-    from lesionsam.evidence import gap_closed, read_units, run_unit, summarise, unit_path
-    from lesionsam.evidence_rows import COMPARISONS, DEFAULT, ELLIPSE, LETTER, SUPERVISED, rows, tuning
+    from lesionsam.errors import UserError
+    from lesionsam.evidence import costs, gap_closed, read_units, run_unit, summarise, unit_path
+    from lesionsam.evidence_rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
     from lesionsam.files import write_text_atomic
 
+    if which not in SETS:
+        raise UserError(f"--set: expected one of {', '.join(SETS)}, got {which!r}")
+    plan = SETS[which]
     base = with_values(
         load_config(params, check_files=False),
         {"train.epochs": epochs, "runtime.num_threads": 1, "train.precision": precision},
     )
-    planned = tuning(base) if tune else rows(base)
+    planned = plan.tuning(base) if tune else plan.rows(base)
     index_path = out / "index.csv"
     if not index_path.exists():
         write_index(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
@@ -53,7 +60,7 @@ def main(
     if unit:
         name, seed = unit.rsplit("#", 1)
         row = next(row for row in planned if row.name == name)
-        return run_unit(base, row, int(seed), read_index(index_path), weights, out)
+        return run_unit(base, row, int(seed), read_index(index_path), weights, out, ROOT if track else None)
     waiting = [
         (row, seed)
         for seed in range(seeds)
@@ -78,9 +85,12 @@ def main(
             str(epochs),
             "--precision",
             precision,
+            "--set",
+            which,
             "--unit",
             f"{row.name}#{seed}",
             *(["--tune"] if tune else []),
+            *(["--track"] if track else []),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         code = subprocess.run(command, env=environment, check=False).returncode
@@ -101,7 +111,7 @@ def main(
                 print(f"{row.name}: objective on dev {json.loads(notes.read_text())['dev_objective']:.4f}")
     else:
         figures = read_units(out, planned)
-        text = summarise(figures, COMPARISONS)
+        text = summarise(figures, plan.comparisons, costs(out, planned) if which == "strategies" else None)
         if {DEFAULT, ELLIPSE, SUPERVISED} <= set(figures.get("model", [])):
             closed = gap_closed(figures, ELLIPSE, SUPERVISED, DEFAULT)
             text += (
@@ -109,7 +119,14 @@ def main(
                 + ", ".join(f"{prompt} {value:.0%}" for prompt, value in closed.items())
                 + "\n"
             )
-        write_text_atomic(out / "table.md", text)
+        if which == "labels" and {DEFAULT_BLIND, "supervised, all masks"} <= set(figures.get("model", [])):
+            from lesionsam.evidence_charts import draw_labels
+
+            num_all = sum(row["split"] == "train" for row in read_index(index_path).values())
+            worth = draw_labels(out / "labels.png", figures, DEFAULT_BLIND, num_all)
+            text += ("\nTwo boxes are worth, in masks: "
+                     + ", ".join(f"{prompt} {words}" for prompt, words in worth.items()) + f"; {out / 'labels.png'}\n")
+        write_text_atomic(out / ("table.md" if which == "rows" else f"table-{which}.md"), text)
         print(text)
     if any(codes):
         raise SystemExit(1)

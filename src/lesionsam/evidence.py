@@ -7,19 +7,24 @@ interrupted campaign knows what is done. The rows themselves are in `lesionsam.e
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lesionsam import statistics
 from lesionsam.boxes import annotate
-from lesionsam.config import Config, config_digest, to_values, unflatten, validate
+from lesionsam.config import Config, config_digest, flatten, to_values, unflatten, validate
 from lesionsam.config_file import fit, merge
+from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
@@ -28,10 +33,12 @@ from lesionsam.files import atomic_write, read_image, read_mask, write_json_atom
 from lesionsam.models.sam import load_sam
 from lesionsam.presets import preset_values
 from lesionsam.schema import SimulatedBoxes
+from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.types import Sample
 
 PROMPTS = ("ring", "centre", "box", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"
+EXPERIMENT = "lesionsam-evidence"  # of runs in MLflow
 INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
 
 
@@ -43,6 +50,7 @@ class Row:
         name: of the line. preset: applied to the base first, where there is one. changes: dotted keys after it.
         seeds: how many. margin: least and greatest share by which the simulated big box is too large.
         trains: False for what is evaluated as it is. tests: False for a row that only tunes on the development split.
+        masks: number of training lesions that it may see, drawn by seed and repeated to as many steps; 0 = all.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Row:
     margin: tuple[float, float] = (0.10, 0.20)
     trains: bool = True
     tests: bool = True
+    masks: int = 0
 
 
 def configured(base: Config, row: Row, seed: int) -> Config:
@@ -82,12 +91,51 @@ def load_image(sample: Sample) -> Any:
     return read_image(sample.image_path)
 
 
-def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path) -> None:
+def few(data: LesionDataset, count: int, seed: int) -> LesionDataset:
+    """`count` of a data set's lesions in its length, over and over: as many steps with fewer masks.
+
+    Those of one seed contain those of a smaller count.
+    """
+    def place(k: int) -> str:
+        return hashlib.sha256(f"masks {seed} {data.ids[k]}".encode()).hexdigest()
+
+    chosen = sorted(range(len(data)), key=place)[:count]
+    index, f = np.resize(np.array(chosen), len(data)), data.frames
+    arrays = {name: getattr(f, name)[index]
+              for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes")}
+    frames = Frames(**arrays, others=tuple(f.others[k] for k in index))
+    return LesionDataset([data.samples[k] for k in index], frames, with_masks=data.with_masks)
+
+
+def tracker_of(config: Config, row: Row, seed: int, folder: Path, root: Path | None) -> NullTracker:
+    """A run of its own in MLflow below `root`; None: no tracking."""
+    if root is None:
+        return NullTracker(None)
+    return Tracker.open(folder, uri="", experiment=EXPERIMENT, root=root, run_name=f"{row.name}, seed {seed}",
+                        params=flatten(config), tags={"evidence.row": row.name}, system_metrics=False)
+
+
+def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path,
+             track: Path | None = None) -> None:
     """Train and evaluate one unit and write its CSV (last, so that it stands for a finished unit).
 
     The CSV's rows are those of `evaluation.evaluate_model`, with the row's name as model and the seed as run.
+
+    Args:
+        track: folder whose mlflow.db gets a run of it; None: none does.
     """
-    config, begun = configured(base, row, seed), time.monotonic()
+    config, target, status = configured(base, row, seed), unit_path(out, row, seed), "FAILED"
+    tracker = tracker_of(config, row, seed, out / "runs" / target.stem, track)
+    try:
+        _run_unit(config, row, seed, index, weights, out, tracker)
+        status = "FINISHED"
+    finally:
+        tracker.close(status)
+
+
+def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path,
+              tracker: NullTracker) -> None:
+    begun = time.monotonic()
     b = config.boxes
     if not isinstance(b, SimulatedBoxes):
         raise UserError(f"boxes.source: evidence needs simulated boxes, got {b.source}")
@@ -106,12 +154,14 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
         data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
+        if row.masks:
+            data = replace(data, train=few(data.train, row.masks, seed))
         trained = train(
             config,
             data,
             weights,
             folder=scratch,
-            log=lambda values, step: None,
+            log=tracker.log,
             say=partial(print, f"[{row.name} seed {seed}]", flush=True),
         )
         sam = trained.sam
@@ -120,6 +170,8 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
             "best_epoch": trained.progress.best_epoch,
             "offset": trained.offset,
             "train_seconds": time.monotonic() - begun,
+            "trained_parameters": trained.trained,
+            "seconds_per_epoch": trained.progress.seconds / max(1, trained.progress.epoch),
         }
     else:
         sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
@@ -146,6 +198,9 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
             [figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))]
         )
         notes["test_outline_offset"] = offset
+    for (_, prompt), part in figures.groupby(["model", "prompt"]):
+        if (part["model"] == row.name).all():
+            tracker.log({f"test/{prompt}/miou": float(part["iou"].mean())}, 0)
     write_json_atomic(target.with_suffix(".json"), notes)
     with atomic_write(target, "w") as file:
         figures.to_csv(file, index=False)
@@ -163,14 +218,30 @@ def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> str:
+def costs(out: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """Name of a row -> its trained parameters and its seconds per epoch (mean over seeds), as far as they are known."""
+    found = {}
+    for row in rows:
+        paths = [unit_path(out, row, seed).with_suffix(".json") for seed in range(row.seeds)]
+        notes = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        known = [note for note in notes if "seconds_per_epoch" in note]
+        if known:
+            seconds = np.mean([note["seconds_per_epoch"] for note in known])
+            found[row.name] = f"{known[0]['trained_parameters']:,}", f"{seconds:.1f}"
+    return found
+
+
+def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
+              cost: Mapping[str, tuple[str, str]] | None = None) -> str:
     """The campaign as Markdown: mIoU per row and prompt with intervals and seeds' sd, and paired differences.
 
     Args:
         comparisons: pairs of row names (first, second): first minus second, on the same images, seeds averaged first.
+        cost: see `costs`; two more columns.
     """
     table = statistics.table(figures, reference=None, **INTERVALS)
-    lines = ["| row | seeds | " + " | ".join(PROMPTS) + " | failures (box) |", "|" + "---|" * (len(PROMPTS) + 3)]
+    heads = ["row", "seeds", *(["trained parameters", "s per epoch"] if cost else []), *PROMPTS, "failures (box)"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for model in table["model"].drop_duplicates():
         mine = table[table["model"] == model].set_index("prompt")
         cells = [
@@ -180,7 +251,8 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]]) -> 
             for prompt in PROMPTS
         ]
         failed = f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else ""
-        lines.append(f"| {model} | {int(mine['num_runs'].max())} | " + " | ".join(cells) + f" | {failed} |")
+        cells = [str(int(mine["num_runs"].max())), *((cost.get(model, ("", ""))) if cost else ()), *cells, failed]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Paired differences (first minus second, same images, seeds averaged first):",

@@ -1,6 +1,10 @@
-"""The rows of the evidence: the ablation, the placebo controls, the published recipe, supervision, and loose boxes."""
+"""The rows of the evidence: ablation, placebo controls, published recipe, supervision, loose boxes; every way to
+fine-tune; and what masks are worth."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from lesionsam.config import Config, to_values
 from lesionsam.evidence import ZERO_SHOT, Row
@@ -10,10 +14,11 @@ WARPED, OTHER = "placebo: another image's target, warped", "placebo: another ima
 PRIOR, TEACHER, TUNED_PLACEBO = "prior alone as target", "teacher alone as target", "published, its placebo"
 LETTER, TUNED = "published, to the letter", "published, learning rate tuned"
 OPEN = 0.6932  # entropy threshold that trusts every image: an ellipse's labels are equally soft for all
-RATES = (2.5e-4, 5e-4, 1e-3)  # tried on the development split, one seed, for the default and the supervised run
+ENCODER_RATES, DECODER_RATES = (5e-4, 1e-3), (1.5e-4, 5e-4)  # pairs tried on dev, one seed, default and supervised
 CONTRASTS = (0.0, 0.02, 0.1)  # weights of the contrastive term beside the pseudo-mask term
 PUBLISHED_RATES = (3e-5, 1e-4, 3e-4)  # for the published recipe, whose own 2e-6 is meant for ViT-B
-SUPERVISED_RATE, PUBLISHED_RATE = 5e-4, 3e-4  # chosen by the rows of `tuning` (docs/log.md)
+SUPERVISED_RATES = {"train.lr_encoder": 1e-3, "train.lr_decoder": 1.5e-4}  # chosen by the rows of `tuning`
+PUBLISHED_RATE = 3e-4  # likewise (docs/log.md)
 
 
 def rate(value: float) -> dict[str, float]:
@@ -32,11 +37,14 @@ def budget(base: Config) -> dict[str, object]:
 
 def tuning(base: Config) -> list[Row]:
     """Learning rates, on the development split alone."""
-    found = [Row(f"tune default {value:g}", rate(value), seeds=1, tests=False) for value in RATES]
-    found += [Row(f"tune alpha {value:g}", {"method.alpha": value}, seeds=1, tests=False) for value in CONTRASTS]
-    found += [
-        Row(f"tune supervised {value:g}", rate(value), preset="supervised", seeds=1, tests=False) for value in RATES
+    pairs = [
+        (f"encoder {encoder:g} decoder {decoder:g}", {"train.lr_encoder": encoder, "train.lr_decoder": decoder})
+        for encoder in ENCODER_RATES
+        for decoder in DECODER_RATES
     ]
+    found = [Row(f"tune default {tag}", values, seeds=1, tests=False) for tag, values in pairs]
+    found += [Row(f"tune alpha {value:g}", {"method.alpha": value}, seeds=1, tests=False) for value in CONTRASTS]
+    found += [Row(f"tune supervised {tag}", values, preset="supervised", seeds=1, tests=False) for tag, values in pairs]
     found += [
         Row(f"tune published {value:g}", budget(base) | rate(value), preset="published", seeds=1, tests=False)
         for value in PUBLISHED_RATES
@@ -54,7 +62,7 @@ def rows(base: Config) -> list[Row]:
     found = [
         Row(ZERO_SHOT, seeds=1, trains=False),
         Row(DEFAULT),
-        Row(SUPERVISED, rate(SUPERVISED_RATE), preset="supervised"),
+        Row(SUPERVISED, SUPERVISED_RATES, preset="supervised"),
         Row(ELLIPSE, {"method.target": ellipse, "method.gate.entropy_thresh": OPEN}),
         Row(WARPED, {"method.target.placebo": "warped"}),
         Row(OTHER, {"method.target.placebo": "other"}),
@@ -68,14 +76,14 @@ def rows(base: Config) -> list[Row]:
         Row(f"{DEFAULT}, with projection", {"method.epsilon": 0.5}),
         Row(f"{DEFAULT}, with distillation", {"method.gamma": 0.1}),
         Row(f"{DEFAULT}, frames not widened", {"train.widen": 0.0}, seeds=1),
-        Row(f"{SUPERVISED}, frames not widened", rate(SUPERVISED_RATE) | {"train.widen": 0.0}, "supervised", seeds=1),
+        Row(f"{SUPERVISED}, frames not widened", SUPERVISED_RATES | {"train.widen": 0.0}, "supervised", seeds=1),
     ]
     for share, seeds in ((0.40, 3), (0.20, 1), (0.80, 1), (0.10, 1)):
         tag, margin = f", boxes {share:.0%} too large", (share, share)
         found += [
             Row(ZERO_SHOT + tag, seeds=1, trains=False, margin=margin),
             Row(DEFAULT + tag, seeds=seeds, margin=margin),
-            Row(SUPERVISED + tag, rate(SUPERVISED_RATE), preset="supervised", seeds=seeds, margin=margin),
+            Row(SUPERVISED + tag, SUPERVISED_RATES, preset="supervised", seeds=seeds, margin=margin),
         ]
     return [*found, Row(LETTER, {"train.precision": base.train.precision}, preset="published")]
 
@@ -99,3 +107,73 @@ COMPARISONS = (
     (f"{DEFAULT}, boxes 40% too large", DEFAULT),
     (f"{DEFAULT}, boxes 40% too large", f"{SUPERVISED}, boxes 40% too large"),
 )
+
+
+# ---- what trains, and what masks are worth -----------------------------------------------------------------------
+
+LAST_K = 2  # of the compact model's 4 blocks
+STRATEGY_RATES = {"decoder": 5e-4, f"last {LAST_K} blocks": 5e-4, "adapters": 1e-3, "LoRA": 1e-3, "full": 5e-4}
+TRIED_RATES = (5e-4, 1e-3, 2e-3)  # of each strategy, on the development split, one seed
+STRATEGIES = {  # name -> preset, changes
+    "decoder": ("supervised-decoder", {}),
+    f"last {LAST_K} blocks": ("supervised-full", {"model.unfreeze_last_k": LAST_K}),
+    "adapters": ("supervised-adapter", {}),
+    "LoRA": ("supervised-lora", {}),
+    "full": ("supervised-full", {}),
+}
+MASKS = (10, 30, 100, 300)
+BLIND = {"train.select": "label_free"}  # no row of that set sees a mask of the development split
+DEFAULT_BLIND = f"{DEFAULT}, no mask at all"
+
+
+def strategies(base: Config) -> list[Row]:
+    """Every way to fine-tune in one table: no network, zero-shot, published, two boxes, supervised by what trains."""
+    return [
+        Row(ZERO_SHOT, seeds=1, trains=False),
+        Row(TUNED, budget(base) | rate(PUBLISHED_RATE), preset="published"),
+        Row(DEFAULT),
+        *(Row(f"supervised, {name}", rate(STRATEGY_RATES[name]) | changes, preset=preset)
+          for name, (preset, changes) in STRATEGIES.items()),
+    ]
+
+
+def strategies_tuning(base: Config) -> list[Row]:
+    """Learning rates of the strategies, on the development split alone."""
+    return [Row(f"tune supervised, {name} {value:g}", rate(value) | changes, preset=preset, seeds=1, tests=False)
+            for name, (preset, changes) in STRATEGIES.items() for value in TRIED_RATES]
+
+
+def labels(base: Config) -> list[Row]:
+    """How many masks two boxes are worth: supervised on few masks, for as many steps, against two boxes and none."""
+    supervised = SUPERVISED_RATES | BLIND
+    return [
+        Row(ZERO_SHOT, seeds=1, trains=False),
+        Row(DEFAULT_BLIND, BLIND),
+        *(Row(f"supervised, {count} masks", supervised, preset="supervised", masks=count) for count in MASKS),
+        Row("supervised, all masks", supervised, preset="supervised"),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of rows with a name.
+
+    Attributes:
+        rows, tuning: the base -> its rows, and those that choose learning rates. comparisons: pairs of row names.
+    """
+
+    rows: Callable[[Config], list[Row]]
+    tuning: Callable[[Config], list[Row]]
+    comparisons: tuple[tuple[str, str], ...]
+
+
+SETS = {
+    "rows": Plan(rows, tuning, COMPARISONS),
+    "strategies": Plan(
+        strategies,
+        strategies_tuning,
+        (*((f"supervised, {name}", "supervised, full") for name in STRATEGIES if name != "full"),
+         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES)),
+    ),
+    "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
+}
