@@ -24,6 +24,7 @@ from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
 from lesionsam.experiment_cache import open_caches
+from lesionsam.experiment_memory import parts_that_fit
 from lesionsam.experiment_parts import build_supervised, learning_groups, prepare_sam
 from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
@@ -249,6 +250,7 @@ def train(
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
     kept = method.kept.get_submodule("sam")
+    parts = parts_that_fit(config, sam, method, device, say)
     with open_caches(config, data.activations, sam, method, device, say) as caches:
         loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
         evaluate: Evaluate = partial(
@@ -282,6 +284,7 @@ def train(
             evaluate=evaluate,
             log=log,
             folder=folder,
+            parts=parts,
             say=say,
         )
     if save_last is not None:

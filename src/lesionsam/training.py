@@ -89,6 +89,7 @@ def fit(
     evaluate: Evaluate,
     log: Log,
     folder: Path,
+    parts: int = 1,
     say: Callable[[str], None] = print,
 ) -> Progress:
     """Train a method on a data set; resume where `folder` says a killed run stood.
@@ -101,6 +102,7 @@ def fit(
         evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
         log: receives (values, step); the loop knows nothing of where they go.
         folder: scratch of this run, of this configuration alone; holds the training states and best.pt.
+        parts: that a new run makes each batch in, for the memory's sake; more when that turns out too small.
     Raises:
         UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
     """
@@ -117,7 +119,7 @@ def fit(
     parameters = [p for g in groups for p in g.parameters]
     clipped = [p for g in groups if not g.apart for p in g.parameters]
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.model.modules())
-    at = load_state(folder, method, optimizer, scaler) or Progress()
+    at = load_state(folder, method, optimizer, scaler) or Progress(parts=parts)
     if at.step:
         say(f"resuming after epoch {at.epoch}, step {at.step}")
     num_batches = data.batches_per_epoch(batch_size)

@@ -1,0 +1,61 @@
+"""Whether a run's steps fit into the memory that is there, before the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import psutil
+import torch
+
+from lesionsam.config import Config
+from lesionsam.methods.base import Method
+from lesionsam.models.memory import held_bytes, predict_step
+from lesionsam.models.sam import Sam
+from lesionsam.training_memory import smallest_part
+from lesionsam.training_state import teacher_of
+
+GB = 1e9
+
+
+def parts_that_fit(
+    config: Config, sam: Sam, method: Method, device: torch.device, say: Callable[[str], None], there: int | None = None
+) -> int:
+    """In how many parts each batch is to be made; says what a step needs and what there is.
+
+    Args:
+        sam: the student, on the device. there: bytes of the device that this run may use; None = looked up.
+    """
+    teacher, reference = teacher_of(method), getattr(method, "reference", None)
+    held = held_bytes([method.model, *([] if teacher is None else [teacher.module]), *filter(None, [reference])])
+    predict = partial(predict_step, sam, held=held, answers=answers_per_image(config), device=device.type,
+                      precision=config.train.precision, teacher=teacher is not None)
+    there, size, parts = memory_of(device) if there is None else there, config.train.batch_size, 1
+    needed = predict(batch_size=size).total
+    while predict(batch_size=-(-size // parts)).total > there and size // (2 * parts) >= smallest_part(method):
+        parts *= 2
+    left = predict(batch_size=-(-size // parts)).total
+    line = f"memory: a step of {size} images takes about {needed / GB:.1f} of {there / GB:.1f} GB"
+    if parts > 1:
+        line += (f"; so they are made in {parts} parts, as with train.batch_size {size // parts} and train.accumulate "
+                 f"{parts} times as large")
+    if left > there:
+        line += f"; even {-(-size // parts)} would take {left / GB:.1f}: it may not fit"
+    say(line)
+    return parts
+
+
+def answers_per_image(config: Config) -> int:
+    """Passes of the decoder with a gradient, per image and step."""
+    method = config.method
+    if method.name == "contrastive":
+        return method.prompts_per_image if method.delta > 0 or method.epsilon > 0 else 0
+    return method.prompts_per_image * (1 + method.corrections)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that this process has or may still have: of the GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device))
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
