@@ -34,7 +34,7 @@ from lesionsam.models.sam import load_sam
 from lesionsam.presets import upgrade
 from lesionsam.statistics import interval
 from lesionsam.sweep import Request, apply_best, sweep
-from lesionsam.sweep_choice import NumberedSampler, build_pruner
+from lesionsam.sweep_choice import NumberedSampler, build_pruner, finished
 from lesionsam.sweep_data import held_out, idle_gate, open_bench
 from lesionsam.sweep_pictures import draw_pictures, importance
 from lesionsam.sweep_report import Verdict, comparisons, judge, rank_correlation, spread
@@ -265,6 +265,39 @@ def test_draws_depend_on_number_and_history_alone(kind: str) -> None:
     alone = drawn(1)
     assert drawn(2) == alone
     assert len({str(values) for values in alone}) == 6
+
+
+def test_what_was_pruned_is_not_proposed_again() -> None:
+    """Values rise towards the upper end, where two trials were pruned; each gained 0.1 after its first epoch."""
+    kinds = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
+
+    def proposed(with_pruned: bool) -> list[float]:
+        study = optuna.create_study(direction="maximize", sampler=NumberedSampler("gp", 0, 9))
+        points = [(x, 0.5 + 0.3 * x, optuna.trial.TrialState.COMPLETE) for x in (0.1, 0.3, 0.5, 0.6, 0.7)]
+        if with_pruned:
+            points += [(x, 0.3, optuna.trial.TrialState.PRUNED) for x in (0.9, 1.0)]
+        for x, value, state in points:
+            first = value if state == optuna.trial.TrialState.PRUNED else value - 0.1
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=state, value=value, params={"x": x}, distributions=kinds, intermediate_values={1: first}
+                )
+            )
+        found = []
+        for _ in range(3):
+            trial = study.ask()
+            found.append(trial.suggest_float("x", 0.0, 1.0))
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return found
+
+    assert min(proposed(False)) > 0.9
+    assert max(proposed(True)) < 0.9
+    complete = optuna.trial.create_trial(value=0.8, intermediate_values={1: 0.7, 2: 0.75})
+    pruned = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.PRUNED, value=0.3, params={"x": 1.0}, distributions=kinds,
+        intermediate_values={1: 0.3},
+    )
+    assert finished(pruned, [complete]).value == pytest.approx(0.4)
 
 
 def test_pruners_are_built_for_the_budget() -> None:
@@ -517,12 +550,13 @@ def test_a_live_process_keeps_its_trials_however_late_its_heart_beats(tmp_path: 
 
 def test_of_two_machines_neither_repeats_nor_exceeds(project: Path) -> None:
     """Another machine holds no lock of this one: its trials are seen in the study alone."""
-    study = optuna.create_study(study_name="s", storage=open_storage("sqlite:///s.db"), direction="maximize")
+    storage = open_storage("sqlite:///s.db")
+    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
     space = {"model.unfreeze_last_k": {"low": 0, "high": 2}}
     set_params(sweep__space=space)
     values = to_values(load_config())
     plan = Plan(values, to_json(read_space(load_config())), "s", "sqlite:///s.db", 2, 0.0, None)
-    worker = Worker(plan)
+    worker = Worker(plan, storage)
     study.enqueue_trial({"model.unfreeze_last_k": 1})
     study.enqueue_trial({"model.unfreeze_last_k": 1})
     study.enqueue_trial({"model.unfreeze_last_k": 2})

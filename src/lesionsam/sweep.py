@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from json import dumps
@@ -43,7 +44,7 @@ from lesionsam.sweep_report import (
     write,
 )
 from lesionsam.sweep_space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
-from lesionsam.sweep_storage import clear_errors, shown_url, storage_url
+from lesionsam.sweep_storage import clear_errors, opened, repair, shown_url, storage_url
 from lesionsam.sweep_study import made_here, make_ready, open_study
 from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
@@ -94,8 +95,8 @@ def sweep(request: Request) -> None:
             signal.signal(one, interrupt)
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
     try:
-        with clear_errors(url):
-            _search(request, config, bench, space, fixed, name, url)
+        with clear_errors(url), ExitStack() as stack:
+            _search(request, config, bench, space, fixed, name, url, stack)
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -176,6 +177,7 @@ def _search(
     fixed: dict[str, object],
     name: str,
     url: str,
+    stack: ExitStack,
 ) -> None:
     place = Place.of(name)
     holder = place.lock("parent.lock")
@@ -195,7 +197,7 @@ def _search(
     try:
         with place.lock("ready.lock", "waiting for the process that prepares this study"):
             bench.data(config)  # decoded once, by whoever comes first
-            study, created = open_study(config, space, fixed, name, url, place)
+            study, created = open_study(config, space, fixed, name, stack.enter_context(opened(url)))
             ours = holder.acquire(wait=False)  # who holds it has the parent run and closes the sweep on this machine
             place.adopt(study.user_attrs["uid"], alone=ours)
             is_closing = ours and (made_here(study) or num_finished(study) >= plan.trials)
@@ -220,10 +222,14 @@ def _search(
             if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
                 shutil.rmtree(place.scratch / "trials", ignore_errors=True)  # of attempts that nobody took up again
         else:
-            print(f"\n{as_text(table(study, config, space))}\n\nthe process that made this study closes it", flush=True)
+            print(f"\n{as_text(table(study, config, space))}\n", flush=True)
+            print("winner and start are compared by the command that made this study", flush=True)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        if study is not None:
+            with place.lock():  # of workers that were interrupted where they could not close their trial themselves
+                repair(study, {})
         done = 0 if study is None else num_finished(study)
         raise UserError(
             f"interrupted with {done} of {plan.trials} trials finished; the same command goes on from here",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from statistics import median
+from typing import Any, cast
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -50,8 +51,9 @@ class NumberedSampler(BaseSampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """As the sampler itself."""
-        return self._inner.sample_relative(study, trial, search_space)
+        """As the sampler itself; the Gaussian process is told of pruned trials too."""
+        seen = cast(optuna.Study, WithPruned(study)) if isinstance(self._inner, GPSampler) else study
+        return self._inner.sample_relative(seen, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -64,6 +66,39 @@ class NumberedSampler(BaseSampler):
     ) -> None:
         """As the sampler itself."""
         self._inner.after_trial(study, trial, state, values)
+
+
+class WithPruned:
+    """A study whose pruned trials look complete, with the value that they would have come to.
+
+    Optuna's Gaussian process sees complete trials alone, so that it proposes again and again what was pruned. A pruned
+    trial's value is its last one plus the median of what complete trials gained from that epoch to their value.
+    """
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, deepcopy: bool, states: Sequence[TrialState], use_cache: bool) -> list[FrozenTrial]:
+        """As Optuna's, which its samplers call."""
+        trials = self._study._get_trials(deepcopy, (*states, TrialState.PRUNED), use_cache)
+        complete = [t for t in trials if t.state == TrialState.COMPLETE]
+        return [finished(t, complete) if t.state == TrialState.PRUNED else t for t in trials if is_usable(t)]
+
+
+def is_usable(trial: FrozenTrial) -> bool:
+    """Whether a trial tells something: a pruned one that reported nothing does not."""
+    return trial.state != TrialState.PRUNED or bool(trial.intermediate_values)
+
+
+def finished(pruned: FrozenTrial, complete: Sequence[FrozenTrial]) -> FrozenTrial:
+    """A pruned trial as if it had gone on; see `WithPruned`."""
+    last = max(pruned.intermediate_values)
+    gains = [t.value - t.intermediate_values[last] for t in complete if t.value and last in t.intermediate_values]
+    value = pruned.intermediate_values[last] + (median(gains) if gains else 0.0)
+    return optuna.trial.create_trial(value=value, params=pruned.params, distributions=pruned.distributions)
 
 
 def build_pruner(config: Config) -> optuna.pruners.BasePruner:

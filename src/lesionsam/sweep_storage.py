@@ -120,6 +120,18 @@ def open_storage(url: str) -> BaseStorage:
             raise UserError(f"storage {shown_url(url)}: {error}") from error
 
 
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[BaseStorage]:
+    """`open_storage`, with its connections closed when the block ends."""
+    storage = open_storage(url)
+    try:
+        yield storage
+    finally:
+        if isinstance(storage, RDBStorage):
+            storage.remove_session()
+            storage.engine.dispose()
+
+
 class Database(RDBStorage):
     """Optuna's, for trials that may be suspended: a machine that slept has late heartbeats and live processes."""
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from json import dumps, loads
 
 import optuna
+from optuna.storages import BaseStorage
 
 from lesionsam.config import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.sweep_data import Bench, zero_shot
 from lesionsam.sweep_report import by_label_free
 from lesionsam.sweep_space import Dimension, from_json, to_json
-from lesionsam.sweep_storage import HOST, open_storage, owner, wait_for
-from lesionsam.sweep_trial import Place
+from lesionsam.sweep_storage import HOST, owner, wait_for
 from lesionsam.tracking import NullTracker
 from lesionsam.training import OBJECTIVE
 
@@ -29,15 +29,13 @@ def open_study(
     space: Sequence[Dimension],
     fixed: dict[str, object],
     name: str,
-    url: str,
-    place: Place,
+    storage: BaseStorage,
 ) -> tuple[optuna.Study, bool]:
     """The study, and whether this process is to make it ready. Call it with `ready.lock` of the place held.
 
     Raises:
         UserError: it is there, but searches another space or has other fixed values.
     """
-    storage = open_storage(url)
     try:
         study, created = optuna.create_study(study_name=name, storage=storage, direction="maximize"), True
         study.set_user_attr("creator", owner())

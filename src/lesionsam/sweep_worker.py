@@ -20,6 +20,7 @@ from typing import Any
 
 import optuna
 import torch
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lesionsam.config import Config, validate
@@ -27,7 +28,7 @@ from lesionsam.errors import run_guarded
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import open_bench
 from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
-from lesionsam.sweep_storage import HOST, clear_errors, fault_behind, open_storage, owner, queue_again, repair
+from lesionsam.sweep_storage import HOST, clear_errors, fault_behind, opened, owner, queue_again, repair
 from lesionsam.sweep_trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
 
 WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials
@@ -105,7 +106,7 @@ def draw(trial: Trial, space: Sequence[Dimension]) -> dict[str, Value]:
 class Worker:
     """One process's part in a study."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, storage: BaseStorage) -> None:
         self.plan, self.config, self.space = plan, plan.config(), from_json(plan.space)
         if self.config.runtime.num_threads:
             torch.set_num_threads(self.config.runtime.num_threads)
@@ -115,7 +116,7 @@ class Worker:
         self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, plan.trials)
         self.study = optuna.load_study(
             study_name=plan.study,
-            storage=open_storage(plan.url),
+            storage=storage,
             sampler=self.sampler,
             pruner=build_pruner(self.config),
         )
@@ -173,7 +174,9 @@ class Worker:
             print(f"trial {current[0].number}: given to another, as this machine did not answer", flush=True)
             return
         except UnboundLocalError as error:  # Optuna's own, where the storage fails as it notes how a trial ended
-            raise (fault_behind(error) or error) from None
+            if (fault := fault_behind(error)) is None:
+                raise
+            raise fault from fault.__cause__
         frozen = self._frozen(current[0])
         if is_finished(frozen):
             forget(self.config, self.bench, self.place, frozen.user_attrs["values"])
@@ -337,8 +340,8 @@ def run(plan: Plan) -> None:
         UserError: the storage fails, nothing is prepared. KeyboardInterrupt: after the trial was closed and queued.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
-    with clear_errors(plan.url):
-        worker = Worker(plan)
+    with clear_errors(plan.url), opened(plan.url) as storage:
+        worker = Worker(plan, storage)
         worker.do_jobs() if plan.jobs else worker.work()
 
 

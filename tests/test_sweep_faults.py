@@ -1,0 +1,279 @@
+"""What a sweep survives: killed workers, Ctrl-C, a killed parent, a locked database, no MLflow; and PostgreSQL."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+from postgres_server import postgres, why_not
+from sweep_project import ROOT, only_study, prepare, set_params, tried
+
+from lesionsam import sweep_storage, sweep_study, sweep_worker
+from lesionsam.errors import UserError
+from lesionsam.sweep import Request, sweep
+from lesionsam.sweep_trial import Place
+from lesionsam.sweep_worker import is_finished, state_of
+from lesionsam.tracking import sync
+from lesionsam.tracking_spool import Spool, read_lines
+
+mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
+WAIT_S = 600
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once; tests copy it."""
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to sweep in, as the current folder."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "project"))
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def wait_for(test: Callable[[], Any]) -> Any:
+    """What a test says once it says something."""
+    deadline = time.monotonic() + WAIT_S
+    while not (found := test()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def study_when_there() -> optuna.Study:
+    """The study that a sweep beside this thread is about to make."""
+    wait_for(Path("sweeps/sweeps.db").exists)
+    storage = wait_for(lambda: quiet(lambda: sweep_storage.open_storage("sqlite:///sweeps/sweeps.db")))
+    return wait_for(lambda: quiet(lambda: optuna.load_study(study_name=None, storage=storage)))
+
+
+def quiet(function: Callable[[], Any]) -> Any:
+    """What a function returns, None where what it looks for is only being made."""
+    try:
+        return function()
+    except (ValueError, KeyError, *sweep_storage.FAULTS):
+        return None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def helper() -> Iterator[Callable[[Callable[[], None]], threading.Thread]]:
+    """Starts a function beside the test, and shows what went wrong in it."""
+    started: list[threading.Thread] = []
+    failures: list[BaseException] = []
+
+    def start(function: Callable[[], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                function()
+            except BaseException as error:
+                failures.append(error)
+                raise
+
+        thread = threading.Thread(target=guarded, daemon=True)
+        thread.start()
+        started.append(thread)
+        return thread
+
+    yield start
+    for thread in started:
+        thread.join(WAIT_S)
+    assert not failures
+
+
+def own_store() -> Any:
+    """The project's own MLflow store; its library warns about its own use of SQLAlchemy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return mlflow.MlflowClient(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
+
+
+def mlflow_runs() -> tuple[list[Any], list[Any]]:
+    """Parents and children in the project's own store, all that waits sent before."""
+    assert sync(Path.cwd()) == 0
+    client = own_store()
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    parents = [run for run in runs if run.data.tags.get("sweep.role") == "parent"]
+    return parents, [run for run in runs if run not in parents]
+
+
+@pytest.mark.pipeline
+def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
+    project: Path, helper: Callable[[Callable[[], None]], threading.Thread], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers; one gets `kill -9` in mid-trial, then Ctrl-C; the same command goes on to the exact number."""
+    set_params(tracking__enabled=True, tracking__system_metrics=False, train__epochs=8)
+    request = Request(trials=4, workers=2)
+    killed: list[FrozenTrial] = []
+
+    def kill_one() -> None:
+        study = study_when_there()
+
+        def under_way() -> list[FrozenTrial]:
+            running = study.get_trials(states=(TrialState.RUNNING,))
+            return [t for t in running if t.intermediate_values and "owner" in t.user_attrs]
+
+        killed.append(wait_for(under_way)[0])
+        os.kill(killed[0].user_attrs["owner"]["pid"], signal.SIGKILL)
+        values = killed[0].user_attrs["values"]
+        wait_for(lambda: [t for t in under_way() if t.number > killed[0].number and t.user_attrs["values"] == values])
+        os.kill(os.getpid(), signal.SIGINT)  # what a terminal does: the workers are in sessions of their own
+
+    helper(kill_one)
+    with pytest.raises(UserError, match=r"interrupted with \d of 4 trials finished; the same command") as caught:
+        sweep(request)
+    assert caught.value.exit_code == 130
+    assert "was killed (signal 9); another takes its place" in capfd.readouterr().out
+    trials = only_study().get_trials()
+    assert not [t for t in trials if t.state == TrialState.RUNNING]
+    assert not [t for t in trials if t.user_attrs.get("owner") and is_alive(t.user_attrs["owner"]["pid"])], "orphans"
+    (parent,), children = mlflow_runs()
+    assert parent.info.status == "KILLED"
+    assert "RUNNING" not in {run.info.status for run in children}
+
+    sweep(Request(trials=4, workers=1))
+    study = only_study()
+    finished = [t for t in study.get_trials() if is_finished(t)]
+    assert [state_of(t) for t in finished] == ["complete"] * 4
+    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    assert len({str(values) for values in tried(study)}) == 4, "no trial repeated"
+    assert killed[0].user_attrs["values"] in tried(study)
+    (again,), children = mlflow_runs()
+    assert again.info.run_id == parent.info.run_id
+    assert again.info.status == "FINISHED"
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert [(run.info.status, run.data.tags["sweep.state"]) for run in children] == [("FINISHED", "complete")] * 4
+    numbers = sorted(int(run.data.tags["sweep.trial"]) for run in children)
+    assert numbers == sorted(t.number for t in finished)
+    assert sorted(int(run.info.run_name.split()[0]) for run in children) == numbers
+    client = own_store()
+    for run in children:
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "dev_objective")]
+        assert steps == sorted(set(steps))
+        assert len(steps) == 8, "a resumed attempt goes on with the curve of the first"
+    pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
+    assert pictures == {f"pictures/{name}.png" for name in ("history", "importance", "parallel")}
+    assert not (Place.of(study.study_name).scratch / "trials").exists()
+
+
+def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> None:
+    """The parent dies long before the worker has loaded its libraries."""
+    launcher = (
+        "import os, signal, subprocess, sys\n"
+        "worker = subprocess.Popen([sys.executable, '-m', 'lesionsam.sweep_worker', str(os.getpid())],\n"
+        "                          stdin=sys.stdin, start_new_session=True)\n"
+        "print(worker.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    reader, writer = os.pipe()  # kept open: the worker must not end for want of its plan
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], stdin=reader, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    wait_for(lambda: not is_alive(int(done.stdout)))
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_database_that_is_locked_in_mid_trial(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; nothing of what was done is lost; the same command goes on once the lock is gone."""
+    monkeypatch.setattr(sweep_storage, "LOCK_SECONDS", 0.2)
+    holder = sqlite3.connect("sweeps.db", check_same_thread=False)
+    real, locked = sweep_worker.run_trial, []
+
+    def locking(*args: Any, report: Callable[[float, int], bool], number: int, **keywords: Any) -> Any:
+        def lock_first(score: float, epoch: int) -> bool:
+            if number == 1 and epoch == 2 and not locked:
+                locked.append(True)
+                holder.execute("begin exclusive")
+            return report(score, epoch)
+
+        return real(*args, report=lock_first, number=number, **keywords)
+
+    monkeypatch.setattr(sweep_worker, "run_trial", locking)
+    request = Request(trials=2, storage="sqlite:///sweeps.db")
+    with pytest.raises(UserError, match=r"database is locked; another program holds it: end that, or choose another"):
+        sweep(request)
+    holder.rollback()
+    holder.close()
+    monkeypatch.setattr(sweep_storage, "is_gone", lambda held: True)  # this very process ran the trial
+    sweep(request)
+    study = only_study("sqlite:///sweeps.db")
+    assert [state_of(t) for t in study.get_trials()] == ["complete", "lost", "complete"]
+    assert len({str(values) for values in tried(study)}) == 2
+    last = study.get_trials()[-1]
+    assert last.user_attrs["values"] == study.get_trials()[1].user_attrs["values"]
+    assert sorted(last.intermediate_values) == [1, 2]
+
+
+def test_without_an_mlflow_server_no_trial_is_lost(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stated fallback: runs wait on disk, each knowing its one parent (tests/test_tracking.py sends such runs)."""
+    monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
+    monkeypatch.setattr("lesionsam.sweep.SYNC_SECONDS", 0.5)
+    set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")
+    sweep(Request(trials=2))
+    assert "warning: MLflow does not answer; runs are kept on disk and sent later, under their one parent" in (
+        capsys.readouterr().err
+    )
+    study = only_study()
+    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 2
+    spools = {spool.local_id: spool for spool in Spool.all(Path.cwd())}
+    parent = spools.pop(study.user_attrs["parent"])
+    assert [spool.read_json("meta.json")["parent"] for spool in spools.values()] == [parent.local_id] * 2
+    for spool in (parent, *spools.values()):
+        assert spool.pending()[0] > 0
+        assert [e["status"] for e, _ in read_lines(spool.path("journal")) if e and e["kind"] == "status"][-1:] == [
+            "FINISHED"
+        ]
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+def test_postgresql_gives_what_sqlite_gives(project: Path) -> None:
+    """Two commands started at once on one empty database share the trials; values and results are those of SQLite."""
+    set_params(sweep__seed=3)
+    command = [sys.executable, str(ROOT / "src" / "tune.py"), "--trials", "5", "--study", "one"]
+    sweep(Request(trials=5, study="one"))
+    local = only_study()
+    with postgres() as url, sweep_storage.opened(url) as storage:
+        command += ["--storage", url]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for(lambda: "one" in optuna.get_all_study_names(storage))
+        sweep(Request(trials=5, study="one", storage=url))
+        said = other.communicate(timeout=WAIT_S)[0]
+        assert other.returncode == 0, said
+        shared = optuna.load_study(study_name="one", storage=storage)
+        trials = shared.get_trials()
+        assert [state_of(t) for t in trials] == ["complete"] * 5
+        assert len({t.user_attrs["owner"]["pid"] for t in trials}) == 2, "both took part"
+        results = {str(t.user_attrs["values"]): t.value for t in trials}
+        expected = {str(t.user_attrs["values"]): t.value for t in local.get_trials()}
+        assert results == pytest.approx(expected, abs=1e-6)
