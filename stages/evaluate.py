@@ -17,10 +17,12 @@ from lesionsam.evaluation import concat, evaluate_baselines, evaluate_model
 from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import torch_device
+from lesionsam.experiment_auto import lesion_finder
 from lesionsam.files import read_image, read_mask
 from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
+from lesionsam.prompts import NONE
 from lesionsam.schema import FolderData
 from lesionsam.schema_method import ContrastiveMethod
 from lesionsam.tracking import Tracker
@@ -107,19 +109,21 @@ def evaluate(config: Config) -> None:
         jitter=e.jitter,
         **drawing,
     )
+    auto = config.auto.model_dump() if NONE in prompts else {}
 
     pretrained = pretrained_weights(Path("models/pretrained"))
-    place = CACHE / results.cache_key(samples, [pretrained], settings | {"looseness": looseness(config)})
+    place = CACHE / results.cache_key(samples, [pretrained], settings | auto | {"looseness": looseness(config)})
     if (known := results.open_evaluation(place)) is None:
         unadapted = load_sam(config.model.name, pretrained, image_size=config.model.image_size)
         baselines, offset = evaluate_baselines(
             samples, load_image, masks, looseness=looseness(config), boundary_tolerance=e.boundary_tolerance
         )
-        known = concat([measured(unadapted, model=results.ZERO_SHOT), baselines]), {"outline_offset": offset}
+        zero_shot = measured(unadapted, model=results.ZERO_SHOT, find=lesion_finder(config, pretrained))
+        known = concat([zero_shot, baselines]), {"outline_offset": offset}
         results.save_evaluation(place, *known)
     before, extra = known
     adapted = load_sam(config.model.name, BEST, image_size=config.model.image_size)
-    after = measured(adapted, model=results.ADAPTED)
+    after = measured(adapted, model=results.ADAPTED, find=lesion_finder(config, BEST))
 
     everything = results.arranged(concat([before, after]))
     table, numbers = results.write_results(

@@ -21,6 +21,7 @@ from lesionsam.experiment import (
     pretrained_weights,
     run_key,
     train,
+    trained_prompts,
 )
 from lesionsam.experiment_parts import strategy_of
 from lesionsam.files import atomic_write, sha256_file
@@ -28,6 +29,7 @@ from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.adapted import save_tuned
 from lesionsam.models.sam import Sam, save_sam
+from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.tracking_tensorboard import Board
 from lesionsam.training import OBJECTIVE
@@ -153,6 +155,7 @@ def write_outputs(out: Path, folder: Path, config: Config, trained: Trained, wei
     `tuned.safetensors` is the small file of what was trained, beside `weights`, where the encoder's own were not.
     """
     notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
+    notes[TRAINED_WITH] = trained_prompts(config)
     save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
     if (strategy := strategy_of(config)).encoder != "blocks":
         save_tuned(trained.sam, out / "tuned.safetensors", name=config.model.name, strategy=strategy, base=weights)

@@ -198,8 +198,9 @@ def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path
     names = {("one", "0"): "one.png", ("two", "0"): "two_0.png", ("two", "1"): "two_1.png",
              (NAMES[3], "0"): mask_name(NAMES[3], "0", is_only=True)}
     assert {path.name for path in folder.iterdir()} == {*names.values(), COCO}
-    predict_files([tmp_path / "images" / f"{name}.png" for name in ("one", "two")], tmp_path / "boxes.csv",
-                  weights=weights, out=tmp_path / "predicted", prompt="box+core", overlays=False)
+    predict_files([tmp_path / "images" / f"{name}.png" for name in ("one", "two")],
+                  boxes=tmp_path / "boxes.csv", model=weights, out=tmp_path / "predicted",
+                  prompt="box+core", overlays=False)
     for key, name in names.items():
         if key[0] != NAMES[3]:
             assert np.array_equal(read_mask(folder / name, SIZE), read_mask(tmp_path / "predicted" / "masks" / name))

@@ -204,7 +204,7 @@ def test_stage_params_exist() -> None:
 
 
 # The sections a stage's code reads must be the sections that DVC watches for it, or a change of one would go unnoticed.
-SECTION_NAMES = ("inputs", "data", "boxes", "model", "method", "train", "evaluate")
+SECTION_NAMES = ("inputs", "data", "boxes", "model", "method", "train", "evaluate", "auto")
 
 
 @pytest.mark.parametrize("stage", dvc_stages())

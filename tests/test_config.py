@@ -262,7 +262,7 @@ def test_options_of_another_strategy_go_when_the_strategy_changes() -> None:
     masks = values_of("lora, prompts from masks")
     back = fit(unflatten({"method.name": "contrastive", "model.encoder": "blocks"}, masks))
     assert not set(back["model"]) - set(default_values()["model"])
-    assert set(back["method"]["prompts"]) == {"ring", "centre", "box", "box+core"}
+    assert set(back["method"]["prompts"]) == {"ring", "centre", "box", "box+core", "none"}
     validate(back)
 
 
@@ -381,8 +381,8 @@ def test_with_values() -> None:
 
 def test_shares_sum_to_one() -> None:
     config = with_values(DEFAULT, {"method.prompts.ring": 1, "method.prompts.box": 3, "method.prompts.centre": 0,
-                                   "method.prompts.box+core": 0})
-    assert config.method.prompts.shares() == {"ring": 0.25, "centre": 0.0, "box": 0.75, "box+core": 0.0}
+                                   "method.prompts.box+core": 0, "method.prompts.none": 0})
+    assert config.method.prompts.shares() == {"ring": 0.25, "centre": 0.0, "box": 0.75, "box+core": 0.0, "none": 0.0}
 
 
 def test_flatten_has_scalars_under_the_files_own_names() -> None:

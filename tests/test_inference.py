@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lesionsam import inference_run
+from lesionsam import inference_outputs
 from lesionsam.cli import app
 from lesionsam.errors import UserError
-from lesionsam.inference import Predictor, predict_files
-from lesionsam.inference_inputs import find_images, plan
+from lesionsam.inference import predict_files
+from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference_inputs import Source, find_images, plan
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam, save_sam
@@ -61,8 +62,9 @@ def case(tmp_path: Path) -> Path:
 
 def predict(case: Path, *images: str, **options: object) -> int:
     chosen = [str(case / name) for name in images] or [str(case / "images")]
-    arguments: dict = {"weights": case / "weights.safetensors", "out": case / "out", "batch_size": 2} | options
-    return predict_files(chosen, case / "boxes.csv", **arguments)
+    arguments: dict = {"boxes": case / "boxes.csv",
+                       "model": case / "weights.safetensors", "out": case / "out", "batch_size": 2} | options
+    return predict_files(chosen, **arguments)
 
 
 def table(case: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -82,9 +84,10 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
     assert predict(case) == 0
     assert list(masks(case)) == ["tall.png", "two_left.png", "two_right.png", "wide.png"]
     assert {path.name for path in (case / "out" / "overlays").iterdir()} == set(masks(case))
-    assert sorted(path.name for path in (case / "out").iterdir()) == ["masks", "overlays", "predictions.csv"]
+    assert sorted(path.name for path in (case / "out").iterdir()) == [
+        "coco.json", "coco_polygons.json", "masks", "overlays", "polygons", "predictions.csv"]
     assert capsys.readouterr().err == ""
-    predictor = Predictor(tiny_sam())
+    predictor = ImagePredictor(tiny_sam())
     for (image_id, lesion_id), row in table(case).items():
         image = np.asarray(Image.open(case / "images" / f"{image_id}.png"))
         predictor.set_image(image)
@@ -188,7 +191,7 @@ def test_outdated_masks_go_when_the_image_can_no_longer_be_read(case: Path) -> N
 
 def test_an_interrupted_call_keeps_what_it_did(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict(case, out=case / "whole", overlays=False)
-    write, written = inference_run._write_png, []
+    write, written = inference_outputs._write_png, []
 
     def interrupted(path: Path, pixels: np.ndarray) -> None:
         if len(written) == 2:
@@ -197,7 +200,7 @@ def test_an_interrupted_call_keeps_what_it_did(case: Path, monkeypatch: pytest.M
         write(path, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference_run, "_write_png", interrupted)
+        patch.setattr(inference_outputs, "_write_png", interrupted)
         with pytest.raises(KeyboardInterrupt):
             predict(case, overlays=False)
     assert [Path(row["mask"]).name for row in table(case).values()] == written
@@ -255,14 +258,14 @@ def test_names_that_cannot_be_kept_apart_are_refused(case: Path) -> None:
     os.link(case / "images" / "wide.png", case / "other" / "wide.png")
     paths = [case / "images" / "wide.png", case / "other" / "wide.png"]
     with pytest.raises(UserError, match=r"other.wide\.png.*stands for .*images"):
-        plan(paths, case / "boxes.csv", with_small=True)
+        plan(paths, Source("boxes", case / "boxes.csv", "centre"))
     os.link(case / "images" / "wide.png", case / "images" / "two_left.png")
     write_csv(case / "boxes.csv", ROWS | {("two_left", "0"): ROWS["wide", "0"]})
     with pytest.raises(UserError, match=r"would be two_left\.png"):
         predict(case)
     write_csv(case / "boxes.csv", {("wide", "../a b"): ROWS["wide", "0"], ("wide", "c"): ROWS["wide", "0"]})
-    jobs, _, _ = plan(paths[:1], case / "boxes.csv", with_small=True)
-    assert [lesion.file_name for lesion in jobs[0].lesions] == ["wide_.._a_b.png", "wide_c.png"]
+    jobs, _, _ = plan(paths[:1], Source("boxes", case / "boxes.csv", "centre"))
+    assert [lesion.file_name for lesion in jobs[0].lesions] == ["wide_.._a_b", "wide_c"]
 
 
 def test_a_row_that_stands_twice_is_named_and_the_first_taken(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +282,7 @@ def test_nothing_that_can_be_predicted(case: Path) -> None:
         "--threshold: expected a probability": lambda: predict(case, threshold=1.0),
         "--batch-size: expected at least 1": lambda: predict(case, batch_size=0),
         "no such image": lambda: predict(case, "none.png"),
-        "no such weights file": lambda: predict(case, weights=case / "none.safetensors"),
+        "no such weights file": lambda: predict(case, model=case / "none.safetensors"),
     }.items():
         with pytest.raises(UserError, match=message):
             call()
@@ -312,7 +315,7 @@ def counted(sam: Sam) -> Callable[[], int]:
 
 def test_an_image_that_comes_back_is_not_encoded_again() -> None:
     sam = tiny_sam()
-    passes, predictor = counted(sam), Predictor(sam, num_cached=2)
+    passes, predictor = counted(sam), ImagePredictor(sam, num_cached=2)
     images = [picture(40, 60), picture(60, 40), picture(40, 60, seed=1)]
     box = np.array([5.0, 6, 30, 35])
     answers = []
@@ -336,7 +339,7 @@ def test_an_image_that_comes_back_is_not_encoded_again() -> None:
 
 
 def test_images_of_the_same_bytes_but_another_shape_are_not_mixed_up() -> None:
-    predictor = Predictor(tiny_sam())
+    predictor = ImagePredictor(tiny_sam())
     image = picture(30, 60)
     masks_of = []
     for shape in ((30, 60, 3), (60, 30, 3)):
@@ -346,7 +349,7 @@ def test_images_of_the_same_bytes_but_another_shape_are_not_mixed_up() -> None:
 
 
 def test_what_the_predictor_cannot_use_is_said() -> None:
-    predictor = Predictor(tiny_sam())
+    predictor = ImagePredictor(tiny_sam())
     for image in (picture(8, 9)[..., 0], picture(8, 9).astype(np.float32), np.zeros((8, 9, 4), np.uint8)):
         with pytest.raises(ValueError, match=r"expected \(H, W, 3\) uint8"):
             predictor.set_image(image)

@@ -13,7 +13,7 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.data.synthetic import generate
-from lesionsam.inference import Predictor
+from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.sam import at_size, build_sam, load_sam
 
 SIZES = [(128, 128), (97, 131), (211, 73), (64, 301), (400, 300)]  # (height, width): smaller, odd, narrow, larger
@@ -65,7 +65,7 @@ def differences(sam: Sam, height: int, width: int, kinds: tuple[str, ...] | None
     """What differs between the two predictors, prompt by prompt; nothing, if all is well."""
     image = picture(height, width)
     assert image.shape == (height, width, 3)
-    theirs, ours = SamPredictor(sam), Predictor(sam)
+    theirs, ours = SamPredictor(sam), ImagePredictor(sam)
     theirs.set_image(image)
     ours.set_image(image)
     wrong = []
@@ -90,7 +90,7 @@ def differences(sam: Sam, height: int, width: int, kinds: tuple[str, ...] | None
 
 
 def test_masks_are_the_logits_above_zero(compact: Sam) -> None:
-    theirs, ours = SamPredictor(compact), Predictor(compact)
+    theirs, ours = SamPredictor(compact), ImagePredictor(compact)
     for predictor in (theirs, ours):
         predictor.set_image(picture(97, 131))
     for multimask in (False, True):
@@ -115,7 +115,7 @@ def test_compact_sam_equals_sam_predictor(compact: Sam, size: tuple[int, int]) -
 def test_a_difference_would_be_seen(compact: Sam) -> None:
     """The comparison is no tautology: one pixel of shift in the box, or one changed weight, shows."""
     image = picture(97, 131)
-    theirs, ours = SamPredictor(compact), Predictor(compact)
+    theirs, ours = SamPredictor(compact), ImagePredictor(compact)
     theirs.set_image(image)
     ours.set_image(image)
     box = np.array([20.0, 15, 100, 80])
@@ -125,7 +125,7 @@ def test_a_difference_would_be_seen(compact: Sam) -> None:
     changed = deepcopy(compact)
     with torch.no_grad():
         changed.image_encoder.get_parameter("pos_embed")[0, 0, 0] += 1
-    other = Predictor(changed)
+    other = ImagePredictor(changed)
     other.set_image(image)
     assert not np.allclose(other.predict(box=box, multimask_output=False, return_logits=True)[0], expected, atol=1e-4)
 
@@ -134,7 +134,7 @@ def test_refining_with_its_own_low_resolution_mask(compact: Sam) -> None:
     """The loop of an annotation tool: a box, then a point and the answer so far."""
     image = picture(211, 173)
     answers = []
-    for predictor in (SamPredictor(compact), Predictor(compact)):
+    for predictor in (SamPredictor(compact), ImagePredictor(compact)):
         predictor.set_image(image)
         _, _, low_res = predictor.predict(box=np.array([30, 40, 150, 180]), multimask_output=False)
         logits, _, _ = predictor.predict(point_coords=np.array([[80.0, 100.0]]), point_labels=np.array([0]),

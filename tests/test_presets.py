@@ -115,7 +115,7 @@ def test_published_is_the_published_recipe() -> None:
     assert (method.head.norm, method.head.ema) == ("batch", False)
     assert isinstance(method.target, TeacherTarget)
     assert method.target.placebo == "none"
-    assert method.prompts.shares() == {"ring": 1.0, "centre": 0.0, "box": 0.0, "box+core": 0.0}
+    assert method.prompts.shares() == {"ring": 1.0, "centre": 0.0, "box": 0.0, "box+core": 0.0, "none": 0.0}
     assert (train.lr_encoder, train.epochs, train.batch_size, train.clip) == (2e-6, 30, 4, 1.0)
     assert (model.unfreeze_last_k, model.train_decoder) == (0, False)
     assert config.data.source == "isic2018", "data and model stay as they were"
@@ -175,7 +175,7 @@ def test_only_values_differ() -> None:
 
 def test_columns_of_comments_stay() -> None:
     new, _ = apply_preset("isic2018-vit-b", default_text())
-    assert {line.index(" #") for line in new.splitlines() if re.match(r" +\w+: [^#]{1,18} +#", line)} == {30}
+    assert {line.index(" #") for line in new.splitlines() if re.match(r" +\w{1,26}: [^#]{1,18} +#", line)} == {30}
 
 
 def test_to_yaml_is_the_file() -> None:

@@ -26,7 +26,7 @@ from tiny import tiny_sam
 
 from lesionsam.errors import UserError
 from lesionsam.export import export, open_subject
-from lesionsam.inference import Predictor
+from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.sam import load_sam, save_sam
 
@@ -110,7 +110,7 @@ def test_an_image_and_boxes_give_masks_over_http(exported: Path, server: str) ->
     points = {"points": [[30, 20], [3, 3]], "labels": [1, 0]}
     status, answer = ask(server, {"image": as_base64(image), "boxes": boxes})
     assert status == 200, answer
-    predictor = Predictor(load_sam(None, exported.parent / "best.safetensors"))
+    predictor = ImagePredictor(load_sam(None, exported.parent / "best.safetensors"))
     predictor.set_image(image)
     (row,) = answer["predictions"]
     assert len(row["masks"]) == len(row["predicted_iou"]) == 2

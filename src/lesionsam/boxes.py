@@ -171,14 +171,20 @@ def scan_boxes(
     return samples, problems
 
 
-def read_rows(path: Path, required: Sequence[str] = REQUIRED) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> text) of every row of a box CSV; its columns are checked, its values are not."""
+def read_rows(
+    path: Path, required: Sequence[str] = REQUIRED, *, columns: Sequence[str] = COLUMNS, what: str = "two-box CSV"
+) -> list[tuple[int, dict[str, str]]]:
+    """(line number, column -> text) of every row of a CSV; its columns are checked, its values are not.
+
+    Args:
+        required: columns that must be there. columns: those that may be. what: the file is, for messages.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a two-box CSV") from None
+        raise UserError(f"{path}: no such file; expected a {what}") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; expected a two-box CSV file (set inputs.boxes)") from None
+        raise UserError(f"{path}: is a folder; expected a {what} file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from None
     if not text.strip():
@@ -191,9 +197,9 @@ def read_rows(path: Path, required: Sequence[str] = REQUIRED) -> list[tuple[int,
     missing = [name for name in required if name not in header]
     if missing:
         raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(required)}); found {', '.join(header)}")
-    unknown = [name for name in header if name not in COLUMNS]
+    unknown = [name for name in header if name not in columns]
     if unknown:
-        raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(COLUMNS)}")
+        raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(columns)}")
     if len(set(header)) != len(header):
         raise UserError(f"{path}: a column stands twice in the header: {', '.join(header)}")
     rows = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lesionsam import cli_results
+from lesionsam import cli_predict, cli_results
 from lesionsam.cli_data import data_app
 from lesionsam.errors import run_guarded
 
@@ -102,29 +102,6 @@ def smoke(
 
 
 @app.command()
-def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders or quoted patterns.", show_default=False)],
-    boxes: Annotated[Path, typer.Option(help="CSV of boxes; image_id is the image's name without ending.")],
-    weights: Annotated[Path, typer.Option(help="Adapted or published.")] = Path("models/adapted/best.safetensors"),
-    out: Annotated[Path, typer.Option(help="Folder for masks, overlays and predictions.csv.")] = Path("predictions"),
-    prompt: Annotated[str, typer.Option(help="box, box+core, core, centre or ring; all but box need the small box.")]
-    = "box",
-    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
-    overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
-    """Segment lesions in images, given their boxes; a second call does only what is missing."""
-    from lesionsam.experiment import torch_device
-    from lesionsam.inference import predict_files
-
-    code = predict_files(images, boxes, weights=weights, out=out, prompt=prompt, device=torch_device(device),
-                         batch_size=batch_size, overlays=overlays, threshold=threshold)
-    if code:
-        raise typer.Exit(code)
-
-
-@app.command()
 def annotate(
     images: Annotated[list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.",
                                                 show_default=False)],
@@ -195,6 +172,7 @@ def _warn_of_files(config: Config, params: Path) -> None:
         print(f"note: {issue}", file=sys.stderr)
 
 
+cli_predict.add_commands(app)
 cli_results.add_commands(app)
 
 

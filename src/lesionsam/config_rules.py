@@ -56,7 +56,7 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     placebo = v.get("method.target.placebo", "none")
     if placebo != "none" and v.get("train.batch_size") == 1:
         yield Issue("train.batch_size", f"expected 2 or more when method.target.placebo is {placebo}, got 1")
-    for kinds in (("ring", "centre", "box", "box+core"), ("box", "points", "box+points")):
+    for kinds in (("ring", "centre", "box", "box+core", "none"), ("box", "points", "box+points")):
         shares = [f"method.prompts.{kind}" for kind in kinds]
         if has(*shares) and not any(v[share] for share in shares):
             yield Issue("method.prompts", "expected shares with a sum above 0, got 0 for all")
@@ -66,6 +66,8 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
                         f"got {v[f'foundation.{size}']}")
     if v.get("foundation.prompt_width", 0) % 16:
         yield Issue("foundation.prompt_width", f"expected a multiple of 16, got {v['foundation.prompt_width']}")
+    if has("evaluate.prompts") and list(v["evaluate.prompts"]) == ["none"]:
+        yield Issue("evaluate.prompts", "expected another prompt beside none, for pictures and curves, got none alone")
     for key in ("evaluate.prompts", "evaluate.jitter"):
         if has(key) and len({str(item) for item in v[key]}) < len(v[key]):
             yield Issue(key, f"expected each item once, got {', '.join(map(str, v[key]))}")

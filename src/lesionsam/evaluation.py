@@ -22,6 +22,7 @@ from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
     LEAKING,
     Case,
+    FindLesions,
     LoadImage,
     LoadMask,
     Request,
@@ -34,7 +35,7 @@ from lesionsam.evaluation_cases import (
 from lesionsam.models.sam import Sam, decode
 from lesionsam.models.trainable import encode_batch
 from lesionsam.progress import progress
-from lesionsam.prompts import seeded_prompts
+from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Batch, Sample
 
@@ -93,6 +94,7 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
     jitter: Sequence[float] = (),
+    find: FindLesions | None = None,
     model: str = "model",
     run: str = "0",
 ) -> Evaluation:
@@ -103,6 +105,7 @@ def evaluate_model(
         prompts: prompt sources, each a row per lesion. seed: of drawn prompts and jitter; draws depend on seed, lesion
             and prompt alone, so that every model answers the same prompts.
         boundary_tolerance: of boundary F1, share of the diagonal. jitter: shares of the jitter curve (needs masks).
+        find: answers the prompt source `none`, see `inference_lesion.find_lesions`.
     """
     wanted = [(prompt, 0.0) for prompt in prompts]
     jittered = (
@@ -123,6 +126,7 @@ def evaluate_model(
         batch_size=batch_size,
         num_points=num_points,
         device=device,
+        find=find,
         title=f"evaluating {model}",
     ):
         own: list[dict[str, object]] = []
@@ -132,7 +136,7 @@ def evaluate_model(
             if request in wanted:
                 row = _row(logits, case, request[0], predicted_iou, boundary_tolerance, sums)
                 own.append(row)
-                if request[0] != LEAKING:
+                if request[0] not in (LEAKING, NONE):  # their agreement is that of what an annotator gives
                     in_box.append(logits[case.big] > 0)
             if request in jittered and case.truth is not None:
                 curve.append(_key(case.sample) | {"prompt": request[0], "share": request[1], "iou": _iou(logits, case)})

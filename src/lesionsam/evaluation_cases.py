@@ -19,13 +19,15 @@ from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
 from lesionsam.progress import progress
-from lesionsam.prompts import seeded_prompts
+from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.types import Sample
 
 LoadImage = Callable[[Sample], np.ndarray]  # -> (H, W, 3) uint8 RGB, original frame
 LoadMask = Callable[[Sample], np.ndarray | None]  # -> (H, W) bool, or None where there is no mask
 Request = tuple[str, float]  # prompt source, share by which its boxes are jittered (0: as annotated)
 Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
+
+FindLesions = Callable[[Sam, torch.Tensor, Sequence[tuple[int, int]]], Sequence[Answer]]  # see `inference_lesion`
 
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
 
@@ -142,13 +144,16 @@ def predict_cases(
     batch_size: int,
     num_points: int,
     device: torch.device | str,
+    find: FindLesions | None = None,
     title: str = "evaluating",
 ) -> Iterator[tuple[Case, dict[Request, Answer]]]:
     """Encode each image once, decode every request for each of its lesions.
 
     Args:
-        requests: prompt sources of `prompts.KINDS` or `tight` (left out for lesions without a true mask), with jitter.
+        requests: prompt sources of `prompts.KINDS`, `none` or `tight` (left out for lesions without a true mask), with
+            jitter.
         batch_size: images per encoder pass and lesions per decoder pass.
+        find: answers the request `none`; all lesions of an image get the one answer that it has.
     Yields:
         (case, {request: (low-resolution logits (T, T) float32 on `device`, predicted IoU)}), image by image.
     """
@@ -166,7 +171,7 @@ def predict_cases(
                 features = encode(sam, _frames([lesions[0] for lesions in chunk], load_image, side, device))
                 for low in range(0, len(cases), batch_size):
                     part = slice(low, low + batch_size)
-                    answers = _answer(sam, features, owner[part], cases[part], requests, seed, num_points, side)
+                    answers = _answer(sam, features, owner[part], cases[part], requests, seed, num_points, side, find)
                     yield from zip(cases[part], answers, strict=True)
     finally:
         sam.train(was_training)
@@ -215,9 +220,20 @@ def _answer(
     seed: int,
     num_points: int,
     side: int,
+    find: FindLesions | None,
 ) -> list[dict[Request, Answer]]:
     answers: list[dict[Request, Answer]] = [{} for _ in cases]
     for kind, share in requests:
+        if kind == NONE:
+            if find is None:
+                raise ValueError("the prompt source `none` needs a function that finds lesions")
+            images = sorted(set(owner.tolist()))  # those whose lesions these are, each asked once
+            shapes = {int(k): case.shape for k, case in zip(owner, cases, strict=True)}
+            sizes = [model_frame_size(shapes[k][1], shapes[k][0], side) for k in images]
+            found = dict(zip(images, find(sam, features[images], sizes), strict=True))
+            for k, answer in zip(owner.tolist(), answers, strict=True):
+                answer[(kind, share)] = found[k]
+            continue
         rows, bigs, smalls = [], [], []
         for k, case in enumerate(cases):
             big, small = (

@@ -17,6 +17,7 @@ from lesionsam import statistics
 from lesionsam.evaluation import ELLIPSE, PRIOR, PRIOR_OFFSET, Evaluation
 from lesionsam.evaluation_cases import LEAKING
 from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.prompts import NONE
 from lesionsam.types import Sample
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
@@ -29,6 +30,8 @@ LABEL_FREE_TITLES = {
     "predicted_iou": "predicted IoU",
 }
 NOTES = {
+    NONE: "none: no prompt; one lesion per image, decoded without a prompt where the model was trained so, else the "
+    "best automatic mask (docs/decisions/0022-no-prompt-is-a-prompt.md).",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }
@@ -171,7 +174,7 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
 
 def prompts_in(table: pd.DataFrame) -> list[str]:
     """Prompt sources of a table, poorest first."""
-    order = ("ring", "centre", "box", "box+core", LEAKING)
+    order = (NONE, "ring", "centre", "box", "box+core", LEAKING)
     found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
     return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 
@@ -251,6 +254,8 @@ def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapp
         "evaluation",
         "evaluation_cases",
         "prompts",
+        "inference_auto",
+        "inference_lesion",
         "box_prior",
         "boxes",
         "files",

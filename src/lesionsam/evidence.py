@@ -28,15 +28,17 @@ from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
-from lesionsam.experiment import input_side, open_data, torch_device, train
+from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
+from lesionsam.experiment_auto import auto_options
 from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic, write_text_atomic
+from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.sam import load_sam
 from lesionsam.presets import preset_values
 from lesionsam.schema import SimulatedBoxes
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.types import Sample
 
-PROMPTS = ("ring", "centre", "box", "box+core")
+PROMPTS = ("none", "ring", "centre", "box", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"
 EXPERIMENT = "lesionsam-evidence"  # of runs in MLflow
 INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
@@ -179,12 +181,15 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
         write_json_atomic(target.with_suffix(".json"), notes)
         write_text_atomic(target, "")
         return
+    by_decoder = row.trains and "none" in trained_prompts(config).split()
     figures = evaluate_model(
         sam,
         test,
         load_image,
         load_mask,
-        prompts=PROMPTS,
+        # Without a prompt: what was trained for it, and zero-shot by automatic masks to hold it against.
+        prompts=PROMPTS if by_decoder or not row.trains else PROMPTS[1:],
+        find=partial(find_lesions, by=DECODER if by_decoder else MASKS, options=auto_options(config)),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
         num_points=config.method.num_points,

@@ -85,6 +85,11 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def trained_prompts(config: Config) -> str:
+    """The kinds of prompt that a model is trained with, parted by blanks: what its weights file says of itself."""
+    return " ".join(kind for kind, share in config.method.prompts.shares().items() if share > 0)
+
+
 def pretrained_weights(folder: Path) -> Path:
     """The one checkpoint that the weights stage left in models/pretrained.
 

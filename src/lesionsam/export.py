@@ -24,7 +24,7 @@ import lesionsam
 from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.files import free_disk_bytes, read_image, sha256_file, write_json_atomic, write_text_atomic
-from lesionsam.inference import Predictor
+from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
 from lesionsam.models.foreign import plain_state, registry_name
@@ -258,7 +258,7 @@ def export(subject: Subject, formats: Sequence[Format], out: Path, *,
     """
     # An earlier export of a format goes only when the new one is done.
     _prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)
-    ours = with_predictor(Predictor(subject.sam, num_cached=1))
+    ours = with_predictor(ImagePredictor(subject.sam, num_cached=1))
     outcomes = []
     for form in formats:
         with _building(out, form.name) as folder:

@@ -1,159 +1,229 @@
-"""Masks for images: the interactive `Predictor`, and `predict_files`, which segments files given their boxes."""
+"""Masks for images, with the same verbs in Python and on the command line: `Predictor`, and `predict_files` that writes
+them. One image and many prompts in segment_anything's own words: `inference_image.ImagePredictor`."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes import BIG, SMALL
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
-from lesionsam.inference_inputs import find_images, needs_small, plan
+from lesionsam.files import read_image, sha256_file
+from lesionsam.inference_answers import Answer, Prediction, answers, prediction
+from lesionsam.inference_auto import AUTO, AutoOptions
+from lesionsam.inference_image import FeatureCache
+from lesionsam.inference_inputs import ONE, Lesion, Source, find_images, plan
+from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, masks_of, way
+from lesionsam.inference_outputs import Folder
 from lesionsam.inference_run import Options, Run, complain
-from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, upscale
-from lesionsam.prompts import KINDS
-from lesionsam.types import Prompts
+from lesionsam.models.sam import Sam, load_sam, weights_metadata
 
 SHOWN_IDS = 3
+Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 
 
 class Predictor:
-    """SAM on one image at a time with any number of prompts, with the verbs of segment_anything's SamPredictor.
+    """Masks for images in memory or on disk, without writing anything.
 
-    Coordinates are pixels of the original image. Features of the last few images are kept, so that coming back to one
-    costs no second encoder pass: the weights must not change while a Predictor lives.
+    `Predictor("models/adapted/best.safetensors").predict("photo.jpg", boxes=[80, 60, 300, 280])`
+
+    Features of the last few images are kept, so that asking again about one costs no second encoder pass.
 
     Args:
-        sam: moved to the device and set to eval mode. num_cached: images whose features are kept.
+        model: a weights file, or a SAM; the weights must not change while the Predictor lives.
+        num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
+        auto: settings of the automatic masks. lesion_by: how the one lesion of an image is found without a prompt, see
+            `inference_lesion`; None: as the weights file says, `masks` for a SAM.
     """
 
-    def __init__(self, sam: Sam, device: torch.device | str = "cpu", *, num_cached: int = 8) -> None:
-        self.sam, self.device, self.num_cached = sam.to(device).eval(), torch.device(device), num_cached
-        self._cache: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self.reset_image()
+    def __init__(
+        self,
+        model: Sam | str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        num_cached: int = 8,
+        threshold: float = 0.5,
+        auto: AutoOptions = AUTO,
+        lesion_by: str | None = None,
+    ) -> None:
+        is_file = isinstance(model, str | Path)
+        sam = load_sam(None, Path(model)) if is_file else model
+        self.lesion_by = lesion_by or (way(weights_metadata(Path(model))) if is_file else MASKS)
+        self.cache = FeatureCache(sam, device, num_cached)
+        self.sam, self.device, self.threshold, self.auto = self.cache.sam, self.cache.device, threshold, auto
 
-    @property
-    def side(self) -> int:
-        """S, side of the model's input, pixels."""
-        return int(self.sam.image_encoder.img_size)
-
-    def reset_image(self) -> None:
-        """Forget the image and every kept feature."""
-        self._cache.clear()
-        self._features: torch.Tensor | None = None
-        self.original_size, self.input_size = (0, 0), (0, 0)
-
-    @torch.inference_mode()
-    def set_image(self, image: np.ndarray) -> None:
-        """Encode an image.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, original frame.
-        """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
-        key = hashlib.blake2b(np.ascontiguousarray(image).data, person=b"%dx%d" % image.shape[:2]).digest()
-        frames, sizes = model_frames([image], self.side)
-        if key not in self._cache:
-            frames, sizes_there = frames.to(self.device), sizes.to(self.device)
-            self._cache[key] = encode(self.sam, preprocess(frames, sizes_there))
-            while len(self._cache) > self.num_cached:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        self._features = self._cache[key]
-        self.original_size, self.input_size = (image.shape[0], image.shape[1]), (int(sizes[0, 0]), int(sizes[0, 1]))
-
-    def get_image_embedding(self) -> torch.Tensor:
-        """(1, C, H', W') features of the image that is set."""
-        if self._features is None:
-            raise RuntimeError("no image is set; call set_image first")
-        return self._features
-
-    @torch.inference_mode()
-    def predict(self, point_coords: np.ndarray | None = None, point_labels: np.ndarray | None = None,
-                box: np.ndarray | None = None, mask_input: np.ndarray | None = None, multimask_output: bool = True,
-                return_logits: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks of one prompt: everything given is one joint prompt.
+    def predict(
+        self,
+        images: np.ndarray | str | Path | Sequence[str | Path],
+        *,
+        boxes: str | Path | Coordinates | None = None,
+        cores: Coordinates | None = None,
+        points: str | Path | Coordinates | None = None,
+        labels: Sequence[int] | np.ndarray | None = None,
+        auto: bool = False,
+        everything: bool = False,
+        prompt: str = "box",
+        ensemble: int = 1,
+    ) -> list[Prediction]:
+        """Masks of the lesions asked for.
 
         Args:
-            point_coords: (N, 2) XY. point_labels: (N,), 1 foreground, 0 background. box: (4,) XYXY.
-            mask_input: (1, T, T) logits of an earlier call. multimask_output: three candidates instead of one mask.
-            return_logits: masks as logits.
+            images: (H, W, 3) uint8 RGB; or files, folders and patterns, as on the command line.
+            boxes: CSV of big boxes, or for one image (4,) or (N, 4) XYXY of N lesions, original pixels.
+            cores: their small boxes, (4,) or (N, 4), where `prompt` needs them and `boxes` is no CSV.
+            points: CSV of points, or for one image (N, 2) XY, one prompt. labels: N of them, 1 lesion (all, where they
+                are left out) or 0 not.
+            auto: the one lesion of each image, without a prompt. everything: all automatic masks.
+            prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
         Returns:
-            masks (K, H, W) bool (or float32 logits), original frame; iou_predictions (K,) float32; low_res_masks
-            (K, T, T) float32 logits, model frame, T = 4 H'.
+            one Prediction for each lesion, in the order of images and rows.
+        Raises:
+            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image.
         """
-        features = self.get_image_embedding()
-        if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels: expected both or neither")
-        points = labels = boxes = masks = None
-        if point_coords is not None and point_labels is not None:
-            points, labels = self._framed(point_coords), torch.as_tensor(point_labels, dtype=torch.int64)[None]
-            if points.shape[1:] != (labels.shape[1], 2):
-                raise ValueError(f"point_coords: expected ({labels.shape[1]}, 2) for as many labels, got "
-                                 f"{np.shape(point_coords)}")
-        if box is not None:
-            boxes = self._framed(box)
-            if boxes.shape != (1, 4):
-                raise ValueError(f"box: expected (4,) XYXY, got {np.shape(box)}")
-        if mask_input is not None:
-            masks = torch.as_tensor(mask_input, dtype=torch.float32)[None]
-        prompts = Prompts(points, labels, boxes, masks).to(self.device)
-        low_res, predicted = decode(self.sam, features, prompts, multimask_output)
-        low_res = low_res[0].float()
-        logits = upscale(low_res, self.input_size, self.original_size, self.side)
-        full = logits if return_logits else logits > self.sam.mask_threshold
-        return full.cpu().numpy(), predicted[0].float().cpu().numpy(), low_res.cpu().numpy()
+        as_numbers = any(each is not None and not isinstance(each, str | Path) for each in (boxes, points))
+        source = Source.of(
+            boxes=Path(boxes) if isinstance(boxes, str | Path) else boxes is not None,
+            points=Path(points) if isinstance(points, str | Path) else points is not None,
+            auto=auto, everything=everything, prompt=prompt)
+        if isinstance(images, np.ndarray):
+            if source.path is not None:
+                raise UserError(f"an image in memory has no name to be found by in {source.path}; give "
+                                f"{source.kind} as numbers")
+            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble)
+        paths, problems = find_images([images] if isinstance(images, str | Path) else images)
+        if as_numbers:
+            if len(paths) != 1 or problems:
+                raise UserError(problems[0] if problems else f"{source.kind} as numbers are those of one image, got "
+                                f"{len(paths)} images; give a CSV, or one image at a time")
+            return self._one(paths[0].stem, read_image(paths[0]), source, _lesions(boxes, cores, points, labels),
+                             ensemble, str(paths[0]))
+        jobs, unmatched, _ = plan(paths, source)
+        if problems or unmatched:
+            raise UserError((problems + unmatched)[0])
+        return [found for job in jobs
+                for found in self._one(job.image_id, read_image(job.path), source, job.lesions, ensemble,
+                                       str(source.path or job.path))]
 
-    def _framed(self, coordinates: np.ndarray) -> torch.Tensor:
-        height, width = self.original_size
-        return torch.as_tensor(to_model_frame(np.asarray(coordinates, float), width, height, self.side),
-                               dtype=torch.float32)[None]
+    def _one(
+        self, image_id: str, image: np.ndarray, source: Source, lesions: Sequence[Lesion], ensemble: int,
+        place: str = "image",
+    ) -> list[Prediction]:
+        """The masks of one image; `place` is named in errors."""
+        if source.kind == "everything":
+            return masks_of(self.sam, image, self.auto, image_id, device=self.device)
+        features, input_size = self.cache.features(image)
+        shape = image.shape[0], image.shape[1]
+        if source.kind == "auto":
+            lesions = lesions or [Lesion(ONE, image_id)]
+        try:
+            asked = [lesion.asked(shape[1], shape[0], source) for lesion in lesions]
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from None
+        count, keys = len(asked), [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
+        several = features.expand(count, -1, -1, -1)
+        if source.kind == "auto":
+            found = [Answer(*one) for one in find_lesions(
+                self.sam, several, [input_size], by=self.lesion_by, options=self.auto)]
+        else:
+            found = answers(self.sam, several, [shape] * count, asked, keys, prompt=source.prompt, num_members=ensemble)
+        side = int(self.sam.image_encoder.img_size)
+        return [prediction(answer, one, image_id=image_id, lesion_id=lesion.lesion_id, shape=shape,
+                           input_size=input_size, side=side, threshold=self.threshold)
+                for answer, one, lesion in zip(found, asked, lesions, strict=True)]
 
 
-def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, out: Path, prompt: str = "box",
-                  device: torch.device | str = "cpu", batch_size: int = 8, overlays: bool = True,
-                  threshold: float = 0.5) -> int:
-    """Segment the lesions of image files, given their boxes.
+def _lesions(
+    boxes: object, cores: object, points: object, labels: Sequence[int] | np.ndarray | None
+) -> list[Lesion]:
+    """Prompts given as numbers, as rows of a CSV: the same checks serve both."""
+    if boxes is not None:
+        big = np.asarray(boxes, float).reshape(-1, 4)
+        small = None if cores is None else np.asarray(cores, float).reshape(-1, 4)
+        if small is not None and small.shape != big.shape:
+            raise ValueError(f"cores: expected as many as boxes, {len(big)}, got {len(small)}")
+        lesions = []
+        for k, box in enumerate(big):
+            row = {"image_id": "image"} | dict(zip(BIG, map(repr, box.tolist()), strict=True))
+            row |= dict(zip(SMALL, map(repr, small[k].tolist()), strict=True)) if small is not None else {}
+            lesions.append(Lesion(str(k), str(k), ((0, row),)))
+        return lesions
+    if points is not None:
+        places = np.asarray(points, float).reshape(-1, 2)
+        known = [1] * len(places) if labels is None else [int(label) for label in labels]
+        rows = [{"image_id": "image", "x": repr(float(x)), "y": repr(float(y)), "label": str(label)}
+                for (x, y), label in zip(places, known, strict=True)]
+        return [Lesion(ONE, ONE, tuple((0, row) for row in rows))]
+    return []
+
+
+def predict_files(
+    images: Sequence[str | Path],
+    *,
+    model: Path,
+    out: Path,
+    boxes: Path | None = None,
+    points: Path | None = None,
+    auto: bool = False,
+    everything: bool = False,
+    prompt: str = "box",
+    ensemble: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    overlays: bool = True,
+    shapes: bool = True,
+    threshold: float = 0.5,
+    options: AutoOptions = AUTO,
+) -> int:
+    """Segment the lesions of image files, given boxes, points or nothing.
 
     Writes, each file whole or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png where an image has several
-    rows) of 0 and 255 at the image's original size, overlays/ of the same names, and predictions.csv. What an earlier
-    call with the same weights, prompt, threshold, boxes and image has done is kept.
+    rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
+    (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all that is in the table. What
+    an earlier call with the same model, prompts, threshold and image has done is kept.
 
     Args:
-        images: files, folders, patterns. boxes: CSV with image_id, [lesion_id], big_x0 to big_y1 and, where the prompt
-            needs the core, small_x0 to small_y1; original pixels. prompt: of `prompts.KINDS`.
-        weights: SAM's or this project's; the file says which model it holds. batch_size: images per encoder pass and
-            lesions per decoder pass. threshold: probability above which a pixel is lesion.
+        images: files, folders, patterns. model: SAM's weights or this project's; the file says which model it holds.
+        boxes: CSV with image_id, [lesion_id], big_x0 to big_y1 and, where the prompt needs the core, small_x0 to
+            small_y1; points: CSV with image_id, [lesion_id], x, y, [label]; original pixels. auto: the one lesion of
+            each image. everything: all automatic masks. Exactly one of these four.
+        prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
+        batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
+        threshold: probability above which a pixel is lesion. options: of the automatic masks.
     Returns:
         exit code: 0, or 1 if an image or a row that was asked for gave no mask; each is named on stderr.
     Raises:
         UserError: nothing can be predicted at all.
     """
-    if prompt not in KINDS:
-        raise UserError(f"--prompt: expected one of {', '.join(KINDS)}, got {prompt!r}")
+    source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
     if not 0 < threshold < 1:
         raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
+    if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
+        raise UserError(f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with "
+                        f"--{source.kind}")
     paths, problems = find_images(images)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
-    jobs, unmatched, unused = plan(paths, boxes, with_small=needs_small(prompt))
+    jobs, unmatched, unused = plan(paths, source)
     problems += unmatched
     for line in problems:
         complain(line)
     if unused:
         shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
-        print(f"note: {boxes} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
-    sam = load_sam(None, weights).to(device)
-    run = Run(sam, Options(sha256_file(weights), boxes, prompt, threshold, out, overlays), device, batch_size)
+        print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
+    sam = load_sam(None, model)
+    lesion_by = way(weights_metadata(model))
+    if auto and lesion_by != DECODER:
+        print(f"note: {model} does not say that it was trained without a prompt; the lesion is its best automatic mask",
+              file=sys.stderr)
+    folder = Folder(out, overlays=overlays, shapes=shapes)
+    how = Options(sha256_file(model), source, threshold, ensemble, options, lesion_by)
+    run = Run(sam, how, folder, device, batch_size)
     try:
         run.work(jobs)
     except torch.OutOfMemoryError:
@@ -161,9 +231,10 @@ def predict_files(images: Sequence[str | Path], boxes: Path, *, weights: Path, o
                         "--device cpu") from None
     finally:
         run.save()
+    folder.save_coco({job.image_id: job.path.name for job in jobs})
     faults = len(problems) + run.num_faults
     print(f"{run.num_done} masks written to {out / 'masks'}"
           + (f", {run.num_kept} kept from before" if run.num_kept else "")
-          + (f", {run.num_empty} of them empty" if run.num_empty else "")
+          + (f", {run.num_look} of them worth a look (column `look`)" if run.num_look else "")
           + (f"; {faults} faults, named above" if faults else ""))
     return 1 if faults else 0

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import math
 import sys
 import time
 from collections import deque
@@ -12,26 +10,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from lesionsam import metrics
-from lesionsam.boxes import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, read_image, sha256_file
-from lesionsam.inference_inputs import Job, Lesion, needs_small
-from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, upscale
-from lesionsam.overlays import overlay
+from lesionsam.files import read_image, sha256_file
+from lesionsam.inference_answers import NUM_POINTS, SEED, Answer, Asked, answers, prediction
+from lesionsam.inference_auto import AutoOptions
+from lesionsam.inference_inputs import Job, Lesion, Source, file_stem
+from lesionsam.inference_lesion import find_lesions, masks_of
+from lesionsam.inference_outputs import Folder
+from lesionsam.models.sam import Sam, encode, model_frames, preprocess
 from lesionsam.progress import progress
-from lesionsam.prompts import seeded_prompts
 
-TABLE = "predictions.csv"
-COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", "predicted_iou", "entropy", "key")
-SEED, NUM_POINTS = 0, 10  # of drawn prompts; as in the evaluation's defaults
-VERSION = 1  # of what a row's key stands for
+VERSION = 2  # of what a row's key stands for
 SAVE_SECONDS = 5.0
 READERS = 2  # threads that decode images while the model runs
 
@@ -41,41 +34,38 @@ class Options:
     """What a call of `predict_files` asks for.
 
     Attributes:
-        weights_sha256: of the weights file. boxes: the box CSV, for messages. prompt: of `prompts.KINDS`.
-        threshold: probability above which a pixel is lesion. out: folder of the outputs. overlays: pictures too.
+        weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is
+            lesion. num_members: decodings of each box, all but one jittered. auto: of the automatic masks.
+        lesion_by: how the one lesion of an image is found, see `inference_lesion`.
     """
 
     weights_sha256: str
-    boxes: Path
-    prompt: str
+    source: Source
     threshold: float
-    out: Path
-    overlays: bool
+    num_members: int
+    auto: AutoOptions
+    lesion_by: str
 
-    def key(self, image_sha256: str, lesion: Lesion) -> str:
-        """Hash of everything that a lesion's row in the table depends on."""
-        parts = (VERSION, SEED, NUM_POINTS, self.weights_sha256, self.prompt, self.threshold, image_sha256,
-                 lesion.file_name, sorted(lesion.row.items()))
+    def key(self, image_sha256: str, lesion: Lesion | None) -> str:
+        """Hash of everything that a row in the table depends on; None stands for all masks of an image."""
+        source = self.source
+        parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
+        if source.kind == "boxes":
+            parts += [SEED, NUM_POINTS, source.prompt, self.num_members]
+        elif source.kind != "points":
+            parts += [self.auto, self.lesion_by]
+        if lesion is not None:
+            parts += [lesion.file_name, [sorted(row.items()) for _, row in lesion.rows]]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-    def files(self, lesion: Lesion) -> list[Path]:
-        """Where its mask and, if wanted, its overlay go."""
-        return [self.out / folder / lesion.file_name for folder in ("masks", "overlays")[: 1 + self.overlays]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A lesion to segment.
-
-    Attributes:
-        key: see `Options.key`. big, small: (4,) XYXY, original pixels; small is the big box again where the prompt has
-            no use for it.
-    """
+    """A lesion to segment: its prompt, checked, and the key of its row, see `Options.key`."""
 
     lesion: Lesion
     key: str
-    big: np.ndarray
-    small: np.ndarray
+    asked: Asked
 
 
 @dataclass(frozen=True)
@@ -84,13 +74,14 @@ class Prepared:
 
     Attributes:
         image: (H, W, 3) uint8 RGB. frame: (1, 3, S, S) uint8. size: (1, 2) height and width of its image part.
-        faults: one line for each row that is wrong.
+        key: of all its masks, see `Options.key`. faults: one line for each row that is wrong.
     """
 
     job: Job
     image: np.ndarray
     frame: torch.Tensor
     size: torch.Tensor
+    key: str
     targets: list[Target]
     faults: list[str]
 
@@ -111,14 +102,19 @@ def complain(line: str) -> None:
 
 
 class Run:
-    """The state of one call of `predict_files`: the table, and what was counted."""
+    """The state of one call of `predict_files`: the folder, and what was counted."""
 
-    def __init__(self, sam: Sam, options: Options, device: torch.device | str, batch_size: int) -> None:
-        self.sam, self.options, self.device, self.batch_size = sam, options, device, batch_size
-        self.side = int(sam.image_encoder.img_size)
-        self.rows = read_table(options.out / TABLE)
-        self.num_done = self.num_kept = self.num_empty = self.num_faults = 0
+    def __init__(
+        self, sam: Sam, options: Options, folder: Folder, device: torch.device | str, batch_size: int
+    ) -> None:
+        self.sam, self.options, self.folder, self.device = sam.to(device).eval(), options, folder, device
+        self.batch_size, self.side = batch_size, int(sam.image_encoder.img_size)
+        self.num_done = self.num_kept = self.num_look = self.num_faults = 0
         self.saved = time.monotonic()
+        self._of_image: dict[str, list[tuple[str, str]]] = {}  # rows of earlier calls where lesions have no names
+        if options.source.kind == "everything":
+            for key in folder.rows:
+                self._of_image.setdefault(key[0], []).append(key)
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Segment every lesion of every job; faults are named and counted, and cost no other lesion its mask."""
@@ -129,17 +125,16 @@ class Run:
                     prepared = future.result()
                 except (UserError, OSError) as error:
                     self._fault(str(error))
-                    for lesion in job.lesions:
-                        self._forget(job, lesion)
+                    self._forget(job)
                     continue
                 if prepared is None:
-                    self.num_kept += len(job.lesions)
+                    kept = len(self._rows_of(job))
+                    self.num_kept += kept
                     continue
                 for line in prepared.faults:
                     self._fault(line)
-                for lesion in job.lesions:
-                    self._forget(job, lesion)
-                if prepared.targets:
+                self._forget(job)
+                if prepared.targets or not job.lesions:
                     batch.append(prepared)
                 if len(batch) == self.batch_size:
                     self._segment(batch)
@@ -156,10 +151,11 @@ class Run:
             waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
 
     def _prepare(self, job: Job) -> Prepared | None:
-        """Read an image and check its boxes; None where the outputs of all its lesions are there already."""
-        digest = sha256_file(job.path)
-        keys = [self.options.key(digest, lesion) for lesion in job.lesions]
-        if all(self._is_finished(job, lesion, key) for lesion, key in zip(job.lesions, keys, strict=True)):
+        """Read an image and check its prompts; None where all that is wanted of it is there already."""
+        digest, source = sha256_file(job.path), self.options.source
+        key = self.options.key(digest, None)
+        keys = [self.options.key(digest, lesion) for lesion in job.lesions] if job.lesions else None
+        if self._is_finished(job, keys or [key]):
             return None
         image = read_image(job.path)
         try:
@@ -167,104 +163,86 @@ class Run:
         except UserError as error:
             raise UserError(f"{job.path}: {error}") from None
         targets, faults = [], []
-        for lesion, key in zip(job.lesions, keys, strict=True):
+        for lesion, own in zip(job.lesions, keys or (), strict=True):
             try:
-                boxes = lesion.boxes(image.shape[1], image.shape[0], with_small=needs_small(self.options.prompt))
-                targets.append(Target(lesion, key, *boxes))
+                targets.append(Target(lesion, own, lesion.asked(image.shape[1], image.shape[0], source)))
             except ValueError as error:
-                faults.append(f"{self.options.boxes}: line {lesion.line}, {error}")
-        return Prepared(job, image, frame, size, targets, faults)
+                faults.append(f"{source.path}: {error}")
+        return Prepared(job, image, frame, size, key, targets, faults)
 
-    def _is_finished(self, job: Job, lesion: Lesion, key: str) -> bool:
-        row = self.rows.get((job.image_id, lesion.lesion_id))
-        return row is not None and row["key"] == key and all(path.is_file() for path in self.options.files(lesion))
+    def _rows_of(self, job: Job) -> list[tuple[str, str]]:
+        if job.lesions:
+            return [(job.image_id, lesion.lesion_id) for lesion in job.lesions]
+        return self._of_image.get(job.image_id, [])
+
+    def _is_finished(self, job: Job, keys: Sequence[str]) -> bool:
+        rows = [self.folder.rows.get(key) for key in self._rows_of(job)]
+        expected = keys if job.lesions else [keys[0]] * len(rows)
+        return bool(rows) and all(row is not None and row["key"] == key and self.folder.is_there(row)
+                                  for row, key in zip(rows, expected, strict=True))
 
     def _fault(self, line: str) -> None:
         complain(line)
         self.num_faults += 1
 
-    def _forget(self, job: Job, lesion: Lesion) -> None:
-        """Drop what an earlier call left of a lesion, so that nothing outdated stands beside this call's faults."""
-        if self.rows.pop((job.image_id, lesion.lesion_id), None) is not None:
-            for folder in ("masks", "overlays"):
-                (self.options.out / folder / lesion.file_name).unlink(missing_ok=True)
+    def _forget(self, job: Job) -> None:
+        for key in self._rows_of(job):
+            self.folder.forget(key)
 
     @torch.inference_mode()
     def _segment(self, batch: Sequence[Prepared]) -> None:
         """Encode a batch of images once, decode all their lesions, write each one's files."""
-        frames = torch.cat([prepared.frame for prepared in batch]).to(self.device)
-        sizes = torch.cat([prepared.size for prepared in batch]).to(self.device)
-        features = encode(self.sam, preprocess(frames, sizes))
-        asked = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
-        for low in range(0, len(asked), self.batch_size):
-            part = asked[low : low + self.batch_size]
-            big, small = (self._framed([getattr(target, name) for _, target in part], [batch[k] for k, _ in part])
-                          for name in ("big", "small"))
-            ids = [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part]
-            prompts = seeded_prompts(self.options.prompt, big, small, ids, num_points=NUM_POINTS, seed=SEED)
-            low_res, predicted = decode(self.sam, features[[k for k, _ in part]], prompts.to(self.device))
-            for j, (k, target) in enumerate(part):
-                points = None if prompts.points is None else prompts.points[j].numpy()
-                self._write(batch[k], target, low_res[j, 0], float(predicted[j, 0]), points)
+        if self.options.source.kind == "everything":
+            for prepared in batch:
+                self._write_all(prepared)
+        else:
+            frames = torch.cat([prepared.frame for prepared in batch]).to(self.device)
+            sizes = torch.cat([prepared.size for prepared in batch]).to(self.device)
+            features = encode(self.sam, preprocess(frames, sizes))
+            asked = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
+            for low in range(0, len(asked), self.batch_size):
+                self._segment_lesions(batch, asked[low : low + self.batch_size], features)
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
-    def _framed(self, boxes: Sequence[np.ndarray], owners: Sequence[Prepared]) -> torch.Tensor:
-        """(B, 4) float32 XYXY, model frame."""
-        rows = [to_model_frame(box, owner.shape[1], owner.shape[0], self.side)
-                for box, owner in zip(boxes, owners, strict=True)]
-        return torch.tensor(np.stack(rows), dtype=torch.float32)
+    def _segment_lesions(
+        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]], features: torch.Tensor
+    ) -> None:
+        """Decode some lesions of a batch at once and write each one's files."""
+        source, owners = self.options.source, [batch[k] for k, _ in part]
+        chosen = features[[k for k, _ in part]]
+        if source.kind == "auto":
+            sizes = [owner.input_size for owner in owners]
+            found = [Answer(*one) for one in find_lesions(
+                self.sam, chosen, sizes, by=self.options.lesion_by, options=self.options.auto)]
+        else:
+            found = answers(
+                self.sam, chosen, [owner.shape for owner in owners], [target.asked for _, target in part],
+                [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part],
+                prompt=source.prompt, num_members=self.options.num_members)
+        for owner, (_, target), answer in zip(owners, part, found, strict=True):
+            one = prediction(
+                answer, target.asked, image_id=owner.job.image_id, lesion_id=target.lesion.lesion_id,
+                shape=owner.shape, input_size=owner.input_size, side=self.side, threshold=self.options.threshold)
+            name = target.lesion.file_name
+            self.folder.record([self.folder.write(one, owner.image, name, key=target.key, prompt=source.prompt)])
+            self.num_done += 1
+            self.num_look += bool(one.look)
 
-    def _write(self, prepared: Prepared, target: Target, low_res: torch.Tensor, predicted_iou: float,
-               points: np.ndarray | None) -> None:
-        """Mask, overlay, and then the row that says both are there.
-
-        Args:
-            low_res: (T, T) logits. points: (N, 2) XY of the prompt, model frame.
-        """
-        (height, width), (h, w), lesion = prepared.shape, prepared.input_size, target.lesion
-        logits = upscale(low_res, (h, w), (height, width), self.side).cpu().numpy()
-        mask = logits > math.log(self.options.threshold / (1 - self.options.threshold))
-        area = int(np.count_nonzero(mask))
-        mask_path, *overlay_path = self.options.files(lesion)
-        _write_png(mask_path, mask.astype(np.uint8) * 255)
-        for path in overlay_path:
-            drawn = overlay(
-                prepared.image, prediction=mask, big=target.big,
-                small=target.small if needs_small(self.options.prompt) else None,
-                points=None if points is None else points * (width / w, height / h),
-                caption=f"{path.stem}: {100 * area / mask.size:.1f} % of the image, predicted IoU {predicted_iou:.2f}")
-            _write_png(path, drawn)
-        image_id = prepared.job.image_id
-        values = (image_id, lesion.lesion_id, width, height, mask_path.relative_to(self.options.out).as_posix(), area,
-                  f"{predicted_iou:.4f}", f"{metrics.mean_entropy(logits):.4f}", target.key)
-        self.rows[(image_id, lesion.lesion_id)] = dict(zip(COLUMNS, map(str, values), strict=True))
-        self.num_done += 1
-        self.num_empty += area == 0
+    def _write_all(self, prepared: Prepared) -> None:
+        """All masks of an image; a row without a mask where there is none, so that it counts as done."""
+        height, width = prepared.shape
+        found = masks_of(self.sam, prepared.image, self.options.auto, prepared.job.image_id, device=self.device)
+        stem, key = file_stem(prepared.job.image_id), prepared.key
+        rows = [self.folder.write(one, prepared.image, f"{stem}/{one.lesion_id}", key=key) for one in found]
+        if not found:
+            nothing = "no mask passes the thresholds"
+            rows = [(prepared.job.image_id, "", width, height, "", 0, "", "", "", nothing, key)]
+        self.folder.record(rows)  # all at once: an image with some of its masks does not count as done
+        self.num_done += len(found)
+        self.num_look += sum(bool(one.look) for one in found) or not found
 
     def save(self) -> None:
-        """Write the table, if there is anything in it or was before."""
-        path = self.options.out / TABLE
-        if self.rows or path.exists():
-            with atomic_write(path, "w") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(COLUMNS)
-                writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
+        """Write the table."""
+        self.folder.save_table()
         self.saved = time.monotonic()
-
-
-def read_table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; "
-                            "move it away or choose another --out")
-        return {(row["image_id"], row["lesion_id"]): dict(row) for row in reader}
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")

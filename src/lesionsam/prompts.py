@@ -2,7 +2,8 @@
 
 Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
 (the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and
-3 core points as ONE prompt). `tight`, the box of a true mask, is for evaluation alone: it leaks the label.
+3 core points as ONE prompt). `none` is no prompt at all: the decoder finds the lesion by itself, once it has been
+trained to. `tight`, the box of a true mask, is for evaluation alone: it leaks the label.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 
 from lesionsam.types import Prompts
 
-KINDS = ("ring", "centre", "box", "core", "box+core")
+KINDS = ("ring", "centre", "box", "core", "box+core")  # those that an annotator's boxes give
+NONE = "none"
+TRAINED_WITH = "prompts"  # metadata of a weights file: the kinds it was trained with, parted by blanks
 NUM_CORE_POINTS = 5  # of the kind `core`
 NUM_JOINT_POINTS = 3  # of the kind `box+core`
 
@@ -25,6 +28,7 @@ def uniforms_needed(kind: str, num_points: int) -> int:
     """How many uniform numbers per image a kind of prompt consumes."""
     return {
         "ring": 3 * num_points,
+        NONE: 0,
         "centre": 0,
         "box": 0,
         "tight": 0,
@@ -37,12 +41,14 @@ def prompts_from_uniforms(kind: str, big: torch.Tensor, small: torch.Tensor, uni
     """Turn uniform numbers into one prompt per image.
 
     Args:
-        kind: one of `KINDS`, or `tight`, which reads `big` as the tight box.
+        kind: one of `KINDS`, `none`, or `tight`, which reads `big` as the tight box.
         big, small: (B, 4) float32 XYXY, model frame.
         uniforms: (B, uniforms_needed(kind, num_points)) float32 in [0, 1).
     Returns:
         Prompts of B images, all labels 1.
     """
+    if kind == NONE:
+        return Prompts()
     boxes = big if kind in ("box", "box+core", "tight") else None
     if kind in ("box", "tight"):
         return Prompts(boxes=boxes)

@@ -22,7 +22,7 @@ from lesionsam.schema_method import (
     SupervisedMethod,
 )
 
-PromptKind = Literal["ring", "centre", "box", "box+core", "tight"]
+PromptKind = Literal["none", "ring", "centre", "box", "box+core", "tight"]
 
 
 class Inputs(Section):
@@ -166,6 +166,28 @@ class Evaluate(Section):
     overlays: int = Field(ge=0, le=64, description="best, median and worst cases, each this many")
 
 
+class Auto(Section):
+    points_per_side: int = Field(ge=1, le=128, description="grid of point prompts over the image, points a side")
+    points_per_batch: int = Field(ge=1, le=4096, description="prompts decoded at once")
+    pred_iou_thresh: float = Field(ge=0, lt=1, description="masks at or below this predicted IoU are dropped; 0 = none")
+    stability_score_thresh: float = Field(
+        ge=0, le=1, description="masks below this stability (IoU of two cuts) are dropped; 0 = none"
+    )
+    stability_score_offset: float = Field(gt=0, le=20, description="those cuts lie so far from the threshold [logits]")
+    box_nms_thresh: float = Field(ge=0, le=1, description="of two masks whose boxes' IoU exceeds this the better stays")
+    crop_n_layers: int = Field(ge=0, le=4, description="layers of crops that are searched too; layer i has 4^i")
+    crop_nms_thresh: float = Field(ge=0, le=1, description="as box_nms_thresh, between crops; the smaller crop's stays")
+    crop_overlap_ratio: float = Field(
+        ge=0, lt=1, description="by how much crops of layer 1 overlap, as a share of the image's shorter side"
+    )
+    crop_n_points_downscale_factor: int = Field(
+        ge=1, le=16, description="the grid of layer i has points_per_side / this^i points a side"
+    )
+    min_mask_region_area: int = Field(
+        ge=0, description="holes and islands smaller than this are filled and removed [px]; 0 = none"
+    )
+
+
 class Space(BaseModel):
     """Free keys: `lesionsam.sweep_space` checks each against the schema itself."""
 
@@ -242,6 +264,7 @@ class Config(Section):
     method: ContrastiveMethod | SupervisedMethod = Field(discriminator="name")
     train: Train
     evaluate: Evaluate
+    auto: Auto = Field(description="masks without a prompt: `lesionsam predict --everything`, what falls back on it")
     sweep: Sweep = Field(description="of `python src/tune.py`; no stage reads it")
     foundation: Foundation = Field(description="of `lesionsam foundation`, a compact SAM from scratch")
     tracking: Tracking

@@ -128,10 +128,11 @@ class PromptShares(Section):
     centre: float = Field(ge=0)
     box: float = Field(ge=0)
     box_core: float = Field(ge=0, alias="box+core")
+    none: float = Field(ge=0, description="no prompt: the decoder finds the lesion by itself", examples=[0.0])
 
     def shares(self) -> dict[str, float]:
         """Probability of each kind of prompt; they sum to 1."""
-        return proportions({"ring": self.ring, "centre": self.centre, "box": self.box, "box+core": self.box_core})
+        return proportions(self.model_dump(by_alias=True, include={"ring", "centre", "box", "box_core", "none"}))
 
 
 PROMPT_SOURCE = "drawn from: boxes (the two boxes) | masks"

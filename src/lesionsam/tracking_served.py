@@ -23,7 +23,7 @@ from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.files import read_image
-from lesionsam.inference import Predictor
+from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.sam import load_sam
 
 
@@ -33,7 +33,7 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the weights that lie in the model's folder."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.predictor = Predictor(load_sam(None, Path(context.artifacts["weights"])), device)
+        self.predictor = ImagePredictor(load_sam(None, Path(context.artifacts["weights"])), device)
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """See the module's text.

@@ -94,7 +94,7 @@ def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts,
     The prompt encoder runs in full precision even under autocast: in bfloat16 a coordinate is off by a pixel.
 
     Args:
-        features: (B, C, H', W') encoder output. prompts: of the same B images, model frame.
+        features: (B, C, H', W') encoder output. prompts: of the same B images, model frame; none at all is one too.
         chosen: which of the 4 tokens; token 0 is the single mask, 1 to 3 are the candidates of an ambiguous prompt.
     Returns:
         low-resolution logits (B, K, 4H', 4W') and predicted IoUs (B, K) of the K chosen tokens.
@@ -103,6 +103,7 @@ def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts,
     with torch.autocast(features.device.type, enabled=False):
         points = None if prompts.points is None or prompts.labels is None else (prompts.points, prompts.labels)
         sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+        sparse = sparse.expand(len(features), -1, -1)  # without any prompt there is one row, of no tokens
         position = sam.prompt_encoder.get_dense_pe().expand(len(features), -1, -1, -1)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([outputs.expand(len(features), -1, -1), sparse], dim=1)

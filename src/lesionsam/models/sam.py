@@ -188,6 +188,14 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return loaded, {}
 
 
+def weights_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself, its tensors unread; empty for any other file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None = None) -> None:
     """Write plain segment_anything keys as safetensors, atomically; adapters, where there are any, under keys of
     their own beside them, low-rank updates merged.

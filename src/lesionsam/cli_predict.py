@@ -1,0 +1,56 @@
+"""`lesionsam predict`: masks for new images, from boxes, from points, or from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make this module's command part of `lesionsam`."""
+    app.command()(predict)
+
+
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Files, folders or quoted patterns.", show_default=False)],
+    boxes: Annotated[Path | None, typer.Option(
+        help="CSV of boxes; image_id is the image's name without ending.", show_default=False)] = None,
+    points: Annotated[Path | None, typer.Option(
+        help="CSV of points: image_id, x, y and, where wanted, lesion_id and label (1 lesion, 0 not).",
+        show_default=False)] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="No prompt: the one lesion of each image.")] = False,
+    everything: Annotated[bool, typer.Option(
+        "--everything", help="No prompt: every mask of each image; params.yaml, section auto.")] = False,
+    model: Annotated[str, typer.Option(
+        "--model", "--weights", help="Weights file, folder of a run, MLflow run, or models:/lesionsam@champion.")]
+    = "models/adapted",
+    out: Annotated[Path, typer.Option(help="Folder for masks, overlays, polygons, COCO JSON and predictions.csv.")]
+    = Path("predictions"),
+    prompt: Annotated[str, typer.Option(
+        help="Made from boxes: box, box+core, core, centre or ring; all but box need the small box.")] = "box",
+    ensemble: Annotated[int, typer.Option(help="Decodings of each box, all but one jittered by up to 10 %; 1: none.")]
+    = 1,
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
+    overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
+    shapes: Annotated[bool, typer.Option(help="Write polygons (GeoJSON) and COCO JSON too.")] = True,
+    params: Annotated[Path, typer.Option(help="Parameter file that section auto is read from, where it exists.")]
+    = Path("params.yaml"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Segment lesions in images, given boxes, points or nothing; a second call does only what is missing."""
+    from lesionsam.experiment import torch_device
+    from lesionsam.experiment_auto import read_auto_options
+    from lesionsam.inference import predict_files
+    from lesionsam.inference_inputs import Source
+    from lesionsam.registry import resolve_model
+
+    Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model is sought
+    code = predict_files(
+        images, boxes=boxes, points=points, auto=auto, everything=everything, model=resolve_model(model), out=out,
+        prompt=prompt, ensemble=ensemble, device=torch_device(device), batch_size=batch_size, overlays=overlays,
+        shapes=shapes, threshold=threshold, options=read_auto_options(params))
+    if code:
+        raise typer.Exit(code)

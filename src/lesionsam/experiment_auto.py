@@ -1,0 +1,27 @@
+"""What params.yaml says of masks without a prompt, as plain arguments."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from lesionsam.config import Config, load_config
+from lesionsam.evaluation_cases import FindLesions
+from lesionsam.inference_auto import AUTO, AutoOptions
+from lesionsam.inference_lesion import find_lesions, way
+from lesionsam.models.sam import weights_metadata
+
+
+def auto_options(config: Config) -> AutoOptions:
+    """Settings of the automatic masks."""
+    return AutoOptions(**config.auto.model_dump())
+
+
+def read_auto_options(params: Path) -> AutoOptions:
+    """The same of a parameter file; the defaults where there is no such file."""
+    return auto_options(load_config(params, check_files=False)) if params.is_file() else AUTO
+
+
+def lesion_finder(config: Config, weights: Path) -> FindLesions:
+    """How a model answers the prompt source `none`: by its decoder where it was trained so, else by automatic masks."""
+    return partial(find_lesions, by=way(weights_metadata(weights)), options=auto_options(config))

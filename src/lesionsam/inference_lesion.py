@@ -1,0 +1,102 @@
+"""The lesion of an image without a prompt, in two ways, and all automatic masks as predictions.
+
+By the decoder: a SAM trained with the prompt kind `none` answers no prompt at all with the lesion. By masks: of the
+automatic masks of any SAM the one of the greatest score, predicted IoU x stability x plausibility, is the lesion. Which
+way serves a file of weights, its metadata say. See docs/decisions/0022-no-prompt-is-a-prompt.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lesionsam.inference_answers import Asked, Prediction, reasons
+from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
+from lesionsam.models.sam import Sam, decode
+from lesionsam.prompts import NONE, TRAINED_WITH
+from lesionsam.types import Prompts
+
+DECODER, MASKS = "decoder", "masks"  # the two ways
+CENTRE_SPREAD = 0.3  # of the plausibility: standard deviation of a lesion's middle about the image's, share of a side
+Found = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
+
+
+def way(metadata: dict[str, str]) -> str:
+    """Which way serves weights of this metadata: `DECODER` if they were trained without a prompt, else `MASKS`."""
+    return DECODER if NONE in metadata.get(TRAINED_WITH, "").split() else MASKS
+
+
+@torch.inference_mode()
+def find_lesions(
+    sam: Sam, features: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str, options: AutoOptions
+) -> list[Found]:
+    """The one lesion of each image, no prompt given.
+
+    Args:
+        features: (N, C, H', W'). sizes: N of (h, w), the image part of the model frame.
+        by: `DECODER` or `MASKS`. options: of the automatic masks; crops, duplicates and regions do not matter to the
+            best of them.
+    """
+    if by == MASKS:
+        return [_best_mask(sam, one[None], size, options) for one, size in zip(features, sizes, strict=True)]
+    low_res, predicted = decode(sam, features, Prompts())
+    return list(zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True))
+
+
+def _best_mask(sam: Sam, features: torch.Tensor, size: tuple[int, int], options: AutoOptions) -> Found:
+    """The candidate of the greatest score among those that pass the thresholds; among all, where none does."""
+    side = int(sam.image_encoder.img_size)
+    grid = torch.as_tensor(point_grid(options.points_per_side) * size[::-1], dtype=torch.float32)[:, None]
+    best: tuple[bool, float] | None = None
+    answer = None
+    for low in range(0, len(grid), options.points_per_batch):
+        points = grid[low : low + options.points_per_batch].to(features.device)
+        prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=points.device))
+        low_res, predicted = decode(sam, features.expand(len(points), -1, -1, -1), prompts, multimask=True)
+        logits, quality = low_res.flatten(0, 1).float(), predicted.flatten().float().cpu()
+        height, width = (max(1, round(length * logits.shape[-1] / side)) for length in size)
+        logits_there = logits[:, :height, :width]
+        stability = torch.nan_to_num(stability_scores(logits_there, sam.mask_threshold, options.stability_score_offset))
+        score = quality * stability * plausibility(logits_there > sam.mask_threshold)
+        passed = (quality > options.pred_iou_thresh) & (stability >= options.stability_score_thresh) & (score > 0)
+        chosen = int(torch.where(passed, score + score.abs().max() + 1, score).argmax())
+        rank = bool(passed[chosen]), float(score[chosen])
+        if best is None or rank > best:
+            best, answer = rank, (logits[chosen], float(quality[chosen]))
+    if answer is None:
+        raise ValueError("points_per_side: expected at least 1")
+    return answer
+
+
+def plausibility(masks: torch.Tensor) -> torch.Tensor:
+    """How likely a mask of a dermoscopic image is its lesion, by where it lies: lesions are photographed in the middle.
+
+    exp(-r^2 / (2 s^2)), r the distance of the mask's centroid from the image's middle in shares of width and height, s
+    = `CENTRE_SPREAD`.
+
+    Args:
+        masks: (N, h, w) bool.
+    Returns:
+        (N,) float32 in [0, 1] on the CPU; 0 for an empty mask.
+    """
+    heights, widths = masks.shape[1:]
+    area = masks.flatten(1).sum(1).float()
+    rows = masks.sum(2).float() @ torch.arange(heights, device=masks.device, dtype=torch.float32)
+    columns = masks.sum(1).float() @ torch.arange(widths, device=masks.device, dtype=torch.float32)
+    y, x = ((total / area.clamp(min=1) + 0.5) / length - 0.5 for total, length in ((rows, heights), (columns, widths)))
+    return (torch.exp(-(x**2 + y**2) / (2 * CENTRE_SPREAD**2)) * (area > 0)).cpu()
+
+
+def masks_of(
+    sam: Sam, image: np.ndarray, options: AutoOptions, image_id: str, *, device: torch.device | str = "cpu"
+) -> list[Prediction]:
+    """All automatic masks of an image as predictions, numbered from 0; see `automatic_masks`."""
+    found = []
+    for number, each in enumerate(automatic_masks(sam, image, options, device=device)):
+        asked, mask = Asked(points=each.point[None], labels=np.ones(1, np.int64)), each.mask
+        found.append(Prediction(image_id, str(number), mask, asked, each.predicted_iou, math.nan, each.stability,
+                                math.nan, reasons(mask, asked, each.predicted_iou, each.stability, math.nan)))
+    return found

@@ -1,0 +1,183 @@
+"""The files of a prediction: each whole or not there. Masks, pictures, polygons, the table, and COCO JSON of it all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from lesionsam.errors import UserError
+from lesionsam.files import atomic_write, write_text_atomic
+from lesionsam.formats.geojson import coco_polygons, feature
+from lesionsam.formats.rle import bounding_box, encode
+from lesionsam.inference_answers import Prediction
+from lesionsam.inference_inputs import needs_small
+from lesionsam.overlays import overlay
+from lesionsam.progress import progress
+
+TABLE = "predictions.csv"
+COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", "predicted_iou", "entropy", "stability", "look",
+           "key")
+COCO = {"coco.json": "RLE, exact", "coco_polygons.json": "outer rings, without holes"}
+CATEGORY = {"id": 1, "name": "lesion", "supercategory": "lesion"}
+Row = dict[str, str]
+
+
+class Folder:
+    """Where a prediction's files go.
+
+    Args:
+        out: the folder; made where it is missing. overlays, shapes: whether pictures and polygons are wanted.
+    Raises:
+        UserError: the folder cannot be written to, or holds another table.
+    """
+
+    def __init__(self, out: Path, *, overlays: bool, shapes: bool) -> None:
+        self.out = out
+        self.wanted = {"masks": ".png"} | ({"overlays": ".png"} if overlays else {})
+        self.wanted |= {"polygons": ".geojson"} if shapes else {}
+        self.shapes = shapes
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(out / ".writable", "")
+            (out / ".writable").unlink()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
+                            "permissions") from None
+        self.rows = read_table(out / TABLE)
+
+    def files(self, file_name: str) -> list[Path]:
+        """All that is wanted of a mask."""
+        return [self.out / folder / (file_name + ending) for folder, ending in self.wanted.items()]
+
+    def is_there(self, row: Row) -> bool:
+        """Whether all the files of a row of the table are."""
+        return not row["mask"] or all(path.is_file() for path in self.files(_stem(row)))
+
+    def forget(self, key: tuple[str, str]) -> None:
+        """Drop a row and its files, so that nothing outdated stands beside a fault."""
+        row = self.rows.pop(key, None)
+        if row is not None and row["mask"]:
+            for folder, ending in (("masks", ".png"), ("overlays", ".png"), ("polygons", ".geojson")):
+                (self.out / folder / (_stem(row) + ending)).unlink(missing_ok=True)
+
+    def write(
+        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, prompt: str = "box"
+    ) -> tuple[object, ...]:
+        """Mask, picture and polygons.
+
+        Returns:
+            the row that says they are there, for `record`.
+        """
+        height, width = found.mask.shape
+        area = found.area
+        for (kind, _), path in zip(self.wanted.items(), self.files(file_name), strict=True):
+            if kind == "masks":
+                _write_png(path, found.mask.astype(np.uint8) * 255)
+            elif kind == "overlays":
+                _write_png(path, _picture(found, image, file_name, prompt))
+            else:
+                properties = {"image_id": found.image_id, "lesion_id": found.lesion_id, "width": width,
+                              "height": height, "area": area, "predicted_iou": round(found.predicted_iou, 4),
+                              "look": "; ".join(found.look), "segmentation": encode(found.mask),
+                              "bbox": _xywh(found.mask) if area else [0, 0, 0, 0]}
+                write_text_atomic(path, json.dumps(feature(found.mask, properties)) + "\n")
+        numbers = ("" if np.isnan(value) else f"{value:.4f}"
+                   for value in (found.predicted_iou, found.entropy, found.stability))
+        mask = self.files(file_name)[0].relative_to(self.out).as_posix()
+        return (found.image_id, found.lesion_id, width, height, mask, area, *numbers, "; ".join(found.look), key)
+
+    def record(self, rows: Sequence[tuple[object, ...]]) -> None:
+        """Put rows into the table, all of them at once; see `COLUMNS`."""
+        named: list[Row] = [dict(zip(COLUMNS, map(str, values), strict=True)) for values in rows]
+        self.rows.update({(row["image_id"], row["lesion_id"]): row for row in named})
+
+    def save_table(self) -> None:
+        """Write the table, if there is anything in it or was before."""
+        path = self.out / TABLE
+        if self.rows or path.exists():
+            with atomic_write(path, "w") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(COLUMNS)
+                writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
+
+    def save_coco(self, file_names: Mapping[str, str]) -> None:
+        """Collect the polygons' files into COCO JSON, one image at a time.
+
+        Args:
+            file_names: image_id -> name of the image file, where it is known.
+        """
+        if not self.shapes or not self.rows:
+            return
+        for name, about in COCO.items():
+            with atomic_write(self.out / name, "w") as file:
+                self._collect(file, about, file_names, polygons=name == "coco_polygons.json")
+
+    def _collect(self, file: IO[str], about: str, file_names: Mapping[str, str], *, polygons: bool) -> None:
+        numbers: dict[str, int] = {}
+        info = {"description": f"masks of `lesionsam predict` ({about}); not a medical device"}
+        file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": [{json.dumps(CATEGORY)}],\n')
+        file.write('"images": [')
+        for row in self.rows.values():
+            if row["image_id"] not in numbers:
+                numbers[row["image_id"]] = len(numbers) + 1
+                entry = {"id": len(numbers), "file_name": file_names.get(row["image_id"], row["image_id"]),
+                         "width": int(row["width"]), "height": int(row["height"])}
+                file.write(("\n" if len(numbers) == 1 else ",\n") + json.dumps(entry))
+        file.write('],\n"annotations": [')
+        for number, (row, drawn) in enumerate(self._features(), 1):
+            properties = drawn["properties"]
+            shape = coco_polygons(drawn["geometry"]["coordinates"]) if polygons else properties["segmentation"]
+            entry = {"id": number, "image_id": numbers[row["image_id"]], "category_id": 1, "iscrowd": 0,
+                     "bbox": properties["bbox"], "area": properties["area"], "segmentation": shape,
+                     "score": properties["predicted_iou"], "attributes": {"lesion_id": row["lesion_id"]}}
+            file.write(("\n" if number == 1 else ",\n") + json.dumps(entry))
+        file.write("]}\n")
+
+    def _features(self) -> Iterator[tuple[Row, dict[str, Any]]]:
+        """Rows with a mask that is not empty, and their polygons' files."""
+        rows = [row for row in self.rows.values() if row["mask"] and int(row["area"])]
+        for row in progress(rows, total=len(rows), title="collecting COCO JSON"):
+            path = self.out / "polygons" / f"{_stem(row)}.geojson"
+            if path.is_file():  # an earlier call may have left polygons out
+                yield row, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _stem(row: Row) -> str:
+    """`image/3` of `masks/image/3.png`."""
+    return row["mask"].removeprefix("masks/").removesuffix(".png")
+
+
+def _xywh(mask: np.ndarray) -> list[int]:
+    x0, y0, x1, y1 = bounding_box(mask).astype(int).tolist()
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def _picture(found: Prediction, image: np.ndarray, file_name: str, prompt: str) -> np.ndarray:
+    asked = found.asked
+    caption = f"{file_name}: {100 * found.area / found.mask.size:.1f} % of the image, predicted IoU " \
+              f"{found.predicted_iou:.2f}" + (f"\nlook: {'; '.join(found.look)}" if found.look else "")
+    return overlay(image, prediction=found.mask, big=asked.big, small=asked.small if needs_small(prompt) else None,
+                   points=asked.points, labels=asked.labels, caption=caption)
+
+
+def read_table(path: Path) -> dict[tuple[str, str], Row]:
+    """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; "
+                            "move it away or choose another --out")
+        return {(row["image_id"], row["lesion_id"]): dict(row) for row in reader}
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    with atomic_write(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG")

@@ -1,0 +1,484 @@
+"""What `lesionsam predict` and `Predictor` offer beyond boxes: points, no prompt, all masks, shapes, flags."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_sam
+from typer.testing import CliRunner
+
+from lesionsam import inference_outputs
+from lesionsam.cli import app
+from lesionsam.errors import UserError
+from lesionsam.files import read_image, read_mask
+from lesionsam.formats.coco import load_instances
+from lesionsam.formats.rle import decode as decode_rle
+from lesionsam.inference import Predictor, predict_files
+from lesionsam.inference_answers import Asked, answers, reasons
+from lesionsam.inference_auto import AUTO
+from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, plausibility, way
+from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, save_sam
+from lesionsam.prompts import TRAINED_WITH
+from lesionsam.types import Prompts
+
+SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
+EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
+SIZES = {"one": (60, 90), "two": (70, 48)}
+WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+
+
+def picture(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Path:
+    """Weights, two images, boxes and points of their lesions."""
+    save_sam(tiny_sam(sharpness=SHARP), tmp_path / "weights.safetensors", name="compact")
+    (tmp_path / "images").mkdir()
+    for seed, (name, size) in enumerate(SIZES.items()):
+        Image.fromarray(picture(*size, seed)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,10,8,60,50\ntwo,5,5,40,60\n")
+    (tmp_path / "points.csv").write_text("image_id,lesion_id,x,y,label\none,a,30,20,1\none,a,35,25,\none,a,80,50,0\n"
+                                         "one,b,12.5,40,1\ntwo,0,20,30,1\n")
+    return tmp_path
+
+
+def predict(case: Path, *images: str, source: str = "points", **options: object) -> int:
+    chosen = [str(case / name) for name in images] or [str(case / "images")]
+    how: dict = {"boxes": case / "boxes.csv"} if source == "boxes" else {source: True}
+    how = {"points": case / "points.csv"} if source == "points" else how
+    arguments: dict = {"model": case / "weights.safetensors", "out": case / "out", "options": EASY} | how | options
+    return predict_files(chosen, **arguments)
+
+
+def table(case: Path) -> list[dict[str, str]]:
+    with (case / "out" / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def stamps(case: Path) -> dict[str, int]:
+    return {str(path.relative_to(case)): path.stat().st_mtime_ns for path in (case / "out" / "masks").rglob("*.png")}
+
+
+# ------------------------------------------------------------------------------------------------------------ points
+
+def test_points_of_a_lesion_are_one_prompt(case: Path) -> None:
+    assert predict(case) == 0
+    rows = {(row["image_id"], row["lesion_id"]): row for row in table(case)}
+    assert list(rows) == [("one", "a"), ("one", "b"), ("two", "0")]
+    predictor = ImagePredictor(tiny_sam(sharpness=SHARP))
+    predictor.set_image(read_image(case / "images" / "one.png"))
+    for lesion, points, labels in (("a", [[30, 20], [35, 25], [80, 50]], [1, 1, 0]), ("b", [[12.5, 40]], [1])):
+        logits, quality, _ = predictor.predict(np.array(points, float), np.array(labels), multimask_output=False,
+                                               return_logits=True)
+        found = read_mask(case / "out" / rows["one", lesion]["mask"])
+        sure = np.abs(logits[0]) > 1e-3
+        assert np.array_equal(found[sure], logits[0][sure] > 0)
+        assert float(rows["one", lesion]["predicted_iou"]) == pytest.approx(quality[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("one,a,90.5,20,1", r"line 2, x: 90.5 lies outside the image 'one' of 90x60 px"),
+    ("one,a,30,-1,1", r"line 2, y: -1 lies outside"),
+    ("one,a,left,20,1", r"line 2, x: expected a number of pixels, got 'left'"),
+    ("one,a,30,20,2", r"line 2, label: expected 1 \(lesion\) or 0 \(not\), got '2'"),
+    ("one,a,30,20,0", r"line 2, label: lesion 'a' of 'one' has no point of label 1"),
+])
+def test_points_that_cannot_be_meant_are_named(
+    case: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    (case / "points.csv").write_text(f"image_id,lesion_id,x,y,label\n{line}\ntwo,0,20,30,1\n")
+    assert predict(case, overlays=False) == 1
+    faults = capsys.readouterr().err.splitlines()
+    assert len(faults) == 1
+    assert re.search(message, faults[0])
+    assert [row["image_id"] for row in table(case)] == ["two"]  # the rest goes on
+
+
+def test_an_image_without_points_and_points_without_an_image(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (case / "points.csv").write_text("image_id,x,y\none,30,20\nelsewhere,1,1\n")
+    assert predict(case) == 1
+    faults, note = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: .*two.png: no row of .*points.csv has the image_id 'two'; add its points", faults)
+    assert re.fullmatch(r"note: .*points.csv has rows of 1 images that were not given: elsewhere", note)
+
+
+def test_columns_of_another_table_are_named(case: Path) -> None:
+    with pytest.raises(UserError, match="column x is missing"):
+        predict(case, source="points", points=case / "boxes.csv")
+
+
+# ---------------------------------------------------------------------------------------------------------- no prompt
+
+def test_one_lesion_without_a_prompt(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that say that they were trained so answer by the decoder, all others by the best automatic mask."""
+    assert predict(case, source="auto") == 0
+    assert "does not say that it was trained without a prompt" in capsys.readouterr().err
+    by_masks = [read_mask(case / "out" / row["mask"]) for row in table(case)]
+    save_sam(tiny_sam(sharpness=SHARP), case / "weights.safetensors", name="compact",
+             metadata={TRAINED_WITH: "box none"})
+    assert predict(case, source="auto") == 0
+    assert capsys.readouterr().err == ""
+    rows = table(case)
+    assert [(row["image_id"], row["lesion_id"]) for row in rows] == [("one", "0"), ("two", "0")]
+    predictor = ImagePredictor(tiny_sam(sharpness=SHARP))
+    for k, row in enumerate(rows):
+        predictor.set_image(read_image(case / "images" / f"{row['image_id']}.png"))
+        logits, _, _ = predictor.predict(multimask_output=False, return_logits=True)
+        found = read_mask(case / "out" / row["mask"])
+        sure = np.abs(logits[0]) > 1e-3
+        assert np.array_equal(found[sure], logits[0][sure] > 0)
+        assert not np.array_equal(found, by_masks[k])
+
+
+def test_what_the_weights_say_of_themselves() -> None:
+    assert way({TRAINED_WITH: "ring none"}) == DECODER
+    assert way({TRAINED_WITH: "ring box+core"}) == way({}) == MASKS
+
+
+@pytest.mark.parametrize("per_batch", [64, 5])
+def test_the_best_automatic_mask_has_the_greatest_score(per_batch: int) -> None:
+    """Against a plain computation over all candidates of the grid."""
+    sam, image = tiny_sam(sharpness=SHARP), picture(48, 64, 3)
+    frames, sizes = model_frames([image], sam.image_encoder.img_size)
+    size = int(sizes[0, 0]), int(sizes[0, 1])
+    with torch.inference_mode():
+        features = encode(sam, preprocess(frames, sizes))
+        grid = [(x * size[1] / 6, y * size[0] / 6) for y in (1, 3, 5) for x in (1, 3, 5)]
+        best = (-1.0, 0.0, torch.zeros(0))
+        for point in grid:
+            prompts = Prompts(torch.tensor([[point]]), torch.ones(1, 1, dtype=torch.int64))
+            low_res, quality = decode(sam, features, prompts, multimask=True)
+            for logits, q in zip(low_res[0], quality[0].tolist(), strict=True):
+                shown = logits[: round(size[0] / 32 * len(logits)), : round(size[1] / 32 * len(logits))]
+                rows, columns = torch.nonzero(shown > 0, as_tuple=True)
+                if not len(rows):
+                    continue
+                y, x = (float((where + 0.5).float().mean()) / length - 0.5
+                        for where, length in ((rows, len(shown)), (columns, shown.shape[1])))
+                stability = float((shown > 1).sum() / (shown > -1).sum())
+                best = max(best, (q * stability * np.exp(-(x * x + y * y) / 0.18), q, logits), key=lambda b: b[0])
+        options = replace(EASY, points_per_batch=per_batch)
+        (found, quality), = find_lesions(sam, features, [size], by=MASKS, options=options)
+    assert torch.allclose(found, best[2], atol=1e-4)
+    assert quality == pytest.approx(best[1], abs=1e-5)
+
+
+def test_a_mask_in_the_middle_is_more_plausible() -> None:
+    masks = torch.zeros(3, 40, 40, dtype=torch.bool)
+    masks[0, 15:25, 15:25] = True
+    masks[1, :10, 15:25] = True
+    values = plausibility(masks).tolist()
+    assert values == pytest.approx([1.0, np.exp(-(0.375**2) / (2 * 0.3**2)), 0.0])
+
+
+def test_the_pretrained_compact_model_finds_a_generated_lesion() -> None:
+    """By automatic masks alone, more often than not: the foundation has seen no lesion."""
+    from lesionsam.data.synthetic import generate
+
+    predictor, scores = Predictor(WEIGHTS), []
+    for index in range(8):
+        image, mask = generate(0, index, 128)
+        found, = predictor.predict(image, auto=True)
+        scores.append(np.count_nonzero(found.mask & mask) / np.count_nonzero(found.mask | mask))
+    assert np.median(scores) > 0.5
+
+
+# -------------------------------------------------------------------------------------------------------- everything
+
+def test_every_mask_of_an_image_and_resume(case: Path) -> None:
+    assert predict(case, source="everything") == 0
+    rows = table(case)
+    assert {row["image_id"] for row in rows} == {"one", "two"}
+    assert len(rows) > 2
+    predictor = Predictor(case / "weights.safetensors", auto=EASY)
+    expected = {name: predictor.predict(case / "images" / f"{name}.png", everything=True) for name in SIZES}
+    for row in rows:
+        assert row["mask"] == f"masks/{row['image_id']}/{row['lesion_id']}.png"
+        one = expected[row["image_id"]][int(row["lesion_id"])]
+        assert np.array_equal(read_mask(case / "out" / row["mask"]), one.mask)
+        assert int(row["area"]) == one.area
+    first = stamps(case)
+    assert predict(case, source="everything") == 0
+    assert stamps(case) == first
+    gone = next(path for path in first if "/one/" in path)
+    (case / gone).unlink()
+    assert predict(case, source="everything") == 0
+    assert {path for path, stamp in stamps(case).items() if stamp != first[path]} == {p for p in first if "/one/" in p}
+
+
+def test_an_image_without_any_mask_counts_as_done(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strict = replace(EASY, pred_iou_thresh=0.999999)
+    assert predict(case, source="everything", options=strict) == 0
+    assert [(row["lesion_id"], row["mask"], row["look"]) for row in table(case)] == [
+        ("", "", "no mask passes the thresholds")] * 2
+    capsys.readouterr()
+    assert predict(case, source="everything", options=strict) == 0
+    assert "2 kept from before" in capsys.readouterr().out
+
+
+def test_an_image_whose_masks_were_cut_short_is_done_again(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = inference_outputs._write_png, []
+
+    def interrupted(path: Path, pixels: np.ndarray) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference_outputs, "_write_png", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict(case, "images/one.png", source="everything", overlays=False)
+    assert not (case / "out" / "predictions.csv").exists()
+    assert predict(case, "images/one.png", source="everything", overlays=False) == 0
+    assert len(table(case)) > 1
+
+
+# ------------------------------------------------------------------------------------------------------------ shapes
+
+def test_coco_json_holds_the_masks(case: Path) -> None:
+    """Our own reader of COCO gives the PNGs back from the run lengths, and nearly so from the polygons."""
+    assert predict(case) == 0
+    rows = [row for row in table(case) if int(row["area"])]
+    assert rows
+    for name, exact in (("coco.json", True), ("coco_polygons.json", False)):
+        instances = load_instances(case / "out" / name)
+        assert {each["file_name"] for each in instances.images.values()} == {"one.png", "two.png"}
+        assert len(instances.annotations) == len(rows)
+        for row, entry in zip(rows, instances.annotations, strict=True):
+            image = instances.images[entry["image_id"]]
+            mask = read_mask(case / "out" / row["mask"])
+            found = decode_rle(entry["segmentation"], image["height"], image["width"])
+            differing = np.count_nonzero(found != mask)
+            assert differing == 0 if exact else differing <= 0.15 * np.count_nonzero(mask) + 4
+            assert entry["area"] == np.count_nonzero(mask) == int(row["area"])
+            assert entry["attributes"] == {"lesion_id": row["lesion_id"]}
+            x, y, w, h = entry["bbox"]
+            assert mask[y : y + h, x : x + w].sum() == mask.sum()
+            drawn = json.loads((case / "out" / "polygons" / (Path(row["mask"]).stem + ".geojson")).read_text())
+            assert drawn["type"] == "Feature"
+            assert drawn["geometry"]["type"] == "MultiPolygon"
+
+
+def test_without_shapes_neither_polygons_nor_coco_are_written(case: Path) -> None:
+    predict(case, shapes=False, overlays=False)
+    assert sorted(path.name for path in (case / "out").iterdir()) == ["masks", "predictions.csv"]
+
+
+# ---------------------------------------------------------------------------------------------------------- ensemble
+
+def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
+    predict(case, source="boxes", ensemble=1)
+    alone = [int(row["area"]) for row in table(case)]
+    predict(case, source="boxes", ensemble=4)
+    assert [int(row["area"]) for row in table(case)] != alone
+    sam, image = tiny_sam(sharpness=SHARP), picture(60, 90, 0)
+    frames, sizes = model_frames([image], sam.image_encoder.img_size)
+    with torch.inference_mode():
+        features = encode(sam, preprocess(frames, sizes))
+    box = np.array([10.0, 8, 60, 50])
+    how: dict = {"prompt": "box"}
+    single, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], **how)
+    two, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
+    again, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
+    assert np.isnan(single.agreement)
+    assert 0 <= two.agreement <= 1
+    assert torch.equal(two.low_res, again.low_res)  # jitter depends on the lesion alone
+    other = 2 * two.low_res - single.low_res  # the second member, which must be the answer to a box near by
+    assert not torch.allclose(other, single.low_res)
+    assert np.corrcoef(other.flatten(), single.low_res.flatten())[0, 1] > 0.9
+
+
+def test_an_ensemble_needs_boxes(case: Path) -> None:
+    with pytest.raises(UserError, match="--ensemble: expected 1"):
+        predict(case, source="points", ensemble=3)
+
+
+# ------------------------------------------------------------------------------------------------- worth a look: flags
+
+def test_reasons_to_look() -> None:
+    mask = np.zeros((20, 20), bool)
+    fine: dict = {"predicted_iou": 0.95, "stability": 0.95, "agreement": 0.95}
+    assert reasons(mask, Asked(), **fine) == ("empty",)
+    mask[5:15, 5:15] = True
+    box, core = np.array([4.0, 4, 16, 16]), np.array([8.0, 8, 12, 12])
+    assert reasons(mask, Asked(box, core), **fine) == ()
+    assert reasons(mask, Asked(), **fine | {"agreement": float("nan"), "stability": float("nan")}) == ()
+    for name, value in {"predicted_iou": 0.3, "stability": 0.4, "agreement": 0.5}.items():
+        reason, = reasons(mask, Asked(box, core), **fine | {name: value})
+        assert f"{value:.2f} below" in reason
+    assert reasons(mask, Asked(np.array([4.0, 4, 16, 10]), core[:]), **fine)[0] == "50% of the mask outside its box"
+    assert reasons(mask, Asked(box, np.array([2.0, 2, 6, 6])), **fine) == (
+        "only 6% of what must be lesion is in the mask",)
+    points = Asked(points=np.array([[7.0, 7], [1, 1], [18, 18]]), labels=np.array([1, 1, 0]))
+    assert reasons(mask, points, **fine) == ("only 50% of what must be lesion is in the mask",)
+
+
+# ----------------------------------------------------------------------------------------------------------- Predictor
+
+def test_predictor_has_the_verbs_of_the_command(case: Path) -> None:
+    """The same masks in memory as the command writes, by boxes, points and without a prompt."""
+    predictor = Predictor(case / "weights.safetensors", auto=EASY)
+    images = case / "images"
+    for source, given in (("boxes", {"boxes": case / "boxes.csv"}), ("points", {"points": str(case / "points.csv")}),
+                          ("auto", {"auto": True})):
+        predict(case, source=source, overlays=False, shapes=False, out=case / "out")
+        found = predictor.predict(images, **given)
+        rows = table(case)
+        assert [(one.image_id, one.lesion_id) for one in found] == [(r["image_id"], r["lesion_id"]) for r in rows]
+        for one, row in zip(found, rows, strict=True):
+            assert np.count_nonzero(one.mask != read_mask(case / "out" / row["mask"])) <= 2
+            assert f"{one.entropy:.3f}" == f"{float(row['entropy']):.3f}"
+            assert "; ".join(one.look) == row["look"]
+        (case / "out" / "predictions.csv").unlink()
+
+
+def test_predictor_takes_arrays_and_numbers(case: Path) -> None:
+    predictor = Predictor(load_sam(None, case / "weights.safetensors"))
+    image = read_image(case / "images" / "one.png")
+    boxes = [[10, 8, 60, 50], [20, 10, 80, 55]]
+    first, second = predictor.predict(image, boxes=boxes)
+    assert np.array_equal(first.mask, predictor.predict(image, boxes=boxes[0])[0].mask)
+    assert not np.array_equal(first.mask, second.mask)
+    by_csv = predictor.predict(case / "images" / "one.png", boxes=case / "boxes.csv")[0]
+    assert np.array_equal(first.mask, by_csv.mask)
+    point, = predictor.predict(image, points=[[30, 20], [80, 50]], labels=[1, 0])
+    assert point.asked.labels.tolist() == [1, 0]
+    core, = predictor.predict(case / "images" / "one.png", boxes=boxes[0], cores=[20, 20, 40, 40], prompt="centre")
+    assert core.asked.points[0].tolist() == pytest.approx([30, 30])
+
+
+def test_what_predictor_cannot_do_is_said(case: Path) -> None:
+    predictor, image = Predictor(case / "weights.safetensors"), picture(60, 90, 0)
+    for message, given in {
+        "expected one of --boxes, --points, --auto, --everything, got none": {},
+        "got --boxes and --auto": {"boxes": [1, 2, 30, 40], "auto": True},
+        "box": {"boxes": [1, 2, 130, 40]},
+        "has no name to be found by": {"boxes": case / "boxes.csv"},
+        "--prompt: expected one of": {"boxes": [1, 2, 30, 40], "prompt": "tight"},
+        "--prompt ring: is made from boxes": {"points": [[3, 4]], "prompt": "ring"},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            predictor.predict(image, **given)
+    with pytest.raises(UserError, match="are those of one image, got 2 images"):
+        predictor.predict(case / "images", boxes=[1, 2, 30, 40])
+    (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,10,8,60,50\n")
+    with pytest.raises(UserError, match="no row of"):
+        predictor.predict(case / "images", boxes=case / "boxes.csv")
+
+
+def test_a_second_prompt_costs_no_encoder_pass_and_little_time() -> None:
+    """The compact SAM on a CPU, a photograph of usual size: under 100 ms of computing."""
+    predictor = Predictor(WEIGHTS)
+    passes: list[int] = []
+    predictor.sam.image_encoder.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    image = picture(480, 640, 0)
+    predictor.predict(image, boxes=[100, 100, 400, 400])
+    spent = []
+    for k in range(3):
+        begun = time.process_time()
+        predictor.predict(image, boxes=[100 + k, 100, 400, 400])
+        spent.append(time.process_time() - begun)
+    assert len(passes) == 1
+    assert min(spent) < 0.1
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+def test_the_command_asks_for_exactly_one_source(case: Path) -> None:
+    base = ["predict", str(case / "images"), "--model", str(case / "weights.safetensors"), "--out", str(case / "out")]
+    for given in ([], ["--auto", "--points", str(case / "points.csv")]):
+        result = CliRunner().invoke(app, [*base, *given])
+        assert result.exit_code != 0
+        assert isinstance(result.exception, UserError)
+        assert "expected one of --boxes, --points, --auto, --everything" in str(result.exception)
+    assert not (case / "out").exists()
+
+
+def test_a_run_folder_is_a_model_and_params_say_the_thresholds(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lesionsam.config import default_text
+
+    run = case / "run"
+    run.mkdir()
+    (case / "weights.safetensors").rename(run / "best.safetensors")
+    text = default_text().replace("points_per_side: 8 ", "points_per_side: 2 ")
+    text = text.replace("pred_iou_thresh: 0.7 ", "pred_iou_thresh: 0.0 ").replace("score_thresh: 0.7 ",
+                                                                                  "score_thresh: 0.0 ")
+    (case / "params.yaml").write_text(text)
+    monkeypatch.chdir(case)
+    result = CliRunner().invoke(app, ["predict", "images/one.png", "--everything", "--model", "run", "--out", "out"])
+    assert result.exit_code == 0, result.output
+    options = replace(EASY, points_per_side=2)
+    assert len(table(case)) == len(Predictor(run / "best.safetensors", auto=options).predict(
+        "images/one.png", everything=True))
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_an_output_that_cannot_be_written_to_is_one_line(case: Path, place: str) -> None:
+    (case / "taken").write_text("")
+    out = case / "taken" if place == "a file" else case / "taken" / "below"
+    with pytest.raises(UserError, match=r"taken.*: cannot be written to \(.*\); choose another --out"):
+        predict(case, out=out)
+
+
+def test_killed_and_resumed_ends_with_the_same_files(case: Path) -> None:
+    """SIGKILL in the middle, then the same command: everything is there once, nothing half written."""
+    for k in range(60):
+        os.link(case / "images" / "one.png", case / "images" / f"copy{k:02}.png")
+    arguments = ["predict", "images", "--auto", "--out", "out", "--model", "weights.safetensors", "--no-overlays",
+                 "--no-shapes", "--batch-size", "2", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-m", "lesionsam", *arguments], cwd=case,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")})
+    masks = case / "out" / "masks"
+    while process.poll() is None and (not masks.is_dir() or len(list(masks.glob("*.png"))) < 5):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert predict(case, source="auto", overlays=False, shapes=False, options=AUTO) == 0
+    assert len(table(case)) == 62
+    assert sorted(path.name for path in masks.iterdir()) == sorted(Path(row["mask"]).name for row in table(case))
+    whole = read_mask(masks / "one.png")
+    for row in table(case):
+        if row["image_id"] not in ("one", "two"):
+            assert np.array_equal(read_mask(case / "out" / row["mask"]), whole)
+
+
+def resident() -> int:
+    """Memory of this process, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from /proc")
+def test_a_thousand_images_do_not_grow_in_memory(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ["image_id,big_x0,big_y0,big_x1,big_y1"]
+    for k in range(1000):
+        os.link(case / "images" / "one.png", case / "images" / f"copy{k:03}.png")
+        rows.append(f"copy{k:03},10,8,60,50")
+    (case / "boxes.csv").write_text("\n".join(rows))
+    write, sizes = inference_outputs._write_png, []
+
+    def counting(path: Path, pixels: np.ndarray) -> None:
+        write(path, pixels)
+        sizes.append(resident())
+
+    monkeypatch.setattr(inference_outputs, "_write_png", counting)
+    monkeypatch.setattr("lesionsam.files.os.fsync", lambda _: None)  # the disk's patience is not what is tested
+    assert predict(case, "images/copy*.png", source="boxes", overlays=False, shapes=False, batch_size=16) == 0
+    assert len(sizes) == 1000
+    assert sizes[-1] - sizes[200] < 8 * 2**20
