@@ -28,6 +28,7 @@ from lesionsam.annotation.proposals import (
     oddness,
     propose,
 )
+from lesionsam.annotation.review import with_spot_checks
 from lesionsam.files import read_mask
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
@@ -136,6 +137,17 @@ def test_every_sign_of_doubt_counts_and_is_said(changes: dict[str, float], why: 
     assert 0 <= more <= 1
 
 
+def test_the_queue_falls_in_doubt_with_spot_checks_from_everywhere() -> None:
+    doubts = [(f"{k:04d}", k / 400) for k in range(400)]
+    order = with_spot_checks(doubts)
+    assert sorted(order) == doubts
+    checks, rest = order[3:200:4], [pair for k, pair in enumerate(order[:200]) if k % 4 != 3]
+    assert [value for _, value in rest] == sorted((value for _, value in rest), reverse=True)
+    assert min(rest)[1] > 0.55  # the first 200 by doubt alone would say nothing of the calm ones
+    assert np.mean([value < 0.5 for _, value in checks]) > 0.4
+    assert with_spot_checks([]) == []
+
+
 def test_a_size_is_odd_only_once_sizes_are_known() -> None:
     assert oddness(0.9, [np.log(0.1)] * 9) == 0
     assert oddness(0.9, [np.log(0.1)] * 10) == 1
@@ -148,7 +160,7 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
     until(lambda: client.get("/api/queue").json()["left"] == 0)
     images = client.get("/api/queue").json()["images"]
     assert sorted(key for key, _ in images) == sorted(served.key(name) for name in NAMES)
-    assert [value for _, value in images] == sorted((value for _, value in images), reverse=True)
+    assert [value for _, value in images][:3] == sorted((value for _, value in images[:3]), reverse=True)
     assert client.get("/api/changes?clock=0").json()["proposed"] == 4
 
     proposals = {name: client.get(f"/api/images/{served.key(name)}").json()["proposal"] for name in NAMES}

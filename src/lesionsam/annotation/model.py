@@ -74,6 +74,11 @@ class Model:
         self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
         threading.Thread(target=self._work, daemon=True, name="encoding ahead").start()
 
+    @property
+    def label(self) -> str:
+        """Names the proposals of these weights at this threshold."""
+        return f"{self.digest}@{self.threshold:g}"
+
     def prepare(self, entry: Entry) -> None:
         """Encode an image when there is time; forgotten where too many wait."""
         try:

@@ -21,11 +21,11 @@ from lesionsam.annotation.model import Answer, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes import simulate_boxes
 
-GRID = 7  # points a side
+GRID = 5  # points a side
 MARGIN = 0.1  # of the image's sides that the grid leaves out
 LEAST_AREA, MOST_AREA = 0.004, 0.8  # share of the image that a lesion may take
 STABLE = 1.0  # logits by which the threshold is moved for the stability score
-KEPT = 10  # candidates whose colours are looked at
+KEPT = 4  # candidates whose colours are looked at
 SAME = 0.8  # IoU above which two candidates are one
 BAND = 0.08  # width of the surroundings, share of the image's longer side
 LOOSENESS = 0.25  # by which the proposed big box is larger than the mask: a lesion that sticks out costs a correction

@@ -18,10 +18,12 @@ from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
 from lesionsam.annotation.records import OPEN, Box, rounded
 from lesionsam.annotation.store import Store
+from lesionsam.data.index import id_hash
 from lesionsam.errors import UserError
 
 QUIET = 0.4  # seconds without a person's action before proposals are worked on
 FILLED = math.pi / 4 / (1 + LOOSENESS) ** 2  # of a big box's area that its lesion takes: an ellipse in a loose box
+SPOT_CHECK = 4  # every so manieth image of the queue is drawn from all of them
 RETRY = 5.0  # seconds after which an empty list of work is looked at again
 
 
@@ -60,11 +62,11 @@ class Proposals:
     """Everything that one model has proposed, in a file of one JSON line each; lines of other models are left alone.
 
     Args:
-        model: digest of its weights and its threshold name the lines that are read.
+        name: label of the model, which names the lines that are read.
     """
 
-    def __init__(self, path: Path, model: Model) -> None:
-        self.path, self.name = path, f"{model.digest}@{model.threshold:g}"
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
         self.found: dict[str, Found] = {}
         self._lock = threading.Lock()
         for values in _lines(path):
@@ -111,6 +113,19 @@ def usual_areas(store: Store, proposals: Proposals) -> list[float]:
     return areas
 
 
+def with_spot_checks(doubts: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """By falling doubt, but every fourth drawn from all by hash: what nobody ever looks at could not be trusted."""
+    by_doubt = sorted(doubts, key=lambda pair: (-pair[1], pair[0]))
+    by_hash = iter(sorted(doubts, key=lambda pair: id_hash(pair[0])))
+    ordered: dict[str, float] = {}
+    for key, value in by_doubt:
+        ordered[key] = value
+        if len(ordered) % SPOT_CHECK == SPOT_CHECK - 1 and (
+                pick := next((pair for pair in by_hash if pair[0] not in ordered), None)):
+            ordered[pick[0]] = pick[1]
+    return list(ordered.items())
+
+
 def _area(box: Box) -> float:
     return max(1e-6, (box[2] - box[0]) * (box[3] - box[1]))
 
@@ -120,7 +135,7 @@ class Review:
 
     def __init__(self, catalogue: Catalogue, store: Store, pictures: Pictures, model: Model) -> None:
         self.catalogue, self.store, self.pictures, self.model = catalogue, store, pictures, model
-        self.proposals = Proposals(proposals_path(store.path), model)
+        self.proposals = Proposals(proposals_path(store.path), model.label)
         self._failed: set[str] = set()
         self._first: list[Entry] = []
         self._busy_until = 0.0
@@ -160,14 +175,14 @@ class Review:
             rounded(found.lesion.big), rounded(found.lesion.small))
 
     def queue(self) -> list[tuple[str, float]]:
-        """(key, doubt) of the images to do that have a proposal, the most doubtful first."""
+        """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""
         now = (self.count, self.store.clock)
         if self._ordered[0] != now:
             usual = usual_areas(self.store, self.proposals)
             doubts = [(entry.key, doubt(found.lesion, usual)[0]) for found in list(self.proposals.found.values())
                       if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None
                       and self.store.state(found.image_id).status == OPEN]
-            self._ordered = now, sorted(doubts, key=lambda pair: -pair[1])
+            self._ordered = now, with_spot_checks(doubts)
         return self._ordered[1]
 
     def left(self) -> int:

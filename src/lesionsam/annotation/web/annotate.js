@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 67e80bcb02acff333e044e586dc567845f0208672631536595d13dc0d327525a; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 8f62dc2a95de7a2340ea4bb88ff1c701579a150722a7f755c3a3d6fbab2cda9d; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -974,7 +974,10 @@
     refresh() {
       const wanted = (row) => this.filter === "all" ? true : this.filter === "todo" ? isToDo(row) : this.filter === "done" ? !isToDo(row) && row.status !== "faulty" : this.doubts.has(row.key) && row.status === "open";
       this.rows = this.all.filter((row) => wanted(row) && (!this.search || row.id.toLowerCase().includes(this.search)));
-      if (this.filter === "review") this.rows.sort((a, b) => (this.doubts.get(b.key) ?? 0) - (this.doubts.get(a.key) ?? 0));
+      if (this.filter === "review") {
+        const places = new Map([...this.doubts.keys()].map((key, place) => [key, place]));
+        this.rows.sort((a, b) => (places.get(a.key) ?? 0) - (places.get(b.key) ?? 0));
+      }
       this.spacer.style.height = `${this.rows.length * HEIGHT}px`;
       this.empty.hidden = this.rows.length > 0;
       for (const element of this.pool.values()) element.remove();

@@ -68,7 +68,10 @@ export class List {
           : this.filter === "done" ? !isToDo(row) && row.status !== "faulty"
             : this.doubts.has(row.key) && row.status === "open";
     this.rows = this.all.filter((row) => wanted(row) && (!this.search || row.id.toLowerCase().includes(this.search)));
-    if (this.filter === "review") this.rows.sort((a, b) => (this.doubts.get(b.key) ?? 0) - (this.doubts.get(a.key) ?? 0));
+    if (this.filter === "review") {
+      const places = new Map([...this.doubts.keys()].map((key, place) => [key, place])); // the server's order
+      this.rows.sort((a, b) => (places.get(a.key) ?? 0) - (places.get(b.key) ?? 0));
+    }
     this.spacer.style.height = `${this.rows.length * HEIGHT}px`;
     this.empty.hidden = this.rows.length > 0;
     for (const element of this.pool.values()) element.remove();
