@@ -26,7 +26,7 @@ LAYERS = [
     ["training", "inference", "epoch_pictures"],
     ["evaluation", "annotation", "export"],
     ["experiment", "tracking"],
-    ["sweep", "report", "foundation", "smoke", "evidence", "predict", "doctor"],
+    ["sweep", "report", "foundation", "smoke", "evidence", "predict", "doctor", "engine"],
     ["cli"],
 ]
 # Modules that belong to another one's room.
@@ -49,7 +49,7 @@ ONLY_IN = {
     "uvicorn": ("annotation",),
 }
 NEEDS_TRACKING_OR_SWEEP = ("tracking", "sweep", "report", "foundation", "smoke", "evidence", "predict", "doctor",
-                            "cli")
+                            "engine", "cli")
 
 MODULES = sorted(name for name, path in module_files().items() if path.name != "__init__.py")
 SCRIPTS = sorted(

@@ -49,7 +49,7 @@ def test_help_as_a_module_loads_nothing_heavy(root: Path) -> None:
     assert all(name in done.stdout for name in ("preset", "check", "params", "predict", "smoke", "foundation"))
 
 
-@pytest.mark.parametrize("command", [["annotate"],
+@pytest.mark.parametrize("command", [["annotate"], ["engine"],
                                      ["preset"], ["check"], ["params"], ["params", "upgrade"], ["predict"], ["smoke"],
                                      ["foundation"], ["data"], ["data", "convert"], ["data", "check"],
                                      ["data", "show"], ["cache"], ["cache", "clear"], ["promote"], ["export"],

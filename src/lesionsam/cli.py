@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lesionsam import cli_predict, cli_results
+from lesionsam import cli_annotation, cli_predict, cli_results
 from lesionsam.cli_data import data_app
 from lesionsam.errors import run_guarded
 
@@ -101,35 +101,6 @@ def smoke(
     run(model, checkpoint, image_size=image_size, device=device)
 
 
-@app.command()
-def annotate(
-    images: Annotated[list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.",
-                                                show_default=False)],
-    boxes: Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")] = None,
-    model: Annotated[str | None, typer.Option(
-        help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS: its masks follow the "
-             "boxes.")] = None,
-    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
-    port: Annotated[int | None, typer.Option(help="Unset: 8350, or a free one.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own get a token.")]
-    = "127.0.0.1",
-    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
-    who: Annotated[str, typer.Option(help="Your name, recorded with every change; unset: the login name.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-) -> None:
-    """Draw two boxes per lesion on a page in the browser; everything is saved at once and stays on this machine."""
-    from lesionsam.annotation.serve import annotate as run
-
-    weights, where = None, "cpu"
-    if model is not None:
-        from lesionsam.experiment import torch_device
-        from lesionsam.registry import resolve_model
-
-        weights, where = resolve_model(model), str(torch_device(device))
-    run(images, boxes=boxes, model=weights, threshold=threshold, port=port, host=host, browser=browser, who=who,
-        device=where)
-
-
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def foundation(context: typer.Context) -> None:
     """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
@@ -172,6 +143,7 @@ def _warn_of_files(config: Config, params: Path) -> None:
         print(f"note: {issue}", file=sys.stderr)
 
 
+cli_annotation.add_commands(app)
 cli_predict.add_commands(app)
 cli_results.add_commands(app)
 

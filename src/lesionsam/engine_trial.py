@@ -1,0 +1,178 @@
+"""The data engine on pairs with known masks: a simulated annotator reviews, and the curve is drawn.
+
+The annotator draws as `boxes.simulate_boxes`, and takes a proposal as it is where the whole lesion lies in the big box,
+that is not far too large, and the core lies on the lesion; corrects it where most of it is right; else rejects it and
+draws. What each costs is stated in seconds: two boxes at the 7 s that people were measured to take for a box by four
+clicks (Papadopoulos et al. 2017, arXiv:1708.02750), five times less than the older way, so drawing is not made dear; a
+look, and one box more, for a correction. The seconds of a look are an assumption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from lesionsam.annotation.catalogue import Entry
+from lesionsam.annotation.pictures import Pictures
+from lesionsam.annotation.proposals import doubt
+from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
+from lesionsam.annotation.review import Proposals, proposals_path, usual_areas, with_spot_checks
+from lesionsam.annotation.store import Change, Store
+from lesionsam.boxes import simulate_boxes
+from lesionsam.config import Config, with_values
+from lesionsam.data.index import id_hash
+from lesionsam.engine import CORE, DEV_SHARE, JITTER, MARGIN, Place, run_round
+from lesionsam.engine_rounds import Round, count_sources, read_rounds
+from lesionsam.files import read_mask
+
+WHO = "simulated"
+BOX_SECONDS, LOOK_SECONDS = 7.0, 2.0
+DRAW, LOOK, CORRECT = 2 * BOX_SECONDS, LOOK_SECONDS, LOOK_SECONDS + BOX_SECONDS
+INSIDE, ON_LESION = 0.99, 0.98  # shares of lesion in the big box and of core on the lesion that are taken
+TOO_LARGE = 1.5  # side of a big box over the lesion's that is no longer taken
+OF_PEOPLE = (DRAWN, CORRECTED, ACCEPTED)
+NEAR = 0.5  # IoU of big boxes from which on a proposal is corrected rather than drawn anew
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """A person that is a mask: what they would draw, and what they think of a proposal.
+
+    Attributes:
+        masks: image id -> mask file.
+    """
+
+    masks: dict[str, Path]
+
+    def boxes(self, image_id: str, size: tuple[int, int]) -> tuple[Box, Box] | None:
+        """What they draw; None where there is nothing to draw."""
+        rng = np.random.default_rng(int(id_hash(image_id)[:16], 16))
+        found = simulate_boxes(read_mask(self.masks[image_id], size), rng, margin=MARGIN, core=CORE, jitter=JITTER,
+                               min_area=16)
+        return None if found is None else (rounded(found[0].tolist()), rounded(found[1].tolist()))
+
+    def takes(self, image_id: str, size: tuple[int, int], big: Box, small: Box) -> bool:
+        """Whether they accept a proposal unchanged."""
+        mask = read_mask(self.masks[image_id], size)
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        extent = (columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+        within = _cut(mask, big).sum() / mask.sum()
+        core = _cut(mask, small)
+        sides = (big[2] - big[0]) / extent[0], (big[3] - big[1]) / extent[1]
+        return bool(within >= INSIDE and max(sides) <= TOO_LARGE and core.size and core.mean() >= ON_LESION)
+
+
+def _cut(mask: np.ndarray, box: Box) -> np.ndarray:
+    x0, y0, x1, y1 = (round(value) for value in box)
+    return mask[y0:y1, x0:x1]
+
+
+def overlap(first: Box, second: Box) -> float:
+    """IoU of two boxes."""
+    low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
+    common = float(np.prod(np.maximum(high - low, 0)))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return common / (sum(areas) - common)
+
+
+def draw_some(place: Place, annotator: Annotator, count: int) -> None:
+    """Draw the first images by hash, without any proposal."""
+    store, pictures = Store(place.table_path, place.catalogue), Pictures()
+    entries = sorted(place.catalogue.by_id.values(), key=lambda entry: id_hash(entry.image_id))
+    for entry in [entry for entry in entries if store.state(entry.image_id).status == OPEN][:max(0, count)]:
+        _draw(store, annotator, entry, pictures.size(entry), 0.0)
+
+
+def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> None:
+    """Decide on the first images of the review queue."""
+    store, pictures = Store(place.table_path, place.catalogue), Pictures()
+    proposals = Proposals(proposals_path(place.table_path), last.model)
+    usual = usual_areas(store, proposals)
+    doubts = [(image_id, doubt(found.lesion, usual)[0]) for image_id, found in proposals.found.items()
+              if found.lesion is not None and store.state(image_id).status == OPEN]
+    for image_id, _ in with_spot_checks(doubts)[:max(0, count)]:
+        entry, lesion = place.catalogue.by_id[image_id], proposals.found[image_id].lesion
+        size = pictures.size(entry)
+        wanted = annotator.boxes(image_id, size)
+        if lesion is None or wanted is None:
+            continue
+        proposed = Lesion("0", lesion.big, lesion.small, proposed=(lesion.big, lesion.small),
+                          model=last.model.partition("@")[0])
+        if annotator.takes(image_id, size, lesion.big, lesion.small):
+            _save(store, entry, size, proposed, LOOK)
+        elif overlap(lesion.big, wanted[0]) >= NEAR:
+            _save(store, entry, size, proposed, LOOK)
+            _save(store, entry, size, replace(proposed, big=wanted[0], small=wanted[1]), CORRECT - LOOK)
+        else:
+            _draw(store, annotator, entry, size, LOOK)
+
+
+def _draw(store: Store, annotator: Annotator, entry: Entry, size: tuple[int, int], before: float) -> None:
+    boxes = annotator.boxes(entry.image_id, size)
+    if boxes is None:
+        base = store.state(entry.image_id).revision
+        store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", mark="no_lesion",
+                                          seconds={"": before + LOOK}), size)
+        return
+    _save(store, entry, size, Lesion("0", *boxes), before + DRAW)
+
+
+def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, seconds: float) -> None:
+    base = store.state(entry.image_id).revision
+    store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", lesions=(lesion,),
+                                      seconds={"0": seconds}), size)
+
+
+def trial(place: Place, annotator: Annotator, config: Config, *, first: int, each: int, rounds: int, auto_from: int,
+          share: float, steps: int, say: Callable[[str], None] = print) -> list[Round]:
+    """Draw `first` images, then alternate rounds and reviews of `each` images; resumes where it broke off.
+
+    Args:
+        auto_from: number of the first round that accepts automatically. steps: of every training, about.
+    """
+    done = read_rounds(place.out)
+    for number in range(len(done) + 1, rounds + 1):
+        if number == 1:
+            draw_some(place, annotator, first - sum(_num_labelled(place).values()))
+        else:
+            before, now = done[-1].sources, _num_labelled(place)
+            review_some(place, annotator, done[-1], each - sum(now[name] - before[name] for name in OF_PEOPLE))
+        done = [*done, run_round(place, for_steps(config, place, steps), auto=number >= auto_from, share=share,
+                                 proposing=number < rounds, say=say)]
+        say(f"round {number}: {done[-1]}")
+    return done
+
+
+def drawn_only(place: Place, annotator: Annotator, config: Config, budgets: Sequence[float], *, steps: int,
+               say: Callable[[str], None] = print) -> list[Round]:
+    """Seconds spent on drawing alone: a round per budget, no proposal ever looked at."""
+    done = read_rounds(place.out)
+    for seconds in list(budgets)[len(done):]:
+        draw_some(place, annotator, round(seconds / DRAW) - sum(_num_labelled(place).values()))
+        done = [*done, run_round(place, for_steps(config, place, steps), proposing=False, say=say)]
+        say(f"drawn for {seconds:.0f} s: {done[-1]}")
+    return done
+
+
+def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
+    """Of the lesions that were accepted automatically: how many the annotator would have taken, and how many there
+    are."""
+    store, pictures = Store(place.table_path, place.catalogue), Pictures()
+    taken = [annotator.takes(state.image_id, pictures.size(place.catalogue.by_id[state.image_id]), *lesion.boxes)
+             for state in store.all_states() for lesion in state.lesions if lesion.source == AUTOMATIC]
+    return sum(taken), len(taken)
+
+
+def for_steps(config: Config, place: Place, steps: int) -> Config:
+    """As many epochs as make about so many steps, so that rounds differ in what they see and not in how long."""
+    count = sum(_num_labelled(place).values())
+    batches = -(-round(count * (1 - DEV_SHARE)) // config.train.batch_size)
+    return with_values(config, {"train.epochs": max(1, round(steps / max(1, batches)))})
+
+
+def _num_labelled(place: Place) -> dict[str, int]:
+    """Images with boxes, by where they come from."""
+    return count_sources(Store(place.table_path, place.catalogue).all_states())
