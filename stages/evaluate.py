@@ -162,7 +162,7 @@ def track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> No
     tracker.log({f"test/{name}": value for name, value in numbers.items()}, 0)
     for path in pictures:
         tracker.log_artifact(path, "evaluation/overlays")
-    for name in ("table.md", "table.csv", "summary.json"):
+    for name in ("table.md", "summary.json", *(f"{name}.csv" for name in results.TABLES)):
         tracker.log_artifact(OUTPUT / name, "evaluation")
     tracker.close()
 

@@ -20,11 +20,13 @@ from lesionsam.experiment import (
     open_data,
     pretrained_weights,
     run_key,
+    torch_device,
     train,
     trained_prompts,
 )
+from lesionsam.experiment_memory import cost
 from lesionsam.experiment_parts import strategy_of
-from lesionsam.files import atomic_write, sha256_file
+from lesionsam.files import atomic_write, sha256_file, write_json_atomic
 from lesionsam.guard import end_with_parent, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.adapted import save_tuned
@@ -160,6 +162,7 @@ def write_outputs(out: Path, folder: Path, config: Config, trained: Trained, wei
     if (strategy := strategy_of(config)).encoder != "blocks":
         save_tuned(trained.sam, out / "tuned.safetensors", name=config.model.name, strategy=strategy, base=weights)
     save_head(trained.method, out / "head.safetensors")
+    write_json_atomic(out / "cost.json", cost(trained.progress, torch_device(config.runtime.device)))
     shutil.copy2("params.yaml", out / "params.yaml")
     shutil.copy2(folder / "history.csv", out / "history.csv")
     if (folder / "overlays").exists():

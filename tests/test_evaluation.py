@@ -19,7 +19,7 @@ from lesionsam.data.datasets import open_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
 from lesionsam.evaluation_cases import box_slices, build_case, jitter_boxes, measure
-from lesionsam.evaluation_pictures import pick_cases, write_pictures
+from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
 from lesionsam.files import read_image, read_mask
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam, resize_longest
@@ -387,5 +387,23 @@ def test_pictures_show_best_median_and_worst_each_once(sam, samples, evaluation,
         num_points=10,
         device="cpu",
     )
-    assert [path.name.split("_")[0] for path in written] == ["best", "median", "worst", "sheet.png"]
+    doubtful = disputed(evaluation.rows, 1)
+    groups = ["best", "median", "worst", *["disputed"] * len(doubtful), "sheet.png"]
+    assert [path.name.split("_")[0] for path in written] == groups
     assert all(min(read_image(path).shape[:2]) > 30 for path in written)
+
+
+def test_disputed_are_lesions_on_which_all_answers_agree_and_none_the_mask():
+    columns = ["prompt", "image_id", "lesion_id", "consistency", "iou"]
+    rows = pd.DataFrame([
+        ("box", "wide", "0", 0.95, 0.40), ("ring", "wide", "0", 0.95, 0.50), ("tight", "wide", "0", 0.95, 0.90),
+        ("box", "near", "0", 0.90, 0.85), ("ring", "near", "0", 0.90, 0.30),  # one prompt reaches the mask
+        ("box", "narrow", "1", 0.90, 0.70), ("ring", "narrow", "1", 0.90, 0.60),
+        ("box", "unsure", "0", 0.60, 0.10), ("ring", "unsure", "0", 0.60, 0.20),
+        ("box", "no mask", "0", 0.95, np.nan),
+    ], columns=columns)
+    found = disputed(rows, 5)
+    assert found["image_id"].tolist() == ["wide", "narrow"]
+    assert found[["consistency", "iou"]].to_numpy().tolist() == [[0.95, 0.50], [0.90, 0.70]]
+    assert len(disputed(rows, 1)) == 1
+    assert disputed(rows.assign(iou=np.nan), 5).empty

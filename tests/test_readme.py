@@ -11,7 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "own/README.md"]
+CHINESE = "README.zh-CN.md"
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "own/README.md", CHINESE]
 
 
 def code_of(document: str) -> str:
@@ -24,6 +25,23 @@ def code_of(document: str) -> str:
 def targets() -> set[str]:
     """Targets of the Makefile."""
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def commands_of(document: str) -> list[str]:
+    """What a document tells to run, in its order: lines of blocks, and inline code that begins with a program."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    code = re.findall(r"^```[^\n]*\n(.*?)^```|(?<!`)`([^`\n]+)`(?!`)", text, re.S | re.M)
+    lines = [line.split("#")[0].strip() for fenced, inline in code for line in (fenced or inline).splitlines()]
+    return [line for line in lines if re.match(r"(make|lesionsam|dvc|mlflow|python|docker|source)\b(?!\.)", line)]
+
+
+def test_the_chinese_readme_has_the_english_one_s_commands() -> None:
+    """The same ones, in the same order; a change of one README names what the other lacks."""
+    english, chinese = commands_of("README.md"), commands_of(CHINESE)
+    assert len(english) > 25
+    missing, too_many = [c for c in english if c not in chinese], [c for c in chinese if c not in english]
+    assert (missing, too_many) == ([], [])
+    assert list(dict.fromkeys(chinese)) == list(dict.fromkeys(english))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -15,6 +15,7 @@ from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.models.sam import load_sam, save_sam
 from lesionsam.registry import promote, resolve_model
+from lesionsam.report_runs import open_runs
 from lesionsam.tracking import Tracker
 from lesionsam.tracking_mlflow import Shipper
 from lesionsam.tracking_spool import Spool, spool_root
@@ -191,3 +192,17 @@ def test_the_command_says_what_it_did(project: Path) -> None:
     assert "models:/lesionsam@said is version" in done.output
     assert "mean IoU of ring, centre and box 0.800" in done.output
     assert "it was version" in done.output
+
+
+def test_an_evaluation_comes_out_of_mlflow(project: Path, tmp_path: Path) -> None:
+    """For `lesionsam compare`; these runs logged no per_image.csv, as old ones did not."""
+    one, three = (json.loads((project / name / "run.json").read_text())["local_id"] for name in ("one", "three"))
+    registry.fetch_evaluation(one, tmp_path / "got")
+    assert (tmp_path / "got" / "evaluation" / "table.md").read_text() == TABLE
+    with pytest.raises(UserError, match="has no evaluation; run `dvc repro evaluate`"):
+        registry.fetch_evaluation(three, tmp_path / "none")
+    with pytest.raises(UserError, match=f"run {NO_RUN}: not known"):
+        registry.fetch_evaluation(NO_RUN, tmp_path / "none")
+    with pytest.raises(UserError, match=r"its evaluation is not whole, without per_image.csv, table.csv"), open_runs(
+            [one, three], project):
+        pass

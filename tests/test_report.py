@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,15 +17,20 @@ from lesionsam import report
 from lesionsam.errors import UserError
 from lesionsam.evaluation import JITTER_COLUMNS, PRIOR_OFFSET, Evaluation
 from lesionsam.evaluation_results import write_results
+from lesionsam.files import write_json_atomic
 from lesionsam.overlays import write_png
 
 PROMPTS = ("ring", "centre", "box")
 NUM_IMAGES = 9
 
 
-def made_up(masks: bool) -> Evaluation:
-    """An evaluation of three models by draws, with names that would break a page that does not escape them."""
-    rng = np.random.default_rng(0)
+def made_up(masks: bool, num_images: int = NUM_IMAGES, gain: float = 0.0, seed: int = 0) -> Evaluation:
+    """An evaluation of three models by draws, with names that would break a page that does not escape them.
+
+    Args:
+        gain: added to every IoU of the adapted model.
+    """
+    rng = np.random.default_rng(seed)
     rows, curve, bins = [], [], []
     for model, level, prompts in (
         ("zero-shot", 0.5, PROMPTS),
@@ -31,8 +38,9 @@ def made_up(masks: bool) -> Evaluation:
         (PRIOR_OFFSET, 0.8, ("box+core",)),
     ):
         for prompt in prompts:
-            for k in range(NUM_IMAGES):
+            for k in range(num_images):
                 value = float(np.clip(rng.normal(level, 0.05), 0, 1)) if masks else np.nan
+                value += gain if model == "adapted" else 0.0
                 rows.append(
                     {
                         "model": model,
@@ -42,7 +50,7 @@ def made_up(masks: bool) -> Evaluation:
                         "lesion_id": "0",
                         "width": 10,
                         "height": 8,
-                        "lesion_share": k / 20 if masks else np.nan,
+                        "lesion_share": k / (2 * num_images + 2) if masks else np.nan,
                         "iou": value,
                         "dice": value,
                         "boundary_f1": value,
@@ -53,7 +61,7 @@ def made_up(masks: bool) -> Evaluation:
                         "entropy": 0.1,
                         "core_coverage": 0.9,
                         "leakage": 0.05,
-                        "consistency": 0.8,
+                        "consistency": 0.85,
                     }
                 )
                 if prompt == "box" and masks:
@@ -91,17 +99,20 @@ def made_up(masks: bool) -> Evaluation:
     )
 
 
-def lay_out(folder: Path, root: Path, masks: bool = True) -> tuple[Path, Path]:
-    results, training = folder / "results", folder / "adapted"
-    write_results(results, made_up(masks), num_bootstrap=100, confidence=0.95, settings={})
+def lay_out(folder: Path, root: Path, masks: bool = True, **how: Any) -> tuple[Path, Path]:
+    results, training = folder / "results", folder / "models" / "adapted"
+    write_results(results, made_up(masks, **how), num_bootstrap=100, confidence=0.95, settings={})
     rng = np.random.default_rng(0)
     for name in ("best_1_a", "best_10_b", "best_2_c", "worst_1_d"):
         write_png(results / "overlays" / f"{name}.png", rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
-    training.mkdir()
+    training.mkdir(parents=True)
     shutil.copy(root / "params.yaml", training)
-    pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [3.0, 2.0, 1.5], "dev_objective": [0.5, 0.6, 0.7]}).to_csv(
-        training / "history.csv"
-    )
+    write_png(results / "overlays" / "disputed_1_e.png", rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
+    curves = {"loss": [3.0, 2.0, 1.5], "objective": [0.5, 0.6, 0.7], "trusted": [0.2, 0.5, 0.9],
+              "trusted_small": [0.1, 0.2, 0.3]}
+    pd.DataFrame({"epoch": [1, 2, 3], **curves}).to_csv(training / "history.csv")
+    write_json_atomic(training / "cost.json", {"seconds": 90.0, "steps": 60, "peak_memory_gb": 0.5, "threads": 2,
+                                               "memory_of": "process", "device": "a <CPU>", "torch": "2"})
     return results, training
 
 
@@ -169,6 +180,47 @@ def test_sections_name_their_files_and_the_settings(text):
         "two boxes per lesion",
     ):
         assert name in text, name
+
+
+def test_disputed_lesions_are_those_on_which_the_answers_agree_and_the_mask_does_not(text, laid_out):
+    """The answers agree by .85 everywhere; disputed are lesions whose best IoU, of three prompts, is below .75."""
+    rows = pd.read_csv(laid_out[0] / "per_image.csv")
+    best = rows[rows["model"] == "adapted"].groupby("image_id")["iou"].max()
+    wanted = best[best < 0.75].sort_values()
+    assert 0 < len(wanted) < NUM_IMAGES
+    words = Page(text).words
+    start = words.index("Worth a second look at the label")
+    found = [word for word in words[start:] if word.startswith("<b>")]
+    assert found == list(wanted.index)
+    assert 'aria-label="disputed-1-e, enlarge"' in text
+
+
+def test_gate_time_and_memory(text):
+    words = Page(text).words
+    assert "What the gate let through" in words
+    assert {"1.5 min", "1.50 s", "0.50 GB", "a <CPU>, 2 CPU thread(s), torch 2"} <= set(words)
+
+
+def test_a_thousand_images_are_quick_and_small(tmp_path, root):
+    """With as many pictures as the page takes, of noise, which compresses worst. Seconds of the processor."""
+    results, training = lay_out(tmp_path, root, num_images=1000)
+    noise = np.random.default_rng(0).integers(0, 255, (420, 420, 3), dtype=np.uint8)
+    write_png(tmp_path / "noise.png", noise)
+    for group in ("best", "median", "worst", "disputed"):
+        for k in range(1, report.MAX_PICTURES + 2):
+            shutil.copy(tmp_path / "noise.png", results / "overlays" / f"{group}_{k}_x.png")
+    begun = time.process_time()
+    size = report.build_report(results, training, tmp_path / "index.html")
+    assert time.process_time() - begun < 30
+    assert size < 15e6
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count('aria-label="worst') == report.MAX_PICTURES
+
+
+def test_a_page_that_cannot_be_written_is_one_clear_line(laid_out, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"index.html: cannot be written \(.*\); name another place"):
+        report.build_report(laid_out[0], laid_out[1], tmp_path / "file" / "index.html")
 
 
 def test_cases_come_in_order_of_rank(text):

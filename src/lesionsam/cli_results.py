@@ -17,7 +17,7 @@ FORMATS = ("pth", "safetensors", "hf", "onnx", "mlflow")
 
 def add_commands(app: typer.Typer) -> None:
     """Make this module's commands part of `lesionsam`."""
-    for command in (export, promote, doctor):
+    for command in (export, promote, compare, doctor):
         app.command()(command)
 
 
@@ -83,6 +83,20 @@ def promote(
     if done.previous not in (None, done.version):
         score = "" if done.previous_objective is None else f", {done.previous_objective:.3f}"
         print(f"it was version {done.previous}{score}; models:/{NAME}/{done.previous} still means that one")
+
+
+def compare(
+    runs: Annotated[list[str], typer.Argument(
+        help="Folders with results/, commits, experiments of `dvc exp`, or MLflow run ids; two or more, the first is "
+             "what the others are tested against.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
+) -> None:
+    """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""
+    from lesionsam.lineage import repository_root
+    from lesionsam.report_compare import compare as run_compare
+
+    size = run_compare(runs, out, repository_root(Path.cwd()))
+    print(f"{out} ({size / 1e6:.1f} MB)")
 
 
 def doctor() -> None:

@@ -1,4 +1,4 @@
-"""Best, median and worst cases as pictures: expert's outline, prediction and both boxes."""
+"""Best, median, worst and disputed cases as pictures: expert's outline, prediction and both boxes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lesionsam.evaluation_cases import LoadImage, LoadMask, predict_cases, upscaled
+from lesionsam.evaluation_cases import LEAKING, LoadImage, LoadMask, predict_cases, upscaled
 from lesionsam.models.sam import Sam
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.types import Sample
 
 GROUPS = ("best", "median", "worst")
+DISPUTED = "disputed"
+AGREEMENT, APART = 0.85, 0.1  # IoU among a model's answers from which they agree, and by how much more than with a mask
 MAX_SIDE = 420  # longer side of a picture, pixels
 
 
@@ -56,6 +58,22 @@ def pick_cases(rows: pd.DataFrame, count: int) -> list[Pick]:
     return picks
 
 
+def disputed(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Lesions whose mask deserves a second look: the model gives one answer to all prompts, the mask is another.
+
+    Args:
+        rows: of one model, all prompt sources. count: at most so many.
+    Returns:
+        image_id, lesion_id, consistency (agreement between prompts), iou (the best of any prompt that does not leak the
+        mask); the widest gap first. Empty without masks, or where one prompt source alone was evaluated.
+    """
+    rows = rows[rows["prompt"] != LEAKING].dropna(subset=["iou", "consistency"])
+    lesions = rows.groupby(["image_id", "lesion_id"], sort=True)[["consistency", "iou"]].max().reset_index()
+    gap = lesions["consistency"] - lesions["iou"]
+    chosen = lesions[(lesions["consistency"] >= AGREEMENT) & (gap >= APART)]
+    return chosen.loc[gap[chosen.index].sort_values(ascending=False, kind="stable").index].head(count)
+
+
 def write_pictures(
     folder: Path,
     sam: Sam,
@@ -77,10 +95,13 @@ def write_pictures(
     Args:
         rows: of the whole evaluation; captions also name what the other models reach on the same lesion.
     Returns:
-        Files written: GROUP_RANK_IMAGE.png for each pick, and sheet.png; none where nothing was picked.
+        Files written: GROUP_RANK_IMAGE.png for each pick, disputed ones among them, and sheet.png with the others; none
+        where nothing was picked.
     """
-    picks = pick_cases(rows[(rows["model"] == model) & (rows["prompt"] == prompt)], count) if count else []
-    wanted = {(pick.image_id, pick.lesion_id): pick for pick in picks}
+    own = rows[rows["model"] == model]
+    shown_on_sheet = pick_cases(own[own["prompt"] == prompt], count) if count else []
+    doubts = disputed(own, count)[["image_id", "lesion_id"]].itertuples(index=False, name=None)
+    picks = [*shown_on_sheet, *(Pick(DISPUTED, rank, *key) for rank, key in enumerate(doubts, 1))]
     images = {pick.image_id for pick in picks}
     shown = [s for s in samples if s.image_id in images]  # whole images: siblings belong to the truth's rule
     drawn: dict[Pick, np.ndarray] = {}
@@ -97,27 +118,28 @@ def write_pictures(
         title="pictures",
     ):
         sample = case.sample
-        pick = wanted.get((sample.image_id, sample.lesion_id))
-        if pick is None or (prompt, 0.0) not in answers:
+        of_lesion = [pick for pick in picks if (pick.image_id, pick.lesion_id) == (sample.image_id, sample.lesion_id)]
+        if not of_lesion or (prompt, 0.0) not in answers:
             continue
         prediction = upscaled(answers[(prompt, 0.0)][0], case, int(sam.image_encoder.img_size)) > 0
-        drawn[pick] = overlay(
-            load_image(sample),
-            truth=case.truth,
-            prediction=prediction,
-            big=sample.big_box,
-            small=sample.small_box,
-            caption=caption(rows, pick, prompt),
-            max_side=MAX_SIDE,
-        )
+        for pick in of_lesion:
+            drawn[pick] = overlay(
+                load_image(sample),
+                truth=case.truth,
+                prediction=prediction,
+                big=sample.big_box,
+                small=sample.small_box,
+                caption=caption(rows, pick, prompt),
+                max_side=MAX_SIDE,
+            )
     written = []
     for pick in picks:
         write_png(folder / pick.file_name, drawn[pick])
         written.append(folder / pick.file_name)
-    if drawn:
+    if shown_on_sheet:
         page = sheet(
-            [drawn[pick] for pick in picks],
-            count if len(picks) == count * len(GROUPS) else 4,
+            [drawn[pick] for pick in shown_on_sheet],
+            count if len(shown_on_sheet) == count * len(GROUPS) else 4,
             f"{', '.join(GROUPS)} cases of the {model} model, prompt: {prompt}",
         )
         write_png(folder / "sheet.png", page)
@@ -126,11 +148,11 @@ def write_pictures(
 
 
 def caption(rows: pd.DataFrame, pick: Pick, prompt: str) -> str:
-    """Group, image and what each model reaches on this lesion with this prompt."""
+    """Group, image and what each model reaches on this lesion with this prompt, the last one of the tables first."""
     same = rows[
         (rows["image_id"] == pick.image_id) & (rows["lesion_id"] == pick.lesion_id) & (rows["prompt"] == prompt)
     ]
-    figures = [f"{row['model']} {row['iou']:.2f}" for _, row in same.iterrows() if pd.notna(row["iou"])]
+    figures = [f"{row['model']} {row['iou']:.2f}" for _, row in same[::-1].iterrows() if pd.notna(row["iou"])]
     lesion = "" if pick.lesion_id == "0" else f" lesion {pick.lesion_id}"
     second = (
         ("IoU: " + ", ".join(figures)) if figures else f"agreement between prompts {same['consistency'].iloc[-1]:.2f}"

@@ -22,6 +22,7 @@ from lesionsam.types import Sample
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
 BASELINES = (ELLIPSE, PRIOR, PRIOR_OFFSET)
+TABLES = ("table", "per_image", "strata", "jitter", "calibration")  # each a CSV of the results
 LABEL_FREE_TITLES = {
     "consistency": "agreement between prompts",
     "core_coverage": "core covered",
@@ -179,14 +180,18 @@ def prompts_in(table: pd.DataFrame) -> list[str]:
     return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 
 
-def sections(table: pd.DataFrame) -> list[tuple[str, list[list[str]]]]:
-    """(title, cells) of the tables shown to people; the first row of cells is the header."""
+def sections(table: pd.DataFrame, reference: str = ZERO_SHOT) -> list[tuple[str, list[list[str]]]]:
+    """(title, cells) of the tables shown to people; the first row of cells is the header.
+
+    Args:
+        reference: the model that the table's differences are to.
+    """
     prompts = prompts_in(table)
     header = ["", *prompts]
     if "miou" in table:
         wanted = [
             ("Mean IoU over images, with interval", "miou"),
-            ("Paired difference of IoU to zero-shot, with interval and Wilcoxon p", "difference"),
+            (f"Paired difference of IoU to {reference}, with interval and Wilcoxon p", "difference"),
             (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate"),
         ]
     else:
@@ -232,14 +237,14 @@ def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def print_tables(table: pd.DataFrame) -> None:
+def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
     """The same on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 140)
-    for title, cells in sections(table)[:2] if "miou" in table else sections(table):
+    for title, cells in sections(table, reference)[:2] if "miou" in table else sections(table):
         shown = Table(*cells[0], title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for row in cells[1:]:
             shown.add_row(*(cell.replace(" [", "\n[").replace("] p", "]\np").replace("[", "\\[") for cell in row))

@@ -1,7 +1,9 @@
-"""Whether a run's steps fit into the memory that is there, before the first of them."""
+"""What a run takes of time and memory: whether its steps fit, before the first of them, and what it took in the end."""
 
 from __future__ import annotations
 
+import platform
+import resource
 from collections.abc import Callable
 from functools import partial
 
@@ -10,10 +12,11 @@ import torch
 
 from lesionsam.config import Config
 from lesionsam.methods.base import Method
+from lesionsam.models.frozen import processor
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam
 from lesionsam.training_memory import smallest_part
-from lesionsam.training_state import teacher_of
+from lesionsam.training_state import Progress, teacher_of
 
 GB = 1e9
 
@@ -59,3 +62,28 @@ def memory_of(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
     return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Gigabytes, at most so far: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GB
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
+
+
+def cost(progress: Progress, device: torch.device) -> dict[str, float | int | str]:
+    """What a training took: seconds and optimiser steps with all resumes, peak memory (GB) of the last process, device.
+
+    Seconds are those of the steps, loading of batches included; evaluations and the decoding before are not in them.
+    """
+    is_gpu = device.type == "cuda"
+    return {
+        "seconds": round(progress.seconds, 1),
+        "steps": progress.step,
+        "peak_memory_gb": round(peak_memory(device), 3),
+        "memory_of": "GPU" if is_gpu else "process",
+        "device": torch.cuda.get_device_name(device) if is_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

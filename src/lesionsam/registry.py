@@ -134,6 +134,25 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
         return _register(client, model, found, _description(client, found), tags, alias)
 
 
+def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> None:
+    """Copy a run's evaluation and its params.yaml to folder/evaluation and folder/config.
+
+    Args:
+        name: MLflow run id, or the run's local id. folder: made where it is missing. root: as in `resolve_model`.
+    Raises:
+        UserError: no such run, or it was never evaluated.
+    """
+    with _answers(root) as (client, uri):
+        found = _find_run(client, uri, name)
+        there = {item.path for item in client.list_artifacts(found.info.run_id)}
+        if "evaluation" not in there:
+            raise UserError(f"run {name}: has no evaluation; run `dvc repro evaluate` (with tracking.enabled) first")
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in ("evaluation", "config"):
+            if part in there:
+                client.download_artifacts(found.info.run_id, part, str(folder))
+
+
 def tracking_uri(root: Path) -> str:
     """Where the runs below a root are tracked: `tracking.uri` of its params.yaml, or the database beside it."""
     params = root / "params.yaml"

@@ -17,7 +17,7 @@ from lesionsam import report_charts as charts
 from lesionsam import statistics
 from lesionsam.config import read_yaml, trained_parts
 from lesionsam.errors import UserError
-from lesionsam.evaluation_pictures import GROUPS
+from lesionsam.evaluation_pictures import DISPUTED, GROUPS, disputed
 from lesionsam.evaluation_results import (
     ADAPTED,
     BASELINES,
@@ -35,7 +35,11 @@ MAX_BYTES = 15_000_000  # of the page
 JPEG_QUALITY = 82
 DEV_SCORES = ("objective", "ring", "centre", "box", "label_free")
 NOT_LOSSES = ("epoch", "step", "lr", "seconds")
+GATE = "trusted"  # column of history.csv, and beginning of others
 MAX_CURVES = 8
+MAX_DISPUTED = 12  # rows of the table
+MAX_PICTURES = 20  # of each group; 4 groups of noisy ones stay below MAX_BYTES
+LINES = "Yellow: prediction; blue: the expert's outline; white: big box (dashed) and small box."
 
 
 def build_report(results: Path, training: Path, output: Path, *, commit: str | None = None) -> int:
@@ -55,7 +59,8 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
     table = read_csv(results / "table.csv")
     params_text = (training / "params.yaml").read_text(encoding="utf-8")
     params = read_yaml(training / "params.yaml")
-    text = page().render(
+    write_page(
+        output,
         title="Two boxes per lesion: what the adapted model does",
         subtitle=subtitle(params, summary),
         story=story(params, summary),
@@ -63,18 +68,34 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
         tables=tables(table, summary),
         notes=notes(table),
         chart_groups=chart_groups(results, training, table),
-        cases=cases(results / "overlays", training / "overlays", summary["has_truth"]),
-        params=params_text,
+        cases=[
+            *cases(results / "overlays", training / "overlays", summary["has_truth"]),
+            *doubts(results, summary["has_truth"]),
+        ],
+        reproduce="In the repository, at this commit and with these parameters in params.yaml:",
         commands="\n".join([f"git checkout {commit}"] * bool(commit) + ["dvc repro", "dvc metrics show"]),
+        details=[("params.yaml as used for training", params_text)],
     )
+    return output.stat().st_size
+
+
+def write_page(output: Path, **content: object) -> None:
+    """Fill the template and write it, complete or not at all.
+
+    Raises:
+        UserError: a page over `MAX_BYTES`, or a place that cannot be written.
+    """
+    text = page().render(**content)
     size = len(text.encode())
     if size > MAX_BYTES:
         raise UserError(
             f"{output}: the page would take {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} MB; "
             "lower evaluate.overlays"
         )
-    write_text_atomic(output, text)
-    return size
+    try:
+        write_text_atomic(output, text)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another place") from None
 
 
 def page() -> jinja2.Template:
@@ -207,7 +228,14 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
             drawn.append(charts.paired_scatter(rows, main, ZERO_SHOT, ADAPTED))
         add("By prompt and by image", "results/table.csv and results/per_image.csv", drawn)
     if (training / "history.csv").exists():
-        add("Training", f"{training.name}/history.csv", training_charts(pd.read_csv(training / "history.csv")))
+        history = pd.read_csv(training / "history.csv")
+        add("Training", f"{named(training)}/history.csv", training_charts(history))
+        if GATE in history and history[GATE].notna().any():
+            add("What the gate let through", f"{named(training)}/history.csv", [charts.gate_chart(history)])
+    if (training / "cost.json").exists():
+        took = cost_cells(json.loads((training / "cost.json").read_text(encoding="utf-8")))
+        add("Time and memory", f"{named(training)}/cost.json", [],
+            grids=[{"title": "Training", "cells": took, "main": None}])
     strata = read_csv(results / "strata.csv")
     if len(strata):
         shown = strata[~strata["model"].isin(BASELINES[1:])]
@@ -248,6 +276,11 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
     return groups
 
 
+def named(folder: Path) -> str:
+    """A folder as the reader finds it: its last two parts."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     """Loss terms and development scores by epoch, as far as the file holds them."""
     numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
@@ -255,7 +288,9 @@ def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     losses = [
         name
         for name in numeric
-        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith("dev_")
+        if name not in scores
+        and name.removeprefix("train_") not in NOT_LOSSES
+        and not name.startswith(("dev_", GATE))
     ][:MAX_CURVES]
     out = []
     if losses:
@@ -281,18 +316,47 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
     for group in GROUPS:
         found = sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
         if found:
-            text = (
-                f"Chosen by {by}. Click a picture to enlarge it. From results/overlays." if group == GROUPS[0] else ""
-            )
-            out.append(
-                {"title": f"{group.capitalize()} cases", "text": text, "pictures": [picture(path) for path in found]}
-            )
+            text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
+            out.append({"title": f"{group.capitalize()} cases", "text": text if group == GROUPS[0] else "",
+                        "tables": [], "pictures": [picture(path) for path in found[:MAX_PICTURES]]})
     last = sorted(epochs.glob("*.png"))[-1:] if epochs.is_dir() else []
     if last:
         out.append(
-            {"title": "Development images, last epoch", "text": "", "pictures": [picture(path) for path in last]}
+            {"title": "Development images, last epoch", "text": f"From {named(epochs)}.", "tables": [],
+             "pictures": [picture(path) for path in last]}
         )
     return out
+
+
+def doubts(results: Path, has_truth: bool) -> list[dict[str, object]]:
+    """Lesions whose mask deserves a second look, with what pictures there are; nothing without masks."""
+    if not has_truth:
+        return []
+    rows = read_csv(results / "per_image.csv")
+    found = disputed(rows[rows["model"] == ADAPTED], MAX_DISPUTED)
+    if found.empty:
+        return []
+    cells = [["image", "lesion", "agreement between prompts", "best IoU with the mask"]]
+    cells += [[str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
+              for r in found.to_dict("records")]
+    drawn = sorted((results / "overlays").glob(f"{DISPUTED}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+    return [{
+        "title": "Worth a second look at the label",
+        "text": "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be "
+                "wrong. From results/per_image.csv and results/overlays.",
+        "tables": [{"title": "Agreement and IoU, the widest gap first", "cells": cells, "main": None}],
+        "pictures": [picture(path) for path in drawn[:MAX_PICTURES]],
+    }]
+
+
+def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
+    """cost.json in words."""
+    seconds, steps = float(took["seconds"]), max(1, int(took["steps"]))
+    return [
+        ["steps", "in all", "per step", f"peak memory of the {took['memory_of']}", "on"],
+        [str(took["steps"]), f"{seconds / 60:.1f} min", f"{seconds / steps:.2f} s", f"{took['peak_memory_gb']:.2f} GB",
+         f"{took['device']}, {took['threads']} CPU thread(s), torch {took['torch']}"],
+    ]
 
 
 def picture(path: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,35 @@ def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, cap
         axes.legend(fontsize=9, ncols=2)
 
     return chart(draw, caption)
+
+
+def gate_chart(history: pd.DataFrame) -> Chart:
+    """Share of training images whose target was trusted, by epoch: all of them, and by the target's size."""
+    sizes = {"trusted": "all", "trusted_small": "small (up to 5 % of the frame)",
+             "trusted_medium": "medium (up to 20 %)", "trusted_large": "large"}
+    shown = {name: label for name, label in sizes.items() if name in history and history[name].notna().any()}
+
+    def draw(axes: Axes) -> None:
+        for k, (name, label) in enumerate(shown.items()):
+            paint = (COLOURS["adapted"], *OTHER_COLOURS)[k]
+            axes.plot(history["epoch"], history[name], lw=2.2 if k == 0 else 1.3, color=paint, label=label)
+        axes.set(xlabel="epoch", ylabel="share trusted by the gate", ylim=(-0.03, 1.05))
+        axes.legend(fontsize=9)
+
+    return chart(draw, "How many targets the entropy gate let through, by size of the target in the model's frame.")
+
+
+def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Chart:
+    """One column of several runs' history.csv by epoch."""
+
+    def draw(axes: Axes) -> None:
+        for name, history in histories.items():
+            axes.plot(history["epoch"], history[column], lw=1.8, marker="o", ms=2.5, label=name,
+                      color=colour(name, list(histories)))
+        axes.set(xlabel="epoch", ylabel="score on development images")
+        axes.legend(fontsize=9)
+
+    return chart(draw, f"Column {column} of each run's history.csv.")
 
 
 def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:

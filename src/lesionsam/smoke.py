@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from lesionsam.data.datasets import LesionDataset, open_dataset
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
+from lesionsam.experiment_memory import peak_memory
 from lesionsam.files import read_image, read_mask, sha256_file
 from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode, load_sam, preprocess, resize_longest, upscale
@@ -136,14 +136,6 @@ def elapsed(begun: float, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun
-
-
-def peak_memory(device: torch.device) -> float:
-    """Gigabytes, at most so far: allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @contextmanager
