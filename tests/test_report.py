@@ -241,8 +241,12 @@ def test_without_masks_the_page_says_so_and_shows_what_there_is(tmp_path, root):
 
 
 def test_no_evaluation_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="run `dvc repro evaluate` first"):
-        report.build_report(tmp_path, tmp_path, tmp_path / "index.html")
+    for content, message in ((None, "run `dvc repro evaluate` first"), ("{", "run `dvc repro evaluate` again"),
+                             ("{}", r"params.yaml: no such file; run `dvc repro train` first")):
+        if content is not None:
+            (tmp_path / "summary.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            report.build_report(tmp_path, tmp_path, tmp_path / "index.html")
 
 
 def test_a_page_too_large_is_refused_and_nothing_written(laid_out, tmp_path, monkeypatch):

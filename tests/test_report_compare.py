@@ -14,7 +14,7 @@ from test_report import Page, lay_out
 
 from lesionsam.errors import UserError
 from lesionsam.evaluation_results import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report_compare import compare, setting_cells, side_by_side
+from lesionsam.report_compare import compare, pictured, setting_cells, side_by_side
 from lesionsam.report_runs import Run, commit_of, in_folder, open_runs, short
 
 
@@ -74,6 +74,17 @@ def test_only_lesions_that_all_have_count(pair: tuple[Path, Path], tmp_path: Pat
         tmp_path / "c.html").read_text(encoding="utf-8")
 
 
+def test_lesions_pictured_in_every_run_stand_side_by_side(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(pair[1], tmp_path / "other")
+    overlays = tmp_path / "other" / "results" / "overlays"
+    (overlays / "best_1_a.png").unlink()
+    (overlays / "best_10_b.png").rename(overlays / "median_1_b.png")
+    (cases,) = pictured(runs_of(pair[0], tmp_path / "other"))
+    assert [picture["name"] for picture in cases["pictures"]] == ["d", "c", "b", "e"]  # pyright: ignore
+    shutil.rmtree(overlays)
+    assert pictured(runs_of(pair[0], tmp_path / "other")) == []
+
+
 def test_settings_that_differ_and_no_others(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert setting_cells(runs_of(*pair)) == [["", "first", "second"], ["method.temperature", "0.1", "0.3"]]
     shutil.copytree(pair[1] / "results", tmp_path / "alone")
@@ -112,6 +123,10 @@ def test_what_cannot_be_compared_is_one_clear_line(pair: tuple[Path, Path], tmp_
     with pytest.raises(UserError, match=r"part: its evaluation is not whole, without jitter.csv"), open_runs(
             [first, str(part)], tmp_path):
         pass
+    for content, message in (("", "expected a CSV"), ("a,b\n1,2\n", "expected a column 'model'")):
+        (part / "results" / "per_image.csv").write_text(content)
+        with pytest.raises(UserError, match=f"per_image.csv: {message}.* run `dvc repro evaluate` again"):
+            side_by_side(runs_of(pair[0], part))
     other = lay_out(tmp_path / "other", root)[0] / "per_image.csv"
     write_csv(other, read_csv(other).assign(image_id="elsewhere"))
     with pytest.raises(UserError, match="first, other: no test lesion in common"):

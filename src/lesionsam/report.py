@@ -53,9 +53,9 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
     Raises:
         UserError: results without an evaluation, or a page over `MAX_BYTES`.
     """
-    if not (results / "summary.json").exists():
-        raise UserError(f"{results / 'summary.json'}: no such file; run `dvc repro evaluate` first")
-    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(results)
+    if not (training / "params.yaml").is_file():
+        raise UserError(f"{training / 'params.yaml'}: no such file; run `dvc repro train` first")
     table = read_csv(results / "table.csv")
     params_text = (training / "params.yaml").read_text(encoding="utf-8")
     params = read_yaml(training / "params.yaml")
@@ -77,6 +77,21 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
         details=[("params.yaml as used for training", params_text)],
     )
     return output.stat().st_size
+
+
+def read_summary(results: Path) -> dict[str, Any]:
+    """summary.json of an evaluation.
+
+    Raises:
+        UserError: there is none, or none that can be read.
+    """
+    path = results / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro evaluate` first") from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON ({error}); run `dvc repro evaluate` again") from None
 
 
 def write_page(output: Path, **content: object) -> None:
@@ -361,8 +376,13 @@ def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
 
 def picture(path: Path) -> dict[str, str]:
     """A PNG as a JPEG inside the page."""
-    buffer = io.BytesIO()
     with Image.open(path) as image:
-        image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
-    name = "".join(c if c.isalnum() else "-" for c in path.stem)
-    return {"name": name, "uri": charts.data_uri(buffer.getvalue(), "image/jpeg")}
+        return embedded(image, path.stem)
+
+
+def embedded(image: Image.Image, name: str) -> dict[str, str]:
+    """A picture as a JPEG inside the page."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+    safe = "".join(c if c.isalnum() else "-" for c in name)
+    return {"name": safe, "uri": charts.data_uri(buffer.getvalue(), "image/jpeg")}

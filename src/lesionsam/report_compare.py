@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from lesionsam import report_charts as charts
 from lesionsam import statistics
 from lesionsam.config import read_yaml
 from lesionsam.errors import UserError
+from lesionsam.evaluation import ROW_COLUMNS
 from lesionsam.evaluation_cases import LEAKING
+from lesionsam.evaluation_pictures import DISPUTED, GROUPS
 from lesionsam.evaluation_results import (
     ADAPTED,
     BASELINES,
@@ -26,13 +29,15 @@ from lesionsam.evaluation_results import (
     read_csv,
     sections,
 )
-from lesionsam.report import cost_cells, write_page
+from lesionsam.overlays import sheet
+from lesionsam.report import LINES, cost_cells, embedded, read_summary, write_page
 from lesionsam.report_runs import Run, open_runs
 
 COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
 SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure
 SAME = 2e-3  # IoU per lesion: another attention kernel may turn a pixel
 CHANGED = 0.01  # IoU; less is not listed
+MAX_PICTURED = 12  # lesions shown as every run answers them
 MAX_CHANGED = 10  # lesions listed on either side
 KEYS = ["image_id", "lesion_id"]
 
@@ -40,7 +45,7 @@ KEYS = ["image_id", "lesion_id"]
 def compare(texts: Sequence[str], output: Path, root: Path) -> int:
     """`lesionsam compare`: find the runs, print the tables, write the page; returns its size, bytes."""
     with open_runs(texts, root) as runs:
-        summaries = [json.loads((run.results / "summary.json").read_text(encoding="utf-8")) for run in runs]
+        summaries = [read_summary(run.results) for run in runs]
         rows = side_by_side(runs)
         table = tabulated(rows, runs[0].name, summaries[0])
         print_tables(table, runs[0].name)
@@ -57,7 +62,7 @@ def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
     Raises:
         UserError: no lesion in common, or some have masks and others none.
     """
-    frames = [read_csv(run.results / "per_image.csv") for run in runs]
+    frames = [read_rows(run.results / "per_image.csv") for run in runs]
     if len({statistics.has_truth(frame) for frame in frames}) > 1:
         names = {statistics.has_truth(frame): run.name for run, frame in zip(runs, frames, strict=True)}
         raise UserError(f"{names[True]} was evaluated against masks and {names[False]} without; they share no figure")
@@ -78,6 +83,21 @@ def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
     names = [name_of(run) for run in runs]
     parts += [frame[frame["model"] == ADAPTED].assign(model=name) for name, frame in zip(names, frames, strict=True)]
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """per_image.csv, as the evaluation writes it.
+
+    Raises:
+        UserError: it is another file, or an empty one.
+    """
+    try:
+        rows = read_csv(path)
+    except ValueError as error:  # pandas' own errors of reading are of this kind
+        raise UserError(f"{path}: expected a CSV of the evaluation ({error}); run `dvc repro evaluate` again") from None
+    if missing := [name for name in ROW_COLUMNS if name not in rows]:
+        raise UserError(f"{path}: expected a column {missing[0]!r}; run `dvc repro evaluate` again")
+    return rows
 
 
 def name_of(run: Run) -> str:
@@ -115,7 +135,7 @@ def content(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: p
         "notes": [*(note for name, note in NOTES.items() if name in {*prompts_in(table), *table["model"]}),
                   "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml."],
         "chart_groups": chart_groups(runs, summaries[0], rows, table),
-        "cases": [],
+        "cases": pictured(runs),
         "reproduce": "The same page from the same runs:",
         "details": [(f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
                     for name, run in zip(names, runs, strict=True)
@@ -252,3 +272,29 @@ def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]
     return [["image", "lesion", first, second, "change"],
             *([*map(str, key), f"{r[first]:.3f}", f"{r[second]:.3f}", f"{r['change']:+.3f}"]
               for key, (_, r) in zip(shown.index, shown.iterrows(), strict=True))]
+
+
+def pictured(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Lesions of which every run's evaluation drew a picture, each run's beside the others'; worst cases first."""
+    drawn = [drawn_lesions(run.results / "overlays") for run in runs]
+    common = [name for name in drawn[0] if all(name in other for other in drawn[1:])][:MAX_PICTURED]
+    pictures = []
+    for name in common:
+        of_runs = []
+        for known in drawn:
+            with Image.open(known[name]) as image:
+                of_runs.append(np.asarray(image.convert("RGB")))
+        title = "left to right: " + ", ".join(name_of(run) for run in runs)
+        pictures.append(embedded(Image.fromarray(sheet(of_runs, len(runs), title, key=False)), name))
+    text = f"{LINES} Click a picture to enlarge it. From each run's results/overlays."
+    return [{"title": "Pictured in every run", "text": text, "tables": [], "pictures": pictures}] if pictures else []
+
+
+def drawn_lesions(folder: Path) -> dict[str, Path]:
+    """Lesion, as file names have it, -> its picture; see `evaluation_pictures.Pick.file_name`. Worst cases first."""
+    groups = (*reversed(GROUPS), DISPUTED)
+    found: dict[str, Path] = {}
+    for group in groups:
+        for path in sorted(folder.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1])):
+            found.setdefault(path.stem.split("_", 2)[2], path)
+    return found
