@@ -12,6 +12,7 @@ import pytest
 import torch
 from annotating import draw_images
 from PIL import Image
+from ruamel.yaml import YAML
 from scipy import stats
 
 from lesionsam import engine
@@ -19,6 +20,7 @@ from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.proposals import Proposed
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.review import Found, Proposals, proposals_path
+from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
 from lesionsam.config import Config, load_config, with_values
 from lesionsam.engine import Place, pairs_of, run_round
@@ -248,6 +250,17 @@ def test_the_command_says_what_comes_next(place: Place, images: Path, weights: P
     assert "| 1 | drawing | 8 | 0 | 0 | 0 | 2 | 1.6 |" in report
     with Image.open(tmp_path / "out" / "curve.png") as picture:
         assert picture.size == (960, 600)
+
+
+def test_the_table_of_the_page_is_what_dvc_watches(root: Path, tmp_path: Path) -> None:
+    """`lesionsam annotate own/images` writes the file whose change makes `dvc repro` train again."""
+    (tmp_path / "own" / "images").mkdir(parents=True)
+    table = default_table(tmp_path / "own" / "images").relative_to(tmp_path.resolve())
+    preset = YAML(typ="safe").load((root / "src/lesionsam/presets/folder-csv.yaml").read_text(encoding="utf-8"))
+    assert preset["params"]["inputs"]["boxes"] == "own/boxes.csv" == table.as_posix()
+    stages = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    assert "${inputs.boxes}" in stages["boxes"]["deps"]
+    assert set(stages["boxes"]["outs"]) <= set(stages["train"]["deps"])
 
 
 # ------------------------------------------------------------------------------------------------------ the trial
