@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionsam.errors import UserError
-from lesionsam.models.compact import CompactArchitecture, Sam, build_compact, decode_candidates
+from lesionsam.models.compact import CompactArchitecture, Sam, build_compact
+from lesionsam.models.decoder import decode_candidates
 from lesionsam.types import Prompts
 
 TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)
@@ -71,15 +72,18 @@ def test_batched_decoding_equals_segment_anything_one_by_one(kind: str) -> None:
 
 
 def test_coordinates_keep_their_precision_under_bfloat16() -> None:
-    """Moving a box by half a pixel moves the prompt's embedding alike with and without autocast."""
+    """A prompt's embedding is the same with and without autocast."""
     sam = tiny_sam()
-    seen: list[torch.Tensor] = []
-    sam.mask_decoder.transformer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2].detach().float()))
-    box = torch.tensor([[3.0, 4.0, 20.0, 22.5]])
+    found = []
     for enabled in (False, True):
+        tokens: list[torch.Tensor] = []
+        hook = sam.mask_decoder.transformer.layers[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, inputs, tokens=tokens: tokens.append(inputs[0].detach().float()))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            decode_candidates(sam, torch.zeros(1, 16, 4, 4), Prompts(boxes=box))
-    torch.testing.assert_close(seen[1], seen[0], atol=0, rtol=0)
+            decode_candidates(sam, torch.zeros(1, 16, 4, 4), Prompts(boxes=torch.tensor([[3.0, 4.0, 20.0, 22.5]])))
+        hook.remove()
+        found += tokens
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("field", "value", "named"), [

@@ -35,7 +35,8 @@ from lesionsam.files import read_image, read_mask, sha256_file, write_bytes_atom
 from lesionsam.foundation_card import card_text, current_commit, machine_in_words
 from lesionsam.foundation_data import DataPool, open_pool
 from lesionsam.losses import hard_iou, soft_mask_loss
-from lesionsam.models.compact import CompactArchitecture, build_compact, decode_candidates
+from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, save_sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.schema import Foundation

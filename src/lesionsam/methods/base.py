@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lesionsam.models.sam import Sam, decode
+from lesionsam.models.decoder import decode_groups
+from lesionsam.models.sam import Sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch
 
@@ -107,24 +108,20 @@ def decode_mixture(
     num_points: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decode every image of a batch under `repeats` prompts of drawn kinds, one decoder call per kind.
+    """Decode every image of a batch under `repeats` prompts of drawn kinds, all in one pass.
 
     Args:
         features: (B, C, H', W'). shares: kind of prompt -> share.
     Returns:
         low_res_masks (R, T, T) logits, iou_predictions (R,), rows (R,) int64 into the batch, R = B * repeats.
     """
-    logits, predictions, used = [], [], []
+    groups = []
     for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
         picked = group.to(features.device)
-        prompts = draw_prompts(
-            kind, batch.big_boxes[picked], batch.small_boxes[picked], num_points=num_points, generator=generator
-        )
-        low_res, iou = decode(sam, features[picked], prompts)
-        logits.append(low_res[:, 0])
-        predictions.append(iou[:, 0])
-        used.append(picked)
-    return torch.cat(logits), torch.cat(predictions), torch.cat(used)
+        big, small = batch.big_boxes[picked], batch.small_boxes[picked]
+        groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
+    low_res, iou = decode_groups(sam, features, groups, slice(0, 1))
+    return low_res[:, 0], iou[:, 0], torch.cat([picked for picked, _ in groups])
 
 
 def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:

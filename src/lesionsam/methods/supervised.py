@@ -15,7 +15,7 @@ from torch import nn
 
 from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
 from lesionsam.methods.base import Term, draw_groups, known_masks, mean_over, to_grid
-from lesionsam.models.compact import decode_candidates
+from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import Teacher, encode_batch
 from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
@@ -130,18 +130,21 @@ class Supervised:
         tokens = slice(0, 1) if o.candidates == "one" else slice(None)
         shares, known = known_masks(batch, batch.images.shape[-1])
         masks, valid = shares > 0.5, batch.valid & known[:, None, None]
-        logits, predictions, used = [], [], []
+        groups = []
         for kind, group in draw_groups(o.prompts, len(batch.ids), o.prompts_per_image, generator):
             picked = group.to(features.device)
-            prompts = self.prompt(kind, batch, picked, masks, generator)
-            for turn in range(1 + o.corrections):
-                if turn:
-                    prompts = with_correction(prompts, logits[-1][:, 0], masks[picked], valid[picked], generator)
-                low_res, iou = decode_candidates(self.sam, features[picked], prompts, tokens)
-                logits.append(low_res)
-                predictions.append(iou)
-                used.append(picked)
-        return torch.cat(logits), torch.cat(predictions), torch.cat(used)
+            groups.append((picked, self.prompt(kind, batch, picked, masks, generator)))
+        rows = torch.cat([picked for picked, _ in groups])
+        answers = [decode_groups(self.sam, features, groups, tokens)]
+        for _ in range(o.corrections):
+            answered = answers[-1][0][:, 0].split([len(picked) for picked, _ in groups])
+            groups = [
+                (picked, with_correction(prompts, y, masks[picked], valid[picked], generator))
+                for (picked, prompts), y in zip(groups, answered, strict=True)
+            ]
+            answers.append(decode_groups(self.sam, features, groups, tokens))
+        logits, predictions = zip(*answers, strict=True)
+        return torch.cat(logits), torch.cat(predictions), rows.repeat(len(answers))
 
     def prompt(
         self, kind: str, batch: Batch, picked: torch.Tensor, masks: torch.Tensor, generator: torch.Generator

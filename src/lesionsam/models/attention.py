@@ -9,9 +9,11 @@ Backends, all exact up to rounding:
 
 - `original`: segment_anything's own modules, which write out the logits of all pairs several times over; the oracle.
 - `sdpa`: torch's fused attention, the two position terms added up to a bias of all pairs.
-- `chunked`: a few queries at a time, in forward and backward; memory linear in the number of tokens.
-- `folded`: the position terms as further channels, [scale q, q R_h, q R_w] . [k, 1_y', 1_x'] with one-hot rows and
-  columns, so that kernels that take no bias apply (FlashAttention, arXiv:2205.14135); nothing of all pairs is written.
+- the position terms as further channels, [scale q, q R_h, q R_w] . [k, 1_y', 1_x'] with one-hot rows and columns:
+  - `plain`: product, softmax, product; the logits of all pairs are written once.
+  - `chunked`: the same for a few queries at a time, in forward and backward; memory linear in the number of tokens.
+  - `folded`: torch's fused attention without a bias, which GPUs have the best kernels for (FlashAttention,
+    arXiv:2205.14135); nothing of all pairs is written.
 
 In windows only real tokens are projected. segment_anything pads the map with zeros, and these take part as keys; what
 a zero projects to is the same everywhere, so it is computed once and put where the padding is.
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-BACKENDS = ("original", "sdpa", "chunked", "folded")
+BACKENDS = ("original", "sdpa", "plain", "chunked", "folded")
 CHUNK = {"cpu": 2**18, "cuda": 2**27}  # logits held at a time by `chunked`: what fits a core's cache, half a gigabyte
 
 
@@ -135,7 +137,7 @@ def relative_attention(
 
     Args:
         q, k, v: (B, heads, N, hd), N = H W tokens row by row. r_h: (H, hd, H), r_w: (W, hd, W), see `positions`.
-        backend: `sdpa`, `chunked`, `folded` or `auto`.
+        backend: one of `BACKENDS` but `original`, or `auto`.
     Returns:
         (B, heads, N, hd) in v's dtype.
     """
@@ -153,6 +155,9 @@ def relative_attention(
         bias = (by_row[..., :, None] + by_column[..., None, :]).view(batch, heads, count, count)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     wide_q, places = torch.cat([q * scale, by_row, by_column], -1), one_hot_places(height, width, k)
+    if backend == "plain":
+        with torch.autocast(q.device.type, enabled=False):  # which would have the softmax of all pairs in float32
+            return (wide_q @ widened(k, places).transpose(2, 3)).softmax(-1) @ v
     if backend == "folded":
         return folded(wide_q, k, v, places)
     if backend == "chunked":
@@ -170,9 +175,11 @@ def choose(device: str, dtype: torch.dtype, *, needs_grad: bool, num_tokens: int
     half = dtype in (torch.bfloat16, torch.float16)
     if device == "cuda":
         return "folded" if half else "sdpa"
-    if needs_grad:
-        return "folded" if half and num_tokens >= 256 else "chunked"
-    return "folded" if half else "sdpa"
+    if half:
+        return "plain" if num_tokens <= 1024 else "folded"
+    if not needs_grad:
+        return "sdpa"
+    return "plain" if num_tokens < 1024 else "chunked"
 
 
 def one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -180,6 +187,11 @@ def one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
     number = torch.arange(height * width, device=like.device)[:, None]
     rows, columns = (torch.arange(size, device=like.device) for size in (height, width))
     return torch.cat([number // width == rows, number % width == columns], 1).to(like.dtype)
+
+
+def widened(k: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(..., N, hd) keys and (N, H + W) -> (..., N, hd + H + W)."""
+    return torch.cat([k, places.expand(*k.shape[:-2], -1, -1)], -1)
 
 
 def folded(wide_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -190,7 +202,7 @@ def folded(wide_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: torch
         places: (N, H + W), see `one_hot_places`.
     """
     fill = -wide_q.shape[-1] % 8  # kernels want multiples of 8
-    wide_k = torch.cat([k, places.expand(*k.shape[:2], -1, -1)], -1)
+    wide_k = widened(k, places)
     wide_v = F.pad(v, (0, places.shape[-1] + fill))
     out = F.scaled_dot_product_attention(F.pad(wide_q, (0, fill)), F.pad(wide_k, (0, fill)), wide_v, scale=1.0)
     return out[..., : v.shape[-1]]
@@ -212,17 +224,12 @@ class Chunked(torch.autograd.Function):
         return [(slice(b, b + group), slice(s, s + rows)) for b, s in starts]
 
     @staticmethod
-    def widened(k: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """(b, N, hd) keys of one piece -> (b, N, hd + H + W)."""
-        return torch.cat([k, places.expand(len(k), -1, -1)], -1)
-
-    @staticmethod
     def forward(ctx: Any, wide_q, k, v, places):
         """wide_q (B', N, hd + H + W), k, v (B', N, hd), places (N, H + W) -> (B', N, hd); sums in float32 or better."""
         exact = torch.promote_types(v.dtype, torch.float32)
         out, total = torch.empty_like(v), v.new_empty(v.shape[:2], dtype=exact)
         for b, s in Chunked.pieces(wide_q):
-            weights = (wide_q[b, s] @ Chunked.widened(k[b], places).transpose(1, 2)).to(exact)
+            weights = (wide_q[b, s] @ widened(k[b], places).transpose(1, 2)).to(exact)
             greatest = weights.amax(-1, keepdim=True)
             weights.sub_(greatest).exp_()
             summed = weights.sum(-1, keepdim=True)
@@ -239,7 +246,7 @@ class Chunked(torch.autograd.Function):
         d_q, d_k, d_v = torch.empty_like(wide_q), torch.zeros_like(k), torch.zeros_like(v)
         along = (grad.to(exact) * out.to(exact)).sum(-1, keepdim=True)  # D of the paper, (B', N, 1)
         for b, s in Chunked.pieces(wide_q):
-            wide_k = Chunked.widened(k[b], places)
+            wide_k = widened(k[b], places)
             weights = (wide_q[b, s] @ wide_k.transpose(1, 2)).to(exact).sub_(total[b, s, None]).exp_()
             d_v[b] += weights.to(v.dtype).transpose(1, 2) @ grad[b, s]
             d_logits = (grad[b, s] @ v[b].transpose(1, 2)).to(exact).sub_(along[b, s]).mul_(weights).to(k.dtype)

@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 
-import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.types import Prompts
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -85,31 +83,3 @@ def build_compact(architecture: CompactArchitecture) -> Sam:
     # segment_anything starts the position embedding at 0, for checkpoints to fill.
     nn.init.trunc_normal_(encoder.get_parameter("pos_embed"), std=0.02)
     return sam.eval()
-
-
-def decode_candidates(sam: Sam, features: Tensor, prompts: Prompts,
-                      chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Mask tokens of SAM's decoder, one prompt set per image: MaskDecoder.predict_masks without its repetition.
-
-    The prompt encoder runs in full precision even under autocast: in bfloat16 a coordinate is off by a pixel.
-
-    Args:
-        features: (B, C, H', W') encoder output. prompts: of the same B images, model frame; none at all is one too.
-        chosen: which of the 4 tokens; token 0 is the single mask, 1 to 3 are the candidates of an ambiguous prompt.
-    Returns:
-        low-resolution logits (B, K, 4H', 4W') and predicted IoUs (B, K) of the K chosen tokens.
-    """
-    decoder = sam.mask_decoder
-    with torch.autocast(features.device.type, enabled=False):
-        points = None if prompts.points is None or prompts.labels is None else (prompts.points, prompts.labels)
-        sparse, dense = sam.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
-        sparse = sparse.expand(len(features), -1, -1)  # without any prompt there is one row, of no tokens
-        position = sam.prompt_encoder.get_dense_pe().expand(len(features), -1, -1, -1)
-    outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
-    tokens = torch.cat([outputs.expand(len(features), -1, -1), sparse], dim=1)
-    hidden, source = decoder.transformer(features + dense, position, tokens)
-    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(features.shape))
-    heads = decoder.output_hypernetworks_mlps
-    weights = torch.stack([head(hidden[:, 1 + index]) for index, head in list(enumerate(heads))[chosen]], dim=1)
-    logits = torch.einsum("bkc,bchw->bkhw", weights, upscaled)
-    return logits, decoder.iou_prediction_head(hidden[:, 0])[:, chosen]

@@ -1,7 +1,6 @@
 """SAM as this project uses it: segment_anything's own modules, loaded, fed and decoded in batches.
 
-Nothing of segment_anything is changed; `decode` runs its decoder's parts so that every image of a batch keeps a prompt
-of its own (MaskDecoder.forward repeats the features by the number of prompts instead).
+Nothing of segment_anything is changed: `models.attention` and `models.decoder` run its modules' weights.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from lesionsam.files import write_bytes_atomic
 from lesionsam.models import adapters
 from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.attention import run_blocks
-from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact, decode_candidates
+from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact
+from lesionsam.models.decoder import decode_candidates
 from lesionsam.types import Prompts
 
 __all__ = ["Sam", "build_sam", "decode", "embed", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
