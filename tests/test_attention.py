@@ -153,7 +153,7 @@ def test_compiled_blocks_give_what_plain_ones_give() -> None:
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected one of original, sdpa, plain, chunked, folded or auto, got 'flash'"):
+    with pytest.raises(ValueError, match="expected one of original, sdpa, plain, chunked, folded or auto, got 'flash'"):
         run_block(block(0, 6), tokens(6, 6), "flash")
 
 

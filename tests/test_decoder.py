@@ -27,6 +27,7 @@ def kinds() -> dict[str, tuple[torch.Tensor, Prompts]]:
     return {
         "points": (torch.tensor([0, 2]), Prompts(SIDE * random(2, 5, 2, seed=1), mixed)),
         "box": (torch.tensor([2]), Prompts(boxes=boxes(1, 2))),
+        "boxes in another order": (torch.tensor([2, 0, 0]), Prompts(boxes=boxes(3, 2))),
         "box and points": (torch.tensor([1, 0, 0]),
                            Prompts(SIDE * random(3, 2, 2, seed=3), torch.ones(3, 2).long(), boxes(3, 4))),
         "box and mask": (torch.tensor([0, 1]),
@@ -57,8 +58,8 @@ def gradients(sam: Sam, features: torch.Tensor, logits: torch.Tensor, quality: t
     return list(found)
 
 
-MIXTURES = [["points"], ["box"], ["points", "box and points"], ["points", "box", "box and points"],
-            ["box", "box and mask", "points"]]
+MIXTURES = [["points"], ["box"], ["boxes in another order"], ["points", "box and points"],
+            ["points", "box", "box and points"], ["box", "box and mask", "points"]]
 
 
 @pytest.mark.parametrize("chosen", MIXTURES, ids="+".join)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 from tiny import SIDE, tiny_data, tiny_sam
 
-from lesionsam.models.compact import decode_candidates
+from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, encode, preprocess
 from lesionsam.prompts import PADDING, points_in, prompts_from_masks, tight_boxes, with_correction
 from lesionsam.types import Batch, Prompts

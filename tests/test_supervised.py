@@ -19,7 +19,7 @@ from lesionsam import losses
 from lesionsam.losses import MASK_LOSSES, hard_iou
 from lesionsam.methods.base import Term, known_masks, to_grid
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised
-from lesionsam.models.compact import decode_candidates
+from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import encode
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.training import parameter_groups, sum_of

@@ -25,10 +25,10 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
 from lesionsam.experiment_cache import open_caches
 from lesionsam.experiment_memory import parts_that_fit
-from lesionsam.experiment_parts import build_supervised, learning_groups, prepare_sam
+from lesionsam.experiment_parts import build_supervised, contrastive_options, learning_groups, prepare_sam
 from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
-from lesionsam.methods.contrastive import Contrastive, Options
+from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import trained_counts
 from lesionsam.schema import FolderData
@@ -179,37 +179,7 @@ def build_method(
         if isinstance(offset, float | int)
         else 0.0
     )
-    options = Options(
-        alpha=m.alpha,
-        beta=m.beta,
-        gamma=m.gamma,
-        delta=m.delta,
-        epsilon=m.epsilon,
-        temperature=m.temperature,
-        pos_samples=m.pos_samples,
-        neg_samples=m.neg_samples,
-        ema_decay=m.ema_decay,
-        num_points=m.num_points,
-        teacher_prompt=m.teacher_prompt,
-        monitor_masks=m.monitor_masks,
-        gate_region=m.gate.region,
-        entropy_thresh=m.gate.entropy_thresh,
-        trust_empty=m.gate.trust_empty,
-        missed_core=m.negatives.missed_core,
-        certain_background=m.negatives.certain_background,
-        in_batch=m.negatives.in_batch,
-        random_fallback=m.negatives.random_fallback,
-        head_norm=m.head.norm,
-        head_ema=m.head.ema,
-        target=target.kind,
-        offset=found,
-        softness=getattr(target, "softness", 1.0),
-        teacher_weight=getattr(target, "teacher_weight", 0.0),
-        ramp_steps=round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)),
-        placebo=getattr(target, "placebo", "none"),
-        prompts=m.prompts.shares(),
-        prompts_per_image=m.prompts_per_image,
-    )
+    options = contrastive_options(m, found, round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)))
     reference = None
     if m.gamma > 0:
         reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)

@@ -1,4 +1,4 @@
-"""Config -> what trains: the strategy put into SAM, its learning rates, the supervised method."""
+"""Config -> what trains: the strategy put into SAM, its learning rates, the settings of a method."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 from lesionsam.config import Config
 from lesionsam.methods.base import Method
+from lesionsam.methods.contrastive import Options as ContrastiveOptions
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Options, Supervised
 from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import select_trainable
-from lesionsam.schema_method import LearnedWeights, MaskPrompts, SupervisedMethod
+from lesionsam.schema_method import ContrastiveMethod, LearnedWeights, MaskPrompts, SupervisedMethod
 from lesionsam.training import Group, parameter_groups
 
 
@@ -76,3 +77,43 @@ def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
         from_masks=draws,
     )
     return Supervised(sam, options)
+
+
+def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) -> ContrastiveOptions:
+    """The settings of the contrastive method.
+
+    Args:
+        offset: of the outline, found or given. ramp_steps: over which the teacher's weight in the target rises.
+    """
+    target = m.target
+    return ContrastiveOptions(
+        alpha=m.alpha,
+        beta=m.beta,
+        gamma=m.gamma,
+        delta=m.delta,
+        epsilon=m.epsilon,
+        temperature=m.temperature,
+        pos_samples=m.pos_samples,
+        neg_samples=m.neg_samples,
+        ema_decay=m.ema_decay,
+        num_points=m.num_points,
+        teacher_prompt=m.teacher_prompt,
+        monitor_masks=m.monitor_masks,
+        gate_region=m.gate.region,
+        entropy_thresh=m.gate.entropy_thresh,
+        trust_empty=m.gate.trust_empty,
+        missed_core=m.negatives.missed_core,
+        certain_background=m.negatives.certain_background,
+        in_batch=m.negatives.in_batch,
+        random_fallback=m.negatives.random_fallback,
+        head_norm=m.head.norm,
+        head_ema=m.head.ema,
+        target=target.kind,
+        offset=offset,
+        softness=getattr(target, "softness", 1.0),
+        teacher_weight=getattr(target, "teacher_weight", 0.0),
+        ramp_steps=ramp_steps,
+        placebo=getattr(target, "placebo", "none"),
+        prompts=m.prompts.shares(),
+        prompts_per_image=m.prompts_per_image,
+    )

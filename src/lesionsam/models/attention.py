@@ -166,7 +166,7 @@ def relative_attention(
 
 
 def choose(device: str, dtype: torch.dtype, *, needs_grad: bool, num_tokens: int) -> str:
-    """The backend that `auto` stands for; from benchmarks/attention.py, see docs/decisions/0017.
+    """The backend that `auto` stands for; measured on the CPU by `benchmarks/attention.py`, not on a GPU.
 
     Args:
         device: `cpu` or `cuda`. dtype: of q. needs_grad: whether a backward pass follows. num_tokens: N of a window

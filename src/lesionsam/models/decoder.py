@@ -29,11 +29,11 @@ def decode_candidates(
     Args:
         features: (B, C, H', W'). prompts: of the same B images, model frame.
     """
-    return decode_groups(sam, features, [(torch.arange(len(features), device=features.device), prompts)], chosen)
+    return decode_groups(sam, features, [(None, prompts)], chosen)
 
 
 def decode_groups(
-    sam: Sam, features: Tensor, groups: Sequence[tuple[Tensor, Prompts]], chosen: slice = slice(None)
+    sam: Sam, features: Tensor, groups: Sequence[tuple[Tensor | None, Prompts]], chosen: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """Mask tokens of SAM's decoder for groups of prompts of one kind each, all in one pass.
 
@@ -41,14 +41,14 @@ def decode_groups(
 
     Args:
         features: (B, C, H', W') encoder output. groups: (G,) int64 images and their G prompt sets, model frame;
-            an image may come several times, in any group.
+            an image may come several times, in any group. None: a single group, every image once and in order.
         chosen: which of the 4 tokens; token 0 is the single mask, 1 to 3 are the candidates of an ambiguous prompt.
     Returns:
         low-resolution logits (R, K, 4H', 4W') and predicted IoUs (R, K) of the K chosen tokens, R the sum of all G,
         group by group.
     """
     decoder, (height, width) = sam.mask_decoder, features.shape[-2:]
-    rows: Tensor | None = torch.cat([images for images, _ in groups])
+    rows = None if groups[0][0] is None else torch.cat([images for images, _ in groups if images is not None])
     with torch.autocast(features.device.type, enabled=False):
         sparse = [embed_points_and_boxes(sam.prompt_encoder, prompts) for _, prompts in groups]
         position = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2).contiguous()  # (1, N, C)
@@ -63,10 +63,10 @@ def decode_groups(
         present = number < torch.tensor(counts).to(tokens.device, non_blocking=True)[:, None]
     image = features.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
     if any(prompts.masks is not None for _, prompts in groups):
-        image, rows = image[rows] + torch.cat([dense_of(sam.prompt_encoder, prompts) for _, prompts in groups]), None
+        image = image if rows is None else image[rows]
+        image, rows = image + torch.cat([dense_of(sam.prompt_encoder, prompts) for _, prompts in groups]), None
     else:
         image = image + sam.prompt_encoder.no_mask_embed.weight
-        rows = None if len(groups) == 1 and len(tokens) == len(features) else rows
     hidden, keys = two_way(decoder.transformer, image, position, tokens, rows, present)
     heads = list(enumerate(decoder.output_hypernetworks_mlps))[chosen]
     weights = torch.stack([head(hidden[:, 1 + k]) for k, head in heads], dim=2)  # (R, C / 8, K)
