@@ -125,6 +125,7 @@ def block_bytes(block: Any, grid: int, a: int, attention: str, device: str) -> i
         "folded": 4 * count * wide * a,
         "chunked": count * wide * a + 3 * count * width * a,
         "sdpa": count * keys * heads * a + 4 * count * width * a,
+        "plain": count * keys * heads * a + 2 * count * wide * a + count * width * a,
         "original": (2 if a == 4 else 3) * count * keys * heads * a + 2 * count * width * a,
     }[attention]
     # Inputs of the two norms and of the four linear layers, the MLP before its activation, q twice for the positions.
