@@ -1,0 +1,75 @@
+"""Dated entries of benchmarks/results.md, newest on top, and what they are measured with."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results.md"
+HEAD = "# Measured\n\nWritten by the scripts of this folder, newest first; ratios are of one machine at one time.\n"
+
+
+def record(title: str, text: str) -> None:
+    """Put an entry on top of the results."""
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
+    head, mark, rest = old.partition("\n## ")
+    RESULTS.write_text(f"{head.rstrip()}\n\n## {datetime.date.today()} {title}\n\n{text.strip()}\n{mark}{rest}",
+                       encoding="utf-8")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
+
+
+def provenance(device: torch.device) -> str:
+    """Command, commit, machine and library, in a line."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks/*.py"], cwd=ROOT,
+                             capture_output=True, text=True)
+    where = commit.stdout.strip() + " and changes since" * bool(changed.stdout.strip()) if commit.stdout else "unknown"
+    machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
+               f"{os.cpu_count()}-core {platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), "
+               f"{torch.get_num_threads()} thread(s)")
+    return f"commit {where}; {machine}; torch {torch.__version__}"
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """CPU time of this process that a call takes, which other processes disturb least; GPU time by CUDA events."""
+    if device.type == "cuda":
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        run()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return begun.elapsed_time(ended) / 1000
+    before = time.process_time()
+    run()
+    return time.process_time() - before
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: int = 1,
+                repeats: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call in each round; a round runs every one once (or `repeats` times, the mean counts)."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(warm + rounds):
+        for name, run in runs.items():
+            spent = seconds(lambda run=run: [run() for _ in range(repeats)], device) / repeats
+            if number >= warm:
+                found[name].append(spent)
+    return found
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and greatest of the rounds' ratios."""
+    each = [a / b for a, b in zip(slow, fast, strict=True)]
+    return statistics.median(each), min(each), max(each)

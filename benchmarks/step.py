@@ -1,0 +1,347 @@
+"""Our training step beside the published one: `make benchmark`, or `python benchmarks/step.py`; minutes on one core.
+
+Before anything is timed, both steps are run in float32 on the same batch with the same draws: their losses must agree
+to 1e-5 and their gradients to 1e-3. The gate is set so that every image is trusted, as the published step's work
+depends on that, and the rate is printed. Whole steps: forward, backward, clipping, AdamW, the teacher's average; CPU
+time of one thread (CUDA events on a GPU), the steps taking turns. Random weights: time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import naive_step
+import torch
+from naive_step import Draws, NaiveStep
+from record import interleaved, provenance, ratio, record, table
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+
+from lesionsam.config import default_values, unflatten, validate
+from lesionsam.config_file import fit as fit_values
+from lesionsam.config_file import merge
+from lesionsam.data.datasets import open_dataset
+from lesionsam.experiment import torch_device
+from lesionsam.experiment_parts import contrastive_options
+from lesionsam.losses import info_nce
+from lesionsam.methods.contrastive import Contrastive
+from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
+from lesionsam.models.sam import build_sam, decode, encode, preprocess
+from lesionsam.models.trainable import (
+    Teacher,
+    encode_frozen,
+    num_frozen_blocks,
+    select_trainable,
+    trained_parameters,
+)
+from lesionsam.presets import preset_values
+from lesionsam.prompts import draw_prompts
+from lesionsam.schema_method import ContrastiveMethod
+from lesionsam.smoke import generated_samples
+from lesionsam.training import add_gradients, autocast, sum_of
+from lesionsam.types import Batch
+
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+TRUST_EVERYBODY = 0.6931  # nats; the greatest entropy is ln 2
+LEARNING_RATE, SEED = 1e-5, 0
+# K -> ratio to the published step with the frozen prefix run once, and with prefix and pretrained features cached.
+LIMITS = {("field", "fp32"): {1: (2.9, 5.8), 2: (2.5, 4.6), 4: (1.9, 3.0), 0: (1.3, 1.6)},
+          ("field", "bf16"): {2: (None, 6.0)}, ("vit_b", "fp32"): {2: (3.5, 7.3)}}
+COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring points": 100.0}
+
+
+def field_sam(side: int, width: int, depth: int) -> Sam:
+    """A SAM built as SAM's own sizes are, with windows of 14 and four global blocks, but of any width and side."""
+    grid, quarter = side // 16, depth / 4
+    encoder = ImageEncoderViT(
+        img_size=side, patch_size=16, embed_dim=width, depth=depth, num_heads=max(1, width // 64), mlp_ratio=4,
+        out_chans=256, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=14,
+        global_attn_indexes=tuple(math.ceil(quarter * (k + 1)) - 1 for k in range(4)))
+    prompts = PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(side, side),
+                            mask_in_chans=16)
+    decoder = MaskDecoder(num_multimask_outputs=3, transformer_dim=256, iou_head_depth=3, iou_head_hidden_dim=256,
+                          transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8))
+    return Sam(encoder, prompts, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
+
+
+def random_sam(name: str, side: int, width: int, depth: int) -> Sam:
+    """`field` or one of SAM's own names, with random weights, positions among them."""
+    torch.manual_seed(SEED)
+    sam = field_sam(side, width, depth) if name == "field" else build_sam(name)
+    for key, p in sam.image_encoder.named_parameters():
+        if "rel_pos" in key or key == "pos_embed":  # segment_anything starts them at 0, for checkpoints to fill
+            nn.init.normal_(p, std=0.05)
+    return sam.eval()
+
+
+def generated_batch(side: int, count: int, device: torch.device) -> Batch:
+    """Generated lesions in the model frame, with masks."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = generated_samples(Path(folder) / "images", count, SEED)
+        return open_dataset(samples, side, Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
+
+
+class Pair:
+    """Both steps with the same weights, on one batch.
+
+    Student, teacher and pretrained model differ a little, as after some training, so that every term has a gradient.
+
+    Args:
+        sam: random weights; kept as the pretrained model. last_k: blocks that train, 0 = the whole encoder.
+    """
+
+    def __init__(self, sam: Sam, last_k: int, batch: Batch, precision: str = "fp32") -> None:
+        self.batch, self.precision, self.device = batch, precision, batch.images.device
+        values = preset_values("published", default_values())
+        changes = {"model.unfreeze_last_k": last_k, "method.gate.entropy_thresh": TRUST_EVERYBODY}
+        method = validate(fit_values(merge(values, unflatten(changes)))).method
+        if not isinstance(method, ContrastiveMethod):
+            raise TypeError("the preset `published` is contrastive")
+        spread_masks(sam, batch)
+        student, self.pretrained = copy.deepcopy(sam), sam.requires_grad_(False)
+        select_trainable(student, encoder="blocks", unfreeze_last_k=last_k, train_decoder=False)
+        torch.manual_seed(SEED)
+        self.method = Contrastive(student, self.pretrained, contrastive_options(method, 0.0, 0))
+        self.method.model.train()
+        with torch.no_grad():
+            for p in trained_parameters(student):
+                p.add_(torch.randn_like(p) * (0.02 * p.std() if p.numel() > 1 else 0))
+        self.naive = NaiveStep(student, self.pretrained, self.pretrained, self.method.head,
+                               entropy_thresh=TRUST_EVERYBODY, learning_rate=LEARNING_RATE)
+        self.naive.student.train()
+        self.parameters = trained_parameters(self.method.model)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
+        self.draws = self.drawn(step_generator())
+        self.cached = self.with_activations()
+
+    def drawn(self, generator: torch.Generator) -> Draws:
+        """What `Contrastive.losses` draws, in its order."""
+        prompts = draw_prompts("ring", self.batch.big_boxes, self.batch.small_boxes, num_points=naive_step.NUM_POINTS,
+                               generator=generator)
+        cells = self.method.sam.prompt_encoder.image_embedding_size[0]
+        keys = torch.rand(4, len(self.batch.ids), cells * cells, generator=generator)
+        if prompts.points is None:
+            raise TypeError("ring prompts are points")
+        return Draws(prompts.points, keys.to(self.device))
+
+    @torch.no_grad()
+    def with_activations(self) -> Batch:
+        """The batch with what a cache holds of it."""
+        images, split = preprocess(self.batch.images, self.batch.sizes), self.method.frozen_blocks
+        with autocast(self.device, self.precision):
+            if split < 0:  # nothing is frozen but the pretrained model
+                return replace(self.batch, reference=encode_frozen(self.pretrained, images,
+                                                                   num_frozen_blocks(self.pretrained))[0])
+            tokens, features = encode_frozen(self.method.sam, images, split, self.pretrained)
+        return replace(self.batch, prefix=tokens, reference=features)
+
+    def ours(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """Gradients of a step of ours, and its weighted terms."""
+        self.optimizer.zero_grad()
+        terms, _ = add_gradients(
+            self.method, batch, 1.0, generator=step_generator(), precision=self.precision,
+            scaler=torch.amp.GradScaler(enabled=False), group_size=1, watched=(), alive=[])
+        return {name: (sum_of({name: term})).detach() for name, term in terms.items()}
+
+    def our_step(self, batch: Batch) -> None:
+        """One whole training step of ours, as `training.fit` makes it."""
+        self.ours(batch)
+        nn.utils.clip_grad_norm_(self.parameters, naive_step.CLIP)
+        self.optimizer.step()
+        self.method.after_step()
+
+    def naive_backward(self) -> Mapping[str, torch.Tensor]:
+        """Gradients of the published step, and its weighted terms."""
+        with autocast(self.device, self.precision):
+            return {name: term.detach() for name, term in self.naive.backward(self.batch, self.draws).items()}
+
+    def naive_step(self) -> None:
+        """One whole published step."""
+        self.naive_backward()
+        self.naive.update()
+
+    def agreement(self, batch: Batch) -> Agreement:
+        """How far ours on this batch is from the published step."""
+        theirs, ours = self.naive_backward(), self.ours(batch)
+        if set(theirs) != set(ours):
+            raise ValueError(f"terms: expected {sorted(theirs)}, got {sorted(ours)}")
+        losses = {name: float(abs(ours[name] - value) / value.abs().clamp(min=1)) for name, value in theirs.items()}
+        wanted = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.naive.trained]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        whole = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted))
+        off = [float((a - b).norm()) for a, b in zip(found, wanted, strict=True)]
+        worst = max(d / max(float(g.norm()), 1e-3 * whole) for d, g in zip(off, wanted, strict=True))
+        return Agreement(float(self.method.monitors()["trusted"]), self.naive.trusted / len(batch.ids),
+                         {name: float(value) for name, value in theirs.items()}, max(losses.values()),
+                         math.sqrt(sum(d * d for d in off)) / whole, worst)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Ours against the published step.
+
+    Attributes:
+        trusted, naive_trusted: share of images. terms: the published step's. loss: greatest difference of a term,
+            relative where the term is above 1. gradient: norm of the difference of all gradients by theirs;
+            worst: the same of a single parameter, those with next to no gradient against a thousandth of all.
+    """
+
+    trusted: float
+    naive_trusted: float
+    terms: dict[str, float]
+    loss: float
+    gradient: float
+    worst: float
+
+    def check(self) -> None:
+        """Raise unless losses and gradients agree, every image is trusted, and every term counts."""
+        silent = [name for name, value in self.terms.items() if value == 0]
+        if not (self.loss <= LOSS_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
+                and self.worst <= GRADIENT_TOLERANCE and self.trusted == self.naive_trusted == 1 and not silent):
+            raise ValueError(f"the steps differ, so nothing is timed: {self}")
+
+
+def step_generator() -> torch.Generator:
+    """The draws of a step: the same in every one."""
+    return torch.Generator().manual_seed(SEED)
+
+
+@torch.no_grad()
+def spread_masks(sam: Sam, batch: Batch) -> None:
+    """Scale the random masks' logits to a deviation of 3, so that the entropy is below its maximum, and turn their sign
+    where need be, so that most of each image lies in them and the contrast has anchors."""
+    prompts = draw_prompts("ring", batch.big_boxes, batch.small_boxes, num_points=naive_step.NUM_POINTS,
+                           generator=step_generator())
+    low_res, _ = decode(sam, encode(sam, preprocess(batch.images, batch.sizes)), prompts)
+    last: Any = sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1]
+    factor = 3 / low_res.std() * low_res.mean().sign()
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)
+
+
+def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Ratios of three parts, the published form to ours: K = 2; 4 images; 256 anchors, 1024 negatives; 1024 px."""
+    student = copy.deepcopy(sam)
+    select_trainable(student, encoder="blocks", unfreeze_last_k=2, train_decoder=False)
+    whole, teacher = copy.deepcopy(sam), Teacher(student, naive_step.EMA_DECAY)
+    generator = torch.Generator().manual_seed(SEED)
+    vectors = [nn.functional.normalize(torch.randn(4, n, 64, generator=generator).to(device), dim=-1)
+               for n in (256, 256, 1024)]
+    everywhere = [torch.ones(v.shape[:2], dtype=torch.bool, device=device) for v in (vectors[0], vectors[2])]
+    big = torch.tensor([[200.0, 180, 830, 790]] * 4, device=device)
+    small = torch.tensor([[400.0, 380, 610, 580]] * 4, device=device)
+
+    def batched() -> None:
+        anchors = vectors[0].clone().requires_grad_()
+        info_nce(anchors, vectors[1], vectors[2], *everywhere, naive_step.TEMPERATURE).mean().backward()
+
+    def one_by_one(form: Callable[..., torch.Tensor]) -> None:
+        anchors = vectors[0].clone().requires_grad_()
+        torch.stack([form(*parts) for parts in zip(anchors, *vectors[1:], strict=True)]).mean().backward()
+
+    def by_mask() -> None:
+        for b in range(4):
+            naive_step.ring_points_from_mask(big[b], small[b], 1024)
+
+    found = {}
+    for name, runs in {
+        "average of the teacher": (lambda: naive_step.average_each(whole, student), teacher.update),
+        "InfoNCE": (partial(one_by_one, naive_step.info_nce_by_anchor), batched),
+        "InfoNCE, beside the form of the yardstick": (partial(one_by_one, naive_step.image_info_nce), batched),
+        "ring points": (by_mask, lambda: draw_prompts("ring", big, small, num_points=naive_step.NUM_POINTS,
+                                                      generator=generator)),
+    }.items():
+        spent = interleaved({"published": runs[0], "ours": runs[1]}, rounds, device, repeats=5)
+        found[name] = ratio(spent["published"], spent["ours"])
+    return found
+
+
+def main() -> int:
+    """Check, time, print the tables; end with an error where a limit is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", default="field", help="field (of the sizes below) or vit_b (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=512, help="of the images, pixels (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=192, help="of the encoder (default: %(default)s)")
+    parser.add_argument("--blocks", type=int, default=12, help="of the encoder (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=2, help="images of a step (default: %(default)s)")
+    parser.add_argument("--last", type=int, nargs="+", default=[1, 2, 4, 0],
+                        help="numbers K of trained blocks, 0 = all (default: 1 2 4 0)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="timed after one that is not (default: %(default)s)")
+    parser.add_argument("--warm", type=int, default=1, help="rounds before them (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--components", action="store_true", help="the parts too: average, InfoNCE, ring points")
+    parser.add_argument("--write", action="store_true", help="put the tables on top of benchmarks/results.md")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    device = torch_device("auto")
+    side = a.side if a.model == "field" else 1024
+    batch, rows, missed = generated_batch(side, a.batch_size, device), [], []
+
+    def make() -> Sam:
+        return random_sam(a.model, side, a.width, a.blocks).to(device)
+
+    def told(name: str, value: tuple[float, float, float], limit: float | None) -> str:
+        held = limit is None or value[0] >= limit
+        if not held:
+            missed.append(f"{name}: {value[0]:.2f} of {limit}")
+        return f"**{value[0]:.2f}** ({value[1]:.2f} to {value[2]:.2f})" + (
+            "" if limit is None else f", at least {limit}" + ", MISSED" * (not held))
+
+    for last_k in a.last:
+        name = f"K = {last_k or 'all'}"
+        pair = Pair(make(), last_k, batch)
+        shared, cached = pair.agreement(batch), pair.agreement(pair.cached)
+        shared.check()
+        cached.check()
+        print(f"{name}: all images trusted ({shared.trusted:.0%}); terms "
+              + ", ".join(f"{k} {v:.4f}" for k, v in shared.terms.items())
+              + f"; greatest difference of a loss {max(shared.loss, cached.loss):.1e}, of all gradients "
+              f"{max(shared.gradient, cached.gradient):.1e}, of a parameter's {max(shared.worst, cached.worst):.1e}",
+              file=sys.stderr, flush=True)
+        runs: dict[str, Callable[[], object]] = {"published": pair.naive_step}
+        if a.precision != "fp32":
+            half = Pair(make(), last_k, batch, a.precision)
+            runs |= {f"published, {a.precision}": half.naive_step}
+            pair = half
+        runs |= {"shared": partial(pair.our_step, batch), "cached": partial(pair.our_step, pair.cached)}
+        spent = interleaved(runs, a.rounds, device, warm=a.warm)
+        limits = LIMITS.get((a.model, a.precision), {}).get(last_k, (None, None))
+        found = [told(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
+                 for form, limit in zip(("shared", "cached"), limits, strict=True)]
+        if a.precision != "fp32":
+            found += [told(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
+        rows.append([name, *found, f"{max(shared.loss, cached.loss):.0e}",
+                     f"{max(shared.gradient, cached.gradient):.0e}"])
+        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
+        del pair, runs
+    columns = ["trained blocks", "prefix shared", "prefix and reference cached",
+               *([f"the same against the published step in {a.precision}"] if a.precision != "fp32" else []),
+               "losses differ by", "gradients differ by"]
+    sizes = f"D = {a.width}, {a.blocks} blocks" if a.model == "field" else a.model
+    text = (f"Times faster than the published step in fp32: median of {a.rounds} rounds (least to greatest). "
+            f"All images trusted. {sizes}, {side} px, batch {a.batch_size}, {a.precision}; {provenance(device)}.\n\n"
+            + table(columns, rows))
+    if a.components:
+        parts = components(device, make(), 20)
+        text += "\n\n" + table(["part", "times faster than the published form"], [
+            [name, told(name, value, COMPONENT_LIMITS.get(name))] for name, value in parts.items()])
+    print(f"\n{text}\n")
+    if a.write:
+        record("The step beside the published one", f"`python benchmarks/step.py {' '.join(sys.argv[1:])}`\n\n{text}")
+    for line in missed:
+        print(f"missed: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
