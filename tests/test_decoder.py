@@ -28,6 +28,7 @@ def kinds() -> dict[str, tuple[torch.Tensor, Prompts]]:
         "points": (torch.tensor([0, 2]), Prompts(SIDE * random(2, 5, 2, seed=1), mixed)),
         "box": (torch.tensor([2]), Prompts(boxes=boxes(1, 2))),
         "boxes in another order": (torch.tensor([2, 0, 0]), Prompts(boxes=boxes(3, 2))),
+        "no prompt": (torch.tensor([1, 2]), Prompts()),
         "box and points": (torch.tensor([1, 0, 0]),
                            Prompts(SIDE * random(3, 2, 2, seed=3), torch.ones(3, 2).long(), boxes(3, 4))),
         "box and mask": (torch.tensor([0, 1]),
@@ -59,7 +60,8 @@ def gradients(sam: Sam, features: torch.Tensor, logits: torch.Tensor, quality: t
 
 
 MIXTURES = [["points"], ["box"], ["boxes in another order"], ["points", "box and points"],
-            ["points", "box", "box and points"], ["box", "box and mask", "points"]]
+            ["points", "box", "box and points"], ["box", "box and mask", "points"], ["no prompt"],
+            ["box", "no prompt", "box and mask"]]
 
 
 @pytest.mark.parametrize("chosen", MIXTURES, ids="+".join)

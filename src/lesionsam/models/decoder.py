@@ -27,7 +27,7 @@ def decode_candidates(
     """`decode_groups` for one prompt set of each image.
 
     Args:
-        features: (B, C, H', W'). prompts: of the same B images, model frame.
+        features: (B, C, H', W'). prompts: of the same B images, model frame; none at all is one too.
     """
     return decode_groups(sam, features, [(None, prompts)], chosen)
 
@@ -49,8 +49,10 @@ def decode_groups(
     """
     decoder, (height, width) = sam.mask_decoder, features.shape[-2:]
     rows = None if groups[0][0] is None else torch.cat([images for images, _ in groups if images is not None])
+    sizes = [len(features) if images is None else len(images) for images, _ in groups]
     with torch.autocast(features.device.type, enabled=False):
-        sparse = [embed_points_and_boxes(sam.prompt_encoder, prompts) for _, prompts in groups]
+        sparse = [embed_points_and_boxes(sam.prompt_encoder, prompts).expand(size, -1, -1)
+                  for size, (_, prompts) in zip(sizes, groups, strict=True)]
         position = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2).contiguous()  # (1, N, C)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     longest = max(one.shape[1] for one in sparse)
@@ -64,7 +66,9 @@ def decode_groups(
     image = features.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
     if any(prompts.masks is not None for _, prompts in groups):
         image = image if rows is None else image[rows]
-        image, rows = image + torch.cat([dense_of(sam.prompt_encoder, prompts) for _, prompts in groups]), None
+        dense = [dense_of(sam.prompt_encoder, prompts).expand(size, -1, -1)
+                 for size, (_, prompts) in zip(sizes, groups, strict=True)]
+        image, rows = image + torch.cat(dense), None
     else:
         image = image + sam.prompt_encoder.no_mask_embed.weight
     hidden, keys = two_way(decoder.transformer, image, position, tokens, rows, present)
@@ -80,7 +84,7 @@ def embed_points_and_boxes(encoder: Any, prompts: Prompts) -> Tensor:
     """PromptEncoder's sparse embeddings of one kind of prompt, without its indexing by masks, for which a GPU waits.
 
     Returns:
-        (B, T, C): points, then the point that stands for a missing box or the box's two corners.
+        (B, T, C): points, then the point that stands for a missing box or the box's two corners; (1, 0, C) of neither.
     """
     parts = []
     if prompts.points is not None and prompts.labels is not None:
@@ -93,21 +97,16 @@ def embed_points_and_boxes(encoder: Any, prompts: Prompts) -> Tensor:
     if prompts.boxes is not None:
         corners = encoder.pe_layer.forward_with_coords(prompts.boxes.view(-1, 2, 2) + 0.5, encoder.input_image_size)
         parts.append(corners + torch.cat([e.weight for e in encoder.point_embeddings[2:4]]))
-    if not parts:
-        masks = prompts.masks
-        count = 1 if masks is None else len(masks)
-        return encoder.no_mask_embed.weight.new_zeros(count, 0, encoder.embed_dim)
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1) if parts else encoder.no_mask_embed.weight.new_zeros(1, 0, encoder.embed_dim)
 
 
 def dense_of(encoder: Any, prompts: Prompts) -> Tensor:
-    """(G, N, C) PromptEncoder's dense embeddings, (1, C) where there is no mask prompt, for each of G prompt sets."""
+    """(G, N, C) PromptEncoder's dense embeddings of G prompt sets; (1, N, C) where there is no mask prompt."""
     if prompts.masks is not None:
         with torch.autocast(prompts.masks.device.type, enabled=False):
             return encoder.mask_downscaling(prompts.masks).flatten(2).transpose(1, 2)
-    count = len(next(v for v in (prompts.points, prompts.boxes) if v is not None))
     height, width = encoder.image_embedding_size
-    return encoder.no_mask_embed.weight.expand(count, height * width, -1)
+    return encoder.no_mask_embed.weight.expand(1, height * width, -1)
 
 
 def two_way(
