@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test lint types tune ui report foundation evidence web lock clean
+.PHONY: help setup demo test lint types tune ui report foundation evidence benchmark web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -82,6 +82,12 @@ foundation: $(READY) ## train the compact model again, of params.yaml's sizes (a
 
 evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
 	python src/evidence.py $(FOLDER) --out evidence
+
+benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (an hour of one core)
+	python benchmarks/step.py --components --write
+	python benchmarks/step.py --last 2 --precision bf16 --write
+	python benchmarks/attention.py --write
+	python benchmarks/cache.py
 
 # Versions that are known to work together; nothing of them is kept beside the sources.
 WEB_TOOLS := .cache/web
