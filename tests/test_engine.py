@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from lesionsam.config import Config, load_config, with_values
 from lesionsam.engine import Place, pairs_of, run_round
 from lesionsam.engine_command import run, run_trial
 from lesionsam.engine_report import news
-from lesionsam.engine_rounds import Reviewed, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
+from lesionsam.engine_rounds import Reviewed, Round, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
 from lesionsam.engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some
 from lesionsam.errors import UserError
 from lesionsam.models.compact import CompactArchitecture
@@ -250,6 +251,21 @@ def test_the_command_says_what_comes_next(place: Place, images: Path, weights: P
     assert "| 1 | drawing | 8 | 0 | 0 | 0 | 2 | 1.6 |" in report
     with Image.open(tmp_path / "out" / "curve.png") as picture:
         assert picture.size == (960, 600)
+
+
+def test_what_a_round_means_in_sentences() -> None:
+    first = Round(1, "", "m@0.5", 50, {}, 60.0, {}, None, None, 0, 40, "drawing")
+    judged = replace(first, number=2, accepted_share=0.75, outcomes={"accepted": 30, "corrected": 10, "rejected": 0})
+    assert news([]) == []
+    assert news([first]) == ["40 images are left to do."]
+    assert news([first, replace(first, number=2)])[0].startswith("No proposal of the round before has been reviewed")
+    calm = replace(judged, threshold=0.3, stage="semi-automatic")
+    assert news([first, calm])[:2] == ["Stage reached: semi-automatic.",
+                                       "75 % of 40 reviewed proposals were accepted unchanged."]
+    assert "could have stood unseen; --auto" in news([first, calm])[2]
+    assert news([first, calm, replace(calm, number=3, num_automatic=7)])[1] == (
+        "7 more of a doubt up to 0.30 were accepted unseen.")  # no stage is new
+    assert news([first, judged])[1].startswith("Too few calm ones were reviewed")
 
 
 def test_the_table_of_the_page_is_what_dvc_watches(root: Path, tmp_path: Path) -> None:

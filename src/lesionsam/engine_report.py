@@ -55,7 +55,7 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], name: str) -> byte
 
 def _lines(rounds: Sequence[Round]) -> list[str]:
     head = ("round", "stage", "drawn", "corrected", "accepted", "automatic", "left", "people's minutes",
-            "accepted unchanged", "doubt accepted below", "mIoU ring / centre / box")
+            "accepted unchanged", "doubt that may stand", "mIoU ring / centre / box")
     lines = ["# The data engine", "", f"![Quality against people's time]({CURVE})", "",
              "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for each in rounds:
@@ -80,17 +80,17 @@ def news(rounds: Sequence[Round]) -> list[str]:
     said = []
     if STAGES.index(last.stage) > max(earlier, default=0):
         said.append(f"Stage reached: {last.stage}.")
-    if last.accepted_share is None:
-        said.append("No proposal of the last round has been reviewed; the page's list Review has them in order.")
-    else:
+    if last.accepted_share is not None:
         said.append(f"{100 * last.accepted_share:.0f} % of {sum(last.outcomes.values())} reviewed proposals were "
                     "accepted unchanged.")
-    if last.num_automatic:
-        said.append(f"{last.num_automatic} proposals of a doubt of at most {last.threshold:.2f} were accepted "
-                    "automatically.")
+    elif len(rounds) > 1:
+        said.append("No proposal of the round before has been reviewed; the page's list Review has them in order.")
+    if last.num_automatic and last.threshold is not None:
+        said.append(f"{last.num_automatic} more of a doubt up to {last.threshold:.2f} were accepted unseen.")
     elif last.threshold is not None:
-        said.append(f"Proposals of a doubt of at most {last.threshold:.2f} may be accepted automatically (--auto).")
-    else:
-        said.append("Nothing may be accepted automatically yet.")
+        said.append(f"The others of a doubt up to {last.threshold:.2f} could have stood unseen; --auto accepts such "
+                    "ones at the next round.")
+    elif last.accepted_share is not None:
+        said.append("Too few calm ones were reviewed, or too many of them changed, to accept any unseen.")
     said.append(f"{last.num_left} images are left to do.")
     return said
