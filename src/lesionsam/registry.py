@@ -145,6 +145,9 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
     with _answers(root) as (client, uri):
         found = _find_run(client, uri, name)
         there = {item.path for item in client.list_artifacts(found.info.run_id)}
+        if "evaluation" not in there:  # it may be waiting to be sent
+            sync(repository_root(Path.cwd()) if root is None else root)
+            there = {item.path for item in client.list_artifacts(found.info.run_id)}
         if "evaluation" not in there:
             raise UserError(f"run {name}: has no evaluation; run `dvc repro evaluate` (with tracking.enabled) first")
         folder.mkdir(parents=True, exist_ok=True)
