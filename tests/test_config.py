@@ -310,16 +310,16 @@ def test_folders_that_parameters_name(tmp_path: Path) -> None:
 
 
 def test_numbers_as_people_write_them() -> None:
-    text = default_text().replace("lr_encoder: 5.0e-4", "lr_encoder: 1e-3").replace("clip: 1.0", "clip: 1")
+    text = default_text().replace("lr_encoder: 1.0e-3", "lr_encoder: 2e-3").replace("clip: 1.0", "clip: 1")
     config = validate(parse_yaml(text, "params.yaml"))
-    assert (config.train.lr_encoder, config.train.clip) == (0.001, 1.0)
+    assert (config.train.lr_encoder, config.train.clip) == (0.002, 1.0)
     assert isinstance(config.train.lr_encoder, float)
     assert isinstance(config.train.clip, float)
 
 
 @pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
 def test_numbers_that_are_none(number: str) -> None:
-    values = parse_yaml(default_text().replace("lr_encoder: 5.0e-4", f"lr_encoder: {number}"), "params.yaml")
+    values = parse_yaml(default_text().replace("lr_encoder: 1.0e-3", f"lr_encoder: {number}"), "params.yaml")
     assert list(issues_of(values)) == ["train.lr_encoder"]
 
 
