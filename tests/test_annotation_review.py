@@ -146,6 +146,8 @@ def test_the_queue_falls_in_doubt_with_spot_checks_from_everywhere() -> None:
     assert min(rest)[1] > 0.55  # the first 200 by doubt alone would say nothing of the calm ones
     assert np.mean([value < 0.5 for _, value in checks]) > 0.4
     assert with_spot_checks([]) == []
+    for done in range(7):  # whoever takes the first each time gets the same order, spot checks and all
+        assert with_spot_checks(order[done:], done) == order[done:]
 
 
 def test_a_size_is_odd_only_once_sizes_are_known() -> None:

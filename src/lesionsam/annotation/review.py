@@ -113,16 +113,19 @@ def usual_areas(store: Store, proposals: Proposals) -> list[float]:
     return areas
 
 
-def with_spot_checks(doubts: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """By falling doubt, but every fourth drawn from all by hash: what nobody ever looks at could not be trusted."""
-    by_doubt = sorted(doubts, key=lambda pair: (-pair[1], pair[0]))
+def with_spot_checks(doubts: Sequence[tuple[str, float]], done: int = 0) -> list[tuple[str, float]]:
+    """By falling doubt, but every fourth drawn from all by hash: what nobody ever looks at could not be trusted.
+
+    Args:
+        doubts: (key, doubt) of what waits. done: how many were decided before, so that the order of the rest stays.
+    """
+    by_doubt = iter(sorted(doubts, key=lambda pair: (-pair[1], pair[0])))
     by_hash = iter(sorted(doubts, key=lambda pair: id_hash(pair[0])))
     ordered: dict[str, float] = {}
-    for key, value in by_doubt:
+    for place in range(done, done + len(doubts)):
+        source = by_hash if place % SPOT_CHECK == SPOT_CHECK - 1 else by_doubt
+        key, value = next(pair for pair in source if pair[0] not in ordered)
         ordered[key] = value
-        if len(ordered) % SPOT_CHECK == SPOT_CHECK - 1 and (
-                pick := next((pair for pair in by_hash if pair[0] not in ordered), None)):
-            ordered[pick[0]] = pick[1]
     return list(ordered.items())
 
 
@@ -179,10 +182,11 @@ class Review:
         now = (self.count, self.store.clock)
         if self._ordered[0] != now:
             usual = usual_areas(self.store, self.proposals)
-            doubts = [(entry.key, doubt(found.lesion, usual)[0]) for found in list(self.proposals.found.values())
-                      if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None
-                      and self.store.state(found.image_id).status == OPEN]
-            self._ordered = now, with_spot_checks(doubts)
+            known = [(entry.key, found) for found in list(self.proposals.found.values())
+                     if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None]
+            doubts = [(key, doubt(found.lesion, usual)[0]) for key, found in known
+                      if found.lesion is not None and self.store.state(found.image_id).status == OPEN]
+            self._ordered = now, with_spot_checks(doubts, len(known) - len(doubts))
         return self._ordered[1]
 
     def left(self) -> int:
