@@ -83,7 +83,7 @@ foundation: $(READY) ## train the compact model again, of params.yaml's sizes (a
 evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
 	python src/evidence.py $(FOLDER) --out evidence
 
-benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (an hour of one core)
+benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (half an hour of one core)
 	python benchmarks/step.py --components --write
 	python benchmarks/step.py --last 2 --precision bf16 --write
 	python benchmarks/attention.py --write
