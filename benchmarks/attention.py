@@ -55,7 +55,7 @@ def ways(side: int, count: int, dtype: torch.dtype, device: torch.device
 def both_ways(run: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Output, and the gradients of its sum of squares."""
     out = run()
-    return [out, *torch.autograd.grad(out.float().square().sum(), inputs)]
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
 def forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
