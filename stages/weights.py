@@ -11,7 +11,7 @@ from lesionsam.config import load_config
 from lesionsam.data.download import Remote, fetch
 from lesionsam.data.meter import human_bytes, human_seconds, say
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.files import copy_atomic, sha256_file, write_json_atomic
+from lesionsam.files import copy_atomic, sha256_file, whole_number, write_json_atomic
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
 
 OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
@@ -47,7 +47,10 @@ def own(name: str, checkpoint: Path) -> dict[str, object]:
         raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
     notes = header(checkpoint)
     if notes.get("name") == name and "image_size" in notes:
-        side = int(notes["image_size"])
+        side = whole_number(notes["image_size"])
+        if not side:
+            raise UserError(f"{checkpoint}: image_size in its metadata: expected a number of pixels, got "
+                            f"{notes['image_size'][:20]!r}; fetch it again")
     else:
         from lesionsam.models.sam import load_sam  # here, as it takes seconds to import and is seldom needed
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, read_mask
+from lesionsam.files import atomic_write, decimal_number, read_mask
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 
@@ -189,11 +189,15 @@ def read_rows(
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from None
     if not text.strip():
         raise UserError(f"{path}: empty; expected a header with {', '.join(required)} and a row per lesion")
+    if "\0" in text:
+        raise UserError(f"{path}: line {text[:text.index(chr(0))].count(chr(10)) + 1} holds a null character, which no "
+                        "text does; save the table as CSV UTF-8")
     first = text.splitlines()[0]
-    if ";" in first and "," not in first:
-        raise UserError(f"{path}: columns are separated by ';'; expected ',' (and '.' as the decimal mark)")
-    reader = csv.reader(text.splitlines())
-    header = [name.strip() for name in next(reader)]
+    for mark, name in ((";", "';'"), ("\t", "tabs")):
+        if mark in first and "," not in first:
+            raise UserError(f"{path}: columns are separated by {name}; expected ',' (and '.' as the decimal mark)")
+    records = _records(path, text)
+    header = [name.strip() for name in next(records)[1]]
     missing = [name for name in required if name not in header]
     if missing:
         raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(required)}); found {', '.join(header)}")
@@ -203,15 +207,26 @@ def read_rows(
     if len(set(header)) != len(header):
         raise UserError(f"{path}: a column stands twice in the header: {', '.join(header)}")
     rows = []
-    for values in reader:
+    for line, values in records:
         if not values or not any(value.strip() for value in values):
             continue
         if len(values) != len(header):
-            raise UserError(
-                f"{path}: line {reader.line_num} has {len(values)} fields; expected {len(header)} as the header"
-            )
-        rows.append((reader.line_num, dict(zip(header, (value.strip() for value in values), strict=True))))
+            raise UserError(f"{path}: line {line} has {len(values)} fields; expected {len(header)} as the header")
+        rows.append((line, dict(zip(header, (value.strip() for value in values), strict=True))))
     return rows
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each row of a CSV."""
+    reader = csv.reader(text.splitlines(), strict=True)
+    line = 1
+    try:
+        for values in reader:
+            yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        why = "a quote is opened and not closed" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"{path}: line {line}: {why}; expected fields separated by ','") from None
 
 
 def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]], root: Path) -> Sample:
@@ -282,7 +297,7 @@ def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: 
     values = []
     for name in names:
         try:
-            value = float(row[name])
+            value = decimal_number(row[name])
         except ValueError:
             raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})") from None
         values.append(value)

@@ -37,6 +37,7 @@ from lesionsam.limits import (
 )
 from lesionsam.schema import Config
 
+MAX_VALUES, MAX_DEPTH = 10_000, 16  # of a parameter file; the default has some 200 on 4
 HOW_NOT_WHAT = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash holds
 
 
@@ -212,9 +213,27 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         raise UserError(f"{source}{line}: expected YAML, got {error.problem or error.context}") from None
     except (YAMLError, ValueError) as error:
         raise UserError(f"{source}: expected YAML, got {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise UserError(f"{source}: expected sections of keys, got a text nested too deeply") from None
+    if not _is_bounded(values):
+        raise UserError(f"{source}: expected at most {MAX_VALUES} values and {MAX_DEPTH} levels, got more; write out "
+                        "what its anchors stand for")
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections, got {shown(values)}; `lesionsam preset demo` writes them")
     return values
+
+
+def _is_bounded(values: object) -> bool:
+    """Whether nested values are few and shallow, also once every alias is written out: some of them hold themselves."""
+    number, left = 0, [(values, 0)]
+    while left:
+        held, depth = left.pop()
+        number += 1
+        if number > MAX_VALUES or depth > MAX_DEPTH:
+            return False
+        below = held.values() if isinstance(held, Mapping) else held if isinstance(held, list) else ()
+        left += ((value, depth + 1) for value in below)
+    return True
 
 
 def yaml_text(value: Any) -> str:

@@ -38,4 +38,7 @@ def run_guarded(main: Callable[[], object]) -> None:
                 file=sys.stderr,
             )
             sys.exit(2)
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            print(f"error: {error.filename}: {error.strerror}; expected the path of a file or folder", file=sys.stderr)
+            sys.exit(2)
         raise

@@ -82,7 +82,10 @@ def torch_device(name: str) -> torch.device:
         raise UserError(
             f"runtime.device: {name!r} asked for, but torch {torch.__version__} finds no GPU; use auto or cpu"
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
 
 
 def trained_prompts(config: Config) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -134,6 +135,18 @@ def free_disk_bytes(path: Path | str) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
+
+def whole_number(text: str) -> int | None:
+    """A count as a table writes it, digits 0 to 9 alone; None for anything else, as for "4\u00b2" or 5000 digits."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+
+
+def decimal_number(text: str) -> float:
+    """A number as a table writes it; ValueError for what only Python takes for one, such as "1_0"."""
+    if "_" in text:
+        raise ValueError(f"expected a number, got {text!r}")
+    return float(text)
+
 
 def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image of any usual kind.

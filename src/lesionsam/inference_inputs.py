@@ -12,6 +12,7 @@ import numpy as np
 
 from lesionsam.boxes import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
+from lesionsam.files import decimal_number
 from lesionsam.inference_answers import Asked
 from lesionsam.prompts import KINDS
 
@@ -115,7 +116,7 @@ def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, f
     values = []
     for name, limit in (("x", width), ("y", height)):
         try:
-            value = float(row[name])
+            value = decimal_number(row[name])
         except ValueError:
             value = float("nan")
         if not np.isfinite(value):

@@ -170,12 +170,17 @@ def read_table(path: Path) -> dict[tuple[str, str], Row]:
     """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
     if not path.exists():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise UserError(f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; "
-                            "move it away or choose another --out")
-        return {(row["image_id"], row["lesion_id"]): dict(row) for row in reader}
+    fault = UserError(f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; move "
+                      "it away or choose another --out")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader) if tuple(reader.fieldnames or ()) == COLUMNS else None
+    except (UnicodeDecodeError, csv.Error):
+        raise fault from None
+    if rows is None or any(None in row or None in row.values() for row in rows):
+        raise fault
+    return {(row["image_id"], row["lesion_id"]): dict(row) for row in rows}
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from lesionsam.annotation.records import Box, Lesion, rounded
 from lesionsam.boxes import BIG, SMALL, TOLERANCE, parse_boxes, read_rows
 from lesionsam.errors import UserError
+from lesionsam.files import whole_number
 
 COORDINATES = (*BIG, *SMALL)
 
@@ -130,7 +131,7 @@ def _plain_rows(rows: Sequence[Mapping[str, str]]) -> list[tuple[Box, Box] | Non
 
 def _careful(path: Path, line: int, row: Mapping[str, str]) -> tuple[Box, Box]:
     """Boxes of a row that sticks out a little, cut as the reader of the chain cuts them."""
-    sizes = [int(row[name]) if row.get(name, "").isdigit() else 10**6 for name in ("width", "height")]
+    sizes = [whole_number(row.get(name, "")) or 10**6 for name in ("width", "height")]
     try:
         big, small = parse_boxes(row, *sizes)
     except ValueError as error:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
+from lesionsam.files import atomic_write, whole_number
 from lesionsam.types import SPLITS
 
 COLUMNS = ("image_id", "split", "image_path", "mask_path", "width", "height", "sha256")
@@ -83,30 +83,17 @@ def read_index(path: Path) -> dict[str, Row]:
     Raises:
         UserError: missing, or not such a table; names line and column.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run `dvc repro download`") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); run `dvc repro -f download`") from None
-    reader = csv.DictReader(text.splitlines())
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(reader.fieldnames or ())}; "
-                        "run `dvc repro -f download`")
     rows: dict[str, Row] = {}
-    for row in reader:
-        place = f"{path}: line {reader.line_num}"
-        if None in row or None in row.values():
-            raise UserError(f"{place}: expected {len(COLUMNS)} fields as in the header")
+    for place, row in _read(path, COLUMNS):
         if row["image_id"] in rows or not row["image_id"]:
             raise UserError(f"{place}, image_id: expected a new id, got {row['image_id']!r}")
         if row["split"] not in SPLITS:
             raise UserError(f"{place}, split: expected {', '.join(SPLITS)}, got {row['split']!r}")
         sizes = {}
         for name in ("width", "height"):
-            if not row[name].isdigit() or int(row[name]) == 0:
-                raise UserError(f"{place}, {name}: expected a whole number of pixels, got {row[name]!r}")
-            sizes[name] = int(row[name])
+            sizes[name] = whole_number(row[name])
+            if not sizes[name]:
+                raise UserError(f"{place}, {name}: expected a whole number of pixels, got {row[name][:20]!r}")
         rows[row["image_id"]] = {**row, **sizes}
     if not rows:
         raise UserError(f"{path}: no rows; run `dvc repro -f download`")
@@ -121,10 +108,31 @@ def read_index(path: Path) -> dict[str, Row]:
 def _read_lesions(path: Path) -> dict[str, dict[str, str]]:
     if not path.exists():
         return {}
-    reader = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    if tuple(reader.fieldnames or ()) != LESION_COLUMNS:
-        raise UserError(f"{path}: expected the columns {', '.join(LESION_COLUMNS)}; run `dvc repro -f download`")
     found: dict[str, dict[str, str]] = {}
-    for row in reader:
+    for _, row in _read(path, LESION_COLUMNS):
         found.setdefault(row["image_id"], {})[row["lesion_id"]] = row["mask_path"]
     return found
+
+
+def _read(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place of each row of a table of the first stage, for messages, and the row."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro download`") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; run `dvc repro -f download`") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); run `dvc repro -f download`") from None
+    reader = csv.DictReader(text.splitlines())
+    try:
+        if tuple(reader.fieldnames or ()) != tuple(columns):
+            raise UserError(f"{path}: expected the columns {', '.join(columns)}, got "
+                            f"{', '.join(reader.fieldnames or ())}; run `dvc repro -f download`")
+        for row in reader:
+            place = f"{path}: line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{place}: expected {len(columns)} fields as in the header")
+            yield place, row
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num + 1}: {error}; run `dvc repro -f download`") from None

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
+from lesionsam.files import whole_number, write_text_atomic
 from lesionsam.formats.records import (
     BIG_LABEL,
     MASK_LABEL,
@@ -66,7 +66,8 @@ def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
 
 
 def _whole(text: str | None) -> object:
-    return int(text) if text is not None and text.isdigit() else text
+    found = whole_number(text or "")
+    return text if found is None else found
 
 
 def _shape(element: Element, where: str, picture: Picture) -> Shape:

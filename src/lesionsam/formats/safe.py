@@ -13,6 +13,7 @@ from typing import Any
 from xml.parsers import expat  # nosec B407
 
 from lesionsam.errors import UserError
+from lesionsam.files import decimal_number
 
 MAX_BYTES = 1 << 30  # COCO's own training file has half of that
 MAX_DEPTH = 32
@@ -124,7 +125,11 @@ def read_xml(path: Path, expected: str) -> Element:
 def number(value: object, place: str) -> float:
     """A finite number out of JSON or of an attribute's text; `place` begins the UserError otherwise."""
     try:
-        found = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+        found = math.nan
+        if isinstance(value, str):
+            found = decimal_number(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found = float(value)
     except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):

@@ -11,7 +11,7 @@ import numpy as np
 
 from lesionsam.boxes import BIG, REQUIRED, SMALL, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
+from lesionsam.files import atomic_write, whole_number
 from lesionsam.formats.records import Annotations, Gathered, Lesion, Picture, checked
 from lesionsam.formats.safe import number
 
@@ -56,11 +56,11 @@ def _add(gathered: Gathered, row: Mapping[str, str], place: str, pictures: Mappi
             raise UserError(f"{place}, image_id: {image_id!r} is not among the {len(pictures)} images given")
         gathered.pictures[image_id] = replace(pictures[image_id], split=row.get("split", ""))
         return
-    sides = [row.get(name, "") for name in ("width", "height")]
-    if not all(side.isdigit() and int(side) > 0 for side in sides):
+    width, height = (whole_number(row.get(name, "")) for name in ("width", "height"))
+    if not width or not height:
         raise UserError(f"{place}: the size of image {image_id!r} is unknown; give the folder of images (--images), or "
                         "the columns width and height in pixels")
-    gathered.pictures[image_id] = Picture(image_id, "", int(sides[0]), int(sides[1]), row.get("split", ""))
+    gathered.pictures[image_id] = Picture(image_id, "", width, height, row.get("split", ""))
 
 
 def write_table(path: Path, annotations: Annotations) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
+from lesionsam.files import whole_number, write_text_atomic
 from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Gathered, Labels, Picture, Shape, need_names
 from lesionsam.formats.safe import number, read_bytes
 
@@ -64,8 +64,9 @@ def _shape(values: list[str], names: Sequence[str], picture: Picture, path: Path
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
         raise UserError(f"{place}: {len(values)} fields; expected class, x, y, width, height (or class and the points "
                         "of a polygon)")
-    if not values[0].isdigit() or int(values[0]) >= len(names):
-        raise UserError(f"{place}: class {values[0]!r}; expected 0 to {len(names) - 1} ({', '.join(names)})")
+    label = whole_number(values[0])
+    if label is None or label >= len(names):
+        raise UserError(f"{place}: class {values[0][:20]!r}; expected 0 to {len(names) - 1} ({', '.join(names)})")
     numbers = np.array([number(value, place) for value in values[1:]])
     if len(values) == 5:
         centre, half = numbers[:2], numbers[2:] / 2
@@ -77,7 +78,7 @@ def _shape(values: list[str], names: Sequence[str], picture: Picture, path: Path
         raise UserError(f"{place}: expected shares of 0 to 1 of the image's sides, got {' '.join(values[1:5])}; are "
                         "these pixels?")
     box = shares * np.array([picture.width, picture.height] * 2)
-    return Shape(names[int(values[0])], box, f"{path.name} line {line}")
+    return Shape(names[label], box, f"{path.name} line {line}")
 
 
 def _class_names(folder: Path) -> list[str]:

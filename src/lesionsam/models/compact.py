@@ -17,6 +17,7 @@ from lesionsam.errors import UserError
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
+MAX_STATED = 16_384  # of any number in a file's metadata: beyond it a model would not be built, but the memory filled
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,13 @@ class CompactArchitecture:
         if set(numbers) != expected:
             raise UserError(f"{source}: compact architecture needs exactly the keys {sorted(expected)}, "
                             f"got {sorted(numbers)}")
-        return cls(**numbers)
+        if giants := [name for name, value in numbers.items() if isinstance(value, int) and value > MAX_STATED]:
+            raise UserError(f"{source}: compact architecture: {giants[0]} must be at most {MAX_STATED}, got "
+                            f"{numbers[giants[0]]}")
+        try:
+            return cls(**numbers)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
 
 
 def build_compact(architecture: CompactArchitecture) -> Sam:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -177,7 +178,8 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except UnpicklingError:
         raise UserError(f"{path}: not a plain file of weights: damaged, or it would run code when loaded; fetch it "
                         "again") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:  # OSError: cut very short
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+            OverflowError, MemoryError, struct.error, OSError) as error:  # what readers make of damage
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({reason}); fetch it again") from None
     if not isinstance(loaded, dict):
