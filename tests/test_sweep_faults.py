@@ -30,7 +30,7 @@ from lesionsam.tracking import sync
 from lesionsam.tracking_spool import Spool, read_lines
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
-WAIT_S = 600
+WAIT_S = 240
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
@@ -179,6 +179,24 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
     assert pictures == {f"pictures/{name}.png" for name in ("history", "importance", "parallel")}
     assert not (Place.of(study.study_name).scratch / "trials").exists()
+
+
+def test_processes_that_make_a_database_at_once_all_get_it(tmp_path: Path) -> None:
+    """None sees the tables that another is making as a fault."""
+    url, found = f"sqlite:///{tmp_path / 'one.db'}", []
+    begin = threading.Barrier(6)
+
+    def connect() -> None:
+        begin.wait()
+        with sweep_storage.opened(url) as storage:
+            found.append(optuna.get_all_study_names(storage))
+
+    threads = [threading.Thread(target=connect) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert found == [[]] * 6
 
 
 def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> None:

@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartb
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
 
@@ -32,6 +32,7 @@ GRACE_SECONDS = 60
 OWNERLESS_SECONDS = 60  # a trial without an owner for so long lost it between two calls
 MAX_RETRIES = 3
 HOST = socket.gethostname()
+NUM_CONNECTS = 5  # attempts, where others make the tables at the same moment
 LOCK_SECONDS = 60  # patience with an SQLite file that somebody else holds
 JOURNALS = (".log", ".journal", ".jsonl")
 DRIVERS = ("psycopg2", "psycopg", "pg8000")
@@ -112,12 +113,17 @@ def open_storage(url: str) -> BaseStorage:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            return connect()
-        except (ProgrammingError, IntegrityError):  # another machine made the tables at the same moment
-            return connect()
-        except (ImportError, RuntimeError) as error:  # no driver; tables of another Optuna
-            raise UserError(f"storage {shown_url(url)}: {error}") from error
+        for left in reversed(range(NUM_CONNECTS)):
+            try:
+                return connect()
+            except (ProgrammingError, IntegrityError, OperationalError) as error:
+                # Another process made the tables at the same moment; SQLite calls that an operational error.
+                if not left or (isinstance(error, OperationalError) and "already exists" not in str(error)):
+                    raise
+                time.sleep(0.2)
+            except (ImportError, RuntimeError) as error:  # no driver; tables of another Optuna
+                raise UserError(f"storage {shown_url(url)}: {error}") from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextlib.contextmanager
