@@ -325,7 +325,7 @@ def test_a_sweep_from_start_to_applied_values(
     sweep(Request(trials=4, apply=True, rank_check=9))
     study = only_study()
     first = study.get_trials()[0]
-    start = {"train.lr_encoder": 5e-4, "model.unfreeze_last_k": 0}
+    start = {"train.lr_encoder": 1e-3, "model.unfreeze_last_k": 0}
     assert first.user_attrs["values"] == first.user_attrs["start"] == start, "trial 0 is params.yaml as it stands"
     assert [state_of(t) for t in study.get_trials()] == ["complete"] * 4
     assert len({str(values) for values in tried(study)}) == 4
