@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import re
+import runpy
+import subprocess
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -22,6 +26,7 @@ from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.export import Check, Format, Prompt, Segment, Subject, export, open_subject
 from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
+from lesionsam.inference_image import ImagePredictor
 from lesionsam.models import plain
 from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.foreign import plain_state, registry_name, reload_copied
@@ -74,6 +79,23 @@ def hidden(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Run the Python of an export's README in its folder, on a picture and a box; what it leaves behind."""
+    Image.fromarray(pictures(1)[0]()).save(folder / "image.jpg")
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[0]
+    (folder / "snippet.py").write_text(code)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return runpy.run_path("snippet.py", {"x0": 5, "y0": 8, "x1": 30, "y1": 60})
+
+
+def expected_mask(subject: Subject, folder: Path) -> np.ndarray:
+    """Ours, of the same picture and box."""
+    predictor = ImagePredictor(subject.sam)
+    predictor.set_image(np.asarray(Image.open(folder / "image.jpg").convert("RGB")))
+    return predictor.predict(box=np.array([5, 8, 30, 60]), multimask_output=False)[0][0]
+
+
 # ------------------------------------------------------------------------------------------------- segment-anything
 
 
@@ -100,8 +122,12 @@ def test_plain_weights_load_into_segment_anything(subject: Subject, form: Format
         assert all(torch.equal(again.state_dict()[key], value) for key, value in subject.state().items())
 
 
-def test_a_pth_is_tensors_alone(subject: Subject, tmp_path: Path) -> None:
+def test_a_pth_is_tensors_alone(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(subject, [PTH_FORMAT], tmp_path, pictures=pictures(1))
+    predictor = run_readme(tmp_path / "pth", monkeypatch)["predictor"]
+    predictor.set_image(np.asarray(Image.open(tmp_path / "pth" / "image.jpg")))
+    masks, _, _ = predictor.predict(box=np.array([5, 8, 30, 60]), multimask_output=False)
+    assert np.array_equal(masks[0], expected_mask(subject, tmp_path / "pth"))
     state = torch.load(tmp_path / "pth" / "sam.pth", weights_only=True)
     assert set(state) == set(subject.sam.state_dict())
     assert all(torch.equal(state[key], value) for key, value in subject.sam.state_dict().items())
@@ -188,7 +214,8 @@ def test_low_rank_updates_are_merged_and_adapters_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("make", [lambda: tiny_sam(sharpness=4), vit_like, lambda: at_size(vit_like(), 64)],
                          ids=["compact", "like ViT-B", "like ViT-B, another side"])
-def test_hugging_face_gives_the_same_logits(make: Callable[[], Sam], tmp_path: Path) -> None:
+def test_hugging_face_gives_the_same_logits(make: Callable[[], Sam], tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
     from lesionsam.export_hf import FORMAT
 
@@ -198,6 +225,8 @@ def test_hugging_face_gives_the_same_logits(make: Callable[[], Sam], tmp_path: P
     assert outcome.faults == []
     assert outcome.check is not None
     assert outcome.check.largest_difference < 1e-4 * max(1, outcome.check.largest_logit)
+    found = run_readme(tmp_path / "hf", monkeypatch)["masks"][0][0, 0].numpy()
+    assert found.shape == (70, 40)
     processor = transformers.SamProcessor.from_pretrained(tmp_path / "hf")
     assert processor.image_processor.size["longest_edge"] == one.side
     assert processor.image_processor.pad_size["height"] == one.side
@@ -229,7 +258,8 @@ def test_hugging_face_knows_every_key() -> None:
 # ------------------------------------------------------------------------------------------------- onnx
 
 
-def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tmp_path: Path) -> None:
+def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """One export: the check on pictures, then what the check does not ask."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -240,6 +270,8 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tm
     assert outcome.check is not None
     assert outcome.check.largest_difference < 1e-4 * max(1, outcome.check.largest_logit)
     assert f"opset {OPSET}" in (tmp_path / "onnx" / "README.md").read_text()
+    found = run_readme(tmp_path / "onnx", monkeypatch)["mask"]
+    assert np.array_equal(found, expected_mask(subject, tmp_path / "onnx"))
     encoder, decoder = (onnxruntime.InferenceSession(str(tmp_path / "onnx" / name), providers=["CPUExecutionProvider"])
                         for name in (ENCODER, DECODER))
     generator = torch.Generator().manual_seed(0)
@@ -320,6 +352,28 @@ def test_other_weights_fail_and_leave_the_earlier_export(subject: Subject, tmp_p
     assert hidden(tmp_path) == []
 
 
+def test_a_killed_export_is_cleared_up_by_the_next(subject: Subject, tmp_path: Path) -> None:
+    """kill -9 leaves a hidden folder, or one moved aside; a running export's is left alone."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    running = f".hf.building-{os.getpid()}"
+    for name in (f".onnx.building-{dead.pid}", f".hf.old-{dead.pid}", f".pth.old-{dead.pid}", running, "pth"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    export(subject, [SAFETENSORS_FORMAT], tmp_path, pictures=pictures(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [running, "hf", "pth", "safetensors"]
+    assert (tmp_path / "hf" / "file").read_text() == f".hf.old-{dead.pid}"
+    assert (tmp_path / "pth" / "file").read_text() == "pth"
+
+
+def test_the_runs_model_card_goes_along_with_its_own_weights_only(subject: Subject, tmp_path: Path) -> None:
+    card = tmp_path / "model_card.md"
+    for text, expected in ((f"weights {subject.sha256}", True), ("weights of another run", False)):
+        card.write_text(text)
+        export(subject, [PTH_FORMAT], tmp_path / "out", pictures=pictures(1), model_card=card)
+        assert (tmp_path / "out" / "pth" / "MODEL_CARD.md").exists() is expected
+
+
 def test_an_interrupted_export_never_looks_done(subject: Subject, tmp_path: Path) -> None:
     def stop(one: Subject, folder: Path) -> Segment:
         raise KeyboardInterrupt
@@ -383,7 +437,7 @@ def test_a_users_mistake_is_one_line(weights: Path, tmp_path: Path, monkeypatch:
 
 def test_too_little_disk_is_said_before_anything_is_written(subject: Subject, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("lesionsam.export_folders.free_disk_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="MB of disk are needed, 0 MB are free"):
         export(subject, [PTH_FORMAT], tmp_path / "out", pictures=pictures(1))
     assert list((tmp_path / "out").iterdir()) == []

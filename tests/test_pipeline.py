@@ -110,6 +110,7 @@ def test_repro_makes_everything(finished: Path) -> None:
         "models/adapted/history.csv", "models/adapted/cost.json", "models/adapted/params.yaml",
         "results/per_image.csv", "results/table.csv",
         "results/table.md", "results/summary.json", "results/metrics.json", "report/index.html",
+        "report/model_card.md",
         *(f"models/adapted/{name}" for name in WEIGHTS),
     ]
     missing = [name for name in outputs if not (finished / name).is_file() or not (finished / name).stat().st_size]
@@ -126,6 +127,20 @@ def test_one_finished_run_in_mlflow(finished: Path) -> None:
     assert [one["status"] for one in runs] == ["FINISHED"]
     params = YAML(typ="safe").load((finished / "params.yaml").read_text(encoding="utf-8"))
     assert float(runs[0]["method.temperature"]) == params["method"]["temperature"]
+
+
+def test_the_run_is_promoted_exported_and_in_good_health(finished: Path, tmp_path: Path) -> None:
+    """What comes after `dvc repro`, by its defaults: a name in the registry, weights to give away, a clean bill."""
+    runs_of(finished)  # sends what a slow machine left waiting, to the store that is then copied
+    project = Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+    assert "models:/lesionsam@champion is version 1" in lesionsam(project, "promote").stdout
+    done = lesionsam(project, "export", "--format", "safetensors", "--model", "models:/lesionsam@champion")
+    assert "FAILED" not in done.stdout
+    card = (project / "exports" / "safetensors" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert card == (project / "report" / "model_card.md").read_text(encoding="utf-8"), "the champion is this run"
+    health = lesionsam(project, "doctor").stdout
+    assert "every stage is up to date" in health
+    assert "models:/lesionsam@champion is version 1" in health
 
 
 def test_second_repro_does_nothing(finished: Path) -> None:

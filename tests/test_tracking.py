@@ -559,3 +559,32 @@ def test_children_share_one_parent_however_late_the_server_comes(
     found = [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_name == "child"]
     assert sorted(map(str, found)) == sorted([one.info.run_id, one.info.run_id, "None"])
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def test_a_model_on_a_server_is_promoted_and_fetched_once(tmp_path: Path, server: Server,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry over HTTP: the copy is whole, and a second call fetches no other."""
+    from lesionsam.registry import promote, resolve_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "params.yaml").write_text(f"tracking:\n  uri: {server.uri}\n")
+    tracker = start(tmp_path, server.uri)
+    (tmp_path / "run" / "best.safetensors").write_bytes(b"weights")
+    tracker.log_checkpoint(tmp_path / "run" / "best.safetensors", "lesionsam", {"objective": 0.5}, 4)
+    for name in ("table.md", "summary.json"):
+        (tmp_path / name).write_text("{}")
+        tracker.log_artifact(tmp_path / name, "evaluation")
+    tracker.log({"test/adapted.objective": 0.75}, 0)
+    tracker.close()
+    drain(tmp_path)
+    done = promote("run")
+    assert (done.is_new, done.objective) == (True, 0.75)
+    found = resolve_model("models:/lesionsam@champion")
+    assert found.read_bytes() == b"weights"
+    assert found.is_relative_to(".cache/registry")
+    assert [path.name for path in found.parent.iterdir()] == ["best.safetensors"]
+    before = found.stat().st_mtime_ns
+    assert resolve_model(done.run_id) == found
+    assert found.stat().st_mtime_ns == before

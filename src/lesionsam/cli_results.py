@@ -44,7 +44,8 @@ def export(
 
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
-    outcomes = exporting.export(subject, [_format(name) for name in chosen], out, pictures=pictures)
+    outcomes = exporting.export(subject, [_format(name) for name in chosen], out, pictures=pictures,
+                                model_card=Path("report/model_card.md"))
     exporting.print_table(outcomes)
     failed = [(outcome.format.name, fault) for outcome in outcomes for fault in outcome.faults]
     for name, fault in failed:

@@ -8,10 +8,7 @@ docs/decisions/0024-exports-that-prove-themselves.md.
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +20,8 @@ import torch
 import lesionsam
 from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes, read_image, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.export_folders import building, prepare, replace, tidy
+from lesionsam.files import read_image, sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
@@ -31,7 +29,7 @@ from lesionsam.models.foreign import plain_state, registry_name
 from lesionsam.models.sam import WIDTHS, Sam, load_sam
 from lesionsam.progress import progress
 
-CARD, README = "card.json", "README.md"
+CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 GENERATED = 4  # pictures of the check where nobody names a folder
 GENERATED_SIDE = 320
@@ -245,23 +243,26 @@ def compare(ours: Segment, theirs: Segment, pictures: Sequence[Callable[[], np.n
     return check
 
 
-def export(subject: Subject, formats: Sequence[Format], out: Path, *,
-           pictures: Sequence[Callable[[], np.ndarray]]) -> list[Outcome]:
+def export(subject: Subject, formats: Sequence[Format], out: Path, *, pictures: Sequence[Callable[[], np.ndarray]],
+           model_card: Path | None = None) -> list[Outcome]:
     """Write the model in several formats below `out`, each in a folder of its name, each proved.
 
     What a format of that name left there before is replaced, but only by one that has passed its check.
 
+    Args:
+        model_card: a run's card; goes along where it names the very weights that are given away.
     Returns:
         one outcome per format, in order; those with faults have left no folder.
     Raises:
         UserError: nothing can be written there at all.
     """
     # An earlier export of a format goes only when the new one is done.
-    _prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)
+    prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)
+    told = model_card.read_text(encoding="utf-8") if model_card is not None and model_card.is_file() else ""
     ours = with_predictor(ImagePredictor(subject.sam, num_cached=1))
     outcomes = []
     for form in formats:
-        with _building(out, form.name) as folder:
+        with building(out, form.name) as folder:
             try:
                 form.write(subject, folder)
                 check = compare(ours, form.reload(subject, folder), pictures, f"checking {form.name}")
@@ -275,55 +276,15 @@ def export(subject: Subject, formats: Sequence[Format], out: Path, *,
             if check.faults:
                 outcomes.append(Outcome(form, None, check=check, faults=check.faults))
                 continue
-            _tidy(folder)
+            tidy(folder)
+            if subject.sha256 in told:
+                write_text_atomic(folder / MODEL_CARD, told)
             write_text_atomic(folder / README, readme(subject, form, check))
             write_json_atomic(folder / CARD, card(subject, form, check, folder))
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            _replace(folder, out / form.name)
+            replace(folder, out / form.name)
             outcomes.append(Outcome(form, out / form.name, num_bytes, check))
     return outcomes
-
-
-def _prepare(out: Path, needed: int) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder of your own") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written to (no permission); name a folder of your own")
-    if (free := free_disk_bytes(out)) < needed:
-        raise UserError(f"--out {out}: {needed / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free; free "
-                        "some, name another place, or export one format at a time")
-
-
-@contextmanager
-def _building(out: Path, name: str) -> Iterator[Path]:
-    """An empty folder beside a format's place, gone afterwards whatever happens."""
-    folder = out / f".{name}.building-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _tidy(folder: Path) -> None:
-    """Remove what the reload compiled, and let others read what a library wrote for its user alone."""
-    for compiled in list(folder.rglob("__pycache__")):
-        shutil.rmtree(compiled)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(path.stat().st_mode | 0o044)
-
-
-def _replace(folder: Path, place: Path) -> None:
-    """Move a folder to its place; between the two renames there is none, never a half one."""
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
-    if place.exists():
-        os.replace(place, old)
-    os.replace(folder, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,8 @@ is accounted for when it is used.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,20 @@ def config_of(numbers: Mapping[str, Any]) -> Any:
     return SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers' own progress bars, which would break into ours, switched off for a while."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def write(subject: Subject, folder: Path) -> None:
     """config.json, model.safetensors, and the processor's settings for this input side."""
     from transformers import SamImageProcessor, SamModel, SamProcessor
@@ -93,7 +108,8 @@ def write(subject: Subject, folder: Path) -> None:
     with torch.device("meta"):
         model = SamModel(config_of(subject.numbers))
     model.load_state_dict(state, assign=True)  # strict: no key too many, none too few
-    model.eval().save_pretrained(folder)
+    with _without_bars():
+        model.eval().save_pretrained(folder)
     side, mask_side = subject.side, 4 * subject.side // subject.numbers["patch_size"]
     SamProcessor(SamImageProcessor(
         size={"longest_edge": side}, pad_size={"height": side, "width": side}, mask_size={"longest_edge": mask_side},
@@ -110,8 +126,9 @@ def reload(subject: Subject, folder: Path) -> Segment:
     from transformers import SamModel, SamProcessor
 
     # B615 is about a hub's revisions; this is the folder just written, and nothing else is looked at.
-    model = SamModel.from_pretrained(folder, local_files_only=True).eval()  # nosec B615
-    processor = SamProcessor.from_pretrained(folder, local_files_only=True)  # nosec B615
+    with _without_bars():
+        model = SamModel.from_pretrained(folder, local_files_only=True).eval()  # nosec B615
+        processor = SamProcessor.from_pretrained(folder, local_files_only=True)  # nosec B615
 
     @torch.inference_mode()
     def ask(image: np.ndarray, prompt: Prompt, scale: np.ndarray, known: list[torch.Tensor]) -> tuple[Any, Any]:
@@ -134,7 +151,7 @@ def reload(subject: Subject, folder: Path) -> Segment:
         return model(image_embeddings=known[0], **inputs, multimask_output=False), sizes
 
     def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
-        small = resize_longest(image, subject.side).copy()  # torch wants its own
+        image, small = image.copy(), resize_longest(image, subject.side).copy()  # torch warns of what it may not write
         scale = np.array(small.shape[1::-1]) / np.array(image.shape[1::-1])
         answers, small_features, features = [], [], []
         for prompt in prompts:

@@ -78,7 +78,8 @@ def reload(subject: Subject, folder: Path) -> Segment:
     inner = model.unwrap_python_model()
 
     def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
-        rows = [{"image": png_base64(image)}
+        picture = png_base64(image)
+        rows = [{"image": picture}
                 | ({} if prompt.box is None else {"boxes": [np.asarray(prompt.box, float).tolist()]})
                 | ({} if prompt.points is None else {"points": np.asarray(prompt.points, float).tolist()})
                 | ({} if prompt.labels is None else {"labels": np.asarray(prompt.labels, float).tolist()})
@@ -86,8 +87,8 @@ def reload(subject: Subject, folder: Path) -> Segment:
         answers = []
         for prompt, row in zip(prompts, rows, strict=True):
             found = model.predict(pd.DataFrame([row])).to_dict("records")[0]
-            with Image.open(io.BytesIO(base64.b64decode(found["masks"][0]))) as picture:
-                mask = np.asarray(picture) > 0
+            with Image.open(io.BytesIO(base64.b64decode(found["masks"][0]))) as png:
+                mask = np.asarray(png) > 0
             (_, low_res, _), = inner.answers(image, [prompt.box], prompt.points, prompt.labels)
             answers.append(Answer(low_res, mask, float(found["predicted_iou"][0])))
         return answers
