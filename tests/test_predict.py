@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.measure import label, regionprops
 from tiny import tiny_sam
 from typer.testing import CliRunner
 
@@ -29,7 +30,17 @@ from lesionsam.inference import Predictor, predict_files
 from lesionsam.inference_answers import Asked, answers, reasons
 from lesionsam.inference_auto import AUTO
 from lesionsam.inference_image import ImagePredictor
-from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, plausibility, way
+from lesionsam.inference_lesion import (
+    DECODER,
+    LOOSENED,
+    MASKS,
+    first_look,
+    largest_piece_box,
+    look_again,
+    loosened,
+    plausibility,
+    way,
+)
 from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
@@ -138,7 +149,14 @@ def test_one_lesion_without_a_prompt(case: Path, capsys: pytest.CaptureFixture[s
     predictor = ImagePredictor(tiny_sam(sharpness=SHARP))
     for k, row in enumerate(rows):
         predictor.set_image(read_image(case / "images" / f"{row['image_id']}.png"))
-        logits, _, _ = predictor.predict(multimask_output=False, return_logits=True)
+        _, _, low_res = predictor.predict(multimask_output=False)
+        (height, width), per_pixel = predictor.input_size, low_res.shape[-1] / predictor.side
+        shown = low_res[0, : round(height * per_pixel), : round(width * per_pixel)] > 0
+        rings = [region.bbox for region in sorted(regionprops(label(shown, connectivity=1)), key=lambda r: r.area)]
+        y0, x0, y1, x1 = np.array(rings[-1]) / per_pixel
+        box = loosened(np.array([x0, y0, x1, y1]), LOOSENED, (height, width))
+        own = np.array(SIZES[row["image_id"]][::-1]) / (width, height)
+        logits, _, _ = predictor.predict(box=box * np.tile(own, 2), multimask_output=False, return_logits=True)
         found = read_mask(case / "out" / row["mask"])
         sure = np.abs(logits[0]) > 1e-3
         assert np.array_equal(found[sure], logits[0][sure] > 0)
@@ -173,9 +191,37 @@ def test_the_best_automatic_mask_has_the_greatest_score(per_batch: int) -> None:
                 stability = float((shown > 1).sum() / (shown > -1).sum())
                 best = max(best, (q * stability * np.exp(-(x * x + y * y) / 0.18), q, logits), key=lambda b: b[0])
         options = replace(EASY, points_per_batch=per_batch)
-        (found, quality), = find_lesions(sam, features, [size], by=MASKS, options=options)
+        (found, quality), = first_look(sam, features, [size], by=MASKS, options=options)
     assert torch.allclose(found, best[2], atol=1e-4)
     assert quality == pytest.approx(best[1], abs=1e-5)
+
+
+def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image() -> None:
+    mask = np.zeros((20, 30), bool)
+    mask[2:4, 1:3] = mask[10:14, 20:30] = mask[14, 19] = True  # the corner of the last touches, but no side does
+    box = largest_piece_box(mask)
+    assert box is not None
+    assert box.tolist() == [20, 10, 30, 14]
+    assert loosened(box, 0.5, (20, 30)).tolist() == [17.5, 9, 30, 15]
+    assert largest_piece_box(np.zeros((4, 4), bool)) is None
+
+
+def test_a_second_look_at_nothing_keeps_nothing() -> None:
+    """Beside an image where there is something to look at."""
+    sam = tiny_sam(sharpness=SHARP)
+    side = sam.image_encoder.img_size
+    features = torch.zeros(2, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
+    nothing, something = -torch.ones(2, *(4 * length for length in sam.prompt_encoder.image_embedding_size))
+    something = something.clone()
+    something[:2, :2] = 1
+    kept, again = look_again(sam, features, [(nothing, 0.3), (something, 0.4)], [(side, side)] * 2)
+    assert kept[0] is nothing
+    assert kept[1] == 0.3
+    with torch.inference_mode():
+        edge = 2 * side / len(something)
+        box = torch.tensor([[0, 0, edge * (1 + LOOSENED / 2), edge * (1 + LOOSENED / 2)]])
+        expected, _ = decode(sam, features[1:], Prompts(boxes=box))
+    assert torch.allclose(again[0], expected[0, 0], atol=1e-4)
 
 
 def test_a_mask_in_the_middle_is_more_plausible() -> None:

@@ -2,7 +2,8 @@
 
 By the decoder: a SAM trained with the prompt kind `none` answers no prompt at all with the lesion. By masks: of the
 automatic masks of any SAM the one of the greatest score, predicted IoU x stability x plausibility, is the lesion. Which
-way serves a file of weights, its metadata say. See docs/decisions/0022-no-prompt-is-a-prompt.md.
+way serves a file of weights, its metadata say. Either way a second look follows, prompted with a box about what the
+first one found. See docs/decisions/0022-no-prompt-is-a-prompt.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from lesionsam.inference_answers import Asked, Prediction, reasons
 from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
@@ -21,6 +23,7 @@ from lesionsam.types import Prompts
 
 DECODER, MASKS = "decoder", "masks"  # the two ways
 CENTRE_SPREAD = 0.3  # of the plausibility: standard deviation of a lesion's middle about the image's, share of a side
+LOOSENED = 0.15  # by how much longer than what was found the sides of the second look's box are
 Found = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
 
 
@@ -33,17 +36,74 @@ def way(metadata: dict[str, str]) -> str:
 def find_lesions(
     sam: Sam, features: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str, options: AutoOptions
 ) -> list[Found]:
-    """The one lesion of each image, no prompt given.
+    """The one lesion of each image, no prompt given: `first_look`, then `look_again`.
 
     Args:
         features: (N, C, H', W'). sizes: N of (h, w), the image part of the model frame.
         by: `DECODER` or `MASKS`. options: of the automatic masks; crops, duplicates and regions do not matter to the
             best of them.
     """
+    return look_again(sam, features, first_look(sam, features, sizes, by=by, options=options), sizes)
+
+
+@torch.inference_mode()
+def first_look(
+    sam: Sam, features: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str, options: AutoOptions
+) -> list[Found]:
+    """What the decoder says without a prompt, or the best automatic mask; arguments as of `find_lesions`."""
     if by == MASKS:
         return [_best_mask(sam, one[None], size, options) for one, size in zip(features, sizes, strict=True)]
     low_res, predicted = decode(sam, features, Prompts())
     return list(zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True))
+
+
+@torch.inference_mode()
+def look_again(
+    sam: Sam, features: torch.Tensor, first: Sequence[Found], sizes: Sequence[tuple[int, int]]
+) -> list[Found]:
+    """Prompt with a box about what was found, as an annotator would draw it: the decoder knows boxes best.
+
+    The box is that of the mask's largest piece, every side moved outwards by `LOOSENED` of the half side, cut at the
+    image. An empty mask stays as it is.
+
+    Args:
+        features, sizes: as in `find_lesions`. first: what was found, of the same N images.
+    """
+    side = int(sam.image_encoder.img_size)
+    boxes: dict[int, np.ndarray] = {}
+    for k, ((logits, _), (height, width)) in enumerate(zip(first, sizes, strict=True)):
+        scale = side / len(logits)
+        shown = (logits > sam.mask_threshold)[: max(1, round(height / scale)), : max(1, round(width / scale))]
+        if (box := largest_piece_box(shown.cpu().numpy())) is not None:
+            boxes[k] = loosened(box * scale, LOOSENED, (height, width))
+    if not boxes:
+        return list(first)
+    rows = list(boxes)
+    framed = torch.tensor(np.stack(list(boxes.values())), dtype=torch.float32, device=features.device)
+    low_res, predicted = decode(sam, features[rows], Prompts(boxes=framed))
+    again = dict(zip(rows, zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True), strict=True))
+    return [again.get(k, answer) for k, answer in enumerate(first)]
+
+
+def largest_piece_box(mask: np.ndarray) -> np.ndarray | None:
+    """(4,) float64 XYXY, half-open, of a mask's largest piece (pixels that share a side); None of an empty mask.
+
+    Args:
+        mask: (h, w) bool.
+    """
+    pieces, count = ndimage.label(mask)
+    if not count:
+        return None
+    largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
+    rows, columns = ndimage.find_objects(pieces)[largest - 1]
+    return np.array([columns.start, rows.start, columns.stop, rows.stop], float)
+
+
+def loosened(box: np.ndarray, share: float, size: tuple[int, int]) -> np.ndarray:
+    """A (4,) XYXY box with sides 1 + `share` times as long about the same middle, cut at a frame of size (h, w)."""
+    middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (1 + share)
+    limits = np.array(size[::-1], float)
+    return np.concatenate([np.clip(middle - half, 0, limits), np.clip(middle + half, 0, limits)])
 
 
 def _best_mask(sam: Sam, features: torch.Tensor, size: tuple[int, int], options: AutoOptions) -> Found:
