@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes
+from lesionsam.files import free_disk_bytes, is_alive
 
 
 def prepare(out: Path, needed: int) -> None:
@@ -37,22 +37,12 @@ def _clear_up(out: Path) -> None:
     """Finish what a killed export left: drop what it was building, put back what it had moved aside."""
     for path in out.glob(".*-*"):
         match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
-        if match is None or _is_alive(int(match[3])):
+        if match is None or is_alive(int(match[3])):
             continue
         if match[2] == "old" and not (out / match[1]).exists():
             os.replace(path, out / match[1])
         else:
             shutil.rmtree(path)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

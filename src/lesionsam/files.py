@@ -69,6 +69,25 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `atomic_write` left anywhere below a folder in processes that were killed."""
+    for path in folder.rglob(".*.tmp"):
+        match = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
+        if match is not None and not is_alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever owns it."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def fsync_folder(folder: Path) -> None:
     """Make a rename or a new entry in `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -134,8 +134,8 @@ def _best_mask(sam: Sam, features: torch.Tensor, size: tuple[int, int], options:
 def plausibility(masks: torch.Tensor) -> torch.Tensor:
     """How likely a mask of a dermoscopic image is its lesion, by where it lies: lesions are photographed in the middle.
 
-    exp(-r^2 / (2 s^2)), r the distance of the mask's centroid from the image's middle in shares of width and height, s
-    = `CENTRE_SPREAD`.
+    exp(-r^2 / (2 s^2)) (1 - e)^2, r the distance of the mask's centroid from the image's middle in shares of width and
+    height, s = `CENTRE_SPREAD`; e the share of the image's rim that the mask covers, as stickers and shadows do.
 
     Args:
         masks: (N, h, w) bool.
@@ -147,7 +147,9 @@ def plausibility(masks: torch.Tensor) -> torch.Tensor:
     rows = masks.sum(2).float() @ torch.arange(heights, device=masks.device, dtype=torch.float32)
     columns = masks.sum(1).float() @ torch.arange(widths, device=masks.device, dtype=torch.float32)
     y, x = ((total / area.clamp(min=1) + 0.5) / length - 0.5 for total, length in ((rows, heights), (columns, widths)))
-    return (torch.exp(-(x**2 + y**2) / (2 * CENTRE_SPREAD**2)) * (area > 0)).cpu()
+    rim = sum(line.sum(1).float() for line in (masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]))
+    inside = 1 - rim / (2 * (heights + widths))
+    return (torch.exp(-(x**2 + y**2) / (2 * CENTRE_SPREAD**2)) * inside**2 * (area > 0)).cpu()
 
 
 def masks_of(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, write_text_atomic
+from lesionsam.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import bounding_box, encode
 from lesionsam.inference_answers import Prediction
@@ -50,6 +50,7 @@ class Folder:
             raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
                             "permissions") from None
         self.rows = read_table(out / TABLE)
+        remove_leftovers(out)
 
     def files(self, file_name: str) -> list[Path]:
         """All that is wanted of a mask."""
