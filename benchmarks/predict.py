@@ -40,8 +40,8 @@ def ratio(ours: Work, theirs: Work, rounds: int, clock: Callable[[], float]) -> 
     Returns:
         median ratio of speed, its least and greatest over rounds, our median seconds.
     """
-    ours(0)
-    theirs(0)  # what is made once is made before the clock runs
+    ours(-1)
+    theirs(-1)  # what is made once is made before the clock runs; the last image, whose features the first round drops
     ratios, spent = [], []
     for k in range(rounds):
         times = {}

@@ -76,24 +76,28 @@ def serving(folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1
     desk = Desk(catalogue, Store(folder / "boxes.csv", catalogue), pictures, None, "ann", folder.name)
     if weights is not None:
         add_model(desk, weights, 0.5)
-    listener = listen("127.0.0.1", 0)
-    port = listener.getsockname()[1]
-    gate = Gate(create_app(desk), host=host, port=port, token=token)
-    server = uvicorn.Server(uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + SECONDS
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, timeout=SECONDS) as client:
-        yield Served(url, desk, client)
-    for part in (desk.review, desk.products):
-        if part is not None:
-            part.stop() if part is desk.review else part.finish(5)  # pyright: ignore[reportAttributeAccessIssue]
-    server.should_exit = True
-    thread.join(10)
-    listener.close()
+    server, thread, listener = None, None, listen("127.0.0.1", 0)
+    try:
+        port = listener.getsockname()[1]
+        gate = Gate(create_app(desk), host=host, port=port, token=token)
+        server = uvicorn.Server(uvicorn.Config(gate, log_level="warning", access_log=False, lifespan="off", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        deadline = time.monotonic() + SECONDS
+        while not server.started and time.monotonic() < deadline:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(base_url=url, timeout=SECONDS) as client:
+            yield Served(url, desk, client)
+    finally:  # whatever happened: no thread goes on into the next test
+        if desk.review is not None:
+            desk.review.stop()
+        if desk.products is not None:
+            desk.products.finish(5)
+        if server is not None and thread is not None:
+            server.should_exit = True
+            thread.join(10)
+        listener.close()
 
 
 @contextmanager

@@ -400,6 +400,8 @@ def test_a_check_sees_what_differs() -> None:
         (exporting.Answer(low_res * np.nan, mask, 0.9), "logits differ by inf"),
         (exporting.Answer(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
         (exporting.Answer(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
+        (exporting.Answer(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
+        (exporting.Answer(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
     ]
     for theirs, words in cases:
         check = Check()
@@ -419,6 +421,7 @@ def test_a_check_sees_what_differs() -> None:
     (["--format", "pth", "--model", "text.pth"], "not a plain file of weights"),
     (["--format", "pth", "--model", "weights", "--images", "empty"], "expected a folder with images"),
     (["--format", "pth", "--model", "weights", "--images", "empty", "--num-images", "0"], "--num-images: expected"),
+    (["--format", "pth", "--model", "weights", "--num-images", "0"], "--num-images: expected at least 1, got 0"),
     (["--format", "pth", "--model", "weights", "--out", "text.pth/exports"], "--out text.pth/exports: cannot be"),
 ])
 def test_a_users_mistake_is_one_line(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -65,7 +65,7 @@ def test_the_card_says_what_the_run_was(run: Path) -> None:
     text = card(run)
     for words in ("Not a medical device", sha256_file(run / "training" / "best.safetensors"), "commit abc123",
                   "two boxes per lesion, **simulated** from the masks (10% to 20% too large)",
-                  "the whole image encoder, mask decoder and prompt encoder", "no photograph, no patient",
+                  "the whole encoder, the decoder, the prompt encoder", "no photograph, no patient",
                   "12 images, 12 lesions", "They are no evidence about lesions", "run | not tracked"):
         assert words in text, words
     assert "It is weakest on small lesions" in text

@@ -177,6 +177,10 @@ def test_the_stated_packages_cover_what_the_code_imports() -> None:
     ({"points": [[1, 1]], "labels": [1, 0]}, "labels: expected a 0 or 1"),
     ({"points": [[1, 1]], "boxes": [[0, 0, 5, 5], [1, 1, 4, 4]]}, "belong to one box at most"),
     ({"boxes": [], "points": float("nan")}, "got neither"),
+    ({"boxes": 5}, "boxes: expected lists of numbers, got 5"),
+    ({"boxes": 5.0}, "boxes: expected lists of numbers, got 5.0"),
+    ({"boxes": [{"x0": 1}]}, "boxes: expected lists of numbers"),
+    ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "labels: expected points"),
 ])
 def test_prompts_that_are_none_are_named(row: dict, words: str) -> None:
     from lesionsam.tracking_served import prompts_of

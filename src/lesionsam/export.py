@@ -142,11 +142,10 @@ class Check:
             raise UserError(f"answers of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
                             f"{ours.low_res.shape} and {ours.mask.shape}")
         self.num_prompts += 1
-        difference = float(np.abs(ours.low_res - theirs.low_res).max())
-        self.largest_difference = max(self.largest_difference, np.inf if np.isnan(difference) else difference)
+        self.largest_difference = max(self.largest_difference, apart(ours.low_res, theirs.low_res))
         self.largest_logit = max(self.largest_logit, float(np.abs(ours.low_res).max()))
         self.lowest_iou = min(self.lowest_iou, float(iou(ours.mask, theirs.mask)))
-        self.iou_difference = max(self.iou_difference, abs(ours.predicted_iou - theirs.predicted_iou))
+        self.iou_difference = max(self.iou_difference, apart(ours.predicted_iou, theirs.predicted_iou))
 
     @property
     def faults(self) -> list[str]:
@@ -155,11 +154,17 @@ class Check:
         out = []
         if self.largest_difference > allowed:
             out.append(f"logits differ by {self.largest_difference:.2g}, allowed are {allowed:.2g}")
-        if self.iou_difference > allowed:
-            out.append(f"predicted IoUs differ by {self.iou_difference:.2g}, allowed are {allowed:.2g}")
+        if self.iou_difference > TOLERANCE:
+            out.append(f"predicted IoUs differ by {self.iou_difference:.2g}, allowed are {TOLERANCE:.2g}")
         if self.lowest_iou < LOWEST_IOU:
             out.append(f"masks agree to an IoU of {self.lowest_iou:.4f}, expected are {LOWEST_IOU}")
         return out
+
+
+def apart(ours: np.ndarray | float, theirs: np.ndarray | float) -> float:
+    """The largest absolute difference; infinite where there is none to be had (NaN)."""
+    difference = float(np.abs(np.subtract(ours, theirs)).max())
+    return np.inf if np.isnan(difference) else difference
 
 
 @dataclass(frozen=True)
@@ -194,12 +199,12 @@ def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np
     """Pictures to compare on, read when called: of a folder (evenly picked), or generated ones.
 
     Raises:
-        UserError: a folder without images.
+        UserError: a folder without images, fewer than one wanted.
     """
-    if folder is None:
-        return [lambda k=k: generate(0, k, GENERATED_SIDE)[0] for k in range(min(GENERATED, num_images))]
     if num_images < 1:
         raise UserError(f"--num-images: expected at least 1, got {num_images}")
+    if folder is None:
+        return [lambda k=k: generate(0, k, GENERATED_SIDE)[0] for k in range(min(GENERATED, num_images))]
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not found:
         raise UserError(f"--images {folder}: expected a folder with images ({', '.join(SUFFIXES)}), found none")

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 import lesionsam
-from lesionsam.config import read_yaml
+from lesionsam.config import read_yaml, trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation_results import ADAPTED, markdown, prompts_in, read_csv
 from lesionsam.files import sha256_file, write_text_atomic
+from lesionsam.report import read_summary
 from lesionsam.statistics import format_interval
 
 LICENCES = {
@@ -51,7 +52,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         if not path.is_file():
             raise UserError(f"{path}: no such file; a model card needs it: run `dvc repro {stage}`")
     params = read_yaml(used)
-    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(results)
     table, strata = read_csv(results / "table.csv"), read_csv(results / "strata.csv")
     run = json.loads((training / "run.json").read_text(encoding="utf-8")) if (training / "run.json").is_file() else {}
     source, model = str(params["data"]["source"]), str(params["model"]["name"])
@@ -83,16 +84,6 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         "## Figures", "", figures(table, summary), "",
         "## Limits", "", *limits(source, strata, summary), ""])
     write_text_atomic(output, text)
-
-
-def trained_parts(model: Mapping[str, Any]) -> str:
-    """What of the model was trained, in words."""
-    last = model.get("unfreeze_last_k", 0)
-    parts = {"none": "", "blocks": f"the last {last} encoder blocks" if last else "the whole image encoder",
-             "lora": "low-rank updates of the encoder's attention, merged", "adapter": "adapters in the encoder"}
-    named = [parts.get(str(model["encoder"]), str(model["encoder"])),
-             "mask decoder and prompt encoder" if model["train_decoder"] else ""]
-    return ", ".join(filter(None, named))
 
 
 def labels(params: Mapping[str, Any]) -> str:

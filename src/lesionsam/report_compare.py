@@ -47,8 +47,8 @@ def compare(texts: Sequence[str], output: Path, root: Path) -> int:
     with open_runs(texts, root) as runs:
         summaries = [read_summary(run.results) for run in runs]
         rows = side_by_side(runs)
-        table = tabulated(rows, runs[0].name, summaries[0])
-        print_tables(table, runs[0].name)
+        table = tabulated(rows, name_of(runs[0]), summaries[0])
+        print_tables(table, name_of(runs[0]))
         write_page(output, commands=shlex.join(["lesionsam", "compare", *texts]),
                    **content(runs, summaries, rows, table))
     return output.stat().st_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,11 @@ def prompts_of(row: dict[str, Any], width: int, height: int,
     Raises:
         ValueError: nothing to prompt with, or numbers that are no box or point of this image.
     """
-    boxes, points, labels = (_array(row.get(name)) for name in ("boxes", "points", "labels"))
+    boxes, points, labels = (_array(name, row.get(name)) for name in ("boxes", "points", "labels"))
     if boxes is None and points is None:
         raise ValueError("boxes, points: expected one of them, got neither")
+    if labels is not None and points is None:
+        raise ValueError("labels: expected points that they belong to, got none")
     if boxes is not None:
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise ValueError(f"boxes: expected a list of [x0, y0, x1, y1], got numbers of shape {boxes.shape}")
@@ -123,11 +126,16 @@ def prompts_of(row: dict[str, Any], width: int, height: int,
     return [None] if boxes is None else list(boxes), points, None if points is None else labels
 
 
-def _array(value: Any) -> np.ndarray | None:
+def _array(name: str, value: Any) -> np.ndarray | None:
     """Nested lists as numbers; what is missing, and pandas' way to say so, as None."""
-    if value is None or isinstance(value, float):  # NaN: a column that this row has no value for
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # a column that this row has no value for
         return None
-    array = np.array([np.asarray(each, float) for each in value], float)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise ValueError(f"{name}: expected lists of numbers, got {str(value)[:60]}")
+    try:
+        array = np.array([np.asarray(each, float) for each in value], float)
+    except TypeError:
+        raise ValueError(f"{name}: expected lists of numbers, got {str(value)[:60]}") from None
     return array if array.size else None
 
 
