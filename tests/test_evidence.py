@@ -36,7 +36,7 @@ def test_the_strategies_train_what_they_say() -> None:
     encoders = {name.removeprefix("supervised, "): config.model.encoder for name, config in found.items()
                 if name.startswith("supervised")}
     assert encoders == {"decoder": "none", "last 2 blocks": "blocks", "adapters": "adapter", "LoRA": "lora",
-                        "full": "blocks"}
+                        "tuned": "blocks"}
     assert getattr(found["supervised, last 2 blocks"].model, "unfreeze_last_k", None) == 2
 
 

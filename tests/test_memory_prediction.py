@@ -23,7 +23,6 @@ from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.trainable import Teacher, select_trainable, trained_parameters
 from lesionsam.presets import apply_preset
 from lesionsam.training import autocast, sum_of
-from lesionsam.training_state import teacher_of
 from lesionsam.types import Batch
 
 CPU = torch.device("cpu")
@@ -75,7 +74,7 @@ def some_batch(count: int, side: int) -> Batch:
 
 
 def all_modules(method: Method) -> list[torch.nn.Module]:
-    teacher = teacher_of(method)
+    teacher = method.teacher
     return [method.model] if teacher is None else [method.model, teacher.module]
 
 
@@ -123,7 +122,7 @@ def test_prediction_agrees_with_torchs_storages(
     sam = sam_of(architecture, last_k)
     method = method_of(name, sam)
     step = predict_step(sam, held=held_bytes(all_modules(method)), batch_size=batch_size, answers=2,
-                        precision=precision, device="cpu", teacher=teacher_of(method) is not None)
+                        precision=precision, device="cpu", teacher=method.teacher is not None)
     peak = measured(method, some_batch(batch_size, architecture.image_size), precision)
     assert BELOW <= step.total / peak <= ABOVE, f"{step} against {peak} bytes"
 
@@ -160,7 +159,7 @@ def test_batches_are_made_in_parts_where_memory_is_short() -> None:
     assert lines[2].endswith("so they are made in 4 parts, as with train.batch_size 4 and train.accumulate 4 times as "
                              "large")
     assert lines[3].endswith("it may not fit")
-    method.smallest_batch = 2  # pyright: ignore[reportAttributeAccessIssue]
+    method.smallest_batch = 2
     assert parts(1000) == 8, "a placebo keeps two images together"
 
 

@@ -19,7 +19,7 @@ from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
 from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
-from lesionsam.training_state import Progress, load_best, teacher_of, trained_state
+from lesionsam.training_state import Progress, load_best, trained_state
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def run(method: Method, data: LesionDataset, folder: Path, **changes: Any) -> Pr
 
 def weights(method: Method) -> dict[str, torch.Tensor]:
     """Student and teacher, parameters and buffers."""
-    teacher = teacher_of(method)
+    teacher = method.teacher
     averages = {} if teacher is None else {f"teacher.{n}": v.clone() for n, v in teacher.module.state_dict().items()}
     return {n: v.clone() for n, v in method.model.state_dict().items()} | averages
 
@@ -193,7 +193,7 @@ def test_patience_ends_the_run(data: LesionDataset, tmp_path: Path) -> None:
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-class Mean:
+class Mean(Method):
     """A method whose loss is a mean over images, without anything drawn."""
 
     def __init__(self, poison: Callable[[int], float] = lambda call: 0.0, dead: bool = False) -> None:
@@ -366,7 +366,7 @@ def test_a_living_run_is_not_complained_about(data: LesionDataset, tmp_path: Pat
 def test_every_term_of_the_default_lives_and_a_supervised_run_needs_no_teacher(tmp_path: Path) -> None:
     method = supervised()
     run(method, tiny_data(8), tmp_path, epochs=5)
-    assert teacher_of(method) is None
+    assert method.teacher is None
 
 
 def test_the_progress_line_is_as_published(data: LesionDataset, tmp_path: Path) -> None:

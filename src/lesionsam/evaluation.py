@@ -32,6 +32,7 @@ from lesionsam.evaluation_cases import (
     predict_cases,
     upscaled,
 )
+from lesionsam.methods.base import box_pixels
 from lesionsam.models.sam import Sam, decode
 from lesionsam.models.trainable import encode_batch
 from lesionsam.progress import progress
@@ -302,7 +303,7 @@ def quick_evaluate(
 def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_points: int) -> dict[str, torch.Tensor]:
     side = batch.images.shape[-1]
     features = encode_batch(sam, batch)
-    big, small = _inside(batch.big_boxes, side), _inside(batch.small_boxes, side)
+    big, small = box_pixels(batch.big_boxes, side, side), box_pixels(batch.small_boxes, side, side)
     scores, masks = {}, []
     coverage, leakage = [], []
     for kind in prompts:
@@ -327,11 +328,3 @@ def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_
 def _mask_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     both, either = (first & second).sum((1, 2)), (first | second).sum((1, 2))
     return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both, dtype=torch.float32))
-
-
-def _inside(boxes: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, S, S) bool, pixels whose centres lie in the (B, 4) XYXY boxes."""
-    centres = torch.arange(side, device=boxes.device) + 0.5
-    columns = (centres >= boxes[:, None, 0]) & (centres < boxes[:, None, 2])
-    rows = (centres >= boxes[:, None, 1]) & (centres < boxes[:, None, 3])
-    return rows[:, :, None] & columns[:, None, :]

@@ -26,6 +26,11 @@ def rate(value: float) -> dict[str, float]:
     return {f"train.lr_{part}": value for part in ("encoder", "decoder", "head")}
 
 
+def rates(encoder: float, decoder: float) -> dict[str, float]:
+    """A learning rate for the encoder and one for the decoder."""
+    return {"train.lr_encoder": encoder, "train.lr_decoder": decoder}
+
+
 def budget(base: Config) -> dict[str, object]:
     """The base's number of epochs and batch size, for a recipe that brings its own."""
     return {
@@ -38,7 +43,7 @@ def budget(base: Config) -> dict[str, object]:
 def tuning(base: Config) -> list[Row]:
     """Learning rates, on the development split alone."""
     pairs = [
-        (f"encoder {encoder:g} decoder {decoder:g}", {"train.lr_encoder": encoder, "train.lr_decoder": decoder})
+        (f"encoder {encoder:g} decoder {decoder:g}", rates(encoder, decoder))
         for encoder in ENCODER_RATES
         for decoder in DECODER_RATES
     ]
@@ -112,14 +117,19 @@ COMPARISONS = (
 # ---- what trains, and what masks are worth -----------------------------------------------------------------------
 
 LAST_K = 2  # of the compact model's 4 blocks
-STRATEGY_RATES = {"decoder": 5e-4, f"last {LAST_K} blocks": 5e-4, "adapters": 1e-3, "LoRA": 1e-3, "full": 5e-4}
-TRIED_RATES = (5e-4, 1e-3, 2e-3)  # of each strategy, on the development split, one seed
+STRATEGY_RATES = {  # encoder (or what is inserted there), decoder; chosen by the rows of `strategies_tuning`
+    "decoder": (1e-3, 5e-4), f"last {LAST_K} blocks": (1e-3, 1.5e-4),
+    "adapters": (1e-3, 1.5e-4), "LoRA": (1e-3, 1.5e-4),
+}
+TRIED_RATES = {  # on the development split, one seed
+    "decoder": ((1e-3, 1.5e-4), (1e-3, 5e-4)), f"last {LAST_K} blocks": ((1e-3, 1.5e-4), (2e-3, 1.5e-4)),
+    "adapters": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)), "LoRA": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)),
+}
 STRATEGIES = {  # name -> preset, changes
     "decoder": ("supervised-decoder", {}),
     f"last {LAST_K} blocks": ("supervised-full", {"model.unfreeze_last_k": LAST_K}),
     "adapters": ("supervised-adapter", {}),
     "LoRA": ("supervised-lora", {}),
-    "full": ("supervised-full", {}),
 }
 MASKS = (10, 30, 100, 300)
 BLIND = {"train.select": "label_free"}  # no row of that set sees a mask of the development split
@@ -132,15 +142,17 @@ def strategies(base: Config) -> list[Row]:
         Row(ZERO_SHOT, seeds=1, trains=False),
         Row(TUNED, budget(base) | rate(PUBLISHED_RATE), preset="published"),
         Row(DEFAULT),
-        *(Row(f"supervised, {name}", rate(STRATEGY_RATES[name]) | changes, preset=preset)
+        *(Row(f"supervised, {name}", rates(*STRATEGY_RATES[name]) | changes, preset=preset)
           for name, (preset, changes) in STRATEGIES.items()),
+        Row(SUPERVISED, SUPERVISED_RATES, preset="supervised"),  # everything trains
     ]
 
 
 def strategies_tuning(base: Config) -> list[Row]:
     """Learning rates of the strategies, on the development split alone."""
-    return [Row(f"tune supervised, {name} {value:g}", rate(value) | changes, preset=preset, seeds=1, tests=False)
-            for name, (preset, changes) in STRATEGIES.items() for value in TRIED_RATES]
+    return [Row(f"tune supervised, {name}, encoder {pair[0]:g} decoder {pair[1]:g}", rates(*pair) | STRATEGIES[name][1],
+                preset=STRATEGIES[name][0], seeds=1, tests=False)
+            for name, pairs in TRIED_RATES.items() for pair in pairs]
 
 
 def labels(base: Config) -> list[Row]:
@@ -172,8 +184,8 @@ SETS = {
     "strategies": Plan(
         strategies,
         strategies_tuning,
-        (*((f"supervised, {name}", "supervised, full") for name in STRATEGIES if name != "full"),
-         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES)),
+        (*((f"supervised, {name}", SUPERVISED) for name in STRATEGIES),
+         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES), (DEFAULT, SUPERVISED)),
     ),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }

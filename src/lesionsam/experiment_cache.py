@@ -41,7 +41,7 @@ def open_caches(
         say: receives a line on what is kept, one where the disk fails, and one on how much was found.
     """
     runtime, split = config.runtime, num_frozen_blocks(sam)
-    reference: Sam | None = getattr(method, "reference", None)
+    reference = method.reference
     if root is None or runtime.cache_gb == 0 or (split < 1 and reference is None):
         yield Caches()
         return

@@ -15,8 +15,7 @@ from lesionsam.methods.base import Method
 from lesionsam.models.frozen import processor
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam
-from lesionsam.training_memory import smallest_part
-from lesionsam.training_state import Progress, teacher_of
+from lesionsam.training_state import Progress
 
 GB = 1e9
 
@@ -29,13 +28,13 @@ def parts_that_fit(
     Args:
         sam: the student, on the device. there: bytes of the device that this run may use; None = looked up.
     """
-    teacher, reference = teacher_of(method), getattr(method, "reference", None)
+    teacher, reference = method.teacher, method.reference
     held = held_bytes([method.model, *([] if teacher is None else [teacher.module]), *filter(None, [reference])])
     predict = partial(predict_step, sam, held=held, answers=answers_per_image(config), device=device.type,
                       precision=config.train.precision, teacher=teacher is not None)
     there, size, parts = memory_of(device) if there is None else there, config.train.batch_size, 1
     needed = predict(batch_size=size).total
-    while predict(batch_size=-(-size // parts)).total > there and size // (2 * parts) >= smallest_part(method):
+    while predict(batch_size=-(-size // parts)).total > there and size // (2 * parts) >= method.smallest_batch:
         parts *= 2
     left = predict(batch_size=-(-size // parts)).total
     line = f"memory: a step of {size} images takes about {needed / GB:.1f} of {there / GB:.1f} GB"

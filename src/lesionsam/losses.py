@@ -60,12 +60,13 @@ def focal(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return weighted_mean(lesion + background, w)
 
 
+MASK_TERMS = {"bce": bce, "dice": dice, "focal": focal}
+
+
 def soft_mask_loss(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """(B,): 2 BCE + Dice, the loss of the pseudo-mask term and the default one of the supervised run."""
-    return 2 * bce(y, m, w) + dice(y, m, w)
-
-
-MASK_TERMS = {"bce": bce, "dice": dice, "focal": focal}
+    weights = MASK_LOSSES["dice_bce"]
+    return weights["bce"] * bce(y, m, w) + weights["dice"] * dice(y, m, w)
 
 
 def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

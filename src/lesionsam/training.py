@@ -288,15 +288,13 @@ def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Ca
                     f"the term `{name}` is switched on (weight {weight:g}) but its gradient was zero in each of the "
                     f"first {min(at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or change what it depends on"
                 )
-    head_spread = getattr(method, "head_spread", None)
-    if "contrast" in terms and head_spread is not None:
-        measured = head_spread()
-        if measured["mean_cosine"] > COLLAPSED_COSINE:
-            say(
-                f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
-                f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
-                "temperature"
-            )
+    measured = method.head_spread() if "contrast" in terms else None
+    if measured is not None and measured["mean_cosine"] > COLLAPSED_COSINE:
+        say(
+            f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
+            f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
+            "temperature"
+        )
 
 
 def skip_nonfinite(at: Progress, terms: Mapping[str, Term], ids: Sequence[str], say: Callable[[str], None]) -> None:

@@ -75,7 +75,7 @@ def make_smaller(at: Progress, batch: Batch, method: Method, reason: str, say: C
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     size = len(batch.ids)
-    if size // (2 * at.parts) < smallest_part(method):
+    if size // (2 * at.parts) < method.smallest_batch:
         raise UserError(
             f"the GPU's memory does not hold a step of {size // at.parts} image(s) ({reason}); lower model.image_size, "
             "train fewer blocks (model.unfreeze_last_k) or set train.precision to bf16"
@@ -85,8 +85,3 @@ def make_smaller(at: Progress, batch: Batch, method: Method, reason: str, say: C
         f"out of memory ({reason}); from here on the {size} images of a batch are made in {at.parts} parts, as with "
         f"train.batch_size {size // at.parts} and train.accumulate {at.parts} times as large"
     )
-
-
-def smallest_part(method: Method) -> int:
-    """Images that a method needs together."""
-    return int(getattr(method, "smallest_batch", 1))

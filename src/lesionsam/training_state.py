@@ -15,7 +15,6 @@ from torch import nn
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, write_bytes_atomic
 from lesionsam.methods.base import Method
-from lesionsam.models.trainable import Teacher
 
 NUM_STATES = 2  # training states kept: the newest and the one to fall back to
 
@@ -64,22 +63,16 @@ def load_best(folder: Path, module: nn.Module) -> None:
 
 def save_head(method: Method, path: Path) -> None:
     """Write the projection head of a method that has one, as safetensors, atomically."""
-    head = getattr(method, "head", None)
-    if isinstance(head, nn.Module):
-        state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    if method.head is not None:
+        state = {name: value.detach().cpu().contiguous() for name, value in method.head.state_dict().items()}
         write_bytes_atomic(path, safetensors.torch.save(state))
-
-
-def teacher_of(method: Method) -> Teacher | None:
-    """The method's averaged teacher, where it has one."""
-    return getattr(method, "teacher", None)
 
 
 def save_state(
     folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
     """Write everything that a resume needs as one new file; the one before stays to fall back to."""
-    teacher = teacher_of(method)
+    teacher = method.teacher
     averages = None if teacher is None else state_of(teacher.module, trained_names(method.model))
     state = {
         "progress": vars(at),
@@ -116,7 +109,7 @@ def load_state(
             )
             continue
         method.model.load_state_dict(state["model"], strict=False)
-        teacher = teacher_of(method)
+        teacher = method.teacher
         if teacher is not None:
             teacher.module.load_state_dict(state["teacher"], strict=False)
         optimizer.load_state_dict(state["optimizer"])

@@ -12,6 +12,7 @@ from torch import nn
 
 from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
+from lesionsam.models.trainable import Teacher
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch
 
@@ -28,15 +29,21 @@ class Term(NamedTuple):
 
 
 class Method(Protocol):
-    """What differs between ways of training, and nothing else.
+    """What differs between ways of training, and nothing else. A way inherits what it has no use for.
 
     Attributes:
         model: everything that trains. Its submodule `sam` is the segmenter.
         kept: the module that is evaluated and saved, `model` or its running average; parameters of the same names.
+        teacher: the running average of `model`. reference: the foundation, frozen. head: the projection head.
+        smallest_batch: images that it needs together.
     """
 
     model: nn.Module
     kept: nn.Module
+    teacher: Teacher | None = None
+    reference: Sam | None = None
+    head: nn.Module | None = None
+    smallest_batch: int = 1
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
         """Terms of one batch; those without gradient are monitors. The total is the sum of weight times value."""
@@ -49,6 +56,10 @@ class Method(Protocol):
     def monitors(self) -> dict[str, torch.Tensor]:
         """Scalars of the last batch that are logged but no part of the loss."""
         ...
+
+    def head_spread(self) -> dict[str, float] | None:
+        """Spread of the last batch's projected pixels (see `models.projection.spread`), where there is a head."""
+        return None
 
 
 def to_grid(values: torch.Tensor, side: int) -> torch.Tensor:
@@ -71,10 +82,15 @@ def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor,
     )
 
 
+def box_pixels(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
+    """(B, cells, cells) bool: cells whose centre lies in the box; see `box_cells`."""
+    columns, rows = box_cells(boxes, cells, side)
+    return rows[:, :, None] & columns[:, None]
+
+
 def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
     """(B, cells, cells) bool: cells whose centre lies in the box; at least the one that holds the box's centre."""
-    columns, rows = box_cells(boxes, cells, side)
-    inside = rows[:, :, None] & columns[:, None]
+    inside = box_pixels(boxes, cells, side)
     middle = ((boxes[:, :2] + boxes[:, 2:]) / 2 * (cells / side)).long().clamp(0, cells - 1)
     inside[torch.arange(len(boxes), device=boxes.device), middle[:, 1], middle[:, 0]] = True
     return inside

@@ -26,7 +26,7 @@ from lesionsam.losses import (
     soft_mask_loss,
     weighted_mean,
 )
-from lesionsam.methods.base import Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
+from lesionsam.methods.base import Method, Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.projection import ProjectionHead, spread
 from lesionsam.models.sam import Sam, decode, encode, preprocess
@@ -83,7 +83,7 @@ class Student(nn.Module):
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.int64))
 
 
-class Contrastive:
+class Contrastive(Method):
     """The method; see the module's docstring.
 
     Args:
@@ -93,7 +93,7 @@ class Contrastive:
 
     def __init__(self, sam: Sam, reference: Sam | None, options: Options) -> None:
         self.options, self.sam, self.reference = options, sam, reference
-        self.head = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
+        self.head: ProjectionHead = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
         self.head.to(sam.pixel_mean.device)
         self.head.requires_grad_(options.alpha > 0)
         self.student = Student(sam, self.head).to(sam.pixel_mean.device)
@@ -278,7 +278,7 @@ class Contrastive:
         return mean_over(loss, anchor_valid.any(1))
 
     def head_spread(self) -> dict[str, float]:
-        """Spread of the last batch's projected pixels; see `models.projection.spread`."""
+        """Spread of the last batch's projected pixels."""
         return spread(self.last_projection)
 
     def projection(self, y: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:

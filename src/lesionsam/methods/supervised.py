@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
-from lesionsam.methods.base import Term, draw_groups, known_masks, mean_over, to_grid
+from lesionsam.methods.base import Method, Term, draw_groups, known_masks, mean_over, to_grid
 from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import Teacher, encode_batch
@@ -65,7 +65,7 @@ class Learner(nn.Module):
         self.log_weights = nn.Parameter(torch.zeros(num_weights, device=sam.pixel_mean.device)) if num_weights else None
 
 
-class Supervised:
+class Supervised(Method):
     """The method; see the module's docstring.
 
     Args:
