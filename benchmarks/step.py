@@ -150,7 +150,7 @@ class Pair:
         self.optimizer.zero_grad()
         terms, _ = add_gradients(
             self.method, batch, 1.0, generator=step_generator(), precision=self.precision,
-            scaler=torch.amp.GradScaler(enabled=False), group_size=1, watched=(), alive=[])
+            scaler=torch.amp.GradScaler(enabled=False), group_size=1, watched=(), alive=[], finite=[])
         return {name: (sum_of({name: term})).detach() for name, term in terms.items()}
 
     def our_step(self, batch: Batch) -> None:

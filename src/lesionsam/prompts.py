@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lesionsam.types import Prompts
+from lesionsam.types import Prompts, sent
 
 KINDS = ("ring", "centre", "box", "core", "box+core")  # those that an annotator's boxes give
 NONE = "none"
@@ -76,7 +76,7 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
         (B, N, 2) XY. Where the ring has no area the points are uniform in the big box.
     """
     x0, y0, x1, y1 = big.unbind(1)
-    u0, v0, u1, v1 = torch.maximum(small, big[:, [0, 1, 0, 1]]).minimum(big[:, [2, 3, 2, 3]]).unbind(1)
+    u0, v0, u1, v1 = torch.maximum(small, big[:, :2].repeat(1, 2)).minimum(big[:, 2:].repeat(1, 2)).unbind(1)
     rectangles = torch.stack(
         [torch.stack(r, 1) for r in ((x0, y0, u0, y1), (u1, y0, x1, y1), (u0, y0, u1, v0), (u0, v1, u1, y1))], 1
     )  # (B, 4, 4) XYXY
@@ -95,7 +95,7 @@ def draw_prompts(
 ) -> Prompts:
     """One drawn prompt per image; the generator lives on the CPU so that every device draws the same."""
     uniforms = torch.rand(len(big), uniforms_needed(kind, num_points), generator=generator)
-    return prompts_from_uniforms(kind, big, small, uniforms.to(big.device))
+    return prompts_from_uniforms(kind, big, small, sent(uniforms, big.device))
 
 
 def seeded_prompts(
@@ -112,7 +112,7 @@ def seeded_prompts(
         digest = hashlib.sha256(f"{seed}|{kind}|{key}".encode()).digest()
         rows.append(np.random.default_rng(np.frombuffer(digest, np.uint64)).random(count, dtype=np.float32))
     uniforms = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count)
-    return prompts_from_uniforms(kind, big, small, uniforms.to(big.device))
+    return prompts_from_uniforms(kind, big, small, sent(uniforms, big.device))
 
 
 # ---- from masks ------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def prompts_from_masks(
     """
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.rand(len(masks), *shape, generator=generator).to(masks.device)
+        return sent(torch.rand(len(masks), *shape, generator=generator), masks.device)
 
     empty, frame = ~masks.flatten(1).any(1, keepdim=True), sizes.flip(1).float()
     tight = torch.where(empty, fallback, tight_boxes(masks))
@@ -217,7 +217,7 @@ def with_correction(
     side = masks.shape[-1]
     answer = F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
     wrong = (answer != masks) & valid
-    uniforms = torch.rand(len(masks), 1, generator=generator).to(masks.device)
+    uniforms = sent(torch.rand(len(masks), 1, generator=generator), masks.device)
     click = points_in(wrong, uniforms)
     column, row = click[:, 0].long().unbind(1)
     truth = masks[torch.arange(len(masks), device=masks.device), row, column].long()

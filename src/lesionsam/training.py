@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -141,9 +141,10 @@ def fit(
             if at.batch % accumulate == 0:
                 before = Moment.of(at, method, len(waiting))
             group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
+            finite: list[Callable[[], bool]] = []
             outcome = in_parts(batch.to(device), at.parts, partial(
                 add_gradients, method, generator=generator, precision=precision, scaler=scaler, group_size=group_size,
-                watched=parameters if at.step in LIVENESS_STEPS else (), alive=at.alive,
+                watched=parameters if at.step in LIVENESS_STEPS else (), alive=at.alive, finite=finite,
             ))
             if isinstance(outcome, str):  # out of memory: once more from the beginning of the group, in smaller parts
                 optimizer.zero_grad()
@@ -152,8 +153,8 @@ def fit(
                 make_smaller(at, batch, method, outcome, say)
                 continue
             terms, values = outcome
-            if not math.isfinite(values["loss"].item()):
-                skip_nonfinite(at, terms, batch.ids, say)
+            if not all(read() for read in finite):  # waits for forward passes alone, see `told_later`
+                skip_nonfinite(at, terms, values, batch.ids, say)
                 optimizer.zero_grad()
             else:
                 at.nonfinite = 0
@@ -234,23 +235,43 @@ def add_gradients(
     group_size: int,
     watched: Sequence[nn.Parameter],
     alive: list[str],
+    finite: list[Callable[[], bool]],
 ) -> tuple[Mapping[str, Term], dict[str, torch.Tensor]]:
     """Forward and backward of a batch, or of a `share` of one; gradients are those of a mean over the group's batches.
 
     Args:
         watched, alive: parameters by which terms are found alive, see `note_alive`; none: they are not looked at.
+        finite: is given what tells whether the loss is finite; where it is not, the gradients are good for nothing.
     Returns:
-        the terms; `loss`, terms and monitors, detached. No gradient is added where the loss is not finite.
+        the terms; `loss`, terms and monitors, detached.
     """
     with autocast(part.images.device, precision):
         terms = method.losses(part, generator)
     total = sum_of(terms)
     if watched:
         note_alive(terms, watched, alive)
-    if math.isfinite(total.item()):
-        scaler.scale(total * share / group_size).backward()
+    finite.append(told_later(torch.isfinite(total.detach())))  # asked for before the backward pass is queued
+    scaler.scale(total * share / group_size).backward()
     values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
     return terms, {"loss": total.detach(), **values}
+
+
+def told_later(flag: torch.Tensor) -> Callable[[], bool]:
+    """Begin to bring a flag to the host. What is returned waits for it, but for nothing that is queued after it.
+
+    So a GPU that a loop asks once a batch, when the backward pass is queued, has that pass to work on while the host
+    learns of the forward pass and queues what follows: it never stands still for the answer.
+    """
+    if flag.device.type != "cuda":
+        return lambda: bool(flag)
+    copied, done = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read() -> bool:
+        done.synchronize()
+        return bool(copied)
+
+    return read
 
 
 def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:
@@ -297,12 +318,14 @@ def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Ca
         )
 
 
-def skip_nonfinite(at: Progress, terms: Mapping[str, Term], ids: Sequence[str], say: Callable[[str], None]) -> None:
+def skip_nonfinite(
+    at: Progress, terms: Iterable[str], values: Mapping[str, torch.Tensor], ids: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
     """Count a loss that is not finite and name its terms and images; stop after several running."""
     at.nonfinite += 1
-    bad = ", ".join(
-        f"{name}={term.value.item():g}" for name, term in terms.items() if not math.isfinite(term.value.item())
-    )
+    found = {name: values[name].item() for name in terms}
+    bad = ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))
     message = f"loss is not finite at step {at.step} ({bad}); images {', '.join(ids)}"
     if at.nonfinite >= MAX_NONFINITE:
         raise UserError(f"{message}; {at.nonfinite} times running: lower train.lr_* or use train.precision fp32")

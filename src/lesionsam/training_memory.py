@@ -27,8 +27,8 @@ def in_parts(
     Args:
         add_gradients: (part, its share of the batch) -> terms and scalars of the part; `loss` among the scalars.
     Returns:
-        terms of the last part and the scalars' means over the batch; parts after one whose loss is not finite are left
-        out. Or, where the memory did not suffice, what torch said; the gradients are then good for nothing.
+        terms of the last part and the scalars' means over the batch. Or, where the memory did not suffice, what torch
+        said; the gradients are then good for nothing.
     """
     means: dict[str, Any] = {}
     bounds = [round(k * len(batch.ids) / parts) for k in range(parts + 1)]
@@ -37,8 +37,6 @@ def in_parts(
             share = (high - low) / len(batch.ids)
             terms, values = add_gradients(batch[low:high] if parts > 1 else batch, share)
             means = values if parts == 1 else {name: means.get(name, 0) + share * v for name, v in values.items()}
-            if parts > 1 and not bool(torch.isfinite(values["loss"])):
-                break
         return terms, means
     except torch.OutOfMemoryError as error:
         return str(error).partition("\n")[0]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lesionsam.data.activation_store import Store
-from lesionsam.types import Batch
+from lesionsam.types import Batch, sent
 
 NAMES = ("prefix", "reference")  # fields of a batch that are kept
 WAITING_BYTES = 1 << 30  # of new entries on their way to the disk; beyond that a slow disk leaves some out
@@ -231,7 +231,7 @@ class Activations:
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Pixels and sizes of some rows of a batch: what activations are computed from."""
-    at = torch.tensor(rows, device=batch.images.device)
+    at = sent(torch.tensor(rows), batch.images.device)
     return Batch(
         ids=tuple(batch.ids[k] for k in rows), index=batch.index[at], images=batch.images[at], sizes=batch.sizes[at],
         big_boxes=batch.big_boxes[at], small_boxes=batch.small_boxes[at], valid=batch.valid[at],

@@ -14,7 +14,7 @@ from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import Teacher
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Batch
+from lesionsam.types import Batch, sent
 
 
 class Term(NamedTuple):
@@ -133,7 +133,7 @@ def decode_mixture(
     """
     groups = []
     for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
-        picked = group.to(features.device)
+        picked = sent(group, features.device)
         big, small = batch.big_boxes[picked], batch.small_boxes[picked]
         groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
     low_res, iou = decode_groups(sam, features, groups, slice(0, 1))

@@ -32,7 +32,7 @@ from lesionsam.models.projection import ProjectionHead, spread
 from lesionsam.models.sam import Sam, decode, encode, preprocess
 from lesionsam.models.trainable import Teacher, encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Batch, Prompts
+from lesionsam.types import Batch, Prompts, sent
 
 LOWEST = -20.0  # logit of what is ruled out
 
@@ -253,7 +253,7 @@ class Contrastive(Method):
         anchors = (core if o.missed_core == "positive" else pseudo & core) & valid
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
         beyond = (~big if o.certain_background else pseudo & ~big) & valid
-        uniforms = torch.rand(4, len(f), cells * cells, generator=generator).to(f.device)
+        uniforms = sent(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
         at, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
         half = o.neg_samples // 2 if o.missed_core == "negative" else o.neg_samples
         beyond_at, beyond_valid = sample_pixels(beyond.flatten(1), half, uniforms[1])

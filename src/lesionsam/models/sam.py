@@ -29,7 +29,7 @@ from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates
-from lesionsam.types import Prompts
+from lesionsam.types import Prompts, sent
 
 __all__ = ["Sam", "build_sam", "decode", "embed", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
            "save_sam", "upscale"]
@@ -227,7 +227,7 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 3, S, S) float32: (x - mean) / std inside the image part, 0 on the padding.
     """
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (sent(torch.tensor(v), images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     position = torch.arange(images.shape[-1], device=images.device)
     inside = (position < sizes[:, 0:1])[:, :, None] & (position < sizes[:, 1:2])[:, None]
     return (images.float() - mean) / std * inside[:, None]
