@@ -25,7 +25,7 @@ from lesionsam.files import read_image, read_mask
 from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
-from lesionsam.metrics import FAILURE, iou
+from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.sam import load_sam
 from lesionsam.progress import progress
 from lesionsam.schema import SimulatedBoxes
@@ -105,8 +105,8 @@ def report(
     print("|---|---|---|---|---|")
     for name, values in ious.items():
         v = np.array(values)
-        difference = shown(v - first, sign=True) if v is not first and name != "ensemble of 1" else ""
-        print(f"| {name} | {shown(v)} | {difference} | {(v < FAILURE).mean():.1%} | "
+        difference = shown(v - first, sign=True) if name != "ensemble of 1" else ""
+        print(f"| {name} | {shown(v)} | {difference} | {failure_rate(v):.1%} | "
               f"{1000 * seconds[name] / len(v):.0f} |")
     for kind in ("ensemble of 1", "ensemble of 4"):
         own = [(value, names[1:]) for value, names in flags if names[0] == kind]

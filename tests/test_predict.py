@@ -280,7 +280,7 @@ def test_an_image_without_any_mask_counts_as_done(case: Path, capsys: pytest.Cap
 
 
 def test_an_image_whose_masks_were_cut_short_is_done_again(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, written = inference_outputs._write_png, []
+    write, written = inference_outputs.write_png, []
 
     def interrupted(path: Path, pixels: np.ndarray) -> None:
         if len(written) == 1:
@@ -289,7 +289,7 @@ def test_an_image_whose_masks_were_cut_short_is_done_again(case: Path, monkeypat
         write(path, pixels)
 
     with monkeypatch.context() as patch:
-        patch.setattr(inference_outputs, "_write_png", interrupted)
+        patch.setattr(inference_outputs, "write_png", interrupted)
         with pytest.raises(KeyboardInterrupt):
             predict(case, "images/one.png", source="everything", overlays=False)
     assert not (case / "out" / "predictions.csv").exists()
@@ -347,14 +347,33 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     assert np.isnan(single.agreement)
     assert 0 <= two.agreement <= 1
     assert torch.equal(two.low_res, again.low_res)  # jitter depends on the lesion alone
+    owners = [1, 0, 1]  # images of a batch, shared by lesions, in any order
+    many = answers(sam, torch.cat([features, features.roll(1, -1)]), [(60, 90)] * 3, [Asked(box, box)] * 3,
+                   ["one/0", "one/0", "one/1"], num_members=2, owners=owners, **how)
+    torch.testing.assert_close(many[1].low_res, two.low_res, rtol=0, atol=1e-4)
+    assert not torch.allclose(many[0].low_res, two.low_res, atol=1e-2)
     other = 2 * two.low_res - single.low_res  # the second member, which must be the answer to a box near by
     assert not torch.allclose(other, single.low_res)
     assert np.corrcoef(other.flatten(), single.low_res.flatten())[0, 1] > 0.9
 
 
-def test_an_ensemble_needs_boxes(case: Path) -> None:
-    with pytest.raises(UserError, match="--ensemble: expected 1"):
-        predict(case, source="points", ensemble=3)
+@pytest.mark.parametrize(("source", "options", "message"), [
+    ("points", {"ensemble": 3}, "--ensemble: expected 1"),
+    ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
+    ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
+    ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
+    ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),
+])
+def test_what_a_kind_of_prompt_cannot_be_asked_is_refused_alike_by_both_verbs(
+    case: Path, source: str, options: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        predict(case, source=source, **options)
+    assert not (case / "out").exists()
+    given: dict = {"everything": True} if source == "everything" else {source: case / f"{source}.csv"}
+    with pytest.raises(UserError, match=message):
+        Predictor(case / "weights.safetensors", threshold=options.get("threshold", 0.5)).predict(
+            case / "images", **given, ensemble=options.get("ensemble", 1))
 
 
 # ------------------------------------------------------------------------------------------------- worth a look: flags
@@ -520,13 +539,13 @@ def test_a_thousand_images_do_not_grow_in_memory(case: Path, monkeypatch: pytest
         os.link(case / "images" / "one.png", case / "images" / f"copy{k:03}.png")
         rows.append(f"copy{k:03},10,8,60,50")
     (case / "boxes.csv").write_text("\n".join(rows))
-    write, sizes = inference_outputs._write_png, []
+    write, sizes = inference_outputs.write_png, []
 
     def counting(path: Path, pixels: np.ndarray) -> None:
         write(path, pixels)
         sizes.append(resident())
 
-    monkeypatch.setattr(inference_outputs, "_write_png", counting)
+    monkeypatch.setattr(inference_outputs, "write_png", counting)
     monkeypatch.setattr("lesionsam.files.os.fsync", lambda _: None)  # the disk's patience is not what is tested
     assert predict(case, "images/copy*.png", source="boxes", overlays=False, shapes=False, batch_size=16) == 0
     assert len(sizes) == 1000

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.annotation.catalogue import SUFFIXES, Catalogue, Entry
+from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
 from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.products import Products, masks_folder
@@ -40,7 +40,7 @@ from lesionsam.engine_rounds import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_model
 from lesionsam.experiment import input_side, open_data, run_key, torch_device, train
-from lesionsam.files import read_image, read_mask, write_text_atomic
+from lesionsam.files import IMAGE_SUFFIXES, read_image, read_mask, write_text_atomic
 from lesionsam.models.sam import load_sam, save_sam
 from lesionsam.progress import progress
 from lesionsam.statistics import OBJECTIVE_PROMPTS
@@ -266,7 +266,7 @@ def pairs_of(images: Path, masks: Path) -> list[Sample]:
 def masks_of(folder: Path) -> dict[str, Path]:
     """Image id in lower case -> mask file, folders in the folder included."""
     return {path.stem.lower().removesuffix("_segmentation"): path for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in SUFFIXES}
+            if path.suffix.lower() in IMAGE_SUFFIXES}
 
 
 def limit_threads(config: Config) -> None:

@@ -257,7 +257,7 @@ def _answer(
             num_points=num_points,
             seed=seed,
         ).to(features.device)
-        low_res, predicted = decode(sam, features[owner[rows].to(features.device)], prompts)
+        low_res, predicted = decode(sam, features, prompts, rows=owner[rows].tolist())
         for row, mask, quality in zip(rows, low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True):
             answers[row][(kind, share)] = (mask, quality)
     return answers

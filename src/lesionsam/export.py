@@ -21,7 +21,7 @@ import lesionsam
 from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
-from lesionsam.files import read_image, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.files import IMAGE_SUFFIXES, read_image, sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
@@ -30,7 +30,6 @@ from lesionsam.models.sam import WIDTHS, Sam, load_sam
 from lesionsam.progress import progress
 
 CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 GENERATED = 4  # pictures of the check where nobody names a folder
 GENERATED_SIDE = 320
 # Of the largest logit: float32 sums in another order differ by 1e-6 of it, a wrong weight by 1e-1.
@@ -205,9 +204,10 @@ def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np
         raise UserError(f"--num-images: expected at least 1, got {num_images}")
     if folder is None:
         return [lambda k=k: generate(0, k, GENERATED_SIDE)[0] for k in range(min(GENERATED, num_images))]
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    every = folder.rglob("*") if folder.is_dir() else ()
+    found = sorted(path for path in every if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise UserError(f"--images {folder}: expected a folder with images ({', '.join(SUFFIXES)}), found none")
+        raise UserError(f"--images {folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
     picked = np.unique(np.linspace(0, len(found) - 1, min(num_images, len(found))).round().astype(int))
     return [lambda path=found[k]: read_image(path) for k in picked]
 

@@ -16,7 +16,7 @@ from lesionsam.files import read_image, sha256_file
 from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_inputs import ONE, Lesion, Source, find_images, plan
+from lesionsam.inference_inputs import ONE, Lesion, Source, check_answering, check_threshold, find_images, plan
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, masks_of, way
 from lesionsam.inference_outputs import Folder
 from lesionsam.inference_run import Options, Run, complain
@@ -50,6 +50,7 @@ class Predictor:
         auto: AutoOptions = AUTO,
         lesion_by: str | None = None,
     ) -> None:
+        check_threshold(threshold)
         is_file = isinstance(model, str | Path)
         sam = load_sam(None, Path(model)) if is_file else model
         self.lesion_by = lesion_by or (way(weights_metadata(Path(model))) if is_file else MASKS)
@@ -82,13 +83,15 @@ class Predictor:
         Returns:
             one Prediction for each lesion, in the order of images and rows.
         Raises:
-            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image.
+            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image, a threshold
+                or an ensemble that the kind of prompt has no use for.
         """
         as_numbers = any(each is not None and not isinstance(each, str | Path) for each in (boxes, points))
         source = Source.of(
             boxes=Path(boxes) if isinstance(boxes, str | Path) else boxes is not None,
             points=Path(points) if isinstance(points, str | Path) else points is not None,
             auto=auto, everything=everything, prompt=prompt)
+        check_answering(source, threshold=self.threshold, ensemble=ensemble)
         if isinstance(images, np.ndarray):
             if source.path is not None:
                 raise UserError(f"an image in memory has no name to be found by in {source.path}; give "
@@ -124,12 +127,12 @@ class Predictor:
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         count, keys = len(asked), [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
-        several = features.expand(count, -1, -1, -1)
         if source.kind == "auto":
             found = [Answer(*one) for one in find_lesions(
-                self.sam, several, [input_size], by=self.lesion_by, options=self.auto)]
+                self.sam, features, [input_size], by=self.lesion_by, options=self.auto)]
         else:
-            found = answers(self.sam, several, [shape] * count, asked, keys, prompt=source.prompt, num_members=ensemble)
+            found = answers(self.sam, features, [shape] * count, asked, keys, prompt=source.prompt,
+                            num_members=ensemble, owners=[0] * count)
         side = int(self.sam.image_encoder.img_size)
         return [prediction(answer, one, image_id=image_id, lesion_id=lesion.lesion_id, shape=shape,
                            input_size=input_size, side=side, threshold=self.threshold)
@@ -199,13 +202,9 @@ def predict_files(
         UserError: nothing can be predicted at all.
     """
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
-    if not 0 < threshold < 1:
-        raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
+    check_answering(source, threshold=threshold, ensemble=ensemble)
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
-    if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
-        raise UserError(f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with "
-                        f"--{source.kind}")
     paths, problems = find_images(images)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")

@@ -96,20 +96,22 @@ def answers(
     *,
     prompt: str,
     num_members: int = 1,
+    owners: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Decode the prompts of N lesions, all made the same way.
 
     Args:
-        features: (N, C, H', W'), each lesion's image. shapes: N of (H, W), original pixels.
+        features: (B, C, H', W'). shapes: N of (H, W), original pixels, each lesion's image.
         keys: N "image_id/lesion_id"; points are drawn by them, whatever the batch.
         prompt: of `prompts.KINDS`, where the lesions have boxes.
         num_members: decodings of each lesion; all but the first with jittered boxes.
+        owners: N images of the B, the one that each lesion is on; None: N = B, in order.
     """
     if not asked:
         return []
     side = int(sam.image_encoder.img_size)
     if asked[0].points is not None:
-        return _from_points(sam, features, shapes, asked, side)
+        return _from_points(sam, features, shapes, asked, side, owners or range(len(asked)))
     total, predicted, signs = None, torch.zeros(len(asked)), []
     drawn: Prompts | None = None
     for member in range(num_members):
@@ -117,7 +119,7 @@ def answers(
         big, small = (_framed([pair[k] for pair in boxes], shapes, side) for k in (0, 1))
         prompts = seeded_prompts(prompt, big, small, keys, num_points=NUM_POINTS, seed=SEED)
         drawn = drawn or prompts
-        low_res, iou = decode(sam, features, prompts.to(features.device))
+        low_res, iou = decode(sam, features, prompts.to(features.device), rows=owners)
         logits = low_res[:, 0].float()
         total = logits if total is None else total + logits
         predicted += iou[:, 0].float().cpu()
@@ -138,7 +140,8 @@ def answers(
 
 
 def _from_points(
-    sam: Sam, features: torch.Tensor, shapes: Sequence[tuple[int, int]], asked: Sequence[Asked], side: int
+    sam: Sam, features: torch.Tensor, shapes: Sequence[tuple[int, int]], asked: Sequence[Asked], side: int,
+    owners: Sequence[int],
 ) -> list[Answer]:
     """Prompts with as many points share a decoder call; padding would change what the others answer."""
     found: dict[int, Answer] = {}
@@ -147,7 +150,8 @@ def _from_points(
         rows = [k for k, number in enumerate(counts) if number == count]
         points = _framed([asked[k].points for k in rows], [shapes[k] for k in rows], side)
         labels = torch.from_numpy(np.stack([np.asarray(asked[k].labels) for k in rows]))
-        low_res, iou = decode(sam, features[rows], Prompts(points, labels).to(features.device))
+        low_res, iou = decode(sam, features, Prompts(points, labels).to(features.device),
+                              rows=[owners[k] for k in rows])
         for k, logits, quality in zip(rows, low_res[:, 0].float(), iou[:, 0].tolist(), strict=True):
             found[k] = Answer(logits, quality, points=asked[k].points, labels=asked[k].labels)
     return [found[k] for k in range(len(asked))]

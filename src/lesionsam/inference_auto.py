@@ -197,7 +197,7 @@ def _in_crop(
     for low in range(0, len(grid), options.points_per_batch):
         points = framed[low : low + options.points_per_batch]
         prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=device))
-        low_res, predicted = decode(sam, features.expand(len(points), -1, -1, -1), prompts, multimask=True)
+        low_res, predicted = decode(sam, features, prompts, multimask=True, rows=[0] * len(points))
         good = torch.ones_like(predicted, dtype=torch.bool)
         if options.pred_iou_thresh > 0:
             good = predicted > options.pred_iou_thresh

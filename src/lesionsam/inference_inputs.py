@@ -12,12 +12,12 @@ import numpy as np
 
 from lesionsam.boxes import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import decimal_number
+from lesionsam.files import IMAGE_SUFFIXES, decimal_number
 from lesionsam.inference_answers import Asked
 from lesionsam.prompts import KINDS
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # of the files that a folder stands for
 POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
+HALF = 0.5  # probability at which SAM's masks are cut
 ONE = "0"  # the lesion_id where an image is known to have one lesion
 Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text); line 0: no CSV, numbers
 
@@ -61,6 +61,29 @@ class Source:
                             "of the two out")
         value = given[chosen[0]]
         return cls(chosen[0], value if isinstance(value, Path) else None, prompt)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise UserError unless it is a probability that can be cut at."""
+    if not 0 < threshold < 1:
+        raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
+
+
+def check_answering(source: Source, *, threshold: float, ensemble: int) -> None:
+    """Whether prompts of this source can be answered so; the one place for `Predictor` and `predict_files`.
+
+    Args:
+        threshold: probability above which a pixel is lesion. ensemble: decodings of each box.
+    Raises:
+        UserError: a value out of range, or one that this source has no use for.
+    """
+    check_threshold(threshold)
+    if source.kind == "everything" and threshold != HALF:
+        raise UserError(f"--threshold {threshold:g}: automatic masks are cut at {HALF:g}, where their stability is "
+                        "measured; leave it out, or ask with --boxes, --points or --auto")
+    if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
+        raise UserError(f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with "
+                        f"--{source.kind}")
 
 
 @dataclass(frozen=True)
@@ -154,7 +177,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
         elif path.is_dir():
             matches = [each for each in sorted(path.iterdir()) if _is_image(each)]
             if not matches:
-                problems.append(f"{path}: folder without images; expected files ending in {', '.join(SUFFIXES)}")
+                problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         else:
             matches = [each for each in map(Path, sorted(glob.glob(argument, recursive=True))) if _is_image(each)]
             if not matches:
@@ -164,7 +187,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:

@@ -80,7 +80,7 @@ def look_again(
         return list(first)
     rows = list(boxes)
     framed = torch.tensor(np.stack(list(boxes.values())), dtype=torch.float32, device=features.device)
-    low_res, predicted = decode(sam, features[rows], Prompts(boxes=framed))
+    low_res, predicted = decode(sam, features, Prompts(boxes=framed), rows=rows)
     again = dict(zip(rows, zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True), strict=True))
     return [again.get(k, answer) for k, answer in enumerate(first)]
 
@@ -115,7 +115,7 @@ def _best_mask(sam: Sam, features: torch.Tensor, size: tuple[int, int], options:
     for low in range(0, len(grid), options.points_per_batch):
         points = grid[low : low + options.points_per_batch].to(features.device)
         prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=points.device))
-        low_res, predicted = decode(sam, features.expand(len(points), -1, -1, -1), prompts, multimask=True)
+        low_res, predicted = decode(sam, features, prompts, multimask=True, rows=[0] * len(points))
         logits, quality = low_res.flatten(0, 1).float(), predicted.flatten().float().cpu()
         height, width = (max(1, round(length * logits.shape[-1] / side)) for length in size)
         logits_there = logits[:, :height, :width]

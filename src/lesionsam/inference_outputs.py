@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, remove_leftovers, write_text_atomic
@@ -17,7 +16,7 @@ from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import bounding_box, encode
 from lesionsam.inference_answers import Prediction
 from lesionsam.inference_inputs import needs_small
-from lesionsam.overlays import overlay
+from lesionsam.overlays import overlay, write_png
 from lesionsam.progress import progress
 
 TABLE = "predictions.csv"
@@ -79,9 +78,9 @@ class Folder:
         area = found.area
         for (kind, _), path in zip(self.wanted.items(), self.files(file_name), strict=True):
             if kind == "masks":
-                _write_png(path, found.mask.astype(np.uint8) * 255)
+                write_png(path, found.mask.astype(np.uint8) * 255)
             elif kind == "overlays":
-                _write_png(path, _picture(found, image, file_name, prompt))
+                write_png(path, _picture(found, image, file_name, prompt))
             else:
                 properties = {"image_id": found.image_id, "lesion_id": found.lesion_id, "width": width,
                               "height": height, "area": area, "predicted_iou": round(found.predicted_iou, 4),
@@ -183,7 +182,3 @@ def read_table(path: Path) -> dict[tuple[str, str], Row]:
         raise fault
     return {(row["image_id"], row["lesion_id"]): dict(row) for row in rows}
 
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    with atomic_write(path) as file:
-        Image.fromarray(pixels).save(file, format="PNG")

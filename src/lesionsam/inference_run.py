@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -73,6 +73,8 @@ class Prepared:
     """An image with those of its lesions that are to be segmented.
 
     Attributes:
+        job: the image, without the lesions whose masks are there already. targets: those of its lesions that can be
+            segmented.
         image: (H, W, 3) uint8 RGB. frame: (1, 3, S, S) uint8. size: (1, 2) height and width of its image part.
         key: of all its masks, see `Options.key`. faults: one line for each row that is wrong.
     """
@@ -128,12 +130,12 @@ class Run:
                     self._forget(job)
                     continue
                 if prepared is None:
-                    kept = len(self._rows_of(job))
-                    self.num_kept += kept
+                    self.num_kept += len(self._rows_of(job))
                     continue
+                self.num_kept += len(job.lesions) - len(prepared.job.lesions)
                 for line in prepared.faults:
                     self._fault(line)
-                self._forget(job)
+                self._forget(prepared.job)
                 if prepared.targets or not job.lesions:
                     batch.append(prepared)
                 if len(batch) == self.batch_size:
@@ -151,11 +153,13 @@ class Run:
             waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
 
     def _prepare(self, job: Job) -> Prepared | None:
-        """Read an image and check its prompts; None where all that is wanted of it is there already."""
+        """Read an image and check the prompts of what is missing; None where nothing is."""
         digest, source = sha256_file(job.path), self.options.source
         key = self.options.key(digest, None)
-        keys = [self.options.key(digest, lesion) for lesion in job.lesions] if job.lesions else None
-        if self._is_finished(job, keys or [key]):
+        keys = [(lesion, self.options.key(digest, lesion)) for lesion in job.lesions]
+        missing = [(lesion, own) for lesion, own in keys if not self._is_there((job.image_id, lesion.lesion_id), own)]
+        rows = self._rows_of(job)
+        if not missing if job.lesions else rows and all(self._is_there(row, key) for row in rows):
             return None
         image = read_image(job.path)
         try:
@@ -163,23 +167,23 @@ class Run:
         except UserError as error:
             raise UserError(f"{job.path}: {error}") from None
         targets, faults = [], []
-        for lesion, own in zip(job.lesions, keys or (), strict=True):
+        for lesion, own in missing:
             try:
                 targets.append(Target(lesion, own, lesion.asked(image.shape[1], image.shape[0], source)))
             except ValueError as error:
                 faults.append(f"{source.path}: {error}")
-        return Prepared(job, image, frame, size, key, targets, faults)
+        return Prepared(replace(job, lesions=tuple(lesion for lesion, _ in missing)), image, frame, size, key, targets,
+                        faults)
 
     def _rows_of(self, job: Job) -> list[tuple[str, str]]:
         if job.lesions:
             return [(job.image_id, lesion.lesion_id) for lesion in job.lesions]
         return self._of_image.get(job.image_id, [])
 
-    def _is_finished(self, job: Job, keys: Sequence[str]) -> bool:
-        rows = [self.folder.rows.get(key) for key in self._rows_of(job)]
-        expected = keys if job.lesions else [keys[0]] * len(rows)
-        return bool(rows) and all(row is not None and row["key"] == key and self.folder.is_there(row)
-                                  for row, key in zip(rows, expected, strict=True))
+    def _is_there(self, place: tuple[str, str], key: str) -> bool:
+        """Whether the table has this key at (image_id, lesion_id), and the folder all the files of that row."""
+        row = self.folder.rows.get(place)
+        return row is not None and row["key"] == key and self.folder.is_there(row)
 
     def _fault(self, line: str) -> None:
         complain(line)
@@ -209,17 +213,17 @@ class Run:
         self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]], features: torch.Tensor
     ) -> None:
         """Decode some lesions of a batch at once and write each one's files."""
-        source, owners = self.options.source, [batch[k] for k, _ in part]
-        chosen = features[[k for k, _ in part]]
+        source, rows = self.options.source, [k for k, _ in part]
+        owners = [batch[k] for k in rows]
         if source.kind == "auto":
             sizes = [owner.input_size for owner in owners]
             found = [Answer(*one) for one in find_lesions(
-                self.sam, chosen, sizes, by=self.options.lesion_by, options=self.options.auto)]
+                self.sam, features[rows], sizes, by=self.options.lesion_by, options=self.options.auto)]
         else:
             found = answers(
-                self.sam, chosen, [owner.shape for owner in owners], [target.asked for _, target in part],
+                self.sam, features, [owner.shape for owner in owners], [target.asked for _, target in part],
                 [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part],
-                prompt=source.prompt, num_members=self.options.num_members)
+                prompt=source.prompt, num_members=self.options.num_members, owners=rows)
         for owner, (_, target), answer in zip(owners, part, found, strict=True):
             one = prediction(
                 answer, target.asked, image_id=owner.job.image_id, lesion_id=target.lesion.lesion_id,

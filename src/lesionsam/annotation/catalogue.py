@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesionsam.errors import UserError
+from lesionsam.files import IMAGE_SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 MASKS = "masks"  # folders of this name, or ending in .masks, hold no images to annotate
 
 
@@ -55,7 +55,7 @@ class Catalogue:
             paths = list(_find(str(argument)))
             if not paths:
                 raise UserError(f"{argument}: no images; expected a folder, a file or a pattern of files ending in "
-                                f"{', '.join(SUFFIXES)}")
+                                f"{', '.join(IMAGE_SUFFIXES)}")
             for path in paths:
                 if path not in seen:
                     seen.add(path)
@@ -122,4 +122,4 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")

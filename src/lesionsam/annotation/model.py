@@ -148,7 +148,7 @@ class Model:
         height, width = features.size
         points = torch.tensor(places * (width, height), dtype=torch.float32)[:, None].to(self.device)
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
-        parts = [decode(self.sam, features.values.expand(len(some), -1, -1, -1), Prompts(some, label), multimask=True)
+        parts = [decode(self.sam, features.values, Prompts(some, label), multimask=True, rows=[0] * len(some))
                  for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)]
         low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
         predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()

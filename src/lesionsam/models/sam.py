@@ -28,7 +28,7 @@ from lesionsam.models import adapters
 from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact
-from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.decoder import decode_groups
 from lesionsam.types import Prompts, sent
 
 __all__ = ["Sam", "build_sam", "decode", "embed", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
@@ -245,16 +245,19 @@ def embed(sam: Sam, images: torch.Tensor) -> torch.Tensor:
     return tokens if position is None else tokens + position
 
 
-def decode(sam: Sam, features: torch.Tensor, prompts: Prompts,
-           multimask: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode each image of a batch under its own prompt.
+def decode(sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool = False, *,
+           rows: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode prompts, each on its image of a batch.
 
     Args:
-        features: (B, C, H', W'). prompts: B prompt sets of one kind. multimask: three candidates instead of one mask.
+        features: (B, C, H', W'). prompts: R prompt sets of one kind. multimask: three candidates instead of one mask.
+        rows: R images of the batch, the one that each prompt set is about; what depends on an image alone is computed
+            once for all of its prompts. None: R = B, each image has one.
     Returns:
-        low_res_masks (B, 1 or 3, 4H', 4W') logits and iou_predictions (B, 1 or 3).
+        low_res_masks (R, 1 or 3, 4H', 4W') logits and iou_predictions (R, 1 or 3).
     """
-    return decode_candidates(sam, features, prompts, slice(1, None) if multimask else slice(0, 1))
+    images = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=features.device)
+    return decode_groups(sam, features, [(images, prompts)], slice(1, None) if multimask else slice(0, 1))
 
 
 def resize_longest(image: np.ndarray, side: int) -> np.ndarray:
