@@ -62,13 +62,13 @@ def main() -> int:
     if not isinstance(b, SimulatedBoxes):
         raise UserError(f"{arguments.params}: boxes.source: expected simulated, got {b.source}")
     every = index_folder(arguments.folder, dev_fraction=DEV_FRACTION, test_split="val")
-    index = {name: row for name, row in every.items() if row["split"] == "dev"}
+    index = {row["image_id"]: row for row in every if row["split"] == "dev"}
     samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high),
                        core=(b.core_low, b.core_high), jitter=b.jitter, min_area=b.min_area)
     sam = load_sam(None, arguments.model)
     cache, side = FeatureCache(sam, "cpu", 1), int(sam.image_encoder.img_size)
     ious: dict[str, list[float]] = {}
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = {}
     flags: list[tuple[float, tuple[str, ...]]] = []
     for s in progress(samples, total=len(samples), title="development images"):
         image, truth = read_image(s.image_path), read_mask(s.mask_path or "", (s.width, s.height))
@@ -78,7 +78,7 @@ def main() -> int:
         def keep(name: str, answer: Answer, asked: Asked, begun: float) -> None:
             one = prediction(answer, asked, image_id=s.image_id, lesion_id="0", shape=shape, input_size=input_size,  # noqa: B023
                              side=side)
-            seconds[name] += time.process_time() - begun
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - begun
             ious.setdefault(name, []).append(iou(one.mask, truth))  # noqa: B023
             if name in ("ensemble of 1", "ensemble of 4"):
                 flags.append((ious[name][-1], (name, *(kind_of(reason) for reason in one.look))))
@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def report(
-    ious: dict[str, list[float]], seconds: Counter[str], flags: list[tuple[float, tuple[str, ...]]], prompt: str
+    ious: dict[str, list[float]], seconds: dict[str, float], flags: list[tuple[float, tuple[str, ...]]], prompt: str
 ) -> None:
     """The tables."""
     first = np.array(ious["ensemble of 1"])
