@@ -256,7 +256,7 @@ def decode(sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool =
     Returns:
         low_res_masks (R, 1 or 3, 4H', 4W') logits and iou_predictions (R, 1 or 3).
     """
-    images = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=features.device)
+    images = None if rows is None else sent(torch.tensor(rows, dtype=torch.int64), features.device)
     return decode_groups(sam, features, [(images, prompts)], slice(1, None) if multimask else slice(0, 1))
 
 
