@@ -36,6 +36,7 @@ FREE_AMONG_THEMSELVES = LAYERS[0]
 ONLY_IN = {
     "segment_anything": ("models",),
     "peft": ("models",),
+    "segmentation_models_pytorch": ("evidence_unet",),
     "transformers": ("export_hf",),
     "onnx": ("export_onnx",),
     "onnxscript": ("export_onnx",),

@@ -168,7 +168,7 @@ def predict_cases(
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
             owner = torch.tensor([k for k, lesions in enumerate(chunk) for _ in lesions])
             with torch.inference_mode():
-                features = encode(sam, _frames([lesions[0] for lesions in chunk], load_image, side, device))
+                features = encode(sam, frames_of([lesions[0] for lesions in chunk], load_image, side, device))
                 for low in range(0, len(cases), batch_size):
                     part = slice(low, low + batch_size)
                     answers = _answer(sam, features, owner[part], cases[part], requests, seed, num_points, side, find)
@@ -194,7 +194,12 @@ def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterat
         yield build_case(sample, mask, [other for other in lesions if other is not sample])
 
 
-def _frames(samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str) -> torch.Tensor:
+def frames_of(samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str) -> torch.Tensor:
+    """(B, 3, S, S) float32, one image per sample in the model frame, normalised and padded.
+
+    Raises:
+        UserError: an image of another size than its sample's.
+    """
     frames = np.zeros((len(samples), side, side, 3), np.uint8)
     sizes = []
     for k, sample in enumerate(samples):

@@ -28,11 +28,12 @@ from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
+from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
 from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic, write_text_atomic
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
-from lesionsam.models.sam import load_sam
+from lesionsam.models.sam import Sam, load_sam
 from lesionsam.presets import preset_values
 from lesionsam.schema import SimulatedBoxes
 from lesionsam.tracking import NullTracker, Tracker
@@ -40,6 +41,7 @@ from lesionsam.types import Sample
 
 PROMPTS = ("none", "ring", "centre", "box", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"
+UNET = "unet"
 EXPERIMENT = "lesionsam-evidence"  # of runs in MLflow
 INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
 
@@ -53,6 +55,7 @@ class Row:
         seeds: how many. margin: least and greatest share by which the simulated big box is too large.
         trains: False for what is evaluated as it is. tests: False for a row that only tunes on the development split.
         masks: number of training lesions that it may see, drawn by seed and repeated to as many steps; 0 = all.
+        network: sam, or unet for `evidence_unet`.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Row:
     trains: bool = True
     tests: bool = True
     masks: int = 0
+    network: str = "sam"
 
 
 def configured(base: Config, row: Row, seed: int) -> Config:
@@ -158,31 +162,49 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
         data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
         if row.masks:
             data = replace(data, train=few(data.train, row.masks, seed))
-        trained = train(
-            config,
-            data,
-            weights,
-            folder=scratch,
-            log=tracker.log,
-            say=partial(print, f"[{row.name} seed {seed}]", flush=True),
-        )
-        sam = trained.sam
+        say = partial(print, f"[{row.name} seed {seed}]", flush=True)
+        if row.network == UNET:
+            model, at = train_unet(config, data, folder=scratch, log=tracker.log, say=say)
+            notes |= {"offset": None, "trained_parameters": sum(p.numel() for p in model.parameters())}
+        else:
+            trained = train(config, data, weights, folder=scratch, log=tracker.log, say=say)
+            model, at = trained.sam, trained.progress
+            notes |= {"offset": trained.offset, "trained_parameters": trained.trained}
         notes |= {
-            "dev_objective": trained.progress.best_score,
-            "best_epoch": trained.progress.best_epoch,
-            "offset": trained.offset,
+            "dev_objective": at.best_score,
+            "best_epoch": at.best_epoch,
             "train_seconds": time.monotonic() - begun,
-            "trained_parameters": trained.trained,
-            "seconds_per_epoch": trained.progress.seconds / max(1, trained.progress.epoch),
+            "seconds_per_epoch": at.seconds / max(1, at.epoch),
         }
     else:
-        sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
+        model = load_sam(config.model.name, weights, image_size=config.model.image_size)
     if not row.tests:
         write_json_atomic(target.with_suffix(".json"), notes)
         write_text_atomic(target, "")
         return
+    if isinstance(model, Sam):
+        figures = evaluate_sam(model, config, row, seed, test)
+    else:
+        figures = evaluate_unet(model, test, load_image, load_mask, side=input_side(config, weights),
+                                batch_size=config.evaluate.batch_size, model=row.name, run=str(seed))
+    if not row.trains:
+        baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
+        figures = pd.concat(
+            [figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))]
+        )
+        notes["test_outline_offset"] = offset
+    for (_, prompt), part in figures.groupby(["model", "prompt"]):
+        if (part["model"] == row.name).all():
+            tracker.log({f"test/{prompt}/miou": float(part["iou"].mean())}, 0)
+    write_json_atomic(target.with_suffix(".json"), notes)
+    with atomic_write(target, "w") as file:
+        figures.to_csv(file, index=False)
+
+
+def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[Sample]) -> pd.DataFrame:
+    """A unit's figures on the test samples, columns `evaluation.ROW_COLUMNS`."""
     by_decoder = row.trains and "none" in trained_prompts(config).split()
-    figures = evaluate_model(
+    return evaluate_model(
         sam,
         test,
         load_image,
@@ -197,18 +219,6 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
         model=row.name,
         run=str(seed),
     ).rows
-    if not row.trains:
-        baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
-        figures = pd.concat(
-            [figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))]
-        )
-        notes["test_outline_offset"] = offset
-    for (_, prompt), part in figures.groupby(["model", "prompt"]):
-        if (part["model"] == row.name).all():
-            tracker.log({f"test/{prompt}/miou": float(part["iou"].mean())}, 0)
-    write_json_atomic(target.with_suffix(".json"), notes)
-    with atomic_write(target, "w") as file:
-        figures.to_csv(file, index=False)
 
 
 def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lesionsam.config import Config, to_values
-from lesionsam.evidence import ZERO_SHOT, Row
+from lesionsam.evidence import UNET, ZERO_SHOT, Row
 
 DEFAULT, SUPERVISED, ELLIPSE = "two boxes (default)", "supervised, tuned", "placebo: ellipse as target"
 WARPED, OTHER = "placebo: another image's target, warped", "placebo: another image's target"
@@ -125,6 +125,8 @@ TRIED_RATES = {  # on the development split, one seed
     "decoder": ((1e-3, 1.5e-4), (1e-3, 5e-4)), f"last {LAST_K} blocks": ((1e-3, 1.5e-4), (2e-3, 1.5e-4)),
     "adapters": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)), "LoRA": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)),
 }
+UNET_ROW, UNET_EPOCHS, UNET_RATES = "U-Net from scratch", 5, (3e-4, 1e-3)  # epochs: times the base's
+UNET_RATE = 1e-3  # chosen by the rows of `strategies_tuning`
 STRATEGIES = {  # name -> preset, changes
     "decoder": ("supervised-decoder", {}),
     f"last {LAST_K} blocks": ("supervised-full", {"model.unfreeze_last_k": LAST_K}),
@@ -136,6 +138,11 @@ BLIND = {"train.select": "label_free"}  # no row of that set sees a mask of the 
 DEFAULT_BLIND = f"{DEFAULT}, no mask at all"
 
 
+def unet_changes(base: Config, value: float) -> dict[str, float]:
+    """A network that starts at random needs more steps than one that is pretrained."""
+    return {"train.epochs": UNET_EPOCHS * base.train.epochs, **rate(value)}
+
+
 def strategies(base: Config) -> list[Row]:
     """Every way to fine-tune in one table: no network, zero-shot, published, two boxes, supervised by what trains."""
     return [
@@ -145,6 +152,7 @@ def strategies(base: Config) -> list[Row]:
         *(Row(f"supervised, {name}", rates(*STRATEGY_RATES[name]) | changes, preset=preset)
           for name, (preset, changes) in STRATEGIES.items()),
         Row(SUPERVISED, SUPERVISED_RATES, preset="supervised"),  # everything trains
+        Row(UNET_ROW, unet_changes(base, UNET_RATE), preset="supervised", network=UNET),
     ]
 
 
@@ -152,7 +160,9 @@ def strategies_tuning(base: Config) -> list[Row]:
     """Learning rates of the strategies, on the development split alone."""
     return [Row(f"tune supervised, {name}, encoder {pair[0]:g} decoder {pair[1]:g}", rates(*pair) | STRATEGIES[name][1],
                 preset=STRATEGIES[name][0], seeds=1, tests=False)
-            for name, pairs in TRIED_RATES.items() for pair in pairs]
+            for name, pairs in TRIED_RATES.items() for pair in pairs] + [
+        Row(f"tune {UNET_ROW} {value:g}", unet_changes(base, value), preset="supervised", seeds=1, tests=False,
+            network=UNET) for value in UNET_RATES]
 
 
 def labels(base: Config) -> list[Row]:
@@ -185,7 +195,8 @@ SETS = {
         strategies,
         strategies_tuning,
         (*((f"supervised, {name}", SUPERVISED) for name in STRATEGIES),
-         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES), (DEFAULT, SUPERVISED)),
+         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES), (DEFAULT, SUPERVISED),
+         (UNET_ROW, SUPERVISED), (DEFAULT, UNET_ROW)),
     ),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }

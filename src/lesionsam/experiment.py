@@ -224,7 +224,7 @@ def train(
     )
     log({"parameters": num_all, "parameters_trained": num_trained}, 0)
     steps = num_steps(config, data.train)
-    teacher = getattr(method, "teacher", None)
+    teacher = method.teacher
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
     kept = method.kept.get_submodule("sam")
