@@ -8,6 +8,7 @@ from lesionsam.boxes import annotate, read_boxes, write_boxes
 from lesionsam.config import load_config
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError, run_guarded
+from lesionsam.guard import the_only
 from lesionsam.schema import CsvBoxes
 from lesionsam.types import SPLITS
 
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(main)
+    run_guarded(the_only("boxes")(main))

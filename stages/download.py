@@ -13,6 +13,7 @@ from lesionsam.data.isic import fetch_isic
 from lesionsam.data.meter import say
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import run_guarded
+from lesionsam.guard import the_only
 from lesionsam.schema import CocoData, FolderData, SyntheticData
 
 RAW, ARCHIVES, LOCK = Path("data/raw"), Path(".archives"), Path("archives.lock.json")
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(main)
+    run_guarded(the_only("download")(main))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lesionsam.errors import run_guarded
+from lesionsam.guard import the_only
 from lesionsam.lineage import lineage_tags
 from lesionsam.report import build_report
 from lesionsam.report_card import build_card
@@ -22,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(main)
+    run_guarded(the_only("report")(main))

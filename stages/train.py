@@ -25,9 +25,10 @@ from lesionsam.experiment import (
     trained_prompts,
 )
 from lesionsam.experiment_memory import cost
+from lesionsam.experiment_origin import begin, origin_of
 from lesionsam.experiment_parts import strategy_of
 from lesionsam.files import atomic_write, sha256_file, write_json_atomic
-from lesionsam.guard import end_with_parent, only_one
+from lesionsam.guard import end_with_parent, finishing_first, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.adapted import save_tuned
 from lesionsam.models.sam import Sam, save_sam
@@ -50,6 +51,7 @@ def main() -> None:
     samples = read_boxes(boxes, read_index(Path("data/raw/index.csv")), root=ROOT)
     folder = SCRATCH / run_key(config, boxes, weights)
     with only_one(SCRATCH / "lock", "training"):
+        begin(folder, origin_of(config, boxes, weights))
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
         board = Board(BOARDS / folder.name) if config.tracking.tensorboard else None
         tracker = open_tracker(config, folder / "run")
@@ -90,16 +92,18 @@ def main() -> None:
         status = "FAILED"
         try:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            trained = train(
-                config,
-                data,
-                weights,
-                folder=folder,
-                log=log,
-                say=lambda line: print(line, flush=True),
-                after_epoch=after_epoch,
-                save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name),
-            )
+            with finishing_first() as asked_to_end:
+                trained = train(
+                    config,
+                    data,
+                    weights,
+                    folder=folder,
+                    log=log,
+                    say=lambda line: print(line, flush=True),
+                    after_epoch=after_epoch,
+                    save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name),
+                    asked_to_end=asked_to_end,
+                )
             write_outputs(folder / "out", folder, config, trained, weights)
             tracker.log_artifact(Path("params.yaml"), "config")
             tracker.log_checkpoint(

@@ -12,6 +12,7 @@ from lesionsam.data.download import Remote, fetch
 from lesionsam.data.meter import human_bytes, human_seconds, say
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.files import copy_atomic, sha256_file, whole_number, write_json_atomic
+from lesionsam.guard import the_only
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
 
 OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(main)
+    run_guarded(the_only("weights")(main))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,6 +220,29 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     none, two = (load_frames(samples, SIDE, tmp_path / f"cache{n}", num_workers=n) for n in (0, 2))
     for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes"):
         assert np.array_equal(getattr(none, name), getattr(two, name)), name
+
+
+def test_a_killed_worker_is_announced_and_the_rest_decoded_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the system kills the greediest process when memory runs out."""
+    samples = write_samples(tmp_path)
+    whole = load_frames(samples, SIDE, tmp_path / "whole")
+    real, here = frames_module.prepare, os.getpid()
+
+    def dying(sample: Sample, *arguments: Any) -> Any:
+        if os.getpid() != here and sample.image_path == samples[2].image_path:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(sample, *arguments)
+
+    monkeypatch.setattr(dying, "__qualname__", "prepare")  # a worker finds it under this name
+    monkeypatch.setattr(dying, "__module__", frames_module.__name__)
+    monkeypatch.setattr(frames_module, "prepare", dying)
+    again = load_frames(samples, SIDE, tmp_path / "again", num_workers=2)
+    for name in ("images", "priors", "masks"):
+        assert np.array_equal(getattr(again, name), getattr(whole, name))
+    assert capsys.readouterr().err.count("a process that decodes images was killed") == 1
+    assert not list((tmp_path / "again").glob("building-*"))
 
 
 def test_several_lesions_of_an_image_know_each_other(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lesionsam import guard
-from lesionsam.errors import UserError
+from lesionsam.errors import Interrupted, UserError
 
 SOURCE = str(Path(guard.__file__).parents[1])
 HOLDER = """
@@ -142,3 +142,53 @@ child.wait()
                 os.kill(pid, signal.SIGKILL)
         if dvc.stdout is not None:
             dvc.stdout.close()
+
+
+def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.0)
+    ran: list[str] = []
+
+    @guard.the_only("boxes")
+    def inner() -> None:
+        ran.append("inner")
+
+    @guard.the_only("boxes")
+    def outer() -> None:
+        with pytest.raises(UserError, match=rf"the stage boxes is already running as pid {os.getpid()} since"):
+            inner()
+        guard.the_only("weights")(lambda: ran.append("another stage"))()
+
+    outer()
+    inner()
+    assert ran == ["another stage", "inner"]
+
+
+def test_a_first_signal_waits_for_the_step_and_a_second_does_not(capfd: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with guard.finishing_first() as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == signal.SIGTERM
+        with pytest.raises(Interrupted) as ended:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert ended.value.exit_code == 130
+    assert capfd.readouterr().err.count("ending after this step") == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parents are taken over by another process there")
+def test_a_process_beside_a_stage_ends_with_it() -> None:
+    beside = STAGE.replace("end_with_parent()", "end_with(os.getppid())").replace("end_with_parent", "end_with")
+    parent = start(f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {beside!r}]).wait()")
+    pid = int(first_line(parent))
+    try:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert ends_within(pid, 30)
+    finally:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+        if parent.stdout is not None:
+            parent.stdout.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+import resource
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,19 @@ from test_methods import DEFAULT, options, supervised
 from tiny import tiny_data, tiny_sam
 
 from lesionsam.data.datasets import LesionDataset
-from lesionsam.errors import UserError
+from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
 from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
-from lesionsam.training_state import Progress, load_best, trained_state
+from lesionsam.training_state import (
+    Progress,
+    check_disk,
+    load_best,
+    read_tensors,
+    trained_state,
+    write_tensors,
+)
 
 CPU = torch.device("cpu")
 
@@ -134,6 +143,37 @@ def test_a_run_killed_within_an_epoch_resumes_from_its_last_save_bit_for_bit(
     assert rows[-1] == undisturbed[1][-1], "the epoch's means hold its beginning too"
 
 
+def counted() -> Any:
+    """The small method, which counts its steps."""
+    method, after_step = contrastive(), Contrastive.after_step
+    method.steps = 0  # type: ignore[attr-defined]
+
+    def after() -> None:
+        method.steps += 1  # type: ignore[attr-defined]
+        after_step(method)
+
+    method.after_step = after  # type: ignore[method-assign]
+    return method
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, (2, 3, 9)), (2, (1, 2))])
+def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_from_there(
+    data: LesionDataset, tmp_path: Path, accumulate: int, steps: Sequence[int]
+) -> None:
+    whole = contrastive()
+    run(whole, data, tmp_path / "whole", accumulate=accumulate)
+    for number in steps:  # asked after that step, in the middle of an epoch or at its end
+        folder, taken = tmp_path / str(number), counted()
+        with pytest.raises(Interrupted) as ended:
+            run(taken, data, folder, accumulate=accumulate,
+                asked_to_end=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0)
+        assert (ended.value.exit_code, taken.steps) == (143, number)
+        again, rows = contrastive(), []
+        run(again, data, folder, accumulate=accumulate, log=lambda values, step, rows=rows: rows.append(step))
+        assert differing(weights(again), weights(whole)) == []
+        assert min(rows) >= number, "no step is taken twice"
+
+
 def test_a_finished_run_is_not_trained_again(data: LesionDataset, tmp_path: Path) -> None:
     run(contrastive(), data, tmp_path, epochs=1)
     method, rows = contrastive(), []
@@ -151,7 +191,10 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(
     run(contrastive(), data, tmp_path)
     states = sorted(tmp_path.glob("state-*.pt"))
     assert len(states) == 2, "the newest and the one to fall back to"
-    for damage in (states[-1].read_bytes()[:1000], b"", b"\x80\x02no weights at all"):
+    whole = states[-1].read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # of a tensor: torch.load would take it
+    for damage in (whole[:1000], b"", b"\x80\x02no weights at all", bytes(flipped)):
         states[-1].write_bytes(damage)
         again, lines = contrastive(), []
         run(again, data, tmp_path, say=lines.append)
@@ -168,6 +211,43 @@ def test_states_that_are_all_damaged_are_an_error_and_not_a_silent_new_start(
         state.write_bytes(state.read_bytes()[:200])
     with pytest.raises(UserError, match="none of the 2 training states can be read; delete the folder"):
         run(contrastive(), data, tmp_path)
+
+
+def test_a_damaged_best_epoch_is_named(data: LesionDataset, tmp_path: Path) -> None:
+    method = contrastive()
+    run(method, data, tmp_path, epochs=1)
+    whole = (tmp_path / "best.pt").read_bytes()
+    for damage in (whole[: len(whole) // 2], whole[: len(whole) // 2] + b"?" + whole[len(whole) // 2 + 1 :], None):
+        (tmp_path / "best.pt").unlink() if damage is None else (tmp_path / "best.pt").write_bytes(damage)
+        with pytest.raises(UserError, match=r"best\.pt: the best epoch's weights cannot be read \("):
+            load_best(tmp_path, method.model)
+
+
+def test_what_the_disk_refuses_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files; torch hides the system's error behind one of its own."""
+    state = {"a": torch.zeros(100_000), "b": torch.zeros(3)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_tensors(tmp_path / "state.pt", state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "state.pt")
+    assert list(tmp_path.iterdir()) == []
+    write_tensors(tmp_path / "state.pt", state)
+    assert read_tensors(tmp_path / "state.pt")["a"].equal(state["a"])
+
+
+def test_too_little_disk_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = contrastive()
+    check_disk(tmp_path, method)
+    assert list(tmp_path.iterdir()) == []
+    run(method, tiny_data(8), tmp_path, epochs=3)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
+    monkeypatch.setattr("lesionsam.training_state.free_disk_bytes", lambda folder: written)
+    with pytest.raises(UserError, match=r"needed for training states and weights, \d+ MB free; free space"):
+        check_disk(tmp_path, method)
 
 
 def test_the_best_epoch_is_kept_and_put_back(data: LesionDataset, tmp_path: Path) -> None:

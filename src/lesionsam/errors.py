@@ -1,10 +1,16 @@
-"""The one exception a user's mistake ends in, and the guard that prints it as one line."""
+"""The exceptions that a user's mistake or wish ends in, and the guard that prints them as one line."""
 
 from __future__ import annotations
 
 import errno
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(Exception):
@@ -20,25 +26,61 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end, by Ctrl-C or by SIGTERM; its exit status says by which: 130 or 143."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
 def run_guarded(main: Callable[[], object]) -> None:
-    """Run a stage or command: a `UserError` or a full disk becomes one line on stderr and a non-zero exit."""
+    """Run a stage or command: what a user can mend becomes one line on stderr and a non-zero exit.
+
+    That is a `UserError`, a full disk, a place that cannot be written, too little memory; SIGTERM ends as Ctrl-C does.
+    """
     try:
-        main()
+        with _ended_like_ctrl_c():
+            main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last saved state", file=sys.stderr)
-        sys.exit(130)
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt as error:
+        _end("interrupted; the same command goes on from the last saved state", getattr(error, "exit_code", 130))
+    except MemoryError:
+        _end("error: out of memory; end other programs, or lower train.batch_size, runtime.num_workers, "
+             "runtime.cache_memory_gb or model.image_size", 2)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # torch's own allocator raises no MemoryError
+            raise
+        _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); end other programs, or lower "
+             "train.batch_size, runtime.num_workers, runtime.cache_memory_gb or model.image_size", 2)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            print(
-                f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another"
-                f" place",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
-            print(f"error: {error.filename}: {error.strerror}; expected the path of a file or folder", file=sys.stderr)
-            sys.exit(2)
+        if error.errno in NO_PLACE:
+            _end(f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another "
+                 "place", 2)
+        if error.errno in NO_PATH:
+            _end(f"error: {error.filename}: {error.strerror}; expected the path of a file or folder", 2)
         raise
+
+
+def _end(line: str, exit_code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises `Interrupted` while the block runs, unless somebody else handles or ignores it."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -34,7 +34,7 @@ from lesionsam.models.trainable import trained_counts
 from lesionsam.schema import FolderData
 from lesionsam.schema_method import SupervisedMethod
 from lesionsam.training import OBJECTIVE, Evaluate, Log, fit, schedule_factor
-from lesionsam.training_state import Progress, load_best
+from lesionsam.training_state import Progress, check_disk, load_best
 from lesionsam.types import Sample
 
 OFFSET_SAMPLES = 300  # images that the outline offset is found on, at most
@@ -201,13 +201,16 @@ def train(
     say: Callable[[str], None] = print,
     after_epoch: Callable[[Sam, int], None] | None = None,
     save_last: Callable[[Sam], None] | None = None,
+    asked_to_end: Callable[[], int] = lambda: 0,
 ) -> Trained:
     """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
 
     Args:
         weights: the pretrained checkpoint. folder: scratch of this very run; the caller keys it (see `run_key`).
         log: receives (values, step). after_epoch: is shown the model in eval mode after each epoch, for pictures.
-        save_last: is shown the model as the last epoch left it.
+        save_last: is shown the model as the last epoch left it. asked_to_end: see `fit`.
+    Raises:
+        UserError: too little disk for what this run will write, or as `fit`. Interrupted: as `fit`.
     """
     device = torch_device(config.runtime.device)
     if config.runtime.num_threads:
@@ -229,6 +232,7 @@ def train(
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
     kept = method.kept.get_submodule("sam")
     parts = parts_that_fit(config, sam, method, device, say)
+    check_disk(folder, method)
     with open_caches(config, data.activations, sam, method, device, say) as caches:
         loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
         evaluate: Evaluate = partial(
@@ -264,6 +268,7 @@ def train(
             folder=folder,
             parts=parts,
             say=say,
+            asked_to_end=asked_to_end,
         )
     if save_last is not None:
         save_last(kept)

@@ -1,24 +1,38 @@
-"""One writer at a time: a lock that names its holder, and an end for stages whose parent has died.
+"""One writer at a time, an end for processes whose parent has died, and an end that waits for the step to be over.
 
 A killed `dvc repro` leaves its stage alive and the next one starts a second writer on the same outputs. So a stage
-holds a lock on its scratch folder, and ends when the process that started it is gone.
+holds a lock of its own, and ends when the process that started it is gone.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lesionsam.errors import UserError
+from lesionsam.errors import Interrupted, UserError
 
 WATCH_SECONDS = 0.5
 TAKE_OVER_SECONDS = 5.0  # how long a dying holder may take to let go
+SCRATCH = Path(".scratch")
+
+
+@contextmanager
+def the_only(stage: str) -> Iterator[None]:
+    """Hold the lock of a stage of `dvc.yaml` while the block runs; end with the `dvc repro` that started it.
+
+    Raises:
+        UserError: another process runs this stage here.
+    """
+    end_with_parent()
+    with only_one(SCRATCH / f"{stage}.lock", f"the stage {stage}"):
+        yield
 
 
 @contextmanager
@@ -42,8 +56,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
                     file.seek(0)
                     raise UserError(
                         f"{what} is already running as {file.read().strip() or 'another process'} ({path}); wait for "
-                        "it, "
-                        "or end that process"
+                        "it, or end that process"
                     ) from None
                 time.sleep(0.1)
         file.truncate(0)
@@ -75,3 +88,41 @@ def end_with_parent() -> None:
                 os._exit(143)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """End this process as soon as that one, which started it, is gone; for processes that decode beside a stage."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os._exit(143)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def finishing_first() -> Iterator[Callable[[], int]]:
+    """While the block runs, a first Ctrl-C or SIGTERM is only noted, and a second one ends at once.
+
+    Yields:
+        what a loop asks at places where it may end: the signal's number, 0 while none came.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise Interrupted(number)
+        asked.append(number)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"ending after this step, whose state is saved; once more ends at once\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked[0] if asked else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -16,7 +16,7 @@ from torch import nn
 
 from lesionsam.data.datasets import Batches
 from lesionsam.data.distortion import Distortion
-from lesionsam.errors import UserError
+from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE
 from lesionsam.models.trainable import trained_parameters
@@ -91,6 +91,7 @@ def fit(
     folder: Path,
     parts: int = 1,
     say: Callable[[str], None] = print,
+    asked_to_end: Callable[[], int] = lambda: 0,
 ) -> Progress:
     """Train a method on a data set; resume where `folder` says a killed run stood.
 
@@ -103,7 +104,9 @@ def fit(
         log: receives (values, step); the loop knows nothing of where they go.
         folder: scratch of this run, of this configuration alone; holds the training states and best.pt.
         parts: that a new run makes each batch in, for the memory's sake; more when that turns out too small.
+        asked_to_end: the number of a signal that asks for it, else 0; asked after each step and each epoch.
     Raises:
+        Interrupted: it was asked to end, and has saved its state.
         UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
     """
     optimizer = torch.optim.AdamW(
@@ -176,10 +179,13 @@ def fit(
             if (len(waiting) >= FLUSH_STEPS and (at.batch + 1) % accumulate == 0) or last:
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
             at.batch += 1
-            if time.monotonic() - saved > SAVE_SECONDS and not last and at.batch % accumulate == 0:
+            due = bool(ending := asked_to_end()) or (time.monotonic() - saved > SAVE_SECONDS and not last)
+            if due and (last or at.batch % accumulate == 0):
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
                 save_state(folder, at, method, optimizer, scaler)
                 saved = time.monotonic()
+                if ending:
+                    raise Interrupted(ending)
 
         at.seconds += time.monotonic() - entered
         means = {name: value / at.sums["batches"] for name, value in at.sums.items() if name != "batches"}
@@ -197,6 +203,8 @@ def fit(
             save_best(folder, method)
         save_state(folder, at, method, optimizer, scaler)
         saved = time.monotonic()
+        if ending := asked_to_end():
+            raise Interrupted(ending)
         spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
         say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
     if terms and at.step < LIVENESS_STEPS.stop:  # a run too short for the check above

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, write_bytes_atomic
+from lesionsam.files import atomic_write, free_disk_bytes, write_bytes_atomic
 from lesionsam.methods.base import Method
 
 NUM_STATES = 2  # training states kept: the newest and the one to fall back to
+# What reading makes of a file that was cut, written over or never was of this kind.
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass
@@ -50,15 +54,70 @@ def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return state_of(module, trained_names(module))
 
 
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save`, atomically; what the disk refuses is an OSError, behind which torch puts an error of its own."""
+    with atomic_write(path) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """What `write_tensors` wrote, on the CPU; one of `DAMAGE` where it is not whole.
+
+    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a weight.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged}: wrong checksum")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
+def check_disk(folder: Path, method: Method) -> None:
+    """Find out before the first step whether the states and weights of a run will have room, and may be written.
+
+    Counted are the states that are kept, the one being written and the best weights (each trained value with its
+    average and the optimiser's two), and the two whole models that a run leaves.
+
+    Raises:
+        UserError: too little room. OSError: the folder takes no file.
+    """
+    state, names = method.model.state_dict(), trained_names(method.model)
+    whole = sum(value.nbytes for value in state.values())
+    trained = sum(value.nbytes for name, value in state.items() if name in names)
+    needed = 2 * whole + trained * ((NUM_STATES + 1) * 4 + 1)
+    with atomic_write(folder / "probe"):
+        pass
+    (folder / "probe").unlink()
+    if (free := free_disk_bytes(folder)) < needed:
+        raise UserError(
+            f"{folder}: {needed / 1e6:,.0f} MB needed for training states and weights, {free / 1e6:,.0f} MB free; free "
+            "space on this disk, or train fewer parameters (model.unfreeze_last_k, model.encoder)"
+        )
+
+
 def save_best(folder: Path, method: Method) -> None:
     """Keep what is evaluated (the student, or its average) as folder/best.pt, atomically."""
-    with atomic_write(folder / "best.pt") as file:
-        torch.save(state_of(method.kept, trained_names(method.model)), file)
+    write_tensors(folder / "best.pt", state_of(method.kept, trained_names(method.model)))
 
 
 def load_best(folder: Path, module: nn.Module) -> None:
-    """Put the best epoch's parameters back into the student."""
-    module.load_state_dict(torch.load(folder / "best.pt", weights_only=True), strict=False)
+    """Put the best epoch's parameters back into the student.
+
+    Raises:
+        UserError: they are gone or damaged.
+    """
+    try:
+        best = read_tensors(folder / "best.pt")
+    except DAMAGE as error:
+        raise UserError(
+            f"{folder / 'best.pt'}: the best epoch's weights cannot be read ({type(error).__name__}); delete the "
+            "folder to start anew"
+        ) from None
+    module.load_state_dict(best, strict=False)
 
 
 def save_head(method: Method, path: Path) -> None:
@@ -81,8 +140,7 @@ def save_state(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    with atomic_write(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt") as file:
-        torch.save(state, file)
+    write_tensors(folder / f"state-{at.step:09d}-{at.epoch:06d}.pt", state)
     for old in sorted(folder.glob("state-*.pt"))[:-NUM_STATES]:
         os.unlink(old)
 
@@ -101,8 +159,8 @@ def load_state(
     files = sorted(folder.glob("state-*.pt"), reverse=True)
     for file in files:
         try:
-            state = torch.load(file, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError) as error:
+            state = read_tensors(file)
+        except DAMAGE as error:
             print(
                 f"warning: {file} cannot be read ({type(error).__name__}); falling back to the state before it",
                 flush=True,

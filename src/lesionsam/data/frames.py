@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from PIL import Image
 from lesionsam import box_prior as box_prior_module
 from lesionsam.box_prior import OUTSIDE, box_prior, inside
 from lesionsam.boxes import model_frame_size, to_model_frame
+from lesionsam.data.meter import say
 from lesionsam.errors import UserError
 from lesionsam.files import free_disk_bytes, read_image, read_mask
+from lesionsam.guard import end_with
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 
@@ -216,11 +219,11 @@ def _build(
             np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
             for name, (shape, dtype) in shapes.items()
         ]
-        arguments = (samples, others, [side] * count, [threshold_masks] * count)
-        with ProcessPoolExecutor(num_workers) if num_workers else _Inline() as pool:
-            for k, parts in enumerate(progress(pool.map(prepare, *arguments), total=count, title=f"decoding {title}")):
-                for array, part in zip(arrays, parts, strict=True):
-                    array[k] = part
+        arguments = list(zip(samples, others, [side] * count, [threshold_masks] * count, strict=True))
+        decoded = _prepared(arguments, num_workers)
+        for k, parts in enumerate(progress(decoded, total=count, title=f"decoding {title}")):
+            for array, part in zip(arrays, parts, strict=True):
+                array[k] = part
         for array in arrays:
             array.flush()
         (temporary / INDEX_NAME).write_text(json.dumps({"version": VERSION, "side": side, "count": count}))
@@ -233,14 +236,19 @@ def _build(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Inline:
-    """The pool's interface without processes."""
-
-    def map(self, function: Callable[..., tuple], *arguments: Iterable) -> Iterator[tuple]:
-        return map(function, *arguments)
-
-    def __enter__(self) -> _Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
+def _prepared(arguments: Sequence[tuple], num_workers: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """What `prepare` gives for each, in order, from processes beside this one; where one of them is killed, as the
+    system does when memory runs out, the rest is decoded here."""
+    done = 0
+    if num_workers:
+        try:
+            with ProcessPoolExecutor(num_workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
+                for parts in pool.map(prepare, *zip(*arguments, strict=True)):
+                    yield parts
+                    done += 1
+                return
+        except BrokenProcessPool:
+            say("a process that decodes images was killed (is the memory full?); going on without such processes; "
+                "lower runtime.num_workers to start without them")
+    for each in arguments[done:]:
+        yield prepare(*each)

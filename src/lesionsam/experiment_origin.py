@@ -1,0 +1,86 @@
+"""What a training was begun with: one that was cut short goes on under the same parameters, data and code, or not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lesionsam.config import Config, flatten
+from lesionsam.errors import UserError
+from lesionsam.files import sha256_file, write_json_atomic
+
+ORIGIN = "origin.json"
+ANYWAY = "LESIONSAM_RESUME"  # environment variable: `anyway` goes on under code that has changed
+SECTIONS = ("model.", "method.", "train.")
+# First words of modules that run beside a training and change nothing of what it gives.
+BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli", "experiment_origin")
+SHOWN = 4  # of the names that a message could hold
+
+
+def origin_of(config: Config, boxes_csv: Path, weights: Path) -> dict[str, Any]:
+    """Parameters, data, pretrained weights and code of a training that starts now.
+
+    The code is that of this package's modules which are loaded, each by a hash of its source.
+    """
+    modules = {name.removeprefix("lesionsam."): Path(file) for name, module in sorted(sys.modules.items())
+               if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))}
+    return {
+        "parameters": {key: value for key, value in flatten(config).items() if key.startswith(SECTIONS)},
+        "boxes": sha256_file(boxes_csv),
+        "weights": sha256_file(weights),
+        "code": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in modules.items()
+                 if not name.startswith(BESIDE)},
+    }
+
+
+def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = print) -> None:
+    """Note what a training was begun with, or compare with what was noted.
+
+    Args:
+        folder: scratch of this very run, see `experiment.run_key`; those of other runs lie beside it.
+        say: told where a run of other settings is left behind, and which settings those are.
+    Raises:
+        UserError: the folder holds states that other code made.
+    """
+    if any(folder.glob("state-*.pt")):
+        known = _read(folder).get("code", {})
+        other = [name for name, digest in origin["code"].items() if known.get(name, digest) != digest]
+        if not known or other:
+            what = f"the code has changed since ({_some(other)})" if other else "it is not noted by which code"
+            if os.environ.get(ANYWAY) != "anyway":
+                raise UserError(
+                    f"{folder}: holds an unfinished training, and {what}; delete the folder to start anew, go back to "
+                    f"that code, or go on all the same with {ANYWAY}=anyway in the environment"
+                )
+            say(f"warning: {folder}: {what}; going on all the same")
+    else:
+        for left in sorted(folder.parent.glob(f"*/{ORIGIN}")):
+            if left.parent != folder and any(left.parent.glob("state-*.pt")):
+                say(f"an unfinished training of other settings stays in {left.parent} "
+                    f"({_some(differences(_read(left.parent), origin))}); this one begins anew")
+    write_json_atomic(folder / ORIGIN, dict(origin))
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What two origins differ in, parameters by key and value."""
+    before, after = old.get("parameters", {}), new["parameters"]
+    found = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted({*before, *after})
+             if before.get(key) != after.get(key)]
+    return found + [what for what in ("boxes", "weights") if old.get(what) != new[what]]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

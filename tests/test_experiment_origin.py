@@ -1,0 +1,90 @@
+"""What an unfinished training goes on under: the same parameters, data and code, or a line that says what differs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lesionsam import losses, training
+from lesionsam.config import default_values, unflatten, validate
+from lesionsam.errors import UserError
+from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, origin_of
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.delenv(ANYWAY, raising=False)
+    (tmp_path / "boxes.csv").write_text("a")
+    (tmp_path / "sam.safetensors").write_text("b")
+    return tmp_path / "boxes.csv", tmp_path / "sam.safetensors"
+
+
+def origin(inputs: tuple[Path, Path], **changes: Any) -> dict[str, Any]:
+    values = {key.replace("__", "."): value for key, value in changes.items()}
+    return origin_of(validate(unflatten(values, default_values())), *inputs)
+
+
+def begun(folder: Path, origin: dict[str, Any]) -> Path:
+    """A training that was cut short."""
+    folder.mkdir(parents=True)
+    begin(folder, origin)
+    (folder / "state-000000001-000000.pt").touch()
+    return folder
+
+
+def test_the_code_is_that_of_the_modules_which_give_the_result(inputs: tuple[Path, Path]) -> None:
+    code = origin(inputs)["code"]
+    assert {"training", "losses", "config"} <= set(code), (training, losses)
+    assert not [name for name in code if name.startswith(("tracking", "guard", "errors", "lineage"))]
+
+
+def test_the_same_goes_on_without_a_word(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    lines: list[str] = []
+    folder = begun(tmp_path / "runs" / "one", origin(inputs))
+    begin(folder, origin(inputs), lines.append)
+    assert lines == []
+
+
+def test_other_code_is_refused_by_name_unless_told_to(
+    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = origin(inputs)
+    old["code"]["losses"] = "0" * 16
+    folder, lines = begun(tmp_path / "runs" / "one", old), []
+    for _ in range(2):  # and the refusal leaves all as it was
+        says = rf"the code has changed since \(losses\); delete the folder .* {ANYWAY}=anyway"
+        with pytest.raises(UserError, match=says):
+            begin(folder, origin(inputs), lines.append)
+    monkeypatch.setenv(ANYWAY, "anyway")
+    begin(folder, origin(inputs), lines.append)
+    assert len(lines) == 1
+    assert "going on all the same" in lines[0]
+    monkeypatch.delenv(ANYWAY)
+    begin(folder, origin(inputs), lines.append)
+    assert len(lines) == 1, "from then on it is this code's"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_states_of_unknown_code_are_refused(tmp_path: Path, inputs: tuple[Path, Path], content: str | None) -> None:
+    folder = begun(tmp_path / "runs" / "one", origin(inputs))
+    (folder / ORIGIN).unlink() if content is None else (folder / ORIGIN).write_text(content)
+    with pytest.raises(UserError, match="it is not noted by which code"):
+        begin(folder, origin(inputs))
+
+
+def test_what_another_run_was_begun_with_is_named(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    begun(tmp_path / "runs" / "one", origin(inputs))
+    inputs[0].write_text("other boxes")
+    lines: list[str] = []
+    (tmp_path / "runs" / "two").mkdir()
+    begin(tmp_path / "runs" / "two", origin(inputs, train__seed=3, runtime__num_threads=2), lines.append)
+    assert len(lines) == 1
+    assert lines[0].endswith("runs/one (train.seed: 0 -> 3, boxes); this one begins anew")
+    noted = json.loads((tmp_path / "runs" / "two" / ORIGIN).read_text())
+    assert noted["parameters"]["train.seed"] == 3
+    lines.clear()
+    begin(tmp_path / "runs" / "two", origin(inputs, train__seed=3), lines.append)
+    assert len(lines) == 1, "no state of its own yet: said again"
