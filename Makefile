@@ -84,10 +84,9 @@ evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence
 	python src/evidence.py $(FOLDER) --out evidence
 
 benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (half an hour of one core)
-	python benchmarks/step.py --components --write
-	python benchmarks/step.py --last 2 --precision bf16 --write
-	python benchmarks/attention.py --write
-	python benchmarks/cache.py
+	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" attention.py cache.py; do \
+	  echo "python benchmarks/$$script --write"; python benchmarks/$$script --write || failed=1; \
+	done; exit $$failed
 
 # Versions that are known to work together; nothing of them is kept beside the sources.
 WEB_TOOLS := .cache/web

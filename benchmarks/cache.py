@@ -1,14 +1,12 @@
 """What cached activations and the loader are worth: `python benchmarks/cache.py`; minutes on one core, no data needed.
 
 Prints a Markdown table of ratios, each beside the limit it is held to, and ends with an error where one is missed.
-Random weights: time does not depend on what the weights are. CPU time of one thread, or wall time on a GPU.
+Random weights: time does not depend on what the weights are. CPU time of one thread, or the time of day on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import Limits, now, provenance, record, table
 
 from lesionsam.config import Config, default_values, unflatten, validate
 from lesionsam.config_file import fit as fit_values
@@ -97,7 +96,7 @@ class Bench:
 
 
 class Clock:
-    """CPU seconds of this process, or wall seconds with the GPU's queue empty; how many of a step's a method takes."""
+    """How much of a step's time a method takes; in seconds of `record.now`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.steps, self.inside, self.whole = device, 0, 0.0, 0.0
@@ -105,10 +104,7 @@ class Clock:
 
     def now(self) -> float:
         """Seconds."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return time.perf_counter()
-        return time.process_time()
+        return now(self.device)
 
     @contextmanager
     def watching(self, method: Method) -> Iterator[None]:
@@ -170,21 +166,18 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=2, help="images of a step (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", help="fp32 or bf16 (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help="put the table on top of benchmarks/results.md")
     a = parser.parse_args()
     device = torch_device("auto")
     torch.set_num_threads(a.threads)
     architecture = CompactArchitecture(image_size=a.side, patch_size=16, width=a.width, depth=a.blocks,
                                        num_heads=a.width // 64, prompt_width=256, decoder_mlp=2048)
-    rows: list[tuple[str, str, str]] = []
-    missed: list[str] = []
+    rows: list[tuple[str, str]] = []
+    limits = Limits()
 
     def row(what: str, value: float, limit: float | None = None, *, most: bool = True, form: str = ".2f") -> None:
-        held = limit is None or (value <= limit if most else value >= limit)
-        bound = "" if limit is None else f"{'at most' if most else 'at least'} {limit:{form}}" + ", MISSED" * (not held)
-        rows.append((what, f"{value:{form}}", bound))
-        print(f"{what}: {value:{form}} {bound}", file=sys.stderr, flush=True)
-        if not held:
-            missed.append(what)
+        rows.append((what, limits.told(what, value, limit, most=most, form=form)))
+        print(": ".join(rows[-1]), file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), "compact", architecture, a.count, a.batch_size, a.precision, device)
@@ -201,7 +194,7 @@ def main() -> int:
             row(f"{what}: a trial on a warm cache / without a cache", sum(warm) / sum(plain))
             row(f"{what}: outside forward and backward, warm cache", outside, OUTSIDE_LIMIT, form=".3f")
             if share < 1:
-                missed.append(f"{what}: {share:.0%} of a warm cache found")
+                limits.missed.append(f"{what}: {share:.0%} of a warm cache found")
             if (last_k, gamma) == (2, 0.0):
                 row(f"{what}: first epoch, cache being filled / without a cache", cached[0] / plain[0])
                 turned, _, found = bench.train(config, Path(name) / "turned", epochs=2, augment=True)
@@ -221,15 +214,13 @@ def main() -> int:
         cached, _, _ = bench.train(decoder, Path(name) / "cache", epochs=1, augment=False)
         row("ViT-B at 1024 px, decoder only: encoder in the loop / cached", loop[0] / cached[0], DECODER_LIMIT,
             most=False, form=".1f")
-    print(f"\n{datetime.date.today()}, {device.type} {platform.machine()}, torch {torch.__version__}, "
-          f"{a.threads} thread, {a.precision}: D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, "
-          f"{a.count} images\n")
-    print("| measured | figure | limit |\n|---|---|---|")
-    for what, value, bound in rows:
-        print(f"| {what} | {value} | {bound} |")
-    for what in missed:
-        print(f"missed: {what}", file=sys.stderr)
-    return 1 if missed else 0
+    text = (f"D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, {a.count} images, {a.precision}, "
+            f"random weights, seed 0; {provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu")
+            + "\n\n" + table(["measured", "figure"], rows))
+    print(f"\n{text}\n")
+    if a.write:
+        record("Cached activations and the loader", f"`python benchmarks/cache.py {' '.join(sys.argv[1:])}`\n\n{text}")
+    return limits.exit_code()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -43,8 +44,42 @@ def provenance(device: torch.device) -> str:
     return f"commit {where}; {machine}; torch {torch.__version__}"
 
 
+class Limits:
+    """Figures beside the limits they are held to; `missed` names those that do not keep them."""
+
+    def __init__(self) -> None:
+        self.missed: list[str] = []
+
+    def told(self, name: str, value: float, limit: float | None, *, most: bool = False, form: str = ".2f",
+             spread: tuple[float, float] | None = None) -> str:
+        """A figure for a table, bold, with least and greatest where known, and its limit: a least one, or `most`."""
+        text = f"**{value:{form}}**" + (f" ({spread[0]:{form}} to {spread[1]:{form}})" if spread else "")
+        if limit is None:
+            return text
+        bound = f"at {'most' if most else 'least'} {limit}"
+        if value <= limit if most else value >= limit:
+            return f"{text}, {bound}"
+        self.missed.append(f"{name}: {value:{form}}, {bound}")
+        return f"{text}, {bound}, MISSED"
+
+    def exit_code(self) -> int:
+        """Say on standard error what was missed; 1 where something was."""
+        for line in self.missed:
+            print(f"missed: {line}", file=sys.stderr)
+        return 1 if self.missed else 0
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock that is measured with: CPU time of this process, which other processes disturb least; on a
+    GPU the time of day, once its queue is empty."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """CPU time of this process that a call takes, which other processes disturb least; GPU time by CUDA events."""
+    """CPU time that a call takes, see `now`; GPU time by CUDA events."""
     if device.type == "cuda":
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()
@@ -52,9 +87,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
         ended.record()
         torch.cuda.synchronize(device)
         return begun.elapsed_time(ended) / 1000
-    before = time.process_time()
+    before = now(device)
     run()
-    return time.process_time() - before
+    return now(device) - before
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: int = 1,

@@ -11,11 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import cache
 import naive_step
 import record
 import step
 
 from lesionsam.losses import info_nce
+from lesionsam.models.compact import CompactArchitecture
 from lesionsam.prompts import ring_points
 from lesionsam.types import Batch
 
@@ -95,3 +97,30 @@ def test_entries_are_put_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.startswith("# Measured")
     assert text.index(" second\n\ntwo\n") < text.index(" first\n\none\n")
     assert record.ratio([2.0, 6, 4], [1.0, 1, 1]) == (4.0, 2.0, 6.0)
+
+
+def test_a_missed_limit_is_said_and_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = record.Limits()
+    assert limits.told("a ratio", 3.0, 2.5, spread=(2.0, 4.0)) == "**3.00** (2.00 to 4.00), at least 2.5"
+    assert limits.told("a share", 0.5, 0.6, most=True) == "**0.50**, at most 0.6"
+    assert limits.told("free", 1.0, None) == "**1.00**"
+    assert limits.exit_code() == 0
+    assert limits.told("another share", 0.7, 0.6, most=True) == "**0.70**, at most 0.6, MISSED"
+    assert limits.exit_code() == 1
+    assert capsys.readouterr().err == "missed: another share: 0.70, at most 0.6\n"
+
+
+def test_work_is_counted_by_multiplications() -> None:
+    a, b = torch.zeros(3, 5), torch.zeros(5, 7)
+    assert step.multiplications(lambda: a @ b) == 2 * 3 * 5 * 7
+
+
+def test_trainings_with_and_without_cache_are_timed(tmp_path: Path) -> None:
+    architecture = CompactArchitecture(image_size=64, patch_size=16, width=64, depth=2, num_heads=1, prompt_width=32,
+                                       decoder_mlp=64)
+    bench = cache.Bench(tmp_path, "compact", architecture, 4, 2, "fp32", CPU)
+    config = bench.config(model__unfreeze_last_k=1, method__gamma=0.1)
+    for folder, found in ((None, 0.0), (tmp_path / "cache", 0.0), (tmp_path / "cache", 1.0)):
+        spent, _, share = bench.train(config, folder, epochs=1, augment=False)
+        assert len(spent) == 1
+        assert share == found
