@@ -24,14 +24,17 @@ from lesionsam.annotation.review import Found, Proposals, proposals_path
 from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
 from lesionsam.config import Config, load_config, with_values
-from lesionsam.engine import Place, pairs_of, run_round
+from lesionsam.engine import Place, epochs_of, pairs_of, run_round
 from lesionsam.engine_command import run, run_trial
 from lesionsam.engine_report import news
 from lesionsam.engine_rounds import Reviewed, Round, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
 from lesionsam.engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some
 from lesionsam.errors import UserError
+from lesionsam.experiment import trained_prompts
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam, save_sam
+from lesionsam.models.sam import build_sam, read_weights, save_sam
+from lesionsam.prompts import TRAINED_WITH
+from lesionsam.types import Sample
 
 SIDE = 32
 NAMES = [f"im{k:02d}" for k in range(46)]
@@ -140,6 +143,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     proposals = Proposals(proposals_path(place.table_path), first.model)
     assert set(proposals.found) == set(NAMES[8:])
     assert {path.name for path in (place.out / "round-01").iterdir()} == {"model.safetensors", "model.key"}
+    assert read_weights(place.out / "round-01" / "model.safetensors")[1][TRAINED_WITH] == trained_prompts(config)
 
     by_doubt = sorted(NAMES[8:], key=lambda name: engine.doubt(lesion, [])[0] if (
         lesion := proposals.found[name].lesion) else 9)
@@ -149,7 +153,11 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
         accept(place, name, first.model)
     store = Store(place.table_path, place.catalogue)
     assert engine.judge(place, store, first, 0.9).calm.keys() <= set(calm)
-    second = run_round(place, config, auto=True, share=0.8, say=said.append)
+    said.clear()
+    # 42 images have boxes, 36 of them train: one batch, two epochs for two steps. What is accepted makes two batches.
+    config = with_values(config, {"train.batch_size": 36})
+    second = run_round(place, config, auto=True, share=0.8, steps=2, say=said.append)
+    assert sum(line.startswith("E") for line in said) == 1
     assert second.outcomes == {"accepted": 33, "corrected": 1, "rejected": 0}
     assert second.accepted_share == pytest.approx(33 / 34)
     assert second.threshold is not None
@@ -172,7 +180,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     trained = (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns
     lines = (place.out / "rounds.jsonl").read_text().splitlines()
     (place.out / "rounds.jsonl").write_text(lines[0] + "\n")  # as if killed before the round was written
-    again = run_round(place, config, auto=True, share=0.8)
+    again = run_round(place, config, auto=True, share=0.8, steps=2)
     assert (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns == trained
     assert (again.num_automatic, again.stage, again.threshold) == (second.num_automatic, second.stage, second.threshold)
     assert again.model == second.model
@@ -203,6 +211,30 @@ def test_what_became_of_a_proposal(place: Place) -> None:
         NAMES[0]: "accepted", NAMES[1]: "corrected", NAMES[2]: "corrected", NAMES[3]: "rejected", NAMES[5]: "rejected"}
 
 
+def test_only_what_was_seen_is_an_answer(place: Place) -> None:
+    """Accepted from another model's proposal, or edited in the table: neither says anything of these proposals."""
+    lesion = Proposed((80.004, 60, 240, 180), CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
+    proposals = Proposals(proposals_path(place.table_path), "m@0.5")
+    for name in NAMES[:3]:
+        proposals.add(Found(name, (0, 0), (320, 240), lesion))
+    store = Store(place.table_path, place.catalogue)
+    other = (70.0, 50.0, 250.0, 190.0)
+    store.save(NAMES[0], Change(0, "ann", "a", lesions=(Lesion("0", BIG, CORE, proposed=(BIG, CORE)),)), (320, 240))
+    store.save(NAMES[1], Change(0, "ann", "b", lesions=(Lesion("0", other, CORE, proposed=(other, CORE)),)), (320, 240))
+    with place.table_path.open("a") as file:
+        file.write(f"{NAMES[2]},0,320,240,50,50,200,180,90,90,150,140\n")
+    store.refresh()
+    found = reviewed_since(store.all_states(), proposals, [], "2026-01-01T00:00:00.000Z")
+    assert {each.image_id: each.outcome for each in found} == {NAMES[0]: "accepted"}  # rounded as the table holds it
+
+
+def test_steps_make_epochs() -> None:
+    """20 steps with batches of 8: 8 samples are one batch, 9 and 16 are two, 400 are more than there are steps."""
+    sample = Sample("a", "0", "train", Path(), None, 1, 1, np.zeros(4), np.zeros(4))
+    dev = replace(sample, split="dev")
+    assert [epochs_of([sample] * count + [dev] * 5, 20, 8) for count in (8, 9, 16, 400)] == [20, 10, 10, 1]
+
+
 def test_what_a_round_refuses(place: Place, images: Path, config: Config, tmp_path: Path) -> None:
     draw(place, NAMES[:7])
     with pytest.raises(UserError, match="7 images with boxes; a round needs at least 8"):
@@ -214,7 +246,7 @@ def test_what_a_round_refuses(place: Place, images: Path, config: Config, tmp_pa
         pairs_of(images, tmp_path / "masks")
     for name in NAMES:
         Image.new("L", (320, 240)).save(tmp_path / "masks" / f"{name}.png")
-    with pytest.raises(UserError, match=r"im00\.png: no lesion in it"):
+    with pytest.raises(UserError, match=r"im00\.png: no lesion of at least 16 pixels"):
         pairs_of(images, tmp_path / "masks")
     place.out.mkdir()
     (place.out / "rounds.jsonl").write_text('{"number": 1}\n')
@@ -262,7 +294,9 @@ def test_what_a_round_means_in_sentences() -> None:
     calm = replace(judged, threshold=0.3, stage="semi-automatic")
     assert news([first, calm])[:2] == ["Stage reached: semi-automatic.",
                                        "75 % of 40 reviewed proposals were accepted unchanged."]
-    assert "could have stood unseen; --auto" in news([first, calm])[2]
+    assert "could have been accepted unseen; a round with --auto" in news([first, calm])[2]
+    assert news([first, replace(calm, auto=True)])[2] == (
+        "None of the others had a doubt up to 0.30, so none was accepted unseen.")
     assert news([first, calm, replace(calm, number=3, num_automatic=7)])[1] == (
         "7 more of a doubt up to 0.30 were accepted unseen.")  # no stage is new
     assert news([first, judged])[1].startswith("Too few calm ones were reviewed")

@@ -330,6 +330,12 @@ def _show(box: np.ndarray) -> str:
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
+def annotator_rng(seed: int, image_id: str, lesion_id: str = "0") -> np.random.Generator:
+    """Source of the simulated annotator's draws for one lesion, whatever else the set holds."""
+    key = f"{seed}|{image_id}" + (f"|{lesion_id}" if lesion_id != "0" else "")
+    return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint64))
+
+
 def annotate(
     index: Mapping[str, Mapping[str, object]],
     *,
@@ -360,8 +366,7 @@ def annotate(
                 )
             width, height = int(str(entry["width"])), int(str(entry["height"]))
             mask = read_mask(root / mask_path, (width, height))
-            key = f"{seed}|{image_id}" + (f"|{lesion_id}" if lesion_id != "0" else "")
-            rng = np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint64))
+            rng = annotator_rng(seed, image_id, lesion_id)
             boxes = simulate_boxes(mask, rng, margin=margin, core=core, jitter=jitter, min_area=min_area)
             if boxes is None and own is not None:
                 continue

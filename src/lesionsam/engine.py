@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, OPEN, ImageState, Lesion
 from lesionsam.annotation.review import Found, Proposals, look, proposals_path, usual_areas
 from lesionsam.annotation.store import Change, Store, utc_now
-from lesionsam.boxes import simulate_boxes
+from lesionsam.annotation.table import outside
+from lesionsam.boxes import annotate
 from lesionsam.config import Config, with_values
 from lesionsam.data.index import dev_ids, id_hash
 from lesionsam.engine_rounds import (
@@ -39,18 +41,19 @@ from lesionsam.engine_rounds import (
 )
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_model
-from lesionsam.experiment import input_side, open_data, run_key, torch_device, train
-from lesionsam.files import IMAGE_SUFFIXES, read_image, read_mask, write_text_atomic
+from lesionsam.experiment import input_side, open_data, run_key, torch_device, train, trained_prompts
+from lesionsam.files import IMAGE_SUFFIXES, image_size, read_image, read_mask, write_text_atomic
 from lesionsam.models.sam import load_sam, save_sam
 from lesionsam.progress import progress
+from lesionsam.prompts import TRAINED_WITH
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Sample
 
 LEAST = 8  # images with boxes that a round needs
 DEV_SHARE = 0.15  # of the labelled images that select the best epoch
-MASK_SECONDS = 1e6  # for the masks of what was accepted; there is no hurry
 WHO = "engine"
-MARGIN, CORE, JITTER = (0.10, 0.20), (0.45, 0.65), 0.05  # the simulated boxes of test pairs, as in the evidence
+SIMULATED: dict[str, Any] = {"margin": (0.10, 0.20), "core": (0.45, 0.55), "jitter": 0.03, "min_area": 16}
+SEED = 0  # of boxes simulated from masks, as in presets/demo.yaml and in the evidence, like `SIMULATED`
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Place:
 
 
 def run_round(place: Place, config: Config, *, training: bool = True, proposing: bool = True, auto: bool = False,
-              share: float = 0.9, threshold: float = 0.5, say: Callable[[str], None] = print) -> Round:
+              share: float = 0.9, steps: int | None = None, say: Callable[[str], None] = print) -> Round:
     """One round, resumed where it broke off. The caller holds the lock of the table.
 
     Order: what people made of the last round's proposals calibrates the doubt up to which the others of the same
@@ -79,10 +82,11 @@ def run_round(place: Place, config: Config, *, training: bool = True, proposing:
     Args:
         config: sections model, method, train and evaluate are read. training: False proposes with `place.start` as it
             is. proposing: False trains and measures alone. auto: accept below the calibrated doubt. share: of
-            automatically accepted proposals that people would accept unchanged, at least. threshold: probability above
-            which a pixel is lesion.
+            automatically accepted proposals that people would accept unchanged, at least. steps: as many epochs as make
+            about so many, whatever is labelled by then; None: `train.epochs`.
     Raises:
-        UserError: too few boxes, weights that do not fit, a table that cannot be read, test images without masks.
+        UserError: too few boxes, boxes outside their image, weights that do not fit, a table that cannot be read, test
+            images without masks.
     """
     if not 0.5 <= share < 1:
         raise UserError(f"--share: expected a share of at least 0.5 and below 1, got {share:g}")
@@ -93,8 +97,8 @@ def run_round(place: Place, config: Config, *, training: bool = True, proposing:
     judged = judge(place, store, rounds[-1], share) if rounds else Judged()
     if auto and judged.calm:
         _accept(store, judged, pictures)
-    weights = _weights(place, store, pictures, config, folder, say) if training else place.start
-    model = Model(weights, pictures, threshold=threshold, device=torch_device(config.runtime.device))
+    weights = _weights(place, store, pictures, config, folder, steps, say) if training else place.start
+    model = Model(weights, pictures, device=torch_device(config.runtime.device))
     if proposing:
         propose_all(model, store, pictures, place, say)
     states = store.all_states()
@@ -108,10 +112,14 @@ def run_round(place: Place, config: Config, *, training: bool = True, proposing:
         judged.limit, num_automatic, sum(store.state(image_id).status == OPEN for image_id in place.catalogue.by_id),
         rounds[-1].stage if rounds and accepted_share is None else stage_of(
             accepted_share, len(judged.calm) + judged.num_taken, judged.num_open + judged.num_taken),
-        quality_on(tests, weights, config) if tests else {})
+        quality_on(tests, weights, config) if tests else {}, auto)
     write_rounds(place.out, [*rounds, found])
     if num_automatic:
-        Products(masks_folder(place.table_path), place.catalogue, store, model).finish(MASK_SECONDS)
+        try:
+            Products(masks_folder(place.table_path), place.catalogue, store, model).write_all()
+        except OSError as error:
+            say(f"warning: masks cannot be written: {error}; `lesionsam annotate` writes them when it is opened with "
+                "this model")
     return found
 
 
@@ -166,30 +174,40 @@ def _accept(store: Store, judged: Judged, pictures: Pictures) -> None:
                                     automatic=True), found.size)
 
 
-def _weights(place: Place, store: Store, pictures: Pictures, config: Config, folder: Path, say: Callable[[str], None]
-             ) -> Path:
+def _weights(place: Place, store: Store, pictures: Pictures, config: Config, folder: Path, steps: int | None,
+             say: Callable[[str], None]) -> Path:
     """Train on what is labelled; resumed where it broke off, kept where it is done with the same boxes and values."""
     target, key_path = folder / "model.safetensors", folder / "model.key"
-    config = with_values(config, {"train.select": "label_free"})
     samples = labelled_samples(place.catalogue, store, pictures)
+    values: dict[str, object] = {"train.select": "label_free"}
+    if steps is not None:
+        values["train.epochs"] = epochs_of(samples, steps, config.train.batch_size)
+    config = with_values(config, values)
     key = run_key(config, place.table_path, place.start)
     if target.exists() and key_path.exists() and key_path.read_text(encoding="utf-8") == key:
         return target
     scratch = folder / f"scratch-{key}"
     data = open_data(config, samples, side=input_side(config, place.start), cache=scratch / "frames")
     trained = train(config, data, place.start, folder=scratch, log=lambda values, step: None, say=say)
-    save_sam(trained.sam, target, name=config.model.name, metadata={"method": config.method.name})
+    save_sam(trained.sam, target, name=config.model.name, metadata={
+        "method": config.method.name, TRAINED_WITH: trained_prompts(config)})
     write_text_atomic(key_path, key)
     for each in folder.glob("scratch-*"):
         shutil.rmtree(each)
     return target
 
 
+def epochs_of(samples: Sequence[Sample], steps: int, batch_size: int) -> int:
+    """As many epochs of the training samples as make about so many steps, at least one."""
+    batches = -(-sum(sample.split == "train" for sample in samples) // batch_size)
+    return max(1, round(steps / max(1, batches)))
+
+
 def labelled_samples(catalogue: Catalogue, store: Store, pictures: Pictures) -> list[Sample]:
     """Every lesion with boxes whose image is at hand, split by hash of the image's id.
 
     Raises:
-        UserError: too few.
+        UserError: too few, or boxes that lie outside their image.
     """
     states = [state for state in store.all_states() if state.lesions and state.image_id in catalogue.by_id]
     if len(states) < LEAST:
@@ -200,6 +218,9 @@ def labelled_samples(catalogue: Catalogue, store: Store, pictures: Pictures) -> 
     for state in sorted(states, key=lambda state: state.image_id):
         entry = catalogue.by_id[state.image_id]
         width, height = pictures.size(entry)
+        if wrong := [lesion.lesion_id for lesion in state.lesions if outside(lesion.boxes, width, height)]:
+            raise UserError(f"{store.path}: {state.image_id!r}, lesion {wrong[0]}: lies outside the image of {width}x"
+                            f"{height} px; boxes are pixels of the upright image; correct the row or delete it")
         samples += [Sample(state.image_id, lesion.lesion_id, "dev" if state.image_id in dev else "train", entry.path,
                            None, width, height, np.array(lesion.big), np.array(lesion.small))
                     for lesion in state.lesions]
@@ -247,20 +268,15 @@ def pairs_of(images: Path, masks: Path) -> list[Sample]:
     Raises:
         UserError: an image without a mask, or a mask without a lesion.
     """
-    found = masks_of(masks)
-    samples = []
+    found, index = masks_of(masks), {}
     for entry in Catalogue([images]).by_id.values():
         mask_path = found.get(entry.image_id.lower())
         if mask_path is None:
             raise UserError(f"{entry.path}: no mask of its name in {masks}; --test needs pairs")
-        size = Pictures().size(entry)
-        mask = read_mask(mask_path, size)
-        rng = np.random.default_rng(int(id_hash(entry.image_id)[:16], 16))
-        boxes = simulate_boxes(mask, rng, margin=MARGIN, core=CORE, jitter=JITTER, min_area=16)
-        if boxes is None:
-            raise UserError(f"{mask_path}: no lesion in it; remove image and mask, or correct the mask")
-        samples.append(Sample(entry.image_id, "0", "test", entry.path, mask_path, *size, *boxes))
-    return samples
+        width, height = image_size(entry.path)
+        index[entry.image_id] = {"split": "test", "image_path": str(entry.path), "mask_path": str(mask_path),
+                                 "width": width, "height": height}
+    return annotate(index, root=Path(), seed=SEED, **SIMULATED)
 
 
 def masks_of(folder: Path) -> dict[str, Path]:

@@ -88,8 +88,9 @@ def news(rounds: Sequence[Round]) -> list[str]:
     if last.num_automatic and last.threshold is not None:
         said.append(f"{last.num_automatic} more of a doubt up to {last.threshold:.2f} were accepted unseen.")
     elif last.threshold is not None:
-        said.append(f"The others of a doubt up to {last.threshold:.2f} could have stood unseen; --auto accepts such "
-                    "ones at the next round.")
+        said.append(f"None of the others had a doubt up to {last.threshold:.2f}, so none was accepted unseen."
+                    if last.auto else f"The others of a doubt up to {last.threshold:.2f} could have been accepted "
+                    "unseen; a round with --auto does that.")
     elif last.accepted_share is not None:
         said.append("Too few calm ones were reviewed, or too many of them changed, to accept any unseen.")
     said.append(f"{last.num_left} images are left to do.")

@@ -18,8 +18,9 @@ from pathlib import Path
 from scipy import stats
 
 from lesionsam.annotation.proposals import doubt
-from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CANNOT_TELL, CORRECTED, DRAWN, OPEN, ImageState
+from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CANNOT_TELL, CORRECTED, OPEN, SOURCES, ImageState, rounded
 from lesionsam.annotation.review import Proposals
+from lesionsam.annotation.store import OUTSIDE
 from lesionsam.errors import UserError
 from lesionsam.files import write_text_atomic
 
@@ -42,8 +43,8 @@ class Round:
         outcomes: of the last round's proposals: accepted, corrected, rejected. accepted_share: unchanged, of those
         reviewed since; None before any were. threshold: of doubt, up to which the last round's proposals may stand
         unseen; None: none. num_automatic: accepted so in this round. num_left: images to do. stage: of `STAGES`; that
-        of the round before where nothing was reviewed since.
-        quality: prompt -> mean IoU on the test pairs; empty where there are none.
+        of the round before where nothing was reviewed since. quality: prompt -> mean IoU on the test pairs; empty where
+        there are none. auto: whether calm proposals were to be accepted.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Round:
     num_left: int
     stage: str
     quality: Mapping[str, float] = field(default_factory=dict)
+    auto: bool = False
 
 
 def read_rounds(folder: Path) -> list[Round]:
@@ -93,7 +95,8 @@ class Reviewed:
 
 def reviewed_since(states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
                    ) -> list[Reviewed]:
-    """What became of the proposals of one model.
+    """What became of the proposals of one model; images whose lesions began as another's proposal, or whose rows were
+    edited outside the page, say nothing of them.
 
     Args:
         states: of all images. usual: see `proposals.doubt`. since: when the proposals were there, ISO 8601: what people
@@ -104,9 +107,14 @@ def reviewed_since(states: Sequence[ImageState], proposals: Proposals, usual: Se
         held = proposals.found.get(state.image_id)
         if held is None or held.lesion is None or state.changed_at <= since or state.status in (OPEN, CANNOT_TELL):
             continue
+        if state.changed_by == OUTSIDE:
+            continue  # whoever edits the table sees no proposal
         sources = {lesion.source for lesion in state.lesions}
         if AUTOMATIC in sources:
             continue  # nobody looked
+        shown = rounded(held.lesion.big), rounded(held.lesion.small)
+        if any(lesion.proposed not in (None, shown) for lesion in state.lesions):
+            continue  # another proposal was looked at
         outcome = ACCEPTED if sources == {ACCEPTED} else CORRECTED if sources & {ACCEPTED, CORRECTED} else REJECTED
         found.append(Reviewed(state.image_id, doubt(held.lesion, usual)[0], outcome))
     return found
@@ -150,4 +158,4 @@ def stage_of(accepted_share: float | None, num_calm: int, num_open: int) -> str:
 def count_sources(states: Sequence[ImageState]) -> dict[str, int]:
     """Images with lesions by how the first of them came about."""
     counts = Counter(state.lesions[0].source for state in states if state.lesions)
-    return {source: counts[source] for source in (DRAWN, CORRECTED, ACCEPTED, AUTOMATIC)}
+    return {source: counts[source] for source in SOURCES}

@@ -21,12 +21,13 @@ from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
 from lesionsam.annotation.review import Proposals, proposals_path, usual_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.boxes import simulate_boxes
-from lesionsam.config import Config, with_values
+from lesionsam.boxes import annotator_rng, simulate_boxes
+from lesionsam.config import Config
 from lesionsam.data.index import id_hash
-from lesionsam.engine import CORE, DEV_SHARE, JITTER, MARGIN, Place, run_round
+from lesionsam.engine import SEED, SIMULATED, Place, run_round
 from lesionsam.engine_rounds import Round, count_sources, read_rounds
 from lesionsam.files import read_mask
+from lesionsam.metrics import bounding_box
 
 WHO = "simulated"
 BOX_SECONDS, LOOK_SECONDS = 7.0, 2.0
@@ -49,19 +50,18 @@ class Annotator:
 
     def boxes(self, image_id: str, size: tuple[int, int]) -> tuple[Box, Box] | None:
         """What they draw; None where there is nothing to draw."""
-        rng = np.random.default_rng(int(id_hash(image_id)[:16], 16))
-        found = simulate_boxes(read_mask(self.masks[image_id], size), rng, margin=MARGIN, core=CORE, jitter=JITTER,
-                               min_area=16)
+        found = simulate_boxes(read_mask(self.masks[image_id], size), annotator_rng(SEED, image_id), **SIMULATED)
         return None if found is None else (rounded(found[0].tolist()), rounded(found[1].tolist()))
 
     def takes(self, image_id: str, size: tuple[int, int], big: Box, small: Box) -> bool:
         """Whether they accept a proposal unchanged."""
         mask = read_mask(self.masks[image_id], size)
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        extent = (columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+        lesion = bounding_box(mask)
+        if lesion is None:
+            return False
         within = _cut(mask, big).sum() / mask.sum()
         core = _cut(mask, small)
-        sides = (big[2] - big[0]) / extent[0], (big[3] - big[1]) / extent[1]
+        sides = (np.array(big[2:]) - big[:2]) / (lesion[2:] - lesion[:2])
         return bool(within >= INSIDE and max(sides) <= TOO_LARGE and core.size and core.mean() >= ON_LESION)
 
 
@@ -131,7 +131,8 @@ def trial(place: Place, annotator: Annotator, config: Config, *, first: int, eac
     """Draw `first` images, then alternate rounds and reviews of `each` images; resumes where it broke off.
 
     Args:
-        auto_from: number of the first round that accepts automatically. steps: of every training, about.
+        auto_from: number of the first round that accepts automatically. steps: of every training, about, so that rounds
+            differ in what they see and not in how long.
     """
     done = read_rounds(place.out)
     for number in range(len(done) + 1, rounds + 1):
@@ -140,7 +141,7 @@ def trial(place: Place, annotator: Annotator, config: Config, *, first: int, eac
         else:
             before, now = done[-1].sources, _num_labelled(place)
             review_some(place, annotator, done[-1], each - sum(now[name] - before[name] for name in OF_PEOPLE))
-        done = [*done, run_round(place, for_steps(config, place, steps), auto=number >= auto_from, share=share,
+        done = [*done, run_round(place, config, auto=number >= auto_from, share=share, steps=steps,
                                  proposing=number < rounds, say=say)]
         say(f"round {number}: {done[-1]}")
     return done
@@ -152,7 +153,7 @@ def drawn_only(place: Place, annotator: Annotator, config: Config, budgets: Sequ
     done = read_rounds(place.out)
     for seconds in list(budgets)[len(done):]:
         draw_some(place, annotator, round(seconds / DRAW) - sum(_num_labelled(place).values()))
-        done = [*done, run_round(place, for_steps(config, place, steps), proposing=False, say=say)]
+        done = [*done, run_round(place, config, steps=steps, proposing=False, say=say)]
         say(f"drawn for {seconds:.0f} s: {done[-1]}")
     return done
 
@@ -164,13 +165,6 @@ def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
     taken = [annotator.takes(state.image_id, pictures.size(place.catalogue.by_id[state.image_id]), *lesion.boxes)
              for state in store.all_states() for lesion in state.lesions if lesion.source == AUTOMATIC]
     return sum(taken), len(taken)
-
-
-def for_steps(config: Config, place: Place, steps: int) -> Config:
-    """As many epochs as make about so many steps, so that rounds differ in what they see and not in how long."""
-    count = sum(_num_labelled(place).values())
-    batches = -(-round(count * (1 - DEV_SHARE)) // config.train.batch_size)
-    return with_values(config, {"train.epochs": max(1, round(steps / max(1, batches)))})
 
 
 def _num_labelled(place: Place) -> dict[str, int]:

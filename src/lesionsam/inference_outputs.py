@@ -13,7 +13,7 @@ import numpy as np
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.formats.geojson import coco_polygons, feature
-from lesionsam.formats.rle import bounding_box, encode
+from lesionsam.formats.rle import encode, mask_box
 from lesionsam.inference_answers import Prediction
 from lesionsam.inference_inputs import needs_small
 from lesionsam.overlays import overlay, write_png
@@ -154,7 +154,7 @@ def _stem(row: Row) -> str:
 
 
 def _xywh(mask: np.ndarray) -> list[int]:
-    x0, y0, x1, y1 = bounding_box(mask).astype(int).tolist()
+    x0, y0, x1, y1 = mask_box(mask).astype(int).tolist()
     return [x0, y0, x1 - x0, y1 - y0]
 
 

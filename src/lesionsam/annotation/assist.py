@@ -13,6 +13,7 @@ from lesionsam.annotation.records import Box
 from lesionsam.box_prior import inside
 from lesionsam.boxes import simulate_boxes
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
+from lesionsam.metrics import iou
 
 CORE_SHARE = 0.5  # of the lesion's extent that a suggested core takes, shrunk until it lies on the lesion
 FIRST_CORE = 0.3  # of the big box, about its middle: where the colours are read from before there is a core
@@ -55,6 +56,22 @@ def prior_logits(image: np.ndarray, size: tuple[int, int], big: Sequence[float] 
     return prior_at(image, np.array(big) * scale, np.array(small) * scale, boxes, (height, width))
 
 
+def on_grid(logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """(t, u) -> (h, w), bilinear between pixel centres."""
+    rows = (np.arange(shape[0]) + 0.5) * logits.shape[0] / shape[0] - 0.5
+    columns = (np.arange(shape[1]) + 0.5) * logits.shape[1] / shape[1] - 0.5
+    return ndimage.map_coordinates(logits, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
+
+
+def agreement(logits: np.ndarray, level: float, prior: np.ndarray) -> float:
+    """IoU of the mask where a model's logits lie above `level` and of the box prior's, on the prior's grid.
+
+    Args:
+        logits: (t, u), the whole image. prior: (h, w) logits of the same image.
+    """
+    return iou(on_grid(logits, prior.shape) > level, prior > 0)
+
+
 def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float], others: Sequence[Box] = ()) -> Box:
     """A core for a big box: around the deepest point of what the colours call lesion, beginning from the middle.
 
@@ -89,4 +106,4 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-__all__ = ["PRIOR_SIDE", "logit", "prior_logits", "rings", "suggest_core"]
+__all__ = ["PRIOR_SIDE", "agreement", "logit", "on_grid", "prior_logits", "rings", "suggest_core"]

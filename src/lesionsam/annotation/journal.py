@@ -24,13 +24,13 @@ class Journal:
     """The journal file of a table.
 
     Attributes:
-        path: the file. last: the last whole line, parsed; empty where there is none.
+        path: the file. tail: the lines of the last change of the table, parsed; empty where there is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._last_lines: dict[str, str] = {}
-        self.tail: list[dict[str, Any]] = []  # lines of the last change of the table
+        self.tail: list[dict[str, Any]] = []
         self._size = 0
         self._read()
 

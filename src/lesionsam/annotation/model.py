@@ -55,7 +55,7 @@ class Answer:
 
 
 class Model:
-    """A loaded SAM, its features of recent images, and a thread that encodes those that come next.
+    """A loaded SAM, its features of recent images, and, once asked for, a thread that encodes those that come next.
 
     Args:
         weights: file of any SAM this project reads. threshold: probability above which a pixel is lesion.
@@ -72,7 +72,7 @@ class Model:
         self.level = logit(threshold)
         self._features = Cache(FEATURE_BYTES)
         self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
-        threading.Thread(target=self._work, daemon=True, name="encoding ahead").start()
+        self._start, self._has_thread = threading.Lock(), False
 
     @property
     def label(self) -> str:
@@ -81,6 +81,10 @@ class Model:
 
     def prepare(self, entry: Entry) -> None:
         """Encode an image when there is time; forgotten where too many wait."""
+        with self._start:
+            if not self._has_thread:  # only now: a thread keeps its model for as long as the process lives
+                threading.Thread(target=self._work, daemon=True, name="encoding ahead").start()
+                self._has_thread = True
         try:
             self._ahead.put_nowait(entry)
         except queue.Full:

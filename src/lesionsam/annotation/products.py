@@ -26,6 +26,8 @@ from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
 from lesionsam.files import atomic_write, read_image, write_text_atomic
 from lesionsam.formats.rle import encode
+from lesionsam.metrics import bounding_box
+from lesionsam.progress import progress
 
 QUIET = 1.0  # seconds without a person's action before a mask is made
 PAUSE = 2.0  # seconds between two writings of the COCO file
@@ -46,7 +48,7 @@ def mask_name(image_id: str, lesion_id: str, *, is_only: bool) -> str:
 
 
 class Products:
-    """Writes masks of a store's lesions with a model, in a thread of its own.
+    """Writes masks of a store's lesions with a model: in a thread of its own (`start`), or at once (`write_all`).
 
     Args:
         folder: for the PNG files and the COCO file.
@@ -63,7 +65,20 @@ class Products:
         for image_id in {*self._made, *(state.image_id for state in store.all_states())}:
             self.note(image_id)
         self._thread = threading.Thread(target=self._work, daemon=True, name="writing masks")
+
+    def start(self) -> None:
+        """Begin to write, in quiet moments, until `finish`."""
         self._thread.start()
+
+    def write_all(self) -> None:
+        """Write everything that is to be written, now; `start` was not called.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for image_id in progress(self._waiting, total=len(self._waiting), title="writing masks"):
+            self.bring_up_to_date(image_id)
+        self.write_coco()
 
     def note(self, image_id: str) -> None:
         """An image has changed."""
@@ -112,7 +127,8 @@ class Products:
                 self._end.wait(PAUSE)
 
     def bring_up_to_date(self, image_id: str) -> bool:
-        """Make the masks of an image that are missing or outdated, remove those of lesions that are gone.
+        """Make the masks of an image that are missing or outdated, remove those of lesions that are gone; an image that
+        cannot be read now keeps what it has.
 
         Returns:
             whether anything changed.
@@ -128,7 +144,10 @@ class Products:
                 name: (key, names[name]) for name, key in wanted.items()} and all(
                     (self.folder / name).is_file() for name in names.values()):
             return False
-        made = self._make(entry, state, wanted, names) if wanted else None
+        try:
+            made = self._make(entry, state, wanted, names) if wanted else None
+        except UserError:
+            return False  # said when the image is opened
         for name in {each["file_name"] for each in held.values()} - set(names.values()):
             (self.folder / name).unlink(missing_ok=True)
         if made is None:
@@ -139,15 +158,17 @@ class Products:
     def _key(self, entry: Entry, lesion: Lesion) -> str:
         """Hash of what a mask and its provenance depend on."""
         parts = (lesion.boxes, lesion.source, self.model.digest, self.model.threshold,
-                 self.model.pictures.stamp(entry) if entry.path.exists() else None)
+                 self._stamp(entry))
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
-    def _make(self, entry: Entry, state: ImageState, keys: dict[str, str], names: dict[str, str]
-              ) -> dict[str, Any] | None:
+    def _stamp(self, entry: Entry) -> tuple[int, int] | None:
         try:
-            image = read_image(entry.path)
+            return self.model.pictures.stamp(entry)
         except UserError:
-            return None  # said when the image is opened
+            return None
+
+    def _make(self, entry: Entry, state: ImageState, keys: dict[str, str], names: dict[str, str]) -> dict[str, Any]:
+        image = read_image(entry.path)
         lesions = {}
         for lesion in state.lesions:
             mask = self.model.full_mask(image, f"{entry.image_id}/{lesion.lesion_id}", lesion.big, lesion.small)
@@ -188,10 +209,9 @@ class Products:
 
 
 def _bounds(mask: np.ndarray) -> list[float]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return [0.0, 0.0, 0.0, 0.0]
-    return [float(columns[0]), float(rows[0]), float(columns[-1] - columns[0] + 1), float(rows[-1] - rows[0] + 1)]
+    """x, y, width, height; zeros where the mask is empty."""
+    box = bounding_box(mask)
+    return [0.0] * 4 if box is None else [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

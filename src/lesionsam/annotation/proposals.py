@@ -16,10 +16,11 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.filters import threshold_otsu
 
-from lesionsam.annotation.assist import prior_logits
+from lesionsam.annotation.assist import agreement, on_grid, prior_logits
 from lesionsam.annotation.model import Answer, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes import simulate_boxes
+from lesionsam.metrics import iou
 
 GRID = 5  # points a side
 MARGIN = 0.1  # of the image's sides that the grid leaves out
@@ -80,27 +81,13 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
     drawn = boxes_of_mask(mask, size)
     if answer is None or prior is None or drawn is None:
         return None
-    return Proposed(*drawn, answer.predicted_iou, answer.entropy, agreement(model, answer, prior),
-                    float(mask.mean()), score)
+    return Proposed(*drawn, answer.predicted_iou, answer.entropy,
+                    agreement(answer.low_res, model.level, prior), float(mask.mean()), score)
 
 
 def fused(model: Model, answer: Answer, prior: np.ndarray) -> np.ndarray:
     """Mask where model and box prior together say lesion; (h, w) bool on the prior's grid."""
     return on_grid(answer.low_res, prior.shape) - model.level + prior > 0
-
-
-def agreement(model: Model, answer: Answer, prior: np.ndarray) -> float:
-    """IoU of the model's mask and the box prior's."""
-    first, second = on_grid(answer.low_res, prior.shape) > model.level, prior > 0
-    union = int((first | second).sum())
-    return float((first & second).sum() / union) if union else 1.0
-
-
-def on_grid(logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(t, u) -> (h, w), bilinear between pixel centres."""
-    rows = (np.arange(shape[0]) + 0.5) * logits.shape[0] / shape[0] - 0.5
-    columns = (np.arange(shape[1]) + 0.5) * logits.shape[1] / shape[1] - 0.5
-    return ndimage.map_coordinates(logits, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
 
 
 def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | None:
@@ -201,7 +188,7 @@ def lesion_score(picture: np.ndarray, lab: np.ndarray, mask: np.ndarray) -> floa
         return 0.0
     prior = prior_logits(picture, (width, height), *boxes) > 0
     there = ndimage.zoom(mask.astype(np.float32), np.array(prior.shape) / mask.shape, order=1) > 0.5
-    again = (prior & there).sum() / max(1, (prior | there).sum())
+    again = iou(prior, there) if there.any() else 0.0
     _, length = colour_contrast(lab, mask)
     central, free = np.exp(-((distance / CENTRAL) ** 2)), 1 - on_rim(mask[None])[0]
     return float(central * free * again * length * mask.mean() ** 0.25)

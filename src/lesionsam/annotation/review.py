@@ -16,7 +16,7 @@ from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
 from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
-from lesionsam.annotation.records import OPEN, Box, rounded
+from lesionsam.annotation.records import AUTOMATIC, OPEN, Box, rounded
 from lesionsam.annotation.store import Store
 from lesionsam.data.index import id_hash
 from lesionsam.errors import UserError
@@ -103,13 +103,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def usual_areas(store: Store, proposals: Proposals) -> list[float]:
-    """Log of the shares of the image that confirmed lesions take, from their boxes, where sizes are known."""
+    """Log of the shares of the image that lesions take, from their boxes, where sizes are known; only of lesions that a
+    person has seen: those accepted unseen are of usual sizes because they had to be."""
     areas = []
     for state in store.all_states():
         found = proposals.found.get(state.image_id)
         if found is not None:
             whole = found.size[0] * found.size[1]
-            areas += [math.log(FILLED * _area(lesion.big) / whole) for lesion in state.lesions]
+            areas += [math.log(FILLED * _area(lesion.big) / whole) for lesion in state.lesions
+                      if lesion.source != AUTOMATIC]
     return areas
 
 
@@ -143,6 +145,7 @@ class Review:
         self._first: list[Entry] = []
         self._busy_until = 0.0
         self._ordered: tuple[tuple[int, int], list[tuple[str, float]]] = ((-1, -1), [])
+        self._areas: tuple[tuple[int, int], list[float]] = ((-1, -1), [])
         self._end = threading.Event()
         threading.Thread(target=self._work, daemon=True, name="proposing").start()
 
@@ -168,8 +171,15 @@ class Review:
         found = self.proposals.found.get(entry.image_id)
         if found is None or found.lesion is None or found.stamp != self.pictures.stamp(entry):
             return None
-        value, why = doubt(found.lesion, usual_areas(self.store, self.proposals))
+        value, why = doubt(found.lesion, self._usual())
         return {"lesions": [{"big": found.lesion.big, "small": found.lesion.small}], "doubt": value, "why": why}
+
+    def _usual(self) -> list[float]:
+        """`usual_areas`, read again only where something has changed."""
+        now = (self.count, self.store.clock)
+        if self._areas[0] != now:
+            self._areas = now, usual_areas(self.store, self.proposals)
+        return self._areas[1]
 
     def boxes(self, image_id: str) -> tuple[Box, Box] | None:
         """What was proposed for an image."""
@@ -181,7 +191,7 @@ class Review:
         """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""
         now = (self.count, self.store.clock)
         if self._ordered[0] != now:
-            usual = usual_areas(self.store, self.proposals)
+            usual = self._usual()
             known = [(entry.key, found) for found in list(self.proposals.found.values())
                      if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None]
             doubts = [(key, doubt(found.lesion, usual)[0]) for key, found in known

@@ -9,17 +9,16 @@ from functools import cache
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from lesionsam.annotation.assist import PRIOR_SIDE, prior_logits, rings, suggest_core
+from lesionsam.annotation.assist import PRIOR_SIDE, agreement, prior_logits, rings, suggest_core
 from lesionsam.annotation.catalogue import Catalogue, Entry, key_of
 from lesionsam.annotation.pictures import LEVELS, Pictures
-from lesionsam.annotation.records import MAX_LESIONS, MAX_NAME, MAX_SECONDS, ImageState, Lesion
+from lesionsam.annotation.records import MARKS, MAX_LESIONS, MAX_NAME, MAX_SECONDS, ImageState, Lesion
 from lesionsam.annotation.store import Change, Conflict, Store
 from lesionsam.annotation.table import outside
 from lesionsam.errors import UserError
@@ -66,7 +65,7 @@ class SentChange(Strict):
     base: Annotated[int, Field(ge=0)]
     change: Annotated[str, Field(pattern="^[0-9A-Za-z-]{1,64}$")]
     who: Name = ""
-    mark: Annotated[str, Field(pattern="^(|no_lesion|cannot_tell|rejected)$")] = ""
+    mark: Annotated[str, Field(pattern=f"^({'|'.join(MARKS)})$")] = ""
     lesions: Annotated[list[SentLesion], Field(max_length=MAX_LESIONS)] = []
     seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = 0.0
 
@@ -341,14 +340,5 @@ def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tupl
     answer = desk.model.answer(features, size, f"{entry.image_id}/{lesion_id}", big, small)
     found["model"] = {"rings": rings(answer.low_res, answer.step, size, desk.model.level),
                       "iou": round(answer.predicted_iou, 3), "entropy": round(answer.entropy, 3)}
-    found["agreement"] = round(agreement(answer.low_res > desk.model.level, prior > 0), 3)
+    found["agreement"] = round(agreement(answer.low_res, desk.model.level, prior), 3)
     return found
-
-
-def agreement(first: np.ndarray, second: np.ndarray) -> float:
-    """IoU of two masks of the same image on grids of their own; 1 where both are empty."""
-    rows = np.minimum((np.arange(second.shape[0]) + 0.5) * first.shape[0] / second.shape[0], first.shape[0] - 1)
-    columns = np.minimum((np.arange(second.shape[1]) + 0.5) * first.shape[1] / second.shape[1], first.shape[1] - 1)
-    there = first[rows.astype(int)[:, None], columns.astype(int)[None]]
-    union = int((there | second).sum())
-    return float((there & second).sum() / union) if union else 1.0

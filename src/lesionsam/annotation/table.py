@@ -5,6 +5,7 @@ What is written is what `boxes.source: csv` and `lesionsam predict` read: see `l
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -87,16 +88,15 @@ def digest_of(data: bytes) -> str:
 def read_table(path: Path) -> Table:
     """Read a two-box CSV, whose images need not be at hand.
 
+    Returns:
+        the rows; none for an empty file, which a page fills with its first change.
     Raises:
         UserError: not such a table, or a faulty row: line, column, expected and got. Sizes of images are not known
             here; what lies outside its image is noticed when the image is opened.
     """
-    try:
-        rows = read_rows(path)
-    except UserError as error:
-        if "empty; expected a header" in str(error):
-            return Table()
-        raise
+    if path.is_file() and not path.read_bytes().removeprefix(codecs.BOM_UTF8).strip():
+        return Table()
+    rows = read_rows(path)
     table = Table(with_split=bool(rows) and "split" in rows[0][1])
     names = columns(table.with_split)
     simple = _plain_rows([row for _, row in rows])

@@ -27,7 +27,7 @@ from lesionsam.formats.records import (
     Shape,
     need_names,
 )
-from lesionsam.formats.rle import bounding_box, decode, polygon_box
+from lesionsam.formats.rle import decode, mask_box, polygon_box
 from lesionsam.formats.safe import number, read_json
 
 EXPECTED = "COCO instances JSON"
@@ -135,12 +135,9 @@ def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.
     try:
         if isinstance(segmentation, list):
             return polygon_box(segmentation)
-        mask = decode(segmentation, height, width)
+        return mask_box(decode(segmentation, height, width))
     except ValueError as error:
         raise UserError(f"{place}: {error}") from None
-    if not mask.any():
-        raise UserError(f"{place}: its mask is empty; remove it")
-    return bounding_box(mask)
 
 
 def write_coco(path: Path, annotations: Annotations) -> None:
@@ -171,7 +168,7 @@ def coco_document(annotations: Annotations) -> dict[str, Any]:
                 add(lesion.image_id, lesion.lesion_id, category, box, float(np.prod(box[2:] - box[:2])), [])
         if lesion.segmentation is not None:
             mask = decode(lesion.segmentation, *sizes[lesion.image_id])
-            add(lesion.image_id, lesion.lesion_id, 3, bounding_box(mask), int(mask.sum()), lesion.segmentation)
+            add(lesion.image_id, lesion.lesion_id, 3, mask_box(mask), int(mask.sum()), lesion.segmentation)
     names = [BIG_LABEL, SMALL_LABEL, MASK_LABEL]
     categories = [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(names, 1)]
     return {"info": {"description": "two boxes per lesion; attributes.lesion_id ties them together"}, "licenses": [],

@@ -28,7 +28,7 @@ from lesionsam.formats.records import (
     Shape,
     need_names,
 )
-from lesionsam.formats.rle import bounding_box, decode, encode, polygon_box, runs_of
+from lesionsam.formats.rle import decode, encode, mask_box, polygon_box, runs_of
 from lesionsam.formats.safe import Element, number, read_xml
 
 EXPECTED = "CVAT for images 1.1 XML"
@@ -85,7 +85,7 @@ def _shape(element: Element, where: str, picture: Picture) -> Shape:
         box = polygon_box(segmentation)
     else:
         mask = _read_mask(held, where, picture)
-        box, segmentation = bounding_box(mask), encode(mask)
+        box, segmentation = mask_box(mask), encode(mask)
     group = held.get("group_id", "")
     return Shape(held.get("label", ""), box, where, lesion_id, segmentation, "" if group == "0" else group)
 
@@ -144,7 +144,7 @@ def _shapes(lesion: Lesion, group: int, picture: Picture) -> Iterator[str]:
             yield f'    <box label="{label}" {corners} {common}>{name}</box>'
     if lesion.segmentation is not None:
         mask = decode(lesion.segmentation, picture.height, picture.width)
-        x0, y0, x1, y1 = (int(value) for value in bounding_box(mask))
+        x0, y0, x1, y1 = (int(value) for value in mask_box(mask))
         runs = ", ".join(map(str, runs_of(mask[y0:y1, x0:x1].T)))
         yield (f'    <mask label="{MASK_LABEL}" rle="{runs}" left="{x0}" top="{y0}" width="{x1 - x0}" '
                f'height="{y1 - y0}" {common}>{name}</mask>')

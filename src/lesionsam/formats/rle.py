@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from lesionsam.metrics import bounding_box
+
 POLYGON_TOLERANCE = 1.0  # pixels by which a polygon may leave the image; tools round differently
 
 
@@ -127,10 +129,12 @@ def _points(polygon: Any) -> np.ndarray:
     return points
 
 
-def bounding_box(mask: np.ndarray) -> np.ndarray:
-    """(4,) float64 XYXY, half-open, of a mask that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+def mask_box(mask: np.ndarray) -> np.ndarray:
+    """(4,) float64 XYXY, half-open, of an (H, W) bool mask; raises ValueError where it is empty."""
+    box = bounding_box(mask)
+    if box is None:
+        raise ValueError("its mask is empty; remove it")
+    return box
 
 
 def polygon_box(polygons: Sequence[Any]) -> np.ndarray:
