@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.model import Model
 from lesionsam.annotation.pictures import Cache, Pictures
-from lesionsam.annotation.products import COCO, mask_name
+from lesionsam.annotation.products import COCO, Products, mask_name
 from lesionsam.annotation.proposals import (
     Proposed,
     boxes_of_mask,
@@ -28,7 +31,9 @@ from lesionsam.annotation.proposals import (
     oddness,
     propose,
 )
-from lesionsam.annotation.review import with_spot_checks
+from lesionsam.annotation.records import Lesion
+from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_checks
+from lesionsam.annotation.store import Change, Store
 from lesionsam.files import read_mask
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
@@ -156,6 +161,38 @@ def test_a_size_is_odd_only_once_sizes_are_known() -> None:
     assert oddness(0.1, [np.log(0.1)] * 10) == 0
 
 
+def test_sizes_that_nobody_saw_are_not_the_usual_ones(tmp_path: Path, weights: Path) -> None:
+    """Automatic lesions do not count; and what is usual is read once as long as nothing changes."""
+    draw_images(tmp_path / "images", NAMES[:2])
+    catalogue, pictures = Catalogue([tmp_path / "images"]), Pictures()
+    store = Store(tmp_path / "boxes.csv", catalogue)
+    big, small = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
+    lesion = Lesion("0", big, small, proposed=(big, small))
+    review = Review(catalogue, store, pictures, Model(weights, pictures))
+    for name in NAMES[:2]:
+        review.proposals.add(Found(name, (0, 0), SIZE, proposed()))
+    store.save("one", Change(0, "engine", "a", lesions=(lesion,), automatic=True), SIZE)
+    assert usual_areas(store, review.proposals) == []
+    store.save("two", Change(0, "ann", "b", lesions=(lesion,)), SIZE)
+    usual = review.usual()
+    assert usual == pytest.approx([np.log(np.pi / 4 / 1.25 ** 2 * 160 * 120 / (SIZE[0] * SIZE[1]))])
+    assert review.usual() is usual
+    store.save("two", Change(1, "ann", "c", mark="no_lesion"), SIZE)
+    assert review.usual() == []
+
+
+def test_a_model_that_nobody_looks_through_is_let_go(tmp_path: Path, weights: Path) -> None:
+    """A round's model must not stay for the next ones: only what encodes ahead keeps it."""
+    draw_images(tmp_path / "images", NAMES[:1])
+    model = Model(weights, Pictures())
+    (entry,) = Catalogue([tmp_path / "images"]).entries
+    model.features(entry)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
 def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> None:
     """Accepted, corrected, rejected, unclear: each leaves the queue with its own provenance."""
     client = served.client
@@ -265,9 +302,31 @@ def test_masks_follow_the_table_over_restarts(tmp_path: Path, weights: Path) -> 
         assert set(settle(served)) == {COCO}
 
 
-def test_a_value_is_made_once_however_many_ask() -> None:
-    import threading
+def test_an_image_that_cannot_be_read_keeps_its_masks(tmp_path: Path, weights: Path) -> None:
+    """A drive that is away for a moment costs no mask; with the image the mask is made again."""
+    draw_images(tmp_path / "images", NAMES[:2])
+    catalogue, pictures = Catalogue([tmp_path / "images"]), Pictures()
+    store, model = Store(tmp_path / "boxes.csv", catalogue), Model(weights, pictures)
 
+    def masks() -> dict[str, int]:
+        Products(tmp_path / "boxes.masks", catalogue, store, model).write_all()
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "boxes.masks").glob("*.png")}
+
+    for name in NAMES[:2]:
+        store.save(name, Change(0, "ann", name, lesions=(
+            Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140)),)), SIZE)
+    first, image = masks(), (tmp_path / "images" / "one.png").read_bytes()
+    assert set(first) == {"one.png", "two.png"}
+    (tmp_path / "images" / "one.png").write_bytes(b"<html>")
+    (tmp_path / "images" / "two.png").unlink()
+    assert masks() == first
+    (tmp_path / "images" / "one.png").write_bytes(image)
+    assert masks()["one.png"] != first["one.png"]  # the file is another one now
+    assert len([each for each in json.loads((tmp_path / "boxes.masks" / COCO).read_text())["annotations"]
+                if each["category_id"] == 3]) == 2
+
+
+def test_a_value_is_made_once_however_many_ask() -> None:
     cache, made = Cache(1000), []
 
     def make() -> tuple[int, int]:

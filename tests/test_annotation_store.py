@@ -219,6 +219,13 @@ def test_a_table_that_vanished_is_not_taken_for_a_deletion(folder: Path, spoil) 
         open_store(folder)
 
 
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
+def test_an_empty_table_is_filled(folder: Path, text: str) -> None:
+    (folder / "boxes.csv").write_text(text, encoding="utf-8")
+    open_store(folder).save("a", change(0, lesion()), SIZE)
+    assert samples(folder) == {("a", "0"): (BIG, SMALL)}
+
+
 def test_an_edit_between_reading_and_replacing_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody saves the table in an editor at the very moment of a change: both are there afterwards."""
     store = open_store(folder)

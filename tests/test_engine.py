@@ -241,6 +241,10 @@ def test_what_a_round_refuses(place: Place, images: Path, config: Config, tmp_pa
         run_round(place, config)
     with pytest.raises(UserError, match=r"--share: expected a share of at least 0\.5"):
         run_round(place, config, share=1.0)
+    with place.table_path.open("a") as file:
+        file.write(f"{NAMES[7]},0,1320,1240,550,50,1200,180,590,90,1150,140\n")
+    with pytest.raises(UserError, match=rf"'{NAMES[7]}', lesion 0: lies outside the image of 320x240 px"):
+        run_round(place, config)
     (tmp_path / "masks").mkdir()
     with pytest.raises(UserError, match=r"im00\.png: no mask of its name"):
         pairs_of(images, tmp_path / "masks")

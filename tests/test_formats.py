@@ -497,6 +497,8 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "cvat: polygon": ("cvat", cvat('<polygon label="x" points="1,2;3,4"/>'), "polygon 1: polygon: 4 numbers"),
     "cvat: mask": ("cvat", cvat('<mask label="x" rle="1,2" left="0" top="0" width="3" height="2"/>'),
                    "mask 1: RLE: the runs cover 3 pixels"),
+    "cvat: mask of nothing": ("cvat", cvat('<mask label="x" rle="6" left="0" top="0" width="3" height="2"/>'),
+                              "mask 1: mask is empty"),
     "cvat: mask outside": ("cvat", cvat('<mask label="x" rle="6" left="199" top="0" width="3" height="2"/>'),
                            "leaves the image of 200x100 px"),
     "cvat: no big": ("cvat", cvat('<box label="small" xtl="1" ytl="1" xbr="2" ybr="2"/>'),

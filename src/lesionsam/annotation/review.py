@@ -136,7 +136,7 @@ def _area(box: Box) -> float:
 
 
 class Review:
-    """Proposals of the images to do, and the thread that makes them while nobody is busy."""
+    """Proposals of the images to do, and the thread that makes them while nobody is busy (`start`)."""
 
     def __init__(self, catalogue: Catalogue, store: Store, pictures: Pictures, model: Model) -> None:
         self.catalogue, self.store, self.pictures, self.model = catalogue, store, pictures, model
@@ -147,6 +147,9 @@ class Review:
         self._ordered: tuple[tuple[int, int], list[tuple[str, float]]] = ((-1, -1), [])
         self._areas: tuple[tuple[int, int], list[float]] = ((-1, -1), [])
         self._end = threading.Event()
+
+    def start(self) -> None:
+        """Begin to propose, until `stop`."""
         threading.Thread(target=self._work, daemon=True, name="proposing").start()
 
     @property
@@ -171,10 +174,10 @@ class Review:
         found = self.proposals.found.get(entry.image_id)
         if found is None or found.lesion is None or found.stamp != self.pictures.stamp(entry):
             return None
-        value, why = doubt(found.lesion, self._usual())
+        value, why = doubt(found.lesion, self.usual())
         return {"lesions": [{"big": found.lesion.big, "small": found.lesion.small}], "doubt": value, "why": why}
 
-    def _usual(self) -> list[float]:
+    def usual(self) -> list[float]:
         """`usual_areas`, read again only where something has changed."""
         now = (self.count, self.store.clock)
         if self._areas[0] != now:
@@ -191,7 +194,7 @@ class Review:
         """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""
         now = (self.count, self.store.clock)
         if self._ordered[0] != now:
-            usual = self._usual()
+            usual = self.usual()
             known = [(entry.key, found) for found in list(self.proposals.found.values())
                      if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None]
             doubts = [(key, doubt(found.lesion, usual)[0]) for key, found in known

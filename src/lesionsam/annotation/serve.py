@@ -71,6 +71,7 @@ def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") 
     desk.model = Model(weights, desk.pictures, threshold=threshold, device=device)
     desk.review = Review(desk.catalogue, desk.store, desk.pictures, desk.model)
     desk.products = Products(masks_folder(desk.store.path), desk.catalogue, desk.store, desk.model)
+    desk.review.start()
     desk.products.start()
 
 
