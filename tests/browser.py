@@ -70,11 +70,12 @@ class Page:
                   mobile=False)
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
 
-    def mouse(self, kind: str, x: float, y: float, *, button: str = "left", modifiers: int = 0) -> None:
-        """mousePressed, mouseMoved or mouseReleased."""
+    def mouse(self, kind: str, x: float, y: float, *, button: str = "left", modifiers: int = 0,
+              pointer: str = "mouse") -> None:
+        """mousePressed, mouseMoved or mouseReleased, of a mouse or a pen."""
         pressed = {"left": 1, "right": 2, "middle": 4, "none": 0}[button]
         self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1, modifiers=modifiers,
-                  buttons=0 if kind == "mouseReleased" else pressed)
+                  buttons=0 if kind == "mouseReleased" else pressed, pointerType=pointer)
 
     def drag(self, start: Sequence[float], end: Sequence[float], *, steps: int = 4, button: str = "left",
              modifiers: int = 0) -> None:

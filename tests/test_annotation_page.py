@@ -226,7 +226,7 @@ def test_changing_what_was_drawn(browser: Browser, tmp_path: Path) -> None:
 
 
 def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
-    """One finger draws, two zoom; the page at a tablet's width."""
+    """One finger draws, two zoom; a pen draws, whatever the hand that holds it touches; at a tablet's width."""
     draw_images(tmp_path / "images", ["one"])
     with serving(tmp_path) as served:
         page = browser.new_page()
@@ -252,6 +252,29 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         page.touch("touchMove", (x - 60, y), (x + 60, y))
         page.touch("touchEnd")
         page.wait(f"Number(document.getElementById('canvas').dataset.view.split(',')[0]) > {scale * 1.5}")
+        assert len(rows(tmp_path)) == 1
+
+        page.key("0")
+        page.key("x")
+        until(lambda: not rows(tmp_path))
+        hand.at("one")
+        start, middle, end = hand.places([60, 50], [100, 90], [220, 170])
+        (palm,) = hand.places([280, 220])
+        page.touch("touchStart", palm)  # the hand comes down first, and moves a little as the pen draws
+        page.touch("touchMove", (palm[0] - 20, palm[1] - 15))
+        page.mouse("mousePressed", *start, pointer="pen")
+        page.mouse("mouseMoved", *middle, pointer="pen")
+        page.touch("touchMove", (palm[0] - 40, palm[1] - 30))
+        page.touch("touchEnd")
+        page.touch("touchStart", palm)
+        page.touch("touchMove", (palm[0] - 60, palm[1]))
+        page.mouse("mouseMoved", *end, pointer="pen")
+        page.mouse("mouseReleased", *end, pointer="pen")
+        page.touch("touchEnd")
+        page.wait("document.getElementById('hint').dataset.step === '2'")
+        hand.saved()
+        until(lambda: bool(rows(tmp_path)))
+        assert rows(tmp_path)["one", "0"][:4] == pytest.approx([60, 50, 220, 170], abs=0.02)
         assert len(rows(tmp_path)) == 1
         assert page.errors == []
 

@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 8f62dc2a95de7a2340ea4bb88ff1c701579a150722a7f755c3a3d6fbab2cda9d; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 82fa95220bd9c51347eecc1ffa4cb677921cbe700ac0dcd63d0be5fbcf57e701; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -1947,8 +1947,11 @@
     });
     window.addEventListener("blur", () => document.body.classList.remove("panning"));
   }
+  var PALM = 700;
   function bindPointers(app, canvas) {
     const fingers = /* @__PURE__ */ new Map();
+    let drawing = null;
+    let [penSeen, penDown] = [-Infinity, false];
     let panned = null;
     const place = (event) => {
       const frame = canvas.getBoundingClientRect();
@@ -1957,6 +1960,12 @@
     const reach = (event) => app.reach(event.pointerType !== "mouse");
     canvas.addEventListener("contextmenu", (event) => event.preventDefault());
     canvas.addEventListener("pointerdown", (event) => {
+      if (event.pointerType === "pen") {
+        [penSeen, penDown] = [event.timeStamp, true];
+        fingers.clear();
+        if (app.editor?.drag) app.editor.cancel();
+      } else if (event.pointerType === "touch" && (penDown || event.timeStamp - penSeen < PALM)) return;
+      else if (event.pointerType === "mouse" && app.editor?.drag) return;
       canvas.focus({ preventScroll: true });
       canvas.setPointerCapture(event.pointerId);
       app.isTouch = event.pointerType !== "mouse";
@@ -1975,10 +1984,13 @@
       }
       if (event.button !== 0 || fingers.size > 2 || !app.editor) return;
       if (event.shiftKey) app.editor.forceNew = true;
+      drawing = event.pointerId;
       app.editor.begin(app.view.toImage(p), reach(event).handle);
       app.showState();
     });
     canvas.addEventListener("pointermove", (event) => {
+      if (event.pointerType === "pen") penSeen = event.timeStamp;
+      if (app.editor?.drag && event.pointerId !== drawing && !fingers.has(event.pointerId)) return;
       const p = place(event);
       app.pointer = p;
       const before = fingers.get(event.pointerId);
@@ -2007,11 +2019,12 @@
     });
     const up = (event) => {
       fingers.delete(event.pointerId);
+      if (event.pointerType === "pen") penDown = false;
       if (panned?.id === event.pointerId) {
         panned = null;
         return;
       }
-      if (!app.editor?.drag) return;
+      if (!app.editor?.drag || event.pointerId !== drawing) return;
       app.watch.tick();
       if (event.type === "pointercancel") app.editor.cancel();
       else app.editor.end(reach(event));

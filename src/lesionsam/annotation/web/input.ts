@@ -150,8 +150,12 @@ export function bindKeys(app: App): void {
   window.addEventListener("blur", () => document.body.classList.remove("panning"));
 }
 
+const PALM = 700; // ms after a pen was near in which a touch is the hand that holds it
+
 export function bindPointers(app: App, canvas: HTMLCanvasElement): void {
   const fingers = new Map<number, Point>();
+  let drawing: number | null = null; // the pointer whose drag it is; others do not move it
+  let [penSeen, penDown] = [-Infinity, false];
   let panned: { id: number; last: Point } | null = null;
   const place = (event: { clientX: number; clientY: number }): Point => {
     const frame = canvas.getBoundingClientRect();
@@ -160,6 +164,12 @@ export function bindPointers(app: App, canvas: HTMLCanvasElement): void {
   const reach = (event: PointerEvent): { handle: number; start: number } => app.reach(event.pointerType !== "mouse");
   canvas.addEventListener("contextmenu", (event) => event.preventDefault());
   canvas.addEventListener("pointerdown", (event) => {
+    if (event.pointerType === "pen") {
+      [penSeen, penDown] = [event.timeStamp, true];
+      fingers.clear();
+      if (app.editor?.drag) app.editor.cancel(); // the hand was down before the pen
+    } else if (event.pointerType === "touch" && (penDown || event.timeStamp - penSeen < PALM)) return;
+    else if (event.pointerType === "mouse" && app.editor?.drag) return;
     canvas.focus({ preventScroll: true });
     canvas.setPointerCapture(event.pointerId);
     app.isTouch = event.pointerType !== "mouse";
@@ -178,10 +188,13 @@ export function bindPointers(app: App, canvas: HTMLCanvasElement): void {
     }
     if (event.button !== 0 || fingers.size > 2 || !app.editor) return;
     if (event.shiftKey) app.editor.forceNew = true;
+    drawing = event.pointerId;
     app.editor.begin(app.view.toImage(p), reach(event).handle);
     app.showState();
   });
   canvas.addEventListener("pointermove", (event) => {
+    if (event.pointerType === "pen") penSeen = event.timeStamp;
+    if (app.editor?.drag && event.pointerId !== drawing && !fingers.has(event.pointerId)) return;
     const p = place(event);
     app.pointer = p;
     const before = fingers.get(event.pointerId);
@@ -210,11 +223,12 @@ export function bindPointers(app: App, canvas: HTMLCanvasElement): void {
   });
   const up = (event: PointerEvent): void => {
     fingers.delete(event.pointerId);
+    if (event.pointerType === "pen") penDown = false;
     if (panned?.id === event.pointerId) {
       panned = null;
       return;
     }
-    if (!app.editor?.drag) return;
+    if (!app.editor?.drag || event.pointerId !== drawing) return;
     app.watch.tick();
     if (event.type === "pointercancel") app.editor.cancel();
     else app.editor.end(reach(event));
