@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from record import Limits, now, provenance, record, table
 
+from lesionsam import training
 from lesionsam.config import Config, default_values, unflatten, validate
 from lesionsam.config_file import fit as fit_values
 from lesionsam.data.datasets import LesionDataset, open_dataset
@@ -30,7 +31,7 @@ from lesionsam.methods.base import Method
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam, save_sam
 from lesionsam.smoke import generated_samples
-from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups
+from lesionsam.training import fit, parameter_groups
 
 DECODER = {"method__name": "supervised", "model__encoder": "none"}
 EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0
@@ -108,8 +109,12 @@ class Clock:
 
     @contextmanager
     def watching(self, method: Method) -> Iterator[None]:
-        """Time `losses` and every backward pass while the block runs."""
-        losses, backward = method.losses, torch.Tensor.backward
+        """Time `losses` and every backward pass while the block runs.
+
+        The loop does not watch the terms meanwhile: the further gradients of its first steps, which a run makes once,
+        would count as the first epoch's.
+        """
+        losses, backward, watched = method.losses, torch.Tensor.backward, training.LIVENESS_STEPS
 
         def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             begun = self.now()
@@ -120,16 +125,18 @@ class Clock:
 
         def timed_losses(*arguments: Any) -> Any:
             self.steps += 1
-            if self._begun and self.steps > LIVENESS_STEPS.stop + 1:  # before, the loop asks for extra gradients
+            if self._begun and self.steps > 2:  # the first one warms up
                 self.whole, self.inside = self.whole + self.now() - self._begun, self.inside + self._spent
             self._begun, self._spent = self.now(), 0.0
             return timed(losses, *arguments)
 
+        training.LIVENESS_STEPS = range(0)
         method.losses = timed_losses  # type: ignore[method-assign]
         torch.Tensor.backward = lambda *a, **o: timed(backward, *a, **o)  # type: ignore[method-assign]
         try:
             yield
         finally:
+            training.LIVENESS_STEPS = watched
             torch.Tensor.backward = backward  # type: ignore[method-assign]
 
     def epoch_ends(self) -> None:
