@@ -18,15 +18,14 @@ from torch import nn
 from lesionsam import metrics
 from lesionsam.box_prior import OUTSIDE
 from lesionsam.config import Config
-from lesionsam.data.distortion import Distortion
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation_cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
-from lesionsam.experiment import Data, num_steps, torch_device
+from lesionsam.experiment import Data, how_to_train, torch_device
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term, known_masks, mean_over
 from lesionsam.models.sam import preprocess
 from lesionsam.progress import progress
-from lesionsam.training import OBJECTIVE, Group, Log, fit, schedule_factor
+from lesionsam.training import OBJECTIVE, Group, Log, fit
 from lesionsam.training_state import Progress, load_best
 from lesionsam.types import Batch, Sample
 
@@ -88,20 +87,7 @@ def train_unet(
         method,
         loader(data.train),
         groups=[Group("network", list(method.model.parameters()), t.lr_decoder)],
-        epochs=t.epochs,
-        batch_size=t.batch_size,
-        accumulate=t.accumulate,
-        weight_decay=t.weight_decay,
-        betas=(t.beta1, t.beta2),
-        factor=partial(schedule_factor, num_steps=num_steps(config, data.train), schedule=t.schedule, warmup=t.warmup,
-                       final=t.final_lr),
-        clip=t.clip,
-        precision=t.precision,
-        seed=t.seed,
-        augment=t.augment,
-        widen=t.widen,
-        distort=Distortion(**t.distort.model_dump()),
-        patience=t.patience,
+        **how_to_train(config, data.train),
         device=device,
         evaluate=partial(_score, network=method.model, batches=loader(data.dev), size=config.evaluate.batch_size),
         log=log,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,6 +163,27 @@ def num_steps(config: Config, data: LesionDataset) -> int:
     return t.epochs * -(-data.batches_per_epoch(t.batch_size) // t.accumulate)
 
 
+def how_to_train(config: Config, data: LesionDataset) -> dict[str, Any]:
+    """What section `train` says of a whole run on these samples, as arguments of `training.fit`."""
+    t = config.train
+    return {
+        "epochs": t.epochs,
+        "batch_size": t.batch_size,
+        "accumulate": t.accumulate,
+        "weight_decay": t.weight_decay,
+        "betas": (t.beta1, t.beta2),
+        "factor": partial(schedule_factor, num_steps=num_steps(config, data), schedule=t.schedule, warmup=t.warmup,
+                          final=t.final_lr),
+        "clip": t.clip,
+        "precision": t.precision,
+        "seed": t.seed,
+        "augment": t.augment,
+        "widen": t.widen,
+        "distort": Distortion(**t.distort.model_dump()),
+        "patience": t.patience,
+    }
+
+
 def build_method(
     config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
 ) -> tuple[Method, float | None]:
@@ -217,7 +239,7 @@ def train(
         torch.set_num_threads(config.runtime.num_threads)
     sam = prepare_sam(config, weights, device)
     method, offset = build_method(config, sam, weights, data.train, device)
-    t, counts = config.train, trained_counts(method.model)
+    counts = trained_counts(method.model)
     num_trained, num_all = sum(counts.values()), sum(p.numel() for p in method.model.parameters())
     say(
         f"training {num_trained:,} of {num_all:,} parameters ("
@@ -249,19 +271,7 @@ def train(
             method,
             loader(data.train, cache=caches.train),
             groups=learning_groups(config, method),
-            epochs=t.epochs,
-            batch_size=t.batch_size,
-            accumulate=t.accumulate,
-            weight_decay=t.weight_decay,
-            betas=(t.beta1, t.beta2),
-            factor=partial(schedule_factor, num_steps=steps, schedule=t.schedule, warmup=t.warmup, final=t.final_lr),
-            clip=t.clip,
-            precision=t.precision,
-            seed=t.seed,
-            augment=t.augment,
-            widen=t.widen,
-            distort=Distortion(**t.distort.model_dump()),
-            patience=t.patience,
+            **how_to_train(config, data.train),
             device=device,
             evaluate=evaluate,
             log=log,
