@@ -1,4 +1,7 @@
-"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks once a batch."""
+"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks once a batch.
+
+Left out: prompts drawn from masks (`prompts_from_masks`), which ask once for each kind how long the longest is.
+"""
 
 from __future__ import annotations
 
@@ -125,3 +128,21 @@ def test_a_flag_is_told_as_it_is() -> None:
     value = torch.tensor([1.0, float("nan")])
     read: Iterator[bool] = (told_later(torch.isfinite(v))() for v in value)
     assert list(read) == [True, False]
+
+
+def test_the_flag_is_asked_for_before_the_backward_pass_and_read_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a GPU has the backward pass to work on while the host waits for the forward pass."""
+    order: list[str] = []
+    backward = torch.Tensor.backward
+
+    def asked(flag: torch.Tensor) -> Any:
+        order.append("asked")
+        return lambda: bool(order.append("read")) or bool(flag)
+
+    monkeypatch.setattr("lesionsam.training.told_later", asked)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: order.append("backward") or backward(self))
+    method: Any = Mean()
+    run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
+    assert order == ["asked", "backward", "read"] * 2

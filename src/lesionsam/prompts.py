@@ -195,7 +195,7 @@ def prompts_from_masks(
     asked = (drawn(1) < negative) & background.flatten(1).any(1, keepdim=True) & ~empty
     points = torch.cat([points, points_in(background, drawn(1))], 1)
     labels = torch.cat([labels, torch.where(asked, 0, PADDING)], 1)
-    used = (labels != PADDING).any(0)
+    used = (labels != PADDING).any(0)  # a GPU is waited for here: points that are none would count in the attention
     points = torch.minimum(points.clamp(min=0), frame[:, None] - 1)
     return Prompts(points[:, used], labels[:, used], boxes)
 
