@@ -254,6 +254,19 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         page.wait(f"Number(document.getElementById('canvas').dataset.view.split(',')[0]) > {scale * 1.5}")
         assert len(rows(tmp_path)) == 1
 
+        grey = ("(c => [...c.getContext('2d').getImageData(c.width / 2 | 0, c.height / 2 | 0, 9, 9).data]"
+                ".reduce((sum, value) => sum + value))(document.getElementById('canvas'))")
+        before, table = page.evaluate(grey), (tmp_path / "boxes.csv").read_bytes()
+        assert page.evaluate("document.getElementById('gamma').offsetParent === null")
+        page.evaluate("document.getElementById('look-button').click()")
+        assert page.evaluate("document.getElementById('gamma').offsetParent !== null")
+        page.evaluate("(e => { e.value = 2.5; e.dispatchEvent(new Event('input')); })"
+                      "(document.getElementById('gamma'))")
+        page.wait(f"{grey} > {before * 1.2}")  # the dark is lifted, on the screen alone
+        assert (tmp_path / "boxes.csv").read_bytes() == table
+        page.key("v")
+        page.evaluate("document.getElementById('look-button').click()")
+
         page.key("0")
         page.key("x")
         until(lambda: not rows(tmp_path))
@@ -277,6 +290,23 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         assert rows(tmp_path)["one", "0"][:4] == pytest.approx([60, 50, 220, 170], abs=0.02)
         assert len(rows(tmp_path)) == 1
         assert page.errors == []
+
+
+def test_boxes_outside_the_image_stay_said(browser: Browser, tmp_path: Path) -> None:
+    """Until they are drawn anew; the sentence does not go away with the next thing one does."""
+    draw_images(tmp_path / "images", ["one"])
+    (tmp_path / "boxes.csv").write_text(
+        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\none,10,10,900,200,20,20,300,100\n")
+    with serving(tmp_path) as served:
+        hand = Hand(browser.new_page()).open(served.url, "one")
+        hand.page.key("Tab")
+        hand.page.key("Escape")
+        assert "lies outside this image of 320x240 px" in hand.text("banner")
+        assert not hand.page.evaluate("document.getElementById('banner').hidden")
+        hand.page.key("x")
+        hand.saved()
+        hand.page.wait("document.getElementById('banner').hidden")
+        assert hand.page.errors == []
 
 
 def test_two_tabs_and_an_edit_by_hand(browser: Browser, tmp_path: Path) -> None:

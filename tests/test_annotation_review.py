@@ -221,6 +221,22 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
     assert (first["model"], first["threshold"]) == (served.desk.model.digest if served.desk.model else "", 0.5)
 
 
+def test_what_nobody_has_seen_is_shown_as_that(served: Served) -> None:
+    """An automatic lesion is no finished one until somebody agrees or corrects it."""
+    lesion = Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140), proposed=(
+        (80, 60, 240, 180), (130, 100, 190, 140)))
+    served.desk.store.save("one", Change(0, "engine", "a", lesions=(lesion,), automatic=True), SIZE)
+
+    def status() -> str:
+        images = served.client.get("/api/session").json()["images"]
+        (shown,) = {each[2] for each in images if each[0] == served.key("one")}
+        return shown
+
+    assert status() == "unseen"
+    state = served.save("one", 1, "b", [sent(agreed=True)]).json()["state"]
+    assert (state["status"], state["lesions"][0]["source"], status()) == ("done", "accepted", "done")
+
+
 def test_proposals_are_kept_and_a_changed_image_gets_none(tmp_path: Path, weights: Path) -> None:
     draw_images(tmp_path / "images", NAMES[:2])
     with serving(tmp_path, weights=weights) as served:

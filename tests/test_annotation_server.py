@@ -235,6 +235,8 @@ def test_a_bad_image_is_a_sentence_and_the_page_goes_on(folder: Path, spoil: Any
         answer = served.client.get(address)
         assert answer.status_code == 422
         assert said in answer.json()["problem"]
+        assert answer.json()["problem"].startswith("bad.jpg: ")
+        assert str(folder) not in answer.text  # no folder of this machine goes out
         assert served.client.get(f"/api/images/{served.key('a')}/picture").status_code == 200
         assert served.save("a", 0, "x", [sent()]).status_code == 200
 
@@ -268,6 +270,7 @@ def test_a_table_broken_by_hand_is_said_everywhere_and_heals(served: Served, fol
                  served.client.get("/api/session").json()):
         assert "line 2, big_x0: expected a number of pixels, got 'eighty'" in said["problem"]
         assert "Nothing is written until that is right" in said["problem"]
+        assert said["problem"].startswith("boxes.csv: line 2")
     (folder / "boxes.csv").write_text(good)
     assert served.save("b c", 0, "y", [sent()]).status_code == 200
     assert set(rows(folder)) == {("a", "0"), ("b c", "0")}

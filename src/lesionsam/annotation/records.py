@@ -16,7 +16,7 @@ DRAWN, CORRECTED, ACCEPTED, AUTOMATIC = "drawn", "corrected", "accepted", "autom
 SOURCES = (DRAWN, CORRECTED, ACCEPTED, AUTOMATIC)
 NO_LESION, CANNOT_TELL, REJECTED = "no_lesion", "cannot_tell", "rejected"
 MARKS = ("", NO_LESION, CANNOT_TELL, REJECTED)  # "": nobody has said anything of the image beside its boxes
-OPEN, DONE = "open", "done"  # statuses of an image without a mark
+OPEN, DONE, UNSEEN = "open", "done", "unseen"  # statuses of an image without a mark
 MAX_LESIONS = 200  # of one image
 MAX_NAME = 80  # characters of an annotator's name and of a lesion's id
 MAX_SECONDS = 3600.0  # that one change may claim
@@ -76,7 +76,9 @@ class ImageState:
 
     @property
     def status(self) -> str:
-        """done where there are lesions, else the mark, else open."""
+        """done where there are lesions, unseen where no person has seen one of them; else the mark, else open."""
+        if any(lesion.source == AUTOMATIC for lesion in self.lesions):
+            return UNSEEN
         return DONE if self.lesions else self.mark or OPEN
 
     @property

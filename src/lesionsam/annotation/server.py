@@ -128,14 +128,18 @@ class Desk:
         return [state.status, len(state.lesions), state.revision]
 
 
-def shown(error: UserError | OSError) -> str:
-    """An error as a sentence without the folders of this machine in it."""
+def shown(error: UserError | OSError, path: FilePath | None = None) -> str:
+    """An error as a sentence without the folders of this machine in it.
+
+    Args:
+        path: of the file that it may name.
+    """
     if isinstance(error, OSError):
         where = FilePath(str(error.filename)).name if error.filename else "the table of boxes"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"{where} cannot be written: the disk is full; free some space"
         return f"{where} cannot be read or written: {error.strerror or error}"
-    return str(error)
+    return str(error) if path is None else str(error).replace(str(path), path.name)
 
 
 def create_app(desk: Desk) -> FastAPI:
@@ -143,8 +147,9 @@ def create_app(desk: Desk) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(UserError)
-    def _refused(_: Request, error: UserError) -> Response:
-        return JSONResponse({"problem": shown(error)}, 422)
+    def _refused(request: Request, error: UserError) -> Response:
+        entry = desk.catalogue.by_key.get(str(request.path_params.get("key")))
+        return JSONResponse({"problem": shown(error, entry.path if entry else None)}, 422)
 
     @app.exception_handler(RequestValidationError)
     def _malformed(_: Request, error: RequestValidationError) -> Response:
@@ -246,7 +251,7 @@ def _table_problem(store: Store) -> str:
     try:
         store.refresh()
     except (UserError, OSError) as error:
-        return f"{shown(error)}. Nothing is written until that is right; what you draw is kept here."
+        return f"{shown(error, store.path)}. Nothing is written until that is right; what you draw is kept here."
     return ""
 
 

@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 82fa95220bd9c51347eecc1ffa4cb677921cbe700ac0dcd63d0be5fbcf57e701; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 7fd9bfd9126bb540988e5e6ab57cff03d73403be3a033f9b3b48340c0b26adab; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -915,6 +915,7 @@
   var WORDS = {
     open: "to do",
     done: "",
+    unseen: "accepted unseen",
     no_lesion: "no lesion",
     cannot_tell: "cannot tell",
     rejected: "proposal rejected, to draw",
@@ -923,6 +924,7 @@
   var SIGNS = {
     open: "",
     done: "✓",
+    unseen: "◌",
     no_lesion: "∅",
     cannot_tell: "?",
     rejected: "✕",
@@ -972,11 +974,12 @@
     }
     /** Which rows there are, and in which order. */
     refresh() {
-      const wanted = (row) => this.filter === "all" ? true : this.filter === "todo" ? isToDo(row) : this.filter === "done" ? !isToDo(row) && row.status !== "faulty" : this.doubts.has(row.key) && row.status === "open";
+      const wanted = (row) => this.filter === "all" ? true : this.filter === "todo" ? isToDo(row) : this.filter === "done" ? !isToDo(row) && row.status !== "faulty" : row.status === "unseen" || this.doubts.has(row.key) && row.status === "open";
       this.rows = this.all.filter((row) => wanted(row) && (!this.search || row.id.toLowerCase().includes(this.search)));
       if (this.filter === "review") {
-        const places = new Map([...this.doubts.keys()].map((key, place) => [key, place]));
-        this.rows.sort((a, b) => (places.get(a.key) ?? 0) - (places.get(b.key) ?? 0));
+        const places = new Map([...this.doubts.keys()].map((key, place2) => [key, place2]));
+        const place = (row) => (row.status === "unseen" ? void 0 : places.get(row.key)) ?? places.size;
+        this.rows.sort((a, b) => place(a) - place(b));
       }
       this.spacer.style.height = `${this.rows.length * HEIGHT}px`;
       this.empty.hidden = this.rows.length > 0;
@@ -1023,7 +1026,10 @@
       picture2.alt = "";
       picture2.loading = "lazy";
       picture2.decoding = "async";
-      picture2.addEventListener("error", () => picture2.classList.add("broken"));
+      picture2.addEventListener("error", () => {
+        picture2.removeAttribute("src");
+        picture2.classList.add("broken");
+      });
       const [text, name, note, sign] = ["span", "span", "span", "span"].map((kind) => document.createElement(kind));
       text.className = "text";
       name.className = "name";
@@ -1046,7 +1052,7 @@
       element.dataset.status = row.status;
       element.title = row.id;
       element.querySelector(".name").textContent = row.id;
-      element.querySelector(".note").textContent = doubt || lesions || WORDS[row.status];
+      element.querySelector(".note").textContent = doubt || (row.status === "unseen" ? "" : lesions) || WORDS[row.status];
       element.querySelector(".sign").textContent = SIGNS[row.status];
     }
   };
@@ -1284,6 +1290,7 @@
       // when the boxes were last let go of
       this.connected = true;
       this.tableProblem = "";
+      this.imageProblem = "";
       this.ghosts = [];
       this.numProposed = 0;
       this.list = new List(byId("scroller"), byId("spacer"), byId("empty"), (key) => {
@@ -1349,6 +1356,7 @@
       }
       if (turn !== this.opening) return;
       this.details.delete(key);
+      this.imageProblem = detail2.problem;
       const kept = this.saver.snapshotOf(key);
       this.previews.clear();
       this.ghosts = [];
@@ -1366,7 +1374,6 @@
       for (const lesion of this.editor.lesions) this.askPreview(lesion.id);
       this.askGhosts();
       this.showState();
-      if (detail2.problem) banner(detail2.problem);
       this.watch.begin();
       this.canvas.dataset.image = row.id;
       window.requestAnimationFrame(() => {
@@ -1377,6 +1384,7 @@
     cannotOpen(row, error) {
       if (!(error instanceof Problem)) throw error;
       this.details.delete(row.key);
+      this.imageProblem = "";
       this.editor = null;
       this.picture = null;
       this.previews.clear();
@@ -1423,7 +1431,8 @@
     nextOpen() {
       const rows = this.list.rows.length ? this.list.rows : this.rows;
       const place = rows.findIndex((row) => row.key === this.row?.key);
-      return [...rows.slice(place + 1), ...rows.slice(0, Math.max(0, place))].find(isToDo);
+      const isWanted = (row) => isToDo(row) || this.list.filter === "review" && row.status === "unseen";
+      return [...rows.slice(place + 1), ...rows.slice(0, Math.max(0, place))].find(isWanted);
     }
     /** Done with this image; the next one that needs somebody. */
     finish() {
@@ -1523,7 +1532,8 @@
     /** What the list shows of an image, before the server has answered. */
     note(row, snapshot) {
       row.count = snapshot.lesions.length;
-      row.status = row.count ? "done" : snapshot.mark || "open";
+      const isUnseen = snapshot.lesions.some((each) => each.source === "automatic" && !each.agreed);
+      row.status = isUnseen ? "unseen" : row.count ? "done" : snapshot.mark || "open";
       this.list.update(row);
       showProgress(this.rows);
     }
@@ -1551,7 +1561,10 @@
       if (isLast) {
         row.status = state.status;
         row.count = state.lesions.length;
-        if (row === this.row) this.editor?.adopt(state);
+        if (row === this.row) {
+          this.editor?.adopt(state);
+          this.imageProblem = "";
+        }
       }
       this.connected = true;
       this.list.update(row);
@@ -1614,7 +1627,7 @@
       } else if (!this.connected) banner(`No connection to the page's server; was it ended? ${kept} It is saved as soon as the server is back.`);
       else if (trouble) banner(`Not saved: ${trouble.problem}. ${trouble.problem.includes("kept here") ? "" : kept}`);
       else if (this.tableProblem) banner(this.tableProblem);
-      else if (this.editor) banner("");
+      else if (this.editor) banner(this.imageProblem);
       if (unsaved.some((key) => this.saver.problemOf(key))) showSaved("unsaved", `${unsaved.length} not saved`);
       else if (unsaved.length || this.nudged) showSaved("saving", "saving…");
       else showSaved("saved", "all saved");
@@ -1637,7 +1650,14 @@
     }
     showPanel() {
       const editor = this.editor;
-      for (const [name, able] of [["undo", editor?.canUndo], ["redo", editor?.canRedo], ["accept", editor?.ghosts.length || editor?.lesions.some((each) => each.source === "automatic")], ["reject", editor?.ghosts.length]]) {
+      for (const [name, able] of [
+        ["undo", editor?.canUndo],
+        ["redo", editor?.canRedo],
+        ["accept", editor?.ghosts.length || editor?.lesions.some((each) => each.source === "automatic")],
+        ["reject", editor?.ghosts.length || editor?.lesions.some((each) => each.source !== "drawn")],
+        ["no-lesion", editor],
+        ["cannot-tell", editor]
+      ]) {
         for (const button of document.querySelectorAll(`[data-run="${name}"]`)) button.disabled = !able;
       }
       for (const name of ["no-lesion", "cannot-tell"]) {
@@ -1743,6 +1763,7 @@
     ["Draw", "Shift drag", "another big box, also over one that is there"],
     ["Change", "drag edge or corner", "resize; the core stays inside the big box"],
     ["Change", "drag inside", "move the core, or the lesion as a whole"],
+    ["Decide", "list Review", "proposals, the doubtful first; then what was accepted unseen"],
     ["Look", "wheel, two fingers", "zoom; two fingers also move the picture"],
     ["Look", "Space drag, right drag", "move the picture"]
   ];
@@ -2116,6 +2137,9 @@
     setFilter(app, "all");
     byId("search").addEventListener("input", (event) => app.list.setSearch(event.target.value));
     byId("menu").addEventListener("click", () => document.body.classList.toggle("list-away"));
+    byId("look-button").addEventListener("click", (event) => {
+      event.currentTarget.setAttribute("aria-expanded", String(document.body.classList.toggle("look-open")));
+    });
     byId("help-button").addEventListener("click", () => byId("help").showModal());
     const who = byId("who");
     const known = localStorage.getItem("lesionsam-who");

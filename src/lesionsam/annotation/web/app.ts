@@ -43,6 +43,7 @@ export class App {
   private asked = { at: 0, boxes: "" }; // when the boxes were last let go of
   private connected = true;
   private tableProblem = "";
+  private imageProblem = "";
 
   constructor(private canvas: HTMLCanvasElement) {
     this.list = new List(ui.byId("scroller"), ui.byId("spacer"), ui.byId("empty"), (key) => {
@@ -109,6 +110,7 @@ export class App {
     }
     if (turn !== this.opening) return;
     this.details.delete(key);
+    this.imageProblem = detail.problem;
     const kept = this.saver.snapshotOf(key);
     this.previews.clear();
     this.ghosts = [];
@@ -122,7 +124,6 @@ export class App {
     for (const lesion of this.editor.lesions) this.askPreview(lesion.id);
     this.askGhosts();
     this.showState();
-    if (detail.problem) ui.banner(detail.problem);
     this.watch.begin();
     this.canvas.dataset.image = row.id;
     window.requestAnimationFrame(() => { this.canvas.dataset.openMs = (performance.now() - started).toFixed(1); });
@@ -132,6 +133,7 @@ export class App {
   private cannotOpen(row: Row, error: unknown): void {
     if (!(error instanceof api.Problem)) throw error;
     this.details.delete(row.key);
+    this.imageProblem = "";
     this.editor = null;
     this.picture = null;
     this.previews.clear();
@@ -180,7 +182,8 @@ export class App {
   private nextOpen(): Row | undefined {
     const rows = this.list.rows.length ? this.list.rows : this.rows;
     const place = rows.findIndex((row) => row.key === this.row?.key);
-    return [...rows.slice(place + 1), ...rows.slice(0, Math.max(0, place))].find(isToDo);
+    const isWanted = (row: Row): boolean => isToDo(row) || (this.list.filter === "review" && row.status === "unseen");
+    return [...rows.slice(place + 1), ...rows.slice(0, Math.max(0, place))].find(isWanted);
   }
 
   /** Done with this image; the next one that needs somebody. */
@@ -294,7 +297,8 @@ export class App {
   /** What the list shows of an image, before the server has answered. */
   private note(row: Row, snapshot: Snapshot): void {
     row.count = snapshot.lesions.length;
-    row.status = row.count ? "done" : snapshot.mark || "open";
+    const isUnseen = snapshot.lesions.some((each) => each.source === "automatic" && !each.agreed);
+    row.status = isUnseen ? "unseen" : row.count ? "done" : snapshot.mark || "open";
     this.list.update(row);
     ui.showProgress(this.rows);
   }
@@ -327,7 +331,10 @@ export class App {
     if (isLast) {
       row.status = state.status;
       row.count = state.lesions.length;
-      if (row === this.row) this.editor?.adopt(state);
+      if (row === this.row) {
+        this.editor?.adopt(state);
+        this.imageProblem = ""; // what is saved lies inside the image
+      }
     }
     this.connected = true;
     this.list.update(row);
@@ -396,7 +403,7 @@ export class App {
     } else if (!this.connected) ui.banner(`No connection to the page's server; was it ended? ${kept} It is saved as soon as the server is back.`);
     else if (trouble) ui.banner(`Not saved: ${trouble.problem}. ${trouble.problem.includes("kept here") ? "" : kept}`);
     else if (this.tableProblem) ui.banner(this.tableProblem);
-    else if (this.editor) ui.banner("");
+    else if (this.editor) ui.banner(this.imageProblem);
     if (unsaved.some((key) => this.saver.problemOf(key))) ui.showSaved("unsaved", `${unsaved.length} not saved`);
     else if (unsaved.length || this.nudged) ui.showSaved("saving", "saving\u2026");
     else ui.showSaved("saved", "all saved");
@@ -422,7 +429,8 @@ export class App {
   showPanel(): void {
     const editor = this.editor;
     for (const [name, able] of [["undo", editor?.canUndo], ["redo", editor?.canRedo], ["accept", editor?.ghosts.length
-      || editor?.lesions.some((each) => each.source === "automatic")], ["reject", editor?.ghosts.length]] as [string, unknown][]) {
+      || editor?.lesions.some((each) => each.source === "automatic")], ["reject", editor?.ghosts.length || editor?.lesions.some((each) => each.source !== "drawn")],
+      ["no-lesion", editor], ["cannot-tell", editor]] as [string, unknown][]) {
       for (const button of document.querySelectorAll<HTMLButtonElement>(`[data-run="${name}"]`)) button.disabled = !able;
     }
     for (const name of ["no-lesion", "cannot-tell"]) {

@@ -15,6 +15,7 @@ const GESTURES: [string, string, string][] = [
   ["Draw", "Shift drag", "another big box, also over one that is there"],
   ["Change", "drag edge or corner", "resize; the core stays inside the big box"],
   ["Change", "drag inside", "move the core, or the lesion as a whole"],
+  ["Decide", "list Review", "proposals, the doubtful first; then what was accepted unseen"],
   ["Look", "wheel, two fingers", "zoom; two fingers also move the picture"],
   ["Look", "Space drag, right drag", "move the picture"],
 ];

@@ -8,11 +8,11 @@ export const FILTERS: [Filter, string][] = [["all", "All"], ["todo", "To do"], [
 const HEIGHT = 60;
 const SPARE = 4;
 const WORDS: Record<Row["status"], string> = {
-  open: "to do", done: "", no_lesion: "no lesion", cannot_tell: "cannot tell", rejected: "proposal rejected, to draw",
+  open: "to do", done: "", unseen: "accepted unseen", no_lesion: "no lesion", cannot_tell: "cannot tell", rejected: "proposal rejected, to draw",
   faulty: "cannot be opened",
 };
 const SIGNS: Record<Row["status"], string> = {
-  open: "", done: "\u2713", no_lesion: "\u2205", cannot_tell: "?", rejected: "\u2715", faulty: "!",
+  open: "", done: "\u2713", unseen: "\u25cc", no_lesion: "\u2205", cannot_tell: "?", rejected: "\u2715", faulty: "!",
 };
 
 export class List {
@@ -66,11 +66,12 @@ export class List {
       this.filter === "all" ? true
         : this.filter === "todo" ? isToDo(row)
           : this.filter === "done" ? !isToDo(row) && row.status !== "faulty"
-            : this.doubts.has(row.key) && row.status === "open";
+            : row.status === "unseen" || (this.doubts.has(row.key) && row.status === "open");
     this.rows = this.all.filter((row) => wanted(row) && (!this.search || row.id.toLowerCase().includes(this.search)));
     if (this.filter === "review") {
       const places = new Map([...this.doubts.keys()].map((key, place) => [key, place])); // the server's order
-      this.rows.sort((a, b) => (places.get(a.key) ?? 0) - (places.get(b.key) ?? 0));
+      const place = (row: Row): number => (row.status === "unseen" ? undefined : places.get(row.key)) ?? places.size;
+      this.rows.sort((a, b) => place(a) - place(b));
     }
     this.spacer.style.height = `${this.rows.length * HEIGHT}px`;
     this.empty.hidden = this.rows.length > 0;
@@ -121,7 +122,10 @@ export class List {
     picture.alt = "";
     picture.loading = "lazy";
     picture.decoding = "async";
-    picture.addEventListener("error", () => picture.classList.add("broken"));
+    picture.addEventListener("error", () => {
+      picture.removeAttribute("src"); // the browser's own sign of a broken picture says nothing
+      picture.classList.add("broken");
+    });
     const [text, name, note, sign] = ["span", "span", "span", "span"].map((kind) => document.createElement(kind));
     text.className = "text";
     name.className = "name";
@@ -145,7 +149,7 @@ export class List {
     element.dataset.status = row.status;
     element.title = row.id;
     (element.querySelector(".name") as HTMLElement).textContent = row.id;
-    (element.querySelector(".note") as HTMLElement).textContent = doubt || lesions || WORDS[row.status];
+    (element.querySelector(".note") as HTMLElement).textContent = doubt || (row.status === "unseen" ? "" : lesions) || WORDS[row.status];
     (element.querySelector(".sign") as HTMLElement).textContent = SIGNS[row.status];
   }
 }

@@ -50,6 +50,9 @@ function settings(app: App): void {
   setFilter(app, "all");
   ui.byId<HTMLInputElement>("search").addEventListener("input", (event) => app.list.setSearch((event.target as HTMLInputElement).value));
   ui.byId("menu").addEventListener("click", () => document.body.classList.toggle("list-away"));
+  ui.byId("look-button").addEventListener("click", (event) => {
+    (event.currentTarget as HTMLElement).setAttribute("aria-expanded", String(document.body.classList.toggle("look-open")));
+  });
   ui.byId("help-button").addEventListener("click", () => ui.byId<HTMLDialogElement>("help").showModal());
   const who = ui.byId<HTMLInputElement>("who");
   const known = localStorage.getItem("lesionsam-who");

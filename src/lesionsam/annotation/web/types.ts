@@ -3,7 +3,7 @@
 export type Box = [number, number, number, number];
 export type Source = "drawn" | "corrected" | "accepted" | "automatic";
 export type Mark = "" | "no_lesion" | "cannot_tell" | "rejected";
-export type Status = "open" | "done" | "faulty" | Exclude<Mark, "">;
+export type Status = "open" | "done" | "unseen" | "faulty" | Exclude<Mark, "">;
 export type Part = "big" | "small";
 
 export interface Lesion {
