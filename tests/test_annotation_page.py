@@ -16,7 +16,8 @@ from annotating import Served, command, draw_images, serving
 from browser import Browser, Page, find_chromium, open_browser
 
 from lesionsam.annotation.bundle import BUNDLE, WEB, banner, compile_page, sources_digest
-from lesionsam.annotation.store import journal_path
+from lesionsam.annotation.records import Lesion
+from lesionsam.annotation.store import Change, journal_path
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = '<img src=x onerror="document.title=String(1)">'
@@ -290,6 +291,26 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         assert rows(tmp_path)["one", "0"][:4] == pytest.approx([60, 50, 220, 170], abs=0.02)
         assert len(rows(tmp_path)) == 1
         assert page.errors == []
+
+
+def test_what_nobody_has_seen_asks_for_a_look(browser: Browser, tmp_path: Path) -> None:
+    """In Review, also without a model; one key agrees."""
+    draw_images(tmp_path / "images", ["one", "two"])
+    boxes = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
+    with serving(tmp_path) as served:
+        served.desk.store.save("two", Change(0, "engine", "a", lesions=(Lesion("0", *boxes, proposed=boxes),),
+                                             automatic=True), (320, 240))
+        hand = Hand(browser.new_page()).open(f"{served.url}/#{served.key('two')}", "two")
+        hand.page.key("f", repeat=2)
+        assert hand.page.evaluate("[...document.querySelectorAll('.row .note')].map(e => e.textContent)") == [
+            "accepted unseen"]
+        assert hand.text("hint").startswith("Accepted unseen")
+        assert hand.page.evaluate("document.querySelector('[data-run=accept]').offsetParent !== null")
+        hand.page.key("a")
+        hand.saved()
+        until(lambda: served.desk.store.state("two").lesions[0].source == "accepted")
+        hand.page.wait("document.querySelectorAll('.row[data-status=unseen]').length === 0")
+        assert hand.page.errors == []
 
 
 def test_boxes_outside_the_image_stay_said(browser: Browser, tmp_path: Path) -> None:

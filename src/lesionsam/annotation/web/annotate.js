@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 7fd9bfd9126bb540988e5e6ab57cff03d73403be3a033f9b3b48340c0b26adab; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 99129d00b6aa2f790b813045a028367a81b07325eecda4cff7a0979b965f0c41; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -1200,6 +1200,9 @@
     if (editor.forceNew) return ["Drag another big box", "1"];
     if (editor.ghosts.length) {
       return [isTouch ? "Proposed: accept it, or drag an edge to correct it" : "Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
+    }
+    if (editor.lesions.some((each) => each.source === "automatic" && !each.agreed)) {
+      return [isTouch ? "Accepted unseen: accept it, or drag an edge to correct it" : "Accepted unseen: A agrees, dragging an edge corrects", "3"];
     }
     if (editor.mark === "no_lesion") return ["Marked: no lesion", "0"];
     if (editor.mark === "cannot_tell") return ["Marked: cannot tell", "0"];

@@ -82,6 +82,9 @@ export function hintFor(editor: Editor | null, isTouch: boolean): [string, strin
   if (editor.ghosts.length) {
     return [isTouch ? "Proposed: accept it, or drag an edge to correct it" : "Proposed: A accepts, dragging an edge corrects, R rejects", "3"];
   }
+  if (editor.lesions.some((each) => each.source === "automatic" && !each.agreed)) {
+    return [isTouch ? "Accepted unseen: accept it, or drag an edge to correct it" : "Accepted unseen: A agrees, dragging an edge corrects", "3"];
+  }
   if (editor.mark === "no_lesion") return ["Marked: no lesion", "0"];
   if (editor.mark === "cannot_tell") return ["Marked: cannot tell", "0"];
   if (!editor.lesions.length) return ["Drag a big box around the lesion", "1"];
