@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test lint types tune ui report foundation evidence benchmark web lock clean
+.PHONY: help setup demo test chaos lint types tune ui report foundation evidence benchmark web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ demo: $(READY) ## the whole chain on generated images: data, boxes, training, re
 
 test: $(READY) ## all tests
 	python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --quiet
+
+RUNS ?= 20
+SEED ?= 0
+chaos: $(READY) ## faults on purpose, and what must hold all the same: make chaos RUNS=20 SEED=0 (half an hour of one core)
+	python tests/chaos.py --runs $(RUNS) --seed $(SEED)
 
 lint: $(READY) ## ruff, bandit, hadolint
 	ruff check .

@@ -19,6 +19,7 @@ class Site:
         drops: how many answers are cut so before the rest go well. status_after_drop: what a path answers once it was
         cut; 0 = goes on as before. statuses: path -> status sent instead. content_range: sent for the right one.
         redirects: path -> address. headers: sent with every file. length: send Content-Length.
+        stall_at: byte of the file at which one answer stops: `stalled` is set, and when it is cleared the line is cut.
         asked: (method, path, Range or "") of each request, in order. sent: body bytes of all answers.
     """
 
@@ -35,6 +36,8 @@ class Site:
     length: bool = True
     slice_bytes: int = 1 << 16
     delay: float = 0.0
+    stall_at: int | None = None
+    stalled: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     sent: int = 0
     url: str = ""
@@ -83,9 +86,9 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
                 self.send_header(name, value)
             self.end_headers()
             if body:
-                self._send(data[start:end])
+                self._send(data[start:end], start)
 
-        def _send(self, data: bytes) -> None:
+        def _send(self, data: bytes, start: int) -> None:
             cut = site.drop_after is not None and site.drops > 0 and len(data) > site.drop_after
             if cut:
                 site.drops -= 1
@@ -93,6 +96,14 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
                 if site.status_after_drop:
                     site.statuses[self.path] = site.status_after_drop
             try:
+                if site.stall_at is not None and start <= site.stall_at:
+                    data, site.stall_at = data[: site.stall_at - start], None
+                    self.wfile.write(data)
+                    site.sent += len(data)
+                    site.stalled.set()
+                    while site.stalled.is_set():
+                        wait.wait(0.01)
+                    data = b""
                 for i in range(0, len(data), site.slice_bytes):
                     self.wfile.write(data[i:i + site.slice_bytes])
                     site.sent += len(data[i:i + site.slice_bytes])

@@ -27,7 +27,7 @@ from typing import Any
 
 from lesionsam.data.meter import Meter, human_bytes, say
 from lesionsam.errors import UserError
-from lesionsam.files import CHUNK, free_disk_bytes, fsync_folder, sha256_file, write_json_atomic
+from lesionsam.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
 
 TIMEOUT_SECONDS = 60.0  # of silence on the line
 MAX_FRUITLESS = 5  # attempts in a row that bring no byte; each that brings some starts the count again
@@ -124,6 +124,7 @@ def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backof
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
     with _only_one(folder / f".{remote.name}.lock", remote.name):
+        remove_leftovers(folder)
         expected = remote.sha256 or (_recorded(lock_path).get(remote.urls[0], {}).get("sha256") if lock_path else None)
         if target.exists():
             if _still_verified(target, expected):
@@ -324,7 +325,7 @@ def _receive(remote: Remote, answer: http.client.HTTPResponse, part: Path, start
     with part.open("r+b" if start else "wb") as file, Meter(remote.name, size, start) as meter:
         while file.tell() < start:
             digest.update(file.read(min(CHUNK, start - file.tell())))
-        while chunk := answer.read(min(CHUNK, size - file.tell() + 1)):
+        while chunk := answer.read1(min(CHUNK, size - file.tell() + 1)):  # what has come: a kill loses no more
             if file.tell() == 0 and chunk.lstrip()[:1] == b"<":
                 file.truncate()
                 raise Refused("sends a page (it begins with '<') instead of the file")
