@@ -12,7 +12,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import test_pipeline
 from chaos import LIMIT_S, Run, has_traceback
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from test_pipeline import WEIGHTS, environment, repository_copy, run, set_parameter
 
@@ -24,7 +26,8 @@ DVC, GROUP, STAGE, TERM, INT, SECOND = (
 )
 FAULTS = {DVC: 4, GROUP: 3, STAGE: 3, TERM: 2, INT: 2, SECOND: 1}
 STRIKES = 5  # of a chain, before it is left alone
-PROCESSOR_SECONDS = 1.5, 10.0  # of a `dvc repro` and its stages before it is struck
+FROM_TRAINING = 0.6  # share of the chains whose data and weights are there already
+PROCESSOR_SECONDS = 1.5, 7.0  # of a `dvc repro` and its stages before it is struck
 END_S = 60.0  # for what is left of a killed one to end; it takes half a second on a free core
 OUTPUTS = ("data/boxes.csv", "data/raw/index.csv", "results/per_image.csv", "results/table.csv", "results/table.md")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -64,15 +67,29 @@ class Campaign:
     """
 
     def __init__(self, folder: Path, *, without: str = "") -> None:
-        self.template = folder / "template"
-        self.template.mkdir()
-        repository_copy(self.template)
-        set_parameter(self.template, "tracking.system_metrics", False)
-        set_parameter(self.template, "runtime.num_workers", 1)
-        self.undisturbed = Path(shutil.copytree(self.template, folder / "undisturbed", symlinks=True))
+        test_pipeline.LIMIT_S = int(LIMIT_S)
+        self.template, self.undisturbed = folder / "template", folder / "undisturbed"
+        if not self.undisturbed.exists():  # else kept of an earlier campaign
+            self.template.mkdir()
+            repository_copy(self.template)
+            set_parameter(self.template, "tracking.system_metrics", False)
+            set_parameter(self.template, "runtime.num_workers", 1)
+            shutil.copytree(self.template, self.undisturbed, symlinks=True)
         run(self.undisturbed, "dvc", "repro")
+        self.prepared = folder / "prepared"
+        shutil.rmtree(self.prepared, ignore_errors=True)
+        shutil.copytree(self.undisturbed, self.prepared, symlinks=True)
+        for name in ("models/adapted", "results", "report", ".scratch", "mlartifacts", ".dvc/cache/runs"):
+            shutil.rmtree(self.prepared / name)
+        (self.prepared / "mlflow.db").unlink()
+        lock = YAML(typ="safe").load((self.prepared / "dvc.lock").read_text(encoding="utf-8"))
+        for stage in ("train", "evaluate", "report"):
+            del lock["stages"][stage]
+        with (self.prepared / "dvc.lock").open("w", encoding="utf-8") as file:
+            YAML(typ="safe").dump(lock, file)
         if without:
             path = self.template / "src" / "lesionsam" / "guard.py"
+            self.prepared = self.template  # its code has changed: nothing is prepared
             text = path.read_text(encoding="utf-8").replace("def only_one(", "def _only_one(", 1)
             text = text.replace("def end_with_parent(", "def _end_with_parent(", 1)
             text += "\n\n@contextmanager\ndef only_one(path, what):\n    yield\n\n\ndef end_with_parent():\n    pass\n"
@@ -80,7 +97,7 @@ class Campaign:
 
     def run(self, rng: random.Random, folder: Path) -> Run:
         """One chain: strikes, then the same command to its end."""
-        shutil.copytree(self.template, folder, symlinks=True)
+        shutil.copytree(self.prepared if rng.random() < FROM_TRAINING else self.template, folder, symlinks=True)
         faults = rng.choices(list(FAULTS), list(FAULTS.values()), k=STRIKES)
         done = Run(f"{STRIKES} strikes")
         log = folder.with_suffix(".log")

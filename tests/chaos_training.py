@@ -70,10 +70,7 @@ class Campaign:
                 asked_to_end=asked_to_end)
         tracker.close()
         load_best(folder, method.model)
-        digest = hashlib.sha256()
-        for name, value in sorted(weights(method).items()):
-            digest.update(name.encode() + value.numpy().tobytes())
-        (folder / "digest").write_text(digest.hexdigest())
+        (folder / "digest").write_text(digest_of(method))
 
     def run(self, rng: random.Random, folder: Path) -> Run:
         """One training with a fault in it, then the same command again."""
@@ -157,6 +154,14 @@ class Campaign:
             torch.save, os.fsync, os.replace = dying_save, dying_sync, dying_rename  # type: ignore[assignment]
 
         return arm
+
+
+def digest_of(method: Any) -> str:
+    """Hash of every weight and buffer of student and teacher."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights(method).items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def points(folder: Path) -> list[tuple[int, str, object]]:
