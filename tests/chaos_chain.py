@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -59,6 +60,19 @@ def processor_seconds(pids: list[int]) -> float:
     return ticks / TICKS
 
 
+def mend_rwlock(folder: Path) -> bool:
+    """Remove the file in which DVC notes who reads and writes what, where a kill tore it; DVC writes it in place."""
+    path = folder / ".dvc" / "tmp" / "rwlock"
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        path.unlink()
+        return True
+    return False
+
+
 class Campaign:
     """Copies of the repository, one a run, each struck `STRIKES` times and then left to finish.
 
@@ -75,13 +89,14 @@ class Campaign:
             set_parameter(self.template, "tracking.system_metrics", False)
             set_parameter(self.template, "runtime.num_workers", 1)
             shutil.copytree(self.template, self.undisturbed, symlinks=True)
+        mend_rwlock(self.undisturbed)
         run(self.undisturbed, "dvc", "repro")
         self.prepared = folder / "prepared"
         shutil.rmtree(self.prepared, ignore_errors=True)
         shutil.copytree(self.undisturbed, self.prepared, symlinks=True)
         for name in ("models/adapted", "results", "report", ".scratch", "mlartifacts", ".dvc/cache/runs"):
-            shutil.rmtree(self.prepared / name)
-        (self.prepared / "mlflow.db").unlink()
+            shutil.rmtree(self.prepared / name, ignore_errors=True)
+        (self.prepared / "mlflow.db").unlink(missing_ok=True)
         lock = YAML(typ="safe").load((self.prepared / "dvc.lock").read_text(encoding="utf-8"))
         for stage in ("train", "evaluate", "report"):
             del lock["stages"][stage]
@@ -103,6 +118,8 @@ class Campaign:
         log = folder.with_suffix(".log")
         for fault in faults:
             self.strike(rng, fault, folder, log, done)
+            if mend_rwlock(folder):
+                done.numbers["DVC's own .dvc/tmp/rwlock torn, removed by hand"] = 1
         last = subprocess.run(["dvc", "repro"], cwd=folder, env=environment(), capture_output=True, text=True,
                               timeout=LIMIT_S, check=False)
         with log.open("a") as file:

@@ -18,14 +18,17 @@ import numpy as np
 import pytest
 from bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
 from PIL import Image
+from typer.main import get_command
 
-from lesionsam.cli import main
+from lesionsam import cli
 from lesionsam.errors import run_guarded
 from lesionsam.files import TURNS, read_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 20.0  # of processor, first imports included: a bomb that goes off takes minutes
-OUTPUTS = ("out", "data", "data/raw", "models", "models/pretrained")  # folders that may be made before a fault is found
+# What may be made before a fault is found: folders, and the locks of stages.
+OUTPUTS = ("out", "data", "data/raw", "models", "models/pretrained", ".scratch", ".scratch/boxes.lock",
+           ".scratch/download.lock")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,12 @@ def stage(name: str) -> Callable[[], None]:
     return module.main
 
 
+@cache
+def command() -> Callable[[], None]:
+    """The command line, whose parser is made once: Typer makes it anew for each call, half of what a refusal costs."""
+    return get_command(cli.app)
+
+
 def enter(door: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit status of a door, run in this process as its command runs; any other exception is a traceback."""
     if door.startswith("stage "):
@@ -68,13 +77,14 @@ def enter(door: str, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
             return int(ended.code or 0)
         return 0
     monkeypatch.setattr(sys, "argv", ["lesionsam", *arguments])
+    monkeypatch.setattr(cli, "app", command())
     with pytest.raises(SystemExit) as ended:
-        main()
+        cli.main()
     return int(ended.value.code or 0)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file with its content, every folder but those that a door makes for its outputs."""
+    """Every file with its content, and every folder, but what a door may make."""
     return {
         name: path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")

@@ -315,7 +315,10 @@ def _dvc(root: Path) -> Iterator[Finding]:
         return
     if done.returncode:
         words = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        yield Finding("dvc", PROBLEM, f"`dvc status` failed: {words[:200]}", "run it, and see what it says")
+        remedy = "run it, and see what it says"
+        if "RWLock-file" in done.stderr:  # which DVC writes in place
+            remedy = "a dvc was killed as it wrote that file: rm .dvc/tmp/rwlock, while no other dvc runs here"
+        yield Finding("dvc", PROBLEM, f"`dvc status` failed: {words[:200]}", remedy)
         return
     stages = list(json.loads(done.stdout or "{}"))
     if stages:
