@@ -278,7 +278,7 @@ def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[f
         "ring points": (by_mask, lambda: draw_prompts("ring", big, small, num_points=naive_step.NUM_POINTS,
                                                       generator=generator)),
     }.items():
-        spent = interleaved({"published": runs[0], "ours": runs[1]}, rounds, device, repeats=3)
+        spent = interleaved({"published": runs[0], "ours": runs[1]}, rounds, device, repeats=10)
         found[name] = ratio(spent["published"], spent["ours"])
     return found
 

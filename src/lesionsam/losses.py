@@ -7,11 +7,13 @@ Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
+RULED_OUT = -1e30  # logit of what takes no part; finite, as a row of nothing else has a gradient of zero and not NaN
 FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # Lin et al. 2017, arXiv:1708.02002, table 1b; SAM's too
 # Name in params.yaml -> its terms and their weights. focal_dice: 20 to 1, as SAM was trained (arXiv:2304.02643, A).
 MASK_LOSSES: Mapping[str, Mapping[str, float]] = {
@@ -121,12 +123,40 @@ def info_nce(
     Returns:
         (B,): mean over the image's valid anchors; 0 where there are none.
     """
-    a, p, n = anchors.float(), positives.float(), negatives.float()
-    positive = (a * p).sum(-1, keepdim=True) / temperature  # (B, P, 1)
-    negative = a @ n.transpose(1, 2) / temperature  # (B, P, N)
-    negative = negative.masked_fill(~negative_valid[:, None], float("-inf"))
-    loss = torch.logsumexp(torch.cat([positive, negative], -1), -1) - positive[..., 0]
+    with torch.autocast(anchors.device.type, enabled=False):
+        a, p, n = anchors.float() / temperature, positives.float(), negatives.float()
+        ruled_out = torch.where(negative_valid, 0.0, RULED_OUT)[..., None]
+        # (B, P): ln sum_n e^(a.n/t); of no negatives at all it keeps to the graph, with a gradient of zero
+        far: Any = LogSumExp.apply(a, n, ruled_out) if n.shape[1] else 0 * a.sum(-1) + RULED_OUT
+        loss = F.softplus(far - (a * p).sum(-1))
     return weighted_mean(loss, anchor_valid.float())
+
+
+class LogSumExp(torch.autograd.Function):
+    """ln sum_n e^(a.n + r_n) of (B, P, D), (B or 1, N, D) and (B or 1, N, 1) -> (B, P).
+
+    As torch's own, but the scores of all pairs are written once, turned to weights in place, and never gone through
+    again in the backward pass, which is two products: these passes are most of the time otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, n: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        """The sum's logarithm; r, which has no gradient, is a further channel of the product."""
+        weights = torch.cat([a, torch.ones_like(a[..., :1])], -1) @ torch.cat([n, r.expand(*n.shape[:2], 1)], -1).mT
+        greatest = weights.amax(-1, keepdim=True)
+        weights.sub_(greatest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        ctx.save_for_backward(weights, total, a, n)
+        return (total.log() + greatest)[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Gradients of a and n."""
+        weights, total, a, n = ctx.saved_tensors
+        scaled = grad[..., None] / total
+        d_a = (weights @ n) * scaled if ctx.needs_input_grad[0] else None
+        d_n = (weights.mT @ (a * scaled)).sum_to_size(n.shape) if ctx.needs_input_grad[1] else None
+        return d_a, d_n, None
 
 
 def sample_pixels(candidates: torch.Tensor, count: int, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,17 +76,15 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
         (B, N, 2) XY. Where the ring has no area the points are uniform in the big box.
     """
     x0, y0, x1, y1 = big.unbind(1)
-    u0, v0, u1, v1 = torch.maximum(small, big[:, :2].repeat(1, 2)).minimum(big[:, 2:].repeat(1, 2)).unbind(1)
-    rectangles = torch.stack(
-        [torch.stack(r, 1) for r in ((x0, y0, u0, y1), (u1, y0, x1, y1), (u0, y0, u1, v0), (u0, v1, u1, y1))], 1
-    )  # (B, 4, 4) XYXY
-    areas = (rectangles[..., 2] - rectangles[..., 0]) * (rectangles[..., 3] - rectangles[..., 1])
-    empty = areas.sum(1) <= 0
-    rectangles = torch.where(empty[:, None, None], big[:, None].expand(-1, 4, -1), rectangles)
-    areas = torch.where(empty[:, None], torch.ones_like(areas), areas)
-    cumulative = areas.cumsum(1) / areas.sum(1, keepdim=True)
-    which = torch.searchsorted(cumulative, uniforms[..., 0].contiguous(), right=True).clamp(max=3)  # (B, N)
+    inner = torch.clamp(small.unflatten(1, (2, 2)), big[:, None, :2], big[:, None, 2:])  # (B, 2, 2), the two corners
+    (u0, v0), (u1, v1) = (corner.unbind(1) for corner in inner.unbind(1))
+    edges = (x0, y0, u0, y1, u1, y0, x1, y1, u0, y0, u1, v0, u0, v1, u1, y1)  # left, right, above, below
+    rectangles = torch.stack(edges, 1).unflatten(1, (4, 4))  # (B, 4, 4) XYXY
+    cumulative = (rectangles[..., 2:] - rectangles[..., :2]).prod(-1).cumsum(1)  # areas
+    total = cumulative[:, 3:]
+    which = torch.searchsorted(cumulative, uniforms[..., 0] * total, right=True).clamp(max=3)  # (B, N)
     picked = rectangles.gather(1, which[..., None].expand(-1, -1, 4))
+    picked = torch.where(total[..., None] > 0, picked, big[:, None])
     return picked[..., :2] + uniforms[..., 1:] * (picked[..., 2:] - picked[..., :2])
 
 
