@@ -26,7 +26,7 @@ from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
 from lesionsam.metrics import FAILURE, failure_rate, iou
-from lesionsam.models.sam import load_sam
+from lesionsam.models.sam import load_sam, model_frames
 from lesionsam.progress import progress
 from lesionsam.schema import SimulatedBoxes
 from lesionsam.statistics import interval
@@ -90,7 +90,8 @@ def main() -> int:
             keep(f"ensemble of {count}", answer, asked, begun)
         for way in (DECODER, MASKS):
             begun = time.process_time()
-            (logits, quality), = find_lesions(sam, features, [input_size], by=way, options=options)
+            (logits, quality), = find_lesions(sam, features, model_frames([image], side)[0], [input_size], by=way,
+                                              options=options)
             keep(f"no prompt, by {way}", Answer(logits, quality), Asked(), begun)
     report(ious, seconds, flags, arguments.prompt)
     return 0

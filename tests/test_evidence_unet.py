@@ -51,7 +51,7 @@ def test_a_unit_trains_selects_and_reads_the_test_split(row: Row, pairs: Path, r
         return pd.read_csv(unit_path(out, row, 1))
 
     found = figures(tmp_path)
-    prompts = {"none", "box", "box+core"} if row.network == UNET else {"ring", "centre", "box", "box+core"}
+    prompts = {"none", "box", "box+core"} if row.network == UNET else {"none", "ring", "centre", "box", "box+core"}
     assert set(found["prompt"]) == prompts
     assert set(found["image_id"]) == {"lesion12", "lesion13", "lesion14"}
     assert set(found.columns) <= set(ROW_COLUMNS)

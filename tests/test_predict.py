@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
 from tiny import tiny_sam
 from typer.testing import CliRunner
@@ -34,14 +35,15 @@ from lesionsam.inference_lesion import (
     DECODER,
     LOOSENED,
     MASKS,
-    first_look,
+    candidates,
+    find_lesions,
     largest_piece_box,
-    look_again,
     loosened,
     plausibility,
     way,
 )
-from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, save_sam
+from lesionsam.inference_rank import SIGNS, lesion_scores, lesion_signs, overlaps
+from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
 
@@ -135,32 +137,19 @@ def test_columns_of_another_table_are_named(case: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- no prompt
 
-def test_one_lesion_without_a_prompt(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights that say that they were trained so answer by the decoder, all others by the best automatic mask."""
+def test_one_lesion_without_a_prompt(case: Path) -> None:
     assert predict(case, source="auto") == 0
-    assert "does not say that it was trained without a prompt" in capsys.readouterr().err
-    by_masks = [read_mask(case / "out" / row["mask"]) for row in table(case)]
+    rows = table(case)
+    assert [(row["image_id"], row["lesion_id"]) for row in rows] == [("one", "0"), ("two", "0")]
+    first = stamps(case)
     save_sam(tiny_sam(sharpness=SHARP), case / "weights.safetensors", name="compact",
              metadata={TRAINED_WITH: "box none"})
     assert predict(case, source="auto") == 0
-    assert capsys.readouterr().err == ""
-    rows = table(case)
-    assert [(row["image_id"], row["lesion_id"]) for row in rows] == [("one", "0"), ("two", "0")]
-    predictor = ImagePredictor(tiny_sam(sharpness=SHARP))
-    for k, row in enumerate(rows):
-        predictor.set_image(read_image(case / "images" / f"{row['image_id']}.png"))
-        _, _, low_res = predictor.predict(multimask_output=False)
-        (height, width), per_pixel = predictor.input_size, low_res.shape[-1] / predictor.side
-        shown = low_res[0, : round(height * per_pixel), : round(width * per_pixel)] > 0
-        rings = [region.bbox for region in sorted(regionprops(label(shown, connectivity=1)), key=lambda r: r.area)]
-        y0, x0, y1, x1 = np.array(rings[-1]) / per_pixel
-        box = loosened(np.array([x0, y0, x1, y1]), LOOSENED, (height, width))
-        own = np.array(SIZES[row["image_id"]][::-1]) / (width, height)
-        logits, _, _ = predictor.predict(box=box * np.tile(own, 2), multimask_output=False, return_logits=True)
-        found = read_mask(case / "out" / row["mask"])
-        sure = np.abs(logits[0]) > 1e-3
-        assert np.array_equal(found[sure], logits[0][sure] > 0)
-        assert not np.array_equal(found, by_masks[k])
+    assert not first.items() & stamps(case).items()  # other weights, and another way
+    for row in table(case):
+        found, = Predictor(case / "weights.safetensors", auto=EASY).predict(case / "images" / f"{row['image_id']}.png",
+                                                                            auto=True)
+        assert np.count_nonzero(found.mask != read_mask(case / "out" / row["mask"])) <= 2
 
 
 def test_what_the_weights_say_of_themselves() -> None:
@@ -168,34 +157,48 @@ def test_what_the_weights_say_of_themselves() -> None:
     assert way({TRAINED_WITH: "ring box+core"}) == way({}) == MASKS
 
 
+def looked_at_again(sam: Sam, features: torch.Tensor, mask: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Plainly: the answer to a box about the largest piece of an (h, w) mask, 15 % longer."""
+    regions = sorted(regionprops(label(mask, connectivity=1)), key=lambda region: region.area)
+    y0, x0, y1, x1 = np.array(regions[-1].bbox) * size[0] / mask.shape[0]
+    box = loosened(np.array([x0, y0, x1, y1]), LOOSENED, size)
+    low_res, _ = decode(sam, features, Prompts(boxes=torch.tensor(box[None], dtype=torch.float32)))
+    return low_res[0, 0]
+
+
 @pytest.mark.parametrize("per_batch", [64, 5])
-def test_the_best_automatic_mask_has_the_greatest_score(per_batch: int) -> None:
-    """Against a plain computation over all candidates of the grid."""
-    sam, image = tiny_sam(sharpness=SHARP), picture(48, 64, 3)
+def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) -> None:
+    """Against a plain computation over all candidates of the grid; the decoder's own answer is one more candidate."""
+    sam, image = tiny_sam(sharpness=SHARP), picture(64, 64, 3)
     frames, sizes = model_frames([image], sam.image_encoder.img_size)
     size = int(sizes[0, 0]), int(sizes[0, 1])
     with torch.inference_mode():
         features = encode(sam, preprocess(frames, sizes))
         grid = [(x * size[1] / 6, y * size[0] / 6) for y in (1, 3, 5) for x in (1, 3, 5)]
-        best = (-1.0, 0.0, torch.zeros(0))
+        best = (-1.0, np.zeros((0, 0)))
         for point in grid:
             prompts = Prompts(torch.tensor([[point]]), torch.ones(1, 1, dtype=torch.int64))
             low_res, quality = decode(sam, features, prompts, multimask=True)
             for logits, q in zip(low_res[0], quality[0].tolist(), strict=True):
-                shown = logits[: round(size[0] / 32 * len(logits)), : round(size[1] / 32 * len(logits))]
-                rows, columns = torch.nonzero(shown > 0, as_tuple=True)
-                if not len(rows):
+                rows, columns = torch.nonzero(logits > 0, as_tuple=True)
+                if not 0.003 <= len(rows) / logits.numel() <= 0.85:
                     continue
-                y, x = (float((where + 0.5).float().mean()) / length - 0.5
-                        for where, length in ((rows, len(shown)), (columns, shown.shape[1])))
-                stability = float((shown > 1).sum() / (shown > -1).sum())
-                rim = [line > 0 for line in (shown[0], shown[-1], shown[:, 0], shown[:, -1])]
+                y, x = (float((where + 0.5).float().mean()) / len(logits) - 0.5 for where in (rows, columns))
+                stability = float((logits > 1).sum() / (logits > -1).sum())
+                rim = [line > 0 for line in (logits[0], logits[-1], logits[:, 0], logits[:, -1])]
                 place = np.exp(-(x * x + y * y) / 0.18) * (1 - float(torch.cat(rim).float().mean())) ** 2
-                best = max(best, (q * stability * place, q, logits), key=lambda b: b[0])
+                best = max(best, (q * stability * place, (logits > 0).numpy()), key=lambda b: b[0])
         options = replace(EASY, points_per_batch=per_batch)
-        (found, quality), = first_look(sam, features, [size], by=MASKS, options=options)
-    assert torch.allclose(found, best[2], atol=1e-4)
-    assert quality == pytest.approx(best[1], abs=1e-5)
+        found = candidates(sam, features, frames[0].numpy(), size, by=DECODER, options=options)
+        assert found is not None
+        expected = looked_at_again(sam, features, best[1], size)
+        assert torch.allclose(found.logits[0], expected, atol=1e-3)
+        own = looked_at_again(sam, features, (decode(sam, features, Prompts())[0][0, 0] > 0).numpy(), size)
+        assert torch.allclose(found.logits[-1], own, atol=1e-3)
+        (logits, quality), = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
+    chosen = int(lesion_scores(found.signs).argmax())
+    assert torch.allclose(logits, found.logits[chosen], atol=1e-3)
+    assert quality == pytest.approx(found.predicted[chosen], abs=1e-4)
 
 
 def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image() -> None:
@@ -208,22 +211,56 @@ def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image()
     assert largest_piece_box(np.zeros((4, 4), bool)) is None
 
 
-def test_a_second_look_at_nothing_keeps_nothing() -> None:
-    """Beside an image where there is something to look at."""
+def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> None:
+    """No mask passes, and a picture of one colour gives none by colour; the image beside it is answered as ever."""
     sam = tiny_sam(sharpness=SHARP)
-    side = sam.image_encoder.img_size
-    features = torch.zeros(2, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size)
-    nothing, something = -torch.ones(2, *(4 * length for length in sam.prompt_encoder.image_embedding_size))
-    something = something.clone()
-    something[:2, :2] = 1
-    kept, again = look_again(sam, features, [(nothing, 0.3), (something, 0.4)], [(side, side)] * 2)
-    assert kept[0] is nothing
-    assert kept[1] == 0.3
-    with torch.inference_mode():
-        edge = 2 * side / len(something)
-        box = torch.tensor([[0, 0, edge * (1 + LOOSENED / 2), edge * (1 + LOOSENED / 2)]])
-        expected, _ = decode(sam, features[1:], Prompts(boxes=box))
-    assert torch.allclose(again[0], expected[0, 0], atol=1e-4)
+    sam.mask_threshold = 1e9
+    one, = Predictor(sam, auto=EASY).predict(np.full((40, 50, 3), 128, np.uint8), auto=True)
+    assert not one.mask.any()
+    assert one.look == ("empty",)
+
+
+def lesion_on_skin() -> tuple[np.ndarray, np.ndarray]:
+    """(64, 64, 3) uint8, a dark disc left of the middle on skin, and its mask."""
+    y, x = np.mgrid[:64, :64] + 0.5
+    mask = np.hypot(x - 27, y - 32) < 12
+    noise = np.random.default_rng(0).normal(0, 3, (64, 64, 1))
+    return np.clip(np.where(mask[..., None], (115, 70, 60), (205, 165, 145)) + noise, 0, 255).astype(np.uint8), mask
+
+
+def test_signs_of_a_mask_are_what_they_say() -> None:
+    shown, mask = lesion_on_skin()
+    corner = np.zeros_like(mask)
+    corner[:8, :16] = True
+    signs = dict(zip(SIGNS, lesion_signs(np.stack([mask, corner]), np.array([0.9, 0.001]), np.array([0.8, 0.5]),
+                                         np.stack([mask, ~mask, corner]), np.array([3.0, 0.0, 1.0]), shown).T,
+                     strict=True))
+    assert signs["predicted IoU, log"] == pytest.approx(np.log([0.9, 0.01]))
+    assert signs["stability, log"] == pytest.approx(np.log([0.8, 0.5]))
+    assert signs["squared distance from the middle"] == pytest.approx([(5 / 64) ** 2, 0.375**2 + 0.4375**2], abs=1e-3)
+    assert signs["off the rim, log"] == pytest.approx(np.log([1.0001, 1.0001 - 24 / 256]))
+    assert signs["area, log"] == pytest.approx(np.log([mask.mean(), 128 / 4096]))
+    assert signs["votes"] == pytest.approx([3 / 4, 1 / 4])  # each mask agrees with itself alone
+    difference = np.linalg.norm(rgb2lab(np.array([[[115, 70, 60]]], np.uint8)) -
+                                rgb2lab(np.array([[[205, 165, 145]]], np.uint8)))
+    assert signs["distance from skin"][0] == pytest.approx(difference, rel=0.06)
+    assert np.exp(signs["contrast, log"][0]) - 1 == pytest.approx(difference, rel=0.06)
+    assert signs["contrast, log"][1] < 1
+    assert signs["separation"][0] > 5 > 1 > signs["separation"][1]
+    assert signs["found again"][0] > 0.9
+
+
+def test_the_lesion_scores_above_skin_sticker_and_half_of_it() -> None:
+    shown, mask = lesion_on_skin()
+    sticker, half, frame = np.zeros_like(mask), mask.copy(), np.zeros_like(mask)
+    shown[50:, 48:] = (240, 120, 20)
+    sticker[50:, 48:] = True
+    half[:, 27:] = False
+    frame[4:60, 4:60] = True
+    masks = np.stack([sticker, half, mask, frame])
+    scores = lesion_scores(lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown))
+    assert scores.argmax() == 2
+    assert overlaps(masks, masks).diagonal().tolist() == [1, 1, 1, 1]
 
 
 def test_a_mask_in_the_middle_that_leaves_the_rim_free_is_more_plausible() -> None:

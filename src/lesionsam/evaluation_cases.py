@@ -27,7 +27,8 @@ LoadMask = Callable[[Sample], np.ndarray | None]  # -> (H, W) bool, or None wher
 Request = tuple[str, float]  # prompt source, share by which its boxes are jittered (0: as annotated)
 Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
 
-FindLesions = Callable[[Sam, torch.Tensor, Sequence[tuple[int, int]]], Sequence[Answer]]  # see `inference_lesion`
+# See `inference_lesion.find_lesions`: features, frames and sizes of some images -> an answer for each.
+FindLesions = Callable[[Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[Answer]]
 
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
 
@@ -168,10 +169,12 @@ def predict_cases(
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
             owner = torch.tensor([k for k, lesions in enumerate(chunk) for _ in lesions])
             with torch.inference_mode():
-                features = encode(sam, frames_of([lesions[0] for lesions in chunk], load_image, side, device))
+                frames, sizes = frames_of([lesions[0] for lesions in chunk], load_image, side, device)
+                features = encode(sam, preprocess(frames, sizes))
                 for low in range(0, len(cases), batch_size):
                     part = slice(low, low + batch_size)
-                    answers = _answer(sam, features, owner[part], cases[part], requests, seed, num_points, side, find)
+                    answers = _answer(sam, features, frames, owner[part], cases[part], requests, seed, num_points, side,
+                                      find)
                     yield from zip(cases[part], answers, strict=True)
     finally:
         sam.train(was_training)
@@ -194,8 +197,11 @@ def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterat
         yield build_case(sample, mask, [other for other in lesions if other is not sample])
 
 
-def frames_of(samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str) -> torch.Tensor:
-    """(B, 3, S, S) float32, one image per sample in the model frame, normalised and padded.
+def frames_of(
+    samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One image per sample in the model frame, (B, 3, S, S) uint8, and (B, 2) height and width of the image part:
+    what `preprocess` takes.
 
     Raises:
         UserError: an image of another size than its sample's.
@@ -213,12 +219,13 @@ def frames_of(samples: Sequence[Sample], load_image: LoadImage, side: int, devic
         frames[k, : small.shape[0], : small.shape[1]] = small
         sizes.append(small.shape[:2])
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
-    return preprocess(pixels, torch.tensor(sizes, device=device))
+    return pixels, torch.tensor(sizes, device=device)
 
 
 def _answer(
     sam: Sam,
     features: torch.Tensor,
+    frames: torch.Tensor,
     owner: torch.Tensor,
     cases: Sequence[Case],
     requests: Sequence[Request],
@@ -235,7 +242,7 @@ def _answer(
             images = sorted(set(owner.tolist()))  # those whose lesions these are, each asked once
             shapes = {int(k): case.shape for k, case in zip(owner, cases, strict=True)}
             sizes = [model_frame_size(shapes[k][1], shapes[k][0], side) for k in images]
-            found = dict(zip(images, find(sam, features[images], sizes), strict=True))
+            found = dict(zip(images, find(sam, features[images], frames[images], sizes), strict=True))
             for k, answer in zip(owner.tolist(), answers, strict=True):
                 answer[(kind, share)] = found[k]
             continue

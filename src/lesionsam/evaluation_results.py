@@ -31,8 +31,8 @@ LABEL_FREE_TITLES = {
     "predicted_iou": "predicted IoU",
 }
 NOTES = {
-    NONE: "none: no prompt; one lesion per image, decoded without a prompt where the model was trained so, else the "
-    "best automatic mask (docs/decisions/0022-no-prompt-is-a-prompt.md).",
+    NONE: "none: no prompt; one lesion per image, of the automatic masks the one that looks most like a lesion "
+    "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }

@@ -209,8 +209,7 @@ def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[S
         test,
         load_image,
         load_mask,
-        # Without a prompt: what was trained for it, and zero-shot by automatic masks to hold it against.
-        prompts=PROMPTS if by_decoder or not row.trains else PROMPTS[1:],
+        prompts=PROMPTS,
         find=partial(find_lesions, by=DECODER if by_decoder else MASKS, options=auto_options(config)),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,

@@ -136,7 +136,8 @@ def evaluate_unet(
     for start in progress(starts, total=len(starts), title=f"evaluating {model}"):
         chunk = images[start : start + batch_size]
         with torch.inference_mode():
-            answers = network(frames_of([lesions[0] for lesions in chunk], load_image, side, device))[:, 0].float()
+            frames, sizes = frames_of([lesions[0] for lesions in chunk], load_image, side, device)
+            answers = network(preprocess(frames, sizes))[:, 0].float()
         for lesions, answer in zip(chunk, answers, strict=True):
             for case in build_cases(lesions, load_mask):
                 whole = upscaled(answer, case, side)

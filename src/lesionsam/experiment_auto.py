@@ -23,5 +23,5 @@ def read_auto_options(params: Path) -> AutoOptions:
 
 
 def lesion_finder(config: Config, weights: Path) -> FindLesions:
-    """How a model answers the prompt source `none`: by its decoder where it was trained so, else by automatic masks."""
+    """How a model answers the prompt source `none`; its decoder is asked too where it was trained so."""
     return partial(find_lesions, by=way(weights_metadata(weights)), options=auto_options(config))

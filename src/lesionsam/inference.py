@@ -17,10 +17,10 @@ from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_inputs import ONE, Lesion, Source, check_answering, check_threshold, find_images, plan
-from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, masks_of, way
+from lesionsam.inference_lesion import MASKS, find_lesions, masks_of, way
 from lesionsam.inference_outputs import Folder
 from lesionsam.inference_run import Options, Run, complain
-from lesionsam.models.sam import Sam, load_sam, weights_metadata
+from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
 
 SHOWN_IDS = 3
 Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
@@ -128,8 +128,9 @@ class Predictor:
             raise UserError(f"{place}: {error}") from None
         count, keys = len(asked), [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
         if source.kind == "auto":
+            frames, _ = model_frames([image], int(self.sam.image_encoder.img_size))
             found = [Answer(*one) for one in find_lesions(
-                self.sam, features, [input_size], by=self.lesion_by, options=self.auto)]
+                self.sam, features, frames, [input_size], by=self.lesion_by, options=self.auto)]
         else:
             found = answers(self.sam, features, [shape] * count, asked, keys, prompt=source.prompt,
                             num_members=ensemble, owners=[0] * count)
@@ -216,12 +217,8 @@ def predict_files(
         shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
         print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
     sam = load_sam(None, model)
-    lesion_by = way(weights_metadata(model))
-    if auto and lesion_by != DECODER:
-        print(f"note: {model} does not say that it was trained without a prompt; the lesion is its best automatic mask",
-              file=sys.stderr)
     folder = Folder(out, overlays=overlays, shapes=shapes)
-    how = Options(sha256_file(model), source, threshold, ensemble, options, lesion_by)
+    how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)))
     run = Run(sam, how, folder, device, batch_size)
     try:
         run.work(jobs)

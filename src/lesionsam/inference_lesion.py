@@ -1,29 +1,44 @@
-"""The lesion of an image without a prompt, in two ways, and all automatic masks as predictions.
+"""The lesion of an image without a prompt: many masks, a second look at each, the one that looks most like a lesion.
 
-By the decoder: a SAM trained with the prompt kind `none` answers no prompt at all with the lesion. By masks: of the
-automatic masks of any SAM the one of the greatest score, predicted IoU x stability x plausibility, is the lesion. Which
-way serves a file of weights, its metadata say. Either way a second look follows, prompted with a box about what the
-first one found. See docs/decisions/0022-no-prompt-is-a-prompt.md.
+Candidates are the automatic masks of a grid of points that differ from each other, a region by colour alone, and, of a
+SAM trained with the prompt kind `none`, the decoder's own answer to no prompt at all. Each is looked at again, prompted
+with a box about it, as the decoder knows boxes best; `inference_rank` says which of these answers is the lesion. See
+docs/decisions/0022-no-prompt-is-a-prompt.md.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from lesionsam.inference_answers import Asked, Prediction, reasons
 from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
+from lesionsam.inference_rank import (
+    colour_candidate,
+    lesion_scores,
+    lesion_signs,
+    on_grid,
+    overlaps,
+    small_picture,
+    smoothed_lab,
+)
 from lesionsam.models.sam import Sam, decode
 from lesionsam.prompts import NONE, TRAINED_WITH
 from lesionsam.types import Prompts
 
-DECODER, MASKS = "decoder", "masks"  # the two ways
+DECODER, MASKS = "decoder", "masks"  # whether the decoder is asked without a prompt too, or the automatic masks alone
 CENTRE_SPREAD = 0.3  # of the plausibility: standard deviation of a lesion's middle about the image's, share of a side
 LOOSENED = 0.15  # by how much longer than what was found the sides of the second look's box are
+NUM_LOOKED_AT = 16  # automatic masks that get a second look
+SAME = 0.8  # IoU from which two candidates are one
+LEAST_AREA, MOST_AREA = 0.003, 0.85  # share of the image that a candidate takes
+NOTHING = -10.0  # logit of an image in which no mask was found
 Found = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
 
 
@@ -32,57 +47,137 @@ def way(metadata: dict[str, str]) -> str:
     return DECODER if NONE in metadata.get(TRAINED_WITH, "").split() else MASKS
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What may be the lesion of one image, M answers of the second look; none of them empty.
+
+    Attributes:
+        logits: (M, T, T) float32, on the model's device. predicted: (M,) float32. signs: (M, D), see `lesion_signs`.
+        masks: (M, h, w) bool on the comparing grid, see `inference_rank.on_grid`.
+    """
+
+    logits: torch.Tensor
+    predicted: np.ndarray
+    signs: np.ndarray
+    masks: np.ndarray
+
+
 @torch.inference_mode()
 def find_lesions(
-    sam: Sam, features: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str, options: AutoOptions
+    sam: Sam, features: torch.Tensor, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str,
+    options: AutoOptions
 ) -> list[Found]:
-    """The one lesion of each image, no prompt given: `first_look`, then `look_again`.
+    """The one lesion of each image, no prompt given: the best of its `candidates`; an empty mask where there is none.
 
     Args:
-        features: (N, C, H', W'). sizes: N of (h, w), the image part of the model frame.
-        by: `DECODER` or `MASKS`. options: of the automatic masks; crops, duplicates and regions do not matter to the
-            best of them.
+        features: (N, C, H', W'). frames: (N, 3, S, S) uint8, the images. sizes: N of (h, w), the image part of the
+            model frame. by: `DECODER` or `MASKS`. options: of the automatic masks; their thresholds, crops, duplicates
+            and regions do not matter here.
     """
-    return look_again(sam, features, first_look(sam, features, sizes, by=by, options=options), sizes)
+    found: list[Found] = []
+    for k, size in enumerate(sizes):
+        seen = candidates(sam, features[k : k + 1], frames[k].cpu().numpy(), size, by=by, options=options)
+        if seen is None:
+            found.append((torch.full([4 * length for length in features.shape[-2:]], NOTHING, device=features.device),
+                          0.0))
+        else:
+            best = int(lesion_scores(seen.signs).argmax())
+            found.append((seen.logits[best], float(seen.predicted[best])))
+    return found
 
 
 @torch.inference_mode()
-def first_look(
-    sam: Sam, features: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str, options: AutoOptions
-) -> list[Found]:
-    """What the decoder says without a prompt, or the best automatic mask; arguments as of `find_lesions`."""
-    if by == MASKS:
-        return [_best_mask(sam, one[None], size, options) for one, size in zip(features, sizes, strict=True)]
-    low_res, predicted = decode(sam, features, Prompts())
-    return list(zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True))
-
-
-@torch.inference_mode()
-def look_again(
-    sam: Sam, features: torch.Tensor, first: Sequence[Found], sizes: Sequence[tuple[int, int]]
-) -> list[Found]:
-    """Prompt with a box about what was found, as an annotator would draw it: the decoder knows boxes best.
-
-    The box is that of the mask's largest piece, every side moved outwards by `LOOSENED` of the half side, cut at the
-    image. An empty mask stays as it is.
+def candidates(
+    sam: Sam, features: torch.Tensor, frame: np.ndarray, size: tuple[int, int], *, by: str, options: AutoOptions
+) -> Candidates | None:
+    """What may be the lesion of one image; None where every mask is empty.
 
     Args:
-        features, sizes: as in `find_lesions`. first: what was found, of the same N images.
+        features: (1, C, H', W'). frame: (3, S, S) uint8. size: (h, w) of its image part. by, options: as of
+            `find_lesions`.
     """
+    picture = small_picture(frame, size)
+    shown, small, predicted, stability = _of_grid(sam, features, size, options)
+    weights = np.where(small.any((1, 2)), predicted.clip(0, 1) * stability, 0)
+    first = [shown[k] for k in _distinct(small, weights * plausibility(torch.from_numpy(small)).numpy())]
+    colour = colour_candidate(smoothed_lab(picture))
+    if colour is not None and LEAST_AREA <= colour.mean() <= MOST_AREA:
+        first.append(colour)
+    if by == DECODER:
+        own = _part(decode(sam, features, Prompts())[0][:, 0], size, sam)[0] > sam.mask_threshold
+        first.append(own.cpu().numpy())
+    around = []
+    for mask in first:
+        if (box := largest_piece_box(mask)) is not None:
+            step = np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
+            around.append(loosened(box * step, LOOSENED, size))
+    if not around:
+        return None
+    prompts = Prompts(boxes=torch.tensor(np.stack(around), dtype=torch.float32, device=features.device))
+    low_res, quality = decode(sam, features, prompts, rows=[0] * len(around))
+    logits = low_res[:, 0].float()
+    masks = _gridded(logits, size, sam)
+    kept = masks.flatten(1).any(1).nonzero()[:, 0]
+    if not len(kept):
+        return None
+    logits, masks = logits[kept.to(logits.device)], masks[kept].numpy()
+    steady = np.nan_to_num(stability_scores(_part(logits, size, sam), sam.mask_threshold,
+                                            options.stability_score_offset).numpy())
+    quality = quality[:, 0].float().cpu().numpy()[kept.numpy()]
+    return Candidates(logits, quality, lesion_signs(masks, quality, steady, small, weights, picture), masks)
+
+
+def _of_grid(
+    sam: Sam, features: torch.Tensor, size: tuple[int, int], options: AutoOptions
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All masks of a grid of points, three of each.
+
+    Returns:
+        (K, t, u) bool, the image part of the low-resolution masks; (K, h, w) bool, the same on the comparing grid;
+        (K,) predicted IoU; (K,) stability.
+    """
+    grid = torch.as_tensor(point_grid(options.points_per_side) * size[::-1], dtype=torch.float32)[:, None]
+    if not len(grid):
+        raise ValueError("points_per_side: expected at least 1")
+    shown, small, predicted, stability = [], [], [], []
+    for points in grid.to(features.device).split(options.points_per_batch):
+        prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=points.device))
+        low_res, quality = decode(sam, features, prompts, multimask=True, rows=[0] * len(points))
+        logits = low_res.flatten(0, 1).float()
+        part = _part(logits, size, sam)
+        stability.append(stability_scores(part, sam.mask_threshold, options.stability_score_offset))
+        predicted.append(quality.flatten().float().cpu())
+        shown.append((part > sam.mask_threshold).cpu())
+        small.append(_gridded(logits, size, sam))
+    return (torch.cat(shown).numpy(), torch.cat(small).numpy(), torch.cat(predicted).numpy(),
+            np.nan_to_num(torch.cat(stability).numpy()))
+
+
+def _distinct(masks: np.ndarray, scores: np.ndarray) -> list[int]:
+    """Indices of at most `NUM_LOOKED_AT` of (K, h, w) bool masks, those of the greatest scores that differ from each
+    other and are neither tiny nor everything."""
+    areas = masks.mean((1, 2))
+    scores = np.where((areas >= LEAST_AREA) & (areas <= MOST_AREA), scores, 0)
+    kept: list[int] = []
+    for k in np.argsort(-scores, kind="stable"):
+        if scores[k] <= 0 or len(kept) == NUM_LOOKED_AT:
+            break
+        if not kept or overlaps(masks[k : k + 1], masks[kept]).max() < SAME:
+            kept.append(int(k))
+    return kept
+
+
+def _part(logits: torch.Tensor, size: tuple[int, int], sam: Sam) -> torch.Tensor:
+    """Of (K, T, T) logits those of the image part, a frame of size (h, w)."""
     side = int(sam.image_encoder.img_size)
-    boxes: dict[int, np.ndarray] = {}
-    for k, ((logits, _), (height, width)) in enumerate(zip(first, sizes, strict=True)):
-        scale = side / len(logits)
-        shown = (logits > sam.mask_threshold)[: max(1, round(height / scale)), : max(1, round(width / scale))]
-        if (box := largest_piece_box(shown.cpu().numpy())) is not None:
-            boxes[k] = loosened(box * scale, LOOSENED, (height, width))
-    if not boxes:
-        return list(first)
-    rows = list(boxes)
-    framed = torch.tensor(np.stack(list(boxes.values())), dtype=torch.float32, device=features.device)
-    low_res, predicted = decode(sam, features, Prompts(boxes=framed), rows=rows)
-    again = dict(zip(rows, zip(low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True), strict=True))
-    return [again.get(k, answer) for k, answer in enumerate(first)]
+    height, width = (max(1, round(length * logits.shape[-1] / side)) for length in size)
+    return logits[:, :height, :width]
+
+
+def _gridded(logits: torch.Tensor, size: tuple[int, int], sam: Sam) -> torch.Tensor:
+    """(K, T, T) logits to masks on the comparing grid, (K, h, w) bool on the CPU."""
+    part = _part(logits, size, sam)[:, None]
+    return (F.interpolate(part, on_grid(size), mode="area")[:, 0] > sam.mask_threshold).cpu()
 
 
 def largest_piece_box(mask: np.ndarray) -> np.ndarray | None:
@@ -104,31 +199,6 @@ def loosened(box: np.ndarray, share: float, size: tuple[int, int]) -> np.ndarray
     middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (1 + share)
     limits = np.array(size[::-1], float)
     return np.concatenate([np.clip(middle - half, 0, limits), np.clip(middle + half, 0, limits)])
-
-
-def _best_mask(sam: Sam, features: torch.Tensor, size: tuple[int, int], options: AutoOptions) -> Found:
-    """The candidate of the greatest score among those that pass the thresholds; among all, where none does."""
-    side = int(sam.image_encoder.img_size)
-    grid = torch.as_tensor(point_grid(options.points_per_side) * size[::-1], dtype=torch.float32)[:, None]
-    best: tuple[bool, float] | None = None
-    answer = None
-    for low in range(0, len(grid), options.points_per_batch):
-        points = grid[low : low + options.points_per_batch].to(features.device)
-        prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=points.device))
-        low_res, predicted = decode(sam, features, prompts, multimask=True, rows=[0] * len(points))
-        logits, quality = low_res.flatten(0, 1).float(), predicted.flatten().float().cpu()
-        height, width = (max(1, round(length * logits.shape[-1] / side)) for length in size)
-        logits_there = logits[:, :height, :width]
-        stability = torch.nan_to_num(stability_scores(logits_there, sam.mask_threshold, options.stability_score_offset))
-        score = quality * stability * plausibility(logits_there > sam.mask_threshold)
-        passed = (quality > options.pred_iou_thresh) & (stability >= options.stability_score_thresh) & (score > 0)
-        chosen = int(torch.where(passed, score + score.abs().max() + 1, score).argmax())
-        rank = bool(passed[chosen]), float(score[chosen])
-        if best is None or rank > best:
-            best, answer = rank, (logits[chosen], float(quality[chosen]))
-    if answer is None:
-        raise ValueError("points_per_side: expected at least 1")
-    return answer
 
 
 def plausibility(masks: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from lesionsam.inference_outputs import Folder
 from lesionsam.models.sam import Sam, encode, model_frames, preprocess
 from lesionsam.progress import progress
 
-VERSION = 2  # of what a row's key stands for
+VERSION = 3  # of what a row's key stands for
 SAVE_SECONDS = 5.0
 READERS = 2  # threads that decode images while the model runs
 
@@ -205,12 +205,13 @@ class Run:
             features = encode(self.sam, preprocess(frames, sizes))
             asked = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
             for low in range(0, len(asked), self.batch_size):
-                self._segment_lesions(batch, asked[low : low + self.batch_size], features)
+                self._segment_lesions(batch, asked[low : low + self.batch_size], features, frames)
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
     def _segment_lesions(
-        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]], features: torch.Tensor
+        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]], features: torch.Tensor,
+        frames: torch.Tensor,
     ) -> None:
         """Decode some lesions of a batch at once and write each one's files."""
         source, rows = self.options.source, [k for k, _ in part]
@@ -218,7 +219,7 @@ class Run:
         if source.kind == "auto":
             sizes = [owner.input_size for owner in owners]
             found = [Answer(*one) for one in find_lesions(
-                self.sam, features[rows], sizes, by=self.options.lesion_by, options=self.options.auto)]
+                self.sam, features[rows], frames[rows], sizes, by=self.options.lesion_by, options=self.options.auto)]
         else:
             found = answers(
                 self.sam, features, [owner.shape for owner in owners], [target.asked for _, target in part],

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 from skimage.color import rgb2lab
-from skimage.filters import threshold_otsu
 
 from lesionsam.annotation.assist import agreement, on_grid, prior_logits
 from lesionsam.annotation.model import Answer, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes import simulate_boxes
+from lesionsam.inference_rank import colour_candidate
 from lesionsam.metrics import iou
 
 GRID = 5  # points a side
@@ -32,8 +32,6 @@ BAND = 0.08  # width of the surroundings, share of the image's longer side
 LOOSENESS = 0.25  # by which the proposed big box is larger than the mask: a lesion that sticks out costs a correction
 CORE = 0.5  # of the mask's extent that the proposed core takes, shrunk until it lies inside
 COLOUR_BLUR = 1.5  # pixels of the small picture
-SKIN = (0.4, 0.55)  # between these radii, in shares of the sides, the border of a picture shows skin
-LIGHTER = 0.4
 CENTRAL = 0.25  # radius within which lesions lie, as a share of the sides
 ROUNDS = 2  # of boxes and mask from each other
 
@@ -152,26 +150,6 @@ def distinct(masks: np.ndarray, quality: np.ndarray) -> list[int]:
         if all((masks[k] & masks[j]).sum() < SAME * union for j, union in zip(kept, unions, strict=True)):
             kept.append(int(k))
     return kept
-
-
-def colour_candidate(lab: np.ndarray) -> np.ndarray | None:
-    """The most central region whose colour is far from that of the picture's border, by Otsu's threshold; (h, w) bool.
-
-    Args:
-        lab: (h, w, 3) CIELAB. What is darker than the border counts in full, what is lighter at `LIGHTER`.
-    """
-    height, width = lab.shape[:2]
-    radius = np.hypot(((np.arange(height) + 0.5) / height - 0.5)[:, None], (np.arange(width) + 0.5) / width - 0.5)
-    skin = np.median(lab[(radius > SKIN[0]) & (radius < SKIN[1])], 0)
-    distance = np.linalg.norm(lab - skin, axis=-1) * np.where(lab[..., 0] < skin[0], 1.0, LIGHTER)
-    seen = distance[radius < 0.5]
-    if np.ptp(seen) < 1e-6:
-        return None
-    labels, count = ndimage.label(ndimage.binary_opening(distance > threshold_otsu(seen)))
-    if not count:
-        return None
-    central = ndimage.sum_labels(np.exp(-((radius / 0.3) ** 2)), labels, range(1, count + 1))
-    return ndimage.binary_fill_holes(labels == 1 + int(np.argmax(central)))
 
 
 def lesion_score(picture: np.ndarray, lab: np.ndarray, mask: np.ndarray) -> float:
