@@ -217,6 +217,7 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
     assert served.save(NAMES[3], 0, "d", mark="rejected").json()["state"]["status"] == "rejected"
     assert client.get("/api/queue").json() == {"images": [], "left": 0}
     lines = [json.loads(line) for line in (tmp_path / "boxes.journal.jsonl").read_text().splitlines()]
+    assert {line["shown"] for line in lines} == {served.desk.model.label if served.desk.model else ""}
     first = next(line for line in lines if line["image_id"] == "one")["lesions"][0]
     assert (first["model"], first["threshold"]) == (served.desk.model.digest if served.desk.model else "", 0.5)
 

@@ -128,7 +128,7 @@ def accept(place: Place, name: str, label: str, wider: float = 0.0) -> None:
     assert lesion is not None
     big = lesion.big[0] - wider, *lesion.big[1:]
     new = Lesion("0", big, lesion.small, proposed=(lesion.big, lesion.small), model=label.partition("@")[0])
-    store.save(name, Change(0, "ann", f"accept-{name}", lesions=(new,), seconds={"0": 2.0}), (320, 240))
+    store.save(name, Change(0, "ann", f"accept-{name}", lesions=(new,), seconds={"0": 2.0}, shown=label), (320, 240))
 
 
 def test_two_rounds_on_files(place: Place, config: Config) -> None:
@@ -187,25 +187,29 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
 
 
 def test_what_became_of_a_proposal(place: Place) -> None:
-    """Accepted, with one more lesion, corrected, drawn anew, no lesion; not what is unclear, open or older."""
+    """Accepted, with one more lesion, corrected, drawn anew, no lesion; not what is unclear, open, older or was drawn
+    without a proposal in sight."""
     lesion = Proposed(BIG, CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
     proposals = Proposals(proposals_path(place.table_path), "m@0.5")
     for name in NAMES[:8]:
         proposals.add(Found(name, (0, 0), (320, 240), lesion))
     proposals.add(Found(NAMES[8], (0, 0), (320, 240), None))
+    proposals.add(Found(NAMES[9], (0, 0), (320, 240), lesion))
     moved = (81.0, *BIG[1:])
     kept = Lesion("0", BIG, CORE, proposed=(BIG, CORE))
     made = {NAMES[0]: (kept,), NAMES[1]: (kept, Lesion("1", BIG, CORE)),
             NAMES[2]: (Lesion("0", moved, CORE, proposed=(BIG, CORE)),), NAMES[3]: (Lesion("0", moved, CORE),)}
     old = Store(place.table_path, place.catalogue, now=lambda: "2026-01-01T00:00:00.000Z")
-    old.save(NAMES[4], Change(0, "ann", "old", lesions=(kept,)), (320, 240))
+    old.save(NAMES[4], Change(0, "ann", "old", lesions=(kept,), shown="m@0.5"), (320, 240))
     store = Store(place.table_path, place.catalogue, now=lambda: "2026-01-03T00:00:00.000Z")
     for name, lesions in made.items():
-        store.save(name, Change(0, "ann", name, lesions=lesions), (320, 240))
+        store.save(name, Change(0, "ann", name, lesions=lesions, shown="m@0.5"), (320, 240))
     for name, mark in ((NAMES[5], "no_lesion"), (NAMES[6], "cannot_tell")):
-        store.save(name, Change(0, "ann", name, mark=mark), (320, 240))
+        store.save(name, Change(0, "ann", name, mark=mark, shown="m@0.5"), (320, 240))
     store.save(NAMES[7], Change(0, "engine", NAMES[7], lesions=(kept,), automatic=True), (320, 240))
     store.save(NAMES[8], Change(0, "ann", NAMES[8], lesions=(Lesion("0", BIG, CORE),)), (320, 240))
+    store.save(NAMES[9], Change(0, "ann", NAMES[9], lesions=(Lesion("0", moved, CORE),)), (320, 240))  # no model there
+    store.save(NAMES[0], Change(1, "ann", "looked", lesions=made[NAMES[0]]), (320, 240))  # nor later; it was before
     found = reviewed_since(store.all_states(), proposals, [], "2026-01-02T00:00:00.000Z")
     assert {each.image_id: each.outcome for each in found} == {
         NAMES[0]: "accepted", NAMES[1]: "corrected", NAMES[2]: "corrected", NAMES[3]: "rejected", NAMES[5]: "rejected"}
@@ -219,8 +223,9 @@ def test_only_what_was_seen_is_an_answer(place: Place) -> None:
         proposals.add(Found(name, (0, 0), (320, 240), lesion))
     store = Store(place.table_path, place.catalogue)
     other = (70.0, 50.0, 250.0, 190.0)
-    store.save(NAMES[0], Change(0, "ann", "a", lesions=(Lesion("0", BIG, CORE, proposed=(BIG, CORE)),)), (320, 240))
-    store.save(NAMES[1], Change(0, "ann", "b", lesions=(Lesion("0", other, CORE, proposed=(other, CORE)),)), (320, 240))
+    for name, big in ((NAMES[0], BIG), (NAMES[1], other)):
+        store.save(name, Change(0, "ann", name, lesions=(Lesion("0", big, CORE, proposed=(big, CORE)),),
+                                shown="m@0.5"), (320, 240))
     with place.table_path.open("a") as file:
         file.write(f"{NAMES[2]},0,320,240,50,50,200,180,90,90,150,140\n")
     store.refresh()

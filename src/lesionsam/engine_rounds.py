@@ -95,8 +95,8 @@ class Reviewed:
 
 def reviewed_since(states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
                    ) -> list[Reviewed]:
-    """What became of the proposals of one model; images whose lesions began as another's proposal, or whose rows were
-    edited outside the page, say nothing of them.
+    """What became of the proposals of one model; images that were drawn without one in sight or with another's, and
+    those whose rows were edited outside the page, say nothing of them.
 
     Args:
         states: of all images. usual: see `proposals.doubt`. since: when the proposals were there, ISO 8601: what people
@@ -107,13 +107,13 @@ def reviewed_since(states: Sequence[ImageState], proposals: Proposals, usual: Se
         held = proposals.found.get(state.image_id)
         if held is None or held.lesion is None or state.changed_at <= since or state.status in (OPEN, CANNOT_TELL):
             continue
-        if state.changed_by == OUTSIDE:
-            continue  # whoever edits the table sees no proposal
+        if state.changed_by == OUTSIDE or state.shown != proposals.name:
+            continue  # whoever decided saw no such proposal
         sources = {lesion.source for lesion in state.lesions}
         if AUTOMATIC in sources:
             continue  # nobody looked
-        shown = rounded(held.lesion.big), rounded(held.lesion.small)
-        if any(lesion.proposed not in (None, shown) for lesion in state.lesions):
+        ours = rounded(held.lesion.big), rounded(held.lesion.small)
+        if any(lesion.proposed not in (None, ours) for lesion in state.lesions):
             continue  # another proposal was looked at
         outcome = ACCEPTED if sources == {ACCEPTED} else CORRECTED if sources & {ACCEPTED, CORRECTED} else REJECTED
         found.append(Reviewed(state.image_id, doubt(held.lesion, usual)[0], outcome))

@@ -83,7 +83,7 @@ def draw_some(place: Place, annotator: Annotator, count: int) -> None:
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     entries = sorted(place.catalogue.by_id.values(), key=lambda entry: id_hash(entry.image_id))
     for entry in [entry for entry in entries if store.state(entry.image_id).status == OPEN][:max(0, count)]:
-        _draw(store, annotator, entry, pictures.size(entry), 0.0)
+        _draw(store, annotator, entry, pictures.size(entry))
 
 
 def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> None:
@@ -102,28 +102,30 @@ def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> 
         proposed = Lesion("0", lesion.big, lesion.small, proposed=(lesion.big, lesion.small),
                           model=last.model.partition("@")[0])
         if annotator.takes(image_id, size, lesion.big, lesion.small):
-            _save(store, entry, size, proposed, LOOK)
+            _save(store, entry, size, proposed, LOOK, last.model)
         elif overlap(lesion.big, wanted[0]) >= NEAR:
-            _save(store, entry, size, proposed, LOOK)
-            _save(store, entry, size, replace(proposed, big=wanted[0], small=wanted[1]), CORRECT - LOOK)
+            _save(store, entry, size, proposed, LOOK, last.model)
+            _save(store, entry, size, replace(proposed, big=wanted[0], small=wanted[1]), CORRECT - LOOK, last.model)
         else:
-            _draw(store, annotator, entry, size, LOOK)
+            _draw(store, annotator, entry, size, LOOK, last.model)
 
 
-def _draw(store: Store, annotator: Annotator, entry: Entry, size: tuple[int, int], before: float) -> None:
+def _draw(store: Store, annotator: Annotator, entry: Entry, size: tuple[int, int], before: float = 0.0,
+          shown: str = "") -> None:
     boxes = annotator.boxes(entry.image_id, size)
     if boxes is None:
         base = store.state(entry.image_id).revision
         store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", mark="no_lesion",
-                                          seconds={"": before + LOOK}), size)
+                                          seconds={"": before + LOOK}, shown=shown), size)
         return
-    _save(store, entry, size, Lesion("0", *boxes), before + DRAW)
+    _save(store, entry, size, Lesion("0", *boxes), before + DRAW, shown)
 
 
-def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, seconds: float) -> None:
+def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, seconds: float,
+          shown: str) -> None:
     base = store.state(entry.image_id).revision
     store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", lesions=(lesion,),
-                                      seconds={"0": seconds}), size)
+                                      seconds={"0": seconds}, shown=shown), size)
 
 
 def trial(place: Place, annotator: Annotator, config: Config, *, first: int, each: int, rounds: int, auto_from: int,

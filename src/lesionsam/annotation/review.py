@@ -171,11 +171,14 @@ class Review:
 
     def proposal(self, entry: Entry) -> dict[str, Any] | None:
         """For the page: lesions, doubt and why; None where there is none or the file has changed since."""
-        found = self.proposals.found.get(entry.image_id)
-        if found is None or found.lesion is None or found.stamp != self.pictures.stamp(entry):
+        if (lesion := self._lesion(entry)) is None:
             return None
-        value, why = doubt(found.lesion, self.usual())
-        return {"lesions": [{"big": found.lesion.big, "small": found.lesion.small}], "doubt": value, "why": why}
+        value, why = doubt(lesion, self.usual())
+        return {"lesions": [{"big": lesion.big, "small": lesion.small}], "doubt": value, "why": why}
+
+    def _lesion(self, entry: Entry) -> Proposed | None:
+        found = self.proposals.found.get(entry.image_id)
+        return None if found is None or found.stamp != self.pictures.stamp(entry) else found.lesion
 
     def usual(self) -> list[float]:
         """`usual_areas`, read again only where something has changed."""
@@ -184,11 +187,10 @@ class Review:
             self._areas = now, usual_areas(self.store, self.proposals)
         return self._areas[1]
 
-    def boxes(self, image_id: str) -> tuple[Box, Box] | None:
-        """What was proposed for an image."""
-        found = self.proposals.found.get(image_id)
-        return None if found is None or found.lesion is None else (
-            rounded(found.lesion.big), rounded(found.lesion.small))
+    def boxes(self, entry: Entry) -> tuple[Box, Box] | None:
+        """What is proposed for an image as it is now."""
+        lesion = self._lesion(entry)
+        return None if lesion is None else (rounded(lesion.big), rounded(lesion.small))
 
     def queue(self) -> list[tuple[str, float]]:
         """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""

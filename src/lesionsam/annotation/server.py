@@ -266,7 +266,7 @@ def _as_sent(state: ImageState) -> dict[str, Any]:
 
 def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
     """What a page sent, as the store takes it; a lesion is a proposal's only where that was really proposed."""
-    known = desk.review.boxes(entry.image_id) if desk.review else None
+    known = desk.review.boxes(entry) if desk.review else None
     lesions = []
     for each in sent.lesions:
         check_text(each.id, "lesion id")
@@ -281,7 +281,8 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
         raise UserError("two lesions of one image have the same id; load the page again")
     check_text(sent.who, "name")
     seconds = {each.id: each.seconds for each in sent.lesions if each.seconds} | ({"": sent.seconds})
-    return Change(sent.base, sent.who.strip() or desk.who, sent.change, sent.mark, tuple(lesions), seconds)
+    return Change(sent.base, sent.who.strip() or desk.who, sent.change, sent.mark, tuple(lesions), seconds,
+                  shown=desk.model.label if known and desk.model else "")
 
 
 def check_text(text: str, what: str) -> None:

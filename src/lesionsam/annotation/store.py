@@ -50,6 +50,7 @@ class Change:
         base: revision that the page had before it. lesions: boxes, core and proposal; the rest is known here.
         seconds: lesion_id -> a person's time spent on it since the last change, "" for the image itself.
         change: a name for this change. automatic: no person looked; proposals are taken as they are.
+        shown: label of the model whose proposal the person had in sight, or empty.
     """
 
     base: int
@@ -59,6 +60,7 @@ class Change:
     lesions: tuple[Lesion, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     automatic: bool = False
+    shown: str = ""
 
 
 def journal_path(table_path: Path) -> Path:
@@ -162,7 +164,8 @@ class Store:
             lesions.append(merged(before, replace(lesion, big=big, small=small), change.who, when,
                                   seconds.pop(lesion.lesion_id, 0.0), automatic=change.automatic))
         return ImageState(old.image_id, old.revision + 1, "" if lesions else change.mark, tuple(lesions),
-                          round(old.seconds + sum(seconds.values()), 2), change.who, when, change.change)
+                          round(old.seconds + sum(seconds.values()), 2), change.who, when, change.change,
+                          change.shown or old.shown)
 
     def _commit(self, state: ImageState, size: tuple[int, int]) -> None:
         """Journal first, then the table: a crash between the two is rolled forward when the table is opened next."""
