@@ -123,7 +123,7 @@ STRATEGY_RATES = {  # encoder (or what is inserted there), decoder; chosen by th
 }
 TRIED_RATES = {  # on the development split, one seed; the last blocks take the rates that are best for all of them
     "decoder": ((1e-3, 1.5e-4), (1e-3, 5e-4)),
-    "adapters": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)), "LoRA": ((1e-3, 1.5e-4), (3e-3, 1.5e-4)),
+    **dict.fromkeys(("adapters", "LoRA"), ((1e-3, 1.5e-4), (3e-3, 1.5e-4), (1e-2, 1.5e-4))),
 }
 UNET_ROW, UNET_EPOCHS, UNET_RATES = "U-Net from scratch", 5, (3e-4, 1e-3)  # epochs: times the base's
 UNET_RATE = 1e-3  # chosen by the rows of `strategies_tuning`
