@@ -175,11 +175,12 @@ def choose(device: str, dtype: torch.dtype, *, needs_grad: bool, num_tokens: int
     half = dtype in (torch.bfloat16, torch.float16)
     if device == "cuda":
         return "folded" if half else "sdpa"
+    few, many = num_tokens < 1024, num_tokens > 2048
     if half:
-        return "plain" if num_tokens <= 1024 else "folded"
+        return "plain" if few or (needs_grad and not many) else "folded"
     if not needs_grad:
         return "sdpa"
-    return "plain" if num_tokens < 1024 else "chunked"
+    return "plain" if few else "folded" if many else "chunked"
 
 
 def one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
