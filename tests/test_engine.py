@@ -338,6 +338,15 @@ def pairs(tmp_path: Path) -> Path:
     return tmp_path / "pairs"
 
 
+def test_boxes_are_simulated_as_in_the_chain(root: Path) -> None:
+    """Figures of the engine can be laid beside those of the evidence: the same boxes on the same images."""
+    boxes = YAML(typ="safe").load((root / "params.yaml").read_text(encoding="utf-8"))["boxes"]
+    assert boxes["seed"] == engine.SEED
+    chain = {"margin": (boxes["margin_low"], boxes["margin_high"]), "core": (boxes["core_low"], boxes["core_high"]),
+             "jitter": boxes["jitter"], "min_area": boxes["min_area"]}
+    assert chain == engine.SIMULATED
+
+
 def test_what_the_simulated_annotator_takes(pairs: Path) -> None:
     """The ellipse of im00 spans 96..224 by 67..173 pixels."""
     annotator = Annotator(engine.masks_of(pairs / "masks" / "train"))
