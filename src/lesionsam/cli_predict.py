@@ -32,7 +32,8 @@ def predict(
         help="Made from boxes: box, box+core, core, centre or ring; all but box need the small box.")] = "box",
     ensemble: Annotated[int, typer.Option(help="Decodings of each box, all but one jittered by up to 10 %; 1: none.")]
     = 1,
-    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")]
+    = 0.5,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
     overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
     shapes: Annotated[bool, typer.Option(help="Write polygons (GeoJSON) and COCO JSON too.")] = True,

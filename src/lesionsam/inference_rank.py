@@ -2,9 +2,9 @@
 
 What counts, of each mask: that other candidates agree with it, that the model is sure of it, that it lies in the middle
 and off the rim, that its colour differs from what surrounds it and from skin, and that the box prior finds it again
-from its own boxes. The score is linear in these signs. Its weights were fitted on real training images to the IoU with
-what two boxes say of the lesion, no mask seen: `benchmarks/auto_rank.py`, docs/log.md. Only the order of scores within
-a picture means anything.
+from its own boxes. The score is linear in these signs. Its weights were fitted on real training images, half of them
+seen from farther away, to the IoU with what two boxes say of the lesion, no mask seen: `benchmarks/auto_rank.py`,
+docs/log.md. Only the order of scores within a picture means anything.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ CENTRAL = 0.3  # radius within which lesions lie, as a share of the sides
 LOOSENESS, CORE = 0.15, 0.5  # of the boxes drawn about a mask for the box prior
 LEAST_CELLS = 4  # of a mask or its surroundings, for boxes and colours
 SIGNS = {  # name -> weight
-    "predicted IoU, log": 0.7623,
-    "stability, log": 0.1971,
-    "squared distance from the middle": -2.79,
-    "off the rim, log": 0.379,
-    "area, log": -0.04546,
-    "contrast, log": 0.159,
-    "separation": 0.06201,
-    "found again": 0.3502,
-    "distance from skin": -0.009086,
-    "votes": 0.4788,
+    "predicted IoU, log": 0.4722,
+    "stability, log": 0.1969,
+    "squared distance from the middle": -3.403,
+    "off the rim, log": 0.6422,
+    "area, log": -0.05291,
+    "contrast, log": 0.1309,
+    "separation": 0.05637,
+    "found again": 0.4203,
+    "distance from skin": -0.007617,
+    "votes": 0.5667,
 }
 
 
