@@ -119,7 +119,7 @@ COMPARISONS = (
 LAST_K = 2  # of the compact model's 4 blocks
 STRATEGY_RATES = {  # encoder (or what is inserted there), decoder; chosen by the rows of `strategies_tuning`
     "decoder": (1e-3, 5e-4), f"last {LAST_K} blocks": (1e-3, 1.5e-4),
-    "adapters": (1e-3, 1.5e-4), "LoRA": (1e-3, 1.5e-4),
+    "adapters": (3e-3, 1.5e-4), "LoRA": (3e-3, 1.5e-4),
 }
 TRIED_RATES = {  # on the development split, one seed; the last blocks take the rates that are best for all of them
     "decoder": ((1e-3, 1.5e-4), (1e-3, 5e-4)),
