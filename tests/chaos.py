@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--without", default="", help="a protection to take out")
     parser.add_argument("--keep", type=Path, help="folder for what the runs leave; else a temporary one, removed")
     asked = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started deaf to it
     broken = False
     for name in asked.campaigns or CAMPAIGNS:
         if name not in CAMPAIGNS:

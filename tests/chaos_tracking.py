@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import chaos_training
-from chaos import Run, has_traceback, in_child
+from chaos import LIMIT_S, Run, has_traceback, in_child
 from test_training import CPU, contrastive, run
 from tiny import tiny_data
 
@@ -71,7 +71,8 @@ class Campaign:
         self.data = tiny_data(16)
         self.store = folder / "store"  # an empty database, made once: that takes MLflow seconds
         self.store.mkdir()
-        if in_child(lambda: self.train(self.store, "", epochs=1, tracked=True), folder / "log") or sync(self.store):
+        status = in_child(lambda: self.train(self.store, "", epochs=1, tracked=True), folder / "log")
+        if status or sync(self.store, LIMIT_S):
             raise RuntimeError((folder / "log").read_text())
         self.known = self.rows(self.store)
 
@@ -121,7 +122,7 @@ class Campaign:
             else:
                 shutil.copy(self.store / name, tracked / name)
         status = in_child(lambda: self.train(tracked, "", tracked=True, begin=False), log)  # the next start
-        if status or sync(tracked):
+        if status or sync(tracked, LIMIT_S):
             done.broken.append("not sent by the next start")
         expected = Counter((step, name) for step, name, _ in chaos_training.points(tracked / "run"))
         found = self.rows(tracked) - self.known

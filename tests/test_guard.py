@@ -144,6 +144,36 @@ child.wait()
             dvc.stdout.close()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_stage_whose_parent_died_while_it_loaded_its_libraries_ends() -> None:
+    late = """
+import os, time
+from lesionsam.guard import end_with_parent
+parent = os.getppid()
+print(os.getpid(), flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+end_with_parent()
+time.sleep(300)
+"""
+    dvc = start(f"""
+import os, subprocess, sys, time
+os.setsid()
+subprocess.Popen([sys.executable, "-c", {late!r}], stderr=subprocess.DEVNULL)
+time.sleep(300)
+""", DVC_STAGE="train")
+    stage = int(first_line(dvc))
+    try:
+        dvc.send_signal(signal.SIGKILL)
+        dvc.wait()
+        assert ends_within(stage, 30)
+    finally:
+        if is_alive(stage):
+            os.kill(stage, signal.SIGKILL)
+        if dvc.stdout is not None:
+            dvc.stdout.close()
+
+
 def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_STAGE", raising=False)

@@ -80,13 +80,18 @@ def end_with_parent() -> None:
     parent = os.getppid()
     grandparent = _parent_of(parent)
 
-    def watch() -> None:
-        while True:
-            time.sleep(WATCH_SECONDS)
-            if os.getppid() != parent or _parent_of(parent) != grandparent:
-                print("the process that started this stage is gone; ending", file=sys.stderr, flush=True)
-                os._exit(143)
+    def end() -> None:
+        print("the process that started this stage is gone; ending", file=sys.stderr, flush=True)
+        os._exit(143)
 
+    def watch() -> None:
+        while os.getppid() == parent and _parent_of(parent) == grandparent:
+            time.sleep(WATCH_SECONDS)
+        end()
+
+    # Killed while this process was loading its libraries: whoever takes orphans over belongs to another session.
+    if parent and os.getsid(parent) != os.getsid(0):
+        end()
     threading.Thread(target=watch, daemon=True).start()
 
 

@@ -1,0 +1,117 @@
+"""What the protections cost: `python benchmarks/protections.py`; minutes on one core, no data needed.
+
+An epoch of nine steps by the demo's parameters, three ways in turn: the first of a run, in which each term is watched
+for gradient; a later one, with a loss that is checked, a moment to go back to in each step, and a state saved; and one
+with none of that, its best weights written straight to their place. From them the share of the demo's training.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from record import Limits, interleaved, provenance, table
+
+from lesionsam import training
+from lesionsam.config import load_config
+from lesionsam.data.datasets import open_dataset
+from lesionsam.experiment import build_method
+from lesionsam.experiment_origin import begin, origin_of
+from lesionsam.experiment_parts import learning_groups, prepare_sam
+from lesionsam.files import sha256_file
+from lesionsam.guard import only_one
+from lesionsam.progress import progress
+from lesionsam.smoke import generated_samples
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS, ROUNDS, LIMIT = 9, 5, 3.0  # LIMIT: per cent of the demo's training
+T_95 = 2.776  # Student's t for 4 degrees of freedom, two-sided
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def straight(path: Path | str, mode: str = "wb") -> Iterator[Any]:
+    """`atomic_write` without its temporary file and without waiting for the disk."""
+    with Path(path).open(mode) as file:
+        yield file
+
+
+@contextmanager
+def unprotected() -> Iterator[None]:
+    """No state to resume from, no moment to go back to, no look at the loss, at gradients or at the disk."""
+    with ExitStack() as stack:
+        for name, value in {"LIVENESS_STEPS": range(0), "save_state": lambda *_: None, "load_state": lambda *_: None,
+                            "told_later": lambda flag: lambda: True}.items():
+            stack.enter_context(patch.object(training, name, value))
+        stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
+        stack.enter_context(patch("lesionsam.training_state.atomic_write", straight))
+        yield
+
+
+def main() -> int:
+    """Measure, print."""
+    torch.set_num_threads(1)
+    config, limits = load_config(ROOT / "params.yaml"), Limits()
+    t, weights = config.train, ROOT / config.model.checkpoint
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        samples = [s for s in generated_samples(folder / "images", STEPS * t.batch_size, 0) if s.split == "train"]
+        sam = prepare_sam(config, weights, CPU)
+        data = open_dataset(samples, int(sam.image_encoder.img_size), folder / "frames", with_masks=True)
+        method, _ = build_method(config, sam, weights, data, CPU)
+        runs = 0
+
+        def epoch(around: Callable[[], Any]) -> None:
+            nonlocal runs
+            runs += 1
+            place = folder / f"run{runs}"
+            place.mkdir()
+            with around():
+                training.fit(
+                    method, data, groups=learning_groups(config, method), epochs=1, batch_size=t.batch_size,
+                    accumulate=1, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2), factor=lambda step: 1.0,
+                    clip=t.clip, precision=t.precision, seed=t.seed, augment=t.augment, widen=t.widen, distort=None,
+                    patience=0, device=CPU, evaluate=lambda number: {"objective": 0.5}, log=lambda values, step: None,
+                    folder=place, say=lambda line: None,
+                )
+
+        def once() -> None:
+            """What a run does before its first step: its lock, and what it was begun with."""
+            place = folder / "origin"
+            place.mkdir(exist_ok=True)
+            with only_one(place / "lock", "training"):
+                begin(place, origin_of(config, weights, weights))
+                sha256_file(weights)
+
+        ways = {"first": nullcontext, "later": lambda: patch.object(training, "LIVENESS_STEPS", range(0)),
+                "off": unprotected}
+        calls = {way: lambda around=around: epoch(around) for way, around in ways.items()} | {"once": once}
+        found: dict[str, list[float]] = {way: [] for way in calls}
+        for number in progress(range(ROUNDS + 1), total=ROUNDS + 1, title="rounds"):
+            for way, spent in interleaved(calls, 1, CPU, warm=0).items():
+                found[way] += spent if number else []  # the first round warms up
+    epochs, steps = t.epochs, 160 // t.batch_size  # of the demo
+    per_round = []
+    for first, later, off, before in zip(*(found[way] for way in ("first", "later", "off", "once")), strict=True):
+        whole = epochs * steps / STEPS * off
+        # A later epoch's excess is counted for every nine steps, so that states count more often than they are saved.
+        per_round.append(100 * (before + (first - later) + epochs * steps / STEPS * (later - off)) / whole)
+    mean = statistics.mean(per_round)
+    half = T_95 * statistics.stdev(per_round) / len(per_round) ** 0.5
+    rows = [[way, *(f"{seconds:.3f}" for seconds in found[way])] for way in found]
+    print(provenance(CPU))
+    print(table(["CPU s", *(f"round {k + 1}" for k in range(ROUNDS))], rows))
+    print(f"share of the demo's training ({epochs} epochs of {steps} steps), %: "
+          + limits.told("protections", mean, LIMIT, most=True, spread=(mean - half, mean + half)))
+    return limits.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
