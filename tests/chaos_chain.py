@@ -134,11 +134,10 @@ class Campaign:
             done.broken.append(f"cannot go on: {(last.stdout + last.stderr).splitlines()[-1]}")
         else:
             done.broken += self.differences(folder)
-        for ending in tracebacks(log):
-            if ending == "KeyboardInterrupt":  # of a Ctrl-C before the stage's own first line, while libraries load
-                done.numbers["Python's own words on a Ctrl-C"] = done.numbers.get("Python's own words on a Ctrl-C", 0) + 1
-            else:
-                done.broken.append(f"traceback: {ending}")
+        endings = tracebacks(log)
+        if early := endings.count("KeyboardInterrupt"):  # before the stage's own first line, while libraries load
+            done.numbers["Python's own words on a Ctrl-C"] = early
+        done.broken += [f"traceback: {ending}" for ending in endings if ending != "KeyboardInterrupt"]
         if not done.broken:
             shutil.rmtree(folder)
         return done
