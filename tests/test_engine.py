@@ -180,7 +180,11 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     trained = (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns
     lines = (place.out / "rounds.jsonl").read_text().splitlines()
     (place.out / "rounds.jsonl").write_text(lines[0] + "\n")  # as if killed before the round was written
-    again = run_round(place, config, auto=True, share=0.8, steps=2)
+    shutil.rmtree(place.table_path.parent / "boxes.masks")
+    (place.table_path.parent / "boxes.masks").write_text("")  # nothing can be written there
+    said.clear()
+    again = run_round(place, config, auto=True, share=0.8, steps=2, say=said.append)
+    assert said[-1].startswith("warning: masks cannot be written")
     assert (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns == trained
     assert (again.num_automatic, again.stage, again.threshold) == (second.num_automatic, second.stage, second.threshold)
     assert again.model == second.model
