@@ -158,6 +158,32 @@ def test_info_nce_without_negatives_or_anchors_is_zero_and_finite() -> None:
     assert empty.item() == 0
 
 
+@pytest.mark.parametrize("images", [1, 2], ids=["shared negatives", "negatives of each image"])
+def test_gradients_of_info_nce_are_those_that_autograd_finds(images: int) -> None:
+    parts = [unit((2, 5, 8), 0), unit((2, 5, 8), 1), unit((images, 7, 8), 2)]
+    parts = [part.requires_grad_() for part in parts]
+    anchor_valid, negative_valid = torch.ones(2, 5, dtype=torch.bool), torch.ones(images, 7, dtype=torch.bool)
+    negative_valid[0, :3] = False
+    a, p, n = parts
+    near = (a * p).sum(-1, keepdim=True) / 0.1
+    far = (a @ n.mT / 0.1).masked_fill(~negative_valid[:, None], float("-inf"))
+    plain = torch.logsumexp(torch.cat([near, far], -1), -1).mean(1) - near[..., 0].mean(1)
+    weights = torch.tensor([1.0, 3.0])
+    wanted = torch.autograd.grad((plain * weights).sum(), parts)
+    found = losses.info_nce(a, p, n, anchor_valid, negative_valid, 0.1)
+    assert torch.allclose(found, plain, rtol=1e-5)
+    for one, other in zip(torch.autograd.grad((found * weights).sum(), parts), wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_info_nce_is_float32_under_autocast() -> None:
+    a, p, n = unit((2, 5, 8), 0), unit((2, 5, 8), 1), unit((2, 7, 8), 2)
+    valid = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = losses.info_nce(a, p, n, *valid, 0.1)
+    assert torch.equal(found, losses.info_nce(a, p, n, *valid, 0.1))
+
+
 def test_info_nce_shares_negatives_between_images() -> None:
     a, p, n = unit((2, 3, 8), 0), unit((2, 3, 8), 1), unit((1, 6, 8), 2)
     valid, negative_valid = torch.ones(2, 3, dtype=torch.bool), torch.ones(1, 6, dtype=torch.bool)
