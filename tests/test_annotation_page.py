@@ -313,6 +313,22 @@ def test_what_nobody_has_seen_asks_for_a_look(browser: Browser, tmp_path: Path) 
         assert hand.page.errors == []
 
 
+def test_an_image_that_breaks_while_it_is_open(browser: Browser, tmp_path: Path) -> None:
+    """What happens to the others is still told."""
+    draw_images(tmp_path / "images", ["one", "two", "three"])
+    with serving(tmp_path) as served:
+        hand = Hand(browser.new_page()).open(f"{served.url}/#{served.key('one')}", "one")
+        held = served.desk.store
+        boxes = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
+        (tmp_path / "images" / "one.png").write_bytes(b"<html>")
+        with held._lock:  # both in one answer
+            for name in ("one", "two"):
+                held.save(name, Change(0, "bob", name, lesions=(Lesion("0", *boxes),)), (320, 240))
+        hand.page.wait("[...document.querySelectorAll('.row')].some(row => row.title === 'two' && "
+                       "row.dataset.status === 'done')")
+        assert hand.page.errors == []
+
+
 def test_boxes_outside_the_image_stay_said(browser: Browser, tmp_path: Path) -> None:
     """Until they are drawn anew; the sentence does not go away with the next thing one does."""
     draw_images(tmp_path / "images", ["one"])

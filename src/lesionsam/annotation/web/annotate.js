@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 99129d00b6aa2f790b813045a028367a81b07325eecda4cff7a0979b965f0c41; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 54348e1550f76d11f2a09b2d442d584eb3fbaf7488b400e7aaec214ab6c61cbc; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -1610,11 +1610,15 @@
       this.details.delete(key);
       this.list.update(row);
       if (row !== this.row || !this.editor || this.editor.drag || this.nudged) return;
-      const detail2 = await this.detail(row);
-      if (row !== this.row || this.editor.drag || this.saver.snapshotOf(key)) return;
+      const detail2 = await this.detail(row).catch((error) => {
+        if (!(error instanceof Problem)) throw error;
+        return null;
+      });
+      const editor = this.editor;
+      if (!detail2 || !editor || row !== this.row || editor.drag || this.saver.snapshotOf(key)) return;
       row.revision = detail2.state.revision;
-      this.editor.replace(detail2.state);
-      for (const lesion of this.editor.lesions) this.askPreview(lesion.id);
+      editor.replace(detail2.state);
+      for (const lesion of editor.lesions) this.askPreview(lesion.id);
       toast(`${detail2.state.by} changed this image; shown as it is now.`);
     }
     /** Banner, save state, hint and panel say what is so. */

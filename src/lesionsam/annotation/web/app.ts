@@ -383,11 +383,15 @@ export class App {
     this.details.delete(key);
     this.list.update(row);
     if (row !== this.row || !this.editor || this.editor.drag || this.nudged) return;
-    const detail = await this.detail(row);
-    if (row !== this.row || this.editor.drag || this.saver.snapshotOf(key)) return;
+    const detail = await this.detail(row).catch((error: unknown) => {
+      if (!(error instanceof api.Problem)) throw error;
+      return null; // said when it is opened again; the other images' news must not be lost for it
+    });
+    const editor = this.editor as Editor | null; // another image may have been opened meanwhile
+    if (!detail || !editor || row !== this.row || editor.drag || this.saver.snapshotOf(key)) return;
     row.revision = detail.state.revision;
-    this.editor.replace(detail.state);
-    for (const lesion of this.editor.lesions) this.askPreview(lesion.id);
+    editor.replace(detail.state);
+    for (const lesion of editor.lesions) this.askPreview(lesion.id);
     ui.toast(`${detail.state.by} changed this image; shown as it is now.`);
   }
 
