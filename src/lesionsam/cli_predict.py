@@ -30,7 +30,8 @@ def predict(
     = Path("predictions"),
     prompt: Annotated[str, typer.Option(
         help="Made from boxes: box, box+core, core, centre or ring; all but box need the small box.")] = "box",
-    ensemble: Annotated[int, typer.Option(help="Decodings of each box, all but one jittered by up to 10 %; 1: none.")]
+    ensemble: Annotated[int, typer.Option(
+        help="Decodings of each box, all but one jittered by up to 10 %: tells how much hangs on the box; 1: none.")]
     = 1,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")]
     = 0.5,

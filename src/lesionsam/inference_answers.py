@@ -18,7 +18,7 @@ from lesionsam.types import Prompts
 
 SEED, NUM_POINTS = 0, 10  # of drawn prompts; as in the evaluation's defaults
 ENSEMBLE_SHARE = 0.1  # boxes of an ensemble's members: sides and centre change by up to this share of the side
-# When a mask is worth a look; measured on the development images of the real pairs, see docs/log.md.
+# When a mask is worth a look; what that finds: docs/log.md, "Predict and export on real images".
 LOW_IOU = 0.6  # predicted IoU
 LOW_STABILITY = 0.75  # IoU of the masks cut a logit above and a logit below the threshold
 LOW_AGREEMENT = 0.8  # of an ensemble's members with their mean
