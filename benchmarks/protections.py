@@ -87,7 +87,7 @@ def main() -> int:
             place = folder / "origin"
             place.mkdir(exist_ok=True)
             with only_one(place / "lock", "training"):
-                begin(place, origin_of(config, weights, weights))
+                begin(place, origin_of(config, weights, weights, weights))
                 sha256_file(weights)
 
         ways = {"first": nullcontext, "later": lambda: patch.object(training, "LIVENESS_STEPS", range(0)),

@@ -47,11 +47,12 @@ def main() -> None:
     """Train in a scratch folder keyed by parameters, data and weights; move the result into place when it is whole."""
     config = load_config()
     end_with_parent()
-    boxes, weights = Path("data/boxes.csv"), pretrained_weights(Path("models/pretrained"))
-    samples = read_boxes(boxes, read_index(Path("data/raw/index.csv")), root=ROOT)
+    index, boxes = Path("data/raw/index.csv"), Path("data/boxes.csv")
+    weights = pretrained_weights(Path("models/pretrained"))
+    samples = read_boxes(boxes, read_index(index), root=ROOT)
     folder = SCRATCH / run_key(config, boxes, weights)
     with only_one(SCRATCH / "lock", "training"):
-        begin(folder, origin_of(config, boxes, weights))
+        begin(folder, origin_of(config, index, boxes, weights))
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
         board = Board(BOARDS / folder.name) if config.tracking.tensorboard else None
         tracker = open_tracker(config, folder / "run")

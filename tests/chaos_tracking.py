@@ -116,11 +116,7 @@ class Campaign:
             done.broken.append("traceback")
         (spool,) = Spool.all(tracked)
         done.numbers["entries that waited"] = spool.pending()[0]
-        for name in ("mlflow.db", "mlartifacts"):
-            if (self.store / name).is_dir():
-                shutil.copytree(self.store / name, tracked / name)
-            else:
-                shutil.copy(self.store / name, tracked / name)
+        shutil.copy(self.store / "mlflow.db", tracked / "mlflow.db")
         status = in_child(lambda: self.train(tracked, "", tracked=True, begin=False), log)  # the next start
         if status or sync(tracked, LIMIT_S):
             done.broken.append("not sent by the next start")

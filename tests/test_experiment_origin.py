@@ -15,14 +15,15 @@ from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, origin_of
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path, Path]:
     monkeypatch.delenv(ANYWAY, raising=False)
-    (tmp_path / "boxes.csv").write_text("a")
-    (tmp_path / "sam.safetensors").write_text("b")
-    return tmp_path / "boxes.csv", tmp_path / "sam.safetensors"
+    paths = tmp_path / "index.csv", tmp_path / "boxes.csv", tmp_path / "sam.safetensors"
+    for path in paths:
+        path.write_text(path.name)
+    return paths
 
 
-def origin(inputs: tuple[Path, Path], **changes: Any) -> dict[str, Any]:
+def origin(inputs: tuple[Path, Path, Path], **changes: Any) -> dict[str, Any]:
     values = {key.replace("__", "."): value for key, value in changes.items()}
     return origin_of(validate(unflatten(values, default_values())), *inputs)
 
@@ -35,13 +36,13 @@ def begun(folder: Path, origin: dict[str, Any]) -> Path:
     return folder
 
 
-def test_the_code_is_that_of_the_modules_which_give_the_result(inputs: tuple[Path, Path]) -> None:
+def test_the_code_is_that_of_the_modules_which_give_the_result(inputs: tuple[Path, Path, Path]) -> None:
     code = origin(inputs)["code"]
     assert {"training", "losses", "config"} <= set(code), (training, losses)
     assert not [name for name in code if name.startswith(("tracking", "guard", "errors", "lineage"))]
 
 
-def test_the_same_goes_on_without_a_word(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+def test_the_same_goes_on_without_a_word(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
     lines: list[str] = []
     folder = begun(tmp_path / "runs" / "one", origin(inputs))
     begin(folder, origin(inputs), lines.append)
@@ -49,7 +50,7 @@ def test_the_same_goes_on_without_a_word(tmp_path: Path, inputs: tuple[Path, Pat
 
 
 def test_other_code_is_refused_by_name_unless_told_to(
-    tmp_path: Path, inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, inputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = origin(inputs)
     old["code"]["losses"] = "0" * 16
@@ -67,17 +68,27 @@ def test_other_code_is_refused_by_name_unless_told_to(
     assert len(lines) == 1, "from then on it is this code's"
 
 
+def test_other_images_are_refused(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
+    """Their boxes may be the same: the name of the folder does not tell."""
+    folder = begun(tmp_path / "runs" / "one", origin(inputs))
+    inputs[0].write_text("another image")
+    with pytest.raises(UserError, match="the images have changed since; delete the folder"):
+        begin(folder, origin(inputs))
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_states_of_unknown_code_are_refused(tmp_path: Path, inputs: tuple[Path, Path], content: str | None) -> None:
+def test_states_of_unknown_code_are_refused(
+    tmp_path: Path, inputs: tuple[Path, Path, Path], content: str | None
+) -> None:
     folder = begun(tmp_path / "runs" / "one", origin(inputs))
     (folder / ORIGIN).unlink() if content is None else (folder / ORIGIN).write_text(content)
     with pytest.raises(UserError, match="it is not noted by which code"):
         begin(folder, origin(inputs))
 
 
-def test_what_another_run_was_begun_with_is_named(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+def test_what_another_run_was_begun_with_is_named(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
     begun(tmp_path / "runs" / "one", origin(inputs))
-    inputs[0].write_text("other boxes")
+    inputs[1].write_text("other boxes")
     lines: list[str] = []
     (tmp_path / "runs" / "two").mkdir()
     begin(tmp_path / "runs" / "two", origin(inputs, train__seed=3, runtime__num_threads=2), lines.append)

@@ -22,15 +22,17 @@ BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli
 SHOWN = 4  # of the names that a message could hold
 
 
-def origin_of(config: Config, boxes_csv: Path, weights: Path) -> dict[str, Any]:
+def origin_of(config: Config, index_csv: Path, boxes_csv: Path, weights: Path) -> dict[str, Any]:
     """Parameters, data, pretrained weights and code of a training that starts now.
 
-    The code is that of this package's modules which are loaded, each by a hash of its source.
+    The index holds a hash of each image. The code is that of this package's modules which are loaded, each by a hash
+    of its source.
     """
     modules = {name.removeprefix("lesionsam."): Path(file) for name, module in sorted(sys.modules.items())
                if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))}
     return {
         "parameters": {key: value for key, value in flatten(config).items() if key.startswith(SECTIONS)},
+        "images": sha256_file(index_csv),
         "boxes": sha256_file(boxes_csv),
         "weights": sha256_file(weights),
         "code": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in modules.items()
@@ -45,17 +47,14 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
         folder: scratch of this very run, see `experiment.run_key`; those of other runs lie beside it.
         say: told where a run of other settings is left behind, and which settings those are.
     Raises:
-        UserError: the folder holds states that other code made.
+        UserError: the folder holds states that other code made, or that were made from other images.
     """
     if any(folder.glob("state-*.pt")):
-        known = _read(folder).get("code", {})
-        other = [name for name, digest in origin["code"].items() if known.get(name, digest) != digest]
-        if not known or other:
-            what = f"the code has changed since ({_some(other)})" if other else "it is not noted by which code"
+        if what := _refusal(_read(folder), origin):
             if os.environ.get(ANYWAY) != "anyway":
                 raise UserError(
                     f"{folder}: holds an unfinished training, and {what}; delete the folder to start anew, go back to "
-                    f"that code, or go on all the same with {ANYWAY}=anyway in the environment"
+                    f"what it was, or go on all the same with {ANYWAY}=anyway in the environment"
                 )
             say(f"warning: {folder}: {what}; going on all the same")
     else:
@@ -66,12 +65,22 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
     write_json_atomic(folder / ORIGIN, dict(origin))
 
 
+def _refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Why a training that was begun with the old does not go on with the new; empty where nothing is against it."""
+    if not old.get("code"):
+        return "it is not noted by which code"
+    if old.get("images") != new["images"]:
+        return "the images have changed since"
+    other = [name for name, digest in new["code"].items() if old["code"].get(name, digest) != digest]
+    return f"the code has changed since ({_some(other)})" if other else ""
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What two origins differ in, parameters by key and value."""
     before, after = old.get("parameters", {}), new["parameters"]
     found = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted({*before, *after})
              if before.get(key) != after.get(key)]
-    return found + [what for what in ("boxes", "weights") if old.get(what) != new[what]]
+    return found + [what for what in ("images", "boxes", "weights") if old.get(what) != new[what]]
 
 
 def _read(folder: Path) -> dict[str, Any]:
