@@ -33,6 +33,7 @@ from lesionsam.statistics import interval
 
 DEV_FRACTION, INTERVAL = 1 / 6, {"num_bootstrap": 5000, "confidence": 0.95}
 MEMBERS = (1, 2, 4, 8)
+FLAGGED = ("ensemble of 1", "ensemble of 4", f"no prompt, by {MASKS}")  # of which the flag `look` is held to the truth
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,7 +81,7 @@ def main() -> int:
                              side=side)
             seconds[name] = seconds.get(name, 0.0) + time.process_time() - begun
             ious.setdefault(name, []).append(iou(one.mask, truth))  # noqa: B023
-            if name in ("ensemble of 1", "ensemble of 4"):
+            if name in FLAGGED:
                 flags.append((ious[name][-1], (name, *(kind_of(reason) for reason in one.look))))
 
         for count in MEMBERS:
@@ -90,9 +91,9 @@ def main() -> int:
             keep(f"ensemble of {count}", answer, asked, begun)
         for way in (DECODER, MASKS):
             begun = time.process_time()
-            (logits, quality), = find_lesions(sam, features, model_frames([image], side)[0], [input_size], by=way,
-                                              options=options)
-            keep(f"no prompt, by {way}", Answer(logits, quality), Asked(), begun)
+            (logits, quality, agreement), = find_lesions(sam, features, model_frames([image], side)[0], [input_size],
+                                                         by=way, options=options)
+            keep(f"no prompt, by {way}", Answer(logits, quality, agreement), Asked(), begun)
     report(ious, seconds, flags, arguments.prompt)
     return 0
 
@@ -109,7 +110,7 @@ def report(
         difference = shown(v - first, sign=True) if name != "ensemble of 1" else ""
         print(f"| {name} | {shown(v)} | {difference} | {failure_rate(v):.1%} | "
               f"{1000 * seconds[name] / len(v):.0f} |")
-    for kind in ("ensemble of 1", "ensemble of 4"):
+    for kind in FLAGGED:
         own = [(value, names[1:]) for value, names in flags if names[0] == kind]
         values, flagged = np.array([value for value, _ in own]), np.array([bool(names) for _, names in own])
         failed = values < FAILURE

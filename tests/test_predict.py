@@ -42,7 +42,7 @@ from lesionsam.inference_lesion import (
     plausibility,
     way,
 )
-from lesionsam.inference_rank import SIGNS, lesion_scores, lesion_signs, overlaps
+from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps
 from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
@@ -195,10 +195,11 @@ def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) ->
         assert torch.allclose(found.logits[0], expected, atol=1e-3)
         own = looked_at_again(sam, features, (decode(sam, features, Prompts())[0][0, 0] > 0).numpy(), size)
         assert torch.allclose(found.logits[-1], own, atol=1e-3)
-        (logits, quality), = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
+        (logits, quality, agreed), = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
     chosen = int(lesion_scores(found.signs).argmax())
     assert torch.allclose(logits, found.logits[chosen], atol=1e-3)
     assert quality == pytest.approx(found.predicted[chosen], abs=1e-4)
+    assert agreed == pytest.approx(agreement(found.masks, lesion_scores(found.signs)), abs=1e-3)
 
 
 def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image() -> None:
@@ -218,6 +219,15 @@ def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> 
     one, = Predictor(sam, auto=EASY).predict(np.full((40, 50, 3), 128, np.uint8), auto=True)
     assert not one.mask.any()
     assert one.look == ("empty",)
+
+
+def test_candidates_agree_as_far_as_the_likely_ones_do() -> None:
+    masks = np.zeros((3, 4, 4), bool)
+    masks[0, :2] = masks[1, :1] = masks[2, 3:] = True  # IoU with the first: 1, 1/2, 0
+    assert agreement(masks, np.array([1.0, 1.0 - 0.1 * np.log(2), -9.0])) == pytest.approx((1 + 0.5 * 0.5) / 1.5)
+    assert agreement(masks, np.array([1.0, -9.0, -9.0])) == pytest.approx(1)
+    reason, = reasons(masks[0], Asked(), 0.9, 0.9, 0.5)
+    assert reason == "candidates for the lesion disagree: 0.50 below 0.8"
 
 
 def lesion_on_skin() -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,8 @@ Request = tuple[str, float]  # prompt source, share by which its boxes are jitte
 Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
 
 # See `inference_lesion.find_lesions`: features, frames and sizes of some images -> an answer for each.
-FindLesions = Callable[[Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[Answer]]
+FindLesions = Callable[
+    [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]]
 
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
 
@@ -244,7 +245,7 @@ def _answer(
             sizes = [model_frame_size(shapes[k][1], shapes[k][0], side) for k in images]
             found = dict(zip(images, find(sam, features[images], frames[images], sizes), strict=True))
             for k, answer in zip(owner.tolist(), answers, strict=True):
-                answer[(kind, share)] = found[k]
+                answer[(kind, share)] = found[k][:2]
             continue
         rows, bigs, smalls = [], [], []
         for k, case in enumerate(cases):

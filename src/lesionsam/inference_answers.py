@@ -21,7 +21,7 @@ ENSEMBLE_SHARE = 0.1  # boxes of an ensemble's members: sides and centre change 
 # When a mask is worth a look; what that finds: docs/log.md, "Predict and export on real images".
 LOW_IOU = 0.6  # predicted IoU
 LOW_STABILITY = 0.75  # IoU of the masks cut a logit above and a logit below the threshold
-LOW_AGREEMENT = 0.8  # of an ensemble's members with their mean
+LOW_AGREEMENT = 0.8  # of an ensemble's members with their mean; of the candidates where there is no prompt
 HIGH_LEAKAGE = 0.15  # share of the mask outside the big box
 LOW_COVERAGE = 0.75  # share of the small box, or of the points of label 1, that the mask holds
 STABILITY_OFFSET = 1.0  # logits
@@ -48,7 +48,8 @@ class Answer:
 
     Attributes:
         low_res: (T, T) float32 logits, model frame, on the model's device; the members' mean of an ensemble.
-        predicted_iou: SAM's own estimate. agreement: mean IoU of an ensemble's members with their mean, or NaN.
+        predicted_iou: SAM's own estimate. agreement: mean IoU of an ensemble's members with their mean, without a
+            prompt `inference_rank.agreement`, else NaN.
         points, labels: those prompted with, drawn ones included: (N, 2) XY original pixels and (N,), or None.
     """
 
@@ -67,7 +68,7 @@ class Prediction:
         image_id, lesion_id: whose mask it is. mask: (H, W) bool. asked: the prompt, with the points drawn for it.
         predicted_iou: SAM's own estimate. entropy: mean over all pixels, nats, at most 0.693; NaN for automatic masks.
         stability: IoU of the masks cut a logit above and below the threshold.
-        agreement: of an ensemble's members, else NaN. look: why a person should look at it; empty: no reason.
+        agreement: as of `Answer`. look: why a person should look at it; empty: no reason.
     """
 
     image_id: str
@@ -247,7 +248,8 @@ def reasons(
     if stability < LOW_STABILITY:
         found.append(f"outline uncertain: stability {stability:.2f} below {LOW_STABILITY:g}")
     if agreement < LOW_AGREEMENT:
-        found.append(f"jittered boxes disagree: {agreement:.2f} below {LOW_AGREEMENT:g}")
+        who = "candidates for the lesion disagree" if asked.big is None else "jittered boxes disagree"
+        found.append(f"{who}: {agreement:.2f} below {LOW_AGREEMENT:g}")
     if asked.big is not None:
         leakage = 1 - np.count_nonzero(mask[_pixels(asked.big, mask)]) / np.count_nonzero(mask)
         if leakage > HIGH_LEAKAGE:

@@ -20,6 +20,7 @@ from scipy import ndimage
 from lesionsam.inference_answers import Asked, Prediction, reasons
 from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
 from lesionsam.inference_rank import (
+    agreement,
     colour_candidate,
     lesion_scores,
     lesion_signs,
@@ -39,7 +40,8 @@ NUM_LOOKED_AT = 16  # automatic masks that get a second look
 SAME = 0.8  # IoU from which two candidates are one
 LEAST_AREA, MOST_AREA = 0.003, 0.85  # share of the image that a candidate takes
 NOTHING = -10.0  # logit of an image in which no mask was found
-Found = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
+# Low-resolution logits (T, T) float32 on the model's device, predicted IoU, agreement of the candidates (NaN: none).
+Found = tuple[torch.Tensor, float, float]
 
 
 def way(metadata: dict[str, str]) -> str:
@@ -79,10 +81,11 @@ def find_lesions(
         seen = candidates(sam, features[k : k + 1], frames[k].cpu().numpy(), size, by=by, options=options)
         if seen is None:
             found.append((torch.full([4 * length for length in features.shape[-2:]], NOTHING, device=features.device),
-                          0.0))
+                          0.0, math.nan))
         else:
-            best = int(lesion_scores(seen.signs).argmax())
-            found.append((seen.logits[best], float(seen.predicted[best])))
+            scores = lesion_scores(seen.signs)
+            best = int(scores.argmax())
+            found.append((seen.logits[best], float(seen.predicted[best]), agreement(seen.masks, scores)))
     return found
 
 

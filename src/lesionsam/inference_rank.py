@@ -25,6 +25,7 @@ SKIN = (0.4, 0.55)  # between these radii, in shares of the sides, the border of
 LIGHTER = 0.4  # what is lighter than skin stands out by so much of its distance
 CENTRAL = 0.3  # radius within which lesions lie, as a share of the sides
 LOOSENESS, CORE = 0.15, 0.5  # of the boxes drawn about a mask for the box prior
+DOUBT = 0.1  # scores that differ by so much make one mask e times as likely as the other
 LEAST_CELLS = 4  # of a mask or its surroundings, for boxes and colours
 SIGNS = {  # name -> weight
     "predicted IoU, log": 0.4722,
@@ -43,6 +44,18 @@ SIGNS = {  # name -> weight
 def lesion_scores(signs: np.ndarray) -> np.ndarray:
     """(M, D) of `lesion_signs` -> (M,) float64, the greater the likelier the lesion."""
     return signs @ np.array(list(SIGNS.values()))
+
+
+def agreement(masks: np.ndarray, scores: np.ndarray) -> float:
+    """How far the candidates agree with the best one: the IoU expected of it, each of them being the lesion with a
+    probability in proportion to exp(score / `DOUBT`).
+
+    Args:
+        masks: (M, h, w) bool. scores: (M,).
+    """
+    likely = np.exp((scores - scores.max()) / DOUBT)
+    best = masks[int(scores.argmax())]
+    return float(overlaps(best[None], masks)[0] @ likely / likely.sum())
 
 
 def lesion_signs(
