@@ -366,6 +366,23 @@ def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     assert [step for step, _ in history(shipper, "loss")] == list(range(40))
 
 
+def test_a_store_whose_making_is_killed_is_made_again(tmp_path: Path) -> None:
+    """MLflow itself cannot go on with one whose tables are half made."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from lesionsam.tracking_store import make_store\n"
+        "if sys.argv[2] == 'kill': os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "make_store(Path(sys.argv[1]) / 'mlflow.db', Path(sys.argv[1]) / 'beside')")
+    for how, status in (("kill", -signal.SIGKILL), ("finish", 0)):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path), how], capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
+        assert done.returncode == status, done.stderr
+        assert (tmp_path / "mlflow.db").exists() is (how == "finish")
+        assert len(list((tmp_path / "beside").iterdir())) == (how == "kill")
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()[0].name == "Default"
+
+
 def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Server) -> None:
     script = (
         "import os, signal, sys\n"

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lesionsam.tracking_spool import JOURNALS, Spool, read_lines
+from lesionsam.tracking_spool import JOURNALS, Spool, read_lines, spool_root
+from lesionsam.tracking_store import make_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,12 +64,17 @@ class Shipper:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         self.spool = spool
         self.meta = spool.read_json("meta.json")
         self.state: dict[str, Any] = {"run_id": None, "sent": {}, "models": {}, "rejected": 0}
         self.state |= spool.read_json("state.json")
         root = Path(self.meta["root"])
+        if not self.meta["uri"]:
+            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # told by the first thing that is sent
+                make_store(root / "mlflow.db", spool_root(root))
         self.client: MlflowClient = MlflowClient(self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}")
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone

@@ -1,0 +1,40 @@
+"""MLflow's own database file, made whole or not at all.
+
+MLflow makes its tables in some fifty steps, which take seconds. A process that is killed among them leaves a file that
+MLflow can neither use nor finish ("table already exists"), and nothing would ever be sent to it. So the file is made
+beside its place and linked there when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+
+from lesionsam.files import is_alive
+
+
+def make_store(path: Path, beside: Path) -> None:
+    """Make the database, unless there is a file.
+
+    Args:
+        path: of the database. beside: folder on the same file system for the unfinished one; what killed processes
+            left there is removed.
+    """
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    beside.mkdir(parents=True, exist_ok=True)
+    for left in beside.glob("store-*"):
+        if (match := re.match(r"store-(\d+)-", left.name)) and not is_alive(int(match[1])):
+            left.unlink(missing_ok=True)
+    unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
+    try:
+        MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.link(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
