@@ -1,6 +1,6 @@
 # Training image for NVIDIA GPUs: the CUDA libraries come with torch's wheels, the driver from the host (NVIDIA container toolkit).
 #   docker build -t lesionsam .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/own:/home/lesionsam/project/own" lesionsam
+#   docker run --rm --gpus all -v "$PWD/own:/home/lesionsam/project/own" lesionsam
 FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 \
