@@ -222,3 +222,28 @@ def test_a_process_beside_a_stage_ends_with_it() -> None:
             os.kill(pid, signal.SIGKILL)
         if parent.stdout is not None:
             parent.stdout.close()
+
+
+def test_what_has_begun_to_end_is_not_interrupted_but_by_a_second_signal() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    said: list[str] = []
+
+    def block(*, begins: bool, signals: int) -> None:
+        with guard.holding() as begin:
+            if begins:
+                begin()
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+            said.append("whole")
+
+    block(begins=True, signals=0)
+    assert said == ["whole"]
+    with pytest.raises(KeyboardInterrupt):
+        block(begins=True, signals=1)
+    assert said == ["whole"] * 2
+    for cut in ({"begins": False, "signals": 1}, {"begins": True, "signals": 2}):
+        with pytest.raises(KeyboardInterrupt):
+            block(**cut)
+    assert said == ["whole"] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

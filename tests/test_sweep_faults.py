@@ -26,7 +26,7 @@ from lesionsam.errors import UserError
 from lesionsam.sweep import Request, sweep
 from lesionsam.sweep_trial import Place
 from lesionsam.sweep_worker import is_finished, state_of
-from lesionsam.tracking import sync
+from lesionsam.tracking import NullTracker, sync
 from lesionsam.tracking_spool import Spool, read_lines
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
@@ -179,6 +179,25 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
     assert pictures == {f"pictures/{name}.png" for name in ("history", "importance", "parallel")}
     assert not (Place.of(study.study_name).scratch / "trials").exists()
+
+
+def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is over, its run is just being closed."""
+    tags = NullTracker.set_tags
+
+    def interrupted(self: NullTracker, values: dict[str, Any]) -> None:
+        tags(self, values)
+        if values.get("sweep.state") == "complete":
+            monkeypatch.setattr(NullTracker, "set_tags", tags)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(NullTracker, "set_tags", interrupted)
+    with pytest.raises(UserError, match="interrupted with 1 of 2 trials finished"):
+        sweep(Request(trials=2, workers=1))
+    (trial,) = only_study().get_trials()
+    assert trial.state == TrialState.COMPLETE
+    assert trial.user_attrs["epoch"] >= 1
+    assert not any((Place.of(only_study().study_name).scratch / "trials").glob("*"))
 
 
 def test_processes_that_make_a_database_at_once_all_get_it(tmp_path: Path) -> None:

@@ -107,6 +107,37 @@ def end_with(parent: int) -> None:
 
 
 @contextmanager
+def holding() -> Iterator[Callable[[], None]]:
+    """Once the block calls what is yielded, a Ctrl-C, SIGTERM or SIGHUP waits for its end; a second one does not.
+
+    Raises:
+        KeyboardInterrupt: after the block, where one has waited.
+    """
+    asked: list[int] = []
+    before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
+
+    def note(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def begin() -> None:
+        if before or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
+
+    try:
+        yield begin
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if asked:
+            raise KeyboardInterrupt
+
+
+@contextmanager
 def finishing_first() -> Iterator[Callable[[], int]]:
     """While the block runs, a first Ctrl-C or SIGTERM is only noted, and a second one ends at once.
 

@@ -145,6 +145,7 @@ def run_trial(
     parent: str | None,
     pruned: type[Exception],
     report: Callable[[float, int], bool],
+    over: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train one trial, resumed where an earlier attempt stopped; its run is closed however it ends.
 
@@ -152,6 +153,7 @@ def run_trial(
 
     Args:
         report: receives (score, epoch) and says whether the trial is to stop; `pruned` is then raised.
+        over: called when the training has ended, before its run is closed; see `guard.holding`.
     """
     own = trial_config(config, values)
     folder = trial_folder(config, bench, place, values)
@@ -186,6 +188,7 @@ def run_trial(
     try:
         with silent():
             trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
+        over()
         keep_best(trained, own, place, number, values)
         scores = dict(history[str(trained.progress.best_epoch)])
         if all(prompt in scores for prompt in OBJECTIVE_PROMPTS):
@@ -193,9 +196,11 @@ def run_trial(
         status, state = "FINISHED", "complete"
         return Outcome(trained.progress.best_score, trained.progress.best_epoch, scores)
     except pruned:
+        over()
         status, state = "FINISHED", "pruned"
         raise
     except TRIAL_ERRORS:
+        over()
         status, state = "FAILED", "failed"
         raise
     finally:

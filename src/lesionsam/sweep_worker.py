@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lesionsam.config import Config, validate
 from lesionsam.errors import run_guarded
+from lesionsam.guard import holding
 from lesionsam.sweep_choice import NumberedSampler, build_pruner
 from lesionsam.sweep_data import open_bench
 from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
@@ -161,10 +162,11 @@ class Worker:
                 values = self._values(trial)
             finally:
                 self.lock.release()
-            return self._train(trial, values)
+            return self._train(trial, values, over)
 
         try:
-            self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate, Surplus))
+            with holding() as over:  # a training that has ended is told to the study, whoever interrupts then
+                self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate, Surplus))
         except KeyboardInterrupt:
             self._hand_back(current)
             raise
@@ -190,6 +192,8 @@ class Worker:
             frozen = self._frozen(trial)
             if frozen.state == TrialState.FAIL and state_of(frozen) == "lost":
                 queue_again(self.study, frozen)
+            elif is_finished(frozen):
+                forget(self.config, self.bench, self.place, frozen.user_attrs["values"])
 
     def _frozen(self, trial: Trial) -> FrozenTrial:
         return self.study.get_trials(deepcopy=False)[trial.number]
@@ -238,7 +242,7 @@ class Worker:
         else:
             self.duplicates = MAX_DUPLICATES
 
-    def _train(self, trial: Trial, values: dict[str, Value]) -> float:
+    def _train(self, trial: Trial, values: dict[str, Value], over: Callable[[], None]) -> float:
         reported = set(self._frozen(trial).intermediate_values)
 
         def report(score: float, epoch: int) -> bool:
@@ -264,6 +268,7 @@ class Worker:
                 parent=self.plan.parent,
                 pruned=optuna.TrialPruned,
                 report=report,
+                over=over,
             )
             if not math.isfinite(outcome.value):
                 raise ValueError(f"its value is {outcome.value}")

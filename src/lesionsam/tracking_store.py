@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 from pathlib import Path
 
 from lesionsam.files import is_alive
@@ -32,9 +33,13 @@ def make_store(path: Path, beside: Path) -> None:
         if (match := re.match(r"store-(\d+)-", left.name)) and not is_alive(int(match[1])):
             left.unlink(missing_ok=True)
     unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
+    whole = unfinished.with_suffix(".whole")
     try:
         MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+        # A copy: this process keeps the other open, and SQLite's locks do not bear one file under two names.
+        shutil.copyfile(unfinished, whole)
         with contextlib.suppress(FileExistsError):  # another process was first
-            os.link(unfinished, path)
+            os.link(whole, path)
     finally:
         unfinished.unlink(missing_ok=True)
+        whole.unlink(missing_ok=True)
