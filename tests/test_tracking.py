@@ -379,7 +379,7 @@ def test_a_store_whose_making_is_killed_is_made_again(tmp_path: Path) -> None:
                               text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
         assert done.returncode == status, done.stderr
         assert (tmp_path / "mlflow.db").exists() is (how == "finish")
-        assert len(list((tmp_path / "beside").iterdir())) == (how == "kill")
+        assert bool(list((tmp_path / "beside").iterdir())) is (how == "kill")
     assert mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()[0].name == "Default"
 
 
