@@ -71,8 +71,7 @@ def main() -> int:
         raise UserError(f"{arguments.params}: boxes.source: expected simulated, got {b.source}")
     rows = index_folder(arguments.folder, dev_fraction=DEV_FRACTION, test_split="val")
     index = {row["image_id"]: row for row in rows if row["split"] != "test"}
-    samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high),
-                       core=(b.core_low, b.core_high), jitter=b.jitter, min_area=b.min_area)
+    samples = annotate(index, root=Path(), **b.annotator())
     sam, by = load_sam(None, arguments.model), way(weights_metadata(arguments.model))
     cache, side = FeatureCache(sam, "cpu", 1), int(sam.image_encoder.img_size)
     found: dict[str, list[Seen]] = {"train": [], "dev": [], "dev, widened": []}

@@ -21,8 +21,7 @@ def main() -> None:
     if isinstance(b, CsvBoxes):
         samples = read_boxes(Path(config.inputs.boxes), index, root=Path())
     else:
-        samples = annotate(index, root=Path(), seed=b.seed, margin=(b.margin_low, b.margin_high),
-                           core=(b.core_low, b.core_high), jitter=b.jitter, min_area=b.min_area)
+        samples = annotate(index, root=Path(), **b.annotator())
     counts = {split: sum(s.split == split for s in samples) for split in SPLITS}
     for split, count in counts.items():
         if not count:

@@ -42,7 +42,7 @@ from lesionsam.inference_lesion import (
     plausibility,
     way,
 )
-from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps
+from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps, smoothed_lab
 from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
@@ -243,7 +243,8 @@ def test_signs_of_a_mask_are_what_they_say() -> None:
     corner = np.zeros_like(mask)
     corner[:8, :16] = True
     signs = dict(zip(SIGNS, lesion_signs(np.stack([mask, corner]), np.array([0.9, 0.001]), np.array([0.8, 0.5]),
-                                         np.stack([mask, ~mask, corner]), np.array([3.0, 0.0, 1.0]), shown).T,
+                                         np.stack([mask, ~mask, corner]), np.array([3.0, 0.0, 1.0]), shown,
+                                         smoothed_lab(shown)).T,
                      strict=True))
     assert signs["predicted IoU, log"] == pytest.approx(np.log([0.9, 0.01]))
     assert signs["stability, log"] == pytest.approx(np.log([0.8, 0.5]))
@@ -268,7 +269,8 @@ def test_the_lesion_scores_above_skin_sticker_and_half_of_it() -> None:
     half[:, 27:] = False
     frame[4:60, 4:60] = True
     masks = np.stack([sticker, half, mask, frame])
-    scores = lesion_scores(lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown))
+    scores = lesion_scores(lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown,
+                                        smoothed_lab(shown)))
     assert scores.argmax() == 2
     assert overlaps(masks, masks).diagonal().tolist() == [1, 1, 1, 1]
 

@@ -145,15 +145,7 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
     b = config.boxes
     if not isinstance(b, SimulatedBoxes):
         raise UserError(f"boxes.source: evidence needs simulated boxes, got {b.source}")
-    samples = annotate(
-        index,
-        root=Path(),
-        seed=b.seed,
-        margin=(b.margin_low, b.margin_high),
-        core=(b.core_low, b.core_high),
-        jitter=b.jitter,
-        min_area=b.min_area,
-    )
+    samples = annotate(index, root=Path(), **b.annotator())
     test = [s for s in samples if s.split == "test"]
     target = unit_path(out, row, seed)
     notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": config_digest(config)}

@@ -103,7 +103,8 @@ def candidates(
     shown, small, predicted, stability = _of_grid(sam, features, size, options)
     weights = np.where(small.any((1, 2)), predicted.clip(0, 1) * stability, 0)
     first = [shown[k] for k in _distinct(small, weights * plausibility(torch.from_numpy(small)).numpy())]
-    colour = colour_candidate(smoothed_lab(picture))
+    lab = smoothed_lab(picture)
+    colour = colour_candidate(lab)
     if colour is not None and LEAST_AREA <= colour.mean() <= MOST_AREA:
         first.append(colour)
     if by == DECODER:
@@ -127,7 +128,7 @@ def candidates(
     steady = np.nan_to_num(stability_scores(_part(logits, size, sam), sam.mask_threshold,
                                             options.stability_score_offset).numpy())
     quality = quality[:, 0].float().cpu().numpy()[kept.numpy()]
-    return Candidates(logits, quality, lesion_signs(masks, quality, steady, small, weights, picture), masks)
+    return Candidates(logits, quality, lesion_signs(masks, quality, steady, small, weights, picture, lab), masks)
 
 
 def _of_grid(

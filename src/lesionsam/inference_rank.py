@@ -65,19 +65,21 @@ def lesion_signs(
     crowd: np.ndarray,
     weights: np.ndarray,
     picture: np.ndarray,
+    lab: np.ndarray,
 ) -> np.ndarray:
     """What speaks for each of M masks.
 
     Args:
         masks: (M, h, w) bool, none empty. predicted, stability: (M,) the model's own of them. crowd, weights:
             (K, h, w) bool and (K,), what votes, and how much each vote counts. picture: (h, w, 3) uint8.
+        lab: its `smoothed_lab`.
     Returns:
         (M, D) float64, one column for each of `SIGNS`.
     """
-    lab = smoothed_lab(picture)
+    skin = skin_of(lab)
     votes = overlaps(masks, crowd) @ weights / max(float(weights.sum()), 1e-9)
     return np.column_stack([np.log(np.maximum(predicted, 0.01)), np.log(np.maximum(stability, 0.01)),
-                            [_seen(mask, lab, skin_of(lab), picture) for mask in masks], votes])
+                            [_seen(mask, lab, skin, picture) for mask in masks], votes])
 
 
 def _seen(mask: np.ndarray, lab: np.ndarray, skin: np.ndarray, picture: np.ndarray) -> tuple[float, ...]:

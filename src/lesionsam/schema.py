@@ -8,7 +8,7 @@ The sections `model` and `method` are in `lesionsam.schema_method`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -111,6 +111,11 @@ class SimulatedBoxes(Section):
         ge=0, le=0.5, description="centre of either box moves by up to this share of the lesion's extent"
     )
     min_area: int = Field(ge=1, description="lesions (components of a mask) smaller than this are not annotated [px]")
+
+    def annotator(self) -> dict[str, Any]:
+        """The simulated annotator, as arguments of `boxes.annotate`."""
+        return {"seed": self.seed, "margin": (self.margin_low, self.margin_high),
+                "core": (self.core_low, self.core_high), "jitter": self.jitter, "min_area": self.min_area}
 
 
 class CsvBoxes(Section):
