@@ -74,10 +74,13 @@ def runs_of(folder: Path) -> list[dict[str, str]]:
 
 
 def repository_copy(folder: Path) -> Path:
-    """The files git knows or would take, as a repository of their own with one commit, set to the tiny preset."""
+    """The files git knows or would take, as a repository of their own with one commit, set to the tiny preset.
+
+    `dvc.lock` stays behind: where `make demo` has run it speaks of that run.
+    """
     listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").stdout
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file() and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     lesionsam(folder, "preset", "tiny")
