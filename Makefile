@@ -60,7 +60,7 @@ test: $(READY) ## all tests
 
 RUNS ?= 20
 SEED ?= 0
-chaos: $(READY) ## faults on purpose, and what must hold all the same: make chaos RUNS=20 SEED=0 (half an hour of one core)
+chaos: $(READY) ## faults on purpose, and what must hold all the same: make chaos RUNS=20 SEED=0 (hours; the campaign of whole chains is by far the longest)
 	python tests/chaos.py --runs $(RUNS) --seed $(SEED)
 
 lint: $(READY) ## ruff, bandit, hadolint
@@ -85,7 +85,7 @@ report: $(READY) ## report/index.html from what is there, training only what has
 foundation: $(READY) ## train the compact model again, of params.yaml's sizes (an hour of two cores; resumes)
 	lesionsam foundation
 
-evidence: $(READY) ## the comparison of docs/log.md on real pairs: make evidence FOLDER=path (an hour or two; resumes)
+evidence: $(READY) ## the comparison on real pairs, 3 epochs a row: make evidence FOLDER=path (hours; resumes)
 	python src/evidence.py $(FOLDER) --out evidence
 
 benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (half an hour of one core)
