@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,17 +26,35 @@ with only_one(Path(sys.argv[1]), "training"):
     print("held", flush=True)
     time.sleep(300)
 """
+# Says so when it has looked for its parents some times more after the terminal above them was closed.
 STAGE = """
-import os, sys, time
-from lesionsam.guard import end_with_parent
-end_with_parent()
+import os, time
+from lesionsam import guard
+looks, sleep, guard.WATCH_SECONDS = [], time.sleep, 0.01
+time.sleep = lambda seconds: (looks.append(seconds), sleep(seconds))
+guard.end_with_parent()
 print(os.getpid(), flush=True)
-time.sleep(300)
+terminal = int(os.environ["TERMINAL"])
+while os.path.exists(f"/proc/{terminal}"):
+    sleep(0.01)
+before = len(looks)
+while len(looks) < before + 5:
+    sleep(0.01)
+print("looked again", flush=True)
+sleep(300)
 """
+START = """
+import os, subprocess, sys
+os.environ.update({variables!r})
+child = subprocess.Popen([sys.executable, "-c", {code!r}], start_new_session={new_session})
+print(child.pid, flush=True)
+child.wait()
+"""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def start(code: str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"} | variables
+def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
@@ -64,6 +85,34 @@ def ends_within(pid: int, seconds: float) -> bool:
     return False
 
 
+@contextmanager
+def family(stage: str, between: int = 0) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
+    """Terminal -> DVC -> (shells) -> stage, with sleeping Pythons in the place of the first ones; ended afterwards.
+
+    Yields:
+        the terminal, the process of DVC, the process of the stage, which has printed a line.
+    """
+    code = stage
+    for _ in range(between):
+        code = START.format(variables={}, code=code, new_session=False)
+    code = START.format(variables={"DVC_STAGE": "train"}, code=code, new_session=False)
+    # As the real DVC: what it gives its child it has not itself.
+    terminal = start("import os\nos.environ['TERMINAL'] = str(os.getpid())\n"
+                     + START.format(variables={}, code=code, new_session=True))
+    pids = [int(first_line(terminal)) for _ in range(between + 2)]
+    try:
+        assert int(first_line(terminal)) == pids[-1], "the stage itself"
+        yield terminal, pids[0], pids[-1]
+    finally:
+        for pid in reversed(pids):
+            if is_alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        terminal.kill()
+        terminal.wait()
+        if terminal.stdout is not None:
+            terminal.stdout.close()
+
+
 def test_a_second_writer_is_refused_with_the_firsts_pid_and_may_start_after_its_kill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,62 +140,28 @@ def test_the_lock_is_free_again_after_the_block_and_after_an_error(tmp_path: Pat
         pass
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("under_dvc", [True, False], ids=["under dvc", "by hand"])
-def test_a_stage_ends_with_its_parent_under_dvc_only(under_dvc: bool) -> None:
-    # DVC -> shell -> stage, with a sleeping Python in DVC's place.
-    shell = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {STAGE!r}])
-child.wait()
-"""
-    parent = start(shell, **({"DVC_STAGE": "train"} if under_dvc else {}))
-    stage = int(first_line(parent))
-    try:
-        assert is_alive(stage)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert ends_within(stage, 30 if under_dvc else 2) is under_dvc
-    finally:
-        if is_alive(stage):
-            os.kill(stage, signal.SIGKILL)
-        if parent.stdout is not None:
-            parent.stdout.close()
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_stage_ends_when_only_dvc_above_the_shell_is_killed() -> None:
-    between = f"""
-import subprocess, sys
-subprocess.Popen([sys.executable, "-c", {STAGE!r}]).wait()
-"""
-    dvc = start(
-        f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {between!r}])
-print(child.pid, flush=True)
-child.wait()
-""",
-        DVC_STAGE="train",
-    )
-    shell, stage = int(first_line(dvc)), int(first_line(dvc))
-    try:
-        time.sleep(2 * guard.WATCH_SECONDS)
-        assert is_alive(stage), "nothing has happened yet"
-        dvc.send_signal(signal.SIGKILL)
-        dvc.wait()
+@linux
+@pytest.mark.parametrize("between", [0, 1], ids=["dvc", "dvc and a shell"])
+def test_a_stage_ends_with_its_dvc_and_not_with_the_terminal_above_it(between: int) -> None:
+    with family(STAGE, between=between) as (terminal, dvc, stage):
+        terminal.send_signal(signal.SIGKILL)
+        terminal.wait()
+        assert terminal.stdout is not None
+        assert terminal.stdout.readline().strip() == "looked again", "a closed terminal ended the training"
+        os.kill(dvc, signal.SIGKILL)
         assert ends_within(stage, 30)
-    finally:
-        for pid in (stage, shell):
-            if is_alive(pid):
-                os.kill(pid, signal.SIGKILL)
-        if dvc.stdout is not None:
-            dvc.stdout.close()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_stage_whose_parent_died_while_it_loaded_its_libraries_ends() -> None:
-    late = """
+def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    before = threading.active_count()
+    guard.end_with_parent()
+    assert threading.active_count() == before
+
+
+@linux
+@pytest.mark.parametrize("stage", [
+    pytest.param("""
 import os, time
 from lesionsam.guard import end_with_parent
 parent = os.getppid()
@@ -155,23 +170,19 @@ while os.getppid() == parent:
     time.sleep(0.01)
 end_with_parent()
 time.sleep(300)
-"""
-    dvc = start(f"""
-import os, subprocess, sys, time
-os.setsid()
-subprocess.Popen([sys.executable, "-c", {late!r}], stderr=subprocess.DEVNULL)
+""", id="while it loaded its libraries"),
+    pytest.param("""
+import os, time
+from lesionsam.guard import end_with
+end_with(os.getppid())
+print(os.getpid(), flush=True)
 time.sleep(300)
-""", DVC_STAGE="train")
-    stage = int(first_line(dvc))
-    try:
-        dvc.send_signal(signal.SIGKILL)
-        dvc.wait()
-        assert ends_within(stage, 30)
-    finally:
-        if is_alive(stage):
-            os.kill(stage, signal.SIGKILL)
-        if dvc.stdout is not None:
-            dvc.stdout.close()
+""", id="a process beside a stage"),
+])
+def test_what_a_dead_process_started_ends(stage: str) -> None:
+    with family(stage) as (_, dvc, pid):
+        os.kill(dvc, signal.SIGKILL)
+        assert ends_within(pid, 30)
 
 
 def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,22 +217,6 @@ def test_a_first_signal_waits_for_the_step_and_a_second_does_not(capfd: pytest.C
         assert ended.value.exit_code == 130
     assert capfd.readouterr().err.count("ending after this step") == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="parents are taken over by another process there")
-def test_a_process_beside_a_stage_ends_with_it() -> None:
-    beside = STAGE.replace("end_with_parent()", "end_with(os.getppid())").replace("end_with_parent", "end_with")
-    parent = start(f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {beside!r}]).wait()")
-    pid = int(first_line(parent))
-    try:
-        parent.send_signal(signal.SIGKILL)
-        parent.wait()
-        assert ends_within(pid, 30)
-    finally:
-        if is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
-        if parent.stdout is not None:
-            parent.stdout.close()
 
 
 def test_what_has_begun_to_end_is_not_interrupted_but_by_a_second_signal() -> None:

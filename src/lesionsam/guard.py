@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lesionsam.errors import Interrupted, UserError
@@ -73,26 +73,54 @@ def _parent_of(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[1])
 
 
+def _is_below_dvc(pid: int) -> bool:
+    """Whether a process has what DVC gives to the stage that it starts and has not itself."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(variable.startswith(b"DVC_STAGE=") for variable in variables)
+
+
+def _up_to_dvc() -> dict[int, int]:
+    """Process -> its parent, from this one up to DVC. Above DVC nothing matters: a terminal may be closed."""
+    pid, parents = os.getpid(), {}
+    while parent := _parent_of(pid):
+        parents[pid] = parent
+        if not _is_below_dvc(parent):
+            break
+        pid = parent
+    return parents
+
+
 def end_with_parent() -> None:
     """Under DVC, end this process when DVC (or the shell between) is gone; elsewhere do nothing."""
     if "DVC_STAGE" not in os.environ or not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
-    grandparent = _parent_of(parent)
+    parents = _up_to_dvc()
 
     def end() -> None:
-        print("the process that started this stage is gone; ending", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the terminal may be gone as well
+            os.write(2, b"the process that started this stage is gone; ending\n")
         os._exit(143)
 
     def watch() -> None:
-        while os.getppid() == parent and _parent_of(parent) == grandparent:
+        while all(_parent_of(pid) == parent for pid, parent in parents.items()):
             time.sleep(WATCH_SECONDS)
         end()
 
     # Killed while this process was loading its libraries: whoever takes orphans over belongs to another session.
-    if parent and os.getsid(parent) != os.getsid(0):
+    parent = os.getppid()
+    if parent and _session_of(parent) != os.getsid(0):
         end()
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def end_with(parent: int) -> None:
