@@ -630,6 +630,7 @@ TABLES: dict[str, tuple[Spoil, str]] = {
     "no number": (cells(big_x1="wide"), "line 3, big_x1: expected a number of pixels, got 'wide'"),
     "empty cell": (cells(small_y0=""), "line 3, small_y0: expected a number of pixels, got ''"),
     "thousands": (cells(big_x1="1_0"), "line 3, big_x1: expected a number of pixels, got '1_0'"),
+    "other digits": (cells(big_x1="\u0664\u0660"), "line 3, big_x1: expected a number of pixels, got '\u0664\u0660'"),
     "unit": (cells(big_x1="40 px"), "line 3, big_x1: expected a number of pixels, got '40 px'"),
     "NaN": (cells(big_y0="NaN"), "line 3, big_y0: expected a finite number of pixels, got nan"),
     "infinite": (cells(small_x0="-inf"), "line 3, small_x0: expected a finite number of pixels, got -inf"),

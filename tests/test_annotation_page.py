@@ -12,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from annotating import Served, command, draw_images, serving
 from browser import Browser, Page, find_chromium, open_browser
+from tiny import ARCHITECTURE
 
 from lesionsam.annotation.bundle import BUNDLE, WEB, banner, compile_page, sources_digest
 from lesionsam.annotation.records import Lesion
+from lesionsam.annotation.serve import add_model
 from lesionsam.annotation.store import Change, journal_path
+from lesionsam.models.sam import build_sam, save_sam
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = '<img src=x onerror="document.title=String(1)">'
@@ -310,6 +314,33 @@ def test_what_nobody_has_seen_asks_for_a_look(browser: Browser, tmp_path: Path) 
         hand.saved()
         until(lambda: served.desk.store.state("two").lesions[0].source == "accepted")
         hand.page.wait("document.querySelectorAll('.row[data-status=unseen]').length === 0")
+        assert hand.page.errors == []
+
+
+def test_a_proposal_counts_as_seen_only_where_it_was(browser: Browser, tmp_path: Path) -> None:
+    """One that comes while the image is open and drawn on was in nobody's sight."""
+    draw_images(tmp_path / "images", ["one", "two"])
+    with serving(tmp_path) as served:
+        hand = Hand(browser.new_page()).open(f"{served.url}/#{served.key('one')}", "one")
+        torch.manual_seed(0)
+        save_sam(build_sam("compact", architecture=ARCHITECTURE), tmp_path / "tiny.safetensors", name="compact")
+        add_model(served.desk, tmp_path / "tiny.safetensors", 0.5)
+        desk = served.desk
+        assert desk.review is not None
+        assert desk.model is not None
+        until(lambda: all(desk.review.boxes(entry) for entry in desk.catalogue.entries))
+        hand.two_drags((60, 50, 220, 170), (100, 80, 160, 120))
+        hand.saved()
+        until(lambda: desk.store.state("one").revision > 0)
+        assert desk.store.state("one").shown == ""
+        hand.page.key("f", repeat=2)
+        hand.page.wait("[...document.querySelectorAll('.row .note')].some(e => e.textContent.startsWith('doubt'))")
+        hand.page.key("n")
+        hand.at("two")
+        hand.page.key("a")
+        hand.saved()
+        until(lambda: desk.store.state("two").revision > 0)
+        assert desk.store.state("two").shown == desk.model.label
         assert hand.page.errors == []
 
 

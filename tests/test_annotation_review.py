@@ -206,18 +206,19 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
     (lesion,) = proposals["one"]["lesions"]
     boxes = [lesion["big"], lesion["small"]]
     moved = [lesion["big"][0] + 2, *lesion["big"][1:]]
-    accepted = served.save("one", 0, "a", [sent("0", *boxes, proposed=boxes)]).json()["state"]["lesions"][0]
+    accepted = served.save("one", 0, "a", [sent("0", *boxes, proposed=boxes)], shown=True).json()["state"]["lesions"][0]
     (lesion,) = proposals["two"]["lesions"]
     moved = [max(0, lesion["big"][0] - 2), *lesion["big"][1:]]
     corrected = served.save("two", 0, "b", [sent("0", moved, lesion["small"], proposed=[
-        lesion["big"], lesion["small"]])]).json()["state"]["lesions"][0]
+        lesion["big"], lesion["small"]])], shown=True).json()["state"]["lesions"][0]
     assert (accepted["source"], corrected["source"]) == ("accepted", "corrected")
     made_up = served.save("three", 0, "c", [sent(proposed=[sent()["big"], sent()["small"]])])
     assert made_up.json()["state"]["lesions"][0]["source"] == "drawn"  # nobody proposed that
     assert served.save(NAMES[3], 0, "d", mark="rejected").json()["state"]["status"] == "rejected"
     assert client.get("/api/queue").json() == {"images": [], "left": 0}
     lines = [json.loads(line) for line in (tmp_path / "boxes.journal.jsonl").read_text().splitlines()]
-    assert {line["shown"] for line in lines} == {served.desk.model.label if served.desk.model else ""}
+    assert served.desk.model is not None
+    assert [line["shown"] for line in lines] == [served.desk.model.label] * 2 + [""] * 2  # as the page said of each
     first = next(line for line in lines if line["image_id"] == "one")["lesions"][0]
     assert (first["model"], first["threshold"]) == (served.desk.model.digest if served.desk.model else "", 0.5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from import_graph import imported_names, module_files
 from PIL import Image
 from scipy import stats
 
@@ -365,6 +367,20 @@ def test_cache_gives_back_what_was_kept_and_its_key_follows_weights_and_settings
     weights.write_bytes(b"2")
     keys.append(results.cache_key(samples, [weights], {"seed": 0}))
     assert len(set(keys)) == 4
+
+
+def test_what_is_kept_depends_on_every_module_that_measures():
+    """A module of the evaluation or of what answers without a prompt, imported by another such, is in the key."""
+    families = re.compile(r"lesionsam\.(evaluation|inference|metrics|prompts|box)")
+    reached, left = set(), ["lesionsam.evaluation", "lesionsam.inference_lesion"]
+    while left:
+        name = left.pop()
+        if name in module_files() and name not in reached:
+            reached.add(name)
+            left += [each for each in imported_names(module_files()[name]) if families.match(each)]
+    assert "lesionsam.inference_rank" in reached
+    assert reached <= {f"lesionsam.{name}" for name in results.MEASURES}
+    assert {f"lesionsam.{name}" for name in results.MEASURES} <= set(module_files())
 
 
 def test_pictures_show_best_median_and_worst_each_once(sam, samples, evaluation, tmp_path):

@@ -30,8 +30,12 @@ LABEL_FREE_TITLES = {
     "entropy": "entropy [nats]",
     "predicted_iou": "predicted IoU",
 }
+MEASURES = (  # modules whose change makes an evaluation that was kept a different one
+    "metrics", "evaluation", "evaluation_cases", "prompts", "inference_answers", "inference_auto", "inference_lesion",
+    "inference_rank", "box_prior", "boxes", "files", "data.frames", "models.sam", "models.trainable",
+)
 NOTES = {
-    NONE: "none: no prompt; one lesion per image, of the automatic masks the one that looks most like a lesion "
+    NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
@@ -254,19 +258,7 @@ def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
 def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapping[str, object]) -> str:
     """Digest of all that an evaluation depends on: lesions, files, weights, settings and the code that measures."""
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for module in (
-        "metrics",
-        "evaluation",
-        "evaluation_cases",
-        "prompts",
-        "inference_auto",
-        "inference_lesion",
-        "box_prior",
-        "boxes",
-        "files",
-        "data.frames",
-        "models.sam",
-    ):
+    for module in MEASURES:
         spec = importlib.util.find_spec(f"lesionsam.{module}")
         if spec is not None and spec.origin is not None:
             digest.update(Path(spec.origin).read_bytes())

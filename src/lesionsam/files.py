@@ -161,8 +161,8 @@ def whole_number(text: str) -> int | None:
 
 
 def decimal_number(text: str) -> float:
-    """A number as a table writes it; ValueError for what only Python takes for one, such as "1_0"."""
-    if "_" in text:
+    """A number as a table writes it; ValueError for what only Python takes for one, such as "1_0" or "\u0664"."""
+    if "_" in text or not text.isascii():
         raise ValueError(f"expected a number, got {text!r}")
     return float(text)
 

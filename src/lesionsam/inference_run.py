@@ -24,7 +24,7 @@ from lesionsam.inference_outputs import Folder
 from lesionsam.models.sam import Sam, encode, model_frames, preprocess
 from lesionsam.progress import progress
 
-VERSION = 4  # of what a row's key stands for
+VERSION = 5  # of what a row's key stands for
 SAVE_SECONDS = 5.0
 READERS = 2  # threads that decode images while the model runs
 
@@ -52,8 +52,10 @@ class Options:
         parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
         if source.kind == "boxes":
             parts += [SEED, NUM_POINTS, source.prompt, self.num_members]
-        elif source.kind != "points":
+        elif source.kind == "auto":
             parts += [self.auto, self.lesion_by]
+        elif source.kind == "everything":
+            parts += [self.auto]
         if lesion is not None:
             parts += [lesion.file_name, [sorted(row.items()) for _, row in lesion.rows]]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

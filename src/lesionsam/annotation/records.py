@@ -63,7 +63,7 @@ class ImageState:
         revision: grows by one with every change; 0 = as the table was found. mark: of `MARKS`.
         seconds: a person's time spent on the image that belongs to no lesion of it.
         change: name that the page gave the last change, so that one sent twice counts once.
-        shown: label of the model whose proposal was in sight when a person last decided; empty where none ever was.
+        shown: label of the model whose proposal was in sight when a person decided; empty where none ever was.
     """
 
     image_id: str

@@ -68,6 +68,7 @@ class SentChange(Strict):
     mark: Annotated[str, Field(pattern=f"^({'|'.join(MARKS)})$")] = ""
     lesions: Annotated[list[SentLesion], Field(max_length=MAX_LESIONS)] = []
     seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = 0.0
+    shown: bool = False  # whether what is proposed was in sight
 
 
 class SentBoxes(Strict):
@@ -282,7 +283,7 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
     check_text(sent.who, "name")
     seconds = {each.id: each.seconds for each in sent.lesions if each.seconds} | ({"": sent.seconds})
     return Change(sent.base, sent.who.strip() or desk.who, sent.change, sent.mark, tuple(lesions), seconds,
-                  shown=desk.model.label if known and desk.model else "")
+                  shown=desk.model.label if sent.shown and known and desk.model else "")
 
 
 def check_text(text: str, what: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from lesionsam.annotation.records import Box, Lesion, rounded
 from lesionsam.boxes import BIG, SMALL, TOLERANCE, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import whole_number
+from lesionsam.files import decimal_number, whole_number
 
 COORDINATES = (*BIG, *SMALL)
 
@@ -119,7 +119,7 @@ def _plain_rows(rows: Sequence[Mapping[str, str]]) -> list[tuple[Box, Box] | Non
     found: list[tuple[Box, Box] | None] = []
     for row in rows:
         try:
-            values = [float(row[name]) for name in COORDINATES]
+            values = [decimal_number(row[name]) for name in COORDINATES]
         except ValueError:
             found.append(None)
             continue

@@ -23,6 +23,7 @@ from lesionsam.data.isic import EDITIONS
 from lesionsam.data.jobs import outcomes
 from lesionsam.data.likeness import near_pairs
 from lesionsam.errors import UserError
+from lesionsam.files import whole_number
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 
@@ -207,7 +208,8 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
         return  # told already
     whole = np.logical_or.reduce(masks)
     for sample in samples:
-        number = int(sample.lesion_id) if sample.lesion_id.isdigit() else len(masks)
+        number = whole_number(sample.lesion_id)
+        number = len(masks) if number is None else number
         own = whole if len(samples) == 1 else masks[number] if len(masks) > 1 and number < len(masks) else None
         place = f"{path}: lesion {sample.lesion_id!r} of {sample.image_id!r}"
         core = _cut(whole if own is None else own, sample.small_box)

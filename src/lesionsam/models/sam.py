@@ -23,7 +23,7 @@ from segment_anything import modeling, sam_model_registry
 
 from lesionsam.boxes import model_frame_size
 from lesionsam.errors import UserError
-from lesionsam.files import write_bytes_atomic
+from lesionsam.files import whole_number, write_bytes_atomic
 from lesionsam.models import adapters
 from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.attention import run_blocks
@@ -103,8 +103,8 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
         if base is None:
             raise UserError(f"{checkpoint}: holds only what was trained, and needs the weights it was trained on: "
                             f"{wanted}; name them as base, or use best.safetensors beside it, which is whole")
-        size = metadata.get("image_size", "0")
-        sam = load_sam(name or metadata.get("name"), base, image_size=int(size) if size.isdigit() else 0)
+        size = whole_number(metadata.get("image_size", ""))
+        sam = load_sam(name or metadata.get("name"), base, image_size=size or 0)
         apply_tuned(sam, checkpoint, state, metadata, base)
         return at_size(sam, image_size).eval()
     held = model_held(checkpoint, state, metadata)

@@ -1,4 +1,4 @@
-// Made by "make web" from the TypeScript files beside it, of SHA-256 54348e1550f76d11f2a09b2d442d584eb3fbaf7488b400e7aaec214ab6c61cbc; change those, not this.
+// Made by "make web" from the TypeScript files beside it, of SHA-256 8ecba52f5eda85cf5438ed8237b48cf6bd6b1cc018689e0147d266292b70854e; change those, not this.
 "use strict";
 (() => {
   // src/lesionsam/annotation/web/api.ts
@@ -173,6 +173,7 @@
         who: this.who,
         mark: snapshot.mark,
         seconds: Math.min(3600, rest),
+        shown: snapshot.inSight ?? false,
         lesions: snapshot.lesions.map((lesion) => ({
           id: lesion.id,
           big: lesion.big,
@@ -1295,6 +1296,7 @@
       this.tableProblem = "";
       this.imageProblem = "";
       this.ghosts = [];
+      this.proposalSeen = false;
       this.numProposed = 0;
       this.list = new List(byId("scroller"), byId("spacer"), byId("empty"), (key) => {
         if (window.matchMedia(NARROW).matches) document.body.classList.add("list-away");
@@ -1363,6 +1365,7 @@
       const kept = this.saver.snapshotOf(key);
       this.previews.clear();
       this.ghosts = [];
+      this.proposalSeen = kept?.inSight ?? false;
       this.editor = new Editor(
         detail2.width,
         detail2.height,
@@ -1483,6 +1486,7 @@
       const lesion = this.editor?.lesion(id);
       if (lesion) this.previews.ask(id, this.key, lesion.big, lesion.small, this.others(id));
     }
+    // of the image that is open
     askGhosts() {
       this.editor?.ghosts.forEach((ghost, index) => {
         this.previews.ask(`ghost${index}`, this.key, ghost.big, ghost.small, []);
@@ -1528,7 +1532,7 @@
     save(id) {
       if (!this.editor || !this.row) return;
       const credited = id && this.editor.lesion(id) ? id : this.editor.lesions[0]?.id ?? "";
-      const snapshot = this.editor.snapshot();
+      const snapshot = { ...this.editor.snapshot(), inSight: this.proposalSeen };
       this.saver.save(this.row.key, this.row.revision, snapshot, { [credited]: this.watch.take() });
       this.note(this.row, snapshot);
     }
@@ -1600,6 +1604,7 @@
     async readQueue(count) {
       const queue2 = await queue();
       this.numProposed = count;
+      this.details.clear();
       this.list.doubts = new Map(queue2.images);
       if (this.list.filter === "review") this.list.refresh();
     }
@@ -1672,6 +1677,7 @@
         button?.classList.toggle("on", editor?.mark === name.replace("-", "_"));
       }
       if (!editor) return;
+      if (editor.ghosts.length || editor.lesions.some((each) => each.source === "automatic")) this.proposalSeen = true;
       showProposal(editor.proposal, editor.ghosts.length > 0);
       showLesions(editor, this.previews.results, (id) => {
         editor.selection = { id, part: "big" };

@@ -184,6 +184,7 @@ export class Saver {
     const rest = Object.keys(seconds).filter((id) => !known.has(id)).reduce((sum, id) => sum + capped(id), 0);
     const body = {
       base: work.base, change, who: this.who, mark: snapshot.mark as Mark, seconds: Math.min(3600, rest),
+      shown: snapshot.inSight ?? false,
       lesions: snapshot.lesions.map((lesion) => ({
         id: lesion.id, big: lesion.big, small: lesion.small, core: lesion.core, proposed: lesion.proposed,
         agreed: lesion.agreed ?? false, seconds: capped(lesion.id),

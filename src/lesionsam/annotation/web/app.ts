@@ -114,6 +114,7 @@ export class App {
     const kept = this.saver.snapshotOf(key);
     this.previews.clear();
     this.ghosts = [];
+    this.proposalSeen = kept?.inSight ?? false;
     this.editor = new Editor(detail.width, detail.height, kept ?? detail.state, detail.proposal,
       (live, id) => this.changed(live, id));
     row.revision = detail.state.revision;
@@ -239,6 +240,7 @@ export class App {
   }
 
   ghosts: Preview[] = [];
+  private proposalSeen = false; // of the image that is open
 
   private askGhosts(): void {
     this.editor?.ghosts.forEach((ghost, index) => {
@@ -289,7 +291,7 @@ export class App {
   private save(id: string | null): void {
     if (!this.editor || !this.row) return;
     const credited = id && this.editor.lesion(id) ? id : this.editor.lesions[0]?.id ?? "";
-    const snapshot = this.editor.snapshot();
+    const snapshot = { ...this.editor.snapshot(), inSight: this.proposalSeen };
     this.saver.save(this.row.key, this.row.revision, snapshot, { [credited]: this.watch.take() });
     this.note(this.row, snapshot);
   }
@@ -372,6 +374,7 @@ export class App {
   private async readQueue(count: number): Promise<void> {
     const queue = await api.queue();
     this.numProposed = count;
+    this.details.clear(); // what was read ahead lacks the new proposals
     this.list.doubts = new Map(queue.images);
     if (this.list.filter === "review") this.list.refresh();
   }
@@ -442,6 +445,7 @@ export class App {
       button?.classList.toggle("on", editor?.mark === name.replace("-", "_"));
     }
     if (!editor) return;
+    if (editor.ghosts.length || editor.lesions.some((each) => each.source === "automatic")) this.proposalSeen = true;
     ui.showProposal(editor.proposal, editor.ghosts.length > 0);
     ui.showLesions(editor, this.previews.results, (id) => {
       editor.selection = { id, part: "big" };

@@ -91,4 +91,5 @@ export interface Preview {
 export interface Snapshot {
   lesions: Lesion[];
   mark: Mark;
+  inSight?: boolean; // what a model proposes was drawn on the screen since the image was opened
 }
