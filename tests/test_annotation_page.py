@@ -325,10 +325,10 @@ def test_a_proposal_counts_as_seen_only_where_it_was(browser: Browser, tmp_path:
         torch.manual_seed(0)
         save_sam(build_sam("compact", architecture=ARCHITECTURE), tmp_path / "tiny.safetensors", name="compact")
         add_model(served.desk, tmp_path / "tiny.safetensors", 0.5)
-        desk = served.desk
-        assert desk.review is not None
+        desk, review = served.desk, served.desk.review
+        assert review is not None
         assert desk.model is not None
-        until(lambda: all(desk.review.boxes(entry) for entry in desk.catalogue.entries))
+        until(lambda: all(review.boxes(entry) for entry in desk.catalogue.entries))
         hand.two_drags((60, 50, 220, 170), (100, 80, 160, 120))
         hand.saved()
         until(lambda: desk.store.state("one").revision > 0)
