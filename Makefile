@@ -85,7 +85,7 @@ report: $(READY) ## report/index.html from what is there, training only what has
 foundation: $(READY) ## train the compact model again, of params.yaml's sizes (an hour of two cores; resumes)
 	lesionsam foundation
 
-evidence: $(READY) ## the comparison on real pairs, 3 epochs a row: make evidence FOLDER=path (hours; resumes)
+evidence: $(READY) ## the comparison on real pairs: make evidence FOLDER=path (hours; resumes)
 	python src/evidence.py $(FOLDER) --out evidence
 
 benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (half an hour of one core)

@@ -25,7 +25,7 @@ def main(
         "evidence"
     ),
     params: Annotated[Path, typer.Option(help="the default that the rows change")] = ROOT / "params.yaml",
-    epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 3,
+    epochs: Annotated[int, typer.Option(help="epochs of every row but the published letter's")] = 4,
     precision: Annotated[str, typer.Option(help="fp32 | bf16, of every row but the published letter's")] = "bf16",
     only: Annotated[str, typer.Option(help="rows whose name holds this text; empty = all")] = "",
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
@@ -39,9 +39,18 @@ def main(
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
     from lesionsam.config import load_config, with_values
     from lesionsam.data.folder import index_folder
-    from lesionsam.data.index import read_index, write_index
+    from lesionsam.data.index import read_index
     from lesionsam.errors import UserError
-    from lesionsam.evidence import costs, gap_closed, read_units, run_unit, summarise, unit_path
+    from lesionsam.evidence import (
+        check_pairs,
+        costs,
+        gap_closed,
+        is_finished,
+        read_units,
+        run_unit,
+        summarise,
+        unit_path,
+    )
     from lesionsam.evidence_rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
     from lesionsam.files import write_text_atomic
 
@@ -54,19 +63,16 @@ def main(
     )
     planned = plan.tuning(base) if tune else plan.rows(base)
     index_path = out / "index.csv"
-    if not index_path.exists():
-        write_index(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
     weights = ROOT / base.model.checkpoint
     if unit:
         name, seed = unit.rsplit("#", 1)
         row = next(row for row in planned if row.name == name)
         return run_unit(base, row, int(seed), read_index(index_path), weights, out, ROOT if track else None)
-    waiting = [
-        (row, seed)
-        for seed in range(seeds)
-        for row in planned
-        if only in row.name and seed < row.seeds and not unit_path(out, row, seed).exists()
-    ]
+    check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
+    done_before = {(row.name, seed) for row in planned for seed in range(row.seeds)
+                   if is_finished(out, base, row, seed, weights)}
+    waiting = [(row, seed) for seed in range(seeds) for row in planned
+               if only in row.name and seed < row.seeds and (row.name, seed) not in done_before]
     waiting.sort(key=lambda job: job[0].name == LETTER)  # ten times as long as any other row: last
     begun, done = time.monotonic(), 0
 

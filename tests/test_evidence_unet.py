@@ -18,8 +18,9 @@ from lesionsam.config import default_values, validate, with_values
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import read_index, write_index
 from lesionsam.data.synthetic import generate
+from lesionsam.errors import UserError
 from lesionsam.evaluation import ROW_COLUMNS
-from lesionsam.evidence import UNET, Row, run_unit, unit_path
+from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path
 from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits_of
 from lesionsam.types import Sample
 
@@ -124,3 +125,22 @@ def test_images_of_a_batch_are_answered_as_one_by_one() -> None:
         together = answer(batch.images, batch.sizes)
         single = torch.cat([answer(batch.images[k:k + 1], batch.sizes[k:k + 1]) for k in range(3)])
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
+
+
+def test_figures_of_other_settings_weights_or_pairs_are_refused(pairs: Path, root: Path, tmp_path: Path) -> None:
+    """A folder of results holds one comparison; what is finished there counts for no other."""
+    row, weights = Row("zero-shot", trains=False), root / BASE.model.checkpoint
+    assert not is_finished(tmp_path, BASE, row, 0, weights)
+    run_unit(BASE, row, 0, read_index(pairs / "index.csv"), weights, tmp_path)
+    assert is_finished(tmp_path, BASE, row, 0, weights)
+    longer = with_values(BASE, {"train.epochs": BASE.train.epochs + 1})
+    (tmp_path / "other").write_bytes(b"other weights")
+    for base, file in ((longer, weights), (BASE, tmp_path / "other")):
+        with pytest.raises(UserError, match=r"zero-shot\.seed0\.csv: figures of other settings or weights"):
+            is_finished(tmp_path, base, row, 0, file)
+    rows = index_folder(pairs, dev_fraction=0.25, test_split="val")
+    for _ in range(2):
+        check_pairs(tmp_path / "index.csv", rows)
+    assert read_index(tmp_path / "index.csv") == read_index(pairs / "index.csv")
+    with pytest.raises(UserError, match="lists other pairs than the folder holds, the first is 'lesion0'"):
+        check_pairs(tmp_path / "index.csv", [each for each in rows if each["image_id"] != "lesion0"])

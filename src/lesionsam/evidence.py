@@ -26,12 +26,13 @@ from lesionsam.config_file import fit, merge
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
+from lesionsam.data.index import read_index, write_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
-from lesionsam.files import atomic_write, read_image, read_mask, write_json_atomic, write_text_atomic
+from lesionsam.files import atomic_write, read_image, read_mask, sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.presets import preset_values
@@ -85,6 +86,48 @@ def unit_path(out: Path, row: Row, seed: int) -> Path:
     """Where a unit's per-image figures lie."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
     return out / "units" / f"{slug}.seed{seed}.csv"
+
+
+def unit_digest(config: Config, row: Row, weights: Path) -> str:
+    """Of all that a unit's figures depend on but the pairs: configuration, number of masks, network, first weights."""
+    parts = (config_digest(config), row.masks, row.network, sha256_file(weights))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def is_finished(out: Path, base: Config, row: Row, seed: int, weights: Path) -> bool:
+    """Whether a unit's figures are there.
+
+    Raises:
+        UserError: they are those of other settings.
+    """
+    path = unit_path(out, row, seed)
+    if not path.exists():
+        return False
+    try:
+        kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("digest")
+    except (OSError, ValueError):
+        kept = None
+    if kept != unit_digest(configured(base, row, seed), row, weights):
+        raise UserError(f"{path}: figures of other settings or weights than those asked for; choose another --out, or "
+                        "delete it to run it again")
+    return True
+
+
+def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
+    """Write the index of the pairs, or see that it is the one that is there.
+
+    Raises:
+        UserError: the figures beside it are of other pairs.
+    """
+    if not index_path.exists():
+        write_index(index_path, rows)
+        return
+    kept = read_index(index_path)
+    if kept != {row["image_id"]: row for row in rows}:
+        changed = next((name for name in sorted({*kept, *(row["image_id"] for row in rows)})
+                        if kept.get(name) != next((row for row in rows if row["image_id"] == name), None)), "")
+        raise UserError(f"{index_path}: lists other pairs than the folder holds, the first is {changed!r}; choose "
+                        "another --out, or give the folder that it was made from")
 
 
 def load_mask(sample: Sample) -> Any:
@@ -148,7 +191,7 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
     samples = annotate(index, root=Path(), **b.annotator())
     test = [s for s in samples if s.split == "test"]
     target = unit_path(out, row, seed)
-    notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": config_digest(config)}
+    notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": unit_digest(config, row, weights)}
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
         data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
