@@ -1,4 +1,4 @@
-"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks once a batch.
+"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks twice a batch.
 
 Left out: prompts drawn from masks (`prompts_from_masks`), which ask once for each kind how long the longest is.
 """
@@ -94,8 +94,8 @@ def test_blocking_copies_are_counted() -> None:
     assert waiting.counts["blocking copy"] == 1
 
 
-def test_the_loop_asks_once_a_batch_and_once_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the first steps, in which terms are watched for a gradient."""
+def test_the_loop_asks_twice_a_batch_and_once_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the loss is finite, and whether the gradient is; beyond the first steps, in which terms are watched."""
     counts: Counter[str] = Counter()
     seen: list[Counter[str]] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
@@ -121,7 +121,7 @@ def test_the_loop_asks_once_a_batch_and_once_a_flush(tmp_path: Path, monkeypatch
     between = seen[last] - seen[first]
     own = FLUSH_STEPS * len(weights(method))  # AdamW reads its count of steps, which is kept on the CPU
     epochs = last // 4 - first // 4  # each ends with a flush
-    assert between == Counter({"__bool__": FLUSH_STEPS, "tolist": epochs, "item": own})
+    assert between == Counter({"__bool__": 2 * FLUSH_STEPS, "tolist": epochs, "item": own})
 
 
 def test_a_flag_is_told_as_it_is() -> None:

@@ -332,8 +332,10 @@ def test_a_last_group_cut_short_is_averaged_over_what_it_holds(tmp_path: Path) -
         method = Mean()
         seen: list[float] = []
 
-        def clip(parameters: Any, limit: float, seen: list[float] = seen) -> None:
-            seen.append(float(torch.cat([p.grad.flatten() for p in parameters]).norm()))
+        def clip(parameters: Any, limit: float, seen: list[float] = seen) -> torch.Tensor:
+            norm = torch.cat([p.grad.flatten() for p in parameters]).norm()
+            seen.append(float(norm))
+            return norm
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
@@ -405,9 +407,9 @@ def test_the_learning_rate_of_each_group_follows_the_schedule(data: LesionDatase
 def test_a_loss_that_is_not_finite_is_named_and_stops_the_run_after_three(tmp_path: Path) -> None:
     lines: list[str] = []
     method = Mean(poison=lambda call: math.nan if call > 2 else 0.0)
-    with pytest.raises(UserError, match=r"not finite at step \d+ \(mask=nan\); images image\d+/0.*3 times running"):
+    with pytest.raises(UserError, match=r"loss \(mask=nan\) is not finite at step \d+; images image\d+/0.*3 times without"):
         run(method, tiny_data(8), tmp_path, batch_size=2, say=lines.append)
-    assert sum("nothing is stepped" in line for line in lines) == 2
+    assert sum("this step is not taken" in line for line in lines) == 2
     assert method.calls == 5
     assert method.after == 2, "nothing followed a step that was not taken"
     assert all(bool(torch.isfinite(v).all()) for v in weights(method).values())
@@ -417,9 +419,52 @@ def test_one_loss_that_is_not_finite_is_passed_over(tmp_path: Path) -> None:
     lines: list[str] = []
     method = Mean(poison=lambda call: math.inf if call in (2, 3, 5) else 0.0)
     run(method, tiny_data(8), tmp_path, batch_size=2, say=lines.append, epochs=2)
-    assert sum("nothing is stepped" in line for line in lines) == 3
+    assert sum("this step is not taken" in line for line in lines) == 3
     assert method.after == 8 - 3
     assert all(bool(torch.isfinite(v).all()) for v in weights(method).values())
+
+
+def test_a_group_of_batches_with_a_loss_that_is_not_finite_is_not_stepped(tmp_path: Path) -> None:
+    method = Mean(poison=lambda call: math.nan if call == 1 else 0.0)
+    run(method, tiny_data(8), tmp_path / "first of two", batch_size=2, accumulate=2, epochs=2)
+    assert method.after == 4 - 1, "the good half of the group would have been a step of half the length"
+    method = Mean(poison=lambda call: math.nan if call % 2 else 0.0)
+    with pytest.raises(UserError, match="3 times without a step between"):
+        run(method, tiny_data(8), tmp_path / "every second", batch_size=2, accumulate=2, epochs=3)
+    assert method.after == 0
+
+
+def test_a_gradient_that_is_not_finite_is_not_stepped_and_stops_the_run_after_three(tmp_path: Path) -> None:
+    """The derivative of a root at 0 is infinite, and the loss is finite all the same."""
+
+    class Rooted(Mean):
+        bad: Callable[[int], bool]
+
+        def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Term]:
+            value = super().losses(batch, generator)["mask"].value
+            return {"mask": Term(value + torch.sqrt(value - value.detach()) if self.bad(self.calls) else value, 1.0)}
+
+    lines: list[str] = []
+    method = Rooted()
+    method.bad = lambda call: call in (3, 4)
+    run(method, tiny_data(8), tmp_path / "two", say=lines.append)
+    said = [line for line in lines if "the gradient is not finite at step" in line and "image" in line]
+    assert (len(said), method.after) == (2, 6 - 2)
+    assert all(bool(torch.isfinite(v).all()) for v in weights(method).values())
+    method = Rooted()
+    method.bad = lambda call: call > 2
+    with pytest.raises(UserError, match=r"the gradient is not finite at step 4; images image.* 3 times without"):
+        run(method, tiny_data(8), tmp_path / "all")
+    for state in (tmp_path / "all").glob("*.pt"):
+        model = read_tensors(state).get("model") or read_tensors(state)
+        assert all(bool(torch.isfinite(v).all()) for v in model.values()), state
+
+
+def test_a_score_that_is_no_number_is_no_best_one(tmp_path: Path) -> None:
+    for scores, best in (([math.nan, 0.2, 0.1], (0.2, 2)), ([0.2, math.nan, 0.1], (0.2, 1))):
+        progress = run(Mean(), tiny_data(4), tmp_path / str(best[1]),
+                       evaluate=lambda epoch, scores=scores: {"objective": scores[epoch - 1]})
+        assert (progress.best_score, progress.best_epoch) == best
 
 
 def test_a_term_without_a_gradient_is_named(tmp_path: Path) -> None:
@@ -427,6 +472,12 @@ def test_a_term_without_a_gradient_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the term `pseudo` is switched on \(weight 0\.5\) but its gradient was zero"):
         run(method, tiny_data(8), tmp_path, epochs=10)
     assert method.calls == LIVENESS_STEPS.stop
+
+
+def test_a_term_without_a_gradient_is_named_at_every_start_of_a_short_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"gradient was zero in each of the first 4 steps"):
+            run(Mean(dead=True), tiny_data(8), tmp_path, epochs=2)
 
 
 def test_a_gate_that_trusts_nobody_is_named_as_the_reason(tmp_path: Path) -> None:

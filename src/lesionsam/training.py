@@ -29,7 +29,7 @@ Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
 
 LIVENESS_STEPS = range(9)  # steps whose terms are checked for gradient; in the first one distillation has none
-MAX_NONFINITE = 3  # non-finite losses in a row before the run stops
+MAX_NONFINITE = 3  # losses or gradients that are not finite, without a step between, before the run stops
 FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
 SAVE_SECONDS = 600.0  # between saves inside a long epoch
 SHORT_NAMES = {"contrast": "cont", "projection": "proj"}  # of the progress line
@@ -107,7 +107,7 @@ def fit(
         asked_to_end: the number of a signal that asks for it, else 0; asked after each step and each epoch.
     Raises:
         Interrupted: it was asked to end, and has saved its state.
-        UserError: a loss that is not finite several times running, or a term that is switched on without a gradient.
+        UserError: loss or gradient is not finite several times, or a term that is switched on has no gradient.
     """
     optimizer = torch.optim.AdamW(
         [
@@ -130,7 +130,10 @@ def fit(
     begun, begun_at, saved = time.monotonic(), at.epoch * num_batches + at.batch, time.monotonic()
     terms: Mapping[str, Term] = {}
 
-    while at.epoch < epochs and not (patience and at.epoch - at.best_epoch >= patience):
+    def is_over() -> bool:
+        return at.epoch >= epochs or 0 < patience <= at.epoch - at.best_epoch
+
+    while not is_over():
         method.model.train()
         entered = time.monotonic()
         batches = epoch_from(
@@ -142,7 +145,7 @@ def fit(
             if drops:  # torch's dropout reads the global state alone: made a function of (seed, batch), for resumes
                 torch.manual_seed(generator.initial_seed())
             if at.batch % accumulate == 0:
-                before = Moment.of(at, method, len(waiting))
+                before, ids, is_finite = Moment.of(at, method, len(waiting)), [], True
             group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
             finite: list[Callable[[], bool]] = []
             outcome = in_parts(batch.to(device), at.parts, partial(
@@ -156,21 +159,24 @@ def fit(
                 make_smaller(at, batch, method, outcome, say)
                 continue
             terms, values = outcome
+            ids += batch.ids
             if not all(read() for read in finite):  # waits for forward passes alone, see `told_later`
-                skip_nonfinite(at, terms, values, batch.ids, say)
-                optimizer.zero_grad()
-            else:
-                at.nonfinite = 0
+                is_finite = False
+                skip(at, f"the loss ({bad_terms(terms, values)})", batch.ids, say)
             last = at.batch + 1 == num_batches
             if (at.batch + 1) % accumulate == 0 or last:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * factor(at.step)
-                if not at.nonfinite:
+                if is_finite:
                     scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(clipped, clip)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    method.after_step()
+                    norm = nn.utils.clip_grad_norm_(clipped, clip)
+                    if scaler.is_enabled() or torch.isfinite(norm):  # a scaler passes over such a step by itself
+                        scaler.step(optimizer)
+                        scaler.update()
+                        method.after_step()
+                        at.nonfinite = 0
+                    else:
+                        skip(at, "the gradient", ids, say)
                 optimizer.zero_grad()
                 at.step += 1
                 if at.step == LIVENESS_STEPS.stop:
@@ -198,17 +204,17 @@ def fit(
             | {"epoch": at.epoch},
             at.step,
         )
-        if at.best_epoch == 0 or scores[OBJECTIVE] > at.best_score:
+        if at.best_epoch == 0 or not (scores[OBJECTIVE] <= at.best_score or math.isnan(scores[OBJECTIVE])):
             at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
             save_best(folder, method)
+        if is_over() and at.step < LIVENESS_STEPS.stop:  # a run too short for the check above
+            check_alive(terms, method, at, say)
         save_state(folder, at, method, optimizer, scaler)
         saved = time.monotonic()
         if ending := asked_to_end():
             raise Interrupted(ending)
         spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
         say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
-    if terms and at.step < LIVENESS_STEPS.stop:  # a run too short for the check above
-        check_alive(terms, method, at, say)
     return at
 
 
@@ -326,18 +332,20 @@ def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Ca
         )
 
 
-def skip_nonfinite(
-    at: Progress, terms: Iterable[str], values: Mapping[str, torch.Tensor], ids: Sequence[str],
-    say: Callable[[str], None],
-) -> None:
-    """Count a loss that is not finite and name its terms and images; stop after several running."""
-    at.nonfinite += 1
+def bad_terms(terms: Iterable[str], values: Mapping[str, torch.Tensor]) -> str:
+    """The terms of a loss that are not finite, with their values."""
     found = {name: values[name].item() for name in terms}
-    bad = ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))
-    message = f"loss is not finite at step {at.step} ({bad}); images {', '.join(ids)}"
+    return ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))
+
+
+def skip(at: Progress, what: str, ids: Sequence[str], say: Callable[[str], None]) -> None:
+    """Count a step that is not taken because something was not finite, and name its images; stop after several."""
+    at.nonfinite += 1
+    message = f"{what} is not finite at step {at.step}; images {', '.join(ids)}"
     if at.nonfinite >= MAX_NONFINITE:
-        raise UserError(f"{message}; {at.nonfinite} times running: lower train.lr_* or use train.precision fp32")
-    say(f"warning: {message}; nothing is stepped")
+        raise UserError(f"{message}; {at.nonfinite} times without a step between: lower train.lr_* or use "
+                        "train.precision fp32")
+    say(f"warning: {message}; this step is not taken")
 
 
 def flush(waiting: list[tuple[int, dict[str, torch.Tensor]]], at: Progress, log: Log, learning_rate: float) -> None:
