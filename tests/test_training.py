@@ -407,7 +407,7 @@ def test_the_learning_rate_of_each_group_follows_the_schedule(data: LesionDatase
 def test_a_loss_that_is_not_finite_is_named_and_stops_the_run_after_three(tmp_path: Path) -> None:
     lines: list[str] = []
     method = Mean(poison=lambda call: math.nan if call > 2 else 0.0)
-    with pytest.raises(UserError, match=r"loss \(mask=nan\) is not finite at step \d+; images image\d+/0.*3 times without"):
+    with pytest.raises(UserError, match=r"loss \(mask=nan\) is not finite at step \d+; images image.*; 3 times"):
         run(method, tiny_data(8), tmp_path, batch_size=2, say=lines.append)
     assert sum("this step is not taken" in line for line in lines) == 2
     assert method.calls == 5

@@ -129,6 +129,7 @@ def fit(
     waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
     begun, begun_at, saved = time.monotonic(), at.epoch * num_batches + at.batch, time.monotonic()
     terms: Mapping[str, Term] = {}
+    ids: list[str] = []  # of the images of a group of batches
 
     def is_over() -> bool:
         return at.epoch >= epochs or 0 < patience <= at.epoch - at.best_epoch
