@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test chaos lint types tune ui report foundation evidence benchmark web lock clean
+.PHONY: help setup demo test chaos lint types audit tune ui report foundation evidence benchmark web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,12 @@ lint: $(READY) ## ruff, bandit, hadolint
 
 types: $(READY) ## pyright
 	pyright --pythonpath $(VENV)/bin/python
+
+AUDIT := .cache/audit
+audit: ## known vulnerabilities of what requirements.lock pins, by pip-audit (needs the network; fetches pip-audit)
+	@"$(PYTHON)" -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 tune: $(READY) ## search for better parameters: make tune TRIALS=20
 	python src/tune.py --trials $(TRIALS)
