@@ -51,6 +51,7 @@ def unprotected() -> Iterator[None]:
                             "told_later": lambda flag: lambda: True}.items():
             stack.enter_context(patch.object(training, name, value))
         stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
+        stack.enter_context(patch.object(training.Steps, "take", lambda steps, *_: steps.optimizer.step() or True))
         stack.enter_context(patch("lesionsam.training_state.atomic_write", straight))
         yield
 

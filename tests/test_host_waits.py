@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training import FLUSH_STEPS, LIVENESS_STEPS, add_gradients, step_generator, told_later
+from lesionsam.training import FLUSH_STEPS, LIVENESS_STEPS, add_gradients, step_generator
+from lesionsam.training_steps import told_later
 from lesionsam.types import Batch, sent
 
 META = torch.device("meta")  # tensors without values: who asks for one gets an error, where a GPU would be waited for
@@ -146,3 +147,24 @@ def test_the_flag_is_asked_for_before_the_backward_pass_and_read_after_it(
     method: Any = Mean()
     run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
     assert order == ["asked", "backward", "read"] * 2
+
+
+def test_a_gpu_that_is_working_on_the_backward_pass_is_not_asked_for_its_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused optimiser, as GPUs have it, is asked a batch later, when that batch's own loss is known."""
+    order: list[str] = []
+    plain, step = torch.optim.AdamW, torch.optim.AdamW.step
+
+    def asked(flag: torch.Tensor) -> Any:
+        order.append("gradient asked")
+        return lambda: bool(order.append("gradient read")) or bool(flag)
+
+    monkeypatch.setattr("lesionsam.training_steps.told_later", asked)
+    monkeypatch.setattr("lesionsam.training.told_later", lambda flag: lambda: bool(order.append("loss read")) or True)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": True}))
+    monkeypatch.setattr(plain, "step", lambda self: order.append("step") or step(self))
+    method: Any = Mean()
+    run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
+    taken = ["step", "gradient asked"]
+    assert order == ["loss read", *taken, "loss read", "gradient read", *taken, "gradient read"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +23,13 @@ from lesionsam.models.trainable import trained_parameters
 from lesionsam.progress import progress
 from lesionsam.training_memory import Moment, in_parts, make_smaller
 from lesionsam.training_state import Progress, load_state, save_best, save_state
+from lesionsam.training_steps import Steps, bad_terms, told_later
 from lesionsam.types import Batch
 
 Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
 
 LIVENESS_STEPS = range(9)  # steps whose terms are checked for gradient; in the first one distillation has none
-MAX_NONFINITE = 3  # losses or gradients that are not finite, without a step between, before the run stops
 FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
 SAVE_SECONDS = 600.0  # between saves inside a long epoch
 SHORT_NAMES = {"contrast": "cont", "projection": "proj"}  # of the progress line
@@ -117,12 +117,14 @@ def fit(
         ],
         weight_decay=weight_decay,
         betas=betas,
+        fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(enabled=precision == "fp16" and device.type == "cuda")
     parameters = [p for g in groups for p in g.parameters]
     clipped = [p for g in groups if not g.apart for p in g.parameters]
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.model.modules())
     at = load_state(folder, method, optimizer, scaler) or Progress(parts=parts)
+    steps = Steps(optimizer, scaler, at, say)
     if at.step:
         say(f"resuming after epoch {at.epoch}, step {at.step}")
     num_batches = data.batches_per_epoch(batch_size)
@@ -161,23 +163,19 @@ def fit(
                 continue
             terms, values = outcome
             ids += batch.ids
-            if not all(read() for read in finite):  # waits for forward passes alone, see `told_later`
+            losses_finite = all(read() for read in finite)  # waits for forward passes alone, see `told_later`
+            steps.settle()
+            if not losses_finite:
                 is_finite = False
-                skip(at, f"the loss ({bad_terms(terms, values)})", batch.ids, say)
+                steps.skip(f"the loss ({bad_terms(terms, values)})", batch.ids, at.step)
             last = at.batch + 1 == num_batches
             if (at.batch + 1) % accumulate == 0 or last:
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * factor(at.step)
                 if is_finite:
                     scaler.unscale_(optimizer)
-                    norm = nn.utils.clip_grad_norm_(clipped, clip)
-                    if scaler.is_enabled() or torch.isfinite(norm):  # a scaler passes over such a step by itself
-                        scaler.step(optimizer)
-                        scaler.update()
+                    if steps.take(nn.utils.clip_grad_norm_(clipped, clip), ids):
                         method.after_step()
-                        at.nonfinite = 0
-                    else:
-                        skip(at, "the gradient", ids, say)
                 optimizer.zero_grad()
                 at.step += 1
                 if at.step == LIVENESS_STEPS.stop:
@@ -187,6 +185,8 @@ def fit(
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
             at.batch += 1
             due = bool(ending := asked_to_end()) or (time.monotonic() - saved > SAVE_SECONDS and not last)
+            if last or due:
+                steps.settle()
             if due and (last or at.batch % accumulate == 0):
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
                 save_state(folder, at, method, optimizer, scaler)
@@ -271,24 +271,6 @@ def add_gradients(
     return terms, {"loss": total.detach(), **values}
 
 
-def told_later(flag: torch.Tensor) -> Callable[[], bool]:
-    """Begin to bring a flag to the host. What is returned waits for it, but for nothing that is queued after it.
-
-    So a GPU that a loop asks once a batch, when the backward pass is queued, has that pass to work on while the host
-    learns of the forward pass and queues what follows: it never stands still for the answer.
-    """
-    if flag.device.type != "cuda":
-        return lambda: bool(flag)
-    copied, done = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-    done.record()
-
-    def read() -> bool:
-        done.synchronize()
-        return bool(copied)
-
-    return read
-
-
 def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:
     """L = sum of weight times value; monitors carry no gradient."""
     return torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
@@ -331,22 +313,6 @@ def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Ca
             f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
             "temperature"
         )
-
-
-def bad_terms(terms: Iterable[str], values: Mapping[str, torch.Tensor]) -> str:
-    """The terms of a loss that are not finite, with their values."""
-    found = {name: values[name].item() for name in terms}
-    return ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))
-
-
-def skip(at: Progress, what: str, ids: Sequence[str], say: Callable[[str], None]) -> None:
-    """Count a step that is not taken because something was not finite, and name its images; stop after several."""
-    at.nonfinite += 1
-    message = f"{what} is not finite at step {at.step}; images {', '.join(ids)}"
-    if at.nonfinite >= MAX_NONFINITE:
-        raise UserError(f"{message}; {at.nonfinite} times without a step between: lower train.lr_* or use "
-                        "train.precision fp32")
-    say(f"warning: {message}; this step is not taken")
 
 
 def flush(waiting: list[tuple[int, dict[str, torch.Tensor]]], at: Progress, log: Log, learning_rate: float) -> None:

@@ -170,6 +170,8 @@ def load_state(
         teacher = method.teacher
         if teacher is not None:
             teacher.module.load_state_dict(state["teacher"], strict=False)
+        for group in state["optimizer"]["param_groups"]:
+            group["fused"] = optimizer.defaults["fused"]  # as this device has it; the state may come from another
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         return Progress(**state["progress"])
