@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.md"
@@ -67,6 +68,17 @@ class Limits:
         for line in self.missed:
             print(f"missed: {line}", file=sys.stderr)
         return 1 if self.missed else 0
+
+
+def multiplications(run: Callable[[], object]) -> int:
+    """Floating-point operations of the matrix products and convolutions of a call, by shape (torch's counter).
+
+    Ratios of these are the floor that a step's time would have if all arithmetic ran at one speed and nothing else
+    took time.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def now(device: torch.device) -> float:

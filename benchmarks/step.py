@@ -22,10 +22,9 @@ from typing import Any
 import naive_step
 import torch
 from naive_step import Draws, NaiveStep
-from record import Limits, interleaved, provenance, ratio, record, table
+from record import Limits, interleaved, multiplications, provenance, ratio, record, table
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from lesionsam.config import default_values, unflatten, validate
 from lesionsam.config_file import fit as fit_values
@@ -215,17 +214,6 @@ class Agreement:
         if not (self.loss <= LOSS_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
                 and self.worst <= GRADIENT_TOLERANCE and self.trusted == self.naive_trusted == 1 and not silent):
             raise ValueError(f"the steps differ, so nothing is timed: {self}")
-
-
-def multiplications(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of a call, by shape (torch's counter).
-
-    Ratios of these are the floor that a step's time would have if all arithmetic ran at one speed and nothing else
-    took time.
-    """
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def step_generator() -> torch.Generator:
