@@ -29,8 +29,8 @@ def origin_of(
 ) -> dict[str, Any]:
     """Parameters, data, pretrained weights and code of a training that starts now.
 
-    The index holds a hash of each image, and none of the masks. The code is that of this package's modules which are loaded, each by a hash
-    of its source.
+    The index holds a hash of each image, and none of the masks. The code is that of this package's modules which are
+    loaded, each by a hash of its source.
     """
     modules = {name.removeprefix("lesionsam."): Path(file) for name, module in sorted(sys.modules.items())
                if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))}
