@@ -25,7 +25,7 @@ from lesionsam.experiment import (
     trained_prompts,
 )
 from lesionsam.experiment_memory import cost
-from lesionsam.experiment_origin import begin, origin_of
+from lesionsam.experiment_origin import begin, finish, origin_of
 from lesionsam.experiment_parts import strategy_of
 from lesionsam.files import atomic_write, sha256_file, write_json_atomic
 from lesionsam.guard import end_with_parent, finishing_first, only_one
@@ -52,7 +52,8 @@ def main() -> None:
     samples = read_boxes(boxes, read_index(index), root=ROOT)
     folder = SCRATCH / run_key(config, boxes, weights)
     with only_one(SCRATCH / "lock", "training"):
-        begin(folder, origin_of(config, index, boxes, weights))
+        masks = [sample.mask_path for sample in samples if sample.split != "test" and sample.mask_path]
+        begin(folder, origin_of(config, index, boxes, weights, masks))
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
         board = Board(BOARDS / folder.name) if config.tracking.tensorboard else None
         tracker = open_tracker(config, folder / "run")
@@ -127,7 +128,7 @@ def main() -> None:
         shutil.rmtree(OUT, ignore_errors=True)
         OUT.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out", OUT)
-        shutil.rmtree(folder)
+        finish(folder)
     print(
         f"best {OBJECTIVE} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/"
     )

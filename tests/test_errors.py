@@ -42,6 +42,8 @@ def interrupted() -> None:
         (fails_with(Interrupted(signal.SIGTERM)), 143, "interrupted"),
         (lambda: np.zeros(2**60, np.uint8), 2, "error: out of memory; .* lower train.batch_size"),
         (lambda: torch.zeros(2**60, dtype=torch.uint8), 2, r"error: out of memory \(.*allocate memory.* lower train"),
+        (fails_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")), 2,
+         r"error: out of memory \(CUDA .* GPU 0 has\); end other programs, or lower .* evaluate.batch_size"),
         *(
             (fails_with(OSError(number, os.strerror(number), "there")), 2, f"cannot write there: {words}.*free space")
             for number, words in (

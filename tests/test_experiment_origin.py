@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from lesionsam import losses, training
 from lesionsam.config import default_values, unflatten, validate
 from lesionsam.errors import UserError
-from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, origin_of
+from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, finish, origin_of
+from lesionsam.tracking import NullTracker
 
 
 @pytest.fixture
@@ -74,6 +76,56 @@ def test_other_images_are_refused(tmp_path: Path, inputs: tuple[Path, Path, Path
     inputs[0].write_text("another image")
     with pytest.raises(UserError, match="the images have changed since; delete the folder"):
         begin(folder, origin(inputs))
+
+
+def test_other_masks_are_refused(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
+    """The index has no hash of them, and a user's own boxes do not follow them."""
+    def with_mask(content: str) -> dict[str, Any]:
+        (tmp_path / "mask.png").write_text(content)
+        return origin_of(validate(unflatten({}, default_values())), *inputs, [tmp_path / "mask.png"])
+
+    folder = begun(tmp_path / "runs" / "one", with_mask("one"))
+    begin(folder, with_mask("one"))
+    with pytest.raises(UserError, match="the masks have changed since; delete the folder"):
+        begin(folder, with_mask("another"))
+
+
+def test_points_of_other_code_are_not_gone_on_with_where_there_is_no_state_yet(
+    tmp_path: Path, inputs: tuple[Path, Path, Path]
+) -> None:
+    """Killed before its first state: a point that is there already would not be written again."""
+    folder = tmp_path / "runs" / "one"
+    begin(folder, origin(inputs))
+    tracker = NullTracker(folder / "run")
+    tracker.log({"loss": 1.0}, 0)
+    tracker.close()
+    begin(folder, origin(inputs))
+    assert (folder / "run" / "metrics.jsonl").exists(), "the same code: the same points"
+    other = origin(inputs)
+    other["code"]["losses"] = "0" * 16
+    begin(folder, other)
+    assert [path.name for path in folder.iterdir()] == [ORIGIN]
+
+
+def test_a_finished_run_that_is_killed_while_its_scratch_is_removed_begins_anew(
+    tmp_path: Path, inputs: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begun(tmp_path / "runs" / "one", origin(inputs))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder, **options: (folder / ORIGIN).unlink())
+        finish(folder)
+    begin(folder, origin(inputs))
+    assert [path.name for path in folder.parent.iterdir()] == ["one"]
+    finish(folder)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_what_killed_processes_were_writing_is_removed(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
+    """A state may have gigabytes, and a night many kills."""
+    folder = begun(tmp_path / "runs" / "one", origin(inputs))
+    (folder / f".state-000000002-000001.pt.{2**22 + 1}-00000000.tmp").touch()  # more than any process number
+    begin(folder, origin(inputs))
+    assert sorted(path.name for path in folder.iterdir()) == [ORIGIN, "state-000000001-000000.pt"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])

@@ -356,8 +356,8 @@ def test_a_killed_export_is_cleared_up_by_the_next(subject: Subject, tmp_path: P
     """kill -9 leaves a hidden folder, or one moved aside; a running export's is left alone."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    running = f".hf.building-{os.getpid()}"
-    for name in (f".onnx.building-{dead.pid}", f".hf.old-{dead.pid}", f".pth.old-{dead.pid}", running, "pth"):
+    running = f".hf.building-{os.getppid()}"
+    for name in (f".onnx.building-{dead.pid}", f".hf.old-{dead.pid}", f".pth.old-{os.getpid()}", running, "pth"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     export(subject, [SAFETENSORS_FORMAT], tmp_path, pictures=pictures(1))

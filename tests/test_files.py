@@ -16,6 +16,7 @@ from lesionsam.files import (
     atomic_write,
     copy_atomic,
     free_disk_bytes,
+    remove_leftovers,
     sha256_file,
     write_bytes_atomic,
     write_json_atomic,
@@ -98,6 +99,24 @@ def test_kill_in_the_middle_never_leaves_a_half_file(tmp_path: Path) -> None:
         content = path.read_bytes()
         assert len(content) == 64 * 4096
         assert len(set(content)) == 1
+
+
+def test_leftovers_are_removed_where_they_may_be_and_of_dead_processes_alone(tmp_path: Path) -> None:
+    gone = 2**22 + 1  # more than any process number
+    for folder in ("", "masks/a", "a neighbour's"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for pid in (gone, os.getpid(), os.getppid()):
+            (tmp_path / folder / f".a.png.{pid}-00000000.tmp").touch()
+    (tmp_path / f".a.png.{gone}.tmp").touch()
+    with atomic_write(tmp_path / "b") as file:
+        file.write(b"whole")
+        remove_leftovers(tmp_path, "masks")
+    assert (tmp_path / "b").read_bytes() == b"whole"
+    left = {path.relative_to(tmp_path).parent.as_posix(): 0 for path in tmp_path.rglob(".*.tmp")}
+    for path in tmp_path.rglob(".*.tmp"):
+        left[path.relative_to(tmp_path).parent.as_posix()] += 1
+    # Of the parent's each; another name; and the neighbour's as they were. This process's number is a dead one's.
+    assert left == {".": 2, "masks/a": 1, "a neighbour's": 3}
 
 
 def test_copy_and_link(tmp_path: Path) -> None:

@@ -68,18 +68,10 @@ def first_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def is_alive(pid: int) -> bool:
-    """Not gone and not a zombie that waits for its parent."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def ends_within(pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not is_alive(pid):
+        if not guard.started(pid):
             return True
         time.sleep(0.05)
     return False
@@ -105,7 +97,7 @@ def family(stage: str, between: int = 0) -> Iterator[tuple[subprocess.Popen[str]
         yield terminal, pids[0], pids[-1]
     finally:
         for pid in reversed(pids):
-            if is_alive(pid):
+            if guard.started(pid):
                 os.kill(pid, signal.SIGKILL)
         terminal.kill()
         terminal.wait()
@@ -183,6 +175,20 @@ def test_what_a_dead_process_started_ends(stage: str) -> None:
     with family(stage) as (_, dvc, pid):
         os.kill(dvc, signal.SIGKILL)
         assert ends_within(pid, 30)
+
+
+@linux
+def test_a_number_that_was_given_to_another_process_is_not_the_first_one_alive() -> None:
+    pid, since = os.getpid(), guard.started(os.getpid())
+    assert since
+    assert guard.is_alive(pid, since)
+    assert not guard.is_alive(pid, since + "0")
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not guard.is_alive(child.pid, since), "dead, and nobody has waited for it"
+    assert guard.is_alive(child.pid)
+    child.wait()
+    assert not guard.is_alive(child.pid)
 
 
 def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from sweep_project import ROOT, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage, sweep_study, sweep_worker
 from lesionsam.errors import UserError
+from lesionsam.guard import started
 from lesionsam.sweep import Request, sweep
 from lesionsam.sweep_trial import Place
 from lesionsam.sweep_worker import is_finished, state_of
@@ -71,14 +72,6 @@ def quiet(function: Callable[[], Any]) -> Any:
         return function()
     except (ValueError, KeyError, *sweep_storage.FAULTS):
         return None
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.fixture
@@ -151,7 +144,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     assert "was killed (signal 9); another takes its place" in capfd.readouterr().out
     trials = only_study().get_trials()
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert not [t for t in trials if t.user_attrs.get("owner") and is_alive(t.user_attrs["owner"]["pid"])], "orphans"
+    assert not [t for t in trials if t.user_attrs.get("owner") and started(t.user_attrs["owner"]["pid"])], "orphans"
     (parent,), children = mlflow_runs()
     assert parent.info.status == "KILLED"
     assert "RUNNING" not in {run.info.status for run in children}
@@ -233,7 +226,7 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> 
         [sys.executable, "-c", launcher], stdin=reader, capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    wait_for(lambda: not is_alive(int(done.stdout)))
+    wait_for(lambda: not started(int(done.stdout)))
     os.close(reader)
     os.close(writer)
 

@@ -6,7 +6,9 @@ import math
 import re
 import resource
 import signal
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
 from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
 from lesionsam.training_state import (
+    DAMAGE,
     Progress,
     check_disk,
     load_best,
@@ -239,6 +242,24 @@ def test_what_the_disk_refuses_is_told_and_leaves_nothing(tmp_path: Path) -> Non
     assert read_tensors(tmp_path / "state.pt")["a"].equal(state["a"])
 
 
+def test_no_flipped_bit_of_a_states_directory_goes_unseen(tmp_path: Path) -> None:
+    """A record's directory entry is no part of its checksum."""
+    path, state = tmp_path / "state.pt", {"a": torch.arange(8), "b": [1, 2.0, "x"]}
+    write_tensors(path, state)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.start_dir
+    for place in range(begin, len(whole)):
+        for flipped in (8, 16):  # a method of compression; a folder
+            content = bytearray(whole)
+            content[place] ^= flipped
+            path.write_bytes(content)
+            with suppress(*DAMAGE):
+                read = read_tensors(path)
+                assert read["a"].equal(state["a"]), (place - begin, flipped)
+                assert read["b"] == state["b"], (place - begin, flipped)
+
+
 def test_too_little_disk_is_found_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = contrastive()
     check_disk(tmp_path, method)
@@ -246,6 +267,9 @@ def test_too_little_disk_is_found_before_the_first_step(tmp_path: Path, monkeypa
     run(method, tiny_data(8), tmp_path, epochs=3)
     written = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
     monkeypatch.setattr("lesionsam.training_state.free_disk_bytes", lambda folder: written)
+    check_disk(tmp_path, method)  # what a resumed run has written is room that it need not find again
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
     with pytest.raises(UserError, match=r"needed for training states and weights, \d+ MB free; free space"):
         check_disk(tmp_path, method)
 

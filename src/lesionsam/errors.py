@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+REMEDY = ("end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
+          "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size")
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -47,13 +49,12 @@ def run_guarded(main: Callable[[], object]) -> None:
     except KeyboardInterrupt as error:
         _end("interrupted; the same command goes on from the last saved state", getattr(error, "exit_code", 130))
     except MemoryError:
-        _end("error: out of memory; end other programs, or lower train.batch_size, runtime.num_workers, "
-             "runtime.cache_memory_gb or model.image_size", 2)
+        _end(f"error: out of memory; {REMEDY}", 2)
     except RuntimeError as error:
-        if "allocate memory" not in str(error):  # torch's own allocator raises no MemoryError
+        # torch raises no MemoryError: "can't allocate memory" on a CPU, "CUDA out of memory. Tried to allocate" else.
+        if not any(words in str(error) for words in ("allocate memory", "out of memory")):
             raise
-        _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); end other programs, or lower "
-             "train.batch_size, runtime.num_workers, runtime.cache_memory_gb or model.image_size", 2)
+        _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); {REMEDY}", 2)
     except OSError as error:
         if error.errno in NO_PLACE:
             _end(f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another "

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lesionsam.config import Config, flatten
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file, write_json_atomic
+from lesionsam.files import remove_leftovers, sha256_file, write_json_atomic
 
 ORIGIN = "origin.json"
+DONE = "done-"  # begins the name of a scratch folder that is being removed
 ANYWAY = "LESIONSAM_RESUME"  # environment variable: `anyway` goes on under code that has changed
 SECTIONS = ("model.", "method.", "train.")
 # First words of modules that run beside a training and change nothing of what it gives.
@@ -22,17 +24,20 @@ BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli
 SHOWN = 4  # of the names that a message could hold
 
 
-def origin_of(config: Config, index_csv: Path, boxes_csv: Path, weights: Path) -> dict[str, Any]:
+def origin_of(
+    config: Config, index_csv: Path, boxes_csv: Path, weights: Path, masks: Iterable[Path] = ()
+) -> dict[str, Any]:
     """Parameters, data, pretrained weights and code of a training that starts now.
 
-    The index holds a hash of each image. The code is that of this package's modules which are loaded, each by a hash
-    of its source.
+    The index holds a hash of each image, and none of the masks. The code is that of this package's modules which are
+    loaded, each by a hash of its source.
     """
     modules = {name.removeprefix("lesionsam."): Path(file) for name, module in sorted(sys.modules.items())
                if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))}
     return {
         "parameters": {key: value for key, value in flatten(config).items() if key.startswith(SECTIONS)},
         "images": sha256_file(index_csv),
+        "masks": hashlib.sha256("".join(sha256_file(path) for path in masks).encode()).hexdigest(),
         "boxes": sha256_file(boxes_csv),
         "weights": sha256_file(weights),
         "code": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in modules.items()
@@ -44,11 +49,15 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
     """Note what a training was begun with, or compare with what was noted.
 
     Args:
-        folder: scratch of this very run, see `experiment.run_key`; those of other runs lie beside it.
+        folder: scratch of this very run, see `experiment.run_key`; those of other runs lie beside it. Nobody else
+            may be at work in them.
         say: told where a run of other settings is left behind, and which settings those are.
     Raises:
-        UserError: the folder holds states that other code made, or that were made from other images.
+        UserError: the folder holds states that other code made, or that were made from other images or masks.
     """
+    for done in folder.parent.glob(f"{DONE}*"):  # a kill came while it was removed
+        shutil.rmtree(done, ignore_errors=True)
+    remove_leftovers(folder, "run", "overlays")
     if any(folder.glob("state-*.pt")):
         if what := _refusal(_read(folder), origin):
             if os.environ.get(ANYWAY) != "anyway":
@@ -58,11 +67,20 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
                 )
             say(f"warning: {folder}: {what}; going on all the same")
     else:
+        if (folder / ORIGIN).exists() and _refusal(_read(folder), origin):
+            shutil.rmtree(folder)  # nothing to go on from, and its first points are not this run's
         for left in sorted(folder.parent.glob(f"*/{ORIGIN}")):
             if left.parent != folder and any(left.parent.glob("state-*.pt")):
                 say(f"an unfinished training of other settings stays in {left.parent} "
                     f"({_some(differences(_read(left.parent), origin))}); this one begins anew")
     write_json_atomic(folder / ORIGIN, dict(origin))
+
+
+def finish(folder: Path) -> None:
+    """Remove the scratch of a training that is over. A kill meanwhile leaves no half of it that would be taken up."""
+    done = folder.with_name(f"{DONE}{folder.name}")
+    os.replace(folder, done)
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def _refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -71,6 +89,8 @@ def _refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         return "it is not noted by which code"
     if old.get("images") != new["images"]:
         return "the images have changed since"
+    if old.get("masks", new.get("masks")) != new.get("masks"):
+        return "the masks have changed since"
     other = [name for name, digest in new["code"].items() if old["code"].get(name, digest) != digest]
     return f"the code has changed since ({_some(other)})" if other else ""
 

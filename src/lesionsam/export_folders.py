@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes, is_alive
+from lesionsam.files import free_disk_bytes
+from lesionsam.guard import is_alive
 
 
 def prepare(out: Path, needed: int) -> None:
@@ -37,7 +38,8 @@ def _clear_up(out: Path) -> None:
     """Finish what a killed export left: drop what it was building, put back what it had moved aside."""
     for path in out.glob(".*-*"):
         match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
-        if match is None or is_alive(int(match[3])):
+        # In a container every process may have had this one's number; this one has not begun to build.
+        if match is None or (int(match[3]) != os.getpid() and is_alive(int(match[3]))):
             continue
         if match[2] == "old" and not (out / match[1]).exists():
             os.replace(path, out / match[1])

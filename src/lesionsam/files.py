@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lesionsam.errors import UserError
+from lesionsam.guard import is_alive
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
 TURNS = {  # EXIF orientation -> what shows the picture upright
@@ -32,6 +33,7 @@ TURNS = {  # EXIF orientation -> what shows the picture upright
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # in any case
 CHUNK = 1 << 20
+_WRITING: set[Path] = set()  # what this process has not finished writing
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -53,6 +55,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    _WRITING.add(temporary)
     try:
         with (temporary.open("xb") if mode == "wb" else temporary.open("x", encoding="utf-8", newline="")) as file:
             yield file
@@ -67,25 +70,20 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+        _WRITING.discard(temporary)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what `atomic_write` left anywhere below a folder in processes that were killed."""
-    for path in folder.rglob(".*.tmp"):
+def remove_leftovers(folder: Path, *below: str) -> None:
+    """Remove what `atomic_write` left in processes that were killed: in a folder itself, and anywhere in some below it.
+
+    Other folders below it may be another program's, or millions of files.
+    """
+    for path in [*folder.glob(".*.tmp"), *(path for name in below for path in (folder / name).rglob(".*.tmp"))]:
         match = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
-        if match is not None and not is_alive(int(match[1])):
+        # In a container every process may have had this one's number.
+        is_own = match is not None and int(match[1]) == os.getpid()
+        if match is not None and (path not in _WRITING if is_own else not is_alive(int(match[1]))):
             path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine, whoever owns it."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def fsync_folder(folder: Path) -> None:

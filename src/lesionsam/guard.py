@@ -65,6 +65,29 @@ def only_one(path: Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_alive(pid: int, since: str = "") -> bool:
+    """Whether there is a process of this number on this machine, whoever owns it; with `since` (what `started` told)
+    whether it is that one still, not another that was given its number, and not a dead one that nobody waited for."""
+    if since:
+        return started(pid) == since
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def started(pid: int) -> str:
+    """When a process began, as the kernel tells it; empty where there is none or nothing tells."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
 def _parent_of(pid: int) -> int | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

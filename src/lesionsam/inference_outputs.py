@@ -49,7 +49,7 @@ class Folder:
             raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
                             "permissions") from None
         self.rows = read_table(out / TABLE)
-        remove_leftovers(out)
+        remove_leftovers(out, "masks", "overlays", "polygons")
 
     def files(self, file_name: str) -> list[Path]:
         """All that is wanted of a mask."""

@@ -25,6 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
+from lesionsam.guard import is_alive, started
 
 DEFAULT = Path("sweeps/sweeps.db")
 HEARTBEAT_SECONDS = 10
@@ -187,18 +188,9 @@ def _open_journal(path: Path) -> JournalStorage:
 # ---- owners and retries ------------------------------------------------------------------------------------------
 
 
-def _started(pid: int) -> str:
-    """When a process began, as the kernel tells it; empty where there is none or nothing tells."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
-
-
 def owner() -> dict[str, Any]:
     """This process, as a trial's owner."""
-    return {"host": HOST, "pid": os.getpid(), "started": _started(os.getpid())}
+    return {"host": HOST, "pid": os.getpid(), "started": started(os.getpid())}
 
 
 def lost_its_owner(trial: FrozenTrial, seen: dict[int, float]) -> bool:
@@ -215,17 +207,7 @@ def lost_its_owner(trial: FrozenTrial, seen: dict[int, float]) -> bool:
 
 def is_gone(held: dict[str, Any]) -> bool:
     """Whether an owner was a process of this machine that ended; those of other machines cannot be told."""
-    if held["host"] != HOST:
-        return False
-    if Path("/proc").is_dir():
-        return _started(held["pid"]) != held["started"]
-    try:
-        os.kill(held["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return held["host"] == HOST and not is_alive(held["pid"], held["started"])
 
 
 def retry(study: optuna.Study, trial: FrozenTrial) -> None:

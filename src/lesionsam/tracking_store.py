@@ -14,7 +14,7 @@ import secrets
 import shutil
 from pathlib import Path
 
-from lesionsam.files import is_alive
+from lesionsam.guard import is_alive
 
 
 def make_store(path: Path, beside: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +21,7 @@ from lesionsam.methods.base import Method
 
 NUM_STATES = 2  # training states kept: the newest and the one to fall back to
 # What reading makes of a file that was cut, written over or never was of this kind.
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile)
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -68,9 +69,12 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
 def read_tensors(path: Path) -> dict[str, Any]:
     """What `write_tensors` wrote, on the CPU; one of `DAMAGE` where it is not whole.
 
-    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a weight.
+    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a weight. And a
+    record that a flipped bit makes a folder it takes for read, whatever was in the memory for it.
     """
     with zipfile.ZipFile(path) as archive:
+        if folders := [info.filename for info in archive.infolist() if info.external_attr]:
+            raise zipfile.BadZipFile(f"{folders[0]}: not a file")
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"{damaged}: wrong checksum")
     return torch.load(path, weights_only=True, map_location="cpu")
@@ -80,7 +84,7 @@ def check_disk(folder: Path, method: Method) -> None:
     """Find out before the first step whether the states and weights of a run will have room, and may be written.
 
     Counted are the states that are kept, the one being written and the best weights (each trained value with its
-    average and the optimiser's two), and the two whole models that a run leaves.
+    average and the optimiser's two), and the two whole models that a run leaves; less what a resumed one has there.
 
     Raises:
         UserError: too little room. OSError: the folder takes no file.
@@ -92,6 +96,7 @@ def check_disk(folder: Path, method: Method) -> None:
     with atomic_write(folder / "probe"):
         pass
     (folder / "probe").unlink()
+    needed -= sum(path.stat().st_size for path in [*folder.glob("state-*.pt"), *folder.glob("best.pt")])
     if (free := free_disk_bytes(folder)) < needed:
         raise UserError(
             f"{folder}: {needed / 1e6:,.0f} MB needed for training states and weights, {free / 1e6:,.0f} MB free; free "
