@@ -16,7 +16,7 @@ from lesionsam.errors import UserError, run_guarded
 from lesionsam.evaluation import concat, evaluate_baselines, evaluate_model
 from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
-from lesionsam.experiment import torch_device
+from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
 from lesionsam.files import read_image, read_mask
 from lesionsam.guard import end_with_parent, only_one
@@ -45,14 +45,6 @@ def load_mask(sample: Sample, *, threshold: bool) -> np.ndarray | None:
     if sample.mask_path is None:
         return None
     return read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold)
-
-
-def pretrained_weights(folder: Path) -> Path:
-    """The one checkpoint that the weights stage left."""
-    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
-    if not found:
-        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
-    return found[0]
 
 
 def looseness(config: Config) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -319,8 +320,35 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch:
         with pytest.raises(KeyboardInterrupt):
             load_frames(samples, SIDE, cache)
     assert list(cache.iterdir()) == []
-    (cache / "building-left-by-a-kill").mkdir()
+    with monkeypatch.context() as patch:
+        counting(patch, fail_at=2)
+        patch.setattr(frames_module.shutil, "rmtree", lambda *arguments, **options: None)  # as after a kill
+        with pytest.raises(KeyboardInterrupt):
+            load_frames(samples, SIDE, cache)
+    assert len(list(cache.glob("building-*"))) == 1
     assert load_frames(samples, SIDE, cache).images.shape == (4, SIDE, SIDE, 3)
+    assert not list(cache.glob("building-*")), "gigabytes, each time"
+
+
+def test_two_that_want_the_same_images_decode_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins while the first decodes, and waits."""
+    samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
+    real, waits, found, seen = frames_module.prepare, threading.Event(), [], []
+    monkeypatch.setattr(frames_module, "say", lambda line: waits.set())
+    second = threading.Thread(target=lambda: found.append(load_frames(samples, SIDE, cache)), daemon=True)
+
+    def prepare(*arguments: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) == 1:
+            second.start()
+            assert waits.wait(60), "two would write at once"
+        return real(*arguments)
+
+    monkeypatch.setattr(frames_module, "prepare", prepare)
+    first = load_frames(samples, SIDE, cache)
+    second.join(60)
+    assert np.array_equal(first.images, found[0].images)
+    assert len(seen) == len(samples)
 
 
 def test_a_folder_without_its_index_is_not_taken_for_finished(tmp_path: Path) -> None:

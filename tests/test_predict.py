@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
-from tiny import tiny_sam
+from tiny import ARCHITECTURE, tiny_sam
 from typer.testing import CliRunner
 
 from lesionsam import inference_outputs
@@ -35,9 +36,11 @@ from lesionsam.inference_lesion import (
     DECODER,
     LOOSENED,
     MASKS,
+    NOTHING,
     candidates,
     find_lesions,
     largest_piece_box,
+    look_from_nearer,
     loosened,
     plausibility,
     way,
@@ -51,6 +54,7 @@ SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
 EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
 SIZES = {"one": (60, 90), "two": (70, 48)}
 WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+COARSE = replace(ARCHITECTURE, image_size=64, patch_size=8)  # answers of half the frame's side
 
 
 def picture(height: int, width: int, seed: int) -> np.ndarray:
@@ -196,9 +200,14 @@ def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) ->
         own = looked_at_again(sam, features, (decode(sam, features, Prompts())[0][0, 0] > 0).numpy(), size)
         assert torch.allclose(found.logits[-1], own, atol=1e-3)
         (logits, quality, agreed), = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
-    chosen = int(lesion_scores(found.signs).argmax())
-    assert torch.allclose(logits, found.logits[chosen], atol=1e-3)
-    assert quality == pytest.approx(found.predicted[chosen], abs=1e-4)
+    chosen = found.masks[int(lesion_scores(found.signs).argmax())]
+    box = largest_piece_box(chosen)
+    assert box is not None
+    scale = np.array([size[1] / chosen.shape[1], size[0] / chosen.shape[0]] * 2)
+    nearer, expected_quality = look_from_nearer(sam, frames, [size], (box * scale)[None])
+    assert bool((nearer > 0).any())
+    assert torch.allclose(logits, nearer[0], atol=1e-3)
+    assert quality == pytest.approx(float(expected_quality), abs=1e-4)
     assert agreed == pytest.approx(agreement(found.masks, lesion_scores(found.signs)), abs=1e-3)
 
 
@@ -210,6 +219,50 @@ def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image()
     assert box.tolist() == [20, 10, 30, 14]
     assert loosened(box, 0.5, (20, 30)).tolist() == [17.5, 9, 30, 15]
     assert largest_piece_box(np.zeros((4, 4), bool)) is None
+
+
+def test_a_look_from_nearer_at_the_whole_image_is_the_same_look() -> None:
+    """What is shown reaches beyond the image on every side: nothing is cut off, nothing is enlarged."""
+    sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
+    side, boxes = int(sam.image_encoder.img_size), np.array([[10.0, 12, 30, 24], [4, 20, 20, 40]])
+    frames, sizes = model_frames([picture(44, 64, 0), picture(64, 64, 1)], side)
+    parts = [(int(height), int(width)) for height, width in sizes]
+    logits, quality = look_from_nearer(sam, frames, parts, boxes, looseness=0.0, surroundings=20.0)
+    with torch.inference_mode():
+        prompts = Prompts(boxes=torch.tensor(boxes, dtype=torch.float32))
+        expected, predicted = decode(sam, encode(sam, preprocess(frames, sizes)), prompts)
+    for k, (height, width) in enumerate(parts):
+        cells = [length * logits.shape[-1] // side for length in (height, width)]
+        assert torch.allclose(logits[k, : cells[0], : cells[1]], expected[k, 0, : cells[0], : cells[1]], atol=1e-3)
+    assert torch.allclose(quality, predicted[:, 0], atol=1e-5)
+
+
+def test_a_look_from_nearer_comes_back_to_its_place() -> None:
+    """Against SciPy's interpolation of the answer to the surroundings alone, cut out by hand."""
+    sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
+    side, image = int(sam.image_encoder.img_size), picture(64, 64, 2)
+    frames, _ = model_frames([image], side)
+    for box, (x0, y0, x1, y1) in (((20, 24, 40, 34), (15, 14, 45, 44)), ((0, 30, 20, 50), (0, 25, 25, 55))):
+        part = frames[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
+        shown = side / max(part.shape[:2])
+        nearer, sizes = model_frames([part], side)
+        low, high = np.array(box[:2], float), np.array(box[2:], float)
+        middle, half = (low + high) / 2, (high - low) * 0.55
+        prompt = np.concatenate([np.maximum(middle - half, 0), middle + half])
+        prompt = (prompt - [x0, y0, x0, y0]) * shown
+        with torch.inference_mode():
+            answer, _ = decode(sam, encode(sam, preprocess(nearer, sizes)),
+                               Prompts(boxes=torch.tensor(prompt[None], dtype=torch.float32)))
+        found, _ = look_from_nearer(sam, frames, [(side, side)], np.array([box], float), looseness=0.1,
+                                    surroundings=1.5)
+        cell = side / found.shape[-1]
+        centres = (np.arange(found.shape[-1]) + 0.5) * cell
+        rows, columns = (((centres - low) * shown / cell) - 0.5 for low in (y0, x0))
+        expected = ndimage.map_coordinates(answer[0, 0].numpy(), np.meshgrid(rows, columns, indexing="ij"), order=1,
+                                           mode="nearest")
+        inside = ((centres >= y0) & (centres < y1))[:, None] & ((centres >= x0) & (centres < x1))
+        assert 0 < inside.sum() < inside.size
+        assert np.allclose(found[0].numpy(), np.where(inside, expected, NOTHING), atol=1e-3)
 
 
 def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> None:

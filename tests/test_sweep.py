@@ -530,6 +530,25 @@ def test_data_prepared_with_other_parameters_is_refused(project: Path) -> None:
     sweep(Request(dry_run=True))
 
 
+def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> None:
+    """Boxes of people's own stay the same when pictures are exchanged."""
+    def digest() -> str:
+        return open_bench(load_config()).digest()
+
+    index = Path("data/raw/index.csv")
+    whole, first = index.read_text("utf-8"), digest()
+    rows = list(read_index(index).values())
+    for split, same in (("train", False), ("dev", False), ("test", True)):
+        row = next(row for row in rows if row["split"] == split)
+        index.write_text(whole.replace(row["sha256"], "0" * 64), "utf-8")
+        assert (digest() == first) is same, split
+    index.write_text(whole, "utf-8")
+    assert digest() == first
+    mask = Path(next(row["mask_path"] for row in rows if row["split"] == "dev"))
+    mask.write_bytes(mask.read_bytes() + b"0")
+    assert digest() != first
+
+
 def test_a_live_process_keeps_its_trials_however_late_its_heart_beats(tmp_path: Path) -> None:
     """A machine that slept: the database finds the beat stale, the process is there."""
     storage = open_storage(f"sqlite:///{tmp_path / 'a.db'}")

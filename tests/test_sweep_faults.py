@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -260,6 +261,24 @@ def test_a_database_that_is_locked_in_mid_trial(project: Path, monkeypatch: pyte
     last = study.get_trials()[-1]
     assert last.user_attrs["values"] == study.get_trials()[1].user_attrs["values"]
     assert sorted(last.intermediate_values) == [1, 2]
+
+
+def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above all not the first one, params.yaml as it stands."""
+    real, full = sweep_worker.run_trial, [True]
+
+    def run_trial(*args: Any, **keywords: Any) -> Any:
+        if full:
+            raise OSError(full.pop() and errno.ENOSPC, "No space left on device")
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(sweep_worker, "run_trial", run_trial)
+    with pytest.raises(OSError, match="No space left"):
+        sweep(Request(trials=1))
+    sweep(Request(trials=1))
+    first, second = only_study().get_trials()
+    assert (state_of(first), state_of(second)) == ("lost", "complete")
+    assert second.user_attrs["values"] == second.user_attrs["start"] == first.user_attrs["start"]
 
 
 def test_without_an_mlflow_server_no_trial_is_lost(

@@ -171,6 +171,8 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_from_there(
             run(taken, data, folder, accumulate=accumulate,
                 asked_to_end=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0)
         assert (ended.value.exit_code, taken.steps) == (143, number)
+        newest = sorted(folder.glob("state-*.pt"))[-1]
+        assert read_tensors(newest)["progress"]["seconds"] > 0, "its time counts, in the middle of an epoch too"
         again, rows = contrastive(), []
         run(again, data, folder, accumulate=accumulate, log=lambda values, step, rows=rows: rows.append(step))
         assert differing(weights(again), weights(whole)) == []

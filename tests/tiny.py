@@ -22,10 +22,10 @@ ARCHITECTURE = CompactArchitecture(
 SKIN, LESION = np.array([205.0, 165.0, 145.0]), np.array([110.0, 70.0, 60.0])
 
 
-def tiny_sam(seed: int = 0, sharpness: float = 1.0) -> Sam:
+def tiny_sam(seed: int = 0, sharpness: float = 1.0, architecture: CompactArchitecture = ARCHITECTURE) -> Sam:
     """Random weights; a greater sharpness spreads the logits, so that masks are neither empty nor uncertain."""
     torch.manual_seed(seed)
-    sam = build_sam("compact", architecture=ARCHITECTURE)
+    sam = build_sam("compact", architecture=architecture)
     with torch.no_grad():
         for mlp in sam.mask_decoder.output_hypernetworks_mlps:
             mlp.layers[-1].weight.mul_(sharpness)

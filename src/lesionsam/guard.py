@@ -36,11 +36,13 @@ def the_only(stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_one(path: Path, what: str) -> Iterator[None]:
+def only_one(path: Path, what: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file while the block runs; the system frees it however the process ends.
 
     Args:
         path: lock file; its folder is made. what: named in the message.
+        waiting: told where another process holds it, and this one then waits for as long as that takes; None: it
+            does not wait, but for a holder that is ending.
     Raises:
         UserError: another process holds it: "already running as pid N since T".
     """
@@ -52,6 +54,10 @@ def only_one(path: Path, what: str) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if waiting is not None:
+                    waiting(f"{what}: another process is at it; waiting")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    break
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise UserError(
@@ -205,7 +211,8 @@ def finishing_first() -> Iterator[Callable[[], int]]:
             raise Interrupted(number)
         asked.append(number)
         # Not print: the signal may have come in the middle of one.
-        os.write(2, b"ending after this step, whose state is saved; once more ends at once\n")
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, b"ending after this step, whose state is saved; once more ends at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

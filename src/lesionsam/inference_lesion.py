@@ -2,7 +2,8 @@
 
 Candidates are the automatic masks of a grid of points that differ from each other, a region by colour alone, and, of a
 SAM trained with the prompt kind `none`, the decoder's own answer to no prompt at all. Each is looked at again, prompted
-with a box about it, as the decoder knows boxes best; `inference_rank` says which of these answers is the lesion. See
+with a box about it, as the decoder knows boxes best; `inference_rank` says which of these answers is the lesion. That
+one is looked at a last time from nearer: its surroundings alone fill the model's frame. See
 docs/decisions/0022-no-prompt-is-a-prompt.md.
 """
 
@@ -29,13 +30,16 @@ from lesionsam.inference_rank import (
     small_picture,
     smoothed_lab,
 )
-from lesionsam.models.sam import Sam, decode
+from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess
 from lesionsam.prompts import NONE, TRAINED_WITH
 from lesionsam.types import Prompts
 
 DECODER, MASKS = "decoder", "masks"  # whether the decoder is asked without a prompt too, or the automatic masks alone
 CENTRE_SPREAD = 0.3  # of the plausibility: standard deviation of a lesion's middle about the image's, share of a side
 LOOSENED = 0.15  # by how much longer than what was found the sides of the second look's box are
+# Of the look from nearer, chosen on development images (benchmarks/auto_rank.py, docs/log.md): by how much longer than
+# what was found the box's sides are, and how many times its longer side what is shown around it is wide and high.
+NEARER_LOOSENED, SURROUNDINGS = 0.2, 1.75
 NUM_LOOKED_AT = 16  # automatic masks that get a second look
 SAME = 0.8  # IoU from which two candidates are one
 LEAST_AREA, MOST_AREA = 0.003, 0.85  # share of the image that a candidate takes
@@ -69,7 +73,8 @@ def find_lesions(
     sam: Sam, features: torch.Tensor, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str,
     options: AutoOptions
 ) -> list[Found]:
-    """The one lesion of each image, no prompt given: the best of its `candidates`; an empty mask where there is none.
+    """The one lesion of each image, no prompt given: the best of its `candidates`, looked at from nearer; an empty mask
+    where there is none.
 
     Args:
         features: (N, C, H', W'). frames: (N, 3, S, S) uint8, the images. sizes: N of (h, w), the image part of the
@@ -77,6 +82,7 @@ def find_lesions(
             and regions do not matter here.
     """
     found: list[Found] = []
+    chosen: dict[int, np.ndarray] = {}  # image -> box about its lesion
     for k, size in enumerate(sizes):
         seen = candidates(sam, features[k : k + 1], frames[k].cpu().numpy(), size, by=by, options=options)
         if seen is None:
@@ -86,7 +92,72 @@ def find_lesions(
             scores = lesion_scores(seen.signs)
             best = int(scores.argmax())
             found.append((seen.logits[best], float(seen.predicted[best]), agreement(seen.masks, scores)))
+            if (box := _box_about(seen.masks[best], size)) is not None:
+                chosen[k] = box
+    if chosen:
+        nearer, quality = look_from_nearer(sam, frames[list(chosen)], [sizes[k] for k in chosen],
+                                           np.stack(list(chosen.values())))
+        for k, logits, predicted in zip(chosen, nearer, quality.tolist(), strict=True):
+            if bool((logits > sam.mask_threshold).any()):
+                found[k] = (logits, predicted, found[k][2])
     return found
+
+
+@torch.inference_mode()
+def look_from_nearer(
+    sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], boxes: np.ndarray, *,
+    looseness: float = NEARER_LOOSENED, surroundings: float = SURROUNDINGS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lies in a box of each image: the box's surroundings, cut out and enlarged, are encoded and prompted with it.
+
+    Lesions that are small in the frame are shown as large as the model knows them, and what else the picture holds is
+    out of sight.
+
+    Args:
+        frames: (N, 3, S, S) uint8. sizes: N of (h, w), the image parts. boxes: (N, 4) XYXY, model frame. looseness:
+            by how much longer than these the sides of the prompts are. surroundings: what is shown is so many times as
+            wide and high as the box's longer side, as far as the image goes.
+    Returns:
+        (N, T, T) float32 logits in the whole model frame, `NOTHING` where nothing was shown; (N,) predicted IoU.
+    """
+    side = int(sam.image_encoder.img_size)
+    cut, windows, around = [], [], []
+    for frame, size, box in zip(frames, sizes, boxes, strict=True):
+        middle, reach = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * surroundings / 2
+        window = np.concatenate([np.maximum(np.floor(middle - reach), 0),
+                                 np.minimum(np.ceil(middle + reach), size[::-1])]).astype(int)
+        x0, y0, x1, y1 = window.tolist()
+        cut.append(np.ascontiguousarray(frame[:, y0:y1, x0:x1].permute(1, 2, 0).cpu().numpy()))
+        windows.append(window)
+        around.append((loosened(box, looseness, size) - [x0, y0, x0, y0]) * side / max(x1 - x0, y1 - y0))
+    nearer, parts = model_frames(cut, side)
+    features = encode(sam, preprocess(nearer.to(frames.device), parts.to(frames.device)))
+    prompts = Prompts(boxes=torch.tensor(np.stack(around), dtype=torch.float32, device=frames.device))
+    logits, quality = decode(sam, features, prompts)
+    placed = [_put_back(one[0], window, size, side)
+              for one, window, size in zip(logits.float(), windows, sizes, strict=True)]
+    return torch.stack(placed), quality[:, 0].float()
+
+
+def _put_back(logits: torch.Tensor, window: np.ndarray, size: tuple[int, int], side: int) -> torch.Tensor:
+    """(T, T) logits of an enlarged window of the model frame -> (T, T) of the whole frame, `NOTHING` beside the window.
+
+    Args:
+        window: (4,) XYXY pixels of the frame. size: (h, w), its image part; where the window ends with it, what is
+            beyond is as at its end. side: S.
+    """
+    low, high = window[:2], window[2:]
+    shown = side / (high - low).max()  # pixels of the enlarged frame a pixel of the whole one
+    centres = (torch.arange(logits.shape[-1], device=logits.device) + 0.5) * side / logits.shape[-1]
+    places, inside = [], []
+    for axis in (0, 1):
+        inner = centres.clamp(float(low[axis]), float(high[axis]))
+        places.append((inner - float(low[axis])) * shown * 2 / side - 1)
+        before, after = int(low[axis]) > 0, int(high[axis]) < size[1 - axis]
+        inside.append(((centres >= low[axis]) | (not before)) & ((centres < high[axis]) | (not after)))
+    grid = torch.stack(torch.meshgrid(places[0], places[1], indexing="xy"), -1)
+    whole = F.grid_sample(logits[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.where(inside[1][:, None] & inside[0], whole[0, 0], NOTHING)
 
 
 @torch.inference_mode()
@@ -112,9 +183,8 @@ def candidates(
         first.append(own.cpu().numpy())
     around = []
     for mask in first:
-        if (box := largest_piece_box(mask)) is not None:
-            step = np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
-            around.append(loosened(box * step, LOOSENED, size))
+        if (box := _box_about(mask, size)) is not None:
+            around.append(loosened(box, LOOSENED, size))
     if not around:
         return None
     prompts = Prompts(boxes=torch.tensor(np.stack(around), dtype=torch.float32, device=features.device))
@@ -196,6 +266,12 @@ def largest_piece_box(mask: np.ndarray) -> np.ndarray | None:
     largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
     rows, columns = ndimage.find_objects(pieces)[largest - 1]
     return np.array([columns.start, rows.start, columns.stop, rows.stop], float)
+
+
+def _box_about(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
+    """The same in the model frame, of a mask of its image part, which has size (h, w)."""
+    box = largest_piece_box(mask)
+    return None if box is None else box * np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
 
 
 def loosened(box: np.ndarray, share: float, size: tuple[int, int]) -> np.ndarray:

@@ -24,7 +24,7 @@ from lesionsam.inference_outputs import Folder
 from lesionsam.models.sam import Sam, encode, model_frames, preprocess
 from lesionsam.progress import progress
 
-VERSION = 5  # of what a row's key stands for
+VERSION = 6  # of what a row's key stands for
 SAVE_SECONDS = 5.0
 READERS = 2  # threads that decode images while the model runs
 

@@ -73,9 +73,12 @@ class Bench:
         return self._data[size]
 
     def digest(self) -> str:
-        """Of boxes and weights; read once."""
+        """Of boxes, weights, images and masks; read once."""
         if not self._digest:
-            text = f"{sha256_file(BOXES)} {sha256_file(self.weights)}"
+            images = {key: row["sha256"] for key, row in read_index(INDEX).items()}
+            pairs = [f"{s.image_id} {images[s.image_id]} {sha256_file(s.mask_path) if s.mask_path else None}"
+                     for s in sorted((*self.seen, *self.held), key=lambda s: (s.image_id, s.lesion_id))]
+            text = " ".join([sha256_file(BOXES), sha256_file(self.weights), *pairs])
             self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._digest
 

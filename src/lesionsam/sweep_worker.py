@@ -167,7 +167,7 @@ class Worker:
         try:
             with holding() as over:  # a training that has ended is told to the study, whoever interrupts then
                 self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate, Surplus))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, OSError):  # a full disk is no fault of the trial's
             self._hand_back(current)
             raise
         except ValueError:  # Optuna's, after `Taken`

@@ -189,6 +189,7 @@ def fit(
                 steps.settle()
             if due and (last or at.batch % accumulate == 0):
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
+                at.seconds, entered = at.seconds + time.monotonic() - entered, time.monotonic()
                 save_state(folder, at, method, optimizer, scaler)
                 saved = time.monotonic()
                 if ending:

@@ -65,6 +65,10 @@ def clear(root: Path) -> tuple[int, list[Path]]:
             left.append(item.folder)
         else:
             removed += item.size
+    for lock in root.glob(f".{FRAMES}-*.lock"):
+        key = lock.stem.removeprefix(f".{FRAMES}-")
+        if not (root / FRAMES / f"{BUILDING}{key}").exists():
+            lock.unlink(missing_ok=True)
     return removed, left
 
 

@@ -8,7 +8,6 @@ file and every later download must equal it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -28,6 +27,7 @@ from typing import Any
 from lesionsam.data.meter import Meter, human_bytes, say
 from lesionsam.errors import UserError
 from lesionsam.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
+from lesionsam.guard import only_one
 
 TIMEOUT_SECONDS = 60.0  # of silence on the line
 MAX_FRUITLESS = 5  # attempts in a row that bring no byte; each that brings some starts the count again
@@ -123,7 +123,7 @@ def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backof
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
-    with _only_one(folder / f".{remote.name}.lock", remote.name):
+    with only_one(folder / f".{remote.name}.lock", remote.name, waiting=say):
         remove_leftovers(folder)
         expected = remote.sha256 or (_recorded(lock_path).get(remote.urls[0], {}).get("sha256") if lock_path else None)
         if target.exists():
@@ -156,18 +156,6 @@ def _seal(target: Path) -> Path:
     return target.with_name(target.name + ".verified.json")
 
 
-@contextmanager
-def _only_one(path: Path, name: str) -> Iterator[None]:
-    """Hold a lock that the kernel lets go of when this process ends, however it ends."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{name}: another process is fetching it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _recorded(lock_path: Path) -> dict[str, dict[str, Any]]:
     try:
         return json.loads(lock_path.read_text(encoding="utf-8"))
@@ -196,7 +184,7 @@ def _finish(remote: Remote, target: Path, digest: str, lock_path: Path | None) -
     state = target.stat()
     write_json_atomic(_seal(target), {"sha256": digest, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
     if remote.sha256 is None and lock_path is not None:
-        with _only_one(target.parent / ".hashes.lock", lock_path.name):
+        with only_one(target.parent / ".hashes.lock", lock_path.name, waiting=say):
             known = _recorded(lock_path)
             if remote.urls[0] not in known:
                 known[remote.urls[0]] = {"sha256": digest, "size": state.st_size}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +25,7 @@ from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.data.meter import say
 from lesionsam.errors import UserError
 from lesionsam.files import free_disk_bytes, read_image, read_mask
-from lesionsam.guard import end_with
+from lesionsam.guard import end_with, only_one
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 
@@ -200,7 +199,23 @@ def _build(
     num_workers: int,
     title: str,
 ) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.parent.with_name(f".{folder.parent.name}-{folder.name}.lock")
+    with only_one(lock, f"decoding {title}", waiting=say):
+        if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
+            _build_alone(samples, others, side, folder, threshold_masks, num_workers, title)
+
+
+def _build_alone(
+    samples: Sequence[Sample],
+    others: Sequence[np.ndarray],
+    side: int,
+    folder: Path,
+    threshold_masks: bool,
+    num_workers: int,
+    title: str,
+) -> None:
+    temporary = folder.with_name(f"{BUILDING}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by one that was killed: gigabytes, each time
     needed = len(samples) * side * side * 5
     if needed > free_disk_bytes(folder.parent):
         raise UserError(
@@ -208,8 +223,8 @@ def _build(
             f"{free_disk_bytes(folder.parent) / 1e9:.1f} GB free; free space or lower model.image_size"
         )
     count = len(samples)
-    temporary = Path(tempfile.mkdtemp(prefix=BUILDING, dir=folder.parent))
     try:
+        temporary.mkdir(parents=True)
         shapes = {
             "images": ((count, side, side, 3), np.uint8),
             "priors": ((count, side, side), np.int8),
@@ -227,11 +242,7 @@ def _build(
         for array in arrays:
             array.flush()
         (temporary / INDEX_NAME).write_text(json.dumps({"version": VERSION, "side": side, "count": count}))
-        try:
-            os.replace(temporary, folder)
-        except OSError:
-            if not (folder / INDEX_NAME).exists():  # not merely made by another process meanwhile
-                raise
+        os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
