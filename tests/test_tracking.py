@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -110,6 +111,7 @@ class Gate:
     def __init__(self, target: Server) -> None:
         self.lose: str | None = None
         self.broken = False
+        self.fault: str | None = None  # of the database, when it is given points
         self.num_points = 0
         gate = self
 
@@ -118,6 +120,14 @@ class Gate:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if gate.broken:
                     self.send_error(500)
+                    return
+                if gate.fault is not None and self.path.endswith("runs/log-batch"):
+                    content = json.dumps({"error_code": "BAD_REQUEST", "message": gate.fault}).encode()
+                    self.send_response(400)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content)
                     return
                 if self.path.endswith("runs/log-batch"):
                     gate.num_points += len(json.loads(body).get("metrics", []))
@@ -261,7 +271,29 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, capsys: pytest.Captu
     for step in range(3):
         tracker.log({"loss": 1.0}, step)
     tracker.close()
-    assert capsys.readouterr().err.count("No space left") == 1
+    said = capsys.readouterr().err
+    assert said.count("No space left") == 1
+    assert "the disk did not take 3 tracking entries; they are lost" in said
+
+
+def test_points_that_a_full_disk_does_not_take_are_written_when_there_is_room_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files, which tears a line first."""
+    tracker = NullTracker(tmp_path)
+    tracker.log({"loss": 0.5}, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, hard))
+    try:
+        tracker.log({"loss": 1.5}, 1)
+        tracker.log({"loss": 2.5}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tracker.log({"loss": 3.5}, 3)
+    tracker.close()
+    points = [entry for entry, _ in read_lines(tmp_path / "metrics.jsonl") if entry is not None]
+    assert [(entry["step"], entry["values"]["loss"]) for entry in points] == [(k, k + 0.5) for k in range(4)]
+    assert capsys.readouterr().err.count("tracking cannot write") == 1
 
 
 def test_a_damaged_record_is_one_clear_line(tmp_path: Path) -> None:
@@ -489,6 +521,69 @@ def test_errors_of_the_server_keep_the_run(tmp_path: Path, gate: Gate) -> None:
     assert history(shipper, "loss") == [(0, 1.0), (1, 2.0)]
 
 
+def test_a_database_that_is_damaged_loses_no_point_and_a_value_that_it_refuses_does_not_block(
+    tmp_path: Path, gate: Gate
+) -> None:
+    """MLflow calls both a bad request; the words are SQLAlchemy's, after a page of the file was written over."""
+    tracker = start(tmp_path, gate.uri)
+    drain(tmp_path)
+    gate.fault = "(sqlite3.DatabaseError) database disk image is malformed [SQL: INSERT INTO metrics"
+    tracker.log({"loss": 1.0}, 0)
+    with pytest.raises(Unreachable, match="malformed"):
+        Shipper(spool_of(tmp_path), replace_gone=True).ship()
+    gate.fault = None
+    shipper = drain(tmp_path)
+    assert (history(shipper, "loss"), shipper.state["rejected"]) == ([(0, 1.0)], 0)
+    gate.fault = "(psycopg2.errors.NumericValueOutOfRange) integer out of range [SQL: INSERT INTO metrics"
+    tracker.log({"loss": 2.0}, 1)
+    assert drain(tmp_path).state["rejected"] == 1
+    tracker.close()
+
+
+def test_a_spool_that_cannot_be_read_does_not_keep_others_from_being_sent(tmp_path: Path, gate: Gate) -> None:
+    for name in ("old", "new"):
+        tracker = Tracker.open(tmp_path / name, uri=gate.uri, experiment=EXPERIMENT, root=tmp_path, run_name=name,
+                               params={}, tags={}, system_metrics=False, send=False)
+        tracker.log({"loss": 1.0}, 0)
+        tracker.close()
+    old, new = (Spool(spool_root(tmp_path) / json.loads((tmp_path / name / "run.json").read_text())["local_id"])
+                for name in ("old", "new"))
+    (old.folder / "meta.json").write_text("")
+    for earlier, later in ((old, new), (new, old)):  # whichever comes first
+        os.utime(earlier.folder, (1, 1))
+        os.utime(later.folder, (2, 2))
+        assert not catch_up(tmp_path)
+        assert (old.pending()[0] > 0, new.pending()) == (True, (0, 0))
+
+
+def test_a_run_that_is_caught_up_with_may_be_taken_up_again_meanwhile(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait until a slow server has all that was left, and it is not called killed."""
+    tracker = start(tmp_path, gate.uri)
+    tracker.log({"loss": 1.0}, 0)
+    assert tracker._owner is not None
+    tracker._owner.close()  # as when it is killed
+    real, taken = Shipper.ship, []
+
+    def ship(self: Shipper) -> bool:
+        if not taken:
+            lock = spool_of(tmp_path).lock("owner", shared=True)
+            assert lock is not None, "it would have to wait for the server"
+            taken.append(lock)
+            lock.close()
+            taken.append(start(tmp_path, gate.uri))
+        return real(self)
+
+    monkeypatch.setattr(Shipper, "ship", ship)
+    assert catch_up(tmp_path)
+    taken[1].log({"loss": 2.0}, 1)
+    shipper = drain(tmp_path)
+    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "RUNNING"
+    taken[1].close()
+    assert history(drain(tmp_path), "loss") == [(0, 1.0), (1, 2.0)]
+
+
 def test_a_spool_that_was_cleaned_away_is_made_again(tmp_path: Path, gate: Gate) -> None:
     tracker = start(tmp_path, gate.uri)
     for step in range(3):
@@ -518,7 +613,9 @@ def test_evaluating_a_model_whose_training_was_not_tracked_is_a_run_of_its_own(t
     assert history(shipper, "test/iou") == [(0, 0.5)]
 
 
-def test_what_the_server_refuses_does_not_block_the_rest(tmp_path: Path, gate: Gate) -> None:
+def test_what_the_server_refuses_does_not_block_the_rest_and_is_told(
+    tmp_path: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracker = start(tmp_path, gate.uri)
     (tmp_path / "p.png").write_text("no picture")
     tracker.log_picture(tmp_path / "p.png", "broken", 0)
@@ -528,6 +625,9 @@ def test_what_the_server_refuses_does_not_block_the_rest(tmp_path: Path, gate: G
     tracker.close()
     shipper = drain(tmp_path)
     assert shipper.state["rejected"] == 2
+    start(tmp_path, gate.uri).close()
+    assert "the MLflow server refused 2 entries of this run, which are not there" in capsys.readouterr().err
+    drain(tmp_path)
     assert history(shipper, "loss") == [(0, 1.0)]
     assert spool_of(tmp_path).pending() == (0, 0)
 

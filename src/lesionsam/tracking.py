@@ -49,7 +49,7 @@ class NullTracker:
     def __init__(self, folder: Path | None) -> None:
         self._seen: dict[str, dict[int, tuple[int, float]]] = {}  # name -> step -> (time in ms, value)
         self._sequence = 0
-        self._num_lost = 0
+        self._has_warned = False
         self._metrics: Appender | None = None
         if folder is not None:
             for entry, _ in read_lines(folder / "metrics.jsonl"):
@@ -87,9 +87,14 @@ class NullTracker:
         try:
             appender.append(entry)
         except OSError as error:
-            if not self._num_lost:
-                print(f"warning: tracking cannot write: {error.strerror or error}; training goes on", file=sys.stderr)
-            self._num_lost += 1
+            if not self._has_warned:
+                print(f"warning: tracking cannot write: {error.strerror or error}; training goes on, and what cannot "
+                      "be written is kept in memory", file=sys.stderr)
+            self._has_warned = True
+
+    def _close_file(self, appender: Appender) -> None:
+        if num_lost := appender.close():
+            print(f"warning: the disk did not take {num_lost} tracking entries; they are lost", file=sys.stderr)
 
     def _journal(self, entry: Mapping[str, object]) -> None:
         """Nothing: there is no server to tell."""
@@ -123,7 +128,7 @@ class NullTracker:
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
         if self._metrics is not None:
-            self._metrics.close()
+            self._close_file(self._metrics)
             self._metrics = None
 
 
@@ -285,7 +290,7 @@ class Tracker(NullTracker):
         if self._reopened:
             self.set_tags({"evaluate.status": status})
         self._add("status", status=status, only_new=not self._closes_run)
-        self._events.close()
+        self._close_file(self._events)
         self._finish_sender()
         self._write_record()
         self._owner.close()
@@ -295,6 +300,10 @@ class Tracker(NullTracker):
             problem = self._spool.read_json("state.json").get("problem") or self._last_words()
             print(f"warning: {num_lines} tracking entries ({num_files} of them files) are not on the MLflow server yet "
                   f"({problem}); they are kept and sent at the next start", file=sys.stderr)
+        state = self._spool.read_json("state.json")
+        if num_refused := state.get("rejected"):
+            print(f"warning: the MLflow server refused {num_refused} entries of this run, which are not there; the "
+                  f"last one: {state.get('refusal')}", file=sys.stderr)
 
     def _start_sender(self) -> None:
         self._log_file = (self._spool.folder / "sender.log").open("wb")

@@ -40,8 +40,10 @@ ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # What no repetition cures. Everything else (no connection, 5xx, a locked database, a refused login) may pass.
-PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS",
-             "RESOURCE_DOES_NOT_EXIST")
+PERMANENT = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+# MLflow's BAD_REQUEST is whatever else its database raises, of a damaged file and of too many connections, which
+# may pass. These, named as SQLAlchemy writes them, are about the values.
+REFUSED_VALUES = re.compile(r"\((?:\w+\.)+\w*(?:IntegrityError|DataError|Violation|OutOfRange|Truncation)\)")
 
 
 class Unreachable(Exception):
@@ -128,10 +130,11 @@ class Shipper:
         except (MlflowException, RequestException, OSError, Rejected) as error:
             code = getattr(error, "error_code", "")
             rejected = isinstance(error, Rejected) or code in PERMANENT
+            rejected = rejected or (code == "BAD_REQUEST" and REFUSED_VALUES.search(str(error)) is not None)
             if rejected and self.state["run_id"] and self._run_is_gone():
                 raise RunGone from error
             if rejected and not needed:
-                self.state["rejected"] += 1
+                self.state |= {"rejected": self.state["rejected"] + 1, "refusal": _reason(error)}
                 print(f"rejected: {error}", file=sys.stderr, flush=True)
                 return None
             self._uncertain = True

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lesionsam.tracking_mlflow import Shipper, Unreachable, system_monitors
@@ -20,6 +21,8 @@ SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
 LAST_DELAY_SECONDS = 0.5  # between the two attempts that are left once the owner waits
 SAMPLE_SECONDS = 10.0  # between two samples of system metrics
+# What a spool that a bad disk or a person changed makes of sending it: no reason not to send the others.
+DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -31,26 +34,28 @@ def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = la
     for spool in Spool.all(root):
         if but is not None and spool.local_id == but.local_id:
             continue
-        owner, sender = spool.lock("owner"), spool.lock("sender")
+        if (lock := spool.lock("sender")) is None:
+            continue
         try:
-            if owner is not None and sender is not None:
-                _catch_up_one(spool, stop)
-        except Unreachable as error:
+            _catch_up_one(spool, stop)
+        except (Unreachable, *DAMAGE) as error:
             complete = False
-            print(f"{spool.local_id}: {error}", file=sys.stderr, flush=True)
+            print(f"{spool.local_id}: {error or type(error).__name__}", file=sys.stderr, flush=True)
         finally:
-            for lock in (owner, sender):
-                if lock is not None:
-                    lock.close()
+            lock.close()
     return complete
 
 
 def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
-    if not spool.pending()[0] and spool.is_closed():
+    """The owner's lock is not kept meanwhile: who takes the run up again does not wait, and sends what is left."""
+    if spool.has_owner() or (not spool.pending()[0] and spool.is_closed()):
         return
     shipper = Shipper(spool, replace_gone=False)
     while not stop():
-        if not shipper.ship():
+        is_left = shipper.ship()
+        if spool.has_owner():
+            return
+        if not is_left:
             shipper.mark_killed()
             return
 
@@ -75,8 +80,9 @@ class SystemSampler:
             for name, value in monitor.aggregate_metrics().items():
                 values[f"system/{name}"] = encode_number(float(value))
             monitor.clear_metrics()
-        self._journal.append({"seq": self._step, "kind": "metrics", "step": self._step,
-                              "time": int(time.time() * 1000), "values": values})
+        with suppress(OSError):  # kept until the disk takes it
+            self._journal.append({"seq": self._step, "kind": "metrics", "step": self._step,
+                                  "time": int(time.time() * 1000), "values": values})
         self._step += 1
 
 
@@ -108,9 +114,10 @@ def serve(spool: Spool) -> int:
             if not caught_up:
                 caught_up = True
                 catch_up(Path(shipper.meta["root"]), spool, closing.exists)
-        except Unreachable as error:
+        except (Unreachable, OSError) as error:  # a server that does not answer; a full disk
             failures += 1
-            shipper.note(str(error))
+            with suppress(OSError):
+                shipper.note(str(error))
             if last and failures > 1:
                 return 3
         delay = LAST_DELAY_SECONDS if last else min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)

@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -68,27 +69,40 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 
 
 class Appender:
-    """An append-only file of lines. One `write` call a line, so that a kill tears at most the last one."""
+    """An append-only file of lines. One `write` call a line, so that a kill tears at most the last one.
+
+    What a full disk does not take is kept in memory and written before the next line.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque()
         size = path.stat().st_size
         with path.open("rb") as file:
             file.seek(max(size - 1, 0))
             self._torn = size > 0 and file.read(1) != b"\n"
 
     def append(self, entry: Mapping[str, object]) -> None:
-        """Append one line; raises OSError when the disk does not take it."""
-        line = (b"\n" if self._torn else b"") + encode_line(entry)
-        self._torn = True
-        if self._file.write(line) != len(line):
-            raise OSError(f"{self._file.name}: short write")
-        self._torn = False
+        """Append one line; raises OSError when the disk does not take it yet."""
+        self._waiting.append(encode_line(entry))
+        self._write()
 
-    def close(self) -> None:
-        """Close the file."""
+    def _write(self) -> None:
+        while self._waiting:
+            line = (b"\n" if self._torn else b"") + self._waiting[0]
+            self._torn = True
+            if self._file.write(line) != len(line):
+                raise OSError(f"{self._file.name}: short write")
+            self._torn = False
+            self._waiting.popleft()
+
+    def close(self) -> int:
+        """Close the file; returns the number of lines that the disk did not take to the end."""
+        with contextlib.suppress(OSError):
+            self._write()
         self._file.close()
+        return len(self._waiting)
 
 
 class Spool:
@@ -144,10 +158,14 @@ class Spool:
 
     def is_abandoned(self) -> bool:
         """Whether the owner died without closing the run."""
-        if self.is_closed() or (lock := self.lock("owner")) is None:
-            return False
+        return not self.is_closed() and not self.has_owner()
+
+    def has_owner(self) -> bool:
+        """Whether a process has the run open."""
+        if (lock := self.lock("owner")) is None:
+            return True
         lock.close()
-        return True
+        return False
 
     def stash(self, source: Path, sequence: int) -> str:
         """Keep a file as it is now; returns its path below the spool. A hard link, or a copy across file systems.
