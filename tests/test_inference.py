@@ -323,6 +323,11 @@ def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path
     assert len(masks(case)) == 4
     assert not (case / "out" / "overlays").exists()
     assert CliRunner().invoke(app, [*arguments, str(case / "none.png")]).exit_code == 1
+    before = masks(case)
+    assert CliRunner().invoke(app, [*arguments, "--prompt", "box", "--nearer"]).exit_code == 0
+    assert masks(case).keys() == before.keys()
+    refused = CliRunner().invoke(app, [*arguments, "--nearer"])
+    assert isinstance(refused.exception, UserError), "the prompt is box+core"
 
 
 # --------------------------------------------------------------------------------------------------------- Predictor

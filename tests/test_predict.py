@@ -462,6 +462,10 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
 @pytest.mark.parametrize(("source", "options", "message"), [
     ("points", {"ensemble": 3}, "--ensemble: expected 1"),
     ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
+    ("boxes", {"nearer": True, "ensemble": 2}, "--nearer: enlarges what lies around a big box, so it goes with"),
+    ("boxes", {"nearer": True, "prompt": "centre"}, "--nearer: enlarges"),
+    ("points", {"nearer": True}, "--nearer: enlarges"),
+    ("auto", {"nearer": True}, "--nearer: enlarges .* --auto does so by itself"),
     ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
     ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
     ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),
@@ -472,10 +476,36 @@ def test_what_a_kind_of_prompt_cannot_be_asked_is_refused_alike_by_both_verbs(
     with pytest.raises(UserError, match=message):
         predict(case, source=source, **options)
     assert not (case / "out").exists()
-    given: dict = {"everything": True} if source == "everything" else {source: case / f"{source}.csv"}
+    given: dict = {source: True if source in ("everything", "auto") else case / f"{source}.csv"}
     with pytest.raises(UserError, match=message):
         Predictor(case / "weights.safetensors", threshold=options.get("threshold", 0.5)).predict(
-            case / "images", **given, ensemble=options.get("ensemble", 1))
+            case / "images", **given, **{k: v for k, v in options.items() if k != "threshold"})
+
+
+# -------------------------------------------------------------------------------------------------------- from nearer
+
+def test_around_a_box_as_large_as_the_image_nearer_is_no_nearer(case: Path) -> None:
+    """Around a smaller one it is; and an earlier call's masks are not taken for it."""
+    (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,0,0,90,60\ntwo,20,20,40,44\n")
+    masks, keys = [], []
+    for nearer in (False, True):
+        predict(case, source="boxes", nearer=nearer)
+        masks.append({row["image_id"]: read_mask(case / "out" / row["mask"]) for row in table(case)})
+        keys.append({row["key"] for row in table(case)})
+    assert np.count_nonzero(masks[0]["one"] != masks[1]["one"]) <= 2
+    assert np.count_nonzero(masks[0]["two"] != masks[1]["two"]) > 20
+    assert not keys[0] & keys[1]
+    assert stamps(case) == (predict(case, source="boxes", nearer=True), stamps(case))[1]
+
+
+def test_lesions_of_one_image_are_each_seen_from_nearer(case: Path) -> None:
+    """The same alone as beside another, and in batches of any size."""
+    boxes = np.array([[10.0, 8, 60, 50], [50, 20, 80, 55]])
+    predictor = Predictor(case / "weights.safetensors")
+    together = predictor.predict(picture(60, 90, 0), boxes=boxes, nearer=True)
+    for box, one in zip(boxes, together, strict=True):
+        (alone,) = predictor.predict(picture(60, 90, 0), boxes=box, nearer=True)
+        assert np.count_nonzero(one.mask != alone.mask) <= 2
 
 
 # ------------------------------------------------------------------------------------------------- worth a look: flags
@@ -504,10 +534,12 @@ def test_predictor_has_the_verbs_of_the_command(case: Path) -> None:
     """The same masks in memory as the command writes, by boxes, points and without a prompt."""
     predictor = Predictor(case / "weights.safetensors", auto=EASY)
     images = case / "images"
-    for source, given in (("boxes", {"boxes": case / "boxes.csv"}), ("points", {"points": str(case / "points.csv")}),
-                          ("auto", {"auto": True})):
-        predict(case, source=source, overlays=False, shapes=False, out=case / "out")
-        found = predictor.predict(images, **given)
+    for source, given, more in (
+        ("boxes", {"boxes": case / "boxes.csv"}, {}), ("boxes", {"boxes": case / "boxes.csv"}, {"nearer": True}),
+        ("points", {"points": str(case / "points.csv")}, {}), ("auto", {"auto": True}, {}),
+    ):
+        predict(case, source=source, overlays=False, shapes=False, out=case / "out", **more)
+        found = predictor.predict(images, **given, **more)
         rows = table(case)
         assert [(one.image_id, one.lesion_id) for one in found] == [(r["image_id"], r["lesion_id"]) for r in rows]
         for one, row in zip(found, rows, strict=True):

@@ -33,6 +33,8 @@ def predict(
     ensemble: Annotated[int, typer.Option(
         help="Decodings of each box, all but one jittered by up to 10 %: tells how much hangs on the box; 1: none.")]
     = 1,
+    nearer: Annotated[bool, typer.Option(
+        "--nearer", help="Enlarge what lies around each box to the model's whole input, lesion by lesion.")] = False,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")]
     = 0.5,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
@@ -53,6 +55,7 @@ def predict(
     code = predict_files(
         images, boxes=boxes, points=points, auto=auto, everything=everything, model=resolve_model(model), out=out,
         prompt=prompt, ensemble=ensemble, device=torch_device(device), batch_size=batch_size, overlays=overlays,
-        shapes=shapes, threshold=threshold, options=read_auto_options(params))
+        shapes=shapes, threshold=threshold, options=read_auto_options(params),
+        nearer=nearer)
     if code:
         raise typer.Exit(code)

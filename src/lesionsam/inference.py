@@ -17,7 +17,7 @@ from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_inputs import ONE, Lesion, Source, check_answering, check_threshold, find_images, plan
-from lesionsam.inference_lesion import MASKS, find_lesions, masks_of, way
+from lesionsam.inference_lesion import MASKS, find_lesions, from_nearer, masks_of, way
 from lesionsam.inference_outputs import Folder
 from lesionsam.inference_run import Options, Run, complain
 from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
@@ -69,6 +69,7 @@ class Predictor:
         everything: bool = False,
         prompt: str = "box",
         ensemble: int = 1,
+        nearer: bool = False,
     ) -> list[Prediction]:
         """Masks of the lesions asked for.
 
@@ -80,45 +81,47 @@ class Predictor:
                 are left out) or 0 not.
             auto: the one lesion of each image, without a prompt. everything: all automatic masks.
             prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
+            nearer: enlarge what lies around each box; prompt `box` alone.
         Returns:
             one Prediction for each lesion, in the order of images and rows.
         Raises:
-            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image, a threshold
-                or an ensemble that the kind of prompt has no use for.
+            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image, a threshold,
+                an ensemble or a look from nearer that the kind of prompt has no use for.
         """
         as_numbers = any(each is not None and not isinstance(each, str | Path) for each in (boxes, points))
         source = Source.of(
             boxes=Path(boxes) if isinstance(boxes, str | Path) else boxes is not None,
             points=Path(points) if isinstance(points, str | Path) else points is not None,
             auto=auto, everything=everything, prompt=prompt)
-        check_answering(source, threshold=self.threshold, ensemble=ensemble)
+        check_answering(source, threshold=self.threshold, ensemble=ensemble, nearer=nearer)
         if isinstance(images, np.ndarray):
             if source.path is not None:
                 raise UserError(f"an image in memory has no name to be found by in {source.path}; give "
                                 f"{source.kind} as numbers")
-            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble)
+            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble,
+                             nearer)
         paths, problems = find_images([images] if isinstance(images, str | Path) else images)
         if as_numbers:
             if len(paths) != 1 or problems:
                 raise UserError(problems[0] if problems else f"{source.kind} as numbers are those of one image, got "
                                 f"{len(paths)} images; give a CSV, or one image at a time")
             return self._one(paths[0].stem, read_image(paths[0]), source, _lesions(boxes, cores, points, labels),
-                             ensemble, str(paths[0]))
+                             ensemble, nearer, str(paths[0]))
         jobs, unmatched, _ = plan(paths, source)
         if problems or unmatched:
             raise UserError((problems + unmatched)[0])
         return [found for job in jobs
                 for found in self._one(job.image_id, read_image(job.path), source, job.lesions, ensemble,
-                                       str(source.path or job.path))]
+                                       nearer, str(source.path or job.path))]
 
     def _one(
         self, image_id: str, image: np.ndarray, source: Source, lesions: Sequence[Lesion], ensemble: int,
-        place: str = "image",
+        nearer: bool, place: str = "image",
     ) -> list[Prediction]:
         """The masks of one image; `place` is named in errors."""
         if source.kind == "everything":
             return masks_of(self.sam, image, self.auto, image_id, device=self.device)
-        features, input_size = self.cache.features(image)
+        side = int(self.sam.image_encoder.img_size)
         shape = image.shape[0], image.shape[1]
         if source.kind == "auto":
             lesions = lesions or [Lesion(ONE, image_id)]
@@ -127,14 +130,20 @@ class Predictor:
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         count, keys = len(asked), [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
-        if source.kind == "auto":
-            frames, _ = model_frames([image], int(self.sam.image_encoder.img_size))
+        if nearer:
+            frames, sizes = model_frames([image], side)
+            input_size = int(sizes[0, 0]), int(sizes[0, 1])
+            found = from_nearer(self.sam, frames.to(self.device).expand(count, -1, -1, -1), [input_size] * count,
+                                [shape] * count, asked)
+        elif source.kind == "auto":
+            features, input_size = self.cache.features(image)
+            frames, _ = model_frames([image], side)
             found = [Answer(*one) for one in find_lesions(
                 self.sam, features, frames, [input_size], by=self.lesion_by, options=self.auto)]
         else:
+            features, input_size = self.cache.features(image)
             found = answers(self.sam, features, [shape] * count, asked, keys, prompt=source.prompt,
                             num_members=ensemble, owners=[0] * count)
-        side = int(self.sam.image_encoder.img_size)
         return [prediction(answer, one, image_id=image_id, lesion_id=lesion.lesion_id, shape=shape,
                            input_size=input_size, side=side, threshold=self.threshold)
                 for answer, one, lesion in zip(found, asked, lesions, strict=True)]
@@ -181,6 +190,7 @@ def predict_files(
     shapes: bool = True,
     threshold: float = 0.5,
     options: AutoOptions = AUTO,
+    nearer: bool = False,
 ) -> int:
     """Segment the lesions of image files, given boxes, points or nothing.
 
@@ -196,14 +206,15 @@ def predict_files(
             each image. everything: all automatic masks. Exactly one of these four.
         prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
         batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
-        threshold: probability above which a pixel is lesion. options: of the automatic masks.
+        threshold: probability above which a pixel is lesion. options: of the automatic masks. nearer: enlarge what lies
+            around each box; prompt `box` alone.
     Returns:
         exit code: 0, or 1 if an image or a row that was asked for gave no mask; each is named on stderr.
     Raises:
         UserError: nothing can be predicted at all.
     """
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
-    check_answering(source, threshold=threshold, ensemble=ensemble)
+    check_answering(source, threshold=threshold, ensemble=ensemble, nearer=nearer)
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
     paths, problems = find_images(images)
@@ -218,7 +229,7 @@ def predict_files(
         print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
     sam = load_sam(None, model)
     folder = Folder(out, overlays=overlays, shapes=shapes)
-    how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)))
+    how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)), nearer)
     run = Run(sam, how, folder, device, batch_size)
     try:
         run.work(jobs)

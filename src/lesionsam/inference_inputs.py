@@ -69,11 +69,12 @@ def check_threshold(threshold: float) -> None:
         raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
 
 
-def check_answering(source: Source, *, threshold: float, ensemble: int) -> None:
+def check_answering(source: Source, *, threshold: float, ensemble: int, nearer: bool) -> None:
     """Whether prompts of this source can be answered so; the one place for `Predictor` and `predict_files`.
 
     Args:
-        threshold: probability above which a pixel is lesion. ensemble: decodings of each box.
+        threshold: probability above which a pixel is lesion. ensemble: decodings of each box. nearer: whether what
+            lies around each box is enlarged.
     Raises:
         UserError: a value out of range, or one that this source has no use for.
     """
@@ -84,6 +85,9 @@ def check_answering(source: Source, *, threshold: float, ensemble: int) -> None:
     if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
         raise UserError(f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with "
                         f"--{source.kind}")
+    if nearer and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
+        raise UserError("--nearer: enlarges what lies around a big box, so it goes with --boxes, --prompt box and no "
+                        "--ensemble; --auto does so by itself")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from lesionsam.inference_answers import Asked, Prediction, reasons
+from lesionsam.boxes import to_model_frame
+from lesionsam.inference_answers import Answer, Asked, Prediction, reasons
 from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
 from lesionsam.inference_rank import (
     agreement,
@@ -40,6 +41,7 @@ LOOSENED = 0.15  # by how much longer than what was found the sides of the secon
 # Of the look from nearer, chosen on development images (benchmarks/auto_rank.py, docs/log.md): by how much longer than
 # what was found the box's sides are, and how many times its longer side what is shown around it is wide and high.
 NEARER_LOOSENED, SURROUNDINGS = 0.2, 1.75
+BOX_SURROUNDINGS = 1.35  # the same around a box that was given; chosen on the same images
 NUM_LOOKED_AT = 16  # automatic masks that get a second look
 SAME = 0.8  # IoU from which two candidates are one
 LEAST_AREA, MOST_AREA = 0.003, 0.85  # share of the image that a candidate takes
@@ -137,6 +139,26 @@ def look_from_nearer(
     placed = [_put_back(one[0], window, size, side)
               for one, window, size in zip(logits.float(), windows, sizes, strict=True)]
     return torch.stack(placed), quality[:, 0].float()
+
+
+def from_nearer(
+    sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]],
+    asked: Sequence[Asked]
+) -> list[Answer]:
+    """Answers to N big boxes, each looked at from nearer.
+
+    Args:
+        frames: (N, 3, S, S) uint8. sizes: N of (h, w), the image parts. shapes: N of (H, W), original pixels.
+        asked: N with boxes.
+    """
+    if not asked:
+        return []
+    side = int(sam.image_encoder.img_size)
+    boxes = [to_model_frame(one.big, width, height, side)
+             for one, (height, width) in zip(asked, shapes, strict=True) if one.big is not None]
+    logits, predicted = look_from_nearer(sam, frames, sizes, np.stack(boxes), looseness=0.0,
+                                         surroundings=BOX_SURROUNDINGS)
+    return [Answer(one, quality) for one, quality in zip(logits, predicted.tolist(), strict=True)]
 
 
 def _put_back(logits: torch.Tensor, window: np.ndarray, size: tuple[int, int], side: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from lesionsam.files import read_image, sha256_file
 from lesionsam.inference_answers import NUM_POINTS, SEED, Answer, Asked, answers, prediction
 from lesionsam.inference_auto import AutoOptions
 from lesionsam.inference_inputs import Job, Lesion, Source, file_stem
-from lesionsam.inference_lesion import find_lesions, masks_of
+from lesionsam.inference_lesion import find_lesions, from_nearer, masks_of
 from lesionsam.inference_outputs import Folder
 from lesionsam.models.sam import Sam, encode, model_frames, preprocess
 from lesionsam.progress import progress
@@ -36,7 +36,8 @@ class Options:
     Attributes:
         weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is
             lesion. num_members: decodings of each box, all but one jittered. auto: of the automatic masks.
-        lesion_by: how the one lesion of an image is found, see `inference_lesion`.
+        lesion_by: how the one lesion of an image is found, see `inference_lesion`. nearer: whether what lies around
+            each box is enlarged.
     """
 
     weights_sha256: str
@@ -45,13 +46,14 @@ class Options:
     num_members: int
     auto: AutoOptions
     lesion_by: str
+    nearer: bool = False
 
     def key(self, image_sha256: str, lesion: Lesion | None) -> str:
         """Hash of everything that a row in the table depends on; None stands for all masks of an image."""
         source = self.source
         parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
         if source.kind == "boxes":
-            parts += [SEED, NUM_POINTS, source.prompt, self.num_members]
+            parts += [SEED, NUM_POINTS, source.prompt, self.num_members, self.nearer]
         elif source.kind == "auto":
             parts += [self.auto, self.lesion_by]
         elif source.kind == "everything":
@@ -204,7 +206,7 @@ class Run:
         else:
             frames = torch.cat([prepared.frame for prepared in batch]).to(self.device)
             sizes = torch.cat([prepared.size for prepared in batch]).to(self.device)
-            features = encode(self.sam, preprocess(frames, sizes))
+            features = None if self.options.nearer else encode(self.sam, preprocess(frames, sizes))
             asked = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
             for low in range(0, len(asked), self.batch_size):
                 self._segment_lesions(batch, asked[low : low + self.batch_size], features, frames)
@@ -212,19 +214,21 @@ class Run:
             self.save()
 
     def _segment_lesions(
-        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]], features: torch.Tensor,
-        frames: torch.Tensor,
+        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]],
+        features: torch.Tensor | None, frames: torch.Tensor,
     ) -> None:
-        """Decode some lesions of a batch at once and write each one's files."""
+        """Decode some lesions of a batch at once and write each one's files; no features: each is encoded itself."""
         source, rows = self.options.source, [k for k, _ in part]
         owners = [batch[k] for k in rows]
-        if source.kind == "auto":
-            sizes = [owner.input_size for owner in owners]
+        sizes, shapes = [owner.input_size for owner in owners], [owner.shape for owner in owners]
+        if features is None:
+            found = from_nearer(self.sam, frames[rows], sizes, shapes, [target.asked for _, target in part])
+        elif source.kind == "auto":
             found = [Answer(*one) for one in find_lesions(
                 self.sam, features[rows], frames[rows], sizes, by=self.options.lesion_by, options=self.options.auto)]
         else:
             found = answers(
-                self.sam, features, [owner.shape for owner in owners], [target.asked for _, target in part],
+                self.sam, features, shapes, [target.asked for _, target in part],
                 [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part],
                 prompt=source.prompt, num_members=self.options.num_members, owners=rows)
         for owner, (_, target), answer in zip(owners, part, found, strict=True):
