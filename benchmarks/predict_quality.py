@@ -2,7 +2,8 @@
 
 FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a sixth of its train images, by hash of
 their names, are the development images; the val images are not touched. Prints, as Markdown: the gain of an ensemble
-over jittered boxes; the lesion without a prompt, by decoder and by automatic masks; what the flag `look` finds.
+over jittered boxes, and of a look from nearer; the lesion without a prompt, by decoder and by automatic masks; what the
+flag `look` finds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lesionsam.experiment_auto import auto_options
 from lesionsam.files import read_image, read_mask
 from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
+from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.sam import load_sam, model_frames
 from lesionsam.progress import progress
@@ -88,10 +89,14 @@ def main() -> int:
             answer, = answers(sam, features, [shape], [asked], [f"{s.image_id}/0"], prompt=arguments.prompt,
                               num_members=count)
             keep(f"ensemble of {count}", answer, asked, begun)
+        frames = model_frames([image], side)[0]
+        if arguments.prompt == "box":
+            begun = time.process_time()
+            answer, = from_nearer(sam, frames, [input_size], [shape], [asked])
+            keep("from nearer", answer, asked, begun)
         for way in (DECODER, MASKS):
             begun = time.process_time()
-            (logits, quality, agreement), = find_lesions(sam, features, model_frames([image], side)[0], [input_size],
-                                                         by=way, options=options)
+            (logits, quality, agreement), = find_lesions(sam, features, frames, [input_size], by=way, options=options)
             keep(f"no prompt, by {way}", Answer(logits, quality, agreement), Asked(), begun)
     report(ious, seconds, flags, arguments.prompt)
     return 0

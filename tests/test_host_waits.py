@@ -1,4 +1,5 @@
-"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks twice a batch.
+"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks twice a batch:
+whether loss and gradient are finite, each when the device has long known it.
 
 Left out: prompts drawn from masks (`prompts_from_masks`), which ask once for each kind how long the longest is.
 """
