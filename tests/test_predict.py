@@ -237,6 +237,17 @@ def test_a_look_from_nearer_at_the_whole_image_is_the_same_look() -> None:
     assert torch.allclose(quality, predicted[:, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("box", [[31.0, 23.1, 31.2, 23.2], [3.0, 23.1, 3.1, 23.2], [0.0, 0.0, 0.1, 0.1]])
+def test_a_look_from_nearer_at_a_box_on_the_last_pixel_shows_that_pixel(box: list[float]) -> None:
+    """A model frame's image part is rounded: 23 pixels here of an image that ends at 23.4."""
+    sam = tiny_sam(sharpness=SHARP)
+    frames = torch.zeros((1, 3, 32, 32), dtype=torch.uint8)
+    logits, _ = look_from_nearer(sam, frames, [(23, 32)], np.array([box]), looseness=0.0)
+    shown = logits[0] > NOTHING
+    assert shown.any()
+    assert not shown.all()
+
+
 def test_a_look_from_nearer_comes_back_to_its_place() -> None:
     """Against SciPy's interpolation of the answer to the surroundings alone, cut out by hand."""
     sam = tiny_sam(sharpness=SHARP, architecture=COARSE)

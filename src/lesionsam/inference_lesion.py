@@ -126,8 +126,9 @@ def look_from_nearer(
     cut, windows, around = [], [], []
     for frame, size, box in zip(frames, sizes, boxes, strict=True):
         middle, reach = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * surroundings / 2
-        window = np.concatenate([np.maximum(np.floor(middle - reach), 0),
-                                 np.minimum(np.ceil(middle + reach), size[::-1])]).astype(int)
+        limits = np.array(size[::-1])  # rounded: a box at the image's end may lie beyond them
+        low = np.clip(np.floor(middle - reach), 0, limits - 1)
+        window = np.concatenate([low, np.clip(np.ceil(middle + reach), low + 1, limits)]).astype(int)
         x0, y0, x1, y1 = window.tolist()
         cut.append(np.ascontiguousarray(frame[:, y0:y1, x0:x1].permute(1, 2, 0).cpu().numpy()))
         windows.append(window)
