@@ -52,7 +52,7 @@ def main(
         unit_path,
     )
     from lesionsam.evidence_rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
-    from lesionsam.files import write_text_atomic
+    from lesionsam.files import sha256_file, write_text_atomic
 
     if which not in SETS:
         raise UserError(f"--set: expected one of {', '.join(SETS)}, got {which!r}")
@@ -69,8 +69,9 @@ def main(
         row = next(row for row in planned if row.name == name)
         return run_unit(base, row, int(seed), read_index(index_path), weights, out, ROOT if track else None)
     check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
+    digest = sha256_file(weights)
     done_before = {(row.name, seed) for row in planned for seed in range(row.seeds)
-                   if is_finished(out, base, row, seed, weights)}
+                   if is_finished(out, base, row, seed, digest)}
     waiting = [(row, seed) for seed in range(seeds) for row in planned
                if only in row.name and seed < row.seeds and (row.name, seed) not in done_before]
     waiting.sort(key=lambda job: job[0].name == LETTER)  # ten times as long as any other row: last

@@ -22,6 +22,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import ROW_COLUMNS
 from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path
 from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits_of
+from lesionsam.files import sha256_file
 from lesionsam.types import Sample
 
 BASE = with_values(validate(default_values()), {
@@ -130,14 +131,14 @@ def test_images_of_a_batch_are_answered_as_one_by_one() -> None:
 def test_figures_of_other_settings_weights_or_pairs_are_refused(pairs: Path, root: Path, tmp_path: Path) -> None:
     """A folder of results holds one comparison; what is finished there counts for no other."""
     row, weights = Row("zero-shot", trains=False), root / BASE.model.checkpoint
-    assert not is_finished(tmp_path, BASE, row, 0, weights)
+    digest = sha256_file(weights)
+    assert not is_finished(tmp_path, BASE, row, 0, digest)
     run_unit(BASE, row, 0, read_index(pairs / "index.csv"), weights, tmp_path)
-    assert is_finished(tmp_path, BASE, row, 0, weights)
+    assert is_finished(tmp_path, BASE, row, 0, digest)
     longer = with_values(BASE, {"train.epochs": BASE.train.epochs + 1})
-    (tmp_path / "other").write_bytes(b"other weights")
-    for base, file in ((longer, weights), (BASE, tmp_path / "other")):
+    for base, other in ((longer, digest), (BASE, digest[::-1])):
         with pytest.raises(UserError, match=r"zero-shot\.seed0\.csv: figures of other settings or weights"):
-            is_finished(tmp_path, base, row, 0, file)
+            is_finished(tmp_path, base, row, 0, other)
     rows = index_folder(pairs, dev_fraction=0.25, test_split="val")
     for _ in range(2):
         check_pairs(tmp_path / "index.csv", rows)

@@ -88,15 +88,17 @@ def unit_path(out: Path, row: Row, seed: int) -> Path:
     return out / "units" / f"{slug}.seed{seed}.csv"
 
 
-def unit_digest(config: Config, row: Row, weights: Path) -> str:
+def unit_digest(config: Config, row: Row, weights_sha256: str) -> str:
     """Of all that a unit's figures depend on but the pairs: configuration, number of masks, network, first weights."""
-    parts = (config_digest(config), row.masks, row.network, sha256_file(weights))
+    parts = (config_digest(config), row.masks, row.network, weights_sha256)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def is_finished(out: Path, base: Config, row: Row, seed: int, weights: Path) -> bool:
+def is_finished(out: Path, base: Config, row: Row, seed: int, weights_sha256: str) -> bool:
     """Whether a unit's figures are there.
 
+    Args:
+        weights_sha256: of the pretrained weights.
     Raises:
         UserError: they are those of other settings.
     """
@@ -107,7 +109,7 @@ def is_finished(out: Path, base: Config, row: Row, seed: int, weights: Path) -> 
         kept = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("digest")
     except (OSError, ValueError):
         kept = None
-    if kept != unit_digest(configured(base, row, seed), row, weights):
+    if kept != unit_digest(configured(base, row, seed), row, weights_sha256):
         raise UserError(f"{path}: figures of other settings or weights than those asked for; choose another --out, or "
                         "delete it to run it again")
     return True
@@ -122,11 +124,9 @@ def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
     if not index_path.exists():
         write_index(index_path, rows)
         return
-    kept = read_index(index_path)
-    if kept != {row["image_id"]: row for row in rows}:
-        changed = next((name for name in sorted({*kept, *(row["image_id"] for row in rows)})
-                        if kept.get(name) != next((row for row in rows if row["image_id"] == name), None)), "")
-        raise UserError(f"{index_path}: lists other pairs than the folder holds, the first is {changed!r}; choose "
+    kept, wanted = read_index(index_path), {row["image_id"]: row for row in rows}
+    if changed := sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)):
+        raise UserError(f"{index_path}: lists other pairs than the folder holds, the first is {changed[0]!r}; choose "
                         "another --out, or give the folder that it was made from")
 
 
@@ -191,7 +191,7 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
     samples = annotate(index, root=Path(), **b.annotator())
     test = [s for s in samples if s.split == "test"]
     target = unit_path(out, row, seed)
-    notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": unit_digest(config, row, weights)}
+    notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": unit_digest(config, row, sha256_file(weights))}
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
         data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
