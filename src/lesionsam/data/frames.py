@@ -174,7 +174,9 @@ def load_frames(
     folder = cache / _key(samples, side, threshold_masks)
     others = other_boxes(samples)
     if not (folder / INDEX_NAME).exists():
-        _build(samples, others, side, folder, threshold_masks, num_workers, title)
+        with only_one(cache.with_name(f".{cache.name}-{folder.name}.lock"), f"decoding {title}", waiting=say):
+            if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
+                _build(samples, others, side, folder, threshold_masks, num_workers, title)
     os.utime(folder)
     sizes = np.array([model_frame_size(s.width, s.height, side) for s in samples], np.int64).reshape(-1, 2)
 
@@ -191,21 +193,6 @@ def load_frames(
 
 
 def _build(
-    samples: Sequence[Sample],
-    others: Sequence[np.ndarray],
-    side: int,
-    folder: Path,
-    threshold_masks: bool,
-    num_workers: int,
-    title: str,
-) -> None:
-    lock = folder.parent.with_name(f".{folder.parent.name}-{folder.name}.lock")
-    with only_one(lock, f"decoding {title}", waiting=say):
-        if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
-            _build_alone(samples, others, side, folder, threshold_masks, num_workers, title)
-
-
-def _build_alone(
     samples: Sequence[Sample],
     others: Sequence[np.ndarray],
     side: int,
