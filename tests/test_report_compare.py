@@ -46,7 +46,7 @@ def test_a_constant_gain_is_found_with_a_closed_interval(pair: tuple[Path, Path]
     start = page.words.index("Paired difference of IoU to first, with interval and Wilcoxon p")
     row = page.words.index("second", start)
     cells = [word for word in page.words[row + 1 : row + 20] if word]
-    assert cells[:6] == ["+0.100", "[+0.100, +0.100] p=.004"] * 3
+    assert cells[:6] == ["+0.100", "[+0.100, +0.100]\np=.004"] * 3
     assert page.words.count("zero-shot") >= 2
     assert "zero-shot of first" not in text
     assert "method.temperature" in page.words
