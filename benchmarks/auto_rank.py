@@ -28,7 +28,7 @@ from lesionsam.data.folder import index_folder
 from lesionsam.data.widening import EXTENSION, resize
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.files import read_image, read_mask
+from lesionsam.images import read_image, read_mask
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import candidates, largest_piece_box, look_from_nearer, way
 from lesionsam.inference_rank import SIGNS, lesion_scores, overlaps, small_picture

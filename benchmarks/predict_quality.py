@@ -22,7 +22,7 @@ from lesionsam.config import load_config
 from lesionsam.data.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.files import read_image, read_mask
+from lesionsam.images import read_image, read_mask
 from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer

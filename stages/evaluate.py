@@ -18,8 +18,8 @@ from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
-from lesionsam.files import read_image, read_mask
 from lesionsam.guard import end_with_parent, only_one
+from lesionsam.images import read_image, read_mask
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
 from lesionsam.prompts import NONE

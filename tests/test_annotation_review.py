@@ -34,9 +34,9 @@ from lesionsam.annotation.proposals import (
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.files import read_mask
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
+from lesionsam.images import read_mask
 from lesionsam.inference import predict_files
 from lesionsam.metrics import iou
 from lesionsam.models.compact import CompactArchitecture

@@ -18,7 +18,7 @@ ROOT = import_graph.ROOT
 # From the ground up; imports only go down, or sideways within one name of a row. A folder stands for its modules.
 LAYERS = [
     [
-        "types", "errors", "files", "guard", "progress", "limits", "schema", "config", "presets",
+        "types", "errors", "files", "images", "guard", "progress", "limits", "schema", "config", "presets",
         "boxes", "box_prior", "formats", "prompts", "losses", "metrics", "statistics", "overlays",
     ],
     ["data", "models"],

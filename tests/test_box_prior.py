@@ -28,7 +28,7 @@ from lesionsam.box_prior import (
 )
 from lesionsam.boxes import model_frame_size, simulate_boxes
 from lesionsam.data.frames import prior_at
-from lesionsam.files import read_image, read_mask
+from lesionsam.images import read_image, read_mask
 
 BIG, SMALL, SHAPE = np.array([20.0, 30.0, 100.0, 90.0]), np.array([50.0, 50.0, 70.0, 70.0]), (120, 128)
 

@@ -23,9 +23,9 @@ from lesionsam.data.index import read_index, write_index
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation_cases import build_cases, by_image
-from lesionsam.files import read_mask
 from lesionsam.formats.convert import convert
 from lesionsam.formats.rle import encode, runs_of
+from lesionsam.images import read_mask
 from lesionsam.presets import apply_preset
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -27,7 +27,7 @@ from lesionsam.data.inspection import inspect
 from lesionsam.data.likeness import MIN_CORRELATION, fingerprint, hashes, near_pairs, oriented
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
-from lesionsam.files import image_size, read_image, read_mask
+from lesionsam.images import image_size, read_image, read_mask
 from lesionsam.presets import apply_preset
 
 SPLITS = ("train", "val", "test")

@@ -22,7 +22,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
 from lesionsam.evaluation_cases import box_slices, build_case, jitter_boxes, measure
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
-from lesionsam.files import read_image, read_mask
+from lesionsam.images import read_image, read_mask
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam, resize_longest
 from lesionsam.types import Sample

@@ -25,7 +25,7 @@ from web_server import Site, serve
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import COLUMNS, Row, check_rows, dev_ids, read_index, write_index
 from lesionsam.errors import UserError
-from lesionsam.files import read_mask
+from lesionsam.images import read_mask
 
 BLOB = np.zeros((30, 40), np.uint8)
 BLOB[5:20, 10:30] = 255

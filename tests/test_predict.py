@@ -25,9 +25,9 @@ from typer.testing import CliRunner
 from lesionsam import inference_outputs
 from lesionsam.cli import app
 from lesionsam.errors import UserError
-from lesionsam.files import read_image, read_mask
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.rle import decode as decode_rle
+from lesionsam.images import read_image, read_mask
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.inference_answers import Asked, answers, reasons
 from lesionsam.inference_auto import AUTO

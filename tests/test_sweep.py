@@ -376,7 +376,7 @@ def test_a_sweep_from_start_to_applied_values(
 
 
 def real_read(path: Path) -> np.ndarray:
-    from lesionsam.files import read_image
+    from lesionsam.images import read_image
 
     return read_image(path)
 

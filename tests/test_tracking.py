@@ -398,17 +398,22 @@ def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     assert [step for step, _ in history(shipper, "loss")] == list(range(40))
 
 
-def test_a_store_whose_making_is_killed_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", ["other", "same"])
+def test_a_store_whose_making_is_killed_is_made_again(number: str, tmp_path: Path) -> None:
     """MLflow itself cannot go on with one whose tables are half made."""
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from lesionsam.tracking_store import make_store\n"
         "if sys.argv[2] == 'kill': os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "make_store(Path(sys.argv[1]) / 'mlflow.db', Path(sys.argv[1]) / 'beside')")
+        "beside = Path(sys.argv[1]) / 'beside'\n"
+        "for left in beside.glob('store-*'):\n"  # as in a container, where each start has the same number
+        "    if sys.argv[3] == 'same': left.rename(beside / f'store-{os.getpid()}-{left.name.split(\"-\", 2)[2]}')\n"
+        "make_store(Path(sys.argv[1]) / 'mlflow.db', beside)")
     for how, status in (("kill", -signal.SIGKILL), ("finish", 0)):
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path), how], capture_output=True,
-                              text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path), how, number],
+                              env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, text=True,
+                              check=False)
         assert done.returncode == status, done.stderr
         assert (tmp_path / "mlflow.db").exists() is (how == "finish")
         assert bool(list((tmp_path / "beside").iterdir())) is (how == "kill")

@@ -14,7 +14,8 @@ import numpy as np
 from scipy import ndimage
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, decimal_number, read_mask
+from lesionsam.files import atomic_write, decimal_number
+from lesionsam.images import read_mask
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 

@@ -42,7 +42,8 @@ from lesionsam.engine_rounds import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_model
 from lesionsam.experiment import input_side, open_data, run_key, torch_device, train, trained_prompts
-from lesionsam.files import IMAGE_SUFFIXES, image_size, read_image, read_mask, write_text_atomic
+from lesionsam.files import write_text_atomic
+from lesionsam.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from lesionsam.models.sam import load_sam, save_sam
 from lesionsam.progress import progress
 from lesionsam.prompts import TRAINED_WITH

@@ -26,7 +26,7 @@ from lesionsam.config import Config
 from lesionsam.data.index import id_hash
 from lesionsam.engine import SEED, SIMULATED, Place, run_round
 from lesionsam.engine_rounds import Round, count_sources, read_rounds
-from lesionsam.files import read_mask
+from lesionsam.images import read_mask
 from lesionsam.metrics import bounding_box
 
 WHO = "simulated"

@@ -32,7 +32,8 @@ from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
-from lesionsam.files import atomic_write, read_image, read_mask, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.images import read_image, read_mask
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.presets import preset_values

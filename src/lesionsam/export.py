@@ -21,7 +21,8 @@ import lesionsam
 from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
-from lesionsam.files import IMAGE_SUFFIXES, read_image, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.images import IMAGE_SUFFIXES, read_image
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lesionsam.errors import UserError
 from lesionsam.files import free_disk_bytes
-from lesionsam.guard import is_alive
+from lesionsam.guard import is_left_by
 
 
 def prepare(out: Path, needed: int) -> None:
@@ -38,8 +38,7 @@ def _clear_up(out: Path) -> None:
     """Finish what a killed export left: drop what it was building, put back what it had moved aside."""
     for path in out.glob(".*-*"):
         match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
-        # In a container every process may have had this one's number; this one has not begun to build.
-        if match is None or (int(match[3]) != os.getpid() and is_alive(int(match[3]))):
+        if match is None or not is_left_by(int(match[3])):  # this process has not begun to build
             continue
         if match[2] == "old" and not (out / match[1]).exists():
             os.replace(path, out / match[1])

@@ -31,9 +31,10 @@ from lesionsam.config import load_config, with_values
 from lesionsam.data import shape_prompts
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.files import read_image, read_mask, sha256_file, write_bytes_atomic, write_text_atomic
+from lesionsam.files import sha256_file, write_bytes_atomic, write_text_atomic
 from lesionsam.foundation_card import card_text, current_commit, machine_in_words
 from lesionsam.foundation_data import DataPool, open_pool
+from lesionsam.images import read_image, read_mask
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates

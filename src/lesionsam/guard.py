@@ -85,6 +85,14 @@ def is_alive(pid: int, since: str = "") -> bool:
     return True
 
 
+def is_left_by(pid: int) -> bool:
+    """Whether what a process of this number was making is left over: it is gone, or it is this very process.
+
+    In a container every process may have had this one's number; who asks knows what it is making itself.
+    """
+    return pid == os.getpid() or not is_alive(pid)
+
+
 def started(pid: int) -> str:
     """When a process began, as the kernel tells it; empty where there is none or nothing tells."""
     try:

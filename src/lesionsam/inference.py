@@ -12,7 +12,8 @@ import torch
 
 from lesionsam.boxes import BIG, SMALL
 from lesionsam.errors import UserError
-from lesionsam.files import read_image, sha256_file
+from lesionsam.files import sha256_file
+from lesionsam.images import read_image
 from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_image import FeatureCache

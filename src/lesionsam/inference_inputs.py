@@ -12,7 +12,8 @@ import numpy as np
 
 from lesionsam.boxes import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, decimal_number
+from lesionsam.files import decimal_number
+from lesionsam.images import IMAGE_SUFFIXES
 from lesionsam.inference_answers import Asked
 from lesionsam.prompts import KINDS
 

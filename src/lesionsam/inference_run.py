@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.files import read_image, sha256_file
+from lesionsam.files import sha256_file
+from lesionsam.images import read_image
 from lesionsam.inference_answers import NUM_POINTS, SEED, Answer, Asked, answers, prediction
 from lesionsam.inference_auto import AutoOptions
 from lesionsam.inference_inputs import Job, Lesion, Source, file_stem

@@ -28,7 +28,8 @@ from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment_memory import peak_memory
-from lesionsam.files import read_image, read_mask, sha256_file
+from lesionsam.files import sha256_file
+from lesionsam.images import read_image, read_mask
 from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode, load_sam, preprocess, resize_longest, upscale
 from lesionsam.models.trainable import trained_parameters

@@ -26,7 +26,8 @@ from lesionsam.experiment import (
     torch_device,
 )
 from lesionsam.experiment_parts import prepare_sam
-from lesionsam.files import read_image, read_mask, sha256_file
+from lesionsam.files import sha256_file
+from lesionsam.images import read_image, read_mask
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.prompts import draw_prompts

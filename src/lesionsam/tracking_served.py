@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.files import read_image
+from lesionsam.images import read_image
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.sam import load_sam
 

@@ -12,9 +12,12 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from pathlib import Path
 
-from lesionsam.guard import is_alive
+from lesionsam.guard import is_left_by
+
+_MAKING = threading.Lock()  # what bears this process's number is left over where nothing is being made
 
 
 def make_store(path: Path, beside: Path) -> None:
@@ -29,17 +32,20 @@ def make_store(path: Path, beside: Path) -> None:
     from mlflow import MlflowClient
 
     beside.mkdir(parents=True, exist_ok=True)
-    for left in beside.glob("store-*"):
-        if (match := re.match(r"store-(\d+)-", left.name)) and not is_alive(int(match[1])):
-            left.unlink(missing_ok=True)
-    unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
-    whole = unfinished.with_suffix(".whole")
-    try:
-        MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
-        # A copy: this process keeps the other open, and SQLite's locks do not bear one file under two names.
-        shutil.copyfile(unfinished, whole)
-        with contextlib.suppress(FileExistsError):  # another process was first
-            os.link(whole, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-        whole.unlink(missing_ok=True)
+    with _MAKING:
+        if path.exists():
+            return
+        for left in beside.glob("store-*"):
+            if (match := re.match(r"store-(\d+)-", left.name)) and is_left_by(int(match[1])):
+                left.unlink(missing_ok=True)
+        unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
+        whole = unfinished.with_suffix(".whole")
+        try:
+            MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
+            # A copy: this process keeps the other open, and SQLite's locks do not bear one file under two names.
+            shutil.copyfile(unfinished, whole)
+            with contextlib.suppress(FileExistsError):  # another process was first
+                os.link(whole, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+            whole.unlink(missing_ok=True)

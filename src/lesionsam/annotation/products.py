@@ -24,8 +24,9 @@ from lesionsam.annotation.model import Model
 from lesionsam.annotation.records import ImageState, Lesion
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, read_image, write_text_atomic
+from lesionsam.files import atomic_write, write_text_atomic
 from lesionsam.formats.rle import encode
+from lesionsam.images import read_image
 from lesionsam.metrics import bounding_box
 from lesionsam.progress import progress
 

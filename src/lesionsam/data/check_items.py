@@ -17,9 +17,9 @@ from lesionsam.data.coco import SPLIT, object_mask
 from lesionsam.data.folder import MASK_ENDING
 from lesionsam.data.index import dev_ids, read_index
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, read_mask
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.records import checked_name
+from lesionsam.images import IMAGE_SUFFIXES, read_mask
 from lesionsam.schema import CocoData, Config, CsvBoxes, FolderData
 
 ERROR, WARNING, NOTE = "error", "warning", "note"

@@ -18,7 +18,8 @@ from lesionsam.data.check_items import Found, Item
 from lesionsam.data.index import id_hash
 from lesionsam.data.inspection import Look, inspect
 from lesionsam.errors import UserError
-from lesionsam.files import read_image, write_text_atomic
+from lesionsam.files import write_text_atomic
+from lesionsam.images import read_image
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.progress import progress
 from lesionsam.types import Sample

@@ -17,7 +17,8 @@ from lesionsam.data.index import Row, check_rows, dev_ids
 from lesionsam.data.jobs import run_jobs
 from lesionsam.data.meter import say
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, atomic_write, check_image, read_mask, sha256_file
+from lesionsam.files import atomic_write, sha256_file
+from lesionsam.images import IMAGE_SUFFIXES, check_image, read_mask
 
 MASK_ENDING = "_segmentation"
 

@@ -24,8 +24,9 @@ from lesionsam.box_prior import OUTSIDE, box_prior, inside
 from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.data.meter import say
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes, read_image, read_mask
+from lesionsam.files import free_disk_bytes
 from lesionsam.guard import end_with, only_one
+from lesionsam.images import read_image, read_mask
 from lesionsam.progress import progress
 from lesionsam.types import Sample
 

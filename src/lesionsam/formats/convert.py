@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lesionsam.box_prior import inside
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, read_mask
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
@@ -25,6 +24,7 @@ from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
 from lesionsam.formats.yolo import read_yolo, write_yolo
+from lesionsam.images import IMAGE_SUFFIXES, read_mask
 
 WRITERS = {"csv": write_table, "coco": write_coco, "yolo": write_yolo, "cvat": write_cvat,
            "label-studio": write_label_studio}

@@ -17,7 +17,7 @@ import numpy as np
 
 from lesionsam.boxes import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
-from lesionsam.files import IMAGE_SUFFIXES, MAX_PIXELS, image_size
+from lesionsam.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size
 from lesionsam.types import SPLITS, Sample
 
 BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
