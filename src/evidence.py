@@ -31,8 +31,8 @@ def main(
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
     workers: Annotated[int, typer.Option(help="units at once, one thread each")] = 2,
     tune: Annotated[bool, typer.Option(help="only the learning rates, on the development split")] = False,
-    which: Annotated[str, typer.Option("--set", help="rows | strategies (every way to fine-tune) | labels (what masks "
-                                       "are worth)")] = "rows",
+    which: Annotated[str, typer.Option("--set", help="rows | strategies (every way to fine-tune) | unprompted (use "
+                                       "without a prompt) | labels (what masks are worth)")] = "rows",
     track: Annotated[bool, typer.Option(help="each unit also a run in mlflow.db (lesionsam-evidence)")] = False,
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:

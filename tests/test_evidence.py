@@ -63,15 +63,14 @@ def test_few_masks_make_as_many_steps_and_grow_within_a_seed() -> None:
     assert set(few(data, 5, seed=1).ids) != set(chosen[5].ids)
 
 
-def figures(scores: dict[str, float]) -> pd.DataFrame:
+def figures(scores: dict[str, float], prompts: tuple[str, ...] = ("ring", "centre", "box")) -> pd.DataFrame:
     """Long format as `evidence.read_units` gives it: 12 images, two seeds, every prompt."""
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, 12)
     table = pd.DataFrame([
         {"model": model, "run": str(run), "prompt": prompt, "image_id": f"i{k}", "lesion_id": "0",
          "iou": score + noise[k] + 0.001 * run}
-        for model, score in scores.items() for run in range(2) for prompt in ("ring", "centre", "box")
-        for k in range(12)])
+        for model, score in scores.items() for run in range(2) for prompt in prompts for k in range(12)])
     return table.assign(**dict.fromkeys((*METRICS[1:], *LABEL_FREE), 0.5))
 
 
@@ -111,5 +110,13 @@ def test_parameters_and_seconds_stand_in_the_same_table(tmp_path: Path) -> None:
     assert lines[2].startswith("| a | 2 | 12,345 | 3.0 |  | 0.6")
     assert lines[3].startswith("| b | 2 |  |  |  | 0.7")
     plain = summarise(figures({"a": 0.6, "b": 0.7}), [("a", "b")]).splitlines()
-    assert plain[0] == "| row | seeds | none | ring | centre | box | box+core | failures (box) |"
+    assert plain[0] == "| row | seeds | none | ring | centre | box | box+core | failures (box) | box minus none |"
     assert all(line.count("|") == plain[0].count("|") for line in plain[1:4])
+
+
+def test_how_far_no_prompt_is_from_the_box_is_a_paired_difference() -> None:
+    table = figures({"a": 0.6, "b": 0.7}, ("none", "box"))
+    table.loc[(table["model"] == "a") & (table["prompt"] == "none"), "iou"] -= 0.1
+    lines = summarise(table, []).splitlines()
+    assert lines[2].endswith("| +0.100 [+0.100, +0.100] |")
+    assert lines[3].endswith("| +0.000 [+0.000, +0.000] |")

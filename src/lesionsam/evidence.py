@@ -290,7 +290,8 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
         cost: see `costs`; two more columns.
     """
     table = statistics.table(figures, reference=None, **INTERVALS)
-    heads = ["row", "seeds", *(["trained parameters", "s per epoch"] if cost else []), *PROMPTS, "failures (box)"]
+    heads = ["row", "seeds", *(["trained parameters", "s per epoch"] if cost else []), *PROMPTS, "failures (box)",
+             "box minus none"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for model in table["model"].drop_duplicates():
         mine = table[table["model"] == model].set_index("prompt")
@@ -300,8 +301,9 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
             else ""
             for prompt in PROMPTS
         ]
-        failed = f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else ""
-        cells = [str(int(mine["num_runs"].max())), *((cost.get(model, ("", ""))) if cost else ()), *cells, failed]
+        cells += [f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else "",
+                  _difference(figures, (model, "box"), (model, "none"))]
+        cells = [str(int(mine["num_runs"].max())), *((cost.get(model, ("", ""))) if cost else ()), *cells]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -313,17 +315,18 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
     names = set(figures["model"])
     for first, second in comparisons:
         if first in names and second in names:
-            cells = []
-            for prompt in PROMPTS:
-                parts = [
-                    figures[(figures["model"] == name) & (figures["prompt"] == prompt)] for name in (first, second)
-                ]
-                p = statistics.paired(parts[0], parts[1], "iou", **INTERVALS) if all(map(len, parts)) else None
-                cells.append(
-                    f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]" if p else ""
-                )
+            cells = [_difference(figures, (first, prompt), (second, prompt)) for prompt in PROMPTS]
             lines.append(f"| {first} | {second} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _difference(figures: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> str:
+    """First minus second, each a model and a prompt, paired, with its interval; empty where one is not there."""
+    parts = [figures[(figures["model"] == model) & (figures["prompt"] == prompt)] for model, prompt in (first, second)]
+    if not all(map(len, parts)):
+        return ""
+    p = statistics.paired(parts[0], parts[1], "iou", **INTERVALS)
+    return f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]"
 
 
 def gap_closed(figures: pd.DataFrame, low: str, high: str, name: str) -> dict[str, float]:

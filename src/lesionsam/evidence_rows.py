@@ -1,5 +1,5 @@
 """The rows of the evidence: ablation, placebo controls, published recipe, supervision, loose boxes; every way to
-fine-tune; and what masks are worth."""
+fine-tune; use without a prompt; and what masks are worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lesionsam.config import Config, to_values
-from lesionsam.evidence import UNET, ZERO_SHOT, Row
+from lesionsam.evidence import UNET, ZERO_SHOT, Row, configured
 
 DEFAULT, SUPERVISED, ELLIPSE = "two boxes (default)", "supervised, tuned", "placebo: ellipse as target"
 WARPED, OTHER = "placebo: another image's target, warped", "placebo: another image's target"
@@ -176,6 +176,24 @@ def labels(base: Config) -> list[Row]:
     ]
 
 
+# ---- use without a prompt ----------------------------------------------------------------------------------------
+
+LONGER = 3  # times the base's epochs
+UNPROMPTED, AS_LONG = "two boxes, preset no-prompt", f"{DEFAULT}, as long and as distorted"
+
+
+def unprompted(base: Config) -> list[Row]:
+    """What training without a prompt brings for use without one, beside the same training with prompts alone."""
+    budget_of_it = {"train.epochs": LONGER * base.train.epochs}
+    distorted = to_values(configured(base, Row("", preset="no-prompt"), 0))["train"]["distort"]
+    return [
+        Row(ZERO_SHOT, seeds=1, trains=False),
+        Row(DEFAULT),
+        Row(AS_LONG, budget_of_it | {"train.distort": distorted}),
+        Row(UNPROMPTED, budget_of_it, preset="no-prompt"),
+    ]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A set of rows with a name.
@@ -198,5 +216,7 @@ SETS = {
          *((DEFAULT, f"supervised, {name}") for name in STRATEGIES), (DEFAULT, SUPERVISED),
          (UNET_ROW, SUPERVISED), (DEFAULT, UNET_ROW)),
     ),
+    "unprompted": Plan(unprompted, lambda base: [],
+                       ((UNPROMPTED, DEFAULT), (UNPROMPTED, AS_LONG), (AS_LONG, DEFAULT))),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }
