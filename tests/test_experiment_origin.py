@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +154,25 @@ def test_what_another_run_was_begun_with_is_named(tmp_path: Path, inputs: tuple[
     lines.clear()
     begin(tmp_path / "runs" / "two", origin(inputs, train__seed=3), lines.append)
     assert len(lines) == 1, "no state of its own yet: said again"
+
+
+def test_the_code_that_gives_a_result_has_a_digest(tmp_path: Path) -> None:
+    package = tmp_path / "lesionsam"
+    shutil.copytree(Path(losses.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest() -> str:
+        script = "from lesionsam.experiment_origin import code_digest; print(code_digest())"
+        return subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                              capture_output=True, text=True, check=True).stdout
+
+    first = digest()
+    for beside in ("cli.py", "tracking_spool.py", "annotation/server.py"):
+        with (package / beside).open("a") as file:
+            file.write("# changed\n")
+    assert digest() == first
+    seen = {first}
+    for module in ("losses.py", "methods/contrastive.py"):
+        with (package / module).open("a") as file:
+            file.write("# changed\n")
+        seen.add(digest())
+    assert len(seen) == 3

@@ -549,6 +549,14 @@ def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> No
     assert digest() != first
 
 
+def test_a_trial_cut_short_begins_anew_under_other_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, config = open_bench(load_config()), load_config()
+    first = bench.run_key(config)
+    assert bench.run_key(config) == first
+    monkeypatch.setattr("lesionsam.sweep_data.code_digest", lambda: "other")
+    assert bench.run_key(config) != first
+
+
 def test_a_live_process_keeps_its_trials_however_late_its_heart_beats(tmp_path: Path) -> None:
     """A machine that slept: the database finds the beat stale, the process is there."""
     storage = open_storage(f"sqlite:///{tmp_path / 'a.db'}")

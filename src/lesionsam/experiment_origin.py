@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ ANYWAY = "LESIONSAM_RESUME"  # environment variable: `anyway` goes on under code
 SECTIONS = ("model.", "method.", "train.")
 # First words of modules that run beside a training and change nothing of what it gives.
 BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli", "experiment_origin")
+# Of the others those that no training loads.
+ELSEWHERE = ("annotation", "doctor", "engine", "evidence", "export", "foundation", "predict", "report", "sweep_report")
 SHOWN = 4  # of the names that a message could hold
 
 
@@ -43,6 +46,17 @@ def origin_of(
         "code": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in modules.items()
                  if not name.startswith(BESIDE)},
     }
+
+
+@cache
+def code_digest() -> str:
+    """Of the source of every module of this package but those that change nothing of what a training gives, as it was
+    when first asked for: a process does not change with its files."""
+    package = Path(__file__).parent
+    sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
+    text = "".join(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for name, path in sorted(sources.items())
+                   if not name.startswith((*BESIDE, *ELSEWHERE)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = print) -> None:

@@ -25,6 +25,7 @@ from lesionsam.experiment import (
     pretrained_weights,
     torch_device,
 )
+from lesionsam.experiment_origin import code_digest
 from lesionsam.experiment_parts import prepare_sam
 from lesionsam.files import sha256_file
 from lesionsam.images import read_image, read_mask
@@ -84,8 +85,11 @@ class Bench:
         return self._digest
 
     def run_key(self, config: Config) -> str:
-        """Name of a training's scratch folder: hash of parameters, data and pretrained weights."""
-        text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()}"
+        """Name of a training's scratch folder: hash of parameters, data, pretrained weights and code.
+
+        One that was cut short so begins anew under other code.
+        """
+        text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()} {code_digest()}"
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
