@@ -32,7 +32,8 @@ ROOT = Path.cwd()
 OUTPUT, CACHE = Path("results"), Path(".scratch/evaluation")
 BEST, TRAINED = Path("models/adapted/best.safetensors"), Path("models/adapted")
 LOOSENESS = 0.15  # of the box prior's outline offset, where the method's own target names none
-PICTURED = ("box", "box+core", "ring", "centre", "tight")  # the first of these that is evaluated is shown in pictures
+# The first of these that is evaluated is shown in pictures.
+PICTURED = ("box", "box+core", "ring", "centre", "nearer", "tight")
 
 
 def load_image(sample: Sample) -> np.ndarray:

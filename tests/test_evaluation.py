@@ -23,12 +23,13 @@ from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_basel
 from lesionsam.evaluation_cases import box_slices, build_case, jitter_boxes, measure
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
 from lesionsam.images import read_image, read_mask
+from lesionsam.inference import Predictor
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam, resize_longest
+from lesionsam.models.sam import Sam, build_sam, resize_longest, save_sam
 from lesionsam.types import Sample
 
 SIDE = 32
-PROMPTS = ("ring", "centre", "box", "box+core", "tight")
+PROMPTS = ("ring", "centre", "box", "nearer", "box+core", "tight")
 HOW = {"num_bootstrap": 200, "confidence": 0.95}
 
 
@@ -137,6 +138,19 @@ def test_rows_equal_a_plain_recomputation(sam, samples):
     assert row["iou"] == pytest.approx(metrics.iou(prediction, truth), abs=2e-3)
     assert row["hd95"] == pytest.approx(metrics.hd95(prediction, truth), abs=1.0)
     assert row["predicted_iou"] == pytest.approx(low_res["iou_predictions"].item(), abs=1e-4)
+
+
+def test_the_box_from_nearer_is_what_predict_gives_and_no_other_figure_moves(sam, samples, evaluation, tmp_path):
+    save_sam(sam, tmp_path / "weights.safetensors", name="compact")
+    predictor = Predictor(tmp_path / "weights.safetensors")
+    rows = evaluation.rows[evaluation.rows["prompt"] == "nearer"].set_index(["image_id", "lesion_id"])
+    for sample in samples:
+        (one,) = predictor.predict(load_image(sample), boxes=sample.big_box, nearer=True)
+        assert rows.loc[(sample.image_id, sample.lesion_id), "iou"] == pytest.approx(
+            metrics.iou(one.mask, true_mask(sample)), abs=2e-3)
+    without = evaluated(sam, samples, prompts=[each for each in PROMPTS if each != "nearer"])
+    others = evaluation.rows[evaluation.rows["prompt"] != "nearer"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(without.rows, others)
 
 
 def test_perfect_empty_and_full_masks_have_the_figures_of_the_definition(samples):

@@ -21,6 +21,7 @@ from lesionsam.data.datasets import Batches
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
     LEAKING,
+    NEARER,
     Case,
     FindLesions,
     LoadImage,
@@ -137,7 +138,7 @@ def evaluate_model(
             if request in wanted:
                 row = _row(logits, case, request[0], predicted_iou, boundary_tolerance, sums)
                 own.append(row)
-                if request[0] not in (LEAKING, NONE):  # their agreement is that of what an annotator gives
+                if request[0] not in (LEAKING, NEARER, NONE):  # their agreement is that of what an annotator gives
                     in_box.append(logits[case.big] > 0)
             if request in jittered and case.truth is not None:
                 curve.append(_key(case.sample) | {"prompt": request[0], "share": request[1], "iou": _iou(logits, case)})

@@ -17,6 +17,7 @@ import torch
 from lesionsam import metrics
 from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.errors import UserError
+from lesionsam.inference_lesion import AT_GIVEN_BOX, look_from_nearer
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
 from lesionsam.progress import progress
 from lesionsam.prompts import NONE, seeded_prompts
@@ -32,6 +33,7 @@ FindLesions = Callable[
     [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]]
 
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
+NEARER = "nearer"  # the big box, looked at from nearer, see `inference_lesion.look_from_nearer`
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ def predict_cases(
     """Encode each image once, decode every request for each of its lesions.
 
     Args:
-        requests: prompt sources of `prompts.KINDS`, `none` or `tight` (left out for lesions without a true mask), with
-            jitter.
+        requests: prompt sources of `prompts.KINDS`, `none`, `nearer` or `tight` (left out for lesions without a true
+            mask), with jitter.
         batch_size: images per encoder pass and lesions per decoder pass.
         find: answers the request `none`; all lesions of an image get the one answer that it has.
     Yields:
@@ -262,16 +264,21 @@ def _answer(
             smalls.append(to_model_frame(small, case.sample.width, case.sample.height, side))
         if not rows:
             continue
-        prompts = seeded_prompts(
-            kind,
-            _tensor(bigs),
-            _tensor(smalls),
-            [_key(cases[k].sample) for k in rows],
-            num_points=num_points,
-            seed=seed,
-        ).to(features.device)
-        low_res, predicted = decode(sam, features, prompts, rows=owner[rows].tolist())
-        for row, mask, quality in zip(rows, low_res[:, 0].float(), predicted[:, 0].tolist(), strict=True):
+        if kind == NEARER:
+            sizes = [model_frame_size(case.shape[1], case.shape[0], side) for case in cases]
+            masks, qualities = look_from_nearer(sam, frames[owner], sizes, np.stack(bigs), **AT_GIVEN_BOX)
+        else:
+            prompts = seeded_prompts(
+                kind,
+                _tensor(bigs),
+                _tensor(smalls),
+                [_key(cases[k].sample) for k in rows],
+                num_points=num_points,
+                seed=seed,
+            ).to(features.device)
+            low_res, predicted = decode(sam, features, prompts, rows=owner[rows].tolist())
+            masks, qualities = low_res[:, 0].float(), predicted[:, 0]
+        for row, mask, quality in zip(rows, masks, qualities.tolist(), strict=True):
             answers[row][(kind, share)] = (mask, quality)
     return answers
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lesionsam import statistics
 from lesionsam.evaluation import ELLIPSE, PRIOR, PRIOR_OFFSET, Evaluation
-from lesionsam.evaluation_cases import LEAKING
+from lesionsam.evaluation_cases import LEAKING, NEARER
 from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.prompts import NONE
 from lesionsam.types import Sample
@@ -32,11 +32,12 @@ LABEL_FREE_TITLES = {
 }
 MEASURES = (  # modules whose change makes an evaluation that was kept a different one
     "metrics", "evaluation", "evaluation_cases", "prompts", "inference_answers", "inference_auto", "inference_lesion",
-    "inference_rank", "box_prior", "boxes", "files", "data.frames", "models.sam", "models.trainable",
+    "inference_rank", "box_prior", "boxes", "images", "data.frames", "models.sam", "models.trainable",
 )
 NOTES = {
     NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
+    NEARER: "nearer: the big box, its surroundings alone enlarged to the model's whole frame (`predict --nearer`).",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }
@@ -179,7 +180,7 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
 
 def prompts_in(table: pd.DataFrame) -> list[str]:
     """Prompt sources of a table, poorest first."""
-    order = (NONE, "ring", "centre", "box", "box+core", LEAKING)
+    order = (NONE, "ring", "centre", "box", NEARER, "box+core", LEAKING)
     found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
     return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 

@@ -22,7 +22,7 @@ from lesionsam.schema_method import (
     SupervisedMethod,
 )
 
-PromptKind = Literal["none", "ring", "centre", "box", "box+core", "tight"]
+PromptKind = Literal["none", "ring", "centre", "box", "nearer", "box+core", "tight"]
 
 
 class Inputs(Section):
