@@ -19,11 +19,12 @@ from PIL import Image
 
 from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue
-from lesionsam.annotation.model import Model
+from lesionsam.annotation.model import DETAIL, Model
 from lesionsam.annotation.pictures import Cache, Pictures
 from lesionsam.annotation.products import COCO, Products, mask_name
 from lesionsam.annotation.proposals import (
     Proposed,
+    best_candidate,
     boxes_of_mask,
     colour_candidate,
     distinct,
@@ -37,10 +38,11 @@ from lesionsam.annotation.store import Change, Store
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
 from lesionsam.images import read_mask
-from lesionsam.inference import predict_files
+from lesionsam.inference import Predictor, predict_files
 from lesionsam.metrics import iou
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam, save_sam
+from lesionsam.models.sam import build_sam, load_sam, save_sam, upscale
+from lesionsam.prompts import TRAINED_WITH
 
 NAMES = ("one", "two", "three", "a b/'".replace("/", "∕"))
 TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)
@@ -103,6 +105,29 @@ def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
     assert mask[round(v0) : round(v1), round(u0) : round(u1)].mean() > 0.9
     assert mask[round(y0) : round(y1), round(x0) : round(x1)].sum() > 0.8 * mask.sum()
     assert picture.shape == (480, 640, 3)
+
+
+def test_an_adapted_model_proposes_what_it_finds_without_a_prompt(tmp_path: Path, weights: Path) -> None:
+    """And only that one: nothing is known of others' candidates."""
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+    Image.fromarray(pixels).resize((480, 480)).save(tmp_path / "images" / "a.png")
+    (entry,) = Catalogue([tmp_path / "images"]).entries
+    pictures, adapted = Pictures(), tmp_path / "adapted.safetensors"
+    save_sam(load_sam(None, weights), adapted, name="compact", metadata={TRAINED_WITH: "ring centre box"})
+    starts = {}
+    for path in (weights, adapted):
+        model = Model(path, pictures)
+        assert model.is_adapted is (path == adapted)
+        features, small = model.features(entry), pictures.small(entry, DETAIL * model.side)
+        found = best_candidate(model, features, pictures.small(entry, PRIOR_SIDE))
+        starts[path] = None if found is None else found[0]
+        (one,) = Predictor(path).predict(small, auto=True)
+        auto = upscale(torch.from_numpy(model.lesion(features)), features.size, one.mask.shape, model.side).numpy() > 0
+        assert np.count_nonzero(auto != one.mask) <= 4
+    expected = Model(adapted, pictures)
+    assert (starts[adapted] == (expected.lesion(expected.features(entry)) > 0)).all()
+    assert starts[weights] is None or (starts[weights] != starts[adapted]).any()
 
 
 def test_boxes_of_a_mask_are_an_annotators() -> None:

@@ -19,9 +19,11 @@ from lesionsam.annotation.records import Box
 from lesionsam.boxes import to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.files import sha256_file
+from lesionsam.inference_auto import AUTO
+from lesionsam.inference_lesion import find_lesions, way
 from lesionsam.metrics import mean_entropy
-from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, upscale
-from lesionsam.prompts import seeded_prompts
+from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, upscale, weights_metadata
+from lesionsam.prompts import TRAINED_WITH, seeded_prompts
 from lesionsam.types import Prompts
 
 PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
@@ -33,9 +35,10 @@ MAX_AHEAD = 16  # images waiting to be encoded
 
 @dataclass(frozen=True)
 class Features:
-    """An encoded image: (1, C, H', W') features and the (h, w) of the image part of the model frame."""
+    """An encoded image: (1, C, H', W') features, (1, 3, S, S) uint8 model frame, (h, w) of its image part."""
 
     values: torch.Tensor
+    frame: torch.Tensor
     size: tuple[int, int]
 
 
@@ -68,6 +71,8 @@ class Model:
         self.sam = load_sam(None, weights).to(device)
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
         self.name, self.digest = weights.name, sha256_file(weights)[:12]
+        metadata = weights_metadata(weights)
+        self.is_adapted, self._way = TRAINED_WITH in metadata, way(metadata)
         self.side = int(self.sam.image_encoder.img_size)
         self.level = logit(threshold)
         self._features = Cache(FEATURE_BYTES)
@@ -104,7 +109,7 @@ class Model:
         """Of an image, encoded now where it is not yet; from a picture decoded small, for speed."""
         def make() -> tuple[Features, int]:
             found = self.encoded(self.pictures.small(entry, DETAIL * self.side))
-            return found, found.values.numel() * found.values.element_size()
+            return found, sum(one.numel() * one.element_size() for one in (found.values, found.frame))
 
         return self._features.get((entry.key, self.pictures.stamp(entry)), make)
 
@@ -113,7 +118,7 @@ class Model:
         """Features of an image, (h, w, 3) uint8."""
         frames, sizes = model_frames([image], self.side)
         values = encode(self.sam, preprocess(frames.to(self.device), sizes.to(self.device)))
-        return Features(values, (int(sizes[0, 0]), int(sizes[0, 1])))
+        return Features(values, frames, (int(sizes[0, 0]), int(sizes[0, 1])))
 
     @torch.inference_mode()
     def answer(self, features: Features, size: tuple[int, int], key: str, big: Sequence[float],
@@ -133,12 +138,18 @@ class Model:
 
     def _answer(self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int],
                 big: Sequence[float]) -> Answer:
+        kept = self._part(low_res, part)
         cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
-        kept = low_res[: max(1, round(part[0] * cells)), : max(1, round(part[1] * cells))]
         step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
         x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
         inner = kept[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
         return Answer(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
+
+    def lesion(self, features: Features) -> np.ndarray:
+        """(t, u) float32 logits of the image part: what `lesionsam predict --auto` finds, no prompt given."""
+        (low_res, _, _), = find_lesions(self.sam, features.values, features.frame.to(self.device), [features.size],
+                                        by=self._way, options=AUTO)
+        return self._part(low_res.float().cpu().numpy(), features.size)
 
     @torch.inference_mode()
     def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,8 +167,12 @@ class Model:
                  for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)]
         low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
         predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
-        cells = low_res.shape[1] / self.side
-        return low_res[:, : max(1, round(height * cells)), : max(1, round(width * cells))], predicted
+        return self._part(low_res, features.size), predicted
+
+    def _part(self, low_res: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+        """Of (..., T, T) logits those of the image part, a frame of size (h, w)."""
+        rows, columns = (max(1, round(length * low_res.shape[-1] / self.side)) for length in part)
+        return low_res[..., :rows, :columns]
 
     @torch.inference_mode()
     def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:

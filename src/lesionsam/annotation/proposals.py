@@ -1,9 +1,10 @@
 """What a model proposes for an image that nobody has drawn on: a mask without a prompt, its two boxes, and a doubt.
 
-Masks: the model is asked at a grid of points for three candidates each (as segment-anything's automatic masks, Kirillov
-et al. 2023, section 7); one more comes from colour alone. The one that looks most like a lesion gets its two boxes,
-drawn as an annotator would draw them; model and box prior answer them, and their mask gets boxes again. Doubt joins
-what the two say of the final boxes.
+Masks: a model that was adapted here is asked as `lesionsam predict --auto` asks it. Any other is asked at a grid of
+points for three candidates each (as segment-anything's automatic masks, Kirillov et al. 2023, section 7), one more
+comes from colour alone, and the one is taken that looks most like a lesion: on such models this was the better way, on
+adapted ones the worse (docs/log.md). The mask gets two boxes, drawn as an annotator would draw them; model and box
+prior answer them, and their mask gets boxes again. Doubt joins what the two say of the final boxes.
 """
 
 from __future__ import annotations
@@ -109,6 +110,20 @@ def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | 
 
 def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tuple[np.ndarray, float] | None:
     """The candidate that looks most like one lesion on skin: (h, w) bool on the model's grid, and how it stands out."""
+    lab = ndimage.gaussian_filter(rgb2lab(picture), (COLOUR_BLUR, COLOUR_BLUR, 0))
+    best = model.lesion(features) > model.level if model.is_adapted else best_of_grid(model, features, picture, lab)
+    if best is None or not best.any():
+        return None
+    contrast, _ = colour_contrast(lab, best)
+    return best, contrast / (1 + contrast)
+
+
+def best_of_grid(model: Model, features: Features, picture: np.ndarray, lab: np.ndarray) -> np.ndarray | None:
+    """Of the masks of a grid of points and one by colour, on the model's grid, that of the best `lesion_score`.
+
+    Args:
+        lab: the picture in CIELAB, smoothed.
+    """
     logits, predicted = model.candidates(features, grid_points())
     masks = logits > model.level
     stable = (logits > model.level + STABLE).sum((1, 2)) / np.maximum((logits > model.level - STABLE).sum((1, 2)), 1)
@@ -116,7 +131,6 @@ def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tup
     area = masks.mean((1, 2))
     quality[(area < LEAST_AREA) | (area > MOST_AREA)] = -1
     chosen = [masks[k] for k in distinct(masks, quality)]
-    lab = ndimage.gaussian_filter(rgb2lab(picture), (COLOUR_BLUR, COLOUR_BLUR, 0))
     by_colour = colour_candidate(lab)
     if by_colour is not None and LEAST_AREA <= by_colour.mean() <= MOST_AREA:
         chosen.append(ndimage.zoom(by_colour.astype(np.float32), np.array(masks.shape[1:]) / by_colour.shape,
@@ -124,9 +138,7 @@ def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tup
     scored = [(lesion_score(picture, lab, mask), k) for k, mask in enumerate(chosen) if mask.any()]
     if not scored or max(scored)[0] <= 0:
         return None
-    best = chosen[max(scored)[1]]
-    contrast, _ = colour_contrast(lab, best)
-    return best, contrast / (1 + contrast)
+    return chosen[max(scored)[1]]
 
 
 def grid_points() -> np.ndarray:
