@@ -11,11 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import import_graph
 import numpy as np
@@ -137,6 +139,38 @@ def test_an_image_and_boxes_give_masks_over_http(exported: Path, server: str) ->
         status, answer = ask(server, nonsense)
         assert status == 400, answer
         assert words in answer["message"], answer
+
+
+def test_requests_at_once_get_the_masks_of_their_own_images(tmp_path: Path) -> None:
+    """The server answers every request in a thread of its own, with one model."""
+    from lesionsam.tracking_served import PromptedSam
+
+    save_sam(tiny_sam(sharpness=40), tmp_path / "best.safetensors", name="compact")
+    model = PromptedSam()
+    model.load_context(SimpleNamespace(artifacts={"weights": tmp_path / "best.safetensors"}))
+    images = [np.random.default_rng(k).integers(0, 256, (45 + 7 * k, 61, 3), dtype=np.uint8) for k in range(3)]
+    boxes: list[np.ndarray | None] = [np.array([3.0 + k, 4, 50, 40]) for k in range(4)]
+    alone = [model.answers(image, boxes, None, None) for image in images]
+    wrong: list[str] = []
+
+    def ask_again(k: int) -> None:
+        for _ in range(15):
+            try:
+                found = model.answers(images[k], boxes, None, None)
+                for (logits, _, _), (expected, _, _) in zip(found, alone[k], strict=True):
+                    np.testing.assert_allclose(logits, expected, atol=1e-3)
+            except (AssertionError, RuntimeError, ValueError) as error:
+                wrong.append(str(error))
+
+    threads = [threading.Thread(target=ask_again, args=(k,)) for k in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+    finally:
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+    assert not wrong, f"{len(wrong)} of 45 answers are another image's: {wrong[0]}"
 
 
 def test_the_model_is_self_describing(exported: Path) -> None:

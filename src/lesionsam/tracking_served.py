@@ -12,6 +12,7 @@ import base64
 import io
 import math
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
         """Load the weights that lie in the model's folder."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predictor = ImagePredictor(load_sam(None, Path(context.artifacts["weights"])), device)
+        self.alone = threading.Lock()  # the server answers each request in a thread of its own
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """See the module's text.
@@ -62,12 +64,13 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
     def answers(self, image: np.ndarray, boxes: list[np.ndarray | None], points: np.ndarray | None,
                 labels: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """Logits (H, W) and (T, T), and predicted IoU of every box (None: of the points alone)."""
-        self.predictor.set_image(image)
         found = []
-        for box in boxes:
-            masks, quality, low_res = self.predictor.predict(points, labels, box, multimask_output=False,
-                                                             return_logits=True)
-            found.append((masks[0], low_res[0], float(quality[0])))
+        with self.alone:  # the predictor holds one image
+            self.predictor.set_image(image)
+            for box in boxes:
+                masks, quality, low_res = self.predictor.predict(points, labels, box, multimask_output=False,
+                                                                 return_logits=True)
+                found.append((masks[0], low_res[0], float(quality[0])))
         return found
 
 
