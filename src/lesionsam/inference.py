@@ -198,7 +198,8 @@ def predict_files(
     Writes, each file whole or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png where an image has several
     rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
     (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all that is in the table. What
-    an earlier call with the same model, prompts, threshold and image has done is kept.
+    an earlier call with the same model, prompts, threshold and image has done is kept; what else it has of these images
+    goes, what it has of others stays in the table.
 
     Args:
         images: files, folders, patterns. model: SAM's weights or this project's; the file says which model it holds.

@@ -250,6 +250,10 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
                             "two calls, with an --out of their own")
         rows = {"auto": {ONE: ()}, "everything": {}}.get(source.kind, lesions.get(image_id, {}))
         named = []
+        if not rows:
+            folder = file_stem(image_id) + "/"  # for as many masks as there are
+            if (other := writers.setdefault(folder, image_id)) != image_id:
+                raise UserError(f"{path}: its masks would be in masks/{folder}, as those of {other}; rename one")
         for lesion_id, lines in rows.items():
             file_name = file_stem(image_id if len(rows) == 1 else f"{image_id}_{lesion_id}")
             if (other := writers.setdefault(file_name, f"{image_id}/{lesion_id}")) != f"{image_id}/{lesion_id}":

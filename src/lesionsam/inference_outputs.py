@@ -15,7 +15,7 @@ from lesionsam.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import encode, mask_box
 from lesionsam.inference_answers import Prediction
-from lesionsam.inference_inputs import needs_small
+from lesionsam.inference_inputs import Job, file_stem, needs_small
 from lesionsam.overlays import overlay, write_png
 from lesionsam.progress import progress
 
@@ -49,7 +49,28 @@ class Folder:
             raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
                             "permissions") from None
         self.rows = read_table(out / TABLE)
+        self.is_saved = True  # the table on disk tells of no file that has gone since
         remove_leftovers(out, "masks", "overlays", "polygons")
+
+    def make_room(self, jobs: Sequence[Job]) -> None:
+        """Forget what earlier calls have of these images that this one does not ask for, or asks for by another name.
+
+        Raises:
+            UserError: an earlier call's mask of another image has a name that is needed now.
+        """
+        wanted = {job.image_id: {lesion.lesion_id: lesion.file_name for lesion in job.lesions} for job in jobs}
+        names = {name: image_id for image_id, of_image in wanted.items()
+                 for name in of_image.values() or [file_stem(image_id) + "/"]}
+        outdated = []
+        for (image_id, lesion_id), row in self.rows.items():
+            stem = _stem(row)
+            if of_image := wanted.get(image_id):
+                outdated += [(image_id, lesion_id)] if of_image.get(lesion_id) != stem else []
+            elif image_id not in wanted and (other := names.get(stem[: stem.find("/") + 1] or stem)) is not None:
+                raise UserError(f"{self.out / row['mask']}: is the mask of {image_id}/{lesion_id}, of an earlier call, "
+                                f"and one of {other} would have its name; choose another --out or rename one of them")
+        for key in outdated:
+            self.forget(key)
 
     def files(self, file_name: str) -> list[Path]:
         """All that is wanted of a mask."""
@@ -62,15 +83,21 @@ class Folder:
     def forget(self, key: tuple[str, str]) -> None:
         """Drop a row and its files, so that nothing outdated stands beside a fault."""
         row = self.rows.pop(key, None)
+        if row is not None:
+            self._drop_coco()
+            self.is_saved = False
         if row is not None and row["mask"]:
             for folder, ending in (("masks", ".png"), ("overlays", ".png"), ("polygons", ".geojson")):
                 (self.out / folder / (_stem(row) + ending)).unlink(missing_ok=True)
 
     def write(
-        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, prompt: str = "box"
+        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, image_name: str,
+        prompt: str = "box",
     ) -> tuple[object, ...]:
         """Mask, picture and polygons.
 
+        Args:
+            file_name: of all three, without ending. image_name: of the image's file, for later calls' COCO JSON.
         Returns:
             the row that says they are there, for `record`.
         """
@@ -82,8 +109,9 @@ class Folder:
             elif kind == "overlays":
                 write_png(path, _picture(found, image, file_name, prompt))
             else:
-                properties = {"image_id": found.image_id, "lesion_id": found.lesion_id, "width": width,
-                              "height": height, "area": area, "predicted_iou": round(found.predicted_iou, 4),
+                properties = {"image_id": found.image_id, "image": image_name, "lesion_id": found.lesion_id,
+                              "width": width, "height": height, "area": area,
+                              "predicted_iou": round(found.predicted_iou, 4),
                               "look": "; ".join(found.look), "segmentation": encode(found.mask),
                               "bbox": _xywh(found.mask) if area else [0, 0, 0, 0]}
                 write_text_atomic(path, json.dumps(feature(found.mask, properties)) + "\n")
@@ -94,6 +122,7 @@ class Folder:
 
     def record(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Put rows into the table, all of them at once; see `COLUMNS`."""
+        self._drop_coco()
         named: list[Row] = [dict(zip(COLUMNS, map(str, values), strict=True)) for values in rows]
         self.rows.update({(row["image_id"], row["lesion_id"]): row for row in named})
 
@@ -105,12 +134,18 @@ class Folder:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(COLUMNS)
                 writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
+        self.is_saved = True
+
+    def _drop_coco(self) -> None:
+        """COCO JSON is of the whole table: it goes with the first change, and `save_coco` makes it anew."""
+        for name in COCO:
+            (self.out / name).unlink(missing_ok=True)
 
     def save_coco(self, file_names: Mapping[str, str]) -> None:
         """Collect the polygons' files into COCO JSON, one image at a time.
 
         Args:
-            file_names: image_id -> name of the image file, where it is known.
+            file_names: image_id -> name of the image file, of this call's; others' are in their polygons' files.
         """
         if not self.shapes or not self.rows:
             return
@@ -122,22 +157,22 @@ class Folder:
         numbers: dict[str, int] = {}
         info = {"description": f"masks of `lesionsam predict` ({about}); not a medical device"}
         file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": [{json.dumps(CATEGORY)}],\n')
-        file.write('"images": [')
         for row in self.rows.values():
-            if row["image_id"] not in numbers:
-                numbers[row["image_id"]] = len(numbers) + 1
-                entry = {"id": len(numbers), "file_name": file_names.get(row["image_id"], row["image_id"]),
-                         "width": int(row["width"]), "height": int(row["height"])}
-                file.write(("\n" if len(numbers) == 1 else ",\n") + json.dumps(entry))
-        file.write('],\n"annotations": [')
+            numbers.setdefault(row["image_id"], len(numbers) + 1)
+        known = dict(file_names)
+        file.write('"annotations": [')
         for number, (row, drawn) in enumerate(self._features(), 1):
             properties = drawn["properties"]
+            known.setdefault(row["image_id"], properties.get("image", row["image_id"]))
             shape = coco_polygons(drawn["geometry"]["coordinates"]) if polygons else properties["segmentation"]
             entry = {"id": number, "image_id": numbers[row["image_id"]], "category_id": 1, "iscrowd": 0,
                      "bbox": properties["bbox"], "area": properties["area"], "segmentation": shape,
                      "score": properties["predicted_iou"], "attributes": {"lesion_id": row["lesion_id"]}}
             file.write(("\n" if number == 1 else ",\n") + json.dumps(entry))
-        file.write("]}\n")
+        sizes = {row["image_id"]: (int(row["width"]), int(row["height"])) for row in self.rows.values()}
+        images = [{"id": numbers[image_id], "file_name": known.get(image_id, image_id), "width": width,
+                   "height": height} for image_id, (width, height) in sizes.items()]
+        file.write('],\n"images": [\n' + ",\n".join(map(json.dumps, images)) + "]}\n")
 
     def _features(self) -> Iterator[tuple[Row, dict[str, Any]]]:
         """Rows with a mask that is not empty, and their polygons' files."""

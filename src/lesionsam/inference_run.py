@@ -125,6 +125,7 @@ class Run:
 
     def work(self, jobs: Sequence[Job]) -> None:
         """Segment every lesion of every job; faults are named and counted, and cost no other lesion its mask."""
+        self.folder.make_room(jobs)
         batch: list[Prepared] = []
         with ThreadPoolExecutor(READERS) as pool:
             for job, future in progress(self._ahead(jobs, pool), total=len(jobs), title="predicting"):
@@ -201,6 +202,8 @@ class Run:
     @torch.inference_mode()
     def _segment(self, batch: Sequence[Prepared]) -> None:
         """Encode a batch of images once, decode all their lesions, write each one's files."""
+        if not self.folder.is_saved:  # else, after a kill, the table would take the files to come for outdated ones
+            self.save()
         if self.options.source.kind == "everything":
             for prepared in batch:
                 self._write_all(prepared)
@@ -237,7 +240,8 @@ class Run:
                 answer, target.asked, image_id=owner.job.image_id, lesion_id=target.lesion.lesion_id,
                 shape=owner.shape, input_size=owner.input_size, side=self.side, threshold=self.options.threshold)
             name = target.lesion.file_name
-            self.folder.record([self.folder.write(one, owner.image, name, key=target.key, prompt=source.prompt)])
+            self.folder.record([self.folder.write(one, owner.image, name, key=target.key, prompt=source.prompt,
+                                                  image_name=owner.job.path.name)])
             self.num_done += 1
             self.num_look += bool(one.look)
 
@@ -246,7 +250,8 @@ class Run:
         height, width = prepared.shape
         found = masks_of(self.sam, prepared.image, self.options.auto, prepared.job.image_id, device=self.device)
         stem, key = file_stem(prepared.job.image_id), prepared.key
-        rows = [self.folder.write(one, prepared.image, f"{stem}/{one.lesion_id}", key=key) for one in found]
+        rows = [self.folder.write(one, prepared.image, f"{stem}/{one.lesion_id}", key=key,
+                                  image_name=prepared.job.path.name) for one in found]
         if not found:
             nothing = "no mask passes the thresholds"
             rows = [(prepared.job.image_id, "", width, height, "", 0, "", "", "", nothing, key)]
