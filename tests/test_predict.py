@@ -584,6 +584,10 @@ def test_what_predictor_cannot_do_is_said(case: Path) -> None:
         "has no name to be found by": {"boxes": case / "boxes.csv"},
         "--prompt: expected one of": {"boxes": [1, 2, 30, 40], "prompt": "tight"},
         "--prompt ring: is made from boxes": {"points": [[3, 4]], "prompt": "ring"},
+        "prompt ring: is made from the small boxes; give them as cores": {"boxes": [1, 2, 30, 40], "prompt": "ring"},
+        "cores: go with boxes that are numbers; got auto": {"auto": True, "cores": [1, 2, 30, 40]},
+        "labels: go with points that are numbers; got boxes": {"boxes": [1, 2, 30, 40], "labels": [1]},
+        "expected 1 .* or 0 .*, got '0.6'": {"points": [[3, 4]], "labels": [0.6]},
     }.items():
         with pytest.raises(UserError, match=message):
             predictor.predict(image, **given)
@@ -592,6 +596,30 @@ def test_what_predictor_cannot_do_is_said(case: Path) -> None:
     (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,10,8,60,50\n")
     with pytest.raises(UserError, match="no row of"):
         predictor.predict(case / "images", boxes=case / "boxes.csv")
+
+
+@pytest.mark.parametrize(("message", "given"), [
+    (r"boxes: expected \(4,\) or \(N, 4\) numbers, got \(8,\)", {"boxes": [1, 2, 30, 40] * 2}),
+    (r"points: expected \(2,\) or \(N, 2\) numbers, got \(3,\)", {"points": [1, 2, 30]}),
+    ("a label for each; got 2 points and 1 labels", {"points": [[3, 4], [5, 6]], "labels": [1]}),
+    ("at least one point", {"points": []}),
+])
+def test_numbers_that_predictor_cannot_use_are_said(case: Path, message: str, given: dict) -> None:
+    with pytest.raises(ValueError, match=message):
+        Predictor(case / "weights.safetensors").predict(picture(60, 90, 0), **given)
+
+
+@pytest.mark.parametrize("how", [{"boxes": [1, 2, 30, 40], "nearer": True}, {"everything": True}, {"auto": True}])
+def test_arrays_that_are_no_image_are_said_whatever_is_asked(case: Path, how: dict) -> None:
+    predictor = Predictor(case / "weights.safetensors", auto=EASY)
+    for wrong in (picture(60, 90, 0)[..., 0], picture(60, 90, 0).astype(float)):
+        with pytest.raises(ValueError, match=r"image: expected \(H, W, 3\) uint8 RGB"):
+            predictor.predict(wrong, **how)
+    for several in ([picture(60, 90, 0)] * 2, Image.fromarray(picture(60, 90, 0))):
+        with pytest.raises(ValueError, match=r"images: expected one .* array, or files"):
+            predictor.predict(several, **how)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="lesion_by: expected decoder, masks or None, got 'nothing'"):
+        Predictor(case / "weights.safetensors", lesion_by="nothing")
 
 
 def test_a_second_prompt_costs_no_encoder_pass_and_little_time() -> None:
@@ -638,6 +666,19 @@ def test_a_run_folder_is_a_model_and_params_say_the_thresholds(case: Path, monke
     options = replace(EASY, points_per_side=2)
     assert len(table(case)) == len(Predictor(run / "best.safetensors", auto=options).predict(
         "images/one.png", everything=True))
+
+
+def test_a_parameter_file_that_is_named_is_read_or_refused(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(case)
+    for source, message in ((["--everything"], "nope.yaml: expected a parameter file, found none"),
+                            (["--boxes", "boxes.csv"], "--params nope.yaml: section auto is read for --auto and")):
+        result = CliRunner().invoke(app, ["predict", "images", "--model", "weights.safetensors", "--params",
+                                          "nope.yaml", *source])
+        assert isinstance(result.exception, UserError)
+        assert message in str(result.exception)
+    (case / "params.yaml").write_text("auto: {}\n")  # is no concern of boxes
+    result = CliRunner().invoke(app, ["predict", "images", "--model", "weights.safetensors", "--boxes", "boxes.csv"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file"])

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lesionsam.errors import UserError
+
 
 def add_commands(app: typer.Typer) -> None:
     """Make this module's command part of `lesionsam`."""
@@ -40,22 +42,26 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
     overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
     shapes: Annotated[bool, typer.Option(help="Write polygons (GeoJSON) and COCO JSON too.")] = True,
-    params: Annotated[Path, typer.Option(help="Parameter file that section auto is read from, where it exists.")]
-    = Path("params.yaml"),
+    params: Annotated[Path | None, typer.Option(
+        help="Parameter file whose section auto --auto and --everything go by; unset: params.yaml, where there is one.",
+        show_default=False)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Segment lesions in images, given boxes, points or nothing; a second call does only what is missing."""
     from lesionsam.experiment import torch_device
     from lesionsam.experiment_auto import read_auto_options
     from lesionsam.inference import predict_files
+    from lesionsam.inference_auto import AUTO
     from lesionsam.inference_inputs import Source
     from lesionsam.registry import resolve_model
 
-    Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model is sought
+    source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
+    uses_auto = source.kind in ("auto", "everything")
+    if params is not None and not uses_auto:
+        raise UserError(f"--params {params}: section auto is read for --auto and --everything alone; leave it out")
     code = predict_files(
         images, boxes=boxes, points=points, auto=auto, everything=everything, model=resolve_model(model), out=out,
         prompt=prompt, ensemble=ensemble, device=torch_device(device), batch_size=batch_size, overlays=overlays,
-        shapes=shapes, threshold=threshold, options=read_auto_options(params),
-        nearer=nearer)
+        shapes=shapes, threshold=threshold, nearer=nearer, options=read_auto_options(params) if uses_auto else AUTO)
     if code:
         raise typer.Exit(code)

@@ -17,9 +17,11 @@ def auto_options(config: Config) -> AutoOptions:
     return AutoOptions(**config.auto.model_dump())
 
 
-def read_auto_options(params: Path) -> AutoOptions:
-    """The same of a parameter file; the defaults where there is no such file."""
-    return auto_options(load_config(params, check_files=False)) if params.is_file() else AUTO
+def read_auto_options(params: Path | None) -> AutoOptions:
+    """The same of a parameter file; None: of params.yaml here, or the defaults where there is none."""
+    if params is None and not (params := Path("params.yaml")).is_file():
+        return AUTO
+    return auto_options(load_config(params, check_files=False))
 
 
 def lesion_finder(config: Config, weights: Path) -> FindLesions:

@@ -4,7 +4,7 @@ them. One image and many prompts in segment_anything's own words: `inference_ima
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,18 @@ from lesionsam.files import sha256_file
 from lesionsam.images import read_image
 from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
-from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_inputs import ONE, Lesion, Source, check_answering, check_threshold, find_images, plan
-from lesionsam.inference_lesion import MASKS, find_lesions, from_nearer, masks_of, way
+from lesionsam.inference_image import FeatureCache, check_rgb
+from lesionsam.inference_inputs import (
+    ONE,
+    Lesion,
+    Source,
+    check_answering,
+    check_threshold,
+    find_images,
+    needs_small,
+    plan,
+)
+from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer, masks_of, way
 from lesionsam.inference_outputs import Folder
 from lesionsam.inference_run import Options, Run, complain
 from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
@@ -52,6 +61,8 @@ class Predictor:
         lesion_by: str | None = None,
     ) -> None:
         check_threshold(threshold)
+        if lesion_by not in (None, DECODER, MASKS):
+            raise UserError(f"lesion_by: expected {DECODER}, {MASKS} or None, got {lesion_by!r}")
         is_file = isinstance(model, str | Path)
         sam = load_sam(None, Path(model)) if is_file else model
         self.lesion_by = lesion_by or (way(weights_metadata(Path(model))) if is_file else MASKS)
@@ -86,8 +97,9 @@ class Predictor:
         Returns:
             one Prediction for each lesion, in the order of images and rows.
         Raises:
-            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image, a threshold,
-                an ensemble or a look from nearer that the kind of prompt has no use for.
+            UserError: an image that cannot be read, an image without a prompt, a prompt outside its image; cores,
+                labels, a threshold, an ensemble or a look from nearer that the kind of prompt has no use for.
+            ValueError: arrays of another shape or type.
         """
         as_numbers = any(each is not None and not isinstance(each, str | Path) for each in (boxes, points))
         source = Source.of(
@@ -95,13 +107,23 @@ class Predictor:
             points=Path(points) if isinstance(points, str | Path) else points is not None,
             auto=auto, everything=everything, prompt=prompt)
         check_answering(source, threshold=self.threshold, ensemble=ensemble, nearer=nearer)
+        for name, given, owner in (("cores", cores, "boxes"), ("labels", labels, "points")):
+            if given is not None and (source.kind != owner or source.path is not None):
+                raise UserError(f"{name}: go with {owner} that are numbers; got {source.path or source.kind}")
+        if needs_small(source.prompt) and as_numbers and cores is None:
+            raise UserError(f"prompt {source.prompt}: is made from the small boxes; give them as cores")
         if isinstance(images, np.ndarray):
+            check_rgb(images)
             if source.path is not None:
                 raise UserError(f"an image in memory has no name to be found by in {source.path}; give "
                                 f"{source.kind} as numbers")
             return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble,
                              nearer)
-        paths, problems = find_images([images] if isinstance(images, str | Path) else images)
+        names = [images] if isinstance(images, str | Path) or not isinstance(images, Iterable) else list(images)
+        if not all(isinstance(name, str | Path) for name in names):
+            raise ValueError("images: expected one (H, W, 3) uint8 array, or files, folders and patterns, got "
+                             f"{type(images).__name__}")
+        paths, problems = find_images(names)
         if as_numbers:
             if len(paths) != 1 or problems:
                 raise UserError(problems[0] if problems else f"{source.kind} as numbers are those of one image, got "
@@ -155,8 +177,8 @@ def _lesions(
 ) -> list[Lesion]:
     """Prompts given as numbers, as rows of a CSV: the same checks serve both."""
     if boxes is not None:
-        big = np.asarray(boxes, float).reshape(-1, 4)
-        small = None if cores is None else np.asarray(cores, float).reshape(-1, 4)
+        big = _table("boxes", boxes, 4)
+        small = None if cores is None else _table("cores", cores, 4)
         if small is not None and small.shape != big.shape:
             raise ValueError(f"cores: expected as many as boxes, {len(big)}, got {len(small)}")
         lesions = []
@@ -166,12 +188,25 @@ def _lesions(
             lesions.append(Lesion(str(k), str(k), ((0, row),)))
         return lesions
     if points is not None:
-        places = np.asarray(points, float).reshape(-1, 2)
-        known = [1] * len(places) if labels is None else [int(label) for label in labels]
-        rows = [{"image_id": "image", "x": repr(float(x)), "y": repr(float(y)), "label": str(label)}
-                for (x, y), label in zip(places, known, strict=True)]
+        places = _table("points", points, 2)
+        known = np.ones(len(places)) if labels is None else np.asarray(labels, float)
+        if known.shape != (len(places),) or not len(places):
+            raise ValueError(f"points and labels: expected at least one point, and a label for each; got {len(places)} "
+                             f"points and {known.size} labels")
+        rows = [{"image_id": "image", "x": repr(x), "y": repr(y), "label": f"{label:g}"}
+                for (x, y), label in zip(places.tolist(), known.tolist(), strict=True)]
         return [Lesion(ONE, ONE, tuple((0, row) for row in rows))]
     return []
+
+
+def _table(name: str, values: object, columns: int) -> np.ndarray:
+    """(N, columns) float64 of numbers given as that or, for one row, as (columns,)."""
+    table = np.asarray(values, float)
+    if not table.size:
+        return np.zeros((0, columns))
+    if table.ndim not in (1, 2) or table.shape[-1] != columns:
+        raise ValueError(f"{name}: expected ({columns},) or (N, {columns}) numbers, got {table.shape}")
+    return table.reshape(-1, columns)
 
 
 def predict_files(

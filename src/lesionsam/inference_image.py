@@ -13,6 +13,12 @@ from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, 
 from lesionsam.types import Prompts
 
 
+def check_rgb(image: np.ndarray) -> None:
+    """Raise ValueError unless it is (H, W, 3) uint8."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
+
+
 class FeatureCache:
     """Features of the last few images, by what the encoder sees of them: one that comes back costs no encoder pass.
 
@@ -35,8 +41,7 @@ class FeatureCache:
         Args:
             image: (H, W, 3) uint8 RGB, original frame.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
+        check_rgb(image)
         frames, sizes = model_frames([image], int(self.sam.image_encoder.img_size))
         # All that the encoder sees; hashing the image itself would take longer than resizing it.
         key = hashlib.sha256(frames.numpy().tobytes() + sizes.numpy().tobytes()).digest()
