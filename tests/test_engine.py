@@ -121,12 +121,12 @@ def draw(place: Place, names: list[str]) -> None:
                    (320, 240))
 
 
-def accept(place: Place, name: str, label: str, wider: float = 0.0) -> None:
-    """As the page does with one key; a big box made wider by so many pixels is a correction."""
+def accept(place: Place, name: str, label: str, narrower: float = 0.0) -> None:
+    """As the page does with one key; a big box made narrower by so many pixels is a correction."""
     store, proposals = Store(place.table_path, place.catalogue), Proposals(proposals_path(place.table_path), label)
     lesion = proposals.found[name].lesion
     assert lesion is not None
-    big = lesion.big[0] - wider, *lesion.big[1:]
+    big = lesion.big[0] + narrower, *lesion.big[1:]
     new = Lesion("0", big, lesion.small, proposed=(lesion.big, lesion.small), model=label.partition("@")[0])
     store.save(name, Change(0, "ann", f"accept-{name}", lesions=(new,), seconds={"0": 2.0}, shown=label), (320, 240))
 
@@ -148,7 +148,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     by_doubt = sorted(NAMES[8:], key=lambda name: engine.doubt(lesion, [])[0] if (
         lesion := proposals.found[name].lesion) else 9)
     calm, rest = by_doubt[:4], by_doubt[4:]
-    accept(place, rest[0], first.model, wider=1.0)
+    accept(place, rest[0], first.model, narrower=1.0)
     for name in rest[1:]:
         accept(place, name, first.model)
     store = Store(place.table_path, place.catalogue)
