@@ -17,7 +17,7 @@ from lesionsam.evaluation import Evaluation
 from lesionsam.evaluation_results import write_results
 from lesionsam.files import sha256_file
 from lesionsam.models.sam import save_sam
-from lesionsam.report_card import build_card
+from lesionsam.report_card import build_card, prompted
 from lesionsam.statistics import METRICS
 
 
@@ -69,9 +69,16 @@ def test_the_card_says_what_the_run_was(run: Path) -> None:
                   "12 images, 12 lesions", "They are no evidence about lesions", "run | not tracked"):
         assert words in text, words
     assert "It is weakest on small lesions" in text
+    assert "not drawn by the model itself |" in text
     table = (run / "results" / "table.md").read_text().strip()
     assert table in text, "the very figures of results/table.md"
     assert card(run) == text, "the same run gives the same card"
+
+
+def test_an_answer_without_a_prompt_is_not_called_a_prompt() -> None:
+    given = "box, ring, as measured below; these are not drawn by the model itself"
+    assert prompted(["box", "ring"]) == given
+    assert prompted(["none", "box", "ring"]) == f"{given}. Column `none`: no prompt, it looks for the lesion by itself"
 
 
 def test_every_kind_of_data_has_its_licence_and_its_people(run: Path) -> None:

@@ -15,6 +15,7 @@ from lesionsam.config import read_yaml, trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation_results import ADAPTED, markdown, prompts_in, read_csv
 from lesionsam.files import sha256_file, write_text_atomic
+from lesionsam.prompts import NONE
 from lesionsam.report import read_summary
 from lesionsam.statistics import format_interval
 
@@ -62,7 +63,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         "weights": f"`best.safetensors`, SHA-256 {sha256_file(weights)}",
         "method": f"{params['method']['name']}; trained: {trained_parts(params['model'])}",
         "labels": labels(params),
-        "prompt": f"{', '.join(prompts_in(table))}, as measured below; none of them is drawn by the model itself",
+        "prompt": prompted(prompts_in(table)),
         "data": LICENCES.get(source, source),
         "selection": selection(params, summary),
         "test": f"{summary['num_images']} images, {summary['num_lesions']} lesions, read by the last evaluation only",
@@ -84,6 +85,13 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         "## Figures", "", figures(table, summary), "",
         "## Limits", "", *limits(source, strata, summary), ""])
     write_text_atomic(output, text)
+
+
+def prompted(prompts: Sequence[str]) -> str:
+    """With which prompts the model was measured, and what it was not given."""
+    given = ", ".join(prompt for prompt in prompts if prompt != NONE)
+    text = f"{given}, as measured below; these are not drawn by the model itself"
+    return text + (f". Column `{NONE}`: no prompt, it looks for the lesion by itself" if NONE in prompts else "")
 
 
 def labels(params: Mapping[str, Any]) -> str:
