@@ -111,6 +111,7 @@ def test_what_cannot_be_compared_is_one_clear_line(pair: tuple[Path, Path], tmp_
     for texts, message in (
         ([first], "expected two runs or more, got 1"),
         ([first, str(tmp_path / "x" / "first")], "'first' names two of them"),
+        ([first, f"{first}/results"], "first and .*first/results are one evaluation, that in .*; a run stands once"),
         ([first, str(tmp_path / "empty")], "empty: no evaluation in it, .* run `dvc repro evaluate` there"),
         ([first, "no-such-run"], "no-such-run: no such folder, commit or experiment; expected a folder with results/"),
         ([first, "--upload-pack=x"], "no such folder, commit or experiment"),
@@ -167,6 +168,8 @@ def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_pa
     means = rows.groupby("model")["iou"].mean()
     assert means["warmer"] - means["main"] == pytest.approx(0.1, abs=1e-5)
     assert ADAPTED not in means
-    with pytest.raises(UserError, match=r"main~1: DVC does not give its results \(.*`dvc repro` in that commit"), (
+    with pytest.raises(UserError, match=r"main~1: DVC does not give its results \(.*`dvc repro` in that commit") as told, (
             open_runs(["main~1", str(pair[0])], repository)):
         pass
+    assert "results" in str(told.value).partition("(")[2].partition(")")[0]  # what DVC misses
+    assert "help" not in str(told.value)

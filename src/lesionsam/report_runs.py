@@ -53,8 +53,14 @@ def open_runs(texts: Sequence[str], root: Path) -> Iterator[list[Run]]:
         raise UserError(f"compare: {twice!r} names two of them; a run stands once, and folders have "
                         "different last names")
     with tempfile.TemporaryDirectory() as scratch:
-        yield [open_run(text, name, root, Path(scratch) / str(k)) for k, (text, name) in enumerate(
+        runs = [open_run(text, name, root, Path(scratch) / str(k)) for k, (text, name) in enumerate(
             zip(texts, names, strict=True))]
+        places = [run.results.resolve() for run in runs]
+        for k, place in enumerate(places):
+            if place in places[:k]:
+                raise UserError(f"compare: {texts[places.index(place)]} and {texts[k]} are one evaluation, that in "
+                                f"{runs[k].results}; a run stands once")
+        yield runs
 
 
 def short(text: str) -> str:
@@ -128,4 +134,8 @@ def dvc_get(root: Path, path: str, commit: str, target: Path) -> str:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=GET_SECONDS)
     except subprocess.TimeoutExpired:
         return f"`dvc get` took more than {GET_SECONDS:.0f} s"
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    return (errors or lines)[-1][:200]  # where it is stuck, DVC ends with an offer of help
