@@ -168,8 +168,8 @@ def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_pa
     means = rows.groupby("model")["iou"].mean()
     assert means["warmer"] - means["main"] == pytest.approx(0.1, abs=1e-5)
     assert ADAPTED not in means
-    with pytest.raises(UserError, match=r"main~1: DVC does not give its results \(.*`dvc repro` in that commit") as told, (
-            open_runs(["main~1", str(pair[0])], repository)):
+    missed = pytest.raises(UserError, match=r"main~1: DVC does not give its results \(.*`dvc repro` in that commit")
+    with missed as told, open_runs(["main~1", str(pair[0])], repository):
         pass
     assert "results" in str(told.value).partition("(")[2].partition(")")[0]  # what DVC misses
     assert "help" not in str(told.value)
