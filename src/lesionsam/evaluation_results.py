@@ -37,7 +37,8 @@ MEASURES = (  # modules whose change makes an evaluation that was kept a differe
 NOTES = {
     NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
-    NEARER: "nearer: the big box, its surroundings alone enlarged to the model's whole frame (`predict --nearer`).",
+    NEARER: "nearer: the big box, its surroundings alone enlarged to the model's whole frame, as lesionsam predict "
+    "--nearer does.",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }
