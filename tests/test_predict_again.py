@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from tiny import tiny_sam
 
+from lesionsam import inference
 from lesionsam.errors import UserError
 from lesionsam.images import read_mask
 from lesionsam.inference import predict_files
@@ -120,3 +121,21 @@ def test_coco_json_knows_the_files_of_earlier_calls(case: Path) -> None:
     again(case, boxes=f"one,0,{BOX}")
     again(case, "one_1.png", boxes=f"one_1,0,{BOX}")
     assert [image["file_name"] for image in coco(case)["images"]] == ["one.png", "one_1.png"]
+
+
+def test_two_calls_at_once_do_not_write_one_table(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = ["first"]
+    work = inference.Run.work
+
+    def work_and_call_again(self: inference.Run, jobs: list) -> None:
+        work(self, jobs)
+        if begun.pop() == "first":  # what it has done is not in the table on disk yet
+            begun.append("second")
+            with pytest.raises(UserError, match="out: another process writes there; wait for it, or choose"):
+                again(case, "one_1.png", boxes=f"one_1,0,{BOX}")
+
+    monkeypatch.setattr(inference.Run, "work", work_and_call_again)
+    again(case, boxes=f"one,0,{BOX}")
+    begun.append("third")
+    assert again(case, "one_1.png", boxes=f"one_1,0,{BOX}") == 0
+    assert list(rows(case)) == [("one", "0"), ("one_1", "0")]

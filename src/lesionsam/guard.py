@@ -71,6 +71,29 @@ def only_one(path: Path, what: str, *, waiting: Callable[[str], None] | None = N
         yield
 
 
+@contextmanager
+def only_one_in(folder: Path, remedy: str) -> Iterator[None]:
+    """Hold a folder itself while the block runs, so that no lock file is left in what a user keeps.
+
+    Args:
+        folder: it exists. remedy: of the message.
+    Raises:
+        UserError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{folder}: another process writes there; {remedy}") from None
+    except OSError:  # NFS locks no folders: as it was without
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_alive(pid: int, since: str = "") -> bool:
     """Whether there is a process of this number on this machine, whoever owns it; with `since` (what `started` told)
     whether it is that one still, not another that was given its number, and not a dead one that nobody waited for."""

@@ -13,6 +13,7 @@ import torch
 from lesionsam.boxes import BIG, SMALL
 from lesionsam.errors import UserError
 from lesionsam.files import sha256_file
+from lesionsam.guard import only_one_in
 from lesionsam.images import read_image
 from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
@@ -28,7 +29,7 @@ from lesionsam.inference_inputs import (
     plan,
 )
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer, masks_of, way
-from lesionsam.inference_outputs import Folder
+from lesionsam.inference_outputs import Folder, make_folder
 from lesionsam.inference_run import Options, Run, complain
 from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
 
@@ -265,17 +266,19 @@ def predict_files(
         shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
         print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
     sam = load_sam(None, model)
-    folder = Folder(out, overlays=overlays, shapes=shapes)
     how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)), nearer)
-    run = Run(sam, how, folder, device, batch_size)
-    try:
-        run.work(jobs)
-    except torch.OutOfMemoryError:
-        raise UserError(f"the GPU's memory does not suffice for {batch_size} images at once; lower --batch-size or use "
-                        "--device cpu") from None
-    finally:
-        run.save()
-    folder.save_coco({job.image_id: job.path.name for job in jobs})
+    make_folder(out)
+    with only_one_in(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
+        folder = Folder(out, overlays=overlays, shapes=shapes)
+        run = Run(sam, how, folder, device, batch_size)
+        try:
+            run.work(jobs)
+        except torch.OutOfMemoryError:
+            raise UserError(f"the GPU's memory does not suffice for {batch_size} images at once; lower --batch-size or "
+                            "use --device cpu") from None
+        finally:
+            run.save()
+        folder.save_coco({job.image_id: job.path.name for job in jobs})
     faults = len(problems) + run.num_faults
     print(f"{run.num_done} masks written to {out / 'masks'}"
           + (f", {run.num_kept} kept from before" if run.num_kept else "")

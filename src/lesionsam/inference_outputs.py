@@ -27,13 +27,24 @@ CATEGORY = {"id": 1, "name": "lesion", "supercategory": "lesion"}
 Row = dict[str, str]
 
 
+def make_folder(out: Path) -> None:
+    """Make the folder of a prediction where it is missing; UserError where it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(out / ".writable", "")
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
+                        "permissions") from None
+
+
 class Folder:
     """Where a prediction's files go.
 
     Args:
-        out: the folder; made where it is missing. overlays, shapes: whether pictures and polygons are wanted.
+        out: the folder, see `make_folder`. overlays, shapes: whether pictures and polygons are wanted.
     Raises:
-        UserError: the folder cannot be written to, or holds another table.
+        UserError: it holds another table.
     """
 
     def __init__(self, out: Path, *, overlays: bool, shapes: bool) -> None:
@@ -41,13 +52,6 @@ class Folder:
         self.wanted = {"masks": ".png"} | ({"overlays": ".png"} if overlays else {})
         self.wanted |= {"polygons": ".geojson"} if shapes else {}
         self.shapes = shapes
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(out / ".writable", "")
-            (out / ".writable").unlink()
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
-                            "permissions") from None
         self.rows = read_table(out / TABLE)
         self.is_saved = True  # the table on disk tells of no file that has gone since
         remove_leftovers(out, "masks", "overlays", "polygons")
