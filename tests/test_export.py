@@ -421,6 +421,7 @@ def test_a_check_sees_what_differs() -> None:
     (["--format", "pth", "--model", "text.pth"], "not a plain file of weights"),
     (["--format", "pth", "--model", "weights", "--images", "empty"], "expected a folder with images"),
     (["--format", "pth", "--model", "weights", "--images", "empty", "--num-images", "0"], "--num-images: expected"),
+    (["--format", "pth", "--model", "weights", "--images", "broken"], r"broken/a\.png: not an image"),
     (["--format", "pth", "--model", "weights", "--num-images", "0"], "--num-images: expected at least 1, got 0"),
     (["--format", "pth", "--model", "weights", "--out", "text.pth/exports"], "--out text.pth/exports: cannot be"),
 ])
@@ -430,6 +431,8 @@ def test_a_users_mistake_is_one_line(weights: Path, tmp_path: Path, monkeypatch:
     monkeypatch.delenv("DVC_ROOT", raising=False)
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no image")
     (tmp_path / "weights").symlink_to(weights.parent)
     done = CliRunner().invoke(app, ["export", *arguments])
     assert isinstance(done.exception, UserError)

@@ -22,7 +22,7 @@ from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
 from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
-from lesionsam.images import IMAGE_SUFFIXES, read_image
+from lesionsam.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
@@ -199,7 +199,7 @@ def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np
     """Pictures to compare on, read when called: of a folder (evenly picked), or generated ones.
 
     Raises:
-        UserError: a folder without images, fewer than one wanted.
+        UserError: a folder without images, one of the picked that cannot be read, fewer than one wanted.
     """
     if num_images < 1:
         raise UserError(f"--num-images: expected at least 1, got {num_images}")
@@ -210,6 +210,8 @@ def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np
     if not found:
         raise UserError(f"--images {folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
     picked = np.unique(np.linspace(0, len(found) - 1, min(num_images, len(found))).round().astype(int))
+    for k in picked:  # now, not once a format is written
+        check_image(found[k])
     return [lambda path=found[k]: read_image(path) for k in picked]
 
 
