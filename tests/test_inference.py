@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lesionsam import inference_outputs
 from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.inference import predict_files
+from lesionsam.inference_auto import AUTO
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.inference_inputs import Source, find_images, plan
 from lesionsam.metrics import mean_entropy
@@ -272,6 +274,14 @@ def test_images_come_from_files_folders_and_patterns(case: Path) -> None:
     assert len(problems) == 2
     (case / "empty").mkdir()
     assert "folder without images" in find_images([case / "empty"])[1][0]
+
+
+def test_a_link_that_leads_nowhere_is_a_fault_and_no_silence(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (case / "images" / "lost.png").symlink_to(case / "moved-away.png")
+    assert predict_files([case / "images"], model=case / "weights.safetensors", auto=True, out=case / "out",
+                         options=replace(AUTO, points_per_side=2)) == 1
+    assert f"error: {case / 'images' / 'lost.png'}: no such file; expected an image, and the link" in (
+        capsys.readouterr().err)
 
 
 def test_names_that_cannot_be_kept_apart_are_refused(case: Path) -> None:

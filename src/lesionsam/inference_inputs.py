@@ -184,7 +184,8 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
             if not matches:
                 problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         else:
-            matches = [each for each in map(Path, sorted(glob.glob(argument, recursive=True))) if _is_image(each)]
+            matches = [each for each in map(Path, sorted(glob.glob(argument, recursive=True)))
+                       if each != path and _is_image(each)]
             if not matches:
                 problems.append(f"{argument}: no such image file or folder, and a pattern that matches none")
         found |= dict.fromkeys(matches)
@@ -192,7 +193,9 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    """Whether a folder's entry is meant; a link to nothing is, and is named when it cannot be read."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and (
+        path.is_file() or not path.exists())
 
 
 def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:

@@ -160,6 +160,9 @@ class Run:
 
     def _prepare(self, job: Job) -> Prepared | None:
         """Read an image and check the prompts of what is missing; None where nothing is."""
+        if not job.path.is_file():
+            raise UserError(f"{job.path}: no such file; expected an image" + (
+                ", and the link leads nowhere" if job.path.is_symlink() else ""))
         digest, source = sha256_file(job.path), self.options.source
         key = self.options.key(digest, None)
         keys = [(lesion, self.options.key(digest, lesion)) for lesion in job.lesions]
