@@ -27,10 +27,12 @@ from lesionsam.errors import UserError
 from lesionsam.export import Check, Format, Prompt, Segment, Subject, export, open_subject
 from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
 from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference_lesion import DECODER, way
 from lesionsam.models import plain
 from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.foreign import plain_state, registry_name, reload_copied
-from lesionsam.models.sam import Sam, at_size, build_sam, encode, load_sam, save_sam
+from lesionsam.models.sam import Sam, at_size, build_sam, encode, load_sam, save_sam, weights_metadata
+from lesionsam.prompts import TRAINED_WITH
 
 # Like ViT-B in all but the numbers: windows that do not fill the grid, and blocks of both kinds.
 VIT_LIKE = {
@@ -120,6 +122,16 @@ def test_plain_weights_load_into_segment_anything(subject: Subject, form: Format
     if form is SAFETENSORS_FORMAT:  # this project reads it too
         again = load_sam("compact", folder / "sam.safetensors")
         assert all(torch.equal(again.state_dict()[key], value) for key, value in subject.state().items())
+
+
+def test_exported_safetensors_are_asked_without_a_prompt_as_the_weights_were(tmp_path: Path) -> None:
+    save_sam(tiny_sam(), tmp_path / "best.safetensors", name="compact", metadata={TRAINED_WITH: "box none"})
+    (outcome,) = export(open_subject(tmp_path / "best.safetensors"), [SAFETENSORS_FORMAT], tmp_path,
+                        pictures=pictures(1))
+    assert outcome.faults == []
+    notes = weights_metadata(tmp_path / "safetensors" / "sam.safetensors")
+    assert way(notes) == way(weights_metadata(tmp_path / "best.safetensors")) == DECODER
+    assert notes["format"] == "pt"
 
 
 def test_a_pth_is_tensors_alone(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

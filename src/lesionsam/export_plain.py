@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from lesionsam.export import Format, Segment, Subject, with_predictor
 from lesionsam.models import plain
 from lesionsam.models.foreign import reload_copied, reload_registry, sam_predictor
+from lesionsam.models.sam import weights_metadata
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 
@@ -28,8 +29,9 @@ def write_pth(subject: Subject, folder: Path) -> None:
 
 
 def write_safetensors(subject: Subject, folder: Path) -> None:
-    """sam.safetensors: the same tensors; its metadata let `models.sam.load_sam` read it too."""
-    notes = {"name": subject.name, "image_size": str(subject.side), "format": "pt"}
+    """sam.safetensors: the same tensors; its metadata let `models.sam.load_sam` read it too, and keep what the weights
+    say of their training: it decides how they are asked without a prompt."""
+    notes = weights_metadata(subject.weights) | {"name": subject.name, "image_size": str(subject.side), "format": "pt"}
     if subject.name == "compact":
         keys = ("image_size", "patch_size", "width", "depth", "num_heads", "prompt_width", "decoder_mlp")
         notes["architecture"] = json.dumps({key: subject.numbers[key] for key in keys})
