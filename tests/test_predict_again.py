@@ -76,13 +76,17 @@ def test_masks_of_a_killed_call_with_other_options_are_not_taken_for_this_ones(c
     np.testing.assert_array_equal(read_mask(case / "out/masks/one.png"), before)
 
 
-def test_an_images_rows_are_those_that_its_last_call_asked_for(case: Path) -> None:
+def test_an_images_rows_are_those_that_its_last_call_asked_for(
+    case: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again(case, everything=True)
     assert len(rows(case)) > 1
     again(case, auto=True)
     assert [row["mask"] for row in rows(case).values()] == ["masks/one.png"]
     again(case, boxes=f"one,a,{BOX}one,b,{BOX}")
+    capsys.readouterr()
     again(case, boxes=f"one,c,{BOX}")  # in place of the one without a prompt: the same file, another lesion
+    assert "note: 2 masks of earlier calls on these images" in capsys.readouterr().err
     assert list(rows(case)) == [("one", "c")]
     assert [path.name for path in (case / "out/masks").rglob("*.png")] == ["one.png"]
 

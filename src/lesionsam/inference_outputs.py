@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -75,6 +76,9 @@ class Folder:
                                 f"and one of {other} would have its name; choose another --out or rename one of them")
         for key in outdated:
             self.forget(key)
+        if outdated:
+            print(f"note: {len(outdated)} masks of earlier calls on these images, not asked for now or named anew, "
+                  f"are gone from {self.out}", file=sys.stderr)
 
     def files(self, file_name: str) -> list[Path]:
         """All that is wanted of a mask."""
