@@ -596,6 +596,9 @@ def test_what_predictor_cannot_do_is_said(case: Path) -> None:
     (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,10,8,60,50\n")
     with pytest.raises(UserError, match="no row of"):
         predictor.predict(case / "images", boxes=case / "boxes.csv")
+    (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\n")
+    with pytest.raises(UserError, match=r"boxes\.csv: expected a row for each lesion below the header, got none"):
+        predictor.predict(case / "images", boxes=case / "boxes.csv")
 
 
 @pytest.mark.parametrize(("message", "given"), [

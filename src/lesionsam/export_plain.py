@@ -51,6 +51,12 @@ def reload_safetensors(subject: Subject, folder: Path) -> Segment:
     return with_predictor(sam_predictor(reload_copied(folder, SAFETENSORS)))
 
 
+UNTOLD = f"""
+This form cannot say what the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict --auto` and
+`lesionsam annotate` ask it as they ask weights that were not adapted.
+"""
+
+
 def _usage(subject: Subject, weights: str) -> str:
     by_registry = f"""segment_anything builds this model by itself:
 
@@ -76,7 +82,7 @@ then, in both cases:
 predictor.set_image(image)  # (H, W, 3) uint8 RGB
 masks, predicted_iou, _ = predictor.predict(box=box, multimask_output=False)  # box: x0, y0, x1, y1 in pixels
 ```
-"""
+{UNTOLD if weights == PTH else ""}"""
 
 
 PTH_FORMAT = Format("pth", "segment-anything", ("segment-anything",), write_pth, reload_pth,

@@ -60,7 +60,7 @@ class FeatureCache:
 class ImagePredictor:
     """SAM on one image at a time with any number of prompts, with the verbs of segment_anything's SamPredictor.
 
-    Coordinates are pixels of the original image.
+    Coordinates are pixels of the original image. For one thread at a time: it holds one image.
 
     Args:
         sam: moved to the device and set to eval mode. num_cached: images whose features are kept.

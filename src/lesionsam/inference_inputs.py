@@ -206,6 +206,8 @@ def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]
 
     Returns:
         image_id -> lesion_id -> rows; one line for each box that stands twice.
+    Raises:
+        UserError: no row, or as `read_rows`.
     """
     path = source.path
     if path is None:
@@ -229,6 +231,8 @@ def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]
                             "the first is taken")
             continue
         known[lesion_id] = ((line, row),)
+    if not lesions:
+        raise UserError(f"{path}: expected a row for each lesion below the header, got none")
     return lesions, problems
 
 

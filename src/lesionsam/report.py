@@ -154,7 +154,7 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     out = [
         f"{labels} What trains is {trained_parts(model)}, for {params['train']['epochs']} epochs; "
         f"the best epoch was chosen {selection}. "
-        "The test images were read once, by the evaluation that this page shows."
+        "Training and selection never read the test images; the evaluation does, and this page shows its last run."
     ]
     if summary["has_truth"]:
         out.append(
