@@ -1,12 +1,12 @@
 """Faults on purpose, and what must hold all the same: `python tests/chaos.py`, or `make chaos RUNS=40 SEED=0`.
 
-Four campaigns, each of real processes that are really killed: trainings, downloads, tracked runs whose server is dead,
-and the whole chain under `dvc repro` on the `tiny` preset. Every run draws its fault from (seed, number), so that
-`--only` repeats one. Printed are counts by fault, and the number of each run that broke a promise; the exit status is
-then 1. `tests/test_chaos.py` is the short form.
+Five campaigns, each of real processes that are really killed: trainings, downloads, tracked runs whose server is dead,
+predictions into one folder, and the whole chain under `dvc repro` on the `tiny` preset. Every run draws its fault from
+(seed, number), so that `--only` repeats one. Printed are counts by fault, and the number of each run that broke a
+promise; the exit status is then 1. `tests/test_chaos.py` is the short form.
 
-`--without PROTECTION` takes one out (of trainings: `in-place`, `direct`; of downloads: `range-check`; of the chain:
-`lock`): then promises must break, or the campaign proves nothing.
+`--without PROTECTION` takes one out (of trainings: `in-place`, `direct`; of downloads: `range-check`; of
+predictions: `keys`; of the chain: `lock`): then promises must break, or the campaign proves nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 from lesionsam.errors import run_guarded  # noqa: E402
 from lesionsam.progress import progress  # noqa: E402
 
-CAMPAIGNS = ("training", "downloads", "tracking", "chain")
+CAMPAIGNS = ("training", "downloads", "tracking", "predict", "chain")
 LIMIT_S = 3600.0  # for one process; it takes seconds on a free core
 
 

@@ -26,8 +26,10 @@ for number, fault in enumerate((MOMENT, SAVE, TERM, INT, DAMAGE)):
     run = trainings.run(chaos.rng_of(0, "training", number), folder / str(number))
     found["training"].append((run.fault, run.kills, run.broken))
 campaign("downloads", "downloads", runs=6)
+campaign("predictions", "predict", runs=4)
 campaign("training in place", "training", runs=2, without="in-place")
 campaign("downloads unchecked", "downloads", runs=2, without="range-check")
+campaign("predictions unkeyed", "predict", runs=6, without="keys")
 print(json.dumps(found))
 """
 
@@ -44,15 +46,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str,
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads signals as Linux sends them")
 def test_promises_hold(found: dict[str, list[tuple[str, int, list[str]]]]) -> None:
-    runs = found["training"] + found["downloads"]
+    runs = found["training"] + found["downloads"] + found["predictions"]
     assert [run for run in runs if run[2]] == []
-    assert len(runs) == 11
+    assert len(runs) == 15
     assert sum(killed for _, killed, _ in runs) >= 8, "processes were killed"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads signals as Linux sends them")
 def test_without_a_protection_they_break(found: dict[str, list[tuple[str, int, list[str]]]]) -> None:
-    for title, words in (("training in place", "cannot go on"), ("downloads unchecked", "not fetched")):
+    for title, words in (("training in place", "cannot go on"), ("downloads unchecked", "not fetched"),
+                         ("predictions unkeyed", "other rows")):
         assert any(words in broken for run in found[title] for broken in run[2]), found[title]
 
 

@@ -21,6 +21,8 @@ from lesionsam.overlays import overlay, write_png
 from lesionsam.progress import progress
 
 TABLE = "predictions.csv"
+BEGUN = ".begun"  # names of masks that the table does not have yet; gone once it has them
+ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson"}
 COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", "predicted_iou", "entropy", "stability", "look",
            "key")
 COCO = {"coco.json": "RLE, exact", "coco_polygons.json": "outer rings, without holes"}
@@ -55,7 +57,8 @@ class Folder:
         self.shapes = shapes
         self.rows = read_table(out / TABLE)
         self.is_saved = True  # the table on disk tells of no file that has gone since
-        remove_leftovers(out, "masks", "overlays", "polygons")
+        remove_leftovers(out, *ENDINGS)
+        self._drop_begun()
 
     def make_room(self, jobs: Sequence[Job]) -> None:
         """Forget what earlier calls have of these images that this one does not ask for, or asks for by another name.
@@ -95,8 +98,21 @@ class Folder:
             self._drop_coco()
             self.is_saved = False
         if row is not None and row["mask"]:
-            for folder, ending in (("masks", ".png"), ("overlays", ".png"), ("polygons", ".geojson")):
-                (self.out / folder / (_stem(row) + ending)).unlink(missing_ok=True)
+            self._unlink(_stem(row))
+
+    def _unlink(self, file_name: str) -> None:
+        for folder, ending in ENDINGS.items():
+            (self.out / folder / (file_name + ending)).unlink(missing_ok=True)
+
+    def _drop_begun(self) -> None:
+        """Remove the files of masks that a killed call made and the table does not know: of which options, none can
+        tell."""
+        if (self.out / BEGUN).exists():
+            known = {_stem(row) for row in self.rows.values()}
+            for line in (self.out / BEGUN).read_text(encoding="utf-8").splitlines():
+                if line.endswith('"') and (file_name := json.loads(line)) not in known:  # else it was cut in the middle
+                    self._unlink(file_name)
+            (self.out / BEGUN).unlink()
 
     def write(
         self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, image_name: str,
@@ -111,6 +127,8 @@ class Folder:
         """
         height, width = found.mask.shape
         area = found.area
+        with (self.out / BEGUN).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(file_name) + "\n")
         for (kind, _), path in zip(self.wanted.items(), self.files(file_name), strict=True):
             if kind == "masks":
                 write_png(path, found.mask.astype(np.uint8) * 255)
@@ -142,6 +160,7 @@ class Folder:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(COLUMNS)
                 writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
+        (self.out / BEGUN).unlink(missing_ok=True)
         self.is_saved = True
 
     def _drop_coco(self) -> None:
