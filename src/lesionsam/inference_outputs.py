@@ -105,8 +105,8 @@ class Folder:
             (self.out / folder / (file_name + ending)).unlink(missing_ok=True)
 
     def _drop_begun(self) -> None:
-        """Remove the files of masks that a killed call made and the table does not know: of which options, none can
-        tell."""
+        """Remove the files of masks that were begun and are not in the table: a call that was cut short made them, and
+        none can tell by which options."""
         if (self.out / BEGUN).exists():
             known = {_stem(row) for row in self.rows.values()}
             for line in (self.out / BEGUN).read_text(encoding="utf-8").splitlines():
@@ -160,7 +160,7 @@ class Folder:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(COLUMNS)
                 writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
-        (self.out / BEGUN).unlink(missing_ok=True)
+        self._drop_begun()
         self.is_saved = True
 
     def _drop_coco(self) -> None:
