@@ -161,6 +161,13 @@ def test_modules_stay_readable(module: str) -> None:
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.name} has no docstring"
 
 
+@pytest.mark.parametrize("stage", ["train", "report"])
+def test_how_predictions_are_made_is_nothing_that_a_training_or_a_report_depends_on(stage: str) -> None:
+    """Else a change of the choice among candidates would train anew, and a training that was cut short would stop."""
+    assert not [path for path in dvc_stages()[stage]["deps"] if "/inference" in path]
+    assert [path for path in dvc_stages()["evaluate"]["deps"] if "/inference" in path]
+
+
 def test_packages_hold_no_code() -> None:
     """`__init__` files hold a docstring, a version and names, nothing a stage could depend on."""
     for path in (ROOT / "src" / PACKAGE).rglob("__init__.py"):

@@ -24,6 +24,7 @@ from lesionsam.evaluation_cases import box_slices, build_case, jitter_boxes, mea
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
 from lesionsam.images import read_image, read_mask
 from lesionsam.inference import Predictor
+from lesionsam.inference_lesion import look_at_boxes
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam, resize_longest, save_sam
 from lesionsam.types import Sample
@@ -89,7 +90,8 @@ def sam() -> Sam:
 
 
 def evaluated(sam: Sam, samples: list[Sample], **changes: object) -> Evaluation:
-    settings = {"prompts": PROMPTS, "seed": 0, "batch_size": 4, "num_points": 10, "jitter": (0.0, 0.2)} | changes
+    settings = {"prompts": PROMPTS, "seed": 0, "batch_size": 4, "num_points": 10, "jitter": (0.0, 0.2),
+                "look": look_at_boxes} | changes
     return evaluate_model(sam, samples, load_image, load_mask, **settings)  # pyright: ignore[reportArgumentType]
 
 

@@ -66,8 +66,9 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
                         f"got {v[f'foundation.{size}']}")
     if v.get("foundation.prompt_width", 0) % 16:
         yield Issue("foundation.prompt_width", f"expected a multiple of 16, got {v['foundation.prompt_width']}")
-    if has("evaluate.prompts") and list(v["evaluate.prompts"]) == ["none"]:
-        yield Issue("evaluate.prompts", "expected another prompt beside none, for pictures and curves, got none alone")
+    if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "nearer"}:
+        yield Issue("evaluate.prompts", "expected another prompt beside none and nearer, for pictures and curves, got "
+                    f"{', '.join(v['evaluate.prompts'])} alone")
     for key in ("evaluate.prompts", "evaluate.jitter"):
         if has(key) and len({str(item) for item in v[key]}) < len(v[key]):
             yield Issue(key, f"expected each item once, got {', '.join(map(str, v[key]))}")

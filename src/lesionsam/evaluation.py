@@ -26,6 +26,7 @@ from lesionsam.evaluation_cases import (
     FindLesions,
     LoadImage,
     LoadMask,
+    LookAtBoxes,
     Request,
     build_cases,
     by_image,
@@ -97,6 +98,7 @@ def evaluate_model(
     boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
     jitter: Sequence[float] = (),
     find: FindLesions | None = None,
+    look: LookAtBoxes | None = None,
     model: str = "model",
     run: str = "0",
 ) -> Evaluation:
@@ -107,7 +109,8 @@ def evaluate_model(
         prompts: prompt sources, each a row per lesion. seed: of drawn prompts and jitter; draws depend on seed, lesion
             and prompt alone, so that every model answers the same prompts.
         boundary_tolerance: of boundary F1, share of the diagonal. jitter: shares of the jitter curve (needs masks).
-        find: answers the prompt source `none`, see `inference_lesion.find_lesions`.
+        find: answers the prompt source `none`, see `inference_lesion.find_lesions`. look: answers `nearer`, see
+            `inference_lesion.look_at_boxes`.
     """
     wanted = [(prompt, 0.0) for prompt in prompts]
     jittered = (
@@ -129,6 +132,7 @@ def evaluate_model(
         num_points=num_points,
         device=device,
         find=find,
+        look=look,
         title=f"evaluating {model}",
     ):
         own: list[dict[str, object]] = []

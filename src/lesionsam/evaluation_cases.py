@@ -17,7 +17,6 @@ import torch
 from lesionsam import metrics
 from lesionsam.boxes import model_frame_size, to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.inference_lesion import AT_GIVEN_BOX, look_from_nearer
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
 from lesionsam.progress import progress
 from lesionsam.prompts import NONE, seeded_prompts
@@ -32,8 +31,12 @@ Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on t
 FindLesions = Callable[
     [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]]
 
+# See `inference_lesion.look_at_boxes`: frames, sizes and boxes -> logits and predicted IoU of each.
+LookAtBoxes = Callable[
+    [Sam, torch.Tensor, Sequence[tuple[int, int]], np.ndarray], tuple[torch.Tensor, torch.Tensor]]
+
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
-NEARER = "nearer"  # the big box, looked at from nearer, see `inference_lesion.look_from_nearer`
+NEARER = "nearer"  # the big box, looked at from nearer
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def predict_cases(
     num_points: int,
     device: torch.device | str,
     find: FindLesions | None = None,
+    look: LookAtBoxes | None = None,
     title: str = "evaluating",
 ) -> Iterator[tuple[Case, dict[Request, Answer]]]:
     """Encode each image once, decode every request for each of its lesions.
@@ -158,6 +162,7 @@ def predict_cases(
             mask), with jitter.
         batch_size: images per encoder pass and lesions per decoder pass.
         find: answers the request `none`; all lesions of an image get the one answer that it has.
+        look: answers the request `nearer`.
     Yields:
         (case, {request: (low-resolution logits (T, T) float32 on `device`, predicted IoU)}), image by image.
     """
@@ -177,7 +182,7 @@ def predict_cases(
                 for low in range(0, len(cases), batch_size):
                     part = slice(low, low + batch_size)
                     answers = _answer(sam, features, frames, owner[part], cases[part], requests, seed, num_points, side,
-                                      find)
+                                      find, look)
                     yield from zip(cases[part], answers, strict=True)
     finally:
         sam.train(was_training)
@@ -236,6 +241,7 @@ def _answer(
     num_points: int,
     side: int,
     find: FindLesions | None,
+    look: LookAtBoxes | None,
 ) -> list[dict[Request, Answer]]:
     answers: list[dict[Request, Answer]] = [{} for _ in cases]
     for kind, share in requests:
@@ -265,8 +271,10 @@ def _answer(
         if not rows:
             continue
         if kind == NEARER:
+            if look is None:
+                raise ValueError("the prompt source `nearer` needs a function that looks at boxes")
             sizes = [model_frame_size(case.shape[1], case.shape[0], side) for case in cases]
-            masks, qualities = look_from_nearer(sam, frames[owner], sizes, np.stack(bigs), **AT_GIVEN_BOX)
+            masks, qualities = look(sam, frames[owner], sizes, np.stack(bigs))
         else:
             prompts = seeded_prompts(
                 kind,

@@ -296,7 +296,7 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
     for model in table["model"].drop_duplicates():
         mine = table[table["model"] == model].set_index("prompt")
         cells = [
-            f"{m.miou:.3f} [{m.low:.3f}, {m.high:.3f}]" + (f" sd {m.runs_sd:.3f}" if m.num_runs > 1 else "")
+            statistics.format_interval(m.miou, m.low, m.high) + (f" sd {m.runs_sd:.3f}" if m.num_runs > 1 else "")
             if (m := mine.loc[prompt] if prompt in mine.index else None) is not None
             else ""
             for prompt in PROMPTS
@@ -326,7 +326,7 @@ def _difference(figures: pd.DataFrame, first: tuple[str, str], second: tuple[str
     if not all(map(len, parts)):
         return ""
     p = statistics.paired(parts[0], parts[1], "iou", **INTERVALS)
-    return f"{p['difference']:+.3f} [{p['difference_low']:+.3f}, {p['difference_high']:+.3f}]"
+    return statistics.format_interval(p["difference"], p["difference_low"], p["difference_high"], sign=True)
 
 
 def gap_closed(figures: pd.DataFrame, low: str, high: str, name: str) -> dict[str, float]:

@@ -23,7 +23,8 @@ SECTIONS = ("model.", "method.", "train.")
 # First words of modules that run beside a training and change nothing of what it gives.
 BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli", "experiment_origin")
 # Of the others those that no training loads.
-ELSEWHERE = ("annotation", "doctor", "engine", "evidence", "export", "foundation", "predict", "report", "sweep_report")
+ELSEWHERE = ("annotation", "doctor", "engine", "evidence", "export", "foundation", "inference", "report",
+             "sweep_report")
 SHOWN = 4  # of the names that a message could hold
 
 

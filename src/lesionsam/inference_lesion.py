@@ -41,7 +41,7 @@ LOOSENED = 0.15  # by how much longer than what was found the sides of the secon
 # Of the look from nearer, chosen on development images (benchmarks/auto_rank.py, docs/log.md): by how much longer than
 # what was found the box's sides are, and how many times its longer side what is shown around it is wide and high.
 NEARER_LOOSENED, SURROUNDINGS = 0.2, 1.75
-AT_GIVEN_BOX = {"looseness": 0.0, "surroundings": 1.35}  # the same of a box that was given; chosen on the same images
+BOX_SURROUNDINGS = 1.35  # the same around a box that was given; chosen on the same images
 NUM_LOOKED_AT = 16  # automatic masks that get a second look
 SAME = 0.8  # IoU from which two candidates are one
 LEAST_AREA, MOST_AREA = 0.003, 0.85  # share of the image that a candidate takes
@@ -142,6 +142,13 @@ def look_from_nearer(
     return torch.stack(placed), quality[:, 0].float()
 
 
+def look_at_boxes(
+    sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], boxes: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`look_from_nearer` at big boxes that were given: prompted with them as they are."""
+    return look_from_nearer(sam, frames, sizes, boxes, looseness=0.0, surroundings=BOX_SURROUNDINGS)
+
+
 def from_nearer(
     sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]],
     asked: Sequence[Asked]
@@ -157,7 +164,7 @@ def from_nearer(
     side = int(sam.image_encoder.img_size)
     boxes = [to_model_frame(one.big, width, height, side)
              for one, (height, width) in zip(asked, shapes, strict=True) if one.big is not None]
-    logits, predicted = look_from_nearer(sam, frames, sizes, np.stack(boxes), **AT_GIVEN_BOX)
+    logits, predicted = look_at_boxes(sam, frames, sizes, np.stack(boxes))
     return [Answer(one, quality) for one, quality in zip(logits, predicted.tolist(), strict=True)]
 
 
