@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,8 +111,9 @@ class Folder:
         if (self.out / BEGUN).exists():
             known = {_stem(row) for row in self.rows.values()}
             for line in (self.out / BEGUN).read_text(encoding="utf-8").splitlines():
-                if line.endswith('"') and (file_name := json.loads(line)) not in known:  # else it was cut in the middle
-                    self._unlink(file_name)
+                with suppress(ValueError):  # cut in the middle, before anything was written
+                    if (file_name := json.loads(line)) not in known:
+                        self._unlink(file_name)
             (self.out / BEGUN).unlink()
 
     def write(
