@@ -35,9 +35,11 @@ $(LOCKED): requirements.lock
 	  || { echo "error: Python 3.11 or later expected, got '$(PYTHON)'; name another: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV): about 6.5 GB of disk, a few minutes of download the first time"
 	@"$(PYTHON)" -m venv --clear $(VENV)
-	@if uv --version >/dev/null 2>&1 \
-	  && uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock; then :; \
-	  else $(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.lock; fi
+	@# uv is many times as fast as pip. It comes from the lock like everything else; without it, pip does the work.
+	@awk '/^uv==/ { found = 1 } found { print; if (!/\\$$/) exit }' requirements.lock > $(VENV)/uv.txt
+	@$(VENV)/bin/python -m pip install --quiet --require-hashes -r $(VENV)/uv.txt \
+	  && $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock \
+	  || $(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
 	@touch $(LOCKED)
 
 $(READY): $(LOCKED) pyproject.toml
@@ -105,7 +107,7 @@ web: $(READY) ## the annotation page's JavaScript from its TypeScript (needs nod
 	npm install --prefix $(WEB_TOOLS) --no-save --no-package-lock --no-audit --no-fund --silent typescript@7.0.2 esbuild@0.28.2
 	python -m lesionsam.annotation.bundle $(WEB_TOOLS)
 
-lock: $(READY) ## requirements.lock from requirements.in (needs uv and the network)
+lock: $(READY) ## requirements.lock from requirements.in (needs the network)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 	  --no-annotate --upgrade requirements.in --output-file requirements.lock
 
