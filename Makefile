@@ -67,6 +67,7 @@ chaos: $(READY) ## faults on purpose, and what must hold all the same: make chao
 
 lint: $(READY) ## ruff, bandit, hadolint
 	ruff check .
+	ruff format --check .
 	bandit --quiet --recursive --configfile pyproject.toml src stages
 	hadolint Dockerfile
 

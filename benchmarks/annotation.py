@@ -66,8 +66,19 @@ class Server:
 @contextmanager
 def serving(images: Path, table: Path, model: Path | None) -> Iterator[tuple[Server, float]]:
     """The server, and how many seconds passed until it said where its page is."""
-    command = [sys.executable, "-m", "lesionsam", "annotate", str(images), "--boxes", str(table), "--no-browser",
-               "--port", "0", *(["--model", str(model)] if model else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "lesionsam",
+        "annotate",
+        str(images),
+        "--boxes",
+        str(table),
+        "--no-browser",
+        "--port",
+        "0",
+        *(["--model", str(model)] if model else []),
+    ]
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -103,8 +114,11 @@ def drag_about(server: Server, num_images: int, seed: int) -> None:
             with server.timed(DRAG):
                 answer = client.post(f"/api/images/{key}/preview", json={"big": big, "small": small}).json()
             server.late += answer["pending"]
-        body = {"base": size["state"]["revision"], "change": f"b{k}", "lesions": [
-            {"id": "0", "big": big, "small": small}]}
+        body = {
+            "base": size["state"]["revision"],
+            "change": f"b{k}",
+            "lesions": [{"id": "0", "big": big, "small": small}],
+        }
         with server.timed(SAVE):
             client.put(f"/api/images/{key}", json=body).raise_for_status()
 
@@ -145,12 +159,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cells = np.median(values), np.quantile(values, 0.95), server.processor[kind] / len(values)
         print(f"| {kind} | {len(values)} | " + " | ".join(f"{1e3 * cell:.0f} ms" for cell in cells) + " |")
     print(f"\n{server.late} of {len(server.clock[DRAG])} answers came before the image was encoded")
-    opening = [sum(server.clock[kind][0] for kind in server.clock if kind.endswith(f" {count} images"))
-               for count in (1, options.count)]
-    found = {DRAG: (np.median(server.clock[DRAG]), MEDIAN_LIMIT),
-             f"{DRAG}, 95 %": (np.quantile(server.clock[DRAG], 0.95), P95_LIMIT),
-             NEXT: (np.median(server.clock[NEXT]), NEXT_LIMIT),
-             f"what {options.count} images add to opening": (opening[1] - opening[0], OPEN_LIMIT)}
+    opening = [
+        sum(server.clock[kind][0] for kind in server.clock if kind.endswith(f" {count} images"))
+        for count in (1, options.count)
+    ]
+    found = {
+        DRAG: (np.median(server.clock[DRAG]), MEDIAN_LIMIT),
+        f"{DRAG}, 95 %": (np.quantile(server.clock[DRAG], 0.95), P95_LIMIT),
+        NEXT: (np.median(server.clock[NEXT]), NEXT_LIMIT),
+        f"what {options.count} images add to opening": (opening[1] - opening[0], OPEN_LIMIT),
+    }
     missed = {name: values for name, values in found.items() if values[0] > values[1]}
     for name, (value, limit) in found.items():
         print(f"{name}: {1e3 * value:.0f} ms, limit {1e3 * limit:.0f} ms{', missed' if name in missed else ''}")

@@ -27,28 +27,34 @@ SIZES = [(14, 27), (16, 6), (32, 6), (64, 2)]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def original(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor],
-             side: int) -> torch.Tensor:
+def original(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], side: int
+) -> torch.Tensor:
     """segment_anything's Attention.forward between its projections: (B, N, hd) -> (B, N, hd)."""
     logits = (q * DEPTH**-0.5) @ k.transpose(-2, -1)
     logits = add_decomposed_rel_pos(logits, q, *tables, (side, side), (side, side))
     return logits.softmax(dim=-1) @ v
 
 
-def ways(side: int, count: int, dtype: torch.dtype, device: torch.device
-         ) -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
+def ways(
+    side: int, count: int, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
     """A call per backend, and what gradients are asked of."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(count, side * side, DEPTH, generator=draw).to(device, dtype).requires_grad_()
-               for _ in range(3))
-    tables = tuple((0.1 * torch.randn(2 * side - 1, DEPTH, generator=draw)).to(device, dtype).requires_grad_()
-                   for _ in range(2))
+    q, k, v = (
+        torch.randn(count, side * side, DEPTH, generator=draw).to(device, dtype).requires_grad_() for _ in range(3)
+    )
+    tables = tuple(
+        (0.1 * torch.randn(2 * side - 1, DEPTH, generator=draw)).to(device, dtype).requires_grad_() for _ in range(2)
+    )
     found: dict[str, Callable[[], torch.Tensor]] = {
-        "original": partial(original, q, k, v, (tables[0], tables[1]), side)}
+        "original": partial(original, q, k, v, (tables[0], tables[1]), side)
+    }
     for name in BACKENDS:
         if name != "original":
             found[name] = lambda name=name: relative_attention(
-                q[None], k[None], v[None], positions(tables[0], side), positions(tables[1], side), DEPTH**-0.5, name)[0]
+                q[None], k[None], v[None], positions(tables[0], side), positions(tables[1], side), DEPTH**-0.5, name
+            )[0]
     return found, [q, k, v, *tables]
 
 
@@ -64,8 +70,9 @@ def forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
         return run()
 
 
-def check(side: int, dtype: torch.dtype, found: dict[str, Callable[[], torch.Tensor]], inputs: list[torch.Tensor]
-          ) -> None:
+def check(
+    side: int, dtype: torch.dtype, found: dict[str, Callable[[], torch.Tensor]], inputs: list[torch.Tensor]
+) -> None:
     """Raise where a backend's output or gradients are not those of segment_anything's form."""
     wanted = both_ways(found["original"], inputs)
     for name, run in found.items():
@@ -89,23 +96,36 @@ def main() -> int:
             found, inputs = ways(side, count, dtype, device)
             check(side, dtype, found, inputs)
             for purpose in ("forward", "forward and backward"):
-                runs = {name: partial(forward, run) if purpose == "forward" else partial(both_ways, run, inputs)
-                        for name, run in found.items()}
-                spent = {name: 1000 * statistics.median(times)
-                         for name, times in interleaved(runs, a.rounds, device).items()}
+                runs = {
+                    name: partial(forward, run) if purpose == "forward" else partial(both_ways, run, inputs)
+                    for name, run in found.items()
+                }
+                spent = {
+                    name: 1000 * statistics.median(times) for name, times in interleaved(runs, a.rounds, device).items()
+                }
                 chosen = choose(device.type, dtype, needs_grad=purpose != "forward", num_tokens=side * side)
                 fastest = min(spent, key=lambda name: spent[name])
                 what = f"{side} x {side} x {count}, {str(dtype).removeprefix('torch.')}, {purpose}"
                 if spent[chosen] > SLACK * spent[fastest]:
                     share = spent[fastest] / spent[chosen]
                     limits.missed.append(f"{what}: {chosen} is chosen, {fastest} takes {share:.2f} of its time")
-                rows.append([what, *(
-                    f"{'**' * (name == fastest)}{value:.1f}{'**' * (name == fastest)}{' *' * (name == chosen)}"
-                    for name, value in spent.items())])
+                rows.append(
+                    [
+                        what,
+                        *(
+                            f"{'**' * (name == fastest)}{value:.1f}{'**' * (name == fastest)}{' *' * (name == chosen)}"
+                            for name, value in spent.items()
+                        ),
+                    ]
+                )
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    text = (f"Milliseconds, median of {a.rounds} rounds; bold: the fastest; *: what `choose` takes. {DEPTH} channels a "
-            f"head; {provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu") + "\n\n"
-            + table(["tokens x heads", *BACKENDS], rows))
+    text = (
+        f"Milliseconds, median of {a.rounds} rounds; bold: the fastest; *: what `choose` takes. {DEPTH} channels a "
+        f"head; {provenance(device)}. "
+        + "Not measured on a GPU." * (device.type == "cpu")
+        + "\n\n"
+        + table(["tokens x heads", *BACKENDS], rows)
+    )
     print(f"\n{text}\n")
     if a.write:
         record("Attention by backend", f"`python benchmarks/attention.py`\n\n{text}")

@@ -62,8 +62,13 @@ class Seen:
 
 
 def further_answers(
-    sam: Sam, features: torch.Tensor, frames: torch.Tensor, size: tuple[int, int], mask: np.ndarray, big: np.ndarray,
-    truth: np.ndarray
+    sam: Sam,
+    features: torch.Tensor,
+    frames: torch.Tensor,
+    size: tuple[int, int],
+    mask: np.ndarray,
+    big: np.ndarray,
+    truth: np.ndarray,
 ) -> dict[str, float]:
     """Name -> IoU with the truth: looks from nearer at a mask, answers to the big box.
 
@@ -81,8 +86,9 @@ def further_answers(
         return float(overlaps(shown.numpy()[None], truth[None])[0, 0])
 
     def nearer(box: np.ndarray, looseness: float, surroundings: float) -> float:
-        return held(look_from_nearer(sam, frames, [size], box[None], looseness=looseness,
-                                     surroundings=surroundings)[0][0])
+        return held(
+            look_from_nearer(sam, frames, [size], box[None], looseness=looseness, surroundings=surroundings)[0][0]
+        )
 
     answers = {f"SIGNS, then from nearer ({loose:g}, {near:g})": nearer(around, loose, near) for loose, near in NEARER}
     with torch.inference_mode():
@@ -118,8 +124,11 @@ def main() -> int:
     sam, by = load_sam(None, arguments.model), way(weights_metadata(arguments.model))
     cache, side = FeatureCache(sam, "cpu", 1), int(sam.image_encoder.img_size)
     found: dict[str, list[Seen]] = {"train": [], **{view: [] for view in VIEWS}}
-    jobs = [(s, widened) for k, s in enumerate(samples)
-            for widened in ((False, True) if s.split == "dev" else (bool(k % 2),))]
+    jobs = [
+        (s, widened)
+        for k, s in enumerate(samples)
+        for widened in ((False, True) if s.split == "dev" else (bool(k % 2),))
+    ]
     for s, widened in progress(jobs, total=len(jobs), title="candidates"):
         image, mask = read_image(s.image_path), read_mask(s.mask_path or "", (s.width, s.height))
         around = (0, round(s.height * EXTENSION / 2)) if s.height < s.width else (round(s.width * EXTENSION / 2), 0)
@@ -138,7 +147,8 @@ def main() -> int:
         chosen = one.masks[int(lesion_scores(one.signs).argmax())]
         further = further_answers(sam, features, frames, size, chosen, framed, truth) if s.split == "dev" else {}
         found[f"{s.split}, widened" if widened and s.split == "dev" else s.split].append(
-            Seen(one.signs, one.masks, box_prior(picture, big, small), big, truth, further))
+            Seen(one.signs, one.masks, box_prior(picture, big, small), big, truth, further)
+        )
     report(found, None if arguments.no_fit else (b.margin_low + b.margin_high) / 2)
     return 0
 
@@ -158,20 +168,31 @@ def report(found: dict[str, list[Seen]], looseness: float | None) -> None:
     if looseness is not None:
         train = found["train"]
         offset = outline_offset([one.prior for one in train], [one.big for one in train], looseness)
-        weights = by_boxes = fitted([one.signs for one in train],
-                                    [overlaps(one.masks, (one.prior + offset > 0)[None])[:, 0] for one in train])
-        by_masks = fitted([one.signs for one in train],
-                          [overlaps(one.masks, one.truth[None])[:, 0] for one in train])
-        rules |= {"fitted here, boxes alone": lambda one: one.signs @ by_boxes,
-                  "fitted here, true masks": lambda one: one.signs @ by_masks}
+        weights = by_boxes = fitted(
+            [one.signs for one in train], [overlaps(one.masks, (one.prior + offset > 0)[None])[:, 0] for one in train]
+        )
+        by_masks = fitted([one.signs for one in train], [overlaps(one.masks, one.truth[None])[:, 0] for one in train])
+        rules |= {
+            "fitted here, boxes alone": lambda one: one.signs @ by_boxes,
+            "fitted here, true masks": lambda one: one.signs @ by_masks,
+        }
         print(f"{len(train)} images to fit on, outline offset {offset:+.2f}")
-    values = {(name, view): np.array([overlaps(one.masks[int(np.argmax(rule(one)))][None], one.truth[None])[0, 0]
-                                      for one in found[view]])
-              for name, rule in rules.items() for view in VIEWS}
-    values |= {(name, view): np.array([one.further[name] for one in found[view]])
-               for name in found[VIEWS[0]][0].further for view in VIEWS}
-    print(f"{len(found[VIEWS[0]])} development images\n\n"
-          "| rule | mean IoU (failures) | gain | widened | gain |\n|---|---|---|---|---|")
+    values = {
+        (name, view): np.array(
+            [overlaps(one.masks[int(np.argmax(rule(one)))][None], one.truth[None])[0, 0] for one in found[view]]
+        )
+        for name, rule in rules.items()
+        for view in VIEWS
+    }
+    values |= {
+        (name, view): np.array([one.further[name] for one in found[view]])
+        for name in found[VIEWS[0]][0].further
+        for view in VIEWS
+    }
+    print(
+        f"{len(found[VIEWS[0]])} development images\n\n"
+        "| rule | mean IoU (failures) | gain | widened | gain |\n|---|---|---|---|---|"
+    )
     for name in dict.fromkeys(name for name, _ in values):
         cells = []
         for view in VIEWS:

@@ -45,8 +45,16 @@ class Bench:
             training set and of a step.
     """
 
-    def __init__(self, folder: Path, name: str, architecture: CompactArchitecture | None, count: int, batch_size: int,
-                 precision: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        architecture: CompactArchitecture | None,
+        count: int,
+        batch_size: int,
+        precision: str,
+        device: torch.device,
+    ) -> None:
         self.folder, self.batch_size, self.device, self.runs = folder, batch_size, device, 0
         self.name, self.weights, self.precision = name, folder / "weights.safetensors", precision
         torch.manual_seed(0)
@@ -58,13 +66,19 @@ class Bench:
 
     def config(self, **changes: Any) -> Config:
         """The default parameters with these dotted keys (written with __) changed."""
-        values = {"train.precision": self.precision, "train.batch_size": self.batch_size, "model.name": self.name,
-                  "model.checkpoint": str(self.weights)}
-        return validate(fit_values(unflatten(values | {k.replace("__", "."): v for k, v in changes.items()},
-                                             default_values())))
+        values = {
+            "train.precision": self.precision,
+            "train.batch_size": self.batch_size,
+            "model.name": self.name,
+            "model.checkpoint": str(self.weights),
+        }
+        return validate(
+            fit_values(unflatten(values | {k.replace("__", "."): v for k, v in changes.items()}, default_values()))
+        )
 
-    def train(self, config: Config, cache: Path | None, *, epochs: int, augment: bool,
-              num_workers: int = 0) -> tuple[list[float], float, float]:
+    def train(
+        self, config: Config, cache: Path | None, *, epochs: int, augment: bool, num_workers: int = 0
+    ) -> tuple[list[float], float, float]:
         """Train as the train stage does, without evaluation.
 
         Returns:
@@ -85,12 +99,29 @@ class Bench:
                 return {"objective": 0.0}
 
             begun = clock.now()
-            fit(method, loader, groups=parameter_groups(method.model, {"": 1e-5}), epochs=epochs,
-                batch_size=self.batch_size, accumulate=1, weight_decay=0.0, betas=(0.9, 0.999),
-                factor=lambda step: 1.0, clip=1.0, precision=self.precision, seed=0, augment=augment, widen=0.0,
-                distort=None, patience=0, device=self.device, evaluate=evaluate, log=lambda values, step: None,
+            fit(
+                method,
+                loader,
+                groups=parameter_groups(method.model, {"": 1e-5}),
+                epochs=epochs,
+                batch_size=self.batch_size,
+                accumulate=1,
+                weight_decay=0.0,
+                betas=(0.9, 0.999),
+                factor=lambda step: 1.0,
+                clip=1.0,
+                precision=self.precision,
+                seed=0,
+                augment=augment,
+                widen=0.0,
+                distort=None,
+                patience=0,
+                device=self.device,
+                evaluate=evaluate,
+                log=lambda values, step: None,
                 folder=self.folder / f"run{self.runs}",
-                say=lambda line: None)
+                say=lambda line: None,
+            )
             share = caches.train.hits / max(1, caches.train.looked_up) if caches.train is not None else 0.0
         seconds = [end - start for start, end in zip([begun, *ends[:-1]], ends, strict=True)]
         return seconds, clock.outside(), share
@@ -177,8 +208,15 @@ def main() -> int:
     a = parser.parse_args()
     device = torch_device("auto")
     torch.set_num_threads(a.threads)
-    architecture = CompactArchitecture(image_size=a.side, patch_size=16, width=a.width, depth=a.blocks,
-                                       num_heads=a.width // 64, prompt_width=256, decoder_mlp=2048)
+    architecture = CompactArchitecture(
+        image_size=a.side,
+        patch_size=16,
+        width=a.width,
+        depth=a.blocks,
+        num_heads=a.width // 64,
+        prompt_width=256,
+        decoder_mlp=2048,
+    )
     rows: list[tuple[str, str]] = []
     limits = Limits()
 
@@ -196,7 +234,8 @@ def main() -> int:
             cached, _, _ = bench.train(config, cache, epochs=2, augment=False)
             warm, outside, share = bench.train(config, cache, epochs=2, augment=False)
             least = multiplications(partial(bench.train, config, cache, epochs=1, augment=False)) / multiplications(
-                partial(bench.train, config, None, epochs=1, augment=False))
+                partial(bench.train, config, None, epochs=1, augment=False)
+            )
             limit = EPOCH_LIMIT if last_k == 2 and least < EPOCH_LIMIT else None
             row(f"{what}: second epoch / first", cached[1] / cached[0], limit)
             row(f"{what}: second epoch / second epoch without a cache", cached[1] / plain[1], limit)
@@ -223,11 +262,20 @@ def main() -> int:
         bench.train(decoder, Path(name) / "cache", epochs=1, augment=False)
         loop, _, _ = bench.train(decoder, None, epochs=1, augment=False)
         cached, _, _ = bench.train(decoder, Path(name) / "cache", epochs=1, augment=False)
-        row("ViT-B at 1024 px, decoder only: encoder in the loop / cached", loop[0] / cached[0], DECODER_LIMIT,
-            most=False, form=".1f")
-    text = (f"D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, {a.count} images, {a.precision}, "
-            f"random weights, seed 0; {provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu")
-            + "\n\n" + table(["measured", "figure"], rows))
+        row(
+            "ViT-B at 1024 px, decoder only: encoder in the loop / cached",
+            loop[0] / cached[0],
+            DECODER_LIMIT,
+            most=False,
+            form=".1f",
+        )
+    text = (
+        f"D = {a.width}, {a.blocks} blocks, {a.side} px, batch {a.batch_size}, {a.count} images, {a.precision}, "
+        f"random weights, seed 0; {provenance(device)}. "
+        + "Not measured on a GPU." * (device.type == "cpu")
+        + "\n\n"
+        + table(["measured", "figure"], rows)
+    )
     print(f"\n{text}\n")
     if a.write:
         record("Cached activations and the loader", f"`python benchmarks/cache.py {' '.join(sys.argv[1:])}`\n\n{text}")

@@ -41,8 +41,16 @@ class NaiveStep:
             student and teacher share. entropy_thresh: nats; an image is trusted when its mean entropy is not above.
     """
 
-    def __init__(self, student: Sam, teacher: Sam, reference: Sam, head: nn.Module, *, entropy_thresh: float,
-                 learning_rate: float) -> None:
+    def __init__(
+        self,
+        student: Sam,
+        teacher: Sam,
+        reference: Sam,
+        head: nn.Module,
+        *,
+        entropy_thresh: float,
+        learning_rate: float,
+    ) -> None:
         self.student, self.head, self.entropy_thresh = copy.deepcopy(student), copy.deepcopy(head), entropy_thresh
         self.teacher = copy.deepcopy(teacher).requires_grad_(False)
         self.reference = copy.deepcopy(reference.image_encoder).requires_grad_(False)
@@ -53,10 +61,12 @@ class NaiveStep:
     def losses(self, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
         """The weighted terms of a batch; `mask` and `iou` are monitors without gradient."""
         count, side = len(batch.ids), batch.images.shape[-1]
-        images = torch.stack([
-            self.student.preprocess(batch.images[b, :, : int(batch.sizes[b, 0]), : int(batch.sizes[b, 1])])
-            for b in range(count)
-        ])
+        images = torch.stack(
+            [
+                self.student.preprocess(batch.images[b, :, : int(batch.sizes[b, 0]), : int(batch.sizes[b, 1])])
+                for b in range(count)
+            ]
+        )
         with torch.no_grad():
             f_t = self.teacher.image_encoder(images)
             pseudo, trusted = [], []
@@ -78,8 +88,9 @@ class NaiveStep:
         return {"mask": mask, "iou": BETA * iou, "contrast": ALPHA * contrast, "distil": GAMMA * distil}
 
     @torch.no_grad()
-    def monitors(self, batch: Batch, f: torch.Tensor, pseudo: list[torch.Tensor], draws: Draws
-                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    def monitors(
+        self, batch: Batch, f: torch.Tensor, pseudo: list[torch.Tensor], draws: Draws
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """BCE + Dice against the true masks, and squared error of the predicted IoU, means over images."""
         masks, errors = [], []
         for b in range(len(pseudo)):
@@ -99,8 +110,15 @@ class NaiveStep:
                 masks.append(bce + dice)
         return torch.stack(masks).mean() if masks else f.new_zeros(()), torch.stack(errors).mean()
 
-    def contrast(self, batch: Batch, images: torch.Tensor, f: torch.Tensor, pseudo: list[torch.Tensor],
-                 trusted: list[bool], draws: Draws) -> torch.Tensor:
+    def contrast(
+        self,
+        batch: Batch,
+        images: torch.Tensor,
+        f: torch.Tensor,
+        pseudo: list[torch.Tensor],
+        trusted: list[bool],
+        draws: Draws,
+    ) -> torch.Tensor:
         """InfoNCE of student pixels in the core against the teacher's, the teacher's features made anew."""
         cells, side = f.shape[-1], images.shape[-1]
         z = self.head(f)  # over the batch, as its normalisation wants
@@ -152,8 +170,13 @@ def decode_one(sam: Sam, features: torch.Tensor, points: torch.Tensor) -> tuple[
     """One image's features (1, C, H', W') and foreground points (1, N, 2) -> logits (1, 1, T, T), IoU (1, 1)."""
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
-    return sam.mask_decoder(image_embeddings=features, image_pe=sam.prompt_encoder.get_dense_pe(),
-                            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=False)
+    return sam.mask_decoder(
+        image_embeddings=features,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=False,
+    )
 
 
 def binary_entropy(p: torch.Tensor) -> torch.Tensor:

@@ -102,13 +102,21 @@ def main() -> int:
 
     one, several = slice(2, 3), slice(None)
     rows: list[tuple[str, tuple[float, float, float, float], float | None]] = [
-        ("one box, in memory", ratio(lambda k: our_boxes(k, one), lambda k: their_boxes(k, one), arguments.rounds,
-                                     clock), ONE_LIMIT),
-        (f"{NUM_SEVERAL} boxes, in memory, theirs one by one",
-         ratio(lambda k: our_boxes(k, several), lambda k: their_boxes(k, several), arguments.rounds, clock),
-         SEVERAL_LIMIT),
-        (f"{NUM_SEVERAL} boxes, in memory, theirs as one batch",
-         ratio(lambda k: our_boxes(k, several), their_batch, arguments.rounds, clock), None),
+        (
+            "one box, in memory",
+            ratio(lambda k: our_boxes(k, one), lambda k: their_boxes(k, one), arguments.rounds, clock),
+            ONE_LIMIT,
+        ),
+        (
+            f"{NUM_SEVERAL} boxes, in memory, theirs one by one",
+            ratio(lambda k: our_boxes(k, several), lambda k: their_boxes(k, several), arguments.rounds, clock),
+            SEVERAL_LIMIT,
+        ),
+        (
+            f"{NUM_SEVERAL} boxes, in memory, theirs as one batch",
+            ratio(lambda k: our_boxes(k, several), their_batch, arguments.rounds, clock),
+            None,
+        ),
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -118,8 +126,15 @@ def main() -> int:
 
         def our_files(k: int) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
-                predict_files([folder / "images"], boxes=folder / "boxes.csv", model=WEIGHTS,
-                              out=folder / f"out{k}.{time.monotonic_ns()}", device=device, overlays=False, shapes=False)
+                predict_files(
+                    [folder / "images"],
+                    boxes=folder / "boxes.csv",
+                    model=WEIGHTS,
+                    out=folder / f"out{k}.{time.monotonic_ns()}",
+                    device=device,
+                    overlays=False,
+                    shapes=False,
+                )
 
         def their_files(k: int) -> None:
             predictor = SamPredictor(load_sam(None, WEIGHTS).to(device))
@@ -129,14 +144,31 @@ def main() -> int:
                 masks, _, _ = predictor.predict(box=boxes_of(*image.shape[1::-1])[2], multimask_output=False)
                 Image.fromarray(masks[0].astype(np.uint8) * 255).save(folder / "theirs" / f"{path.stem}.png")
 
-        rows.append((f"one box, {len(files)} files to files, loading the weights too",
-                     ratio(our_files, their_files, max(4, arguments.rounds // 8), clock), None))
+        rows.append(
+            (
+                f"one box, {len(files)} files to files, loading the weights too",
+                ratio(our_files, their_files, max(4, arguments.rounds // 8), clock),
+                None,
+            )
+        )
     generator = SamAutomaticMaskGenerator(
-        sam, points_per_side=AUTO.points_per_side, pred_iou_thresh=AUTO.pred_iou_thresh,
-        stability_score_thresh=AUTO.stability_score_thresh)
-    rows.append((f"all automatic masks, {AUTO.points_per_side} points a side", ratio(
-        lambda k: automatic_masks(sam, images[k % len(images)], AUTO, device=device),
-        lambda k: generator.generate(images[k % len(images)]), max(4, arguments.rounds // 8), clock), None))
+        sam,
+        points_per_side=AUTO.points_per_side,
+        pred_iou_thresh=AUTO.pred_iou_thresh,
+        stability_score_thresh=AUTO.stability_score_thresh,
+    )
+    rows.append(
+        (
+            f"all automatic masks, {AUTO.points_per_side} points a side",
+            ratio(
+                lambda k: automatic_masks(sam, images[k % len(images)], AUTO, device=device),
+                lambda k: generator.generate(images[k % len(images)]),
+                max(4, arguments.rounds // 8),
+                clock,
+            ),
+            None,
+        )
+    )
     ours.predict(images[0], boxes=boxes[0][0])
     again = []
     for k in range(10):

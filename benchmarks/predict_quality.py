@@ -77,8 +77,15 @@ def main() -> int:
         shape, asked = (s.height, s.width), Asked(s.big_box, s.small_box)
 
         def keep(name: str, answer: Answer, asked: Asked, begun: float) -> None:
-            one = prediction(answer, asked, image_id=s.image_id, lesion_id="0", shape=shape, input_size=input_size,  # noqa: B023
-                             side=side)
+            one = prediction(
+                answer,
+                asked,
+                image_id=s.image_id,  # noqa: B023
+                lesion_id="0",
+                shape=shape,  # noqa: B023
+                input_size=input_size,  # noqa: B023
+                side=side,
+            )
             seconds[name] = seconds.get(name, 0.0) + time.process_time() - begun
             ious.setdefault(name, []).append(iou(one.mask, truth))  # noqa: B023
             if name in FLAGGED:
@@ -86,17 +93,18 @@ def main() -> int:
 
         for count in MEMBERS:
             begun = time.process_time()
-            answer, = answers(sam, features, [shape], [asked], [f"{s.image_id}/0"], prompt=arguments.prompt,
-                              num_members=count)
+            (answer,) = answers(
+                sam, features, [shape], [asked], [f"{s.image_id}/0"], prompt=arguments.prompt, num_members=count
+            )
             keep(f"ensemble of {count}", answer, asked, begun)
         frames = model_frames([image], side)[0]
         if arguments.prompt == "box":
             begun = time.process_time()
-            answer, = from_nearer(sam, frames, [input_size], [shape], [asked])
+            (answer,) = from_nearer(sam, frames, [input_size], [shape], [asked])
             keep("from nearer", answer, asked, begun)
         for way in (DECODER, MASKS):
             begun = time.process_time()
-            (logits, quality, agreement), = find_lesions(sam, features, frames, [input_size], by=way, options=options)
+            ((logits, quality, agreement),) = find_lesions(sam, features, frames, [input_size], by=way, options=options)
             keep(f"no prompt, by {way}", Answer(logits, quality, agreement), Asked(), begun)
     report(ious, seconds, flags, arguments.prompt)
     return 0
@@ -112,15 +120,16 @@ def report(
     for name, values in ious.items():
         v = np.array(values)
         difference = shown(v - first, sign=True) if name != "ensemble of 1" else ""
-        print(f"| {name} | {shown(v)} | {difference} | {failure_rate(v):.1%} | "
-              f"{1000 * seconds[name] / len(v):.0f} |")
+        print(f"| {name} | {shown(v)} | {difference} | {failure_rate(v):.1%} | {1000 * seconds[name] / len(v):.0f} |")
     for kind in FLAGGED:
         own = [(value, names[1:]) for value, names in flags if names[0] == kind]
         values, flagged = np.array([value for value, _ in own]), np.array([bool(names) for _, names in own])
         failed = values < FAILURE
-        print(f"\nLook, {kind}: {flagged.mean():.1%} flagged; they hold {(flagged & failed).sum()} of {failed.sum()} "
-              f"failures; mean IoU flagged {values[flagged].mean() if flagged.any() else float('nan'):.3f}, "
-              f"others {values[~flagged].mean():.3f}")
+        print(
+            f"\nLook, {kind}: {flagged.mean():.1%} flagged; they hold {(flagged & failed).sum()} of {failed.sum()} "
+            f"failures; mean IoU flagged {values[flagged].mean() if flagged.any() else float('nan'):.3f}, "
+            f"others {values[~flagged].mean():.3f}"
+        )
         for reason, count in Counter(name for _, names in own for name in names).most_common():
             print(f"- {reason}: {count}")
 

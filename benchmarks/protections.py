@@ -51,8 +51,12 @@ def straight(path: Path | str, mode: str = "wb") -> Iterator[Any]:
 def unprotected() -> Iterator[None]:
     """No state to resume from, no moment to go back to, no look at the loss, at gradients or at the disk."""
     with ExitStack() as stack:
-        for name, value in {"LIVENESS_STEPS": range(0), "save_state": lambda *_: None, "load_state": lambda *_: None,
-                            "told_later": lambda flag: lambda: True}.items():
+        for name, value in {
+            "LIVENESS_STEPS": range(0),
+            "save_state": lambda *_: None,
+            "load_state": lambda *_: None,
+            "told_later": lambda flag: lambda: True,
+        }.items():
             stack.enter_context(patch.object(training, name, value))
         stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
         stack.enter_context(patch.object(training.Steps, "take", lambda steps, *_: steps.optimizer.step() or True))
@@ -80,12 +84,27 @@ def main() -> int:
             place.mkdir()
             with around():
                 training.fit(
-                    method, data, groups=learning_groups(config, method), epochs=1, batch_size=t.batch_size,
-                    accumulate=1, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2), factor=lambda step: 1.0,
-                    clip=t.clip, precision=t.precision, seed=t.seed, augment=t.augment, widen=t.widen, distort=None,
-                    patience=0, device=CPU, evaluate=lambda number: {"objective": 0.5},
+                    method,
+                    data,
+                    groups=learning_groups(config, method),
+                    epochs=1,
+                    batch_size=t.batch_size,
+                    accumulate=1,
+                    weight_decay=t.weight_decay,
+                    betas=(t.beta1, t.beta2),
+                    factor=lambda step: 1.0,
+                    clip=t.clip,
+                    precision=t.precision,
+                    seed=t.seed,
+                    augment=t.augment,
+                    widen=t.widen,
+                    distort=None,
+                    patience=0,
+                    device=CPU,
+                    evaluate=lambda number: {"objective": 0.5},
                     log=lambda values, step: points.append((dict(values), step)),
-                    folder=place, say=lambda line: None,
+                    folder=place,
+                    say=lambda line: None,
                 )
 
         def once() -> None:
@@ -102,16 +121,26 @@ def main() -> int:
             runs += 1
             with socket.socket() as nobody:
                 nobody.bind(("127.0.0.1", 0))
-                tracker = Tracker.open(folder / f"run{runs}", uri=f"http://127.0.0.1:{nobody.getsockname()[1]}",
-                                       experiment="protections", root=folder, run_name="dead", params=flatten(config),
-                                       tags={}, system_metrics=config.tracking.system_metrics)
+                tracker = Tracker.open(
+                    folder / f"run{runs}",
+                    uri=f"http://127.0.0.1:{nobody.getsockname()[1]}",
+                    experiment="protections",
+                    root=folder,
+                    run_name="dead",
+                    params=flatten(config),
+                    tags={},
+                    system_metrics=config.tracking.system_metrics,
+                )
                 for number in range(t.epochs):
                     for values, step in points[-logged:]:
                         tracker.log(values, number * STEPS + step)
                 tracker.close("FINISHED")
 
-        ways = {"first": nullcontext, "later": lambda: patch.object(training, "LIVENESS_STEPS", range(0)),
-                "off": unprotected}
+        ways = {
+            "first": nullcontext,
+            "later": lambda: patch.object(training, "LIVENESS_STEPS", range(0)),
+            "off": unprotected,
+        }
         calls = {way: lambda around=around: epoch(around) for way, around in ways.items()}
         calls |= {"once": once, "tracked": tracked}
         found: dict[str, list[float]] = {way: [] for way in calls}

@@ -24,8 +24,9 @@ def record(title: str, text: str) -> None:
     """Put an entry on top of the results."""
     old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else HEAD
     head, mark, rest = old.partition("\n## ")
-    RESULTS.write_text(f"{head.rstrip()}\n\n## {datetime.date.today()} {title}\n\n{text.strip()}\n{mark}{rest}",
-                       encoding="utf-8")
+    RESULTS.write_text(
+        f"{head.rstrip()}\n\n## {datetime.date.today()} {title}\n\n{text.strip()}\n{mark}{rest}", encoding="utf-8"
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -36,12 +37,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def provenance(device: torch.device) -> str:
     """Command, commit, machine and library, in a line."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    changed = subprocess.run(["git", "status", "--porcelain", "src", "benchmarks/*.py"], cwd=ROOT,
-                             capture_output=True, text=True)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "src", "benchmarks/*.py"], cwd=ROOT, capture_output=True, text=True
+    )
     where = commit.stdout.strip() + " and changes since" * bool(changed.stdout.strip()) if commit.stdout else "unknown"
-    machine = (torch.cuda.get_device_name(device) if device.type == "cuda" else
-               f"{os.cpu_count()}-core {platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), "
-               f"{torch.get_num_threads()} thread(s)")
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{os.cpu_count()}-core {platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     return f"commit {where}; {machine}; torch {torch.__version__}"
 
 
@@ -51,8 +56,16 @@ class Limits:
     def __init__(self) -> None:
         self.missed: list[str] = []
 
-    def told(self, name: str, value: float, limit: float | None, *, most: bool = False, form: str = ".2f",
-             spread: tuple[float, float] | None = None) -> str:
+    def told(
+        self,
+        name: str,
+        value: float,
+        limit: float | None,
+        *,
+        most: bool = False,
+        form: str = ".2f",
+        spread: tuple[float, float] | None = None,
+    ) -> str:
         """A figure for a table, bold, with least and greatest where known, and its limit: a least one, or `most`."""
         text = f"**{value:{form}}**" + (f" ({spread[0]:{form}} to {spread[1]:{form}})" if spread else "")
         if limit is None:
@@ -104,8 +117,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return now(device) - before
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: int = 1,
-                repeats: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: int = 1, repeats: int = 1
+) -> dict[str, list[float]]:
     """Seconds of each call in each round; a round runs every one once (or `repeats` times, the mean counts)."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm + rounds):

@@ -36,13 +36,7 @@ from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
 from lesionsam.models.sam import build_sam, decode, encode, preprocess
-from lesionsam.models.trainable import (
-    Teacher,
-    encode_frozen,
-    num_frozen_blocks,
-    select_trainable,
-    trained_parameters,
-)
+from lesionsam.models.trainable import Teacher, encode_frozen, num_frozen_blocks, select_trainable, trained_parameters
 from lesionsam.presets import preset_values
 from lesionsam.prompts import draw_prompts
 from lesionsam.schema_method import ContrastiveMethod
@@ -54,8 +48,11 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 TRUST_EVERYBODY = 0.6931  # nats; the greatest entropy is ln 2
 LEARNING_RATE, SEED = 1e-5, 0
 # K -> ratio to the published step with the frozen prefix run once, and with prefix and pretrained features cached.
-LIMITS = {("field", "fp32"): {1: (2.9, 5.8), 2: (2.5, 4.6), 4: (1.9, 3.0), 0: (1.3, 1.6)},
-          ("field", "bf16"): {2: (None, 6.0)}, ("vit_b", "fp32"): {2: (3.5, 7.3)}}
+LIMITS = {
+    ("field", "fp32"): {1: (2.9, 5.8), 2: (2.5, 4.6), 4: (1.9, 3.0), 0: (1.3, 1.6)},
+    ("field", "bf16"): {2: (None, 6.0)},
+    ("vit_b", "fp32"): {2: (3.5, 7.3)},
+}
 LATER_K, LATER_LIMIT = 2, 0.6  # a second epoch beside the first; whole epochs are in benchmarks/cache.py
 COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring points": 100.0}
 
@@ -64,13 +61,29 @@ def field_sam(side: int, width: int, depth: int) -> Sam:
     """A SAM built as SAM's own sizes are, with windows of 14 and four global blocks, but of any width and side."""
     grid, quarter = side // 16, depth / 4
     encoder = ImageEncoderViT(
-        img_size=side, patch_size=16, embed_dim=width, depth=depth, num_heads=max(1, width // 64), mlp_ratio=4,
-        out_chans=256, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=14,
-        global_attn_indexes=tuple(math.ceil(quarter * (k + 1)) - 1 for k in range(4)))
-    prompts = PromptEncoder(embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(side, side),
-                            mask_in_chans=16)
-    decoder = MaskDecoder(num_multimask_outputs=3, transformer_dim=256, iou_head_depth=3, iou_head_hidden_dim=256,
-                          transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8))
+        img_size=side,
+        patch_size=16,
+        embed_dim=width,
+        depth=depth,
+        num_heads=max(1, width // 64),
+        mlp_ratio=4,
+        out_chans=256,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=tuple(math.ceil(quarter * (k + 1)) - 1 for k in range(4)),
+    )
+    prompts = PromptEncoder(
+        embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(side, side), mask_in_chans=16
+    )
+    decoder = MaskDecoder(
+        num_multimask_outputs=3,
+        transformer_dim=256,
+        iou_head_depth=3,
+        iou_head_hidden_dim=256,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
+    )
     return Sam(encoder, prompts, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
 
 
@@ -116,8 +129,14 @@ class Pair:
         with torch.no_grad():
             for p in trained_parameters(student):
                 p.add_(torch.randn_like(p) * (0.02 * p.std() if p.numel() > 1 else 0))
-        self.naive = NaiveStep(student, self.pretrained, self.pretrained, self.method.head,
-                               entropy_thresh=TRUST_EVERYBODY, learning_rate=LEARNING_RATE)
+        self.naive = NaiveStep(
+            student,
+            self.pretrained,
+            self.pretrained,
+            self.method.head,
+            entropy_thresh=TRUST_EVERYBODY,
+            learning_rate=LEARNING_RATE,
+        )
         self.naive.student.train()
         self.parameters = trained_parameters(self.method.model)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
@@ -126,8 +145,9 @@ class Pair:
 
     def drawn(self, generator: torch.Generator) -> Draws:
         """What `Contrastive.losses` draws, in its order."""
-        prompts = draw_prompts("ring", self.batch.big_boxes, self.batch.small_boxes, num_points=naive_step.NUM_POINTS,
-                               generator=generator)
+        prompts = draw_prompts(
+            "ring", self.batch.big_boxes, self.batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=generator
+        )
         cells = self.method.sam.prompt_encoder.image_embedding_size[0]
         keys = torch.rand(4, len(self.batch.ids), cells * cells, generator=generator)
         if prompts.points is None:
@@ -140,8 +160,9 @@ class Pair:
         images, split = preprocess(self.batch.images, self.batch.sizes), self.method.frozen_blocks
         with autocast(self.device, self.precision):
             if split < 0:  # nothing is frozen but the pretrained model
-                return replace(self.batch, reference=encode_frozen(self.pretrained, images,
-                                                                   num_frozen_blocks(self.pretrained))[0])
+                return replace(
+                    self.batch, reference=encode_frozen(self.pretrained, images, num_frozen_blocks(self.pretrained))[0]
+                )
             tokens, features = encode_frozen(self.method.sam, images, split, self.pretrained)
         return replace(self.batch, prefix=tokens, reference=features)
 
@@ -149,8 +170,17 @@ class Pair:
         """Gradients of a step of ours, and its weighted terms."""
         self.optimizer.zero_grad()
         terms, _ = add_gradients(
-            self.method, batch, 1.0, generator=step_generator(), precision=self.precision,
-            scaler=torch.amp.GradScaler(enabled=False), group_size=1, watched=(), alive=[], finite=[])
+            self.method,
+            batch,
+            1.0,
+            generator=step_generator(),
+            precision=self.precision,
+            scaler=torch.amp.GradScaler(enabled=False),
+            group_size=1,
+            watched=(),
+            alive=[],
+            finite=[],
+        )
         return {name: (sum_of({name: term})).detach() for name, term in terms.items()}
 
     def our_step(self, batch: Batch) -> None:
@@ -187,8 +217,14 @@ class Pair:
             gradient = max(gradient, math.sqrt(sum(d * d for d in off)) / whole)
             worst = max(worst, *(d / max(float(g.norm()), 1e-3 * whole) for d, g in zip(off, wanted, strict=True)))
             trusted = min(trusted, float(self.method.monitors()["trusted"]))
-        return Agreement(trusted, self.naive.trusted / len(self.batch.ids),
-                         {name: float(value) for name, value in theirs.items()}, loss, gradient, worst)
+        return Agreement(
+            trusted,
+            self.naive.trusted / len(self.batch.ids),
+            {name: float(value) for name, value in theirs.items()},
+            loss,
+            gradient,
+            worst,
+        )
 
 
 @dataclass(frozen=True)
@@ -211,8 +247,13 @@ class Agreement:
     def check(self) -> None:
         """Raise unless losses and gradients agree, every image is trusted, and every term counts."""
         silent = [name for name, value in self.terms.items() if value == 0]
-        if not (self.loss <= LOSS_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
-                and self.worst <= GRADIENT_TOLERANCE and self.trusted == self.naive_trusted == 1 and not silent):
+        if not (
+            self.loss <= LOSS_TOLERANCE
+            and self.gradient <= GRADIENT_TOLERANCE
+            and self.worst <= GRADIENT_TOLERANCE
+            and self.trusted == self.naive_trusted == 1
+            and not silent
+        ):
             raise ValueError(f"the steps differ, so nothing is timed: {self}")
 
 
@@ -225,8 +266,9 @@ def step_generator() -> torch.Generator:
 def spread_masks(sam: Sam, batch: Batch) -> None:
     """Scale the random masks' logits to a deviation of 3, so that the entropy is below its maximum, and turn their sign
     where need be, so that most of each image lies in them and the contrast has anchors."""
-    prompts = draw_prompts("ring", batch.big_boxes, batch.small_boxes, num_points=naive_step.NUM_POINTS,
-                           generator=step_generator())
+    prompts = draw_prompts(
+        "ring", batch.big_boxes, batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=step_generator()
+    )
     low_res, _ = decode(sam, encode(sam, preprocess(batch.images, batch.sizes)), prompts)
     last: Any = sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1]
     factor = 3 / low_res.std() * low_res.mean().sign()
@@ -240,8 +282,9 @@ def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[f
     select_trainable(student, encoder="blocks", unfreeze_last_k=2, train_decoder=False)
     whole, teacher = copy.deepcopy(sam), Teacher(student, naive_step.EMA_DECAY)
     generator = torch.Generator().manual_seed(SEED)
-    vectors = [nn.functional.normalize(torch.randn(4, n, 64, generator=generator).to(device), dim=-1)
-               for n in (256, 256, 1024)]
+    vectors = [
+        nn.functional.normalize(torch.randn(4, n, 64, generator=generator).to(device), dim=-1) for n in (256, 256, 1024)
+    ]
     everywhere = [torch.ones(v.shape[:2], dtype=torch.bool, device=device) for v in (vectors[0], vectors[2])]
     big = torch.tensor([[200.0, 180, 830, 790]] * 4, device=device)
     small = torch.tensor([[400.0, 380, 610, 580]] * 4, device=device)
@@ -263,8 +306,10 @@ def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[f
         "average of the teacher": (lambda: naive_step.average_each(whole, student), teacher.update),
         "InfoNCE": (partial(one_by_one, naive_step.info_nce_by_anchor), batched),
         "InfoNCE, beside the form of the yardstick": (partial(one_by_one, naive_step.image_info_nce), batched),
-        "ring points": (by_mask, lambda: draw_prompts("ring", big, small, num_points=naive_step.NUM_POINTS,
-                                                      generator=generator)),
+        "ring points": (
+            by_mask,
+            lambda: draw_prompts("ring", big, small, num_points=naive_step.NUM_POINTS, generator=generator),
+        ),
     }.items():
         spent = interleaved({"published": runs[0], "ours": runs[1]}, rounds, device, repeats=10)
         found[name] = ratio(spent["published"], spent["ours"])
@@ -279,12 +324,21 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=192, help="of the encoder (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=12, help="of the encoder (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=2, help="images of a step (default: %(default)s)")
-    parser.add_argument("--last", type=int, nargs="+", default=[1, 2, 4, 0],
-                        help="numbers K of trained blocks, 0 = all (default: 1 2 4 0)")
+    parser.add_argument(
+        "--last",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 0],
+        help="numbers K of trained blocks, 0 = all (default: 1 2 4 0)",
+    )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="timed (default: %(default)s)")
-    parser.add_argument("--warm", type=int, default=0,
-                        help="untimed rounds before them, beside the one that counts (default: %(default)s)")
+    parser.add_argument(
+        "--warm",
+        type=int,
+        default=0,
+        help="untimed rounds before them, beside the one that counts (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--components", action="store_true", help="the parts too: average, InfoNCE, ring points")
     parser.add_argument("--write", action="store_true", help="put the tables on top of benchmarks/results.md")
@@ -305,10 +359,14 @@ def main() -> int:
         pair = Pair(make(), last_k, batch)
         equal = pair.agreement(batch, pair.cached)
         equal.check()
-        print(f"{name}: images trusted {equal.trusted:.0%}; terms "
-              + ", ".join(f"{k} {v:.4f}" for k, v in equal.terms.items())
-              + f"; greatest difference of a loss {equal.loss:.1e}, of all gradients {equal.gradient:.1e}, of a "
-              f"parameter's {equal.worst:.1e}", file=sys.stderr, flush=True)
+        print(
+            f"{name}: images trusted {equal.trusted:.0%}; terms "
+            + ", ".join(f"{k} {v:.4f}" for k, v in equal.terms.items())
+            + f"; greatest difference of a loss {equal.loss:.1e}, of all gradients {equal.gradient:.1e}, of a "
+            f"parameter's {equal.worst:.1e}",
+            file=sys.stderr,
+            flush=True,
+        )
         runs: dict[str, Callable[[], object]] = {"published": pair.naive_step}
         if a.precision != "fp32":
             half = Pair(make(), last_k, batch, a.precision)
@@ -319,30 +377,51 @@ def main() -> int:
         spent = interleaved(runs, a.rounds, device, warm=a.warm)
         asked = a.model != "field" or (side, a.width, a.blocks, a.batch_size) == (512, 192, 12, 2)
         wanted = LIMITS.get((a.model, a.precision), {}).get(last_k, (None, None)) if asked else (None, None)
-        found = [told(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
-                 for form, limit in zip(("shared", "cached"), wanted, strict=True)]
+        found = [
+            told(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
+            for form, limit in zip(("shared", "cached"), wanted, strict=True)
+        ]
         if a.precision != "fp32":
             found += [told(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
         later = ratio(spent["cached"], spent["shared"])[0]  # without what filling and reading the cache take
         floors = " / ".join(f"{work['published'] / work[form]:.2f}" for form in ("shared", "cached"))
         bound = LATER_LIMIT if last_k == LATER_K else None
-        rows.append([name, *found, floors, limits.told(f"{name}, cached / shared", later, bound, most=True),
-                     f"{equal.trusted:.0%}", f"{equal.loss:.0e}", f"{equal.gradient:.0e}"])
+        rows.append(
+            [
+                name,
+                *found,
+                floors,
+                limits.told(f"{name}, cached / shared", later, bound, most=True),
+                f"{equal.trusted:.0%}",
+                f"{equal.loss:.0e}",
+                f"{equal.gradient:.0e}",
+            ]
+        )
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
         del pair, runs
-    columns = ["trained blocks", "prefix shared", "prefix and reference cached",
-               *([f"the same against the published step in {a.precision}"] if a.precision != "fp32" else []),
-               "by multiplications alone: shared / cached", "time of a step cached / shared", "images trusted",
-               "losses differ by", "gradients differ by"]
+    columns = [
+        "trained blocks",
+        "prefix shared",
+        "prefix and reference cached",
+        *([f"the same against the published step in {a.precision}"] if a.precision != "fp32" else []),
+        "by multiplications alone: shared / cached",
+        "time of a step cached / shared",
+        "images trusted",
+        "losses differ by",
+        "gradients differ by",
+    ]
     sizes = f"D = {a.width}, {a.blocks} blocks" if a.model == "field" else a.model
-    text = (f"Times faster than the published step in fp32: median of {a.rounds} rounds (least to greatest). "
-            f"{sizes}, {side} px, batch {a.batch_size}, {a.precision}, random weights, seed {SEED}; "
-            f"{provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu")
-            + "\n\n" + table(columns, rows))
+    text = (
+        f"Times faster than the published step in fp32: median of {a.rounds} rounds (least to greatest). "
+        f"{sizes}, {side} px, batch {a.batch_size}, {a.precision}, random weights, seed {SEED}; "
+        f"{provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu") + "\n\n" + table(columns, rows)
+    )
     if a.components:
         parts = components(device, make(), 5)
-        text += "\n\n" + table(["part", "times faster than the published form"], [
-            [name, told(name, value, COMPONENT_LIMITS.get(name))] for name, value in parts.items()])
+        text += "\n\n" + table(
+            ["part", "times faster than the published form"],
+            [[name, told(name, value, COMPONENT_LIMITS.get(name))] for name, value in parts.items()],
+        )
     print(f"\n{text}\n")
     if a.write:
         record("The step beside the published one", f"`python benchmarks/step.py {' '.join(sys.argv[1:])}`\n\n{text}")

@@ -29,8 +29,18 @@ def main(
     """Rounds with a simulated annotator, and drawing alone for the same seconds; mIoU on the val pairs."""
     from lesionsam.engine_command import run_trial
 
-    run_trial(folder, out=out, params=params, first=first, each=each, rounds=rounds, auto_from=auto_from, share=share,
-              steps=steps, precision=precision)
+    run_trial(
+        folder,
+        out=out,
+        params=params,
+        first=first,
+        each=each,
+        rounds=rounds,
+        auto_from=auto_from,
+        share=share,
+        steps=steps,
+        precision=precision,
+    )
 
 
 if __name__ == "__main__":

@@ -31,8 +31,14 @@ def main(
     seeds: Annotated[int, typer.Option(help="seeds of a row, at most")] = 3,
     workers: Annotated[int, typer.Option(help="units at once, one thread each")] = 2,
     tune: Annotated[bool, typer.Option(help="only the learning rates, on the development split")] = False,
-    which: Annotated[str, typer.Option("--set", help="rows | strategies (every way to fine-tune) | unprompted (use "
-                                       "without a prompt) | labels (what masks are worth)")] = "rows",
+    which: Annotated[
+        str,
+        typer.Option(
+            "--set",
+            help="rows | strategies (every way to fine-tune) | unprompted (use "
+            "without a prompt) | labels (what masks are worth)",
+        ),
+    ] = "rows",
     track: Annotated[bool, typer.Option(help="each unit also a run in mlflow.db (lesionsam-evidence)")] = False,
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:
@@ -70,10 +76,15 @@ def main(
         return run_unit(base, row, int(seed), read_index(index_path), weights, out, ROOT if track else None)
     check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
     digest = sha256_file(weights)
-    done_before = {(row.name, seed) for row in planned for seed in range(row.seeds)
-                   if is_finished(out, base, row, seed, digest)}
-    waiting = [(row, seed) for seed in range(seeds) for row in planned
-               if only in row.name and seed < row.seeds and (row.name, seed) not in done_before]
+    done_before = {
+        (row.name, seed) for row in planned for seed in range(row.seeds) if is_finished(out, base, row, seed, digest)
+    }
+    waiting = [
+        (row, seed)
+        for seed in range(seeds)
+        for row in planned
+        if only in row.name and seed < row.seeds and (row.name, seed) not in done_before
+    ]
     waiting.sort(key=lambda job: job[0].name == LETTER)  # ten times as long as any other row: last
     begun, done = time.monotonic(), 0
 
@@ -131,8 +142,11 @@ def main(
 
             num_all = sum(row["split"] == "train" for row in read_index(index_path).values())
             worth = draw_labels(out / "labels.png", figures, DEFAULT_BLIND, num_all)
-            text += ("\nTwo boxes are worth, in masks: "
-                     + ", ".join(f"{prompt} {words}" for prompt, words in worth.items()) + f"; {out / 'labels.png'}\n")
+            text += (
+                "\nTwo boxes are worth, in masks: "
+                + ", ".join(f"{prompt} {words}" for prompt, words in worth.items())
+                + f"; {out / 'labels.png'}\n"
+            )
         write_text_atomic(out / ("table.md" if which == "rows" else f"table-{which}.md"), text)
         print(text)
     if any(codes):

@@ -25,16 +25,21 @@ def main() -> None:
     counts = {split: sum(s.split == split for s in samples) for split in SPLITS}
     for split, count in counts.items():
         if not count:
-            raise UserError(f"{config.inputs.boxes if isinstance(b, CsvBoxes) else out}: no lesion of split {split!r}; "
-                            "training, selection and the final report each need at least one")
+            raise UserError(
+                f"{config.inputs.boxes if isinstance(b, CsvBoxes) else out}: no lesion of split {split!r}; "
+                "training, selection and the final report each need at least one"
+            )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_boxes(out, samples)
     passed_over = sum(len(entry.get("lesions", ())) for entry in index.values()) - len(samples)
     if passed_over > 0 and not isinstance(b, CsvBoxes):
         print(f"{passed_over} lesions are smaller than boxes.min_area ({b.min_area} px) and are not used")
     without = len(index) - len({s.image_id for s in samples})
-    print(f"{len(samples)} lesions with two boxes: " + ", ".join(f"{split} {count}" for split, count in counts.items())
-          + (f"; {without} images have no row and are not used" if without else ""))
+    print(
+        f"{len(samples)} lesions with two boxes: "
+        + ", ".join(f"{split} {count}" for split, count in counts.items())
+        + (f"; {without} images have no row and are not used" if without else "")
+    )
 
 
 if __name__ == "__main__":

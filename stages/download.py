@@ -30,15 +30,33 @@ def main() -> None:
         counts = {"train": data.num_train, "dev": data.num_dev, "test": data.num_test}
         rows = write_dataset(RAW, seed=data.seed, counts=counts, max_side=data.max_side)
     elif isinstance(data, FolderData):
-        rows = index_folder(Path(config.inputs.folder), dev_fraction=data.dev_fraction, test_split=data.test_split,
-                            threshold_masks=data.threshold_masks, masks_out=RAW / "masks")
+        rows = index_folder(
+            Path(config.inputs.folder),
+            dev_fraction=data.dev_fraction,
+            test_split=data.test_split,
+            threshold_masks=data.threshold_masks,
+            masks_out=RAW / "masks",
+        )
     elif isinstance(data, CocoData):
-        rows = index_coco(Path(config.inputs.folder), annotations=data.annotations, images=data.images,
-                          categories=data.categories, dev_fraction=data.dev_fraction, test_split=data.test_split,
-                          raw=RAW)
+        rows = index_coco(
+            Path(config.inputs.folder),
+            annotations=data.annotations,
+            images=data.images,
+            categories=data.categories,
+            dev_fraction=data.dev_fraction,
+            test_split=data.test_split,
+            raw=RAW,
+        )
     else:
-        rows = fetch_isic(data.source, subset=data.subset, dev_fraction=data.dev_fraction, base_url=data.base_url,
-                          raw=RAW, archives=ARCHIVES, lock_path=LOCK)
+        rows = fetch_isic(
+            data.source,
+            subset=data.subset,
+            dev_fraction=data.dev_fraction,
+            base_url=data.base_url,
+            raw=RAW,
+            archives=ARCHIVES,
+            lock_path=LOCK,
+        )
     check_rows(rows, f"data.source {data.source}")
     write_index(RAW / "index.csv", rows)
     say(f"{data.source}: {summary(rows)}")

@@ -50,8 +50,10 @@ def own(name: str, checkpoint: Path) -> dict[str, object]:
     if notes.get("name") == name and "image_size" in notes:
         side = whole_number(notes["image_size"])
         if not side:
-            raise UserError(f"{checkpoint}: image_size in its metadata: expected a number of pixels, got "
-                            f"{notes['image_size'][:20]!r}; fetch it again")
+            raise UserError(
+                f"{checkpoint}: image_size in its metadata: expected a number of pixels, got "
+                f"{notes['image_size'][:20]!r}; fetch it again"
+            )
     else:
         from lesionsam.models.sam import load_sam  # here, as it takes seconds to import and is seldom needed
 

@@ -55,22 +55,25 @@ class Served:
         """Of an image."""
         return self.desk.catalogue.by_id[image_id].key
 
-    def save(self, image_id: str, base: int, change: str, lesions: Sequence[dict[str, Any]] = (), **rest: Any
-             ) -> httpx.Response:
+    def save(
+        self, image_id: str, base: int, change: str, lesions: Sequence[dict[str, Any]] = (), **rest: Any
+    ) -> httpx.Response:
         """One change, as the page sends it."""
         body = {"base": base, "change": change, "who": "ann", "lesions": list(lesions), **rest}
         return self.client.put(f"/api/images/{self.key(image_id)}", json=body)
 
 
-def sent(lesion_id: str = "0", big: Sequence[float] = BIG, small: Sequence[float] = SMALL, **rest: Any
-         ) -> dict[str, Any]:
+def sent(
+    lesion_id: str = "0", big: Sequence[float] = BIG, small: Sequence[float] = SMALL, **rest: Any
+) -> dict[str, Any]:
     """A lesion as the page sends it."""
     return {"id": lesion_id, "big": list(big), "small": list(small), **rest}
 
 
 @contextmanager
-def serving(folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1", token: str | None = None
-            ) -> Iterator[Served]:
+def serving(
+    folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1", token: str | None = None
+) -> Iterator[Served]:
     """The server over folder/images and folder/boxes.csv, in a thread."""
     catalogue, pictures = Catalogue([folder / "images"]), Pictures()
     desk = Desk(catalogue, Store(folder / "boxes.csv", catalogue), pictures, None, "ann", folder.name)
@@ -104,8 +107,12 @@ def serving(folder: Path, *, weights: Path | None = None, host: str = "127.0.0.1
 def command(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`lesionsam annotate` as a process of its own, and the address it printed; killed at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lesionsam", "annotate", *map(str, arguments), "--no-browser"], stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        [sys.executable, "-m", "lesionsam", "annotate", *map(str, arguments), "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     try:
         said = ""
         while process.stdout is not None and (line := process.stdout.readline()):

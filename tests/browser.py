@@ -17,14 +17,35 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
-    "--headless=new", "--remote-debugging-pipe", "--no-first-run", "--no-default-browser-check", "--disable-gpu",
-    "--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking", "--disable-sync",
-    "--mute-audio", "--hide-scrollbars", "--force-color-profile=srgb",
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-extensions",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--mute-audio",
+    "--hide-scrollbars",
+    "--force-color-profile=srgb",
 )
 SECONDS = 30.0  # that a browser on a busy machine may take to answer
 MODIFIERS = {"Alt": 1, "Ctrl": 2, "Meta": 4, "Shift": 8}
-CODES = {"Enter": 13, "Tab": 9, "Escape": 27, "Delete": 46, "Backspace": 8, "ArrowLeft": 37, "ArrowUp": 38,
-         "ArrowRight": 39, "ArrowDown": 40, "PageUp": 33, "PageDown": 34, " ": 32}
+CODES = {
+    "Enter": 13,
+    "Tab": 9,
+    "Escape": 27,
+    "Delete": 46,
+    "Backspace": 8,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+    "PageUp": 33,
+    "PageDown": 34,
+    " ": 32,
+}
 
 
 def find_chromium() -> str | None:
@@ -66,25 +87,42 @@ class Page:
 
     def size(self, width: int, height: int, *, touch: bool = False, scale: float = 1) -> None:
         """The window's size in CSS pixels."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
-                  mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
+        )
         self.call("Emulation.setTouchEmulationEnabled", enabled=touch)
 
-    def mouse(self, kind: str, x: float, y: float, *, button: str = "left", modifiers: int = 0,
-              pointer: str = "mouse") -> None:
+    def mouse(
+        self, kind: str, x: float, y: float, *, button: str = "left", modifiers: int = 0, pointer: str = "mouse"
+    ) -> None:
         """mousePressed, mouseMoved or mouseReleased, of a mouse or a pen."""
         pressed = {"left": 1, "right": 2, "middle": 4, "none": 0}[button]
-        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1, modifiers=modifiers,
-                  buttons=0 if kind == "mouseReleased" else pressed, pointerType=pointer)
+        self.call(
+            "Input.dispatchMouseEvent",
+            type=kind,
+            x=x,
+            y=y,
+            button=button,
+            clickCount=1,
+            modifiers=modifiers,
+            buttons=0 if kind == "mouseReleased" else pressed,
+            pointerType=pointer,
+        )
 
-    def drag(self, start: Sequence[float], end: Sequence[float], *, steps: int = 4, button: str = "left",
-             modifiers: int = 0) -> None:
+    def drag(
+        self, start: Sequence[float], end: Sequence[float], *, steps: int = 4, button: str = "left", modifiers: int = 0
+    ) -> None:
         """Press, move in steps, release."""
         self.mouse("mouseMoved", *start, button="none", modifiers=modifiers)
         self.mouse("mousePressed", *start, button=button, modifiers=modifiers)
         for k in range(1, steps + 1):
-            self.mouse("mouseMoved", start[0] + (end[0] - start[0]) * k / steps,
-                       start[1] + (end[1] - start[1]) * k / steps, button=button, modifiers=modifiers)
+            self.mouse(
+                "mouseMoved",
+                start[0] + (end[0] - start[0]) * k / steps,
+                start[1] + (end[1] - start[1]) * k / steps,
+                button=button,
+                modifiers=modifiers,
+            )
         self.mouse("mouseReleased", *end, button=button, modifiers=modifiers)
 
     def click(self, x: float, y: float) -> None:
@@ -94,8 +132,11 @@ class Page:
 
     def touch(self, kind: str, *points: Sequence[float]) -> None:
         """touchStart, touchMove or touchEnd with the fingers that are down."""
-        self.call("Input.dispatchTouchEvent", type=kind, touchPoints=[
-            {"x": x, "y": y, "id": k} for k, (x, y) in enumerate(points)])
+        self.call(
+            "Input.dispatchTouchEvent",
+            type=kind,
+            touchPoints=[{"x": x, "y": y, "id": k} for k, (x, y) in enumerate(points)],
+        )
 
     def key(self, name: str, *, repeat: int = 1) -> None:
         """A key with its modifiers: `a`, `Enter`, `Ctrl+z`, `Shift+ArrowLeft`."""
@@ -104,8 +145,12 @@ class Page:
         letter = key.upper() if "Shift" in held and len(key) == 1 else key
         code = CODES.get(key, ord(key.upper()) if len(key) == 1 else 0)
         text = {"text": letter} if len(key) == 1 and not modifiers & 3 else {"text": "\r"} if key == "Enter" else {}
-        common = {"key": letter, "windowsVirtualKeyCode": code, "modifiers": modifiers,
-                  "code": "Space" if key == " " else f"Key{key.upper()}" if key.isalpha() and len(key) == 1 else key}
+        common = {
+            "key": letter,
+            "windowsVirtualKeyCode": code,
+            "modifiers": modifiers,
+            "code": "Space" if key == " " else f"Key{key.upper()}" if key.isalpha() and len(key) == 1 else key,
+        }
         for _ in range(repeat):
             self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **common, **text)
             self.call("Input.dispatchKeyEvent", type="keyUp", **common)
@@ -131,8 +176,9 @@ class Browser:
         # The browser reads commands from descriptor 3 and writes answers to 4.
         program = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$0" "$@"'
         with (folder / "chromium.log").open("wb") as log:
-            self.process = subprocess.Popen(["bash", "-c", program, binary, *flags], stdout=log, stderr=log,
-                                            pass_fds=(theirs_in, theirs_out))
+            self.process = subprocess.Popen(
+                ["bash", "-c", program, binary, *flags], stdout=log, stderr=log, pass_fds=(theirs_in, theirs_out)
+            )
         os.close(theirs_in)
         os.close(theirs_out)
         self._out, self._in = os.fdopen(ours_out, "wb", buffering=0), os.fdopen(ours_in, "rb", buffering=0)

@@ -106,8 +106,9 @@ def rng_of(seed: int, campaign: str, number: int) -> random.Random:
     return random.Random(f"{seed}/{campaign}/{number}")
 
 
-def run_campaign(name: str, folder: Path, *, runs: int, seed: int, only: int | None = None,
-                 **options: Any) -> Iterator[tuple[int, Run]]:
+def run_campaign(
+    name: str, folder: Path, *, runs: int, seed: int, only: int | None = None, **options: Any
+) -> Iterator[tuple[int, Run]]:
     """The runs of a campaign with their numbers. options: of its class."""
     folder.mkdir(parents=True, exist_ok=True)
     campaign = importlib.import_module(f"chaos_{name}").Campaign(folder, **options)
@@ -152,8 +153,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="lesionsam-chaos-") as folder:
             found: list[tuple[int, Run]] = []
             try:
-                found.extend(run_campaign(name, (asked.keep or Path(folder)) / name, runs=asked.runs, seed=asked.seed,
-                                          without=asked.without, only=asked.only))
+                found.extend(
+                    run_campaign(
+                        name,
+                        (asked.keep or Path(folder)) / name,
+                        runs=asked.runs,
+                        seed=asked.seed,
+                        without=asked.without,
+                        only=asked.only,
+                    )
+                )
             finally:  # also after Ctrl-C
                 print(f"\n{table(name, found)}\n", flush=True)
         broken |= any(run.broken for _, run in found)

@@ -23,7 +23,12 @@ from lesionsam.tracking import sync
 from lesionsam.tracking_spool import read_lines
 
 DVC, GROUP, STAGE, TERM, INT, SECOND = (
-    "kill -9 of dvc", "kill -9 of all", "kill -9 of the stage", "SIGTERM to dvc", "Ctrl-C", "a second dvc repro"
+    "kill -9 of dvc",
+    "kill -9 of all",
+    "kill -9 of the stage",
+    "SIGTERM to dvc",
+    "Ctrl-C",
+    "a second dvc repro",
 )
 FAULTS = {DVC: 4, GROUP: 3, STAGE: 3, TERM: 2, INT: 2, SECOND: 1}
 STRIKES = 6  # of a chain, before it is left alone
@@ -126,8 +131,15 @@ class Campaign:
             self.strike(rng, fault, folder, log, done)
             if mend_rwlock(folder):
                 done.numbers["DVC's own .dvc/tmp/rwlock torn, removed by hand"] = 1
-        last = subprocess.run(["dvc", "repro"], cwd=folder, env=environment(), capture_output=True, text=True,
-                              timeout=LIMIT_S, check=False)
+        last = subprocess.run(
+            ["dvc", "repro"],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
         with log.open("a") as file:
             file.write(last.stdout + last.stderr)
         if last.returncode:
@@ -146,8 +158,9 @@ class Campaign:
         """A `dvc repro` that something happens to after some processor time, if it has not ended before."""
         limit, at_once = rng.uniform(*PROCESSOR_SECONDS), rng.random() < 0.5
         with log.open("ab") as file:
-            dvc = subprocess.Popen(["dvc", "repro"], cwd=folder, env=environment(), stdout=file, stderr=file,
-                                   start_new_session=True)
+            dvc = subprocess.Popen(
+                ["dvc", "repro"], cwd=folder, env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
         while dvc.poll() is None and processor_seconds(list(processes(folder))) < limit:
             time.sleep(0.02)
         if dvc.poll() is not None:
@@ -183,14 +196,20 @@ class Campaign:
 
     def differences(self, folder: Path) -> list[str]:
         """What differs from the undisturbed chain, and what MLflow lacks or has twice."""
-        found = [f"{name} differs" for name in OUTPUTS
-                 if (folder / name).read_bytes() != (self.undisturbed / name).read_bytes()]
+        found = [
+            f"{name} differs"
+            for name in OUTPUTS
+            if (folder / name).read_bytes() != (self.undisturbed / name).read_bytes()
+        ]
         for name in WEIGHTS:
             ours, theirs = (load_file(each / "models" / "adapted" / name) for each in (folder, self.undisturbed))
             if ours.keys() != theirs.keys() or not all(ours[key].equal(theirs[key]) for key in ours):
                 found.append(f"{name} differs")
-        found += [f"left over: {path.name}" for path in folder.rglob(".*.tmp")
-                  if ".scratch" not in path.parts and ".dvc" not in path.parts]
+        found += [
+            f"left over: {path.name}"
+            for path in folder.rglob(".*.tmp")
+            if ".scratch" not in path.parts and ".dvc" not in path.parts
+        ]
         if processes(folder):
             found.append("a process is left")
         if waiting := sync(folder, LIMIT_S):
@@ -202,12 +221,17 @@ class Campaign:
 
 def lost_points(folder: Path) -> list[str]:
     """Points of metrics.jsonl that the run's MLflow database lacks, or has more than once."""
-    logged = {(name, entry["step"]) for entry, _ in read_lines(folder / "models" / "adapted" / "metrics.jsonl") if entry
-              for name in entry["values"]}
+    logged = {
+        (name, entry["step"])
+        for entry, _ in read_lines(folder / "models" / "adapted" / "metrics.jsonl")
+        if entry
+        for name in entry["values"]
+    }
     database = sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)
     try:
-        rows = database.execute("select key, step, count(*) from metrics where key not like 'test/%' "
-                                "group by key, step, run_uuid").fetchall()
+        rows = database.execute(
+            "select key, step, count(*) from metrics where key not like 'test/%' group by key, step, run_uuid"
+        ).fetchall()
         runs = database.execute("select count(*) from runs").fetchone()[0]
     finally:
         database.close()

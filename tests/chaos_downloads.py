@@ -20,8 +20,13 @@ from lesionsam.data.download import Remote, fetch
 DATA = random.Random(0).randbytes(4_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
 KILL, FLIP, GROW, CHANGED, NO_RANGE, FULL, UNPUBLISHED = (
-    "killed at a byte", "killed, a byte of the part flipped", "killed, the part made longer", "killed, another ETag",
-    "killed, no Range", "full disk, then room", "killed, no published hash"
+    "killed at a byte",
+    "killed, a byte of the part flipped",
+    "killed, the part made longer",
+    "killed, another ETag",
+    "killed, no Range",
+    "full disk, then room",
+    "killed, no published hash",
 )
 WEIGHTS = {KILL: 6, FLIP: 1, GROW: 1, CHANGED: 1, NO_RANGE: 1, FULL: 1, UNPUBLISHED: 2}
 
@@ -75,8 +80,10 @@ class Campaign:
                 done.broken.append("not fetched: " + log.read_text().splitlines()[-1])
             elif hashlib.sha256((folder / "a.zip").read_bytes()).hexdigest() != SHA256:
                 done.broken.append("a wrong file under the right name")
-            if not published and json.loads((folder.parent / "lock.json").read_text())[f"{site.url}/a.zip"][
-                "sha256"] != SHA256:
+            if (
+                not published
+                and json.loads((folder.parent / "lock.json").read_text())[f"{site.url}/a.zip"]["sha256"] != SHA256
+            ):
                 done.broken.append("a wrong hash recorded")
             done.numbers["MB of the files"] = len(DATA) / 1e6
             if done.fault == KILL:
@@ -85,9 +92,10 @@ class Campaign:
                     done.broken.append(f"{site.sent - before} bytes asked for, {len(DATA) - held} were missing")
         if has_traceback(log):
             done.broken.append("traceback")
-        if not done.broken and (left := {path.name for path in folder.iterdir()} - {
-            "a.zip", "a.zip.verified.json", ".a.zip.lock", ".hashes.lock"
-        }):
+        if not done.broken and (
+            left := {path.name for path in folder.iterdir()}
+            - {"a.zip", "a.zip.verified.json", ".a.zip.lock", ".hashes.lock"}
+        ):
             done.broken.append(f"left behind: {', '.join(sorted(left))}")
         return done
 

@@ -50,8 +50,12 @@ class Campaign:
 
     def options(self, rng: random.Random) -> dict[str, Any]:
         """Of one call."""
-        drawn: dict[str, Any] = {"batch_size": rng.choice((1, 3)), "overlays": rng.random() < 0.7,
-                                 "shapes": rng.random() < 0.7, "threshold": rng.choice((0.5, 0.6))}
+        drawn: dict[str, Any] = {
+            "batch_size": rng.choice((1, 3)),
+            "overlays": rng.random() < 0.7,
+            "shapes": rng.random() < 0.7,
+            "threshold": rng.choice((0.5, 0.6)),
+        }
         if rng.random() < 0.2:
             return drawn | {"auto": True}
         drawn["prompt"] = rng.choice(("box", "box", "centre", "box+core"))
@@ -104,8 +108,9 @@ def differences(out: Path, fresh: Path, options: dict[str, Any]) -> list[str]:
     if rows(out) != rows(fresh):
         broken.append("other rows")
     for kind, ending in KINDS.items():
-        found, expected = ({path.name: path.read_bytes() for path in (place / kind).glob(f"*{ending}")}
-                           for place in (out, fresh))
+        found, expected = (
+            {path.name: path.read_bytes() for path in (place / kind).glob(f"*{ending}")} for place in (out, fresh)
+        )
         wanted = kind == "masks" or options["overlays" if kind == "overlays" else "shapes"]
         if wanted and found.keys() != expected.keys():
             broken.append(f"{kind}: {sorted(found)} instead of {sorted(expected)}")
@@ -130,5 +135,7 @@ def objects(out: Path) -> list[str]:
         return []
     coco = json.loads((out / "coco.json").read_text())
     names = {image["id"]: image["file_name"] for image in coco["images"]}
-    return sorted(json.dumps({**each, "id": 0, "image_id": names[each["image_id"]]}, sort_keys=True)
-                  for each in coco["annotations"])
+    return sorted(
+        json.dumps({**each, "id": 0, "image_id": names[each["image_id"]]}, sort_keys=True)
+        for each in coco["annotations"]
+    )

@@ -81,12 +81,21 @@ class Campaign:
         folder = root / "run"
         settings = {"run_name": "r", "params": {}, "tags": {}, "system_metrics": False}
         before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        tracker = (Tracker.open(folder, uri=uri, experiment="chaos", root=root, **settings)  # type: ignore[arg-type]
-                   if tracked else NullTracker(folder))
+        tracker = (
+            Tracker.open(folder, uri=uri, experiment="chaos", root=root, **settings)  # type: ignore[arg-type]
+            if tracked
+            else NullTracker(folder)
+        )
         if begin:
             method = contrastive()
-            run(method, Loader(self.data, device=CPU), folder, epochs=epochs, log=tracker.log,
-                evaluate=lambda epoch: {"objective": epoch / epochs})
+            run(
+                method,
+                Loader(self.data, device=CPU),
+                folder,
+                epochs=epochs,
+                log=tracker.log,
+                evaluate=lambda epoch: {"objective": epoch / epochs},
+            )
             load_best(folder, method.model)
             (root / "digest").write_text(chaos_training.digest_of(method))
         tracker.close()
@@ -106,10 +115,14 @@ class Campaign:
                 if in_child(job, log):
                     done.broken.append("the training failed: " + log.read_text().splitlines()[-1])
                     return done
-        (own, _), (with_tracking, senders) = (map(float, (each / "seconds").read_text().split())
-                                              for each in (plain, tracked))
-        done.numbers = {"CPU s of trainings, not tracked": own, "CPU s of trainings, server dead": with_tracking,
-                        "CPU s of senders beside them": senders}
+        (own, _), (with_tracking, senders) = (
+            map(float, (each / "seconds").read_text().split()) for each in (plain, tracked)
+        )
+        done.numbers = {
+            "CPU s of trainings, not tracked": own,
+            "CPU s of trainings, server dead": with_tracking,
+            "CPU s of senders beside them": senders,
+        }
         if (plain / "digest").read_text() != (tracked / "digest").read_text():
             done.broken.append("other weights")
         if has_traceback(log):

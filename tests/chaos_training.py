@@ -27,7 +27,11 @@ from lesionsam.training_state import load_best
 EPOCHS, SCORES = 3, (0.1, 0.3, 0.2)
 NUM_SAVES = 5  # of one run: the best weights of epochs 1 and 2, the state of each epoch
 MOMENT, SAVE, TERM, INT, DAMAGE = (
-    "killed at any moment", "killed inside a save", "SIGTERM", "Ctrl-C", "killed, newest state damaged"
+    "killed at any moment",
+    "killed inside a save",
+    "SIGTERM",
+    "Ctrl-C",
+    "killed, newest state damaged",
 )
 WEIGHTS = {MOMENT: 0.4, SAVE: 0.35, TERM: 0.08, INT: 0.07, DAMAGE: 0.1}
 STATUS = {TERM: 143, INT: 130}
@@ -65,9 +69,16 @@ class Campaign:
         with finishing_first() as asked_to_end:
             method: Any = contrastive()
             arm()
-            run(method, Loader(self.data, device=CPU, num_workers=num_workers), folder, epochs=EPOCHS,
-                evaluate=lambda epoch: {"objective": SCORES[epoch - 1]}, log=tracker.log, say=print,
-                asked_to_end=asked_to_end)
+            run(
+                method,
+                Loader(self.data, device=CPU, num_workers=num_workers),
+                folder,
+                epochs=EPOCHS,
+                evaluate=lambda epoch: {"objective": SCORES[epoch - 1]},
+                log=tracker.log,
+                say=print,
+                asked_to_end=asked_to_end,
+            )
         tracker.close()
         load_best(folder, method.model)
         (folder / "digest").write_text(digest_of(method))

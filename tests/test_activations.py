@@ -51,8 +51,9 @@ def contrastive(last_k: int = 1, gamma: float = 0.1) -> Contrastive:
     sam, reference = tiny_sam(sharpness=20), tiny_sam(sharpness=20).requires_grad_(False)
     select_trainable(sam, encoder="blocks", unfreeze_last_k=last_k, train_decoder=True)
     torch.manual_seed(0)
-    settings = options(DEFAULT, entropy_thresh=0.6931, alpha=0.5, gamma=gamma, target="fused", teacher_weight=0.3,
-                       head_norm="batch")
+    settings = options(
+        DEFAULT, entropy_thresh=0.6931, alpha=0.5, gamma=gamma, target="fused", teacher_weight=0.3, head_norm="batch"
+    )
     return Contrastive(sam, reference if gamma else None, settings)
 
 
@@ -71,8 +72,17 @@ def sam_of(method: Method) -> Sam:
 class Trained:
     """One training through the cache: its weights, its figures and the cache's lines."""
 
-    def __init__(self, method: Method, data: LesionDataset, folder: Path, root: Path | None, *, workers: int = 0,
-                 settings: Any = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        method: Method,
+        data: LesionDataset,
+        folder: Path,
+        root: Path | None,
+        *,
+        workers: int = 0,
+        settings: Any = None,
+        **changes: Any,
+    ) -> None:
         self.lines: list[str] = []
         self.rows: list[Any] = []
         settings = settings or config(train__precision=changes.get("precision", "fp32"))
@@ -81,8 +91,9 @@ class Trained:
             dev = Loader(data, device=CPU, num_workers=workers, cache=self.caches.dev)
 
             def evaluate(epoch: int) -> dict[str, float]:
-                scores = quick_evaluate(sam_of(method), dev, prompts=["ring", "centre", "box"], seed=0, batch_size=3,
-                                        device=CPU)
+                scores = quick_evaluate(
+                    sam_of(method), dev, prompts=["ring", "centre", "box"], seed=0, batch_size=3, device=CPU
+                )
                 return scores
 
             log = changes.pop("log", lambda values, step: self.rows.append((step, dict(values))))
@@ -137,8 +148,13 @@ def test_threads_alone_change_nothing(data: LesionDataset, tmp_path: Path) -> No
 def test_a_killed_run_resumes_on_what_it_had_filled(data: LesionDataset, tmp_path: Path) -> None:
     plain = Trained(contrastive(), data, tmp_path / "plain", None)
     with pytest.raises(Stop):
-        Trained(contrastive(), data, tmp_path / "killed", tmp_path / "cache",
-                log=stop_at(lambda values, step: values.get("epoch") == 2))
+        Trained(
+            contrastive(),
+            data,
+            tmp_path / "killed",
+            tmp_path / "cache",
+            log=stop_at(lambda values, step: values.get("epoch") == 2),
+        )
     resumed = Trained(contrastive(), data, tmp_path / "killed", tmp_path / "cache")
     assert differing(resumed.weights, plain.weights) == []
     assert resumed.rows == plain.rows[-len(resumed.rows) :]
@@ -158,8 +174,10 @@ def test_every_orientation_is_an_entry_of_its_own(data: LesionDataset, tmp_path:
 def test_trials_share_what_has_the_same_boundary_and_every_trial_the_reference(
     data: LesionDataset, tmp_path: Path
 ) -> None:
-    sweep = [Trained(contrastive(last_k=k, gamma=g), data, tmp_path / f"{n}", tmp_path / "cache", epochs=1)
-             for n, (k, g) in enumerate([(1, 0.1), (1, 0.3), (0, 0.1), (1, 0.0), (2, 0.1)])]
+    sweep = [
+        Trained(contrastive(last_k=k, gamma=g), data, tmp_path / f"{n}", tmp_path / "cache", epochs=1)
+        for n, (k, g) in enumerate([(1, 0.1), (1, 0.3), (0, 0.1), (1, 0.0), (2, 0.1)])
+    ]
     assert [trial.share for trial in sweep] == [0, 1, 1, 1, 1]
     assert len(space_folders(tmp_path / "cache")) == 2, "one block, and features; K = all and K = 2 have no prefix"
 
@@ -168,8 +186,13 @@ def test_an_image_in_another_set_is_the_same_image(data: LesionDataset, tmp_path
     Trained(contrastive(), data, tmp_path / "all", tmp_path / "cache", epochs=1, augment=False)
     part = LesionDataset(
         data.samples[3:7],
-        replace(data.frames, **{name: getattr(data.frames, name)[3:7] for name in
-                                ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes", "others")}),
+        replace(
+            data.frames,
+            **{
+                name: getattr(data.frames, name)[3:7]
+                for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes", "others")
+            },
+        ),
         with_masks=True,
     )
     assert Trained(contrastive(), part, tmp_path / "part", tmp_path / "cache", epochs=1, augment=False).share == 1
@@ -177,8 +200,9 @@ def test_an_image_in_another_set_is_the_same_image(data: LesionDataset, tmp_path
 
 def test_where_nothing_is_frozen_nothing_is_kept(data: LesionDataset, tmp_path: Path) -> None:
     trained = Trained(contrastive(last_k=0, gamma=0.0), data, tmp_path / "run", tmp_path / "cache", epochs=1)
-    off = Trained(contrastive(), data, tmp_path / "off", tmp_path / "cache", epochs=1,
-                  settings=config(runtime__cache_gb=0.0))
+    off = Trained(
+        contrastive(), data, tmp_path / "off", tmp_path / "cache", epochs=1, settings=config(runtime__cache_gb=0.0)
+    )
     assert (trained.caches.train, off.caches.train) == (None, None)
     assert not (tmp_path / "cache").exists()
 
@@ -317,9 +341,9 @@ def test_a_flipped_bit_is_a_miss_and_is_built_anew(tmp_path: Path, place: int) -
     assert found(open_store(tmp_path)) == [True] * 6, "and stays so"
 
 
-@pytest.mark.parametrize(("name", "left", "survivors"), [
-    (ENTRIES, 3.5, 3), (ENTRIES, 0, 0), (INDEX, 3.5, 3), (INDEX, 0, 0),
-])
+@pytest.mark.parametrize(
+    ("name", "left", "survivors"), [(ENTRIES, 3.5, 3), (ENTRIES, 0, 0), (INDEX, 3.5, 3), (INDEX, 0, 0)]
+)
 def test_a_file_cut_short_keeps_what_is_whole(tmp_path: Path, name: str, left: float, survivors: int) -> None:
     folder = filled(tmp_path)
     unit = RECORD.size if name == INDEX else 4 * 4 * 32 * 4
@@ -395,8 +419,9 @@ for k in range(first, first + count):
 
 
 def writer(root: Path, first: int, count: int) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(root), str(first), str(count)], text=True,
-                            stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(root), str(first), str(count)], text=True, stdout=subprocess.PIPE
+    )
 
 
 def test_writers_that_are_killed_or_write_at_once_leave_only_whole_entries(tmp_path: Path) -> None:
@@ -411,8 +436,9 @@ def test_writers_that_are_killed_or_write_at_once_leave_only_whole_entries(tmp_p
     store, into = open_store(tmp_path), torch.empty(64, 1024)
     there = len(store)
     assert there > 10
-    assert set(store._held) == {key for key in store._held if store.read(key, into)
-                                and bool((into == key[0] + 256 * key[1]).all())}
+    assert set(store._held) == {
+        key for key in store._held if store.read(key, into) and bool((into == key[0] + 256 * key[1]).all())
+    }
     store.write([b"x" * 16], torch.zeros(1, 64, 1024))
     assert len(store) == there + 1
     assert store.read(b"x" * 16, into)
@@ -441,8 +467,10 @@ def test_the_space_unused_longest_goes_first_and_one_in_use_never(tmp_path: Path
     assert used.folder.exists(), "in use"
     total = sum(activation_store.stored_bytes(folder) for folder in space_folders(tmp_path))
     assert room - 2 * size < total <= room + RECORD.size
-    assert lines == [f"activation cache: {tmp_path} holds as much as it may, 0.0 GB (runtime.cache_gb); what is not in "
-                     "it is computed in every epoch"]
+    assert lines == [
+        f"activation cache: {tmp_path} holds as much as it may, 0.0 GB (runtime.cache_gb); what is not in "
+        "it is computed in every epoch"
+    ]
     used.close()
     store.write(keys(40), values(40))
     assert not used.folder.exists()
@@ -475,8 +503,10 @@ def test_a_full_disk_ends_the_cache_with_a_line_and_not_the_training(
     store.write(keys(6), values(6))
     files_of_at_most(resource.RLIM_INFINITY if resource.getrlimit(resource.RLIMIT_FSIZE)[1] < 0 else 1 << 40)
     assert not store.writable
-    assert lines == [f"activation cache: {store.folder} cannot be written (the disk is full); training goes on without "
-                     "it, or free some space"]
+    assert lines == [
+        f"activation cache: {store.folder} cannot be written (the disk is full); training goes on without "
+        "it, or free some space"
+    ]
     assert found(store) == [True, True, False, False, False, False], "what is there is still used"
     store.write(keys(6), values(6))
     assert len(store) == 2, "and nothing more is tried"
@@ -492,8 +522,9 @@ def test_a_disk_without_room_to_spare_is_left_alone(tmp_path: Path, monkeypatch:
     store = open_store(tmp_path, lines=lines)
     store.write(keys(6), values(6))
     assert found(store) == [False] * 6
-    assert lines == [f"activation cache: the disk of {tmp_path} is nearly full; what is not in it is computed in every "
-                     "epoch"]
+    assert lines == [
+        f"activation cache: the disk of {tmp_path} is nearly full; what is not in it is computed in every epoch"
+    ]
 
 
 def test_a_folder_that_cannot_be_made_is_no_obstacle(data: LesionDataset, tmp_path: Path) -> None:

@@ -70,15 +70,21 @@ def test_counts_are_those_of_the_formulas() -> None:
     assert trained_counts(adapted(ADAPTER)) == {"adapters": bottlenecks}
     decoder = sum(p.numel() for p in tiny_sam().mask_decoder.parameters())
     prompts = sum(p.numel() for p in tiny_sam().prompt_encoder.parameters())
-    assert trained_counts(adapted(LORA, decoder=True)) == {"lora": updates, "decoder": decoder,
-                                                           "prompt_encoder": prompts}
+    assert trained_counts(adapted(LORA, decoder=True)) == {
+        "lora": updates,
+        "decoder": decoder,
+        "prompt_encoder": prompts,
+    }
     sam = adapted(LORA)
     select_trainable(sam, encoder="lora", train_decoder=True, train_prompt_encoder=False)
     assert trained_counts(sam) == {"lora": updates, "decoder": decoder}
 
 
-@pytest.mark.parametrize("strategy", [Strategy("lora", last_k=1, lora_rank=2, lora_alpha=2.0),
-                                      Strategy("adapter", last_k=1, adapter_dim=2)], ids=["lora", "adapter"])
+@pytest.mark.parametrize(
+    "strategy",
+    [Strategy("lora", last_k=1, lora_rank=2, lora_alpha=2.0), Strategy("adapter", last_k=1, adapter_dim=2)],
+    ids=["lora", "adapter"],
+)
 def test_on_the_last_blocks_alone_the_prefix_stays_frozen(strategy: Strategy) -> None:
     sam = adapted(strategy)
     assert num_frozen_blocks(sam) == DEPTH - 1
@@ -106,11 +112,19 @@ def test_it_is_what_peft_alone_makes_of_the_same_factors() -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     sam = adapted(LORA)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=["qkv", "proj"], bias="none",
-                        exclude_modules=r".*(mask_decoder|patch_embed).*")
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=["qkv", "proj"],
+        bias="none",
+        exclude_modules=r".*(mask_decoder|patch_embed).*",
+    )
     theirs = get_peft_model(tiny_sam().image_encoder, config)
-    ours = {f"base_model.model.{key.removeprefix('image_encoder.').replace('.default.', '.')}": value
-            for key, value in sam.state_dict().items() if lora.MARK in key}
+    ours = {
+        f"base_model.model.{key.removeprefix('image_encoder.').replace('.default.', '.')}": value
+        for key, value in sam.state_dict().items()
+        if lora.MARK in key
+    }
     assert set(ours) == set(get_peft_model_state_dict(theirs)), "the same layers, under peft's names"
     set_peft_model_state_dict(theirs, ours)
     assert torch.allclose(theirs(images()), encode(sam, images()), atol=1e-5)
@@ -174,11 +188,15 @@ def test_the_whole_file_comes_back(strategy: Strategy, tmp_path: Path) -> None:
     assert all(torch.equal(value, twice[key]) for key, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("strategy", [LORA, ADAPTER, Strategy("none"), Strategy("adapter", last_k=1, adapter_dim=2)],
-                         ids=["lora", "adapter", "decoder", "last adapter"])
+@pytest.mark.parametrize(
+    "strategy",
+    [LORA, ADAPTER, Strategy("none"), Strategy("adapter", last_k=1, adapter_dim=2)],
+    ids=["lora", "adapter", "decoder", "last adapter"],
+)
 @torch.no_grad()
-def test_the_small_file_holds_what_was_trained_and_comes_back_beside_its_base(strategy: Strategy,
-                                                                             tmp_path: Path) -> None:
+def test_the_small_file_holds_what_was_trained_and_comes_back_beside_its_base(
+    strategy: Strategy, tmp_path: Path
+) -> None:
     base, small = tmp_path / "sam.safetensors", tmp_path / "tuned.safetensors"
     save_sam(tiny_sam(), base, name="compact")
     sam = adapted(strategy, decoder=strategy.encoder == "none")
@@ -208,8 +226,13 @@ def test_what_is_wrong_with_a_small_file_is_said_in_a_line(tmp_path: Path) -> No
     save_tuned(broken, small, name="compact", strategy=LORA, base=base)
     with pytest.raises(UserError, match=r"lora_A\.weight holds values that are not finite"):
         load_sam(None, small, base=base)
-    save_tuned(adapted(Strategy("lora", last_k=1, lora_rank=3, lora_alpha=6.0)), small, name="compact", strategy=LORA,
-               base=base)
+    save_tuned(
+        adapted(Strategy("lora", last_k=1, lora_rank=3, lora_alpha=6.0)),
+        small,
+        name="compact",
+        strategy=LORA,
+        base=base,
+    )
     with pytest.raises(UserError, match=r"does not fit base\.safetensors: .*blocks\.0\.attn\.qkv\.lora_A\.weight"):
         load_sam(None, small, base=base)
 

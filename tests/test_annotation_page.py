@@ -64,16 +64,19 @@ class Hand:
 
     def at(self, image_id: str) -> None:
         """Wait until an image is open and drawn."""
-        self.page.wait("document.getElementById('canvas').dataset.view" + (
-            f" && document.getElementById('canvas').dataset.image === {json.dumps(image_id)}" if image_id else ""))
+        self.page.wait(
+            "document.getElementById('canvas').dataset.view"
+            + (f" && document.getElementById('canvas').dataset.image === {json.dumps(image_id)}" if image_id else "")
+        )
         self.page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def places(self, *points: Sequence[float]) -> list[tuple[float, float]]:
         """Points of the image as points of the window."""
         canvas = "document.getElementById('canvas')"
         scale, x, y = map(float, self.page.evaluate(f"{canvas}.dataset.view").split(","))
-        left, top = json.loads(self.page.evaluate(
-            f"(r => JSON.stringify([r.left, r.top]))({canvas}.getBoundingClientRect())"))
+        left, top = json.loads(
+            self.page.evaluate(f"(r => JSON.stringify([r.left, r.top]))({canvas}.getBoundingClientRect())")
+        )
         return [(left + x + u * scale, top + y + v * scale) for u, v in points]
 
     def drag(self, box: Sequence[float], modifiers: int = 0) -> None:
@@ -99,8 +102,10 @@ def rows(folder: Path) -> dict[tuple[str, str], list[float]]:
     if not (folder / "boxes.csv").exists():
         return {}
     with (folder / "boxes.csv").open(newline="") as file:
-        return {(row["image_id"], row["lesion_id"]): [float(row[name]) for name in list(row)[-8:]]
-                for row in csv.DictReader(file)}
+        return {
+            (row["image_id"], row["lesion_id"]): [float(row[name]) for name in list(row)[-8:]]
+            for row in csv.DictReader(file)
+        }
 
 
 def until(condition, seconds: float = 30.0) -> None:
@@ -135,8 +140,10 @@ def test_twenty_images_by_mouse_and_by_keys(browser: Browser, tmp_path: Path, ro
             if k % 2 == 0:
                 low = rng.uniform(0.1, 0.3, 2) * (width, height)
                 high = rng.uniform(0.7, 0.9, 2) * (width, height)
-                core = [*(low + (high - low) * rng.uniform(0.2, 0.4, 2)),
-                        *(low + (high - low) * rng.uniform(0.6, 0.8, 2))]
+                core = [
+                    *(low + (high - low) * rng.uniform(0.2, 0.4, 2)),
+                    *(low + (high - low) * rng.uniform(0.6, 0.8, 2)),
+                ]
                 hand.two_drags([*low, *high], core)
                 expected[entry.image_id, "0"] = [*low, *high, *core]
             else:
@@ -153,8 +160,16 @@ def test_twenty_images_by_mouse_and_by_keys(browser: Browser, tmp_path: Path, ro
                 dx = max(-10, big[0] - small[0])
                 dy = min(3, big[3] - small[3])
                 moved = [small[0] + dx, small[1] + dy, small[2] + dx, small[3] + dy]
-                expected[entry.image_id, "0"] = [big[0], big[1] - 1, big[2] + 2, big[3] - 1,
-                                                 moved[0], moved[1] - 1, moved[2], moved[3] - 1]
+                expected[entry.image_id, "0"] = [
+                    big[0],
+                    big[1] - 1,
+                    big[2] + 2,
+                    big[3] - 1,
+                    moved[0],
+                    moved[1] - 1,
+                    moved[2],
+                    moved[3] - 1,
+                ]
             hand.page.key("Enter")
         hand.saved()
         found = rows(tmp_path)
@@ -251,7 +266,7 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         hand.saved()
         assert rows(tmp_path)["one", "0"] == pytest.approx([80, 60, 240, 180, 130, 100, 190, 140], abs=0.02)
         scale = float(page.evaluate("document.getElementById('canvas').dataset.view").split(",")[0])
-        (x, y), = hand.places([160, 120])
+        ((x, y),) = hand.places([160, 120])
         page.touch("touchStart", (x - 30, y))
         page.touch("touchStart", (x - 30, y), (x + 30, y))
         page.touch("touchMove", (x - 60, y), (x + 60, y))
@@ -259,14 +274,17 @@ def test_fingers_and_a_pen(browser: Browser, tmp_path: Path) -> None:
         page.wait(f"Number(document.getElementById('canvas').dataset.view.split(',')[0]) > {scale * 1.5}")
         assert len(rows(tmp_path)) == 1
 
-        grey = ("(c => [...c.getContext('2d').getImageData(c.width / 2 | 0, c.height / 2 | 0, 9, 9).data]"
-                ".reduce((sum, value) => sum + value))(document.getElementById('canvas'))")
+        grey = (
+            "(c => [...c.getContext('2d').getImageData(c.width / 2 | 0, c.height / 2 | 0, 9, 9).data]"
+            ".reduce((sum, value) => sum + value))(document.getElementById('canvas'))"
+        )
         before, table = page.evaluate(grey), (tmp_path / "boxes.csv").read_bytes()
         assert page.evaluate("document.getElementById('gamma').offsetParent === null")
         page.evaluate("document.getElementById('look-button').click()")
         assert page.evaluate("document.getElementById('gamma').offsetParent !== null")
-        page.evaluate("(e => { e.value = 2.5; e.dispatchEvent(new Event('input')); })"
-                      "(document.getElementById('gamma'))")
+        page.evaluate(
+            "(e => { e.value = 2.5; e.dispatchEvent(new Event('input')); })(document.getElementById('gamma'))"
+        )
         page.wait(f"{grey} > {before * 1.2}")  # the dark is lifted, on the screen alone
         assert (tmp_path / "boxes.csv").read_bytes() == table
         page.key("v")
@@ -302,12 +320,14 @@ def test_what_nobody_has_seen_asks_for_a_look(browser: Browser, tmp_path: Path) 
     draw_images(tmp_path / "images", ["one", "two"])
     boxes = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
     with serving(tmp_path) as served:
-        served.desk.store.save("two", Change(0, "engine", "a", lesions=(Lesion("0", *boxes, proposed=boxes),),
-                                             automatic=True), (320, 240))
+        served.desk.store.save(
+            "two", Change(0, "engine", "a", lesions=(Lesion("0", *boxes, proposed=boxes),), automatic=True), (320, 240)
+        )
         hand = Hand(browser.new_page()).open(f"{served.url}/#{served.key('two')}", "two")
         hand.page.key("f", repeat=2)
         assert hand.page.evaluate("[...document.querySelectorAll('.row .note')].map(e => e.textContent)") == [
-            "accepted unseen"]
+            "accepted unseen"
+        ]
         assert hand.text("hint").startswith("Accepted unseen")
         assert hand.page.evaluate("document.querySelector('[data-run=accept]').offsetParent !== null")
         hand.page.key("a")
@@ -355,8 +375,9 @@ def test_an_image_that_breaks_while_it_is_open(browser: Browser, tmp_path: Path)
         with held._lock:  # both in one answer
             for name in ("one", "two"):
                 held.save(name, Change(0, "bob", name, lesions=(Lesion("0", *boxes),)), (320, 240))
-        hand.page.wait("[...document.querySelectorAll('.row')].some(row => row.title === 'two' && "
-                       "row.dataset.status === 'done')")
+        hand.page.wait(
+            "[...document.querySelectorAll('.row')].some(row => row.title === 'two' && row.dataset.status === 'done')"
+        )
         assert hand.page.errors == []
 
 
@@ -364,7 +385,8 @@ def test_boxes_outside_the_image_stay_said(browser: Browser, tmp_path: Path) -> 
     """Until they are drawn anew; the sentence does not go away with the next thing one does."""
     draw_images(tmp_path / "images", ["one"])
     (tmp_path / "boxes.csv").write_text(
-        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\none,10,10,900,200,20,20,300,100\n")
+        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\none,10,10,900,200,20,20,300,100\n"
+    )
     with serving(tmp_path) as served:
         hand = Hand(browser.new_page()).open(served.url, "one")
         hand.page.key("Tab")
@@ -384,16 +406,23 @@ def test_two_tabs_and_an_edit_by_hand(browser: Browser, tmp_path: Path) -> None:
         first, second = (Hand(browser.new_page()).open(f"{served.url}/#{served.key('one')}") for _ in range(2))
         for hand, name in ((first, "ann"), (second, "bob")):
             hand.at("one")
-            hand.page.evaluate(f"(e => {{ e.value = {name!r}; e.dispatchEvent(new Event('change')); }})"
-                               "(document.getElementById('who'))")
+            hand.page.evaluate(
+                f"(e => {{ e.value = {name!r}; e.dispatchEvent(new Event('change')); }})"
+                "(document.getElementById('who'))"
+            )
         first.two_drags([80, 60, 240, 180], [120, 90, 200, 150])
         first.saved()
         second.page.wait("document.querySelectorAll('#lesions .lesion').length === 1")  # shown there too
         assert "ann changed this image" in second.text("toast")
 
         state = served.desk.store.state("one")
-        answer = served.save("one", state.revision, "elsewhere", [
-            {"id": "0", "big": [10, 10, 300, 200], "small": [100, 90, 150, 140]}], who="cleo")
+        answer = served.save(
+            "one",
+            state.revision,
+            "elsewhere",
+            [{"id": "0", "big": [10, 10, 300, 200], "small": [100, 90, 150, 140]}],
+            who="cleo",
+        )
         assert answer.status_code == 200
         second.drag([240, 120, 260, 125])  # drawn before the second tab could know
         second.page.wait("!document.getElementById('banner').hidden")

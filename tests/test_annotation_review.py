@@ -95,7 +95,8 @@ def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
     x, y = np.meshgrid(np.arange(640) + 0.5, np.arange(480) + 0.5)
     mask = ((x - 350) / 120) ** 2 + ((y - 220) / 85) ** 2 < 1
     Image.fromarray(np.where(mask[..., None], (115, 70, 60), (205, 165, 145)).astype(np.uint8)).save(
-        tmp_path / "images" / "a.png")
+        tmp_path / "images" / "a.png"
+    )
     pictures = Pictures()
     model = Model(weights, pictures)
     (entry,) = Catalogue([tmp_path / "images"]).entries
@@ -147,16 +148,28 @@ def test_candidates_that_are_one_are_taken_once() -> None:
 
 
 def proposed(**changes: float) -> Proposed:
-    values: dict = {"big": (0, 0, 4, 4), "small": (1, 1, 2, 2), "predicted_iou": 0.95, "entropy": 0.02,
-                    "agreement": 0.95, "area": 0.1, "score": 0.8}
+    values: dict = {
+        "big": (0, 0, 4, 4),
+        "small": (1, 1, 2, 2),
+        "predicted_iou": 0.95,
+        "entropy": 0.02,
+        "agreement": 0.95,
+        "area": 0.1,
+        "score": 0.8,
+    }
     return Proposed(**(values | changes))
 
 
-@pytest.mark.parametrize(("changes", "why"), [
-    ({"entropy": 0.35}, "the mask is uncertain"), ({"agreement": 0.3}, "model and colours disagree"),
-    ({"predicted_iou": 0.2}, "the model expects a poor mask"), ({"area": 0.9}, "an unusual size"),
-    ({"score": 0.1}, "little stands out from the skin"),
-])
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"entropy": 0.35}, "the mask is uncertain"),
+        ({"agreement": 0.3}, "model and colours disagree"),
+        ({"predicted_iou": 0.2}, "the model expects a poor mask"),
+        ({"area": 0.9}, "an unusual size"),
+        ({"score": 0.1}, "little stands out from the skin"),
+    ],
+)
 def test_every_sign_of_doubt_counts_and_is_said(changes: dict[str, float], why: str) -> None:
     usual = [np.log(0.1) + 0.01 * k for k in range(-10, 10)]
     calm, reasons = doubt(proposed(), usual)
@@ -200,7 +213,7 @@ def test_sizes_that_nobody_saw_are_not_the_usual_ones(tmp_path: Path, weights: P
     assert usual_areas(store, review.proposals) == []
     store.save("two", Change(0, "ann", "b", lesions=(lesion,)), SIZE)
     usual = review.usual()
-    assert usual == pytest.approx([np.log(np.pi / 4 / 1.25 ** 2 * 160 * 120 / (SIZE[0] * SIZE[1]))])
+    assert usual == pytest.approx([np.log(np.pi / 4 / 1.25**2 * 160 * 120 / (SIZE[0] * SIZE[1]))])
     assert review.usual() is usual
     store.save("two", Change(1, "ann", "c", mark="no_lesion"), SIZE)
     assert review.usual() == []
@@ -234,8 +247,9 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
     accepted = served.save("one", 0, "a", [sent("0", *boxes, proposed=boxes)], shown=True).json()["state"]["lesions"][0]
     (lesion,) = proposals["two"]["lesions"]
     moved = [max(0, lesion["big"][0] - 2), *lesion["big"][1:]]
-    corrected = served.save("two", 0, "b", [sent("0", moved, lesion["small"], proposed=[
-        lesion["big"], lesion["small"]])], shown=True).json()["state"]["lesions"][0]
+    corrected = served.save(
+        "two", 0, "b", [sent("0", moved, lesion["small"], proposed=[lesion["big"], lesion["small"]])], shown=True
+    ).json()["state"]["lesions"][0]
     assert (accepted["source"], corrected["source"]) == ("accepted", "corrected")
     made_up = served.save("three", 0, "c", [sent(proposed=[sent()["big"], sent()["small"]])])
     assert made_up.json()["state"]["lesions"][0]["source"] == "drawn"  # nobody proposed that
@@ -250,8 +264,7 @@ def test_the_queue_and_what_is_said_of_it(served: Served, tmp_path: Path) -> Non
 
 def test_what_nobody_has_seen_is_shown_as_that(served: Served) -> None:
     """An automatic lesion is no finished one until somebody agrees or corrects it."""
-    lesion = Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140), proposed=(
-        (80, 60, 240, 180), (130, 100, 190, 140)))
+    lesion = Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140), proposed=((80, 60, 240, 180), (130, 100, 190, 140)))
     served.desk.store.save("one", Change(0, "engine", "a", lesions=(lesion,), automatic=True), SIZE)
 
     def status() -> str:
@@ -289,12 +302,21 @@ def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path
     served.desk.products.finish(60)
     assert served.desk.products.problem == ""
     folder = tmp_path / "boxes.masks"
-    names = {("one", "0"): "one.png", ("two", "0"): "two_0.png", ("two", "1"): "two_1.png",
-             (NAMES[3], "0"): mask_name(NAMES[3], "0", is_only=True)}
+    names = {
+        ("one", "0"): "one.png",
+        ("two", "0"): "two_0.png",
+        ("two", "1"): "two_1.png",
+        (NAMES[3], "0"): mask_name(NAMES[3], "0", is_only=True),
+    }
     assert {path.name for path in folder.iterdir()} == {*names.values(), COCO}
-    predict_files([tmp_path / "images" / f"{name}.png" for name in ("one", "two")],
-                  boxes=tmp_path / "boxes.csv", model=weights, out=tmp_path / "predicted",
-                  prompt="box+core", overlays=False)
+    predict_files(
+        [tmp_path / "images" / f"{name}.png" for name in ("one", "two")],
+        boxes=tmp_path / "boxes.csv",
+        model=weights,
+        out=tmp_path / "predicted",
+        prompt="box+core",
+        overlays=False,
+    )
     for key, name in names.items():
         if key[0] != NAMES[3]:
             assert np.array_equal(read_mask(folder / name, SIZE), read_mask(tmp_path / "predicted" / "masks" / name))
@@ -309,8 +331,11 @@ def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path
         assert (each["attributes"]["source"], each["attributes"]["threshold"]) == ("drawn", 0.5)
     back = read_annotations(folder / COCO, "coco")
     assert {(each.image_id, each.lesion_id): tuple(each.big_box) for each in back.lesions} == {
-        ("one", "0"): tuple(sent()["big"]), ("two", "0"): tuple(sent()["big"]), ("two", "1"): (10, 10, 100, 90),
-        (NAMES[3], "0"): tuple(sent()["big"])}
+        ("one", "0"): tuple(sent()["big"]),
+        ("two", "0"): tuple(sent()["big"]),
+        ("two", "1"): (10, 10, 100, 90),
+        (NAMES[3], "0"): tuple(sent()["big"]),
+    }
 
 
 def test_masks_follow_the_table_over_restarts(tmp_path: Path, weights: Path) -> None:
@@ -356,8 +381,7 @@ def test_an_image_that_cannot_be_read_keeps_its_masks(tmp_path: Path, weights: P
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "boxes.masks").glob("*.png")}
 
     for name in NAMES[:2]:
-        store.save(name, Change(0, "ann", name, lesions=(
-            Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140)),)), SIZE)
+        store.save(name, Change(0, "ann", name, lesions=(Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140)),)), SIZE)
     first, image = masks(), (tmp_path / "images" / "one.png").read_bytes()
     assert set(first) == {"one.png", "two.png"}
     (tmp_path / "images" / "one.png").write_bytes(b"<html>")
@@ -365,8 +389,16 @@ def test_an_image_that_cannot_be_read_keeps_its_masks(tmp_path: Path, weights: P
     assert masks() == first
     (tmp_path / "images" / "one.png").write_bytes(image)
     assert masks()["one.png"] != first["one.png"]  # the file is another one now
-    assert len([each for each in json.loads((tmp_path / "boxes.masks" / COCO).read_text())["annotations"]
-                if each["category_id"] == 3]) == 2
+    assert (
+        len(
+            [
+                each
+                for each in json.loads((tmp_path / "boxes.masks" / COCO).read_text())["annotations"]
+                if each["category_id"] == 3
+            ]
+        )
+        == 2
+    )
 
 
 def test_a_value_is_made_once_however_many_ask() -> None:

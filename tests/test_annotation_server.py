@@ -68,19 +68,30 @@ def fort(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def rows(folder: Path) -> dict[tuple[str, str], list[float]]:
     """(image_id, lesion_id) -> the eight numbers."""
     with (folder / "boxes.csv").open(newline="") as file:
-        return {(row["image_id"], row["lesion_id"]): [float(row[name]) for name in list(row)[-8:]]
-                for row in csv.DictReader(file)}
+        return {
+            (row["image_id"], row["lesion_id"]): [float(row[name]) for name in list(row)[-8:]]
+            for row in csv.DictReader(file)
+        }
 
 
 # ------------------------------------------------------------------------------------------------------ the page
 
+
 def test_every_answer_has_its_kind_and_its_guards(fort: Served) -> None:
     key = fort.key("a")
-    kinds = {"/": "text/html; charset=utf-8", "/annotate.js": "text/javascript; charset=utf-8",
-             "/annotate.css": "text/css; charset=utf-8", "/icon.svg": "image/svg+xml", "/api/session":
-             "application/json", f"/api/images/{key}": "application/json", f"/api/images/{key}/picture": "image/jpeg",
-             "/nothing": "application/json", "/api/images/0": "application/json", "/docs": "application/json",
-             "/openapi.json": "application/json"}
+    kinds = {
+        "/": "text/html; charset=utf-8",
+        "/annotate.js": "text/javascript; charset=utf-8",
+        "/annotate.css": "text/css; charset=utf-8",
+        "/icon.svg": "image/svg+xml",
+        "/api/session": "application/json",
+        f"/api/images/{key}": "application/json",
+        f"/api/images/{key}/picture": "image/jpeg",
+        "/nothing": "application/json",
+        "/api/images/0": "application/json",
+        "/docs": "application/json",
+        "/openapi.json": "application/json",
+    }
     for address, kind in kinds.items():
         answer = fort.client.get(address)
         assert answer.headers["content-type"] == kind, address
@@ -122,8 +133,10 @@ def test_what_is_saved_is_in_the_table(served: Served, folder: Path) -> None:
         assert answer.status_code == 200, answer.text
         assert answer.json()["state"]["revision"] == 1
     assert rows(folder) == {
-        (name, key): values for name in NAMES for key, values in (
-            ("0", [*BIG, *SMALL]), ("1", [0, 0, 50.12, 40, 1, 1, 9, 9]))}
+        (name, key): values
+        for name in NAMES
+        for key, values in (("0", [*BIG, *SMALL]), ("1", [0, 0, 50.12, 40, 1, 1, 9, 9]))
+    }
     said = served.client.get("/api/changes?clock=0").json()
     assert said["clock"] == len(NAMES)
     assert sorted(said["changed"]) == sorted([served.key(name), "done", 2, 1] for name in NAMES)
@@ -142,14 +155,32 @@ def test_two_tabs_never_overwrite_each_other(served: Served, folder: Path) -> No
     assert rows(folder)["a", "0"][0] == 70
 
 
-@pytest.mark.parametrize("body", [
-    {"base": -1}, {"base": 0.5}, {"change": "../x"}, {"change": ""}, {"who": "x" * 81}, {"mark": "maybe"}, {"more": 1},
-    {"lesions": [sent(big=[1, 2, 3])]}, {"lesions": [sent(big=[1, 2, 3, "4;"])]}, {"lesions": [sent("")]},
-    {"lesions": [sent(big=[1e300, 2, 3, 4])]}, {"lesions": [sent("a\nb")]}, {"lesions": [sent(), sent()]},
-    {"lesions": [sent(big=[300, 10, 100, 50])]}, {"lesions": [sent(small=[0, 0, 10, 10])]}, {"seconds": -1},
-    {"lesions": [sent(str(k)) for k in range(201)]}, {"who": "a\u2028b"}, {"lesions": [sent(seconds=1e9)]},
-    {"lesions": [sent(core="<b>")]}, {"lesions": [{"id": "0", "big": BIG}]},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"base": -1},
+        {"base": 0.5},
+        {"change": "../x"},
+        {"change": ""},
+        {"who": "x" * 81},
+        {"mark": "maybe"},
+        {"more": 1},
+        {"lesions": [sent(big=[1, 2, 3])]},
+        {"lesions": [sent(big=[1, 2, 3, "4;"])]},
+        {"lesions": [sent("")]},
+        {"lesions": [sent(big=[1e300, 2, 3, 4])]},
+        {"lesions": [sent("a\nb")]},
+        {"lesions": [sent(), sent()]},
+        {"lesions": [sent(big=[300, 10, 100, 50])]},
+        {"lesions": [sent(small=[0, 0, 10, 10])]},
+        {"seconds": -1},
+        {"lesions": [sent(str(k)) for k in range(201)]},
+        {"who": "a\u2028b"},
+        {"lesions": [sent(seconds=1e9)]},
+        {"lesions": [sent(core="<b>")]},
+        {"lesions": [{"id": "0", "big": BIG}]},
+    ],
+)
 def test_a_wrong_change_is_refused_with_a_sentence(fort: Served, body: dict[str, Any]) -> None:
     values = {"base": 0, "change": "x", "lesions": [sent()]} | body
     answer = fort.client.put(f"/api/images/{fort.key('a')}", json=values)
@@ -159,16 +190,15 @@ def test_a_wrong_change_is_refused_with_a_sentence(fort: Served, body: dict[str,
 
 def test_numbers_that_are_none(fort: Served) -> None:
     body = json.dumps({"base": 0, "change": "x", "lesions": [sent(big=[1, float("nan"), 3, float("inf")])]})
-    answer = fort.client.put(f"/api/images/{fort.key('a')}", content=body,
-                               headers={"content-type": "application/json"})
+    answer = fort.client.put(f"/api/images/{fort.key('a')}", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422
     deep = "[" * 100_000 + "]" * 100_000
-    answer = fort.client.put(f"/api/images/{fort.key('a')}", content=deep,
-                               headers={"content-type": "application/json"})
+    answer = fort.client.put(f"/api/images/{fort.key('a')}", content=deep, headers={"content-type": "application/json"})
     assert answer.status_code in (400, 422)
 
 
 # ------------------------------------------------------------------------------------------------------ masks
+
 
 def test_masks_follow_the_boxes(folder: Path, weights: Path) -> None:
     with serving(folder, weights=weights) as served:
@@ -202,14 +232,17 @@ def test_a_core_is_suggested_on_the_lesion(served: Served) -> None:
 
 # ------------------------------------------------------------------------------------------------------ bad files
 
+
 def bomb(path: Path) -> None:
     """A PNG that says it has 60,000 x 60,000 pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) +
-                     chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+    )
 
 
 def truncated(path: Path) -> None:
@@ -218,14 +251,17 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:9000])
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
-    (lambda path: path.write_bytes(b""), "file is empty"),
-    (lambda path: path.write_text("<html>"), "an HTML or XML page"),
-    (lambda path: path.write_bytes(b"PK\x03\x04zip"), "a zip archive"),
-    (bomb, "3600 megapixels; expected at most 200"),
-    (truncated, "truncated or damaged"),
-    (lambda path: path.unlink(), "was it moved or renamed?"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.write_bytes(b""), "file is empty"),
+        (lambda path: path.write_text("<html>"), "an HTML or XML page"),
+        (lambda path: path.write_bytes(b"PK\x03\x04zip"), "a zip archive"),
+        (bomb, "3600 megapixels; expected at most 200"),
+        (truncated, "truncated or damaged"),
+        (lambda path: path.unlink(), "was it moved or renamed?"),
+    ],
+)
 def test_a_bad_image_is_a_sentence_and_the_page_goes_on(folder: Path, spoil: Any, said: str) -> None:
     bad = folder / "images" / "bad.jpg"
     bad.write_bytes(b"x")
@@ -254,10 +290,13 @@ def test_a_name_that_cannot_be_annotated_says_so(folder: Path) -> None:
 
 def test_boxes_outside_an_image_are_named(folder: Path) -> None:
     (folder / "boxes.csv").write_text(
-        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\na,10,10,900,200,20,20,30,30\n")
+        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\na,10,10,900,200,20,20,30,30\n"
+    )
     with serving(folder) as served:
-        assert "lesion 0 of boxes.csv lies outside this image of 320x240 px" in served.client.get(
-            f"/api/images/{served.key('a')}").json()["problem"]
+        assert (
+            "lesion 0 of boxes.csv lies outside this image of 320x240 px"
+            in served.client.get(f"/api/images/{served.key('a')}").json()["problem"]
+        )
 
 
 def test_a_table_broken_by_hand_is_said_everywhere_and_heals(served: Served, folder: Path) -> None:
@@ -266,8 +305,11 @@ def test_a_table_broken_by_hand_is_said_everywhere_and_heals(served: Served, fol
     (folder / "boxes.csv").write_text(good.replace("80.00", "eighty"))
     refused = served.save("b c", 0, "y", [sent()])
     assert refused.status_code == 503
-    for said in (refused.json(), served.client.get("/api/changes?clock=0").json(),
-                 served.client.get("/api/session").json()):
+    for said in (
+        refused.json(),
+        served.client.get("/api/changes?clock=0").json(),
+        served.client.get("/api/session").json(),
+    ):
         assert "line 2, big_x0: expected a number of pixels, got 'eighty'" in said["problem"]
         assert "Nothing is written until that is right" in said["problem"]
         assert said["problem"].startswith("boxes.csv: line 2")
@@ -291,6 +333,7 @@ def test_a_full_disk_is_said_and_survived(served: Served, folder: Path, monkeypa
 
 # ------------------------------------------------------------------------------------------------------ attacks
 
+
 def raw(served: Served, request: bytes) -> tuple[int, bytes]:
     """Status and everything that comes back for bytes as they are."""
     host, port = served.url.removeprefix("http://").split(":")
@@ -303,13 +346,32 @@ def raw(served: Served, request: bytes) -> tuple[int, bytes]:
     return (int(data.split()[1]) if data else 0), data
 
 
-@pytest.mark.parametrize("path", [
-    "/../../../../etc/passwd", "/..%2f..%2f..%2fetc%2fpasswd", "/%2e%2e/%2e%2e/etc/passwd", "/annotate.js/../server.py",
-    "/api/images/../../boxes.csv", "/api/images/..%2f..%2fboxes.csv/picture", "/api/images/a/picture", "//etc/passwd",
-    "/api/images/a%20.png", "/images/a.png", "/boxes.csv", "/boxes.journal.jsonl", "/api/images/%00", "/index.html",
-    "/api/images/0123456789abcdef/picture", "/web/main.ts", "/static/annotate.js", "/annotate.js%00.png", "/..\\..\\x",
-    "http://127.0.0.1/etc/passwd", "/api/images/0123456789ABCDEF",
-])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../../../../etc/passwd",
+        "/..%2f..%2f..%2fetc%2fpasswd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/annotate.js/../server.py",
+        "/api/images/../../boxes.csv",
+        "/api/images/..%2f..%2fboxes.csv/picture",
+        "/api/images/a/picture",
+        "//etc/passwd",
+        "/api/images/a%20.png",
+        "/images/a.png",
+        "/boxes.csv",
+        "/boxes.journal.jsonl",
+        "/api/images/%00",
+        "/index.html",
+        "/api/images/0123456789abcdef/picture",
+        "/web/main.ts",
+        "/static/annotate.js",
+        "/annotate.js%00.png",
+        "/..\\..\\x",
+        "http://127.0.0.1/etc/passwd",
+        "/api/images/0123456789ABCDEF",
+    ],
+)
 def test_paths_lead_nowhere(fort: Served, path: str) -> None:
     host = fort.url.removeprefix("http://")
     status, data = raw(fort, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
@@ -318,11 +380,25 @@ def test_paths_lead_nowhere(fort: Served, path: str) -> None:
         assert secret not in data
 
 
-@pytest.mark.parametrize("host", [
-    "evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "127.0.0.1:{port}.evil.example", "localhost",
-    "localhost.evil.example:{port}", "192.168.1.5:{port}", "", "[::1", "127.0.0.1:{port}@evil.example",
-    "evil.example#127.0.0.1:{port}", "2130706433:{port}", "0.0.0.0:{port}",
-])
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "evil.example:{port}",
+        "127.0.0.1",
+        "127.0.0.1:1",
+        "127.0.0.1:{port}.evil.example",
+        "localhost",
+        "localhost.evil.example:{port}",
+        "192.168.1.5:{port}",
+        "",
+        "[::1",
+        "127.0.0.1:{port}@evil.example",
+        "evil.example#127.0.0.1:{port}",
+        "2130706433:{port}",
+        "0.0.0.0:{port}",
+    ],
+)
 def test_other_hosts_are_refused(fort: Served, host: str) -> None:
     """A name of an attacker that resolves to this machine (DNS rebinding) gets nothing, whatever it asks."""
     port = fort.url.rsplit(":", 1)[1]
@@ -331,8 +407,10 @@ def test_other_hosts_are_refused(fort: Served, host: str) -> None:
     assert status in (400, 421)
     assert b"image" not in data
     body = json.dumps({"base": 0, "change": "x", "lesions": [sent()]}).encode()
-    head = (f"PUT /api/images/{fort.key('a')} HTTP/1.1\r\n{header}Content-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
+    head = (
+        f"PUT /api/images/{fort.key('a')} HTTP/1.1\r\n{header}Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
     assert raw(fort, head.encode() + body)[0] in (400, 421)
 
 
@@ -346,18 +424,30 @@ def test_one_host_and_ours(fort: Served) -> None:
         assert raw(fort, f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())[0] == 200, name
 
 
-@pytest.mark.parametrize("headers", [
-    {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "https://{host}"}, {"origin": "http://127.0.0.1:1"},
-    {"origin": "http://localhost:{port}"}, {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
-    {"origin": "http://{host}.evil.example"}, {"origin": ""}, {"origin": "file://"},
-])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "null"},
+        {"origin": "https://{host}"},
+        {"origin": "http://127.0.0.1:1"},
+        {"origin": "http://localhost:{port}"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"origin": "http://{host}.evil.example"},
+        {"origin": ""},
+        {"origin": "file://"},
+    ],
+)
 def test_other_origins_are_refused(fort: Served, headers: dict[str, str]) -> None:
     host = fort.url.removeprefix("http://")
     shown = {name: value.format(host=host, port=host.split(":")[1]) for name, value in headers.items()}
     body = {"base": 0, "change": "x", "lesions": [sent()]}
-    answers = [fort.client.put(f"/api/images/{fort.key('a')}", json=body, headers=shown),
-               fort.client.get("/api/session", headers=shown),
-               fort.client.get(f"/api/images/{fort.key('a')}/picture", headers=shown)]
+    answers = [
+        fort.client.put(f"/api/images/{fort.key('a')}", json=body, headers=shown),
+        fort.client.get("/api/session", headers=shown),
+        fort.client.get(f"/api/images/{fort.key('a')}/picture", headers=shown),
+    ]
     assert [answer.status_code for answer in answers] == [403] * 3
 
 
@@ -370,16 +460,19 @@ def test_our_own_page_and_a_link_to_it_are_taken(fort: Served) -> None:
     assert "access-control-allow-origin" not in fort.client.get("/api/session", headers=ours).headers
 
 
-@pytest.mark.parametrize(("headers", "body", "status"), [
-    ({"content-type": "multipart/form-data; boundary=x"}, b"--x\r\n\r\nfile\r\n--x--", 415),
-    ({"content-type": "text/plain"}, b'{"base": 0}', 415),
-    ({"content-type": "application/x-www-form-urlencoded"}, b"base=0", 415),
-    ({"content-type": "application/octet-stream"}, b"\x89PNG", 415),
-    ({"content-type": "application/json"}, b" " * (MAX_BODY + 1), 413),
-    ({"content-type": "application/json", "transfer-encoding": "chunked"}, b"2\r\n{}\r\n0\r\n\r\n", 411),
-    ({"content-type": "application/json"}, b"\xff\xfe", 422),
-    ({"content-type": "application/json"}, b"[]", 422),
-])
+@pytest.mark.parametrize(
+    ("headers", "body", "status"),
+    [
+        ({"content-type": "multipart/form-data; boundary=x"}, b"--x\r\n\r\nfile\r\n--x--", 415),
+        ({"content-type": "text/plain"}, b'{"base": 0}', 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, b"base=0", 415),
+        ({"content-type": "application/octet-stream"}, b"\x89PNG", 415),
+        ({"content-type": "application/json"}, b" " * (MAX_BODY + 1), 413),
+        ({"content-type": "application/json", "transfer-encoding": "chunked"}, b"2\r\n{}\r\n0\r\n\r\n", 411),
+        ({"content-type": "application/json"}, b"\xff\xfe", 422),
+        ({"content-type": "application/json"}, b"[]", 422),
+    ],
+)
 def test_uploads_are_refused(fort: Served, headers: dict[str, str], body: bytes, status: int) -> None:
     host = fort.url.removeprefix("http://")
     lines = [f"{name}: {value}" for name, value in headers.items()]
@@ -396,8 +489,10 @@ def test_other_methods_are_refused(fort: Served, method: str) -> None:
 
 def test_a_websocket_is_refused(fort: Served) -> None:
     host = fort.url.removeprefix("http://")
-    head = (f"GET /api/changes HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+    head = (
+        f"GET /api/changes HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
     assert raw(fort, head.encode())[0] in (400, 403, 404, 422, 426)
 
 
@@ -418,15 +513,26 @@ def test_other_machines_need_the_token(folder: Path) -> None:
         bare.close()
 
 
-@pytest.mark.parametrize(("host", "expected"), [
-    ("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.8.9.1", True), ("0.0.0.0", False), ("::", False),  # noqa: S104
-    ("192.168.1.1", False), ("example.org", False), ("127.0.0.1.evil.example", False),
-])
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("127.8.9.1", True),
+        ("0.0.0.0", False),  # noqa: S104
+        ("::", False),
+        ("192.168.1.1", False),
+        ("example.org", False),
+        ("127.0.0.1.evil.example", False),
+    ],
+)
 def test_what_counts_as_this_machine(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
 # ------------------------------------------------------------------------------------------------------ start
+
 
 def test_a_port_in_use_is_one_line_or_another_port() -> None:
     with listen("127.0.0.1", 0) as taken:
@@ -447,13 +553,18 @@ def test_a_second_page_on_the_same_table_is_refused(folder: Path, monkeypatch: p
         annotate([folder / "images"], browser=False)
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"model": Path("nowhere.safetensors")}, "no such weights file"),
-    ({"model": Path("images", "a.png")}, "cannot be read as weights|not a plain file of weights"),
-    ({"threshold": 0.0}, "--threshold: expected a probability"), ({"boxes": Path("images")}, "is a folder"),
-])
-def test_what_cannot_start_says_why(folder: Path, options: dict[str, Any], said: str,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": Path("nowhere.safetensors")}, "no such weights file"),
+        ({"model": Path("images", "a.png")}, "cannot be read as weights|not a plain file of weights"),
+        ({"threshold": 0.0}, "--threshold: expected a probability"),
+        ({"boxes": Path("images")}, "is a folder"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    folder: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(UserError, match=said):
         annotate(["images"], browser=False, **options)
@@ -467,11 +578,19 @@ def test_where_the_table_goes(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ kill -9
 
+
 class Tab(threading.Thread):
     """A page that saves one change after the other on its images and remembers what was acknowledged."""
 
-    def __init__(self, url: str, who: str, images: list[str], state: dict[str, tuple[int, list[float]]],
-                 left: list[int], seed: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        who: str,
+        images: list[str],
+        state: dict[str, tuple[int, list[float]]],
+        left: list[int],
+        seed: int,
+    ) -> None:
         super().__init__(daemon=True)
         self.url, self.who, self.images, self.state, self.left = url, who, images, state, left
         self.rng = random.Random(seed)
@@ -485,8 +604,12 @@ class Tab(threading.Thread):
                 x, y = round(self.rng.uniform(0, 100), 2), round(self.rng.uniform(0, 100), 2)
                 big, small = [x, y, x + 120, y + 100], [x + 20, y + 20, x + 60.5, y + 70.25]
                 self.left[0] -= 1
-                body = {"base": base, "change": f"{self.who}-{self.left[0]}-{self.rng.random()}".replace(".", ""),
-                        "who": self.who, "lesions": [sent(big=big, small=small)]}
+                body = {
+                    "base": base,
+                    "change": f"{self.who}-{self.left[0]}-{self.rng.random()}".replace(".", ""),
+                    "who": self.who,
+                    "lesions": [sent(big=big, small=small)],
+                }
                 try:
                     answer = client.put(f"/api/images/{key_of(name)}", json=body)
                 except httpx.HTTPError:
@@ -515,8 +638,10 @@ def kill_campaign(folder: Path, saves: int, kills: int, seed: int) -> tuple[int,
         with command(folder / "images", "--port", "0") as (process, url):
             check_state(folder, url, acknowledged)
             states = [dict(acknowledged), dict(acknowledged)]
-            tabs = [Tab(url, who, names, state, left, seed + done * 2 + k)
-                    for k, (who, state) in enumerate(zip(("ann", "bob"), states, strict=True))]
+            tabs = [
+                Tab(url, who, names, state, left, seed + done * 2 + k)
+                for k, (who, state) in enumerate(zip(("ann", "bob"), states, strict=True))
+            ]
             for tab in tabs:
                 tab.start()
             if done < kills:

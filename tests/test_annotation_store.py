@@ -55,8 +55,10 @@ def lesion(lesion_id: str = "0", big: tuple = BIG, small: tuple = SMALL, **rest:
 
 def samples(folder: Path) -> dict[tuple[str, str], tuple]:
     """The table as the training chain reads it."""
-    index = {entry.image_id: {"image_path": entry.path, "split": "train", "width": SIZE[0], "height": SIZE[1]}
-             for entry in Catalogue([folder / "images"]).entries}
+    index = {
+        entry.image_id: {"image_path": entry.path, "split": "train", "width": SIZE[0], "height": SIZE[1]}
+        for entry in Catalogue([folder / "images"]).entries
+    }
     found = read_boxes(folder / "boxes.csv", index, root=folder)
     return {(s.image_id, s.lesion_id): (tuple(s.big_box), tuple(s.small_box)) for s in found}
 
@@ -133,8 +135,10 @@ def test_a_deleted_lesion_comes_back_as_it_was(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ edits by hand
 
-TABLE = ("image_id,split,lesion_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\n"
-         "a,train,0,10,10,60,50,20,20,30.25,30.5\nelsewhere,dev,left,1,2,9.125,10,3,4,5,6\n")
+TABLE = (
+    "image_id,split,lesion_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\n"
+    "a,train,0,10,10,60,50,20,20,30.25,30.5\nelsewhere,dev,left,1,2,9.125,10,3,4,5,6\n"
+)
 
 
 def test_rows_that_nobody_touched_keep_their_text(folder: Path) -> None:
@@ -145,12 +149,17 @@ def test_rows_that_nobody_touched_keep_their_text(folder: Path) -> None:
     assert not journal_path(folder / "boxes.csv").exists()
     store.save("b c", change(0, lesion()), SIZE)
     lines = (folder / "boxes.csv").read_text().splitlines()
-    assert lines[1:] == ["a,0,train,,,10,10,60,50,20,20,30.25,30.5", "elsewhere,left,dev,,,1,2,9.125,10,3,4,5,6",
-                         "b c,0,,100,80,10.00,10.00,60.00,50.00,20.00,20.00,30.25,30.50"]
+    assert lines[1:] == [
+        "a,0,train,,,10,10,60,50,20,20,30.25,30.5",
+        "elsewhere,left,dev,,,1,2,9.125,10,3,4,5,6",
+        "b c,0,,100,80,10.00,10.00,60.00,50.00,20.00,20.00,30.25,30.50",
+    ]
     store.save("a", change(0, lesion(), lesion("1", OTHER)), SIZE)
     lines = (folder / "boxes.csv").read_text().splitlines()
-    assert lines[1:3] == ["a,0,train,,,10,10,60,50,20,20,30.25,30.5",
-                          "a,1,train,100,80,5.00,5.00,70.50,60.00,20.00,20.00,30.25,30.50"]
+    assert lines[1:3] == [
+        "a,0,train,,,10,10,60,50,20,20,30.25,30.5",
+        "a,1,train,100,80,5.00,5.00,70.50,60.00,20.00,20.00,30.25,30.50",
+    ]
 
 
 def edit(folder: Path, old: str, new: str) -> None:
@@ -184,14 +193,17 @@ def test_an_edit_while_the_page_was_closed(folder: Path) -> None:
     assert open_store(folder).state("a").revision == 2  # journalled, not found anew each time
 
 
-@pytest.mark.parametrize(("old", "new", "said"), [
-    ("10.00", "ten", r"line 2, big_x0: expected a number of pixels, got 'ten'"),
-    ("60.00", "6.00", r"line 2, big_x0, big_x1: expected big_x0 < big_x1"),
-    ("20.00", "2.00", r"line 2, small_x0..small_y1: small box"),
-    ("a,0,", "a,0,7,", r"line 2 has 13 fields; expected 12"),
-    (",", ";", r"separated by ';'"),
-    ("big_x0", "x", r"column big_x0 is missing"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("10.00", "ten", r"line 2, big_x0: expected a number of pixels, got 'ten'"),
+        ("60.00", "6.00", r"line 2, big_x0, big_x1: expected big_x0 < big_x1"),
+        ("20.00", "2.00", r"line 2, small_x0..small_y1: small box"),
+        ("a,0,", "a,0,7,", r"line 2 has 13 fields; expected 12"),
+        (",", ";", r"separated by ';'"),
+        ("big_x0", "x", r"column big_x0 is missing"),
+    ],
+)
 def test_a_broken_edit_stops_saving_until_it_is_right(folder: Path, old: str, new: str, said: str) -> None:
     store = open_store(folder)
     store.save("a", change(0, lesion()), SIZE)
@@ -246,6 +258,7 @@ def test_an_edit_between_reading_and_replacing_is_not_lost(folder: Path, monkeyp
 
 # ------------------------------------------------------------------------------------------------------ crashes
 
+
 def test_a_change_that_reached_the_journal_alone_is_finished(folder: Path) -> None:
     store = open_store(folder)
     store.save("a", change(0, lesion()), SIZE)
@@ -289,7 +302,9 @@ def test_a_full_disk_leaves_everything_as_it_was(folder: Path, monkeypatch: pyte
             with pytest.raises(OSError, match="No space left"):
                 store.save("a", change(1, lesion(big=OTHER)), SIZE)
     assert (store.state("a"), files) == (
-        state, ((folder / "boxes.csv").read_bytes(), journal_path(folder / "boxes.csv").read_bytes()))
+        state,
+        ((folder / "boxes.csv").read_bytes(), journal_path(folder / "boxes.csv").read_bytes()),
+    )
     assert store.save("a", change(1, lesion(big=OTHER)), SIZE).revision == 2
 
 
@@ -314,8 +329,13 @@ def test_a_disk_that_fills_in_the_middle_of_a_line(folder: Path, root: Path) -> 
     """A real limit on the file's size: the line is cut back, and the journal goes on from there."""
     open_store(folder).save("a", change(0, lesion()), SIZE)
     program = FULL.format(source=str(root / "src"), tests=str(root / "tests"), folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": str(root / "src")})
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+    )
     assert done.stdout.startswith("refused 27 0"), done
     text = journal_path(folder / "boxes.csv").read_text()
     assert text.endswith("\n")
@@ -333,6 +353,7 @@ def test_a_damaged_journal_is_named(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------ boxes and names
 
+
 @given(st.lists(st.floats(-50, 150), min_size=8, max_size=8))
 def test_boxes_that_are_taken_are_right(values: list[float]) -> None:
     """Whatever a page sends: taken boxes lie in the image, in order, the core in the big box, a hundredth apart."""
@@ -347,11 +368,20 @@ def test_boxes_that_are_taken_are_right(values: list[float]) -> None:
     assert np.abs(np.array(big) - np.clip(values[:4], 0, [*SIZE, *SIZE])).max() <= 0.0051
 
 
-@pytest.mark.parametrize("boxes", [
-    ((10, 10, 10, 50), SMALL), ((60, 10, 10, 50), SMALL), ((float("nan"), 10, 60, 50), SMALL), ((10, 10, 60), SMALL),
-    (BIG, (5, 20, 30, 30)), (BIG, (20, 20, 61, 30)), (BIG, (70, 20, 80, 30)), ((200, 10, 260, 50), SMALL),
-    (BIG, (20, 20, 20.1, 30)),
-])
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        ((10, 10, 10, 50), SMALL),
+        ((60, 10, 10, 50), SMALL),
+        ((float("nan"), 10, 60, 50), SMALL),
+        ((10, 10, 60), SMALL),
+        (BIG, (5, 20, 30, 30)),
+        (BIG, (20, 20, 61, 30)),
+        (BIG, (70, 20, 80, 30)),
+        ((200, 10, 260, 50), SMALL),
+        (BIG, (20, 20, 20.1, 30)),
+    ],
+)
 def test_wrong_boxes_are_refused(folder: Path, boxes: tuple) -> None:
     store = open_store(folder)
     with pytest.raises(UserError, match=r"box|core"):
@@ -394,12 +424,19 @@ def test_ten_thousand_images_open_at_once(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for k in range(10_000):
         (tmp_path / "images" / f"{k:05d}.jpg").touch()
-    program = ("import resource, sys; from lesionsam.annotation.catalogue import Catalogue\n"
-               "begun = resource.getrusage(resource.RUSAGE_SELF).ru_utime\n"
-               f"catalogue = Catalogue([{str(tmp_path / 'images')!r}])\n"
-               "print(len(catalogue), resource.getrusage(resource.RUSAGE_SELF).ru_utime - begun)")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    program = (
+        "import resource, sys; from lesionsam.annotation.catalogue import Catalogue\n"
+        "begun = resource.getrusage(resource.RUSAGE_SELF).ru_utime\n"
+        f"catalogue = Catalogue([{str(tmp_path / 'images')!r}])\n"
+        "print(len(catalogue), resource.getrusage(resource.RUSAGE_SELF).ru_utime - begun)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     count, seconds = done.stdout.split()
     assert int(count) == 10_000
     assert float(seconds) < 0.5  # of the processor; the page's promise is a second by the clock

@@ -27,8 +27,16 @@ from lesionsam.images import TURNS, read_mask
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 20.0  # of processor, first imports included: a bomb that goes off takes minutes
 # What may be made before a fault is found: folders, and the locks of stages.
-OUTPUTS = ("out", "data", "data/raw", "models", "models/pretrained", ".scratch", ".scratch/boxes.lock",
-           ".scratch/download.lock")
+OUTPUTS = (
+    "out",
+    "data",
+    "data/raw",
+    "models",
+    "models/pretrained",
+    ".scratch",
+    ".scratch/boxes.lock",
+    ".scratch/download.lock",
+)
 
 
 @pytest.fixture(scope="module")

@@ -116,8 +116,9 @@ def test_work_is_counted_by_multiplications() -> None:
 
 
 def test_trainings_with_and_without_cache_are_timed(tmp_path: Path) -> None:
-    architecture = CompactArchitecture(image_size=64, patch_size=16, width=64, depth=2, num_heads=1, prompt_width=32,
-                                       decoder_mlp=64)
+    architecture = CompactArchitecture(
+        image_size=64, patch_size=16, width=64, depth=2, num_heads=1, prompt_width=32, decoder_mlp=64
+    )
     bench = cache.Bench(tmp_path, "compact", architecture, 4, 2, "fp32", CPU)
     config = bench.config(model__unfreeze_last_k=1, method__gamma=0.1)
     for folder, found in ((None, 0.0), (tmp_path / "cache", 0.0), (tmp_path / "cache", 1.0)):

@@ -49,12 +49,7 @@ def shape_term(big: np.ndarray, small: np.ndarray, shape: tuple[int, int]) -> np
 
 def test_a_pixel_is_inside_where_its_centre_is() -> None:
     found = inside(np.array([1.5, 0.6, 3.5, 2.5]), (4, 5))
-    assert found.tolist() == [
-        [False] * 5,
-        [False, True, True, False, False],
-        [False] * 5,
-        [False] * 5,
-    ]
+    assert found.tolist() == [[False] * 5, [False, True, True, False, False], [False] * 5, [False] * 5]
     assert not inside(np.array([2.0, 2.0, 2.0, 3.0]), (4, 5)).any()
 
 

@@ -22,8 +22,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with decoded frames, two spaces of activations, and a decoding that was killed."""
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save("image.png")
-    sample = Sample("image", "0", "train", Path("image.png"), None, 50, 40, np.array([5.0, 5, 40, 35]),
-                    np.array([10.0, 10, 30, 30]))
+    sample = Sample(
+        "image", "0", "train", Path("image.png"), None, 50, 40, np.array([5.0, 5, 40, 35]), np.array([10.0, 10, 30, 30])
+    )
     load_frames([sample], 32, Path(".cache/frames"))
     killed = Path(".cache/frames/building-abc")
     killed.mkdir()
@@ -37,8 +38,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_caches_are_shown(cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert lesionsam(monkeypatch, "cache") == 0
     lines = capsys.readouterr().out.splitlines()
-    for expected in ("1 decoded images, 32 px", "6 activations of compact: 2 of 4 blocks, 128 px, fp32",
-                     "6 activations of compact: features, 128 px, fp32", "left by a decoding that was killed"):
+    for expected in (
+        "1 decoded images, 32 px",
+        "6 activations of compact: 2 of 4 blocks, 128 px, fp32",
+        "6 activations of compact: features, 128 px, fp32",
+        "left by a decoding that was killed",
+    ):
         assert sum(line.startswith(expected) for line in lines) == 1
     total = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock")
     assert sum(item.size for item in cached(cache)) == total

@@ -38,8 +38,9 @@ print(json.dumps(found))
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, int, list[str]]]]:
     """(fault, processes killed, broken promises) of each run; in a process of its own, which forks."""
     folder = tmp_path_factory.mktemp("chaos")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -54,13 +55,21 @@ def test_promises_hold(found: dict[str, list[tuple[str, int, list[str]]]]) -> No
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and reads signals as Linux sends them")
 def test_without_a_protection_they_break(found: dict[str, list[tuple[str, int, list[str]]]]) -> None:
-    for title, words in (("training in place", "cannot go on"), ("downloads unchecked", "not fetched"),
-                         ("predictions unkeyed", "other rows")):
+    for title, words in (
+        ("training in place", "cannot go on"),
+        ("downloads unchecked", "not fetched"),
+        ("predictions unkeyed", "other rows"),
+    ):
         assert any(words in broken for run in found[title] for broken in run[2]), found[title]
 
 
 def test_the_table_counts_by_fault_and_names_what_broke(tmp_path: Path) -> None:
     runs = [(0, Run("a", kills=2, numbers={"MB": 1.5})), (1, Run("b", ["other weights"], 1, {"MB": 2}))]
     lines = table("training", runs).splitlines()
-    assert lines[2:] == ["| a | 1 | 2 | 1 |", "| b | 1 | 1 | 0 |", "| **all** | 2 | 3 | 1 |", "MB: 3.5",
-                         "run 1 (b): other weights"]
+    assert lines[2:] == [
+        "| a | 1 | 2 | 1 |",
+        "| b | 1 | 1 | 0 |",
+        "| **all** | 2 | 3 | 1 |",
+        "MB: 3.5",
+        "run 1 (b): other weights",
+    ]

@@ -13,8 +13,20 @@ from lesionsam.cli import app, main
 from lesionsam.config import default_text, default_values, load_config
 from lesionsam.presets import preset_names
 
-HEAVY = ("torch", "torchvision", "segment_anything", "numpy", "pandas", "scipy", "skimage", "matplotlib", "mlflow",
-         "optuna", "pydantic", "ruamel.yaml")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "segment_anything",
+    "numpy",
+    "pandas",
+    "scipy",
+    "skimage",
+    "matplotlib",
+    "mlflow",
+    "optuna",
+    "pydantic",
+    "ruamel.yaml",
+)
 
 
 EPOCHS = default_values()["train"]["epochs"]
@@ -39,23 +51,45 @@ def lesionsam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_help_as_a_module_loads_nothing_heavy(root: Path) -> None:
-    program = ("import runpy, sys; sys.argv = ['lesionsam', '--help']\n"
-               "try: runpy.run_module('lesionsam', run_name='__main__')\n"
-               f"finally: print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root / "src",
-                          check=False)
+    program = (
+        "import runpy, sys; sys.argv = ['lesionsam', '--help']\n"
+        "try: runpy.run_module('lesionsam', run_name='__main__')\n"
+        f"finally: print('LOADED', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=root / "src", check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "LOADED []" in done.stdout
     assert all(name in done.stdout for name in ("preset", "check", "params", "predict", "smoke", "foundation"))
 
 
-@pytest.mark.parametrize("command", [["annotate"], ["engine"],
-                                     ["preset"], ["check"], ["params"], ["params", "upgrade"], ["predict"], ["smoke"],
-                                     ["foundation"], ["data"], ["data", "convert"], ["data", "check"],
-                                     ["data", "show"], ["cache"], ["cache", "clear"], ["promote"], ["export"],
-                                     ["doctor"]])
-def test_every_command_has_help(command: list[str], monkeypatch: pytest.MonkeyPatch,
-                                capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["annotate"],
+        ["engine"],
+        ["preset"],
+        ["check"],
+        ["params"],
+        ["params", "upgrade"],
+        ["predict"],
+        ["smoke"],
+        ["foundation"],
+        ["data"],
+        ["data", "convert"],
+        ["data", "check"],
+        ["data", "show"],
+        ["cache"],
+        ["cache", "clear"],
+        ["promote"],
+        ["export"],
+        ["doctor"],
+    ],
+)
+def test_every_command_has_help(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lesionsam(monkeypatch, *command, "--help") == 0
     assert "usage" in capsys.readouterr().out.lower()
 
@@ -78,8 +112,9 @@ def test_preset_lists(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert params.read_text("utf-8") == default_text()
 
 
-def test_preset_writes_and_shows_the_difference(params: Path, monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_preset_writes_and_shows_the_difference(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lesionsam(monkeypatch, "preset", "tiny", "--dry-run") == 0
     shown = capsys.readouterr().out
     assert "+  epochs: 2" in shown
@@ -101,8 +136,9 @@ def test_preset_makes_a_file_where_there_is_none(params: Path, monkeypatch: pyte
     assert load_config(params.with_name("other.yaml")).train.epochs == 30
 
 
-def test_preset_tells_which_files_are_still_to_come(params: Path, monkeypatch: pytest.MonkeyPatch,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_preset_tells_which_files_are_still_to_come(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lesionsam(monkeypatch, "preset", "folder-csv") == 0
     notes = capsys.readouterr().err.splitlines()
     assert [note.split(":")[1].strip() for note in notes] == ["inputs.boxes", "inputs.folder"]
@@ -110,18 +146,26 @@ def test_preset_tells_which_files_are_still_to_come(params: Path, monkeypatch: p
     assert capsys.readouterr().err.startswith("error: params.yaml: 2 issues\n")
 
 
-@pytest.mark.parametrize(("text", "command", "words"), [
-    (default_text(), ["preset", "nonesuch"], "preset nonesuch: expected one of demo"),
-    (default_text().replace(f"\n  epochs: {EPOCHS}\n", "\n  epochs: many\n"), ["preset", "published"], ""),
-    (NEGATIVE, ["preset", "published"], "train.patience: expected an integer"),
-    (NEGATIVE, ["params", "upgrade"], "train.patience: expected an integer"),
-    (NEGATIVE, ["check"], "train.patience: expected an integer"),
-    ("train: [\n", ["preset", "demo"], "expected YAML"),
-    ("train: [\n", ["check"], "expected YAML"),
-])
-def test_errors_are_one_line_and_change_nothing(params: Path, text: str, command: list[str], words: str,
-                                                monkeypatch: pytest.MonkeyPatch,
-                                                capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "command", "words"),
+    [
+        (default_text(), ["preset", "nonesuch"], "preset nonesuch: expected one of demo"),
+        (default_text().replace(f"\n  epochs: {EPOCHS}\n", "\n  epochs: many\n"), ["preset", "published"], ""),
+        (NEGATIVE, ["preset", "published"], "train.patience: expected an integer"),
+        (NEGATIVE, ["params", "upgrade"], "train.patience: expected an integer"),
+        (NEGATIVE, ["check"], "train.patience: expected an integer"),
+        ("train: [\n", ["preset", "demo"], "expected YAML"),
+        ("train: [\n", ["check"], "expected YAML"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(
+    params: Path,
+    text: str,
+    command: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     params.write_text(text, "utf-8")
     status = lesionsam(monkeypatch, *command)
     printed = capsys.readouterr().err
@@ -156,8 +200,9 @@ def test_upgrade_writes(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert params.read_text("utf-8") == default_text()
 
 
-def test_missing_arguments_are_usage_errors(params: Path, monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_arguments_are_usage_errors(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert lesionsam(monkeypatch, "smoke") == 2
     assert "--model" in capsys.readouterr().err
     assert lesionsam(monkeypatch, "predict", "image.png") == 2

@@ -34,12 +34,18 @@ ANNOTATOR: dict[str, Any] = {"seed": 0, "margin": (0.1, 0.2), "core": (0.45, 0.5
 
 
 def rows_of(folder: Path, raw: Path = Path("raw"), **changes: Any) -> list[dict[str, Any]]:
-    options: dict[str, Any] = {"annotations": "annotations/{split}.json", "images": "images/{split}", "categories": [],
-                               "dev_fraction": 0.0, "test_split": "test"}
+    options: dict[str, Any] = {
+        "annotations": "annotations/{split}.json",
+        "images": "images/{split}",
+        "categories": [],
+        "dev_fraction": 0.0,
+        "test_split": "test",
+    }
     return index_coco(folder, raw=raw, **options | changes)
 
 
 # ---------------------------------------------------------------------------------------- as from the folder source
+
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -53,17 +59,24 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(row[f"{kind}_path"], target)
     for split in ("train", "val", "test"):
-        (base / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\n" + "".join(
-            f"{path.stem},0,0,9,9\n" for path in sorted((base / "own" / "images" / split).iterdir())))
-        found = convert(base / "boxes.csv", base / "own" / "annotations" / f"{split}.json",
-                        images=base / "own" / "images" / split, masks=base / "own" / "masks" / split)
+        (base / "boxes.csv").write_text(
+            "image_id,big_x0,big_y0,big_x1,big_y1\n"
+            + "".join(f"{path.stem},0,0,9,9\n" for path in sorted((base / "own" / "images" / split).iterdir()))
+        )
+        found = convert(
+            base / "boxes.csv",
+            base / "own" / "annotations" / f"{split}.json",
+            images=base / "own" / "images" / split,
+            masks=base / "own" / "masks" / split,
+        )
         assert all(lesion.segmentation is not None for lesion in found.lesions)
     return base
 
 
 @pytest.mark.parametrize("options", [{}, {"dev_fraction": 0.25, "test_split": "val"}])
-def test_same_numbers_as_the_folder_source(generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                           options: dict[str, Any]) -> None:
+def test_same_numbers_as_the_folder_source(
+    generated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     """Index, masks and the two-box CSV, byte for byte, of a demo set as COCO instances and as a folder."""
     monkeypatch.chdir(generated)
     plain = index_folder(Path("own"), **{"dev_fraction": 0.0, "test_split": "test"} | options)
@@ -86,8 +99,10 @@ def test_same_frames_as_the_folder_source(generated: Path, tmp_path: Path, monke
     """What training sees: images, priors and masks in the model frame."""
     monkeypatch.chdir(generated)
     frames = []
-    for name, rows in (("a", index_folder(Path("own"), dev_fraction=0.0, test_split="test")),
-                       ("b", rows_of(Path("own"), tmp_path / "b", categories=["lesion"]))):
+    for name, rows in (
+        ("a", index_folder(Path("own"), dev_fraction=0.0, test_split="test")),
+        ("b", rows_of(Path("own"), tmp_path / "b", categories=["lesion"])),
+    ):
         write_index(tmp_path / name / "index.csv", rows)
         samples = annotate(read_index(tmp_path / name / "index.csv"), root=Path(), **ANNOTATOR)
         frames.append(load_frames(samples, 64, tmp_path / "cache" / name))
@@ -108,8 +123,10 @@ POLYGON = [[2.0, 2.0, 22.5, 2.0, 22.5, 9.0, 2.0, 8.5], [60.0, 2.0, 70.0, 2.0, 70
 def document(first: int = 0) -> dict[str, Any]:
     """Two images: one of three objects (run lengths of both kinds, polygons) and a crowd, one of none."""
     return {
-        "images": [{"id": 4, "file_name": f"p{first}.png", "width": 80, "height": 60},
-                   {"id": 5, "file_name": f"p{first + 1}.png", "width": 80, "height": 60}],
+        "images": [
+            {"id": 4, "file_name": f"p{first}.png", "width": 80, "height": 60},
+            {"id": 5, "file_name": f"p{first + 1}.png", "width": 80, "height": 60},
+        ],
         "categories": [{"id": 1, "name": "nevus"}, {"id": 2, "name": "melanoma"}],
         "annotations": [
             {"id": 12, "image_id": 4, "category_id": 1, "segmentation": POLYGON},
@@ -157,8 +174,10 @@ def test_every_object_is_a_lesion(own: Path, capsys: pytest.CaptureFixture[str])
         assert np.array_equal(mask, held.annToMask(held.anns[key]).astype(bool)), key
         assert listed[str(key)][5] == str(mask.sum()) == str(int(held.annToMask(held.anns[key]).sum()))
         assert listed[str(key)][4] == held.cats[held.anns[key]["category_id"]]["name"]
-    assert np.array_equal(read_mask(index["p0"]["mask_path"]),
-                          np.logical_or.reduce([held.annToMask(held.anns[key]) for key in (10, 11, 12)]))
+    assert np.array_equal(
+        read_mask(index["p0"]["mask_path"]),
+        np.logical_or.reduce([held.annToMask(held.anns[key]) for key in (10, 11, 12)]),
+    )
 
 
 def test_each_lesion_has_its_own_prompt_and_truth(own: Path, tmp_path: Path) -> None:
@@ -221,11 +240,13 @@ def test_one_folder_of_images_and_no_val(own: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ faults
 
+
 def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[], object]:
     def apply() -> None:
         value = document()
         change(value)
         put("train", value)
+
     return apply
 
 
@@ -240,36 +261,59 @@ def picture(**values: Any) -> Callable[[], object]:
 FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "no JSON": (lambda: Path("own/annotations/val.json").unlink(), r"own/annotations/val\.json: no such file"),
     "broken JSON": (lambda: Path("own/annotations/val.json").write_text("{"), r"val\.json: line 1: not JSON"),
-    "image missing": (picture(file_name="q.png"),
-                      r"train\.json: image 4 \('q\.png'\): no such file: own/images/train/q\.png"),
+    "image missing": (
+        picture(file_name="q.png"),
+        r"train\.json: image 4 \('q\.png'\): no such file: own/images/train/q\.png",
+    ),
     "image outside": (picture(file_name="../val/p10.png"), "image 4: expected a file name below the folder"),
     "image nameless": (picture(file_name=None), "image 4: expected a file name below the folder of images, got 'None'"),
     "other size": (picture(width=81), r"image 4 \('p0\.png'\): the JSON says 81x60 px, the file has 80x60 px; annot"),
     "turned": (picture(width=60, height=80), "the JSON says 60x80 px, .*; its EXIF turns it"),
-    "damaged image": (lambda: Path("own/images/train/p0.png").write_bytes(
-        Path("own/images/train/p0.png").read_bytes()[:80]), r"p0\.png: image is truncated"),
-    "same stem": (changed(lambda value: value["images"][1].update(file_name="p0.jpg")),
-                  r"images 4 and 5 have the same id 'p0'"),
+    "damaged image": (
+        lambda: Path("own/images/train/p0.png").write_bytes(Path("own/images/train/p0.png").read_bytes()[:80]),
+        r"p0\.png: image is truncated",
+    ),
+    "same stem": (
+        changed(lambda value: value["images"][1].update(file_name="p0.jpg")),
+        r"images 4 and 5 have the same id 'p0'",
+    ),
     "unknown image": (entry(10, image_id=1), "annotation 10: image_id 1 stands for no image"),
-    "unknown category": (entry(10, category_id=3),
-                         r"annotation 10: category_id 3 stands for no category; it has 1 \(nevus\), 2 \(melanoma\)"),
+    "unknown category": (
+        entry(10, category_id=3),
+        r"annotation 10: category_id 3 stands for no category; it has 1 \(nevus\), 2 \(melanoma\)",
+    ),
     "boxes alone": (entry(10, segmentation=[], bbox=[1, 1, 5, 5]), "annotation 10: no segmentation; .* data convert"),
-    "polygon outside": (entry(12, segmentation=[[70, 10, 90, 10, 90, 30]]),
-                        r"train\.json: annotation 12: polygon: leaves the image of 80x60 px by 10\.0 px"),
+    "polygon outside": (
+        entry(12, segmentation=[[70, 10, 90, 10, 90, 30]]),
+        r"train\.json: annotation 12: polygon: leaves the image of 80x60 px by 10\.0 px",
+    ),
     "polygon of two": (entry(12, segmentation=[[1, 1, 9, 9]]), "annotation 12: polygon: 4 numbers"),
     "unknown RLE": (entry(11, segmentation={"size": [60, 80], "counts": 7}), "annotation 11: RLE: expected counts"),
     "RLE of another image": (entry(11, segmentation=encode(CORNER.T)), r"annotation 11: RLE: size .* \[80, 60\]"),
     "RLE too long": (entry(10, segmentation={"size": [60, 80], "counts": [9, 10000]}), "annotation 10: RLE: the runs"),
     "no area": (entry(11, segmentation=encode(CORNER & False)), r"annotation 11: its object has no area \(0 pixels"),
     "flat polygon": (entry(12, segmentation=[[5, 5, 9, 5, 7, 5]]), "annotation 12: its object has no area"),
-    "two faults": (changed(lambda value: [e.update(segmentation=[[5, 5, 9, 5, 7, 5]]) for e in value["annotations"]]
-                           and put("test", {**document(20), "images": [
-                               {"id": k, "file_name": f"x{k}.png", "width": 80, "height": 60} for k in (4, 5)]})),
-                   r"has no area .* \(and 1 more faulty images or objects\)"),
+    "two faults": (
+        changed(
+            lambda value: (
+                [e.update(segmentation=[[5, 5, 9, 5, 7, 5]]) for e in value["annotations"]]
+                and put(
+                    "test",
+                    {
+                        **document(20),
+                        "images": [{"id": k, "file_name": f"x{k}.png", "width": 80, "height": 60} for k in (4, 5)],
+                    },
+                )
+            )
+        ),
+        r"has no area .* \(and 1 more faulty images or objects\)",
+    ),
     "nothing": (changed(lambda value: value.update(annotations=[])), "no image with an object in it"),
     "same picture twice": (lambda: shutil.copy("own/images/train/p0.png", "own/images/test/p20.png"), "same bytes as"),
-    "same id in two splits": (lambda: (shutil.copy("own/images/val/p10.png", "own/images/val/p0.png"),
-                                       put("val", document(0))), "image id 'p0' stands for"),
+    "same id in two splits": (
+        lambda: (shutil.copy("own/images/val/p10.png", "own/images/val/p0.png"), put("val", document(0))),
+        "image id 'p0' stands for",
+    ),
 }
 
 
@@ -295,6 +339,7 @@ def test_lesions_that_belong_to_no_image(own: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- parameters
 
+
 def test_preset_waits_for_the_files(own: Path) -> None:
     text, _ = apply_preset("coco", default_text())
     Path("params.yaml").write_text(text)
@@ -309,12 +354,22 @@ def test_preset_waits_for_the_files(own: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("old", "new", "message"), [
-    ('annotations: "annotations/{split}.json"', "annotations: a.json",
-     "data.annotations: expected a path with {split} in it, got the text 'a.json'"),
-    ("categories: []", "categories: [1]", "data.categories: expected a list of category names, got 1 as item 1"),
-    ("test_split: test ", "test_split: val ", "data.dev_fraction: expected a number above 0 when data.test_split is"),
-])
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'annotations: "annotations/{split}.json"',
+            "annotations: a.json",
+            "data.annotations: expected a path with {split} in it, got the text 'a.json'",
+        ),
+        ("categories: []", "categories: [1]", "data.categories: expected a list of category names, got 1 as item 1"),
+        (
+            "test_split: test ",
+            "test_split: val ",
+            "data.dev_fraction: expected a number above 0 when data.test_split is",
+        ),
+    ],
+)
 def test_faulty_parameters(own: Path, old: str, new: str, message: str) -> None:
     text, _ = apply_preset("coco", default_text())
     assert old in text, text
@@ -328,8 +383,11 @@ def test_sample_says_whose_mask_it_is(own: Path) -> None:
     """Without own masks the truth of each of several lesions stays the mask inside its big box."""
     write_index(Path("raw/index.csv"), rows_of(own))
     index = read_index(Path("raw/index.csv"))
-    samples = [replace(s, own_mask=False, mask_path=Path(index["p0"]["mask_path"]))
-               for s in annotate(index, root=Path(), **ANNOTATOR) if s.image_id == "p0"]
+    samples = [
+        replace(s, own_mask=False, mask_path=Path(index["p0"]["mask_path"]))
+        for s in annotate(index, root=Path(), **ANNOTATOR)
+        if s.image_id == "p0"
+    ]
     case = next(build_cases(samples, lambda s: read_mask(s.mask_path) if s.mask_path else None))
     assert case.truth is not None
     assert case.truth[40:50, 50:60].all(), "the ring's box takes in a part of the other lesion"

@@ -31,9 +31,13 @@ def prompts_of_every_kind(num: int, seed: int = 1) -> dict[str, Prompts]:
     labels = torch.tensor([[1, 1, 0]]).expand(num, -1)
     boxes = torch.cat([torch.full((num, 2), 3.0), 12 + 18 * torch.rand(num, 2, generator=generator)], 1)
     masks = torch.randn(num, 1, 4 * TINY.grid, 4 * TINY.grid, generator=generator)
-    return {"points": Prompts(points, labels), "box": Prompts(boxes=boxes),
-            "box and points": Prompts(points, labels, boxes), "box and mask": Prompts(boxes=boxes, masks=masks),
-            "all": Prompts(points, labels, boxes, masks)}
+    return {
+        "points": Prompts(points, labels),
+        "box": Prompts(boxes=boxes),
+        "box and points": Prompts(points, labels, boxes),
+        "box and mask": Prompts(boxes=boxes, masks=masks),
+        "all": Prompts(points, labels, boxes, masks),
+    }
 
 
 def test_default_architecture_is_a_million_parameters_of_plain_segment_anything() -> None:
@@ -63,8 +67,12 @@ def test_batched_decoding_equals_segment_anything_one_by_one(kind: str) -> None:
         one = prompts[slice(index, index + 1)]
         points = None if one.points is None or one.labels is None else (one.points, one.labels)
         sparse, dense = sam.prompt_encoder(points=points, boxes=one.boxes, masks=one.masks)
-        common = {"image_embeddings": features[index : index + 1], "image_pe": sam.prompt_encoder.get_dense_pe(),
-                  "sparse_prompt_embeddings": sparse, "dense_prompt_embeddings": dense}
+        common = {
+            "image_embeddings": features[index : index + 1],
+            "image_pe": sam.prompt_encoder.get_dense_pe(),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": dense,
+        }
         single, single_iou = sam.mask_decoder(**common, multimask_output=False)
         three, three_iou = sam.mask_decoder(**common, multimask_output=True)
         torch.testing.assert_close(logits[index], torch.cat([single, three], 1)[0], atol=1e-5, rtol=1e-4)
@@ -78,7 +86,8 @@ def test_coordinates_keep_their_precision_under_bfloat16() -> None:
     for enabled in (False, True):
         tokens: list[torch.Tensor] = []
         hook = sam.mask_decoder.transformer.layers[0].self_attn.q_proj.register_forward_pre_hook(
-            lambda _, inputs, tokens=tokens: tokens.append(inputs[0].detach().float()))
+            lambda _, inputs, tokens=tokens: tokens.append(inputs[0].detach().float())
+        )
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             decode_candidates(sam, torch.zeros(1, 16, 4, 4), Prompts(boxes=torch.tensor([[3.0, 4.0, 20.0, 22.5]])))
         hook.remove()
@@ -86,10 +95,16 @@ def test_coordinates_keep_their_precision_under_bfloat16() -> None:
     torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(("field", "value", "named"), [
-    ("image_size", 100, "image_size"), ("width", 130, "width"), ("prompt_width", 40, "prompt_width"),
-    ("depth", 0, "depth"), ("num_heads", 2.5, "num_heads"),
-])
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("image_size", 100, "image_size"),
+        ("width", 130, "width"),
+        ("prompt_width", 40, "prompt_width"),
+        ("depth", 0, "depth"),
+        ("num_heads", 2.5, "num_heads"),
+    ],
+)
 def test_impossible_numbers_are_named(field: str, value: object, named: str) -> None:
     with pytest.raises(UserError, match=named):
         replace(CompactArchitecture(), **{field: value})

@@ -41,8 +41,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "folder": {"data": {"source": "folder"}},
     "coco": {"data": {"source": "coco"}},
-    "isic": {"data": {"source": "isic2018"}, "model": {"encoder": "none"},
-             "method": {"alpha": 0.0, "gamma": 0.0, "target": {"kind": "teacher"}}},
+    "isic": {
+        "data": {"source": "isic2018"},
+        "model": {"encoder": "none"},
+        "method": {"alpha": 0.0, "gamma": 0.0, "target": {"kind": "teacher"}},
+    },
     "csv": {"boxes": {"source": "csv"}, "method": {"target": {"kind": "ellipse"}}},
     "prior": {"method": {"target": {"kind": "prior"}}},
     "fused": {"method": {"target": {"kind": "fused"}}},
@@ -70,8 +73,12 @@ def values_of(variant: str) -> dict[str, Any]:
     return copy.deepcopy(_values_of(variant))
 
 
-LEAVES = [(variant, key) for variant in VARIANTS for key, limits in known_keys(values_of(variant)).items()
-          if limits.kind != "section"]
+LEAVES = [
+    (variant, key)
+    for variant in VARIANTS
+    for key, limits in known_keys(values_of(variant)).items()
+    if limits.kind != "section"
+]
 
 
 def changed(values: Mapping[str, Any], key: str, value: object) -> dict[str, Any]:
@@ -108,8 +115,11 @@ def train_text(key: str, line: str) -> str:
 def wrong_type(limits: Limits) -> st.SearchStrategy[object]:
     """Values of a type that the key does not take."""
     wrong: dict[str, list[object]] = {
-        "integer": [1.5, True, "3", None, [1], {"a": 1}], "number": [True, "1e-3", None, [1.0], {"a": 1.0}],
-        "boolean": [1, 0, "true", None, []], "text": [1, True, None, ["a"]], "choice": [1, True, None, "nonesuch", []],
+        "integer": [1.5, True, "3", None, [1], {"a": 1}],
+        "number": [True, "1e-3", None, [1.0], {"a": 1.0}],
+        "boolean": [1, 0, "true", None, []],
+        "text": [1, True, None, ["a"]],
+        "choice": [1, True, None, "nonesuch", []],
         "list": [1, "ring", None, [None], [{"a": 1}]],
     }
     return st.sampled_from([value for value in wrong[limits.kind] if str(value) not in limits.choices])
@@ -139,7 +149,7 @@ def test_a_misspelt_key_is_named_and_the_right_one_suggested(leaf: tuple[str, st
     parent, _, name = key.rpartition(".")
     if len(name) < 4:
         return
-    values, wrong = values_of(variant), f"{parent}.{name[:place]}{name[place + 1:]}".lstrip(".")
+    values, wrong = values_of(variant), f"{parent}.{name[:place]}{name[place + 1 :]}".lstrip(".")
     held = flatten(values)
     issues = issues_of(changed(without(values, key), wrong, held[key]))
     assert issues[wrong] == f"unknown key; did you mean {key}?"
@@ -155,9 +165,14 @@ def test_a_wrong_type_is_named(data: st.DataObject, leaf: tuple[str, str]) -> No
     assert issues[key].startswith(f"expected {limits.expected}, got ")
 
 
-@pytest.mark.parametrize(("variant", "key"), [
-    (variant, key) for variant, key in LEAVES
-    if (limits := known_keys(values_of(variant))[key]).low is not None or limits.high is not None])
+@pytest.mark.parametrize(
+    ("variant", "key"),
+    [
+        (variant, key)
+        for variant, key in LEAVES
+        if (limits := known_keys(values_of(variant))[key]).low is not None or limits.high is not None
+    ],
+)
 def test_limits_are_where_they_are_said_to_be(variant: str, key: str) -> None:
     values = values_of(variant)
     limits = known_keys(values)[key]
@@ -177,13 +192,32 @@ def test_limits_are_where_they_are_said_to_be(variant: str, key: str) -> None:
 
 
 def test_every_issue_at_once_and_in_order() -> None:
-    values = unflatten({"boxes.margin_low": 0.3, "method.name": "contrstive", "method.gate.region": "big",
-                        "method.prompts.ring": -1.0, "train.epochs": 0, "train.temperature": 0.1,
-                        "evaluate.jitter": [0.1, 0.1], "runtime.device": "gpu", "quota": {"trials": 3}},
-                       default_values())
+    values = unflatten(
+        {
+            "boxes.margin_low": 0.3,
+            "method.name": "contrstive",
+            "method.gate.region": "big",
+            "method.prompts.ring": -1.0,
+            "train.epochs": 0,
+            "train.temperature": 0.1,
+            "evaluate.jitter": [0.1, 0.1],
+            "runtime.device": "gpu",
+            "quota": {"trials": 3},
+        },
+        default_values(),
+    )
     issues = issues_of(values)
-    assert list(issues) == ["boxes.margin_low", "method.name", "method.gate.region", "method.prompts.ring",
-                            "train.temperature", "train.epochs", "evaluate.jitter", "runtime.device", "quota"]
+    assert list(issues) == [
+        "boxes.margin_low",
+        "method.name",
+        "method.gate.region",
+        "method.prompts.ring",
+        "train.temperature",
+        "train.epochs",
+        "evaluate.jitter",
+        "runtime.device",
+        "quota",
+    ]
     assert issues["method.name"].endswith("got the text 'contrstive'; did you mean contrastive?")
     assert issues["train.temperature"] == "unknown key; did you mean method.temperature?"
     assert issues["boxes.margin_low"] == "expected at most boxes.margin_high (0.2), got 0.3"
@@ -191,8 +225,10 @@ def test_every_issue_at_once_and_in_order() -> None:
 
 def test_a_key_of_another_variant_says_when_it_is_read() -> None:
     issues = issues_of(changed(default_values(), "data.dev_fraction", 0.1))
-    assert issues == {"data.dev_fraction": "read only when data.source is folder or coco or isic2016 or isic2017 or "
-                                           "isic2018, got synthetic; remove it"}
+    assert issues == {
+        "data.dev_fraction": "read only when data.source is folder or coco or isic2016 or isic2017 or "
+        "isic2018, got synthetic; remove it"
+    }
     issues = issues_of(changed(values_of("csv"), "method.target.placebo", "other"))
     assert list(issues) == ["method.target.placebo"]
     assert issues["method.target.placebo"].startswith("read only when method.target.kind is prior or ")
@@ -209,46 +245,77 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
     assert "add `patience: 0`" in lines[2]
 
 
-@pytest.mark.parametrize(("changes", "key", "words"), [
-    ({"boxes.core_low": 0.9}, "boxes.core_low", "boxes.core_high"),
-    ({"model.encoder": "none", "model.train_decoder": False, "model.train_prompt_encoder": False, "method.alpha": 0.0},
-     "model.train_decoder", "nothing trains"),
-    ({"model.encoder": "none", "method.alpha": 1.0}, "method.alpha", "model.encoder is none"),
-    ({"model.encoder": "none", "method.alpha": 0.0, "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),
-    ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
-    ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
-    ({"model.image_size": 20}, "model.image_size", "32"),
-    ({"model.name": "vit_b", "model.encoder": "lora", "model.lora_last_k": 13}, "model.lora_last_k", "12"),
-    ({"model.name": "vit_b", "model.encoder": "adapter", "model.adapter_last_k": 13}, "model.adapter_last_k", "12"),
-    ({"model.encoder": "lora", "model.lora_rank": 0}, "model.lora_rank", "expected an integer from 1 to 1024, got 0"),
-    ({"method.alpha": 0.0, "method.delta": 0.0, "method.epsilon": 0.0}, "method.alpha", "nothing is learnt"),
-    ({f"method.prompts.{kind}": 0.0 for kind in ("ring", "centre", "box", "box+core")}, "method.prompts", "above 0"),
-    ({"data.source": "isic2016", "data.dev_fraction": 0.0}, "data.dev_fraction", "above 0"),
-    ({"data.source": "folder", "data.test_split": "val"}, "data.dev_fraction", "data.test_split is val"),
-    ({"evaluate.prompts": ["ring", "ring"]}, "evaluate.prompts", "once"),
-])
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"boxes.core_low": 0.9}, "boxes.core_low", "boxes.core_high"),
+        (
+            {
+                "model.encoder": "none",
+                "model.train_decoder": False,
+                "model.train_prompt_encoder": False,
+                "method.alpha": 0.0,
+            },
+            "model.train_decoder",
+            "nothing trains",
+        ),
+        ({"model.encoder": "none", "method.alpha": 1.0}, "method.alpha", "model.encoder is none"),
+        ({"model.encoder": "none", "method.alpha": 0.0, "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),
+        ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
+        ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
+        ({"model.image_size": 20}, "model.image_size", "32"),
+        ({"model.name": "vit_b", "model.encoder": "lora", "model.lora_last_k": 13}, "model.lora_last_k", "12"),
+        ({"model.name": "vit_b", "model.encoder": "adapter", "model.adapter_last_k": 13}, "model.adapter_last_k", "12"),
+        (
+            {"model.encoder": "lora", "model.lora_rank": 0},
+            "model.lora_rank",
+            "expected an integer from 1 to 1024, got 0",
+        ),
+        ({"method.alpha": 0.0, "method.delta": 0.0, "method.epsilon": 0.0}, "method.alpha", "nothing is learnt"),
+        (
+            {f"method.prompts.{kind}": 0.0 for kind in ("ring", "centre", "box", "box+core")},
+            "method.prompts",
+            "above 0",
+        ),
+        ({"data.source": "isic2016", "data.dev_fraction": 0.0}, "data.dev_fraction", "above 0"),
+        ({"data.source": "folder", "data.test_split": "val"}, "data.dev_fraction", "data.test_split is val"),
+        ({"evaluate.prompts": ["ring", "ring"]}, "evaluate.prompts", "once"),
+    ],
+)
 def test_rules_between_keys(changes: dict[str, Any], key: str, words: str) -> None:
     issues = issues_of(fit(unflatten(changes, default_values())))
     assert list(issues) == [key]
     assert words in issues[key]
 
 
-@pytest.mark.parametrize(("variant", "key", "message"), [
-    ("default", "model.lora_rank", "read only when model.encoder is lora, got blocks; remove it"),
-    ("default", "model.adapter_dim", "read only when model.encoder is adapter, got blocks; remove it"),
-    ("adapter", "model.unfreeze_last_k", "read only when model.encoder is blocks, got adapter; remove it"),
-    ("supervised", "method.prompts.max_points", "read only when method.prompts.source is masks, got boxes; remove it"),
-    ("supervised", "method.weighting.learning_rate",
-     "read only when method.weighting.kind is learned, got fixed; remove it"),
-    ("default", "method.corrections", "read only when method.name is supervised, got contrastive; remove it"),
-])
+@pytest.mark.parametrize(
+    ("variant", "key", "message"),
+    [
+        ("default", "model.lora_rank", "read only when model.encoder is lora, got blocks; remove it"),
+        ("default", "model.adapter_dim", "read only when model.encoder is adapter, got blocks; remove it"),
+        ("adapter", "model.unfreeze_last_k", "read only when model.encoder is blocks, got adapter; remove it"),
+        (
+            "supervised",
+            "method.prompts.max_points",
+            "read only when method.prompts.source is masks, got boxes; remove it",
+        ),
+        (
+            "supervised",
+            "method.weighting.learning_rate",
+            "read only when method.weighting.kind is learned, got fixed; remove it",
+        ),
+        ("default", "method.corrections", "read only when method.name is supervised, got contrastive; remove it"),
+    ],
+)
 def test_a_strategys_option_under_another_strategy_is_one_line(variant: str, key: str, message: str) -> None:
     assert issues_of(changed(values_of(variant), key, 1)) == {key: message}
 
 
 def test_what_trains_in_words() -> None:
-    words = {variant: trained_parts(values_of(variant)["model"]) for variant in ("default", "lora, prompts from masks",
-                                                                                 "adapter")}
+    words = {
+        variant: trained_parts(values_of(variant)["model"])
+        for variant in ("default", "lora, prompts from masks", "adapter")
+    }
     assert words["default"] == "the whole encoder, the decoder, the prompt encoder"
     assert words["lora, prompts from masks"].startswith("low-rank updates (rank 8) of the whole encoder, the decoder")
     frozen = {**default_values()["model"], "encoder": "none", "train_prompt_encoder": False}
@@ -300,8 +367,10 @@ def test_folders_that_parameters_name(tmp_path: Path) -> None:
     (tmp_path / "mine" / "boxes.csv").touch()
     write_params(tmp_path, fit(unflatten({"boxes.source": "csv", "train.select": "label_free"}, values)))
     assert load_config(path).train.select == "label_free"
-    write_params(tmp_path, fit(unflatten(
-        {"boxes.source": "csv", "train.select": "label_free", "method.name": "supervised"}, values)))
+    write_params(
+        tmp_path,
+        fit(unflatten({"boxes.source": "csv", "train.select": "label_free", "method.name": "supervised"}, values)),
+    )
     with pytest.raises(ConfigError, match=r"method.name: expected contrastive when mine has no masks"):
         load_config(path)
     for split in ("train", "val", "test"):
@@ -323,15 +392,18 @@ def test_numbers_that_are_none(number: str) -> None:
     assert list(issues_of(values)) == ["train.lr_encoder"]
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("", "expected sections, got nothing"),
-    ("- 1\n- 2\n", "expected sections, got the list"),
-    ("version: 1\nversion: 1\n", "line 2: found duplicate key"),
-    ("train:\n  epochs: 1\n  epochs: 2\n", "line 3: found duplicate key"),
-    ("train: [1, 2\n", "expected YAML"),
-    ("train:\n\tepochs: 1\n", "line 2: expected YAML"),
-    ("a: *nothing\n", "expected YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected sections, got nothing"),
+        ("- 1\n- 2\n", "expected sections, got the list"),
+        ("version: 1\nversion: 1\n", "line 2: found duplicate key"),
+        ("train:\n  epochs: 1\n  epochs: 2\n", "line 3: found duplicate key"),
+        ("train: [1, 2\n", "expected YAML"),
+        ("train:\n\tepochs: 1\n", "line 2: expected YAML"),
+        ("a: *nothing\n", "expected YAML"),
+    ],
+)
 def test_files_that_are_no_parameters(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "params.yaml"
     path.write_text(text, "utf-8")
@@ -357,7 +429,13 @@ def test_describe() -> None:
     assert "nats" in limits.description
     assert describe("method.temperature", DEFAULT).low_open
     assert describe("data.source", DEFAULT).choices == (
-        "synthetic", "folder", "coco", "isic2016", "isic2017", "isic2018")
+        "synthetic",
+        "folder",
+        "coco",
+        "isic2016",
+        "isic2017",
+        "isic2018",
+    )
     offset = describe("method.target.offset", DEFAULT)
     assert (offset.kind, offset.choices, offset.low, offset.high) == ("number", ("boxes", "none"), -3, 3)
     jitter = describe("evaluate.jitter", DEFAULT)
@@ -380,8 +458,16 @@ def test_with_values() -> None:
 
 
 def test_shares_sum_to_one() -> None:
-    config = with_values(DEFAULT, {"method.prompts.ring": 1, "method.prompts.box": 3, "method.prompts.centre": 0,
-                                   "method.prompts.box+core": 0, "method.prompts.none": 0})
+    config = with_values(
+        DEFAULT,
+        {
+            "method.prompts.ring": 1,
+            "method.prompts.box": 3,
+            "method.prompts.centre": 0,
+            "method.prompts.box+core": 0,
+            "method.prompts.none": 0,
+        },
+    )
     assert config.method.prompts.shares() == {"ring": 0.25, "centre": 0.0, "box": 0.75, "box+core": 0.0, "none": 0.0}
 
 
@@ -421,8 +507,11 @@ def test_config_does_not_change() -> None:
 PRINTABLE = st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\x85\u2028\u2029\ufeff\ufffe\uffff")
 
 
-@given(st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.booleans(), st.none(),
-                 st.text(PRINTABLE)))
+@given(
+    st.one_of(
+        st.floats(allow_nan=False, allow_infinity=False), st.integers(), st.booleans(), st.none(), st.text(PRINTABLE)
+    )
+)
 def test_values_are_written_so_that_they_are_read_back(value: object) -> None:
     read = parse_yaml(f"a: {yaml_text(value)}  # comment", "text")["a"]
     assert read == value

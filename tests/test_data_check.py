@@ -144,6 +144,7 @@ def test_likeness_on_real_images(isic_sample: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------- a sound set, facts
 
+
 def test_a_sound_set(own: Path) -> None:
     report = check(find_items(own))
     assert texts(report, "error") == texts(report, "warning") == []
@@ -182,54 +183,121 @@ def test_pieces_count_from_sixteen_pixels(own: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ faults
 
+
 def save_copy(source: Path, target: Path, change: Callable[[Image.Image], Image.Image], **options: Any) -> None:
     change(Image.open(source).convert("RGB")).save(target, **options)
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "same file, two splits": (lambda own: shutil.copy(image_of(own, "train"), own / "images/val/z.png"), "error",
-                              r"val/z\.png: same file as .*images/train/.*; one is in train, the other in val: remove"),
-    "same file, one split": (lambda own: shutil.copy(image_of(own, "train"), own / "images/train/z.png"), "warning",
-                             r"train/z\.png: same file as .*; twice in the same split it weighs double"),
-    "same pixels": (lambda own: save_copy(image_of(own, "train"), own / "images/test/z.bmp", lambda image: image),
-                    "error", r"z\.bmp: same pixels as .*one is in train, the other in test"),
-    "near-duplicate": (lambda own: save_copy(image_of(own, "train"), own / "images/test/z.jpg", COPIES["turned"]),
-                       "warning", r"z\.jpg: nearly the same picture \(correlation (0\.9|1\.0)\d\) as .*look at both"),
-    "ISIC number, near": (lambda own: (
-        image_of(own, "train").rename(own / "images/train/ISIC_0000001.png"),
-        save_copy(own / "images/train/ISIC_0000001.png", own / "images/test/isic_0000001_b.jpg", COPIES["brighter"])),
-        "error", r"isic_0000001_b\.jpg: nearly the same picture .*remove one, or results would be flattered"),
-    "ISIC number": (lambda own: (image_of(own, "train").rename(own / "images/train/ISIC_0000001.png"),
-                                 image_of(own, "test").rename(own / "images/test/ISIC_0000001_downsampled.png")),
-                    "error", r"same ISIC number as .*ISIC_0000001.*: the same lesion, so results would be flattered"),
-    "id in two splits": (lambda own: image_of(own, "test").rename(
-        own / "images/test" / image_of(own, "train").name), "error", "same id as .*: rename one, as boxes are found"),
-    "same stem": (lambda own: save_copy(image_of(own, "test"), image_of(own, "train").with_suffix(".JPG"),
-                                        lambda image: image, format="JPEG"), "error", "same name as .*rename one"),
-    "truncated": (lambda own: image_of(own, "val").write_bytes(image_of(own, "val").read_bytes()[:-400]), "error",
-                  "images/val/.*: image is truncated"),
+    "same file, two splits": (
+        lambda own: shutil.copy(image_of(own, "train"), own / "images/val/z.png"),
+        "error",
+        r"val/z\.png: same file as .*images/train/.*; one is in train, the other in val: remove",
+    ),
+    "same file, one split": (
+        lambda own: shutil.copy(image_of(own, "train"), own / "images/train/z.png"),
+        "warning",
+        r"train/z\.png: same file as .*; twice in the same split it weighs double",
+    ),
+    "same pixels": (
+        lambda own: save_copy(image_of(own, "train"), own / "images/test/z.bmp", lambda image: image),
+        "error",
+        r"z\.bmp: same pixels as .*one is in train, the other in test",
+    ),
+    "near-duplicate": (
+        lambda own: save_copy(image_of(own, "train"), own / "images/test/z.jpg", COPIES["turned"]),
+        "warning",
+        r"z\.jpg: nearly the same picture \(correlation (0\.9|1\.0)\d\) as .*look at both",
+    ),
+    "ISIC number, near": (
+        lambda own: (
+            image_of(own, "train").rename(own / "images/train/ISIC_0000001.png"),
+            save_copy(
+                own / "images/train/ISIC_0000001.png", own / "images/test/isic_0000001_b.jpg", COPIES["brighter"]
+            ),
+        ),
+        "error",
+        r"isic_0000001_b\.jpg: nearly the same picture .*remove one, or results would be flattered",
+    ),
+    "ISIC number": (
+        lambda own: (
+            image_of(own, "train").rename(own / "images/train/ISIC_0000001.png"),
+            image_of(own, "test").rename(own / "images/test/ISIC_0000001_downsampled.png"),
+        ),
+        "error",
+        r"same ISIC number as .*ISIC_0000001.*: the same lesion, so results would be flattered",
+    ),
+    "id in two splits": (
+        lambda own: image_of(own, "test").rename(own / "images/test" / image_of(own, "train").name),
+        "error",
+        "same id as .*: rename one, as boxes are found",
+    ),
+    "same stem": (
+        lambda own: save_copy(
+            image_of(own, "test"), image_of(own, "train").with_suffix(".JPG"), lambda image: image, format="JPEG"
+        ),
+        "error",
+        "same name as .*rename one",
+    ),
+    "truncated": (
+        lambda own: image_of(own, "val").write_bytes(image_of(own, "val").read_bytes()[:-400]),
+        "error",
+        "images/val/.*: image is truncated",
+    ),
     "no image": (lambda own: image_of(own, "val").write_text("<html>"), "error", "not an image; .*HTML"),
-    "mask of three values": (lambda own: Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) % 3).resize(
-        image_size(image_of(own, "val")), 0).save(mask_of(own, "val")), "error", r"3 grey levels \(0, 1, 2\)"),
+    "mask of three values": (
+        lambda own: (
+            Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) % 3)
+            .resize(image_size(image_of(own, "val")), 0)
+            .save(mask_of(own, "val"))
+        ),
+        "error",
+        r"3 grey levels \(0, 1, 2\)",
+    ),
     "mask size": (lambda own: Image.new("L", (9, 9), 255).save(mask_of(own, "val")), "error", "mask is 9x9 px; expec"),
-    "mask empty": (lambda own: Image.new("L", image_size(image_of(own, "val"))).save(mask_of(own, "val")), "error",
-                   "masks/val/.*: mask is empty"),
-    "mask full": (lambda own: Image.new("L", image_size(image_of(own, "val")), 255).save(mask_of(own, "val")),
-                  "warning", r"the lesion covers 100\.00% of the image"),
+    "mask empty": (
+        lambda own: Image.new("L", image_size(image_of(own, "val"))).save(mask_of(own, "val")),
+        "error",
+        "masks/val/.*: mask is empty",
+    ),
+    "mask full": (
+        lambda own: Image.new("L", image_size(image_of(own, "val")), 255).save(mask_of(own, "val")),
+        "warning",
+        r"the lesion covers 100\.00% of the image",
+    ),
     "mask missing": (lambda own: mask_of(own, "val").unlink(), "warning", "own/masks/val: 1 of 3 images have no mask"),
-    "mask stray": (lambda own: shutil.copy(mask_of(own, "val"), own / "masks/val/stray.png"), "warning",
-                   "stray.png: no image of this name in own/images/val"),
-    "two masks": (lambda own: shutil.copy(mask_of(own, "val"), mask_of(own, "val").with_name(
-        f"{mask_of(own, 'val').stem}_Segmentation.png")), "error", "is a mask of the same image; keep one"),
-    "flat": (lambda own: Image.new("RGB", (80, 80), (90, 60, 50)).save(own / "images/train/z.png"), "warning",
-             "one colour all over"),
-    "thin": (lambda own: Image.effect_noise((500, 90), 50).save(own / "images/train/z.png"), "warning",
-             "500x90 px is very small or very thin"),
-    "superpixels": (lambda own: save_copy(
-        image_of(own, "train"), own / "images/train/z_superpixels.png", COPIES["paler"]), "warning",
-                    "by its name a mask or ISIC's superpixels"),
-    "known overlap": (lambda own: image_of(own, "train").rename(own / "images/train/ISIC_0001184.jpg"), "note",
-                      "ISIC_0001184 is a training and a test image of ISIC 2016"),
+    "mask stray": (
+        lambda own: shutil.copy(mask_of(own, "val"), own / "masks/val/stray.png"),
+        "warning",
+        "stray.png: no image of this name in own/images/val",
+    ),
+    "two masks": (
+        lambda own: shutil.copy(
+            mask_of(own, "val"), mask_of(own, "val").with_name(f"{mask_of(own, 'val').stem}_Segmentation.png")
+        ),
+        "error",
+        "is a mask of the same image; keep one",
+    ),
+    "flat": (
+        lambda own: Image.new("RGB", (80, 80), (90, 60, 50)).save(own / "images/train/z.png"),
+        "warning",
+        "one colour all over",
+    ),
+    "thin": (
+        lambda own: Image.effect_noise((500, 90), 50).save(own / "images/train/z.png"),
+        "warning",
+        "500x90 px is very small or very thin",
+    ),
+    "superpixels": (
+        lambda own: save_copy(image_of(own, "train"), own / "images/train/z_superpixels.png", COPIES["paler"]),
+        "warning",
+        "by its name a mask or ISIC's superpixels",
+    ),
+    "known overlap": (
+        lambda own: image_of(own, "train").rename(own / "images/train/ISIC_0001184.jpg"),
+        "note",
+        "ISIC_0001184 is a training and a test image of ISIC 2016",
+    ),
     "other files": (lambda own: (own / "images/train/notes.txt").write_text("x"), "note", "1 files are not images"),
 }
 
@@ -289,9 +357,14 @@ def boxes_of(own: Path) -> dict[str, list[float]]:
         ys, xs = np.nonzero(look)
         x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
         grow = np.array([x1 - x0, y1 - y0]) * 0.1
-        big = [max(0, x0 - grow[0]), max(0, y0 - grow[1]), min(look.shape[1], x1 + grow[0]),
-               min(look.shape[0], y1 + grow[1])]
+        big = [
+            max(0, x0 - grow[0]),
+            max(0, y0 - grow[1]),
+            min(look.shape[1], x1 + grow[0]),
+            min(look.shape[0], y1 + grow[1]),
+        ]
         from scipy.ndimage import distance_transform_edt
+
         depth = distance_transform_edt(np.pad(look, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(int(depth.argmax()), depth.shape)
         reach = max(0.5, depth.max() / 2)
@@ -319,15 +392,23 @@ def test_faulty_boxes_are_all_told(own: Path) -> None:
     big, small = rows[names[0]][:4], rows[names[0]][4:]
     middle = (small[0] + small[2]) / 2
     rows[names[0]] = [middle - 2, big[1], *big[2:], middle, *small[1:]]  # cuts off the left part
-    rows[names[1]] = [*rows[names[1]][:4], *(rows[names[1]][k] + 0.5 for k in (0, 1)),
-                      *(rows[names[1]][k] + 5 for k in (0, 1))]  # a core in the corner
+    rows[names[1]] = [
+        *rows[names[1]][:4],
+        *(rows[names[1]][k] + 0.5 for k in (0, 1)),
+        *(rows[names[1]][k] + 5 for k in (0, 1)),
+    ]  # a core in the corner
     rows[names[2]] = [5000, 1, 5010, 9, 5002, 2, 5004, 4]
     rows["nobody"] = rows.pop(names[3])
     report = check(find_items(own), boxes=write_rows(rows))
     errors, warnings = texts(report, "error"), texts(report, "warning")
-    assert [bool(re.search(pattern, text)) for pattern, text in zip(
-        [r"line 4, big_x1: 5010 lies outside", r"line 13, image_id: 'nobody' is not among the 12"], errors,
-        strict=True)] == [True, True]
+    assert [
+        bool(re.search(pattern, text))
+        for pattern, text in zip(
+            [r"line 4, big_x1: 5010 lies outside", r"line 13, image_id: 'nobody' is not among the 12"],
+            errors,
+            strict=True,
+        )
+    ] == [True, True]
     assert re.search(rf"{names[0]}': \d+% of the lesion in the mask lies outside the big box", "\n".join(warnings))
     assert re.search(rf"{names[1]}': \d+% of the small box is not lesion", "\n".join(warnings))
     assert texts(report, "note")[0] == "boxes.csv: 2 of 12 images have no row"
@@ -340,6 +421,7 @@ def test_a_table_that_is_none(own: Path) -> None:
 
 
 # -------------------------------------------------------------------------------- COCO files and what params.yaml names
+
 
 def coco_file(own: Path, split: str, **changes: Any) -> Path:
     path = image_of(own, split)
@@ -372,8 +454,11 @@ def test_coco_file_with_every_faulty_object(own: Path) -> None:
 
 def test_coco_file_with_faulty_images(own: Path) -> None:
     name = image_of(own, "train").name
-    entries = [{"id": 1, "file_name": name, "width": 7, "height": 9}, {"id": 2, "file_name": "q.png"},
-               {"id": 3, "file_name": "/etc/passwd"}]
+    entries = [
+        {"id": 1, "file_name": name, "width": 7, "height": 9},
+        {"id": 2, "file_name": "q.png"},
+        {"id": 3, "file_name": "/etc/passwd"},
+    ]
     report = check(find_items(coco_file(own, "train", images=entries, annotations=[]), images=own / "images/train"))
     errors = "\n".join(texts(report, "error"))
     assert re.search(r"train\.json says 7x9 px, the file has", errors)
@@ -400,9 +485,15 @@ def test_what_parameters_name(own: Path) -> None:
         find_items(Path("params.yaml"))
 
 
-@pytest.mark.parametrize(("target", "message"), [
-    ("nothing", "nothing: no such file or folder; expected a folder of images, a COCO JSON or params.yaml"),
-    ("empty", "empty: no images in it"), ("boxes.csv", "boxes.csv"), ("x.json", r"x\.json: no such file")])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("nothing", "nothing: no such file or folder; expected a folder of images, a COCO JSON or params.yaml"),
+        ("empty", "empty: no images in it"),
+        ("boxes.csv", "boxes.csv"),
+        ("x.json", r"x\.json: no such file"),
+    ],
+)
 def test_nothing_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
@@ -415,6 +506,7 @@ def test_nothing_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tar
 
 
 # ---------------------------------------------------------------------------------------------------- page and command
+
 
 class Links(HTMLParser):
     """Every address that a page would fetch, and its pictures."""

@@ -29,15 +29,20 @@ def kinds() -> dict[str, tuple[torch.Tensor, Prompts]]:
         "box": (torch.tensor([2]), Prompts(boxes=boxes(1, 2))),
         "boxes in another order": (torch.tensor([2, 0, 0]), Prompts(boxes=boxes(3, 2))),
         "no prompt": (torch.tensor([1, 2]), Prompts()),
-        "box and points": (torch.tensor([1, 0, 0]),
-                           Prompts(SIDE * random(3, 2, 2, seed=3), torch.ones(3, 2).long(), boxes(3, 4))),
-        "box and mask": (torch.tensor([0, 1]),
-                         Prompts(boxes=boxes(2, 6), masks=random(2, 1, 4 * CELLS, 4 * CELLS, seed=7) - 0.5)),
+        "box and points": (
+            torch.tensor([1, 0, 0]),
+            Prompts(SIDE * random(3, 2, 2, seed=3), torch.ones(3, 2).long(), boxes(3, 4)),
+        ),
+        "box and mask": (
+            torch.tensor([0, 1]),
+            Prompts(boxes=boxes(2, 6), masks=random(2, 1, 4 * CELLS, 4 * CELLS, seed=7) - 0.5),
+        ),
     }
 
 
-def one_by_one(sam: Sam, features: torch.Tensor, rows: torch.Tensor, prompts: Prompts
-               ) -> tuple[torch.Tensor, torch.Tensor]:
+def one_by_one(
+    sam: Sam, features: torch.Tensor, rows: torch.Tensor, prompts: Prompts
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All four tokens of segment_anything's decoder for each row."""
     masks, qualities = [], []
     for k, row in enumerate(rows.tolist()):
@@ -45,8 +50,11 @@ def one_by_one(sam: Sam, features: torch.Tensor, rows: torch.Tensor, prompts: Pr
         points = None if one.points is None or one.labels is None else (one.points, one.labels)
         sparse, dense = sam.prompt_encoder(points=points, boxes=one.boxes, masks=one.masks)
         mask, quality = sam.mask_decoder.predict_masks(
-            image_embeddings=features[row : row + 1], image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense)
+            image_embeddings=features[row : row + 1],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+        )
         masks.append(mask)
         qualities.append(quality)
     return torch.cat(masks), torch.cat(qualities)
@@ -59,9 +67,16 @@ def gradients(sam: Sam, features: torch.Tensor, logits: torch.Tensor, quality: t
     return list(found)
 
 
-MIXTURES = [["points"], ["box"], ["boxes in another order"], ["points", "box and points"],
-            ["points", "box", "box and points"], ["box", "box and mask", "points"], ["no prompt"],
-            ["box", "no prompt", "box and mask"]]
+MIXTURES = [
+    ["points"],
+    ["box"],
+    ["boxes in another order"],
+    ["points", "box and points"],
+    ["points", "box", "box and points"],
+    ["box", "box and mask", "points"],
+    ["no prompt"],
+    ["box", "no prompt", "box and mask"],
+]
 
 
 @pytest.mark.parametrize("chosen", MIXTURES, ids="+".join)

@@ -88,8 +88,10 @@ def test_factors_fill_the_range_and_large_lesions_limit_the_enlargement() -> Non
     data = tiny_data(1)
     before = data.batch([0])
     sizes = [data.batch([0], None, replace(OFF, scale=0.4), (seed,)) for seed in range(80)]
-    ratios = [float((b.big_boxes[0, 2] - b.big_boxes[0, 0]) / (before.big_boxes[0, 2] - before.big_boxes[0, 0]))
-              for b in sizes]
+    ratios = [
+        float((b.big_boxes[0, 2] - b.big_boxes[0, 0]) / (before.big_boxes[0, 2] - before.big_boxes[0, 0]))
+        for b in sizes
+    ]
     width = float(before.big_boxes[0, 2] - before.big_boxes[0, 0])
     assert min(ratios) < 0.68
     assert 1.2 < max(ratios) <= min(1.4, SIDE / width) + 0.05

@@ -73,13 +73,19 @@ def test_a_finished_project_is_summed_up(tmp_path: Path) -> None:
     (root / "results/summary.json").write_text("{}")
     assert found(root, "data")[0].text == "1 train, 1 dev images, 1 with masks; boxes of 2 lesions"
     assert [finding.text for finding in found(root, "weights")] == [
-        "pretrained: compact from foundation", "adapted: models/adapted/best.safetensors, run abc, evaluated"]
+        "pretrained: compact from foundation",
+        "adapted: models/adapted/best.safetensors, run abc, evaluated",
+    ]
     assert "lesionsam export --all" in next_step(root, examine(root))
 
 
 def test_problems_come_first_and_set_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = project(tmp_path, device="device: auto -> device: cuda:3", epochs="epochs: 15 -> epochs: 1x",
-                   checkpoint="compact.safetensors -> nowhere.safetensors")
+    root = project(
+        tmp_path,
+        device="device: auto -> device: cuda:3",
+        epochs="epochs: 15 -> epochs: 1x",
+        checkpoint="compact.safetensors -> nowhere.safetensors",
+    )
     assert "train.epochs" in found(root, "params")[0].text
     assert found(root, "weights")[0].text == "model.checkpoint: foundation/nowhere.safetensors is not there"
     project(tmp_path, device="device: auto -> device: cuda:3")
@@ -99,7 +105,8 @@ def test_problems_come_first_and_set_the_exit_code(tmp_path: Path, monkeypatch: 
 def test_packages_are_held_against_the_lock(tmp_path: Path) -> None:
     text = (
         "numpy==2.4.6 \\\n    --hash=sha256:0\ntorch==0.0.1 ; sys_platform != 'none' \\\n    --hash=sha256:0\n"
-        "Not.A_package==1.0\nonly-elsewhere==3 ; sys_platform == 'none'\n# comment\nbad line ===\n")
+        "Not.A_package==1.0\nonly-elsewhere==3 ; sys_platform == 'none'\n# comment\nbad line ===\n"
+    )
     assert pinned(text) == {"numpy": "2.4.6", "torch": "0.0.1", "not-a-package": "1.0"}
     (tmp_path / "requirements.lock").write_text(text)
     (finding,) = found(tmp_path, "packages")
@@ -163,7 +170,6 @@ def test_dvc_says_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
     (tmp_path / "dvc.yaml").write_text("stages:\n  one:\n    cmd: 'true'\n    deps: [a]\n    outs: [b]\n")
     (tmp_path / "a").write_text("1")
-    assert found(tmp_path, "dvc") == [
-        Finding("dvc", NOTE, "changed since they ran, or never run: one", "dvc repro")]
+    assert found(tmp_path, "dvc") == [Finding("dvc", NOTE, "changed since they ran, or never run: one", "dvc repro")]
     (tmp_path / "dvc.yaml").write_text("stages: [\n")
     assert found(tmp_path, "dvc")[0].state == PROBLEM

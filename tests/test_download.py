@@ -234,8 +234,10 @@ fetch(Remote("a.zip", (url,), int(size), sha256), Path(folder), backoff=0.01)
 
 def start(site: Site, folder: Path) -> subprocess.Popen[bytes]:
     source = str(Path(__file__).parent.parent / "src")
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, f"{site.url}/a.zip", str(folder), str(len(DATA)), SHA256],
-                            env={**os.environ, "PYTHONPATH": source})
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, f"{site.url}/a.zip", str(folder), str(len(DATA)), SHA256],
+        env={**os.environ, "PYTHONPATH": source},
+    )
 
 
 def test_killed_at_several_places_and_then_completed(site: Site, tmp_path: Path) -> None:

@@ -38,12 +38,14 @@ from lesionsam.types import Sample
 
 SIDE = 32
 NAMES = [f"im{k:02d}" for k in range(46)]
-SMALL = CompactArchitecture(image_size=SIDE, patch_size=8, width=16, depth=1, num_heads=2, prompt_width=16,
-                            decoder_mlp=16)
+SMALL = CompactArchitecture(
+    image_size=SIDE, patch_size=8, width=16, depth=1, num_heads=2, prompt_width=16, decoder_mlp=16
+)
 BIG, CORE = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
 
 
 # ------------------------------------------------------------------------------------------------------ calibration
+
 
 def reviews(*outcomes: bool) -> list[Reviewed]:
     return [Reviewed(f"{k:03d}", k / 100, "accepted" if each else "corrected") for k, each in enumerate(outcomes)]
@@ -77,15 +79,22 @@ def test_what_is_accepted_unseen_is_as_good_as_asked_for() -> None:
     assert wrong <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
 
-@pytest.mark.parametrize(("share", "calm", "left", "expected"), [
-    (None, 0, 100, "drawing"), (0.2, 0, 100, "assisted"), (0.5, 49, 100, "semi-automatic"), (0.9, 50, 100, "automatic"),
-    (0.9, 0, 0, "semi-automatic"),
-])
+@pytest.mark.parametrize(
+    ("share", "calm", "left", "expected"),
+    [
+        (None, 0, 100, "drawing"),
+        (0.2, 0, 100, "assisted"),
+        (0.5, 49, 100, "semi-automatic"),
+        (0.9, 50, 100, "automatic"),
+        (0.9, 0, 0, "semi-automatic"),
+    ],
+)
 def test_stages(share: float | None, calm: int, left: int, expected: str) -> None:
     assert stage_of(share, calm, left) == expected
 
 
 # ------------------------------------------------------------------------------------------------------ rounds
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -97,9 +106,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(root: Path, weights: Path) -> Config:
-    return with_values(load_config(root / "params.yaml", check_files=False), {
-        "model.checkpoint": str(weights), "train.epochs": 1, "train.batch_size": 8, "method.pos_samples": 8,
-        "method.neg_samples": 8})
+    return with_values(
+        load_config(root / "params.yaml", check_files=False),
+        {
+            "model.checkpoint": str(weights),
+            "train.epochs": 1,
+            "train.batch_size": 8,
+            "method.pos_samples": 8,
+            "method.neg_samples": 8,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +133,9 @@ def place(images: Path, tmp_path: Path, weights: Path) -> Place:
 def draw(place: Place, names: list[str]) -> None:
     store = Store(place.table_path, place.catalogue)
     for name in names:
-        store.save(name, Change(0, "ann", f"draw-{name}", lesions=(Lesion("0", BIG, CORE),), seconds={"0": 12.0}),
-                   (320, 240))
+        store.save(
+            name, Change(0, "ann", f"draw-{name}", lesions=(Lesion("0", BIG, CORE),), seconds={"0": 12.0}), (320, 240)
+        )
 
 
 def accept(place: Place, name: str, label: str, narrower: float = 0.0) -> None:
@@ -145,8 +162,9 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     assert {path.name for path in (place.out / "round-01").iterdir()} == {"model.safetensors", "model.key"}
     assert read_weights(place.out / "round-01" / "model.safetensors")[1][TRAINED_WITH] == trained_prompts(config)
 
-    by_doubt = sorted(NAMES[8:], key=lambda name: engine.doubt(lesion, [])[0] if (
-        lesion := proposals.found[name].lesion) else 9)
+    by_doubt = sorted(
+        NAMES[8:], key=lambda name: engine.doubt(lesion, [])[0] if (lesion := proposals.found[name].lesion) else 9
+    )
     calm, rest = by_doubt[:4], by_doubt[4:]
     accept(place, rest[0], first.model, narrower=1.0)
     for name in rest[1:]:
@@ -166,11 +184,15 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     assert second.seconds == 8 * 12 + 34 * 2  # the engine's own acceptance costs nobody anything
     with place.table_path.open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 46 - second.num_left
-    automatic = [state for state in Store(place.table_path, place.catalogue).all_states()
-                 if state.lesions and state.lesions[0].source == "automatic"]
+    automatic = [
+        state
+        for state in Store(place.table_path, place.catalogue).all_states()
+        if state.lesions and state.lesions[0].source == "automatic"
+    ]
     assert {state.image_id for state in automatic} <= set(calm)
-    assert all((each.lesions[0].model, each.changed_by) == (first.model.partition("@")[0], "engine")
-               for each in automatic)
+    assert all(
+        (each.lesions[0].model, each.changed_by) == (first.model.partition("@")[0], "engine") for each in automatic
+    )
     coco = json.loads((place.table_path.parent / "boxes.masks" / "coco.json").read_text())
     sources = [each["attributes"]["source"] for each in coco["annotations"] if each["category_id"] == 3]
     assert sources.count("automatic") <= second.num_automatic
@@ -201,8 +223,12 @@ def test_what_became_of_a_proposal(place: Place) -> None:
     proposals.add(Found(NAMES[9], (0, 0), (320, 240), lesion))
     moved = (81.0, *BIG[1:])
     kept = Lesion("0", BIG, CORE, proposed=(BIG, CORE))
-    made = {NAMES[0]: (kept,), NAMES[1]: (kept, Lesion("1", BIG, CORE)),
-            NAMES[2]: (Lesion("0", moved, CORE, proposed=(BIG, CORE)),), NAMES[3]: (Lesion("0", moved, CORE),)}
+    made = {
+        NAMES[0]: (kept,),
+        NAMES[1]: (kept, Lesion("1", BIG, CORE)),
+        NAMES[2]: (Lesion("0", moved, CORE, proposed=(BIG, CORE)),),
+        NAMES[3]: (Lesion("0", moved, CORE),),
+    }
     old = Store(place.table_path, place.catalogue, now=lambda: "2026-01-01T00:00:00.000Z")
     old.save(NAMES[4], Change(0, "ann", "old", lesions=(kept,), shown="m@0.5"), (320, 240))
     store = Store(place.table_path, place.catalogue, now=lambda: "2026-01-03T00:00:00.000Z")
@@ -216,7 +242,12 @@ def test_what_became_of_a_proposal(place: Place) -> None:
     store.save(NAMES[0], Change(1, "ann", "looked", lesions=made[NAMES[0]]), (320, 240))  # nor later; it was before
     found = reviewed_since(store.all_states(), proposals, [], "2026-01-02T00:00:00.000Z")
     assert {each.image_id: each.outcome for each in found} == {
-        NAMES[0]: "accepted", NAMES[1]: "corrected", NAMES[2]: "corrected", NAMES[3]: "rejected", NAMES[5]: "rejected"}
+        NAMES[0]: "accepted",
+        NAMES[1]: "corrected",
+        NAMES[2]: "corrected",
+        NAMES[3]: "rejected",
+        NAMES[5]: "rejected",
+    }
 
 
 def test_only_what_was_seen_is_an_answer(place: Place) -> None:
@@ -228,8 +259,11 @@ def test_only_what_was_seen_is_an_answer(place: Place) -> None:
     store = Store(place.table_path, place.catalogue)
     other = (70.0, 50.0, 250.0, 190.0)
     for name, big in ((NAMES[0], BIG), (NAMES[1], other)):
-        store.save(name, Change(0, "ann", name, lesions=(Lesion("0", big, CORE, proposed=(big, CORE)),),
-                                shown="m@0.5"), (320, 240))
+        store.save(
+            name,
+            Change(0, "ann", name, lesions=(Lesion("0", big, CORE, proposed=(big, CORE)),), shown="m@0.5"),
+            (320, 240),
+        )
     with place.table_path.open("a") as file:
         file.write(f"{NAMES[2]},0,320,240,50,50,200,180,90,90,150,140\n")
     store.refresh()
@@ -268,8 +302,9 @@ def test_what_a_round_refuses(place: Place, images: Path, config: Config, tmp_pa
     assert not list(place.out.glob("round-*"))
 
 
-def test_an_image_that_cannot_be_read_is_said_and_left(images: Path, weights: Path, config: Config, tmp_path: Path,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_that_cannot_be_read_is_said_and_left(
+    images: Path, weights: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "images").mkdir()
     for name in NAMES[:2]:
         shutil.copy(images / f"{name}.png", tmp_path / "images")
@@ -283,12 +318,22 @@ def test_an_image_that_cannot_be_read_is_said_and_left(images: Path, weights: Pa
     assert set(Proposals(proposals_path(place.table_path), found.model).found) == set(NAMES[:2])
 
 
-def test_the_command_says_what_comes_next(place: Place, images: Path, weights: Path, root: Path, tmp_path: Path,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_comes_next(
+    place: Place, images: Path, weights: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw(place, NAMES[:8])
     some = [str(images / f"{name}.png") for name in NAMES[:10]]
-    run(some, boxes=place.table_path, out=tmp_path / "out", params=root / "params.yaml", start=str(weights),
-        training=False, auto=False, share=0.9, test=None)
+    run(
+        some,
+        boxes=place.table_path,
+        out=tmp_path / "out",
+        params=root / "params.yaml",
+        start=str(weights),
+        training=False,
+        auto=False,
+        share=0.9,
+        test=None,
+    )
     said = capsys.readouterr().out
     assert "2 images are left to do." in said
     assert f"--boxes {place.table_path} --model {weights}" in said
@@ -305,13 +350,17 @@ def test_what_a_round_means_in_sentences() -> None:
     assert news([first]) == ["40 images are left to do."]
     assert news([first, replace(first, number=2)])[0].startswith("No proposal of the round before has been reviewed")
     calm = replace(judged, threshold=0.3, stage="semi-automatic")
-    assert news([first, calm])[:2] == ["Stage reached: semi-automatic.",
-                                       "75 % of 40 reviewed proposals were accepted unchanged."]
+    assert news([first, calm])[:2] == [
+        "Stage reached: semi-automatic.",
+        "75 % of 40 reviewed proposals were accepted unchanged.",
+    ]
     assert "could have been accepted unseen; a round with --auto" in news([first, calm])[2]
     assert news([first, replace(calm, auto=True)])[2] == (
-        "None of the others had a doubt up to 0.30, so none was accepted unseen.")
+        "None of the others had a doubt up to 0.30, so none was accepted unseen."
+    )
     assert news([first, calm, replace(calm, number=3, num_automatic=7)])[1] == (
-        "7 more of a doubt up to 0.30 were accepted unseen.")  # no stage is new
+        "7 more of a doubt up to 0.30 were accepted unseen."
+    )  # no stage is new
     assert news([first, judged])[1].startswith("Too few calm ones were reviewed")
 
 
@@ -328,6 +377,7 @@ def test_the_table_of_the_page_is_what_dvc_watches(root: Path, tmp_path: Path) -
 
 # ------------------------------------------------------------------------------------------------------ the trial
 
+
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     """32 and 4 drawn pairs."""
@@ -338,7 +388,8 @@ def pairs(tmp_path: Path) -> Path:
             x, y = np.meshgrid(np.arange(320), np.arange(240))
             inside = ((x / 320 - 0.5 - 0.02 * (k % 5)) / 0.2) ** 2 + ((y / 240 - 0.5) / 0.22) ** 2 < 1
             Image.fromarray(inside.astype(np.uint8) * 255).save(
-                tmp_path / "pairs" / "masks" / split / f"{name}_segmentation.png")
+                tmp_path / "pairs" / "masks" / split / f"{name}_segmentation.png"
+            )
     return tmp_path / "pairs"
 
 
@@ -346,8 +397,12 @@ def test_boxes_are_simulated_as_in_the_chain(root: Path) -> None:
     """Figures of the engine can be laid beside those of the evidence: the same boxes on the same images."""
     boxes = YAML(typ="safe").load((root / "params.yaml").read_text(encoding="utf-8"))["boxes"]
     assert boxes["seed"] == engine.SEED
-    chain = {"margin": (boxes["margin_low"], boxes["margin_high"]), "core": (boxes["core_low"], boxes["core_high"]),
-             "jitter": boxes["jitter"], "min_area": boxes["min_area"]}
+    chain = {
+        "margin": (boxes["margin_low"], boxes["margin_high"]),
+        "core": (boxes["core_low"], boxes["core_high"]),
+        "jitter": boxes["jitter"],
+        "min_area": boxes["min_area"],
+    }
     assert chain == engine.SIMULATED
 
 
@@ -379,15 +434,17 @@ def test_seconds_are_those_stated(pairs: Path, weights: Path, config: Config, tm
     assert all(state.all_seconds in cost[state.lesions[0].source] for state in states)
 
 
-def test_the_trial_resumes_and_shows_both_ways(pairs: Path, root: Path, weights: Path, tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_trial_resumes_and_shows_both_ways(
+    pairs: Path, root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     params = tmp_path / "params.yaml"
     params.write_text((root / "params.yaml").read_text().replace("foundation/compact.safetensors", str(weights)))
     out = tmp_path / "out"
 
     def go() -> dict[str, list[dict]]:
-        run_trial(pairs, out=out, params=params, first=16, each=6, rounds=2, auto_from=2, share=0.8, steps=1,
-                  precision="fp32")
+        run_trial(
+            pairs, out=out, params=params, first=16, each=6, rounds=2, auto_from=2, share=0.8, steps=1, precision="fp32"
+        )
         return {name: [vars(each) | {"at": ""} for each in read_rounds(out / name)] for name in ("engine", "drawn")}
 
     found = go()
@@ -396,8 +453,11 @@ def test_the_trial_resumes_and_shows_both_ways(pairs: Path, root: Path, weights:
     assert sum(engine_rounds[1]["outcomes"].values()) == 6
     assert set(engine_rounds[1]["quality"]) == {"ring", "centre", "box", "objective"}
     seconds = engine_rounds[-1]["seconds"]
-    assert [each["seconds"] for each in drawn_rounds] == [round(seconds / 2 / DRAW) * DRAW,
-                                                          round(seconds / DRAW) * DRAW, 32 * DRAW]
+    assert [each["seconds"] for each in drawn_rounds] == [
+        round(seconds / 2 / DRAW) * DRAW,
+        round(seconds / DRAW) * DRAW,
+        32 * DRAW,
+    ]
     assert "drawing alone: 0 min" in capsys.readouterr().out
     assert (out / "curve.png").stat().st_size > 1000
     for name in found:

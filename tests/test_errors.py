@@ -42,22 +42,26 @@ def interrupted() -> None:
         (fails_with(Interrupted(signal.SIGTERM)), 143, "interrupted"),
         (lambda: np.zeros(2**60, np.uint8), 2, "error: out of memory; .* lower train.batch_size"),
         (lambda: torch.zeros(2**60, dtype=torch.uint8), 2, r"error: out of memory \(.*allocate memory.* lower train"),
-        (fails_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")), 2,
-         r"error: out of memory \(CUDA .* GPU 0 has\); end other programs, or lower .* evaluate.batch_size"),
+        (
+            fails_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore")),
+            2,
+            r"error: out of memory \(CUDA .* GPU 0 has\); end other programs, or lower .* evaluate.batch_size",
+        ),
         *(
             (fails_with(OSError(number, os.strerror(number), "there")), 2, f"cannot write there: {words}.*free space")
             for number, words in (
-                (errno.ENOSPC, "No space left on device"), (errno.EDQUOT, "Disk quota exceeded"),
-                (errno.EROFS, "Read-only file system"), (errno.EACCES, "Permission denied"),
-                (errno.EFBIG, "File too large"), (errno.EIO, "Input/output error"),
+                (errno.ENOSPC, "No space left on device"),
+                (errno.EDQUOT, "Disk quota exceeded"),
+                (errno.EROFS, "Read-only file system"),
+                (errno.EACCES, "Permission denied"),
+                (errno.EFBIG, "File too large"),
+                (errno.EIO, "Input/output error"),
             )
         ),
         (fails_with(OSError(errno.ENOTDIR, "Not a directory", "a/b")), 2, "error: a/b: Not a directory; expected the"),
     ],
 )
-def test_one_line(
-    main: Callable[[], object], status: int, says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line(main: Callable[[], object], status: int, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_guarded(main)
     assert ended.value.code == status

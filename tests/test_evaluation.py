@@ -90,8 +90,14 @@ def sam() -> Sam:
 
 
 def evaluated(sam: Sam, samples: list[Sample], **changes: object) -> Evaluation:
-    settings = {"prompts": PROMPTS, "seed": 0, "batch_size": 4, "num_points": 10, "jitter": (0.0, 0.2),
-                "look": look_at_boxes} | changes
+    settings = {
+        "prompts": PROMPTS,
+        "seed": 0,
+        "batch_size": 4,
+        "num_points": 10,
+        "jitter": (0.0, 0.2),
+        "look": look_at_boxes,
+    } | changes
     return evaluate_model(sam, samples, load_image, load_mask, **settings)  # pyright: ignore[reportArgumentType]
 
 
@@ -149,7 +155,8 @@ def test_the_box_from_nearer_is_what_predict_gives_and_no_other_figure_moves(sam
     for sample in samples:
         (one,) = predictor.predict(load_image(sample), boxes=sample.big_box, nearer=True)
         assert rows.loc[(sample.image_id, sample.lesion_id), "iou"] == pytest.approx(
-            metrics.iou(one.mask, true_mask(sample)), abs=2e-3)
+            metrics.iou(one.mask, true_mask(sample)), abs=2e-3
+        )
     without = evaluated(sam, samples, prompts=[each for each in PROMPTS if each != "nearer"])
     others = evaluation.rows[evaluation.rows["prompt"] != "nearer"].reset_index(drop=True)
     pd.testing.assert_frame_equal(without.rows, others)
@@ -427,13 +434,21 @@ def test_pictures_show_best_median_and_worst_each_once(sam, samples, evaluation,
 
 def test_disputed_are_lesions_on_which_all_answers_agree_and_none_the_mask():
     columns = ["prompt", "image_id", "lesion_id", "consistency", "iou"]
-    rows = pd.DataFrame([
-        ("box", "wide", "0", 0.95, 0.40), ("ring", "wide", "0", 0.95, 0.50), ("tight", "wide", "0", 0.95, 0.90),
-        ("box", "near", "0", 0.90, 0.85), ("ring", "near", "0", 0.90, 0.30),  # one prompt reaches the mask
-        ("box", "narrow", "1", 0.90, 0.70), ("ring", "narrow", "1", 0.90, 0.60),
-        ("box", "unsure", "0", 0.60, 0.10), ("ring", "unsure", "0", 0.60, 0.20),
-        ("box", "no mask", "0", 0.95, np.nan),
-    ], columns=columns)
+    rows = pd.DataFrame(
+        [
+            ("box", "wide", "0", 0.95, 0.40),
+            ("ring", "wide", "0", 0.95, 0.50),
+            ("tight", "wide", "0", 0.95, 0.90),
+            ("box", "near", "0", 0.90, 0.85),
+            ("ring", "near", "0", 0.90, 0.30),  # one prompt reaches the mask
+            ("box", "narrow", "1", 0.90, 0.70),
+            ("ring", "narrow", "1", 0.90, 0.60),
+            ("box", "unsure", "0", 0.60, 0.10),
+            ("ring", "unsure", "0", 0.60, 0.20),
+            ("box", "no mask", "0", 0.95, np.nan),
+        ],
+        columns=columns,
+    )
     found = disputed(rows, 5)
     assert found["image_id"].tolist() == ["wide", "narrow"]
     assert found[["consistency", "iou"]].to_numpy().tolist() == [[0.95, 0.50], [0.90, 0.70]]

@@ -33,10 +33,18 @@ def test_every_row_of_every_set_is_a_valid_configuration_with_a_file_of_its_own(
 
 def test_the_strategies_train_what_they_say() -> None:
     found = {row.name: configured(BASE, row, 0) for row in SETS["strategies"].rows(BASE)}
-    encoders = {name.removeprefix("supervised, "): config.model.encoder for name, config in found.items()
-                if name.startswith("supervised")}
-    assert encoders == {"decoder": "none", "last 2 blocks": "blocks", "adapters": "adapter", "LoRA": "lora",
-                        "tuned": "blocks"}
+    encoders = {
+        name.removeprefix("supervised, "): config.model.encoder
+        for name, config in found.items()
+        if name.startswith("supervised")
+    }
+    assert encoders == {
+        "decoder": "none",
+        "last 2 blocks": "blocks",
+        "adapters": "adapter",
+        "LoRA": "lora",
+        "tuned": "blocks",
+    }
     assert getattr(found["supervised, last 2 blocks"].model, "unfreeze_last_k", None) == 2
 
 
@@ -67,10 +75,22 @@ def figures(scores: dict[str, float], prompts: tuple[str, ...] = ("ring", "centr
     """Long format as `evidence.read_units` gives it: 12 images, two seeds, every prompt."""
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, 12)
-    table = pd.DataFrame([
-        {"model": model, "run": str(run), "prompt": prompt, "image_id": f"i{k}", "lesion_id": "0",
-         "iou": score + noise[k] + 0.001 * run}
-        for model, score in scores.items() for run in range(2) for prompt in prompts for k in range(12)])
+    table = pd.DataFrame(
+        [
+            {
+                "model": model,
+                "run": str(run),
+                "prompt": prompt,
+                "image_id": f"i{k}",
+                "lesion_id": "0",
+                "iou": score + noise[k] + 0.001 * run,
+            }
+            for model, score in scores.items()
+            for run in range(2)
+            for prompt in prompts
+            for k in range(12)
+        ]
+    )
     return table.assign(**dict.fromkeys((*METRICS[1:], *LABEL_FREE), 0.5))
 
 

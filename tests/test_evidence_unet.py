@@ -25,8 +25,10 @@ from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits
 from lesionsam.files import sha256_file
 from lesionsam.types import Sample
 
-BASE = with_values(validate(default_values()), {
-    "train.epochs": 1, "train.batch_size": 4, "train.widen": 0.0, "runtime.num_threads": 1, "tracking.enabled": False})
+BASE = with_values(
+    validate(default_values()),
+    {"train.epochs": 1, "train.batch_size": 4, "train.widen": 0.0, "runtime.num_threads": 1, "tracking.enabled": False},
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,13 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("row", [
-    Row("U-Net", {"train.epochs": 2, "train.lr_decoder": 1e-3}, preset="supervised", network=UNET),
-    Row("supervised", preset="supervised"),
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("U-Net", {"train.epochs": 2, "train.lr_decoder": 1e-3}, preset="supervised", network=UNET),
+        Row("supervised", preset="supervised"),
+    ],
+)
 def test_a_unit_trains_selects_and_reads_the_test_split(row: Row, pairs: Path, root: Path, tmp_path: Path) -> None:
     def figures(out: Path) -> pd.DataFrame:
         run_unit(BASE, row, 1, read_index(pairs / "index.csv"), root / BASE.model.checkpoint, out)
@@ -99,14 +104,15 @@ def test_under_a_box_its_mask_is_cut_to_the_box() -> None:
     torch.nn.init.zeros_(network.weight)
     torch.nn.init.ones_(network.bias.data)
     data = tiny_data(3)
-    images = {s.image_id: data.frames.images[k, :s.height, :s.width] for k, s in enumerate(data.samples)}
-    truths = {s.image_id: data.frames.masks[k, :s.height, :s.width] > 0 for k, s in enumerate(data.samples)}
+    images = {s.image_id: data.frames.images[k, : s.height, : s.width] for k, s in enumerate(data.samples)}
+    truths = {s.image_id: data.frames.masks[k, : s.height, : s.width] > 0 for k, s in enumerate(data.samples)}
 
     def image(sample: Sample) -> np.ndarray:
         return images[sample.image_id]
 
-    found = evaluate_unet(network, data.samples, image, lambda s: truths[s.image_id], side=SIDE, batch_size=2,
-                          model="m", run="0").set_index(["image_id", "prompt"])
+    found = evaluate_unet(
+        network, data.samples, image, lambda s: truths[s.image_id], side=SIDE, batch_size=2, model="m", run="0"
+    ).set_index(["image_id", "prompt"])
     for sample in data.samples:
         x0, y0, x1, y1 = sample.big_box
         whole, cut = (found.loc[(sample.image_id, prompt)] for prompt in ("none", "box"))
@@ -124,7 +130,7 @@ def test_images_of_a_batch_are_answered_as_one_by_one() -> None:
     answer = partial(logits_of, network)
     with torch.inference_mode():
         together = answer(batch.images, batch.sizes)
-        single = torch.cat([answer(batch.images[k:k + 1], batch.sizes[k:k + 1]) for k in range(3)])
+        single = torch.cat([answer(batch.images[k : k + 1], batch.sizes[k : k + 1]) for k in range(3)])
     torch.testing.assert_close(together, single, rtol=1e-4, atol=1e-4)
 
 

@@ -83,6 +83,7 @@ def test_other_images_are_refused(tmp_path: Path, inputs: tuple[Path, Path, Path
 
 def test_other_masks_are_refused(tmp_path: Path, inputs: tuple[Path, Path, Path]) -> None:
     """The index has no hash of them, and a user's own boxes do not follow them."""
+
     def with_mask(content: str) -> dict[str, Any]:
         (tmp_path / "mask.png").write_text(content)
         return origin_of(validate(unflatten({}, default_values())), *inputs, [tmp_path / "mask.png"])
@@ -162,8 +163,13 @@ def test_the_code_that_gives_a_result_has_a_digest(tmp_path: Path) -> None:
 
     def digest() -> str:
         script = "from lesionsam.experiment_origin import code_digest; print(code_digest())"
-        return subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                              capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     first = digest()
     for beside in ("cli.py", "tracking_spool.py", "annotation/server.py", "inference_rank.py"):

@@ -36,9 +36,22 @@ from lesionsam.prompts import TRAINED_WITH
 
 # Like ViT-B in all but the numbers: windows that do not fill the grid, and blocks of both kinds.
 VIT_LIKE = {
-    "image_size": 40, "patch_size": 4, "width": 48, "depth": 3, "num_heads": 4, "mlp_dim": 192, "window_size": 4,
-    "global_attn_indexes": [1], "prompt_width": 32, "mask_in_chans": 16, "decoder_depth": 2, "decoder_num_heads": 8,
-    "decoder_mlp": 64, "num_multimask_outputs": 3, "iou_head_depth": 3, "iou_head_hidden_dim": 24,
+    "image_size": 40,
+    "patch_size": 4,
+    "width": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "mlp_dim": 192,
+    "window_size": 4,
+    "global_attn_indexes": [1],
+    "prompt_width": 32,
+    "mask_in_chans": 16,
+    "decoder_depth": 2,
+    "decoder_num_heads": 8,
+    "decoder_mlp": 64,
+    "num_multimask_outputs": 3,
+    "iou_head_depth": 3,
+    "iou_head_hidden_dim": 24,
 }
 
 
@@ -111,7 +124,12 @@ def test_plain_weights_load_into_segment_anything(subject: Subject, form: Format
     assert outcome.check.lowest_iou == 1
     folder = tmp_path / form.name
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "architecture.json", "card.json", "load_sam.py", f"sam.{form.name}"]
+        "README.md",
+        "architecture.json",
+        "card.json",
+        "load_sam.py",
+        f"sam.{form.name}",
+    ]
     assert outcome.num_bytes == sum(path.stat().st_size for path in folder.iterdir())
     assert hidden(tmp_path) == []
     card = json.loads((folder / "card.json").read_text())
@@ -126,8 +144,9 @@ def test_plain_weights_load_into_segment_anything(subject: Subject, form: Format
 
 def test_exported_safetensors_are_asked_without_a_prompt_as_the_weights_were(tmp_path: Path) -> None:
     save_sam(tiny_sam(), tmp_path / "best.safetensors", name="compact", metadata={TRAINED_WITH: "box none"})
-    (outcome,) = export(open_subject(tmp_path / "best.safetensors"), [SAFETENSORS_FORMAT], tmp_path,
-                        pictures=pictures(1))
+    (outcome,) = export(
+        open_subject(tmp_path / "best.safetensors"), [SAFETENSORS_FORMAT], tmp_path, pictures=pictures(1)
+    )
     assert outcome.faults == []
     notes = weights_metadata(tmp_path / "safetensors" / "sam.safetensors")
     assert way(notes) == way(weights_metadata(tmp_path / "best.safetensors")) == DECODER
@@ -160,9 +179,11 @@ def test_published_models_are_known_by_their_numbers(name: str) -> None:
         sam = sam_model_registry[name]()
         again = plain.build(plain.numbers_of(sam))
     assert {key: value.shape for key, value in again.state_dict().items()} == {
-        key: value.shape for key, value in sam.state_dict().items()}
+        key: value.shape for key, value in sam.state_dict().items()
+    }
     assert [block.window_size for block in again.image_encoder.blocks] == [
-        block.window_size for block in sam.image_encoder.blocks]
+        block.window_size for block in sam.image_encoder.blocks
+    ]
     assert registry_name(sam) == name
     with torch.device("meta"):
         assert registry_name(at_size(sam, 512)) is None
@@ -215,8 +236,9 @@ def test_low_rank_updates_are_merged_and_adapters_refused(tmp_path: Path) -> Non
     adapted = tiny_sam()
     attach(adapted, Strategy("adapter", adapter_dim=4))
     save_sam(adapted, tmp_path / "adapted.safetensors", name="compact")
-    outcomes = export(open_subject(tmp_path / "adapted.safetensors"), [PTH_FORMAT], tmp_path / "out",
-                      pictures=pictures(1))
+    outcomes = export(
+        open_subject(tmp_path / "adapted.safetensors"), [PTH_FORMAT], tmp_path / "out", pictures=pictures(1)
+    )
     assert "adapters cannot be merged" in outcomes[0].faults[0]
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -224,10 +246,14 @@ def test_low_rank_updates_are_merged_and_adapters_refused(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------- transformers
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_sam(sharpness=4), vit_like, lambda: at_size(vit_like(), 64)],
-                         ids=["compact", "like ViT-B", "like ViT-B, another side"])
-def test_hugging_face_gives_the_same_logits(make: Callable[[], Sam], tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [lambda: tiny_sam(sharpness=4), vit_like, lambda: at_size(vit_like(), 64)],
+    ids=["compact", "like ViT-B", "like ViT-B, another side"],
+)
+def test_hugging_face_gives_the_same_logits(
+    make: Callable[[], Sam], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = pytest.importorskip("transformers")
     from lesionsam.export_hf import FORMAT
 
@@ -270,8 +296,9 @@ def test_hugging_face_knows_every_key() -> None:
 # ------------------------------------------------------------------------------------------------- onnx
 
 
-def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_takes_any_number_of_images_points_and_prompts(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One export: the check on pictures, then what the check does not ask."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -284,8 +311,10 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tm
     assert f"opset {OPSET}" in (tmp_path / "onnx" / "README.md").read_text()
     found = run_readme(tmp_path / "onnx", monkeypatch)["mask"]
     assert np.array_equal(found, expected_mask(subject, tmp_path / "onnx"))
-    encoder, decoder = (onnxruntime.InferenceSession(str(tmp_path / "onnx" / name), providers=["CPUExecutionProvider"])
-                        for name in (ENCODER, DECODER))
+    encoder, decoder = (
+        onnxruntime.InferenceSession(str(tmp_path / "onnx" / name), providers=["CPUExecutionProvider"])
+        for name in (ENCODER, DECODER)
+    )
     generator = torch.Generator().manual_seed(0)
     graph = EncoderGraph(subject.sam)
     for shape in ((1, 3, SIDE, SIDE), (3, 3, SIDE, 9), (2, 3, 20, SIDE)):
@@ -300,7 +329,8 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tm
             torch.rand(num_prompts, num_points, 2, generator=generator) * SIDE,
             torch.randint(-1, 4, (num_prompts, num_points), generator=generator).float(),
             torch.randn(num_masks, 1, 4 * grid, 4 * grid, generator=generator),
-            torch.tensor([float(has_mask)]), torch.tensor([23 + num_points, 57]),
+            torch.tensor([float(has_mask)]),
+            torch.tensor([23 + num_points, 57]),
         )
         with torch.inference_mode():
             expected = graph(*given)
@@ -310,9 +340,9 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(subject: Subject, tm
             np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
 
 
-@pytest.mark.parametrize(("box", "points"), [
-    ((4, 6, 25, 20), None), (None, [(7, 9)]), ((4, 6, 25, 20), [(7, 9), (20, 3)]),
-])
+@pytest.mark.parametrize(
+    ("box", "points"), [((4, 6, 25, 20), None), (None, [(7, 9)]), ((4, 6, 25, 20), [(7, 9), (20, 3)])]
+)
 def test_the_decoder_graph_is_segment_anythings_decoder(box: tuple | None, points: list | None) -> None:
     """All four masks of the graph against SamPredictor's, low resolution and original size."""
     from segment_anything import SamPredictor
@@ -329,11 +359,13 @@ def test_the_decoder_graph_is_segment_anythings_decoder(box: tuple | None, point
     features = EncoderGraph(sam)(small.permute(2, 0, 1)[None].float())
     assert torch.allclose(features, predictor.get_image_embedding(), atol=1e-4)
     coords, kinds = (torch.as_tensor(value) for value in prompt_points(prompt, (57, 40), 40))
-    masks, predicted, low_res = DecoderGraph(sam)(features, coords, kinds, torch.zeros(1, 1, 40, 40), torch.zeros(1),
-                                                  torch.tensor([57, 40]))
+    masks, predicted, low_res = DecoderGraph(sam)(
+        features, coords, kinds, torch.zeros(1, 1, 40, 40), torch.zeros(1), torch.tensor([57, 40])
+    )
     for multimask, chosen in ((False, slice(0, 1)), (True, slice(1, None))):
-        expected = predictor.predict(prompt.points, prompt.labels, prompt.box, multimask_output=multimask,
-                                     return_logits=True)
+        expected = predictor.predict(
+            prompt.points, prompt.labels, prompt.box, multimask_output=multimask, return_logits=True
+        )
         for mine, theirs in zip((masks, predicted, low_res), expected, strict=True):
             np.testing.assert_allclose(mine[0, chosen].detach().numpy(), theirs, atol=1e-4)
 
@@ -341,8 +373,9 @@ def test_the_decoder_graph_is_segment_anythings_decoder(box: tuple | None, point
 # ------------------------------------------------------------------------------------------------- what goes wrong
 
 
-def broken(write: Callable[[Subject, Path], None] | None = None,
-           reload: Callable[[Subject, Path], Segment] | None = None) -> Format:
+def broken(
+    write: Callable[[Subject, Path], None] | None = None, reload: Callable[[Subject, Path], Segment] | None = None
+) -> Format:
     """A format named pth with a part exchanged."""
     return replace(PTH_FORMAT, write=write or PTH_FORMAT.write, reload=reload or PTH_FORMAT.reload)
 
@@ -425,20 +458,24 @@ def test_a_check_sees_what_differs() -> None:
         Check().add(ours, exporting.Answer(low_res[:, :1], mask, 0.9))
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ([], "expected --all or --format, one of pth, safetensors, hf, onnx, mlflow"),
-    (["--format", "tflite"], "--format: expected one of pth, .*, got 'tflite'"),
-    (["--all", "--model", "nowhere.pth"], "nowhere.pth: no such file, folder or run"),
-    (["--all", "--model", "models:/lesionsam@champion"], "no such MLflow store"),
-    (["--format", "pth", "--model", "text.pth"], "not a plain file of weights"),
-    (["--format", "pth", "--model", "weights", "--images", "empty"], "expected a folder with images"),
-    (["--format", "pth", "--model", "weights", "--images", "empty", "--num-images", "0"], "--num-images: expected"),
-    (["--format", "pth", "--model", "weights", "--images", "broken"], r"broken/a\.png: not an image"),
-    (["--format", "pth", "--model", "weights", "--num-images", "0"], "--num-images: expected at least 1, got 0"),
-    (["--format", "pth", "--model", "weights", "--out", "text.pth/exports"], "--out text.pth/exports: cannot be"),
-])
-def test_a_users_mistake_is_one_line(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                     arguments: list[str], words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected --all or --format, one of pth, safetensors, hf, onnx, mlflow"),
+        (["--format", "tflite"], "--format: expected one of pth, .*, got 'tflite'"),
+        (["--all", "--model", "nowhere.pth"], "nowhere.pth: no such file, folder or run"),
+        (["--all", "--model", "models:/lesionsam@champion"], "no such MLflow store"),
+        (["--format", "pth", "--model", "text.pth"], "not a plain file of weights"),
+        (["--format", "pth", "--model", "weights", "--images", "empty"], "expected a folder with images"),
+        (["--format", "pth", "--model", "weights", "--images", "empty", "--num-images", "0"], "--num-images: expected"),
+        (["--format", "pth", "--model", "weights", "--images", "broken"], r"broken/a\.png: not an image"),
+        (["--format", "pth", "--model", "weights", "--num-images", "0"], "--num-images: expected at least 1, got 0"),
+        (["--format", "pth", "--model", "weights", "--out", "text.pth/exports"], "--out text.pth/exports: cannot be"),
+    ],
+)
+def test_a_users_mistake_is_one_line(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     (tmp_path / "text.pth").write_text("no weights")
@@ -453,20 +490,37 @@ def test_a_users_mistake_is_one_line(weights: Path, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "exports").exists()
 
 
-def test_too_little_disk_is_said_before_anything_is_written(subject: Subject, tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_said_before_anything_is_written(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lesionsam.export_folders.free_disk_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="MB of disk are needed, 0 MB are free"):
         export(subject, [PTH_FORMAT], tmp_path / "out", pictures=pictures(1))
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_command_checks_on_a_folder_and_says_how_far_off(weights: Path, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_checks_on_a_folder_and_says_how_far_off(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for k in range(4):
         Image.fromarray(pictures(1)[0]()).save(tmp_path / f"{k}.png")
-    arguments = ["export", "--model", str(weights), "--out", str(tmp_path / "out"), "--images", str(tmp_path),
-                 "--num-images", "3", "--format", "safetensors", "--format", "pth", "--format", "pth"]
+    arguments = [
+        "export",
+        "--model",
+        str(weights),
+        "--out",
+        str(tmp_path / "out"),
+        "--images",
+        str(tmp_path),
+        "--num-images",
+        "3",
+        "--format",
+        "safetensors",
+        "--format",
+        "pth",
+        "--format",
+        "pth",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     rows = [line.split()[0] for line in done.output.splitlines() if "segment-anything" in line]

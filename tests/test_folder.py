@@ -70,9 +70,15 @@ def test_three_folders(own: Path) -> None:
     assert ids(rows, "dev") == {"p10", "p11"}
     assert ids(rows, "test") == {"p20", "p21"}
     row = next(row for row in rows if row["image_id"] == "p10")
-    assert row == {"image_id": "p10", "split": "dev", "image_path": "own/images/val/p10.png",
-                   "mask_path": "own/masks/val/p10.png", "width": 40, "height": 30,
-                   "sha256": hashlib.sha256(Path("own/images/val/p10.png").read_bytes()).hexdigest()}
+    assert row == {
+        "image_id": "p10",
+        "split": "dev",
+        "image_path": "own/images/val/p10.png",
+        "mask_path": "own/masks/val/p10.png",
+        "width": 40,
+        "height": 30,
+        "sha256": hashlib.sha256(Path("own/images/val/p10.png").read_bytes()).hexdigest(),
+    }
 
 
 def test_dev_by_hash_and_val_as_test(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,14 +159,18 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda own: (own / "images" / "test" / "p20.png").write_text(""), r"p20\.png: file is empty"),
     "same stem": (lambda own: image(own / "images" / "train" / "P1.jpg", 50), r"p1\.png: same name as P1\.jpg"),
     "same id": (lambda own: image(own / "images" / "test" / "p1.png", 50), r"image id 'p1' stands for"),
-    "same bytes": (lambda own: shutil.copy(own / "images" / "train" / "p2.png", own / "images" / "test" / "z.png"),
-                   r"test/z\.png: same bytes as own/images/train/p2\.png, but one is in split test and one in train"),
+    "same bytes": (
+        lambda own: shutil.copy(own / "images" / "train" / "p2.png", own / "images" / "test" / "z.png"),
+        r"test/z\.png: same bytes as own/images/train/p2\.png, but one is in split test and one in train",
+    ),
     "mask size": (lambda own: mask(own / "masks" / "val" / "p10.png", BLOB.T), r"p10\.png: mask is 30x40 px; expected"),
     "mask empty": (lambda own: mask(own / "masks" / "val" / "p10.png", BLOB * 0), r"p10\.png: mask is empty"),
     "mask cut": (lambda own: cut(own / "masks" / "val" / "p10.png"), r"masks/val/p10\.png: image is truncated"),
     "two masks": (lambda own: mask(own / "masks" / "val" / "p10_segmentation.png"), r"is a mask of the same image"),
-    "names differ": (lambda own: [p.rename(p.with_name(f"m{p.name}")) for p in (own / "masks" / "val").iterdir()],
-                     r"masks/val/mp1[01]\.png: no image of this name"),
+    "names differ": (
+        lambda own: [p.rename(p.with_name(f"m{p.name}")) for p in (own / "masks" / "val").iterdir()],
+        r"masks/val/mp1[01]\.png: no image of this name",
+    ),
 }
 
 
@@ -195,9 +205,18 @@ def test_real_sample(isic_sample: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ index
 
+
 def row(image_id: str, split: str, **changes: object) -> Row:
-    return {"image_id": image_id, "split": split, "image_path": f"i/{image_id}.jpg", "mask_path": "", "width": 4,
-            "height": 3, "sha256": image_id * 8, **changes}
+    return {
+        "image_id": image_id,
+        "split": split,
+        "image_path": f"i/{image_id}.jpg",
+        "mask_path": "",
+        "width": 4,
+        "height": 3,
+        "sha256": image_id * 8,
+        **changes,
+    }
 
 
 def test_index_comes_back_as_written(tmp_path: Path) -> None:
@@ -206,18 +225,21 @@ def test_index_comes_back_as_written(tmp_path: Path) -> None:
     assert list(read_index(tmp_path / "index.csv").values()) == [rows[3], rows[1], rows[2], rows[0]]
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (None, "no such file; run `dvc repro download`"),
-    ("", "expected the columns"),
-    ("image_id,split\na,train\n", "expected the columns"),
-    (",".join(COLUMNS) + "\n", "no rows"),
-    (",".join(COLUMNS) + "\na,train,i,m,4,3\n", "line 2: expected 7 fields"),
-    (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y\n", "line 2: expected 7 fields"),
-    (",".join(COLUMNS) + "\na,val,i,m,4,3,x\n", "line 2, split: expected train, dev, test, got 'val'"),
-    (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
-    (",".join(COLUMNS) + "\na,dev,i,m,4,0,x\n", "line 2, height"),
-    (",".join(COLUMNS) + "\na,dev,i,m,4,3,x\na,dev,i,m,4,3,x\n", "line 3, image_id: expected a new id, got 'a'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file; run `dvc repro download`"),
+        ("", "expected the columns"),
+        ("image_id,split\na,train\n", "expected the columns"),
+        (",".join(COLUMNS) + "\n", "no rows"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3\n", "line 2: expected 7 fields"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y\n", "line 2: expected 7 fields"),
+        (",".join(COLUMNS) + "\na,val,i,m,4,3,x\n", "line 2, split: expected train, dev, test, got 'val'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4,0,x\n", "line 2, height"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4,3,x\na,dev,i,m,4,3,x\n", "line 3, image_id: expected a new id, got 'a'"),
+    ],
+)
 def test_faulty_index(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "index.csv").write_text(text)
@@ -231,6 +253,7 @@ def test_every_split_needs_images() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
+
 
 def stage(root: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"stage_{name}", root / "stages" / f"{name}.py")
@@ -264,8 +287,9 @@ def test_download_stage_with_folder_and_synthetic(root: Path, own: Path) -> None
     module.main()
     assert [path.name for path in Path("data/raw").iterdir()] == ["index.csv"]
     assert len(read_index(Path("data/raw/index.csv"))) == 10
-    set_parameters(root, {"data": {"source": "synthetic", "seed": 1, "num_train": 2, "num_dev": 1, "num_test": 1,
-                                   "max_side": 64}})
+    set_parameters(
+        root, {"data": {"source": "synthetic", "seed": 1, "num_train": 2, "num_dev": 1, "num_test": 1, "max_side": 64}}
+    )
     module.main()
     rows = list(read_index(Path("data/raw/index.csv")).values())
     assert [row["split"] for row in rows] == ["train", "train", "dev", "test"]
@@ -275,8 +299,13 @@ def test_download_stage_with_folder_and_synthetic(root: Path, own: Path) -> None
 def test_download_stage_fails_in_one_line(root: Path, own: Path) -> None:
     cut(own / "images" / "train" / "p3.png")
     set_parameters(root, {"data": FOLDER, "inputs": {"folder": "own"}})
-    done = subprocess.run([sys.executable, str(root / "stages" / "download.py")], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(root / "src")}, check=False)
+    done = subprocess.run(
+        [sys.executable, str(root / "stages" / "download.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: own/images/train/p3.png: image is truncated")
     assert "Traceback" not in done.stderr
@@ -302,7 +331,11 @@ def test_published_weights(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
         module.main()
         assert Path("models/pretrained/sam.pth").read_bytes() == bytes(1000)
         assert json.loads(Path("models/pretrained/weights.json").read_text()) == {
-            "name": "vit_b", "sha256": right, "source": f"{site.url}/sam/{name}", "image_size": 1024}
+            "name": "vit_b",
+            "sha256": right,
+            "source": f"{site.url}/sam/{name}",
+            "image_size": 1024,
+        }
         asked = len(site.asked)
         shutil.rmtree("models")  # as DVC does before a rerun
         module.main()

@@ -50,8 +50,7 @@ def lesion(image_id: str, lesion_id: str, big: list[float], small: list[float] |
 
 def many() -> Annotations:
     """Several lesions an image, nested and overlapping boxes, odd names, an image without any, a mask."""
-    pictures = tuple(Picture(Path(name).name, f"{name}.png", *size, name.split("/")[0])
-                     for name, size in SIZES.items())
+    pictures = tuple(Picture(Path(name).name, f"{name}.png", *size, name.split("/")[0]) for name, size in SIZES.items())
     mask = np.zeros((100, 200), bool)
     mask[30:70, 20:90] = True
     mask[40:50, 40:60] = False  # a hole
@@ -76,7 +75,8 @@ def images(tmp_path: Path) -> Path:
 
 def same(found: Annotations, wanted: Annotations, *, within: float = 1e-5) -> None:
     assert [(one.image_id, one.lesion_id) for one in found.lesions] == [
-        (one.image_id, one.lesion_id) for one in wanted.lesions]
+        (one.image_id, one.lesion_id) for one in wanted.lesions
+    ]
     for one, other in zip(found.lesions, wanted.lesions, strict=True):
         assert one.small_box is not None
         assert other.small_box is not None
@@ -85,6 +85,7 @@ def same(found: Annotations, wanted: Annotations, *, within: float = 1e-5) -> No
 
 
 # ------------------------------------------------------------------------------------------------------- round trips
+
 
 @pytest.mark.parametrize("form", ["coco", "cvat", "label-studio"])
 def test_round_trip_is_lossless(form: str, tmp_path: Path, images: Path) -> None:
@@ -105,8 +106,9 @@ def test_masks_go_along(form: str, tmp_path: Path) -> None:
     WRITERS[form](tmp_path / "file", many())
     found = read_annotations(tmp_path / "file", form)
     assert [one.segmentation is not None for one in found.lesions] == [True, False, False, False, False]
-    assert np.array_equal(rle.decode(found.lesions[0].segmentation, 100, 200),
-                          rle.decode(many().lesions[0].segmentation, 100, 200))
+    assert np.array_equal(
+        rle.decode(found.lesions[0].segmentation, 100, 200), rle.decode(many().lesions[0].segmentation, 100, 200)
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -115,8 +117,10 @@ def test_from_the_two_box_csv_and_back(form: str, tmp_path: Path, images: Path) 
     wanted = many()
     if form == "yolo":
         names = ["0", "1", "0", "0", "1"]
-        wanted = Annotations(tuple(replace(each, split="") for each in wanted.pictures), tuple(
-            replace(one, lesion_id=name) for one, name in zip(wanted.lesions, names, strict=True)))
+        wanted = Annotations(
+            tuple(replace(each, split="") for each in wanted.pictures),
+            tuple(replace(one, lesion_id=name) for one, name in zip(wanted.lesions, names, strict=True)),
+        )
     start, middle, end = tmp_path / "start.csv", tmp_path / "middle", tmp_path / "end.csv"
     WRITERS["csv"](start, wanted)
     convert(start, middle, to_form=form, images=images)
@@ -129,8 +133,12 @@ boxes = st.tuples(*[st.floats(0, 1, allow_nan=False, width=32)] * 4)
 
 
 @settings(max_examples=30)
-@given(st.lists(st.tuples(boxes, boxes), min_size=1, max_size=4), st.integers(20, 5000), st.integers(20, 5000),
-       st.sampled_from(["coco", "cvat", "label-studio"]))
+@given(
+    st.lists(st.tuples(boxes, boxes), min_size=1, max_size=4),
+    st.integers(20, 5000),
+    st.integers(20, 5000),
+    st.sampled_from(["coco", "cvat", "label-studio"]),
+)
 def test_any_boxes_come_back(drawn: list[tuple[Any, Any]], width: int, height: int, form: str) -> None:
     """Ties by lesion id do not depend on where boxes lie: many of these overlap or are equal."""
     lesions = []
@@ -147,8 +155,9 @@ def test_any_boxes_come_back(drawn: list[tuple[Any, Any]], width: int, height: i
 
 
 def test_samples_become_annotations() -> None:
-    sample = Sample("a", "0", "dev", Path("x/images/a.jpg"), None, 20, 10, np.array([1, 2, 9, 8.0]),
-                    np.array([3, 3, 4, 4.0]))
+    sample = Sample(
+        "a", "0", "dev", Path("x/images/a.jpg"), None, 20, 10, np.array([1, 2, 9, 8.0]), np.array([3, 3, 4, 4.0])
+    )
     found = from_samples([sample, replace(sample, lesion_id="1")], Path("x"))
     assert found.pictures == (Picture("a", "images/a.jpg", 20, 10, "dev"),)
     assert [one.lesion_id for one in found.lesions] == ["0", "1"]
@@ -156,16 +165,18 @@ def test_samples_become_annotations() -> None:
 
 # -------------------------------------------------------------------------------------------- what other tools write
 
+
 def written(path: Path, text: str | dict | list) -> Path:
     path.write_text(text if isinstance(text, str) else json.dumps(text), "utf-8")
     return path
 
 
 def coco_file(**changes: Any) -> dict[str, Any]:
-    return {"images": [{"id": 7, "file_name": "a.jpg", "width": 200, "height": 100}],
-            "categories": [{"id": 3, "name": "melanoma"}],
-            "annotations": [{"id": 9, "image_id": 7, "category_id": 3, "bbox": [10, 20, 100, 60], "iscrowd": 0}],
-            } | changes
+    return {
+        "images": [{"id": 7, "file_name": "a.jpg", "width": 200, "height": 100}],
+        "categories": [{"id": 3, "name": "melanoma"}],
+        "annotations": [{"id": 9, "image_id": 7, "category_id": 3, "bbox": [10, 20, 100, 60], "iscrowd": 0}],
+    } | changes
 
 
 def one(entry: dict[str, Any]) -> dict[str, Any]:
@@ -190,15 +201,25 @@ def test_cvat_export(tmp_path: Path) -> None:
     """Labels of one's own in any case; the group ties, then what contains what."""
     found = read_annotations(written(tmp_path / "a.xml", CVAT), "cvat", labels=Labels("rough", "core"))
     assert found.pictures == (Picture("a", "folder/a.jpg", 200, 100, "train"),)
-    same(found, Annotations((), (lesion("a", "0", [10, 20, 110, 80], [41, 41, 60, 50]),
-                                 lesion("a", "1", [5, 15, 150, 95], [40, 40, 60.5, 50.25]))))
+    same(
+        found,
+        Annotations(
+            (),
+            (
+                lesion("a", "0", [10, 20, 110, 80], [41, 41, 60, 50]),
+                lesion("a", "1", [5, 15, 150, 95], [40, 40, 60.5, 50.25]),
+            ),
+        ),
+    )
     assert found.notes == ("1 shapes other than boxes, polygons and masks were left out",)
 
 
 def test_cvat_masks_run_along_rows(tmp_path: Path) -> None:
     """A mask of 3 x 2 pixels at (5, 7): rows 110, 011."""
-    text = ('<annotations><image name="a.png" width="20" height="10"><mask label="x" rle="0, 2, 2, 2" left="5" '
-            'top="7" width="3" height="2"/></image></annotations>')
+    text = (
+        '<annotations><image name="a.png" width="20" height="10"><mask label="x" rle="0, 2, 2, 2" left="5" '
+        'top="7" width="3" height="2"/></image></annotations>'
+    )
     found = read_annotations(written(tmp_path / "a.xml", text), "cvat")
     mask = rle.decode(found.lesions[0].segmentation, 10, 20)
     assert np.argwhere(mask).tolist() == [[7, 5], [7, 6], [8, 6], [8, 7]]
@@ -206,27 +227,49 @@ def test_cvat_masks_run_along_rows(tmp_path: Path) -> None:
 
 
 def studio_region(key: str, label: str, x: float, y: float, w: float, h: float, **more: Any) -> dict[str, Any]:
-    return {"id": key, "type": "rectanglelabels", "from_name": "tag", "to_name": "img", "original_width": 200,
-            "original_height": 100, "image_rotation": 0,
-            "value": {"x": x, "y": y, "width": w, "height": h, "rotation": 0, "rectanglelabels": [label]}} | more
+    return {
+        "id": key,
+        "type": "rectanglelabels",
+        "from_name": "tag",
+        "to_name": "img",
+        "original_width": 200,
+        "original_height": 100,
+        "image_rotation": 0,
+        "value": {"x": x, "y": y, "width": w, "height": h, "rotation": 0, "rectanglelabels": [label]},
+    } | more
 
 
 def studio_task(*regions: dict[str, Any], image: str = "/data/upload/3/0a1b2c3d-a.jpg", **more: Any) -> dict[str, Any]:
-    return {"id": 1, "data": {"image": image}, "annotations": [{"id": 8, "was_cancelled": False,
-                                                               "result": list(regions)}]} | more
+    return {
+        "id": 1,
+        "data": {"image": image},
+        "annotations": [{"id": 8, "was_cancelled": False, "result": list(regions)}],
+    } | more
 
 
 def test_label_studio_export(tmp_path: Path) -> None:
-    regions = [studio_region("r1", "Big", 5, 20, 50, 60), studio_region("r2", "big", 2.5, 15, 70, 80),
-               studio_region("r3", "small", 20, 40, 10, 10), studio_region("r4", "small", 21, 41, 9, 9),
-               {"type": "relation", "from_id": "r4", "to_id": "r1", "direction": "right"}]
+    regions = [
+        studio_region("r1", "Big", 5, 20, 50, 60),
+        studio_region("r2", "big", 2.5, 15, 70, 80),
+        studio_region("r3", "small", 20, 40, 10, 10),
+        studio_region("r4", "small", 21, 41, 9, 9),
+        {"type": "relation", "from_id": "r4", "to_id": "r1", "direction": "right"},
+    ]
     skipped = {"id": 3, "result": [], "was_cancelled": True}
     task = studio_task(*regions)
     task["annotations"] = [skipped, *task["annotations"], {"id": 9, "result": []}]
     other = studio_task(image="https://host/x/b%20c.jpg", id=2)
     found = read_annotations(written(tmp_path / "a.json", [task, other]), "label-studio")
-    same(found, Annotations((), (lesion("a", "0", [10, 20, 110, 80], [42, 41, 60, 50]),
-                                 lesion("a", "1", [5, 15, 145, 95], [40, 40, 60, 50]))))
+    same(
+        found,
+        Annotations(
+            (),
+            (
+                lesion("a", "0", [10, 20, 110, 80], [42, 41, 60, 50]),
+                lesion("a", "1", [5, 15, 145, 95], [40, 40, 60, 50]),
+            ),
+        ),
+    )
     assert found.pictures == (Picture("a", "a.jpg", 200, 100),)
     assert [note.split(" ")[0] for note in found.notes] == ["1", "1"], "another annotation, an image of unknown size"
     known = {"a": Picture("a", "a.jpg", 200, 100), "b c": Picture("b c", "b c.jpg", 9, 9)}
@@ -240,8 +283,13 @@ def test_label_studio_labels_beside_the_rectangle(tmp_path: Path) -> None:
     del place["value"]["rectanglelabels"]
     word = {"id": "r1", "type": "labels", "from_name": "l", "to_name": "img", "value": {"labels": ["small"]}}
     big = studio_region("r0", "big", 0, 0, 100, 100)
-    polygon = {"id": "p", "type": "polygonlabels", "original_width": 200, "original_height": 100,
-               "value": {"points": [[10, 10], [60, 20], [30, 90]], "polygonlabels": ["x"]}}
+    polygon = {
+        "id": "p",
+        "type": "polygonlabels",
+        "original_width": 200,
+        "original_height": 100,
+        "value": {"points": [[10, 10], [60, 20], [30, 90]], "polygonlabels": ["x"]},
+    }
     path = written(tmp_path / "a.json", [studio_task(big, place, word, polygon)])
     found = read_annotations(path, "label-studio")
     same(found, Annotations((), (lesion("a", "0", [0, 0, 200, 100], [10, 20, 110, 80]),)))
@@ -250,9 +298,15 @@ def test_label_studio_labels_beside_the_rectangle(tmp_path: Path) -> None:
     assert alone.lesions[0].big_box.tolist() == [20, 10, 120, 90]
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("classes.txt", "rough\nLESION\n\n"), ("obj.names", "rough\nlesion\n"), ("data.yaml", "names: [rough, lesion]\n"),
-    ("data.yaml", "nc: 2\nnames:\n  0: rough\n  1: lesion\n")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("classes.txt", "rough\nLESION\n\n"),
+        ("obj.names", "rough\nlesion\n"),
+        ("data.yaml", "names: [rough, lesion]\n"),
+        ("data.yaml", "nc: 2\nnames:\n  0: rough\n  1: lesion\n"),
+    ],
+)
 def test_yolo_folder(tmp_path: Path, images: Path, name: str, content: str) -> None:
     """Class names beside or above the labels; polygons; images without a file."""
     labels = tmp_path / "set" / "labels" / "train"
@@ -262,7 +316,9 @@ def test_yolo_folder(tmp_path: Path, images: Path, name: str, content: str) -> N
     (labels / "empty.txt").write_text("")
     found = read_annotations(tmp_path / "set" / "labels", "yolo", pictures=find_pictures(images))
     assert [one.big_box.tolist() for one in found.lesions] == [
-        pytest.approx([10, 20, 110, 80]), pytest.approx([20, 10, 180, 70])]
+        pytest.approx([10, 20, 110, 80]),
+        pytest.approx([20, 10, 180, 70]),
+    ]
     found = read_annotations(labels, "yolo", pictures=find_pictures(images), classes=["other", "big"])
     assert [one.lesion_id for one in found.lesions] == ["0"]
     assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out",)
@@ -272,11 +328,15 @@ def test_coco_without_boxes(tmp_path: Path) -> None:
     """The box is what surrounds polygons or mask; crowds are left out; one box a lesion makes the other."""
     mask = np.zeros((100, 200), bool)
     mask[20:80, 10:110] = True
-    entries = [{"segmentation": [[10, 20, 110, 20, 60, 80], [12, 30, 20, 30, 20, 79.5]]},
-               {"segmentation": {"size": [100, 200], "counts": rle.runs_of(mask)}},
-               {"segmentation": rle.encode(mask)}, {"bbox": [1, 1, 2, 2], "iscrowd": 1}]
-    document = coco_file(annotations=[{"id": k, "image_id": 7, "category_id": 3} | entry
-                                      for k, entry in enumerate(entries)])
+    entries = [
+        {"segmentation": [[10, 20, 110, 20, 60, 80], [12, 30, 20, 30, 20, 79.5]]},
+        {"segmentation": {"size": [100, 200], "counts": rle.runs_of(mask)}},
+        {"segmentation": rle.encode(mask)},
+        {"bbox": [1, 1, 2, 2], "iscrowd": 1},
+    ]
+    document = coco_file(
+        annotations=[{"id": k, "image_id": 7, "category_id": 3} | entry for k, entry in enumerate(entries)]
+    )
     found = read_annotations(written(tmp_path / "a.json", document), "coco")
     assert [each.big_box.tolist() for each in found.lesions] == [[10, 20, 110, 80]] * 3
     assert [each.lesion_id for each in found.lesions] == ["0", "1", "2"]
@@ -308,11 +368,13 @@ def test_pycocotools_reads_what_is_written(tmp_path: Path, capsys: pytest.Captur
 
 # ------------------------------------------------------------------------------------------------ one box, two boxes
 
+
 def test_small_box_from_the_big_one(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", coco_file())
     convert(path, tmp_path / "b.csv")
     assert (tmp_path / "b.csv").read_text() == (
-        HEADER + "a,0,200,100,10.00,20.00,110.00,80.00,37.50,36.50,82.50,63.50\n"), "45 % about the same centre"
+        HEADER + "a,0,200,100,10.00,20.00,110.00,80.00,37.50,36.50,82.50,63.50\n"
+    ), "45 % about the same centre"
     found = convert(path, tmp_path / "c.csv", core=0.2)
     assert found.lesions[0].small_box is not None
     assert found.lesions[0].small_box.tolist() == pytest.approx([50, 44, 70, 56])
@@ -328,10 +390,16 @@ def test_small_box_lies_in_an_ellipse_drawn_too_large() -> None:
     assert math.hypot(*(made[2:] - 78.5)) < 50
 
 
-@pytest.mark.parametrize(("form", "lost"), [
-    ("coco", []), ("cvat", []), ("label-studio", ["label-studio holds no masks"]),
-    ("yolo", ["yolo holds no masks", "yolo holds no lesion ids"]),
-    ("csv", ["csv holds no masks", "csv has a row per lesion: 1 images without any"])])
+@pytest.mark.parametrize(
+    ("form", "lost"),
+    [
+        ("coco", []),
+        ("cvat", []),
+        ("label-studio", ["label-studio holds no masks"]),
+        ("yolo", ["yolo holds no masks", "yolo holds no lesion ids"]),
+        ("csv", ["csv holds no masks", "csv has a row per lesion: 1 images without any"]),
+    ],
+)
 def test_what_a_format_cannot_hold_is_told(form: str, lost: list[str], tmp_path: Path) -> None:
     WRITERS["coco"](tmp_path / "a.json", many())
     notes = convert(tmp_path / "a.json", tmp_path / "b", to_form=form).notes
@@ -354,8 +422,11 @@ def test_masks_of_a_folder(tmp_path: Path, images: Path) -> None:
     assert first.sum() == 30 * 20, "big box 0 ends before the other part"
     assert np.array_equal(second, mask > 0)
     shutil.copy(tmp_path / "masks" / "A_Segmentation.PNG", tmp_path / "masks" / "a.png")
-    for folder, message in ((tmp_path / "masks", r"a\.png: .*A_Segmentation\.PNG is a mask of the same image"),
-                            (tmp_path / "none", "none: no such folder"), (tmp_path / "x", "x: no mask of any of")):
+    for folder, message in (
+        (tmp_path / "masks", r"a\.png: .*A_Segmentation\.PNG is a mask of the same image"),
+        (tmp_path / "none", "none: no such folder"),
+        (tmp_path / "x", "x: no mask of any of"),
+    ):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
             convert(tmp_path / "a.csv", tmp_path / "b.json", images=images, masks=folder)
@@ -363,8 +434,9 @@ def test_masks_of_a_folder(tmp_path: Path, images: Path) -> None:
 
 def test_a_file_for_each_split(tmp_path: Path, images: Path) -> None:
     wanted = many()
-    wanted = replace(wanted, pictures=tuple(replace(each, split="dev") if each.image_id == "ä" else each
-                                            for each in wanted.pictures))
+    wanted = replace(
+        wanted, pictures=tuple(replace(each, split="dev") if each.image_id == "ä" else each for each in wanted.pictures)
+    )
     WRITERS["csv"](tmp_path / "a.csv", wanted)
     convert(tmp_path / "a.csv", tmp_path / "x" / "{split}.json", images=images)
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["train.json", "val.json"], "none for test"
@@ -393,6 +465,7 @@ def test_csv_may_lack_small_boxes(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- RLE
 
+
 @given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12))))
 def test_run_lengths_agree_with_pycocotools(mask: np.ndarray) -> None:
     text = rle.encode(mask)
@@ -416,29 +489,32 @@ def test_polygons_agree_with_pycocotools() -> None:
     assert mask.sum() == pycoco.area(wanted)
 
 
-@pytest.mark.parametrize(("segmentation", "message"), [
-    ({"size": [2, 3], "counts": [1, 2]}, "the runs cover 3 pixels; expected 6 = 3x2"),
-    ({"size": [2, 3], "counts": [7, -1]}, "a run of -1 pixels"),
-    ({"size": [2, 3], "counts": [1.5, 4.5]}, "expected whole numbers"),
-    ({"size": [3, 2], "counts": [6]}, r"size \(height, width\) is \[3, 2\]; expected \[2, 3\]"),
-    ({"size": [2, 3], "counts": None}, "expected counts as a list or as text, got nothing"),
-    ({"size": [2, 3]}, "expected size and counts, got size"),
-    ({"size": [2, 3], "counts": "ÿ"}, "the character 'ÿ' is none of the compressed form"),
-    ({"size": [2, 3], "counts": "6P"}, "ends in the middle of a run"),
-    ({"size": [2, 3], "counts": "o" * 40}, "a run too long for any image"),
-    ({"size": [2, 3], "counts": "oooo1"}, "the runs cover"),
-    ("polygon", "expected polygons or RLE, got text"),
-    (None, "expected polygons or RLE, got nothing"),
-    ([], "segmentation: empty"),
-    ([[1, 2, 3, 4]], "4 numbers; expected x and y of at least 3 points"),
-    ([[1, 2, 3, 4, 5, 6, 7]], "7 numbers"),
-    ([[1, 2, 3, 4, 5, "6"]], "expected a list of numbers"),
-    ([1, 2, 3, 4, 5, 6], "expected a list of numbers"),
-    ([[0, 0, 3, 0, 3, float("inf")]], "finite"),
-    ([[0, 0, 5, 0, 5, 2]], "leaves the image of 3x2 px by 2.0 px"),
-    ([[0, -2, 3, 0, 3, 2]], "leaves the image of 3x2 px by 2.0 px"),
-    ([[0, 0, 1e30, 0, 3, 2]], "leaves the image"),
-])
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [2, 3], "counts": [1, 2]}, "the runs cover 3 pixels; expected 6 = 3x2"),
+        ({"size": [2, 3], "counts": [7, -1]}, "a run of -1 pixels"),
+        ({"size": [2, 3], "counts": [1.5, 4.5]}, "expected whole numbers"),
+        ({"size": [3, 2], "counts": [6]}, r"size \(height, width\) is \[3, 2\]; expected \[2, 3\]"),
+        ({"size": [2, 3], "counts": None}, "expected counts as a list or as text, got nothing"),
+        ({"size": [2, 3]}, "expected size and counts, got size"),
+        ({"size": [2, 3], "counts": "ÿ"}, "the character 'ÿ' is none of the compressed form"),
+        ({"size": [2, 3], "counts": "6P"}, "ends in the middle of a run"),
+        ({"size": [2, 3], "counts": "o" * 40}, "a run too long for any image"),
+        ({"size": [2, 3], "counts": "oooo1"}, "the runs cover"),
+        ("polygon", "expected polygons or RLE, got text"),
+        (None, "expected polygons or RLE, got nothing"),
+        ([], "segmentation: empty"),
+        ([[1, 2, 3, 4]], "4 numbers; expected x and y of at least 3 points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "7 numbers"),
+        ([[1, 2, 3, 4, 5, "6"]], "expected a list of numbers"),
+        ([1, 2, 3, 4, 5, 6], "expected a list of numbers"),
+        ([[0, 0, 3, 0, 3, float("inf")]], "finite"),
+        ([[0, 0, 5, 0, 5, 2]], "leaves the image of 3x2 px by 2.0 px"),
+        ([[0, -2, 3, 0, 3, 2]], "leaves the image of 3x2 px by 2.0 px"),
+        ([[0, 0, 1e30, 0, 3, 2]], "leaves the image"),
+    ],
+)
 def test_faulty_segmentations(segmentation: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rle.decode(segmentation, 2, 3)
@@ -446,8 +522,10 @@ def test_faulty_segmentations(segmentation: object, message: str) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- refusals
 
-BOMB = ('<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY lol "lol"><!ENTITY lol2 "&lol;&lol;">]>'
-        "<annotations>&lol2;</annotations>")
+BOMB = (
+    '<?xml version="1.0"?><!DOCTYPE lolz [<!ENTITY lol "lol"><!ENTITY lol2 "&lol;&lol;">]>'
+    "<annotations>&lol2;</annotations>"
+)
 BOX = '<box label="big" xtl="1" ytl="1" xbr="{}" ybr="{}"{}/>'
 
 
@@ -465,22 +543,37 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "coco: image twice": ("coco", coco_file(images=coco_file()["images"] * 2), "image 7: this id stands twice"),
     "coco: id": ("coco", coco_file(images=[{"id": "x"}]), "image number 1: expected an object with a whole number"),
     "coco: image": ("coco", one({"image_id": 1}), "annotation 9: image_id 1 stands for no image"),
-    "coco: category": ("coco", one({"category_id": 1}),
-                       r"annotation 9: category_id 1 stands for no category; it has 3 \(melanoma\)"),
+    "coco: category": (
+        "coco",
+        one({"category_id": 1}),
+        r"annotation 9: category_id 1 stands for no category; it has 3 \(melanoma\)",
+    ),
     "coco: categories": ("coco", coco_file(categories={}), "expected a list of category objects"),
-    "coco: size": ("coco", coco_file(images=[{"id": 7, "file_name": "a.jpg", "width": 0, "height": 9}]),
-                   "image 'a.jpg': expected width and height in pixels, .*, got 0 and 9"),
-    "coco: outside name": ("coco", coco_file(images=[{"id": 7, "file_name": "../a.jpg", "width": 9, "height": 9}]),
-                           "expected a file name below the folder"),
-    "coco: same stem": ("coco", coco_file(images=[{"id": k, "file_name": f"{k}/a.jpg", "width": 9, "height": 9}
-                                                  for k in (6, 7)]), "'6/a.jpg' and '7/a.jpg' have the same id 'a'"),
+    "coco: size": (
+        "coco",
+        coco_file(images=[{"id": 7, "file_name": "a.jpg", "width": 0, "height": 9}]),
+        "image 'a.jpg': expected width and height in pixels, .*, got 0 and 9",
+    ),
+    "coco: outside name": (
+        "coco",
+        coco_file(images=[{"id": 7, "file_name": "../a.jpg", "width": 9, "height": 9}]),
+        "expected a file name below the folder",
+    ),
+    "coco: same stem": (
+        "coco",
+        coco_file(images=[{"id": k, "file_name": f"{k}/a.jpg", "width": 9, "height": 9} for k in (6, 7)]),
+        "'6/a.jpg' and '7/a.jpg' have the same id 'a'",
+    ),
     "coco: no area": ("coco", one({"bbox": [1, 1, 0, 5]}), r"annotation 9: bbox has no area \(0 x 5 px\)"),
     "coco: no box": ("coco", one({}), "annotation 9: expected bbox as"),
     "coco: text box": ("coco", one({"bbox": [1, 1, "x", 5]}), "annotation 9, bbox: expected a finite number, got 'x'"),
     "coco: box outside": ("coco", one({"bbox": [150, 0, 90, 9]}), r"lesion '0', big_x1: 240 lies outside"),
     "coco: empty mask": ("coco", one({"segmentation": {"size": [100, 200], "counts": [20000]}}), "its mask is empty"),
-    "coco: unknown RLE": ("coco", one({"segmentation": {"counts": 5, "size": [100, 200]}}),
-                          "annotation 9: RLE: expected counts as a list or as text"),
+    "coco: unknown RLE": (
+        "coco",
+        one({"segmentation": {"counts": 5, "size": [100, 200]}}),
+        "annotation 9: RLE: expected counts as a list or as text",
+    ),
     "cvat: bomb": ("cvat", BOMB, r"line 1: holds a document type or entities"),
     "cvat: bomb in UTF-16": ("cvat", BOMB.encode("utf-16"), "holds a document type or entities"),
     "cvat: external": ("cvat", '<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotations/>', "holds a document type"),
@@ -495,30 +588,61 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "cvat: infinite": ("cvat", cvat(BOX.format("inf", 9, "")), "box 1: xbr: expected a finite number"),
     "cvat: no box": ("cvat", cvat(BOX.format(0, 9, "")), r"big_x0, big_x1: expected big_x0 < big_x1"),
     "cvat: polygon": ("cvat", cvat('<polygon label="x" points="1,2;3,4"/>'), "polygon 1: polygon: 4 numbers"),
-    "cvat: mask": ("cvat", cvat('<mask label="x" rle="1,2" left="0" top="0" width="3" height="2"/>'),
-                   "mask 1: RLE: the runs cover 3 pixels"),
-    "cvat: mask of nothing": ("cvat", cvat('<mask label="x" rle="6" left="0" top="0" width="3" height="2"/>'),
-                              "mask 1: mask is empty"),
-    "cvat: mask outside": ("cvat", cvat('<mask label="x" rle="6" left="199" top="0" width="3" height="2"/>'),
-                           "leaves the image of 200x100 px"),
-    "cvat: no big": ("cvat", cvat('<box label="small" xtl="1" ytl="1" xbr="2" ybr="2"/>'),
-                     r"image 'a': box 1: the small box \[1, 1, 2, 2\] lies inside no big box"),
+    "cvat: mask": (
+        "cvat",
+        cvat('<mask label="x" rle="1,2" left="0" top="0" width="3" height="2"/>'),
+        "mask 1: RLE: the runs cover 3 pixels",
+    ),
+    "cvat: mask of nothing": (
+        "cvat",
+        cvat('<mask label="x" rle="6" left="0" top="0" width="3" height="2"/>'),
+        "mask 1: mask is empty",
+    ),
+    "cvat: mask outside": (
+        "cvat",
+        cvat('<mask label="x" rle="6" left="199" top="0" width="3" height="2"/>'),
+        "leaves the image of 200x100 px",
+    ),
+    "cvat: no big": (
+        "cvat",
+        cvat('<box label="small" xtl="1" ytl="1" xbr="2" ybr="2"/>'),
+        r"image 'a': box 1: the small box \[1, 1, 2, 2\] lies inside no big box",
+    ),
     "studio: object": ("label-studio", {}, "expected Label Studio JSON"),
     "studio: min": ("label-studio", [{"image": "a.jpg", "label": []}], "task 1: expected data and annotations"),
     "studio: no address": ("label-studio", [studio_task() | {"data": {}}], "expected data.image"),
-    "studio: turned": ("label-studio", [studio_task(studio_region("r", "big", 1, 1, 5, 5, image_rotation=90))],
-                       "task 1, region r: turned"),
-    "studio: number": ("label-studio", [studio_task(studio_region("r", "big", 1, 1, 5, None))],  # type: ignore[arg-type]
-                       "region r, height: expected a finite number, got 'None'"),
-    "studio: points": ("label-studio", [studio_task({"type": "polygon", "value": {"points": [[1], [2]]},
-                                                     "original_width": 9, "original_height": 9})],
-                       r"region 1: expected points as"),
-    "studio: one small twice": ("label-studio", [studio_task(*(
-        studio_region(k, k[:-1], 1, 1, 50, 50, meta={"text": "lesion_id: x"}) for k in ("big1", "small1", "small2")))],
-        "region small2: a second small box of the lesion of region big1"),
-    "studio: one id twice": ("label-studio", [studio_task(
-        *(studio_region(k, "big", 1, 1, 50, 50, meta={"text": ["lesion_id: x"]}) for k in "ab"))],
-        "two lesions have the id 'x'"),
+    "studio: turned": (
+        "label-studio",
+        [studio_task(studio_region("r", "big", 1, 1, 5, 5, image_rotation=90))],
+        "task 1, region r: turned",
+    ),
+    "studio: number": (
+        "label-studio",
+        [studio_task(studio_region("r", "big", 1, 1, 5, None))],  # type: ignore[arg-type]
+        "region r, height: expected a finite number, got 'None'",
+    ),
+    "studio: points": (
+        "label-studio",
+        [studio_task({"type": "polygon", "value": {"points": [[1], [2]]}, "original_width": 9, "original_height": 9})],
+        r"region 1: expected points as",
+    ),
+    "studio: one small twice": (
+        "label-studio",
+        [
+            studio_task(
+                *(
+                    studio_region(k, k[:-1], 1, 1, 50, 50, meta={"text": "lesion_id: x"})
+                    for k in ("big1", "small1", "small2")
+                )
+            )
+        ],
+        "region small2: a second small box of the lesion of region big1",
+    ),
+    "studio: one id twice": (
+        "label-studio",
+        [studio_task(*(studio_region(k, "big", 1, 1, 50, 50, meta={"text": ["lesion_id: x"]}) for k in "ab"))],
+        "two lesions have the id 'x'",
+    ),
     "csv: number": ("csv", HEADER + ROW.replace("110.00", "wide"), "line 2, big_x1: expected a finite number"),
     "csv: half a box": ("csv", HEADER + ROW.replace("60.50", ""), "line 2, small_x1: expected all four numbers"),
     "csv: twice": ("csv", HEADER + ROW * 2, "line 3: lesion '0' of image 'a' stands already in line 2"),
@@ -543,6 +667,7 @@ def test_faults(tmp_path: Path, fault: str) -> None:
 
 def damaged(document: Any, rng: random.Random) -> Any:
     """A JSON document with some of its parts taken out or replaced by something else."""
+
     def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield path
         for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
@@ -557,8 +682,28 @@ def damaged(document: Any, rng: random.Random) -> Any:
         if rng.random() < 0.25:
             del held[leaf]
         else:
-            held[leaf] = rng.choice([None, True, -1, 0, 1e308, "x", "", [], {}, [1], {"a": 1}, "../x", "n" * 300,
-                                     "a\0", [[1, 2]], 10**30, 10**400, {"size": [1, 1], "counts": "0"}])
+            held[leaf] = rng.choice(
+                [
+                    None,
+                    True,
+                    -1,
+                    0,
+                    1e308,
+                    "x",
+                    "",
+                    [],
+                    {},
+                    [1],
+                    {"a": 1},
+                    "../x",
+                    "n" * 300,
+                    "a\0",
+                    [[1, 2]],
+                    10**30,
+                    10**400,
+                    {"size": [1, 1], "counts": "0"},
+                ]
+            )
     return document
 
 
@@ -620,14 +765,20 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "ending": (lambda tmp, images: convert(tmp / "b.csv", tmp / "c.txt"), r"c\.txt: no format is known"),
     "there already": (lambda tmp, images: convert(tmp / "b.csv", tmp / "b.csv"), "is there already"),
     "names unknown": (lambda tmp, images: convert(tmp / "b.csv", tmp / "c.json"), "names image files with their"),
-    "not among images": (lambda tmp, images: convert(tmp / "c.csv", tmp / "c.json", images=images),
-                         "'zz' is not among the 4 images given"),
-    "other size": (lambda tmp, images: convert(tmp / "d.json", tmp / "c.xml", images=images),
-                   "the annotations say 300x100 px, the file has 200x100 px"),
+    "not among images": (
+        lambda tmp, images: convert(tmp / "c.csv", tmp / "c.json", images=images),
+        "'zz' is not among the 4 images given",
+    ),
+    "other size": (
+        lambda tmp, images: convert(tmp / "d.json", tmp / "c.xml", images=images),
+        "the annotations say 300x100 px, the file has 200x100 px",
+    ),
     "image missing": (lambda tmp, images: convert(tmp / "e.json", tmp / "c.xml", images=images), "no such image among"),
     "no boxes": (lambda tmp, images: convert(tmp / "f.json", tmp / "c.xml"), "no boxes in it"),
-    "folder in use": (lambda tmp, images: convert(tmp / "b.csv", images, to_form="yolo", images=images),
-                      "is not empty; choose a new folder"),
+    "folder in use": (
+        lambda tmp, images: convert(tmp / "b.csv", images, to_form="yolo", images=images),
+        "is not empty; choose a new folder",
+    ),
 }
 
 
@@ -657,7 +808,11 @@ def test_formats_by_their_endings(tmp_path: Path) -> None:
     assert guess_format(tmp_path / "a.json", reading=True) == "label-studio"
     assert guess_format(tmp_path / "b.JSON", reading=True) == "coco"
     assert [guess_format(Path(name), reading=False) for name in ("a.csv", "a.xml", "a.json", "folder")] == [
-        "csv", "cvat", "coco", "yolo"]
+        "csv",
+        "cvat",
+        "coco",
+        "yolo",
+    ]
 
 
 def test_a_control_character_is_no_xml(tmp_path: Path) -> None:

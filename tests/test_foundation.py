@@ -148,7 +148,8 @@ def test_an_empty_probe_folder_is_named(tmp_path: Path) -> None:
 def test_the_progress_line_says_how_far_and_how_good() -> None:
     progress = foundation.Progress(step=120, seconds=90, cpu_seconds=60, scores={"shapes/box": 0.5})
     assert foundation._line(progress, 3, math.pi, 1e-3) == (
-        "step 120 1.5/3 min (cpu 1.0) loss 3.142 lr 1.0e-03 shapes/box 0.500")
+        "step 120 1.5/3 min (cpu 1.0) loss 3.142 lr 1.0e-03 shapes/box 0.500"
+    )
 
 
 def test_the_cards_scores_are_those_of_the_shipped_weights() -> None:
@@ -163,8 +164,22 @@ def test_the_cards_scores_are_those_of_the_shipped_weights() -> None:
         assert scores[f"shapes/{kind}"] == pytest.approx(float(value), abs=0.005), kind
 
 
-TINY_WORDS = ["--image-size", "32", "--width", "16", "--depth", "2", "--num-heads", "2", "--prompt-width", "16",
-              "--decoder-mlp", "32", "--params", str(FOLDER.parent / "params.yaml")]
+TINY_WORDS = [
+    "--image-size",
+    "32",
+    "--width",
+    "16",
+    "--depth",
+    "2",
+    "--num-heads",
+    "2",
+    "--prompt-width",
+    "16",
+    "--decoder-mlp",
+    "32",
+    "--params",
+    str(FOLDER.parent / "params.yaml"),
+]
 
 
 def test_the_command_writes_weights_and_card(short: None, tmp_path: Path) -> None:
@@ -206,13 +221,30 @@ def test_a_folder_or_any_other_source_is_trained_on_in_place_of_shapes(tmp_path:
     centre = (drawn.small[:, :2] + drawn.small[:, 2:]).long() // 2
     assert bool(drawn.masks[torch.arange(64), centre[:, 1], centre[:, 0]].all()), "boxes turn with their masks"
     assert not torch.equal(pool.draw(8, seeded(1)).images, pool.draw(8, seeded(2)).images)
-    sam, progress = foundation.pretrain(minutes=0.02, seed=0, state_path=tmp_path / "s.pt", architecture=TINY,
-                                        images=(pool, held), log=lambda line: None)
+    sam, progress = foundation.pretrain(
+        minutes=0.02,
+        seed=0,
+        state_path=tmp_path / "s.pt",
+        architecture=TINY,
+        images=(pool, held),
+        log=lambda line: None,
+    )
     assert progress.step > 0
     assert {"data/box", "data/centre"} <= set(progress.scores)
     assert "training images and masks" in card_text(
-        command="", commit="", seed=0, machine="", steps=1, minutes=1, cpu_minutes=1, scores=progress.scores, sha256="",
-        architecture=TINY, images="data", num_parameters=sum(p.numel() for p in sam.parameters()))
+        command="",
+        commit="",
+        seed=0,
+        machine="",
+        steps=1,
+        minutes=1,
+        cpu_minutes=1,
+        scores=progress.scores,
+        sha256="",
+        architecture=TINY,
+        images="data",
+        num_parameters=sum(p.numel() for p in sam.parameters()),
+    )
 
 
 def test_without_the_stages_that_make_the_data_it_says_which_to_run(tmp_path: Path) -> None:

@@ -89,8 +89,10 @@ def family(stage: str, between: int = 0) -> Iterator[tuple[subprocess.Popen[str]
         code = START.format(variables={}, code=code, new_session=False)
     code = START.format(variables={"DVC_STAGE": "train"}, code=code, new_session=False)
     # As the real DVC: what it gives its child it has not itself.
-    terminal = start("import os\nos.environ['TERMINAL'] = str(os.getpid())\n"
-                     + START.format(variables={}, code=code, new_session=True))
+    terminal = start(
+        "import os\nos.environ['TERMINAL'] = str(os.getpid())\n"
+        + START.format(variables={}, code=code, new_session=True)
+    )
     pids = [int(first_line(terminal)) for _ in range(between + 2)]
     try:
         assert int(first_line(terminal)) == pids[-1], "the stage itself"
@@ -152,8 +154,11 @@ def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -
 
 
 @linux
-@pytest.mark.parametrize("stage", [
-    pytest.param("""
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(
+            """
 import os, time
 from lesionsam.guard import end_with_parent
 parent = os.getppid()
@@ -162,15 +167,21 @@ while os.getppid() == parent:
     time.sleep(0.01)
 end_with_parent()
 time.sleep(300)
-""", id="while it loaded its libraries"),
-    pytest.param("""
+""",
+            id="while it loaded its libraries",
+        ),
+        pytest.param(
+            """
 import os, time
 from lesionsam.guard import end_with
 end_with(os.getppid())
 print(os.getpid(), flush=True)
 time.sleep(300)
-""", id="a process beside a stage"),
-])
+""",
+            id="a process beside a stage",
+        ),
+    ],
+)
 def test_what_a_dead_process_started_ends(stage: str) -> None:
     with family(stage) as (_, dvc, pid):
         os.kill(dvc, signal.SIGKILL)

@@ -63,11 +63,16 @@ def by_true_masks() -> Method:
     return method
 
 
-@pytest.mark.parametrize("make", [
-    pytest.param(lambda: contrastive(), id="default"),
-    pytest.param(lambda: contrastive(alpha=0.5, gamma=0.1, missed_core="negative", random_fallback=True), id="terms"),
-    pytest.param(by_true_masks, id="supervised"),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: contrastive(), id="default"),
+        pytest.param(
+            lambda: contrastive(alpha=0.5, gamma=0.1, missed_core="negative", random_fallback=True), id="terms"
+        ),
+        pytest.param(by_true_masks, id="supervised"),
+    ],
+)
 def test_a_step_asks_the_device_for_nothing(make: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # which `meta` does not know
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -77,8 +82,17 @@ def test_a_step_asks_the_device_for_nothing(make: Any, batch: Batch, monkeypatch
     finite: list[Any] = []
     with Waiting() as waiting:
         terms, values = add_gradients(
-            method, batch, 1.0, generator=step_generator(0, 0), precision="fp32",
-            scaler=torch.amp.GradScaler(enabled=False), group_size=1, watched=(), alive=[], finite=finite)
+            method,
+            batch,
+            1.0,
+            generator=step_generator(0, 0),
+            precision="fp32",
+            scaler=torch.amp.GradScaler(enabled=False),
+            group_size=1,
+            watched=(),
+            alive=[],
+            finite=finite,
+        )
         torch.nn.utils.clip_grad_norm_(trained_parameters(method.model), 1.0)
         optimizer.step()
         method.after_step()
@@ -118,8 +132,15 @@ def test_the_loop_asks_twice_a_batch_and_once_a_flush(tmp_path: Path, monkeypatc
 
     first, last = LIVENESS_STEPS.stop + 2, LIVENESS_STEPS.stop + 2 + FLUSH_STEPS
     method: Any = Plain()
-    run(method, tiny_data(4), tmp_path, batch_size=1, epochs=1 + last // 4, patience=0,
-        evaluate=lambda epoch: {"objective": 0.0})
+    run(
+        method,
+        tiny_data(4),
+        tmp_path,
+        batch_size=1,
+        epochs=1 + last // 4,
+        patience=0,
+        evaluate=lambda epoch: {"objective": 0.0},
+    )
     between = seen[last] - seen[first]
     own = FLUSH_STEPS * len(weights(method))  # AdamW reads its count of steps, which is kept on the CPU
     epochs = last // 4 - first // 4  # each ends with a flush

@@ -52,8 +52,16 @@ def test_plain_rgb_is_read_exactly(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_exif_orientation(tmp_path: Path, orientation: int, kind: str) -> None:
     # EXIF 2.3, tag 0x0112: what must be done to the stored rows and columns to see the picture upright.
-    upright = {1: RAMP, 2: RAMP[:, ::-1], 3: RAMP[::-1, ::-1], 4: RAMP[::-1], 5: RAMP.transpose(1, 0, 2),
-               6: np.rot90(RAMP, -1), 7: RAMP[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(RAMP)}
+    upright = {
+        1: RAMP,
+        2: RAMP[:, ::-1],
+        3: RAMP[::-1, ::-1],
+        4: RAMP[::-1],
+        5: RAMP.transpose(1, 0, 2),
+        6: np.rot90(RAMP, -1),
+        7: RAMP[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(RAMP),
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     options: dict[str, Any] = {"quality": 100} if kind == "JPEG" else {}
@@ -99,16 +107,20 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
         got = read_image(write_png16(tmp_path / name, pixels))
         assert np.abs(got - (np.dstack([exact[..., 0]] * 3) if pixels.ndim == 2 else exact)).max() <= 1, name
     tiffs: list[tuple[str, np.ndarray, dict[str, Any]]] = [
-        ("g.tif", DEEP[..., 0], {}), ("be.tif", DEEP[..., 0], {"byteorder": ">"}),
+        ("g.tif", DEEP[..., 0], {}),
+        ("be.tif", DEEP[..., 0], {"byteorder": ">"}),
         ("c.tif", DEEP, {"photometric": "rgb"}),
-        ("f.tif", (DEEP[..., 0] / 65535).astype(np.float32), {})]
+        ("f.tif", (DEEP[..., 0] / 65535).astype(np.float32), {}),
+    ]
     for name, pixels, options in tiffs:
         tifffile.imwrite(tmp_path / name, pixels, **options)
         assert np.abs(read_image(tmp_path / name)[..., 0] - exact[..., 0]).max() <= 1, name
 
 
-@pytest.mark.parametrize(("shape", "options"), [((3, 40, 60), {"photometric": "rgb", "planarconfig": "separate"}),
-                                                ((40, 60), {"photometric": "miniswhite"})])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((3, 40, 60), {"photometric": "rgb", "planarconfig": "separate"}), ((40, 60), {"photometric": "miniswhite"})],
+)
 def test_deep_tiffs_that_pillow_misreads(tmp_path: Path, shape: tuple[int, ...], options: dict[str, Any]) -> None:
     tifffile.imwrite(tmp_path / "a.tif", np.zeros(shape, np.uint16), **options)
     with pytest.raises(UserError, match=r"a\.tif: TIFF of more than 8 bits"):
@@ -146,23 +158,26 @@ def encoded(kind: str) -> bytes:
 def test_truncated(tmp_path: Path, kind: str, keep: float) -> None:
     data = encoded(kind)
     path = tmp_path / "cut.img"
-    path.write_bytes(data[:int(len(data) * keep)])
+    path.write_bytes(data[: int(len(data) * keep)])
     for read in (read_image, check_image, read_mask):
         with pytest.raises(UserError, match=r"cut\.img: ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "file is empty"),
-    (b"<!DOCTYPE html><html>404</html>", "an HTML or XML page"),
-    (b"\n  <?xml version='1.0'?><Error/>", "an HTML or XML page"),
-    (b"PK\x03\x04zzzz", "a zip archive"),
-    (b"%PDF-1.7", "a PDF"),
-    (b"\x00" * 100, "a file that begins with 00 00"),
-    (b"GIF89a" + b"\x00" * 40, "not an image; expected JPEG, PNG, BMP, TIFF"),
-    (b"II*\x00\xff\xff\xff\x7f", "cannot be read|not an image"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "file is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "an HTML or XML page"),
+        (b"\n  <?xml version='1.0'?><Error/>", "an HTML or XML page"),
+        (b"PK\x03\x04zzzz", "a zip archive"),
+        (b"%PDF-1.7", "a PDF"),
+        (b"\x00" * 100, "a file that begins with 00 00"),
+        (b"GIF89a" + b"\x00" * 40, "not an image; expected JPEG, PNG, BMP, TIFF"),
+        (b"II*\x00\xff\xff\xff\x7f", "cannot be read|not an image"),
+    ],
+)
 def test_what_is_no_image(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "x.jpg").write_bytes(content)
     for read in (read_image, check_image, read_mask):
@@ -212,6 +227,7 @@ def test_a_hundred_megapixels_come_without_warning(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
+
 
 def mask_files(folder: Path) -> dict[str, Path]:
     one = BLOB.astype(np.uint8)
@@ -267,8 +283,9 @@ def test_grey_masks_need_the_threshold(tmp_path: Path) -> None:
     assert np.array_equal(read_mask(one, threshold=True), BLOB)  # 0 and 1 stay what they mean
 
 
-@pytest.mark.parametrize("palette", [
-    [0, 0, 0, 90, 90, 90], [0, 0, 0, 200, 0, 0], [255, 255, 255, 200, 0, 0], [40, 40, 40, 90, 90, 90]])
+@pytest.mark.parametrize(
+    "palette", [[0, 0, 0, 90, 90, 90], [0, 0, 0, 200, 0, 0], [255, 255, 255, 200, 0, 0], [40, 40, 40, 90, 90, 90]]
+)
 def test_palettes_of_two(tmp_path: Path, palette: list[int]) -> None:
     """Black is background, wherever it stands; without black, the first entry is."""
     image = Image.fromarray(BLOB.astype(np.uint8), "P")

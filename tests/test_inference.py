@@ -64,8 +64,12 @@ def case(tmp_path: Path) -> Path:
 
 def predict(case: Path, *images: str, **options: object) -> int:
     chosen = [str(case / name) for name in images] or [str(case / "images")]
-    arguments: dict = {"boxes": case / "boxes.csv",
-                       "model": case / "weights.safetensors", "out": case / "out", "batch_size": 2} | options
+    arguments: dict = {
+        "boxes": case / "boxes.csv",
+        "model": case / "weights.safetensors",
+        "out": case / "out",
+        "batch_size": 2,
+    } | options
     return predict_files(chosen, **arguments)
 
 
@@ -87,7 +91,13 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
     assert list(masks(case)) == ["tall.png", "two_left.png", "two_right.png", "wide.png"]
     assert {path.name for path in (case / "out" / "overlays").iterdir()} == set(masks(case))
     assert sorted(path.name for path in (case / "out").iterdir()) == [
-        "coco.json", "coco_polygons.json", "masks", "overlays", "polygons", "predictions.csv"]
+        "coco.json",
+        "coco_polygons.json",
+        "masks",
+        "overlays",
+        "polygons",
+        "predictions.csv",
+    ]
     assert capsys.readouterr().err == ""
     predictor = ImagePredictor(tiny_sam())
     for (image_id, lesion_id), row in table(case).items():
@@ -140,10 +150,18 @@ def test_faults_are_named_and_cost_no_other_image_its_mask(case: Path, capsys: p
     (case / "images" / "page.jpg").write_text("<html>404</html>")
     (case / "images" / "rowless.png").write_bytes(image)
     Image.fromarray(picture(2, 2000)).save(case / "images" / "thin.png")
-    write_csv(case / "boxes.csv", ROWS | {
-        ("cut", "0"): ROWS["wide", "0"], ("page", "0"): ROWS["wide", "0"],
-        ("two", "outside"): (50, 5, 120, 60, 60, 20, 70, 30), ("two", "reversed"): (50, 5, 20, 60, 30, 20, 40, 30),
-        ("thin", "0"): (0, 0, 2, 2, 0, 0, 1, 1), ("elsewhere", "0"): ROWS["wide", "0"]})
+    write_csv(
+        case / "boxes.csv",
+        ROWS
+        | {
+            ("cut", "0"): ROWS["wide", "0"],
+            ("page", "0"): ROWS["wide", "0"],
+            ("two", "outside"): (50, 5, 120, 60, 60, 20, 70, 30),
+            ("two", "reversed"): (50, 5, 20, 60, 30, 20, 40, 30),
+            ("thin", "0"): (0, 0, 2, 2, 0, 0, 1, 1),
+            ("elsewhere", "0"): ROWS["wide", "0"],
+        },
+    )
     assert predict(case, "images", "none.png") == 1
     assert list(masks(case)) == ["tall.png", "two_left.png", "two_right.png", "wide.png"]
     assert len(table(case)) == 4
@@ -152,7 +170,8 @@ def test_faults_are_named_and_cost_no_other_image_its_mask(case: Path, capsys: p
     for what in named:
         assert sum(line.startswith("error: ") and what in line for line in lines) == 1, (what, lines)
     assert [line for line in lines if line.startswith("note: ")] == [
-        f"note: {case / 'boxes.csv'} has rows of 1 images that were not given: elsewhere"]
+        f"note: {case / 'boxes.csv'} has rows of 1 images that were not given: elsewhere"
+    ]
     assert len(lines) == len(named) + 1
 
 
@@ -278,10 +297,19 @@ def test_images_come_from_files_folders_and_patterns(case: Path) -> None:
 
 def test_a_link_that_leads_nowhere_is_a_fault_and_no_silence(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (case / "images" / "lost.png").symlink_to(case / "moved-away.png")
-    assert predict_files([case / "images"], model=case / "weights.safetensors", auto=True, out=case / "out",
-                         options=replace(AUTO, points_per_side=2)) == 1
+    assert (
+        predict_files(
+            [case / "images"],
+            model=case / "weights.safetensors",
+            auto=True,
+            out=case / "out",
+            options=replace(AUTO, points_per_side=2),
+        )
+        == 1
+    )
     assert f"error: {case / 'images' / 'lost.png'}: no such file; expected an image, and the link" in (
-        capsys.readouterr().err)
+        capsys.readouterr().err
+    )
 
 
 def test_names_that_cannot_be_kept_apart_are_refused(case: Path) -> None:
@@ -326,9 +354,25 @@ def test_nothing_that_can_be_predicted(case: Path) -> None:
 
 
 def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path) -> None:
-    arguments = ["predict", str(case / "images" / "*.png"), "--boxes", str(case / "boxes.csv"), "--weights",
-                 str(case / "weights.safetensors"), "--out", str(case / "out"), "--prompt", "box+core", "--threshold",
-                 "0.4", "--batch-size", "3", "--no-overlays", "--device", "cpu"]
+    arguments = [
+        "predict",
+        str(case / "images" / "*.png"),
+        "--boxes",
+        str(case / "boxes.csv"),
+        "--weights",
+        str(case / "weights.safetensors"),
+        "--out",
+        str(case / "out"),
+        "--prompt",
+        "box+core",
+        "--threshold",
+        "0.4",
+        "--batch-size",
+        "3",
+        "--no-overlays",
+        "--device",
+        "cpu",
+    ]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     assert len(masks(case)) == 4
     assert not (case / "out" / "overlays").exists()
@@ -341,6 +385,7 @@ def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path
 
 
 # --------------------------------------------------------------------------------------------------------- Predictor
+
 
 def counted(sam: Sam) -> Callable[[], int]:
     """How often the encoder has run."""

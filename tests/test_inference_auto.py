@@ -41,10 +41,24 @@ def theirs(sam: Sam, image: np.ndarray, options: AutoOptions) -> list[Mapping]:
 
 CASES = {
     "loose": replace(AUTO, points_per_side=5, pred_iou_thresh=0.3, stability_score_thresh=0.5),
-    "one crop layer": replace(AUTO, points_per_side=4, pred_iou_thresh=0.3, stability_score_thresh=0.5,
-                              crop_n_layers=1, crop_n_points_downscale_factor=2, crop_nms_thresh=0.5),
-    "odd batches, other offset": replace(AUTO, points_per_side=5, points_per_batch=7, pred_iou_thresh=0.3,
-                                         stability_score_thresh=0.2, stability_score_offset=2.0, box_nms_thresh=0.4),
+    "one crop layer": replace(
+        AUTO,
+        points_per_side=4,
+        pred_iou_thresh=0.3,
+        stability_score_thresh=0.5,
+        crop_n_layers=1,
+        crop_n_points_downscale_factor=2,
+        crop_nms_thresh=0.5,
+    ),
+    "odd batches, other offset": replace(
+        AUTO,
+        points_per_side=5,
+        points_per_batch=7,
+        pred_iou_thresh=0.3,
+        stability_score_thresh=0.2,
+        stability_score_offset=2.0,
+        box_nms_thresh=0.4,
+    ),
 }
 
 
@@ -80,8 +94,9 @@ def test_thresholds_that_nothing_passes_give_no_mask(compact: Sam) -> None:
 
 def test_no_mask_is_empty_whatever_the_thresholds(compact: Sam) -> None:
     image, _ = generate(0, 3, 64)
-    found = automatic_masks(compact, image, replace(AUTO, points_per_side=2, pred_iou_thresh=0,
-                                                    stability_score_thresh=0, box_nms_thresh=1))
+    found = automatic_masks(
+        compact, image, replace(AUTO, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0, box_nms_thresh=1)
+    )
     assert found
     for each in found:
         assert each.area == np.count_nonzero(each.mask) > 0
@@ -96,6 +111,7 @@ def test_defaults_are_those_of_the_default_parameters() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
+
 
 def test_points_are_the_middles_of_equal_cells() -> None:
     assert point_grid(2).tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]

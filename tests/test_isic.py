@@ -56,10 +56,15 @@ def challenge(source: str, counts: dict[str, int]) -> dict[str, bytes]:
         numbers = range(FIRST[name], FIRST[name] + counts[name])
         ending = "_Segmentation.png" if edition.year == 2016 else "_segmentation.png"
         extras = {f"ISIC_{n:07d}_superpixels.png": picture(n, "mask") for n in numbers} if edition.year == 2017 else {}
-        extras |= {f"{split.images.name.removesuffix('.zip')}_metadata.csv": b"image_id,age\n", "LICENSE.txt": b"CC-0",
-                   "ATTRIBUTION.txt": b"ISIC"}
-        for part, members in ((split.images, {f"ISIC_{n:07d}.jpg": picture(n, "image") for n in numbers} | extras),
-                              (split.masks, {f"ISIC_{n:07d}{ending}": picture(n, "mask") for n in numbers})):
+        extras |= {
+            f"{split.images.name.removesuffix('.zip')}_metadata.csv": b"image_id,age\n",
+            "LICENSE.txt": b"CC-0",
+            "ATTRIBUTION.txt": b"ISIC",
+        }
+        for part, members in (
+            (split.images, {f"ISIC_{n:07d}.jpg": picture(n, "image") for n in numbers} | extras),
+            (split.masks, {f"ISIC_{n:07d}{ending}": picture(n, "mask") for n in numbers}),
+        ):
             files[f"/{edition.year}/{part.name}"] = archive(part.name.removesuffix(".zip"), members)
     return files
 
@@ -78,8 +83,16 @@ def get(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fetch:
     monkeypatch.chdir(tmp_path)
 
     def run(source: str, subset: int = 0, dev_fraction: float = 0.0) -> list[Row]:
-        return fetch_isic(source, subset=subset, dev_fraction=dev_fraction, base_url=site.url, raw=Path("data/raw"),
-                          archives=Path(".archives"), lock_path=Path("archives.lock.json"), backoff=0.01)
+        return fetch_isic(
+            source,
+            subset=subset,
+            dev_fraction=dev_fraction,
+            base_url=site.url,
+            raw=Path("data/raw"),
+            archives=Path(".archives"),
+            lock_path=Path("archives.lock.json"),
+            backoff=0.01,
+        )
 
     return run
 
@@ -201,8 +214,12 @@ def test_overlaps_are_left_out_of_training(site: Site, get: Fetch, capsys: pytes
     site.files = challenge("isic2016", {"train": 8, "test": 4})
     edition = EDITIONS["isic2016"]
     train, test = edition.splits["train"], edition.splits["test"]
-    again = {**{f"ISIC_{n:07d}": n for n in range(8)}, "ISIC_0001184": 100, "ISIC_9000001": 9_000_001,
-             "ISIC_7777777": 9_000_002}  # known; the same id as in test; the same bytes under another id
+    again = {
+        **{f"ISIC_{n:07d}": n for n in range(8)},
+        "ISIC_0001184": 100,
+        "ISIC_9000001": 9_000_001,
+        "ISIC_7777777": 9_000_002,
+    }  # known; the same id as in test; the same bytes under another id
     for part, kind, ending in ((train.images, "image", ".jpg"), (train.masks, "mask", "_Segmentation.png")):
         members = {f"{name}{ending}": picture(number, kind) for name, number in again.items()}
         site.files[f"/2016/{part.name}"] = archive(part.name.removesuffix(".zip"), members)
@@ -235,8 +252,9 @@ def test_members_that_belong_to_nothing(site: Site, get: Fetch, capsys: pytest.C
 def test_mask_of_another_size(site: Site, get: Fetch) -> None:
     site.files = challenge("isic2018", {"train": 4, "dev": 2, "test": 2})
     masks = EDITIONS["isic2018"].splits["dev"].masks.name
-    site.files[f"/2018/{masks}"] = archive("m", {f"ISIC_{FIRST['dev'] + n:07d}_segmentation.png": picture(n + 1, "mask")
-                                                 for n in range(2)})
+    site.files[f"/2018/{masks}"] = archive(
+        "m", {f"ISIC_{FIRST['dev'] + n:07d}_segmentation.png": picture(n + 1, "mask") for n in range(2)}
+    )
     with pytest.raises(UserError, match=r"masks/dev/ISIC_5000000\.png: mask is 41x31 px; expected 40x32"):
         get("isic2018")
 
@@ -248,8 +266,9 @@ def test_missing_archive_names_address_and_place(site: Site, get: Fetch) -> None
         get("isic2018")
 
 
-def test_plan_is_told_and_refused_without_room(site: Site, get: Fetch, monkeypatch: pytest.MonkeyPatch,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_is_told_and_refused_without_room(
+    site: Site, get: Fetch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     site.files = challenge("isic2018", {"train": 4, "dev": 2, "test": 2})
     monkeypatch.setattr(isic, "free_disk_bytes", lambda _: 70_000_000)
     monkeypatch.setattr(isic, "SPARE_BYTES", 80_000_000)
@@ -262,14 +281,17 @@ def test_plan_is_told_and_refused_without_room(site: Site, get: Fetch, monkeypat
 
 def test_official_addresses_sizes_and_hashes() -> None:
     remote = isic._remote(EDITIONS["isic2018"].splits["train"].images, 2018, "")
-    assert remote.urls == tuple(f"https://{host}/2018/ISIC2018_Task1-2_Training_Input.zip" for host in (
-        "isic-archive.s3.amazonaws.com/challenges", "isic-challenge-data.s3.amazonaws.com"))
+    assert remote.urls == tuple(
+        f"https://{host}/2018/ISIC2018_Task1-2_Training_Input.zip"
+        for host in ("isic-archive.s3.amazonaws.com/challenges", "isic-challenge-data.s3.amazonaws.com")
+    )
     assert (remote.size, remote.sha256 and remote.sha256[:8]) == (11_165_358_566, "80f98572")
     counts = {source: [split.count for split in edition.splits.values()] for source, edition in EDITIONS.items()}
     assert counts == {"isic2016": [900, 379], "isic2017": [2000, 150, 600], "isic2018": [2594, 100, 1000]}
 
 
 # ------------------------------------------------------------------------------------------------- hostile archives
+
 
 def packed(members: list[tuple[zipfile.ZipInfo | str, bytes]]) -> bytes:
     file = io.BytesIO()
@@ -288,23 +310,26 @@ def link() -> zipfile.ZipInfo:
 def declared(data: bytes, size: int) -> bytes:
     """The archive with another unpacked size in its directory (offset 24 of the entry, APPNOTE 4.3.12)."""
     at = data.index(b"PK\x01\x02") + 24
-    return data[:at] + struct.pack("<I", size) + data[at + 4:]
+    return data[:at] + struct.pack("<I", size) + data[at + 4 :]
 
 
 GOOD = ("x/ISIC_0000001.jpg", picture(1, "image"))
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (packed([GOOD, ("../ISIC_0000002.jpg", b"x")]), r"'\.\./ISIC_0000002\.jpg' points outside"),
-    (packed([GOOD, ("x/../../evil.txt", b"x")]), "points outside"),
-    (packed([GOOD, ("/etc/ISIC_0000002.jpg", b"x")]), "points outside"),
-    (packed([GOOD, ("C:/ISIC_0000002.jpg", b"x")]), "points outside"),
-    (packed([GOOD, ("x\\..\\..\\evil.jpg", b"x")]), "points outside"),
-    (packed([(link(), b"/etc/passwd")]), "is a symbolic link"),
-    (packed([GOOD, ("y/isic_0000001.JPG", b"x"), ("z/ISIC_0000001.jpg", b"x")]), "have the same id"),
-    (declared(packed([GOOD]), 120_000_000), "makes 120 MB of an archive of 0 MB; refused as a zip bomb"),
-    (declared(packed([GOOD]), 4_000_000_000), "refused as a zip bomb"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (packed([GOOD, ("../ISIC_0000002.jpg", b"x")]), r"'\.\./ISIC_0000002\.jpg' points outside"),
+        (packed([GOOD, ("x/../../evil.txt", b"x")]), "points outside"),
+        (packed([GOOD, ("/etc/ISIC_0000002.jpg", b"x")]), "points outside"),
+        (packed([GOOD, ("C:/ISIC_0000002.jpg", b"x")]), "points outside"),
+        (packed([GOOD, ("x\\..\\..\\evil.jpg", b"x")]), "points outside"),
+        (packed([(link(), b"/etc/passwd")]), "is a symbolic link"),
+        (packed([GOOD, ("y/isic_0000001.JPG", b"x"), ("z/ISIC_0000001.jpg", b"x")]), "have the same id"),
+        (declared(packed([GOOD]), 120_000_000), "makes 120 MB of an archive of 0 MB; refused as a zip bomb"),
+        (declared(packed([GOOD]), 4_000_000_000), "refused as a zip bomb"),
+    ],
+)
 def test_hostile_archives_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "evil.zip"
     path.write_bytes(data)
@@ -345,6 +370,12 @@ def test_what_is_no_archive(tmp_path: Path, site: Site, data: bytes) -> None:
 
 
 def test_mask_pattern_ignores_case_and_superpixels() -> None:
-    names = ["ISIC_0000001_Segmentation.png", "ISIC_0000001_segmentation.PNG", "ISIC_0000001_superpixels.png",
-             "ISIC_0000001.png", "._ISIC_0000001_segmentation.png", "ISIC_0000001_segmentation.png.txt"]
+    names = [
+        "ISIC_0000001_Segmentation.png",
+        "ISIC_0000001_segmentation.PNG",
+        "ISIC_0000001_superpixels.png",
+        "ISIC_0000001.png",
+        "._ISIC_0000001_segmentation.png",
+        "ISIC_0000001_segmentation.png.txt",
+    ]
     assert [bool(MASK.fullmatch(name)) for name in names] == [True, True, False, False, False, False]

@@ -29,8 +29,9 @@ def some(count: int = 6) -> tuple[Batch, torch.Tensor]:
 
 def drawn(kind: str, batch: Batch, masks: torch.Tensor, seed: int = 0, **changes: float) -> Prompts:
     settings: dict = QUIET | changes
-    return prompts_from_masks(kind, masks, batch.valid, batch.sizes, batch.big_boxes, generator=generator(seed),
-                              **settings)
+    return prompts_from_masks(
+        kind, masks, batch.valid, batch.sizes, batch.big_boxes, generator=generator(seed), **settings
+    )
 
 
 def test_points_are_uniform_over_the_region_and_nowhere_else() -> None:
@@ -147,8 +148,9 @@ def test_every_image_keeps_its_own_prompts_as_segment_anything_pads_them() -> No
         logits, quality = decode_candidates(sam, features, prompts, slice(0, 1))
         for k in range(5):
             box = None if prompts.boxes is None else prompts.boxes[k : k + 1]
-            sparse, dense = sam.prompt_encoder(points=(prompts.points[k : k + 1], prompts.labels[k : k + 1]), boxes=box,
-                                               masks=None)
+            sparse, dense = sam.prompt_encoder(
+                points=(prompts.points[k : k + 1], prompts.labels[k : k + 1]), boxes=box, masks=None
+            )
             wanted, iou = sam.mask_decoder(features[k : k + 1], sam.prompt_encoder.get_dense_pe(), sparse, dense, False)
             assert torch.allclose(logits[k : k + 1], wanted, atol=1e-4)
             assert torch.allclose(quality[k : k + 1], iou, atol=1e-5)
@@ -201,5 +203,10 @@ def test_draws_are_a_function_of_the_generator(kind: str) -> None:
     for name in ("points", "labels", "boxes"):
         a, b = getattr(first, name), getattr(same, name)
         assert (a is None and b is None) or torch.equal(a, b)
-    assert any(getattr(first, n) is not None and (getattr(first, n).shape != getattr(other, n).shape or
-               not torch.equal(getattr(first, n), getattr(other, n))) for n in ("points", "boxes"))
+    assert any(
+        getattr(first, n) is not None
+        and (
+            getattr(first, n).shape != getattr(other, n).shape or not torch.equal(getattr(first, n), getattr(other, n))
+        )
+        for n in ("points", "boxes")
+    )

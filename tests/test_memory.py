@@ -63,8 +63,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_gradient(
     run(plain, data, tmp_path / "plain", accumulate=accumulate)
     tight = with_memory_for(Mean(), lambda call: 4 if call < 6 else 2, in_backward=in_backward)
     rows: list[Any] = []
-    progress = run(tight, data, tmp_path / "tight", accumulate=accumulate, say=lines.append,
-                   log=lambda values, step: rows.append((step, dict(values))))
+    progress = run(
+        tight,
+        data,
+        tmp_path / "tight",
+        accumulate=accumulate,
+        say=lines.append,
+        log=lambda values, step: rows.append((step, dict(values))),
+    )
     for name, value in weights(plain).items():
         assert torch.allclose(weights(tight)[name], value, atol=1e-6), name
     assert progress.parts == 2

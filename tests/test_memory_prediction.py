@@ -27,8 +27,9 @@ from lesionsam.types import Batch
 
 CPU = torch.device("cpu")
 BELOW, ABOVE = 1.0, 1.35  # the prediction over what is measured: rather too much than too little
-WIDE = CompactArchitecture(image_size=256, patch_size=16, width=192, depth=4, num_heads=3, prompt_width=256,
-                           decoder_mlp=512)
+WIDE = CompactArchitecture(
+    image_size=256, patch_size=16, width=192, depth=4, num_heads=3, prompt_width=256, decoder_mlp=512
+)
 
 
 class Storages(TorchDispatchMode):
@@ -65,10 +66,14 @@ def some_batch(count: int, side: int) -> Batch:
     draw = torch.Generator().manual_seed(0)
     big, small = torch.tensor([[0.2, 0.2, 0.8, 0.8]]) * side, torch.tensor([[0.4, 0.4, 0.6, 0.6]]) * side
     return Batch(
-        ids=tuple(map(str, range(count))), index=torch.arange(count),
+        ids=tuple(map(str, range(count))),
+        index=torch.arange(count),
         images=torch.randint(0, 255, (count, 3, side, side), generator=draw, dtype=torch.uint8),
-        sizes=torch.full((count, 2), side), big_boxes=big.repeat(count, 1), small_boxes=small.repeat(count, 1),
-        valid=torch.ones(count, side, side, dtype=torch.bool), prior=torch.randn(count, side, side, generator=draw),
+        sizes=torch.full((count, 2), side),
+        big_boxes=big.repeat(count, 1),
+        small_boxes=small.repeat(count, 1),
+        valid=torch.ones(count, side, side, dtype=torch.bool),
+        prior=torch.randn(count, side, side, generator=draw),
         masks=torch.rand(count, side, side, generator=draw).round(),
     )
 
@@ -110,19 +115,29 @@ def method_of(name: str, sam: Sam) -> Method:
     return Contrastive(sam, None, options(DEFAULT, entropy_thresh=0.7, **changes))
 
 
-@pytest.mark.parametrize(("architecture", "last_k", "batch_size", "precision", "name"), [
-    (CompactArchitecture(), 0, 4, "fp32", "taught"),
-    (CompactArchitecture(), 2, 8, "bf16", "supervised"),
-    (WIDE, 2, 2, "fp32", "prior"),
-    (WIDE, 2, 2, "bf16", "taught"),
-])
+@pytest.mark.parametrize(
+    ("architecture", "last_k", "batch_size", "precision", "name"),
+    [
+        (CompactArchitecture(), 0, 4, "fp32", "taught"),
+        (CompactArchitecture(), 2, 8, "bf16", "supervised"),
+        (WIDE, 2, 2, "fp32", "prior"),
+        (WIDE, 2, 2, "bf16", "taught"),
+    ],
+)
 def test_prediction_agrees_with_torchs_storages(
     architecture: CompactArchitecture, last_k: int, batch_size: int, precision: str, name: str
 ) -> None:
     sam = sam_of(architecture, last_k)
     method = method_of(name, sam)
-    step = predict_step(sam, held=held_bytes(all_modules(method)), batch_size=batch_size, answers=2,
-                        precision=precision, device="cpu", teacher=method.teacher is not None)
+    step = predict_step(
+        sam,
+        held=held_bytes(all_modules(method)),
+        batch_size=batch_size,
+        answers=2,
+        precision=precision,
+        device="cpu",
+        teacher=method.teacher is not None,
+    )
     peak = measured(method, some_batch(batch_size, architecture.image_size), precision)
     assert BELOW <= step.total / peak <= ABOVE, f"{step} against {peak} bytes"
 
@@ -151,13 +166,15 @@ def test_batches_are_made_in_parts_where_memory_is_short() -> None:
 
     def need(size: int) -> int:
         held = held_bytes(all_modules(method))
-        return predict_step(sam, held=held, batch_size=size, answers=2, precision="fp32", device="cpu",
-                            teacher=False).total
+        return predict_step(
+            sam, held=held, batch_size=size, answers=2, precision="fp32", device="cpu", teacher=False
+        ).total
 
     assert [parts(need(16)), parts(need(16) - 1), parts(need(4)), parts(1000)] == [1, 2, 4, 16]
     assert lines[0] == f"memory: a step of 16 images takes about {need(16) / 1e9:.1f} of {need(16) / 1e9:.1f} GB"
-    assert lines[2].endswith("so they are made in 4 parts, as with train.batch_size 4 and train.accumulate 4 times as "
-                             "large")
+    assert lines[2].endswith(
+        "so they are made in 4 parts, as with train.batch_size 4 and train.accumulate 4 times as large"
+    )
     assert lines[3].endswith("it may not fit")
     method.smallest_batch = 2
     assert parts(1000) == 8, "a placebo keeps two images together"
@@ -181,7 +198,14 @@ def test_presets_for_memory_fit_with_a_quarter_to_spare(name: str, gigabytes: in
     k = getattr(after.model, "unfreeze_last_k", 0)
     select_trainable(sam, encoder="blocks", unfreeze_last_k=k, train_decoder=True)
     held = held_bytes([sam, Teacher(sam, 0.99).module])
-    step = predict_step(sam, held=held, batch_size=t.batch_size, answers=answers_per_image(after),
-                        precision=t.precision, device="cpu" if name == "cpu" else "cuda", teacher=True)
+    step = predict_step(
+        sam,
+        held=held,
+        batch_size=t.batch_size,
+        answers=answers_per_image(after),
+        precision=t.precision,
+        device="cpu" if name == "cpu" else "cuda",
+        teacher=True,
+    )
     assert 1.25 * step.total < gigabytes * 1e9
     assert step.held > 4 * 90e6, "ViT-B has 94 million parameters"

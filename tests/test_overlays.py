@@ -163,7 +163,8 @@ def test_a_sheet_holds_every_picture_whole() -> None:
         height, width = picture.shape[:2]
         found = any(
             np.array_equal(page[y : y + height, x : x + width], picture)
-            for y in range(page.shape[0] - height + 1) for x in range(page.shape[1] - width + 1)
+            for y in range(page.shape[0] - height + 1)
+            for x in range(page.shape[1] - width + 1)
             if (page[y, x] == picture[0, 0]).all()
         )
         assert found

@@ -44,8 +44,11 @@ def compact(request: pytest.FixtureRequest) -> Sam:
 def picture(height: int, width: int) -> np.ndarray:
     """A generated lesion, cut to this size."""
     image, _ = generate(0, 3, 480)
-    return np.ascontiguousarray(np.resize(image, (max(height, image.shape[0]), *image.shape[1:]))[:height, :width]
-                                if width <= image.shape[1] else np.tile(image, (1, 3, 1))[:height, :width])
+    return np.ascontiguousarray(
+        np.resize(image, (max(height, image.shape[0]), *image.shape[1:]))[:height, :width]
+        if width <= image.shape[1]
+        else np.tile(image, (1, 3, 1))[:height, :width]
+    )
 
 
 def prompts(height: int, width: int, low_side: int) -> dict[str, Prompt]:
@@ -57,8 +60,15 @@ def prompts(height: int, width: int, low_side: int) -> dict[str, Prompt]:
     point = {"point_coords": (frame / 2)[None], "point_labels": np.array([1])}
     several = {"point_coords": rng.uniform(0, 1, (5, 2)) * frame, "point_labels": np.array([1, 0, 1, 0, 1])}
     mask = {"mask_input": rng.normal(0, 5, (1, low_side, low_side)).astype(np.float32)}
-    return {"point": point, "foreground and background": several, "box": box, "whole-number box": whole,
-            "points and box": several | box, "mask": mask, "all": several | box | mask}
+    return {
+        "point": point,
+        "foreground and background": several,
+        "box": box,
+        "whole-number box": whole,
+        "points and box": several | box,
+        "mask": mask,
+        "all": several | box | mask,
+    }
 
 
 def differences(sam: Sam, height: int, width: int, kinds: tuple[str, ...] | None = None) -> list[str]:
@@ -80,8 +90,9 @@ def differences(sam: Sam, height: int, width: int, kinds: tuple[str, ...] | None
             found = ours.predict(**prompt, multimask_output=multimask, return_logits=True)
             for name, mine, yours in zip(("logits", "quality", "low_res"), found, expected, strict=True):
                 if mine.shape != yours.shape or mine.dtype != yours.dtype:
-                    wrong.append(f"{kind}, {multimask}, {name}: {mine.shape} {mine.dtype}, "
-                                 f"not {yours.shape} {yours.dtype}")
+                    wrong.append(
+                        f"{kind}, {multimask}, {name}: {mine.shape} {mine.dtype}, not {yours.shape} {yours.dtype}"
+                    )
                 elif not np.allclose(mine, yours, atol=1e-4 if name == "logits" else 5e-5, rtol=1e-5):
                     wrong.append(f"{kind}, {multimask}, {name}: off by {np.abs(mine - yours).max():.2g}")
             if any(not np.array_equal(prompt[key], before[key]) for key in before):
@@ -137,8 +148,13 @@ def test_refining_with_its_own_low_resolution_mask(compact: Sam) -> None:
     for predictor in (SamPredictor(compact), ImagePredictor(compact)):
         predictor.set_image(image)
         _, _, low_res = predictor.predict(box=np.array([30, 40, 150, 180]), multimask_output=False)
-        logits, _, _ = predictor.predict(point_coords=np.array([[80.0, 100.0]]), point_labels=np.array([0]),
-                                         mask_input=low_res, multimask_output=False, return_logits=True)
+        logits, _, _ = predictor.predict(
+            point_coords=np.array([[80.0, 100.0]]),
+            point_labels=np.array([0]),
+            mask_input=low_res,
+            multimask_output=False,
+            return_logits=True,
+        )
         answers.append(logits)
     np.testing.assert_allclose(answers[1], answers[0], atol=2e-4)
 
@@ -156,8 +172,9 @@ def vit_b() -> Sam:
             if value.ndim == 1 and name.endswith("weight"):
                 value.add_(1)  # of norms
         sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.mul_(50)
-    sam.pixel_mean, sam.pixel_std = (torch.tensor(v).view(3, 1, 1) for v in (
-        [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    sam.pixel_mean, sam.pixel_std = (
+        torch.tensor(v).view(3, 1, 1) for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+    )
     return sam.eval()
 
 

@@ -109,10 +109,19 @@ def project(finished: Path, tmp_path: Path) -> Path:
 
 def test_repro_makes_everything(finished: Path) -> None:
     outputs = [
-        "data/raw/index.csv", "data/boxes.csv", "models/pretrained/weights.json", "models/adapted/run.json",
-        "models/adapted/history.csv", "models/adapted/cost.json", "models/adapted/params.yaml",
-        "results/per_image.csv", "results/table.csv",
-        "results/table.md", "results/summary.json", "results/metrics.json", "report/index.html",
+        "data/raw/index.csv",
+        "data/boxes.csv",
+        "models/pretrained/weights.json",
+        "models/adapted/run.json",
+        "models/adapted/history.csv",
+        "models/adapted/cost.json",
+        "models/adapted/params.yaml",
+        "results/per_image.csv",
+        "results/table.csv",
+        "results/table.md",
+        "results/summary.json",
+        "results/metrics.json",
+        "report/index.html",
         "report/model_card.md",
         *(f"models/adapted/{name}" for name in WEIGHTS),
     ]

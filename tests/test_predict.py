@@ -69,8 +69,9 @@ def case(tmp_path: Path) -> Path:
     for seed, (name, size) in enumerate(SIZES.items()):
         Image.fromarray(picture(*size, seed)).save(tmp_path / "images" / f"{name}.png")
     (tmp_path / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,10,8,60,50\ntwo,5,5,40,60\n")
-    (tmp_path / "points.csv").write_text("image_id,lesion_id,x,y,label\none,a,30,20,1\none,a,35,25,\none,a,80,50,0\n"
-                                         "one,b,12.5,40,1\ntwo,0,20,30,1\n")
+    (tmp_path / "points.csv").write_text(
+        "image_id,lesion_id,x,y,label\none,a,30,20,1\none,a,35,25,\none,a,80,50,0\none,b,12.5,40,1\ntwo,0,20,30,1\n"
+    )
     return tmp_path
 
 
@@ -93,6 +94,7 @@ def stamps(case: Path) -> dict[str, int]:
 
 # ------------------------------------------------------------------------------------------------------------ points
 
+
 def test_points_of_a_lesion_are_one_prompt(case: Path) -> None:
     assert predict(case) == 0
     rows = {(row["image_id"], row["lesion_id"]): row for row in table(case)}
@@ -100,21 +102,25 @@ def test_points_of_a_lesion_are_one_prompt(case: Path) -> None:
     predictor = ImagePredictor(tiny_sam(sharpness=SHARP))
     predictor.set_image(read_image(case / "images" / "one.png"))
     for lesion, points, labels in (("a", [[30, 20], [35, 25], [80, 50]], [1, 1, 0]), ("b", [[12.5, 40]], [1])):
-        logits, quality, _ = predictor.predict(np.array(points, float), np.array(labels), multimask_output=False,
-                                               return_logits=True)
+        logits, quality, _ = predictor.predict(
+            np.array(points, float), np.array(labels), multimask_output=False, return_logits=True
+        )
         found = read_mask(case / "out" / rows["one", lesion]["mask"])
         sure = np.abs(logits[0]) > 1e-3
         assert np.array_equal(found[sure], logits[0][sure] > 0)
         assert float(rows["one", lesion]["predicted_iou"]) == pytest.approx(quality[0], abs=1e-4)
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("one,a,90.5,20,1", r"line 2, x: 90.5 lies outside the image 'one' of 90x60 px"),
-    ("one,a,30,-1,1", r"line 2, y: -1 lies outside"),
-    ("one,a,left,20,1", r"line 2, x: expected a number of pixels, got 'left'"),
-    ("one,a,30,20,2", r"line 2, label: expected 1 \(lesion\) or 0 \(not\), got '2'"),
-    ("one,a,30,20,0", r"line 2, label: lesion 'a' of 'one' has no point of label 1"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("one,a,90.5,20,1", r"line 2, x: 90.5 lies outside the image 'one' of 90x60 px"),
+        ("one,a,30,-1,1", r"line 2, y: -1 lies outside"),
+        ("one,a,left,20,1", r"line 2, x: expected a number of pixels, got 'left'"),
+        ("one,a,30,20,2", r"line 2, label: expected 1 \(lesion\) or 0 \(not\), got '2'"),
+        ("one,a,30,20,0", r"line 2, label: lesion 'a' of 'one' has no point of label 1"),
+    ],
+)
 def test_points_that_cannot_be_meant_are_named(
     case: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
@@ -141,18 +147,21 @@ def test_columns_of_another_table_are_named(case: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- no prompt
 
+
 def test_one_lesion_without_a_prompt(case: Path) -> None:
     assert predict(case, source="auto") == 0
     rows = table(case)
     assert [(row["image_id"], row["lesion_id"]) for row in rows] == [("one", "0"), ("two", "0")]
     first = stamps(case)
-    save_sam(tiny_sam(sharpness=SHARP), case / "weights.safetensors", name="compact",
-             metadata={TRAINED_WITH: "box none"})
+    save_sam(
+        tiny_sam(sharpness=SHARP), case / "weights.safetensors", name="compact", metadata={TRAINED_WITH: "box none"}
+    )
     assert predict(case, source="auto") == 0
     assert not first.items() & stamps(case).items()  # other weights, and another way
     for row in table(case):
-        found, = Predictor(case / "weights.safetensors", auto=EASY).predict(case / "images" / f"{row['image_id']}.png",
-                                                                            auto=True)
+        (found,) = Predictor(case / "weights.safetensors", auto=EASY).predict(
+            case / "images" / f"{row['image_id']}.png", auto=True
+        )
         assert np.count_nonzero(found.mask != read_mask(case / "out" / row["mask"])) <= 2
 
 
@@ -199,7 +208,7 @@ def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) ->
         assert torch.allclose(found.logits[0], expected, atol=1e-3)
         own = looked_at_again(sam, features, (decode(sam, features, Prompts())[0][0, 0] > 0).numpy(), size)
         assert torch.allclose(found.logits[-1], own, atol=1e-3)
-        (logits, quality, agreed), = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
+        ((logits, quality, agreed),) = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
     chosen = found.masks[int(lesion_scores(found.signs).argmax())]
     box = largest_piece_box(chosen)
     assert box is not None
@@ -262,15 +271,20 @@ def test_a_look_from_nearer_comes_back_to_its_place() -> None:
         prompt = np.concatenate([np.maximum(middle - half, 0), middle + half])
         prompt = (prompt - [x0, y0, x0, y0]) * shown
         with torch.inference_mode():
-            answer, _ = decode(sam, encode(sam, preprocess(nearer, sizes)),
-                               Prompts(boxes=torch.tensor(prompt[None], dtype=torch.float32)))
-        found, _ = look_from_nearer(sam, frames, [(side, side)], np.array([box], float), looseness=0.1,
-                                    surroundings=1.5)
+            answer, _ = decode(
+                sam,
+                encode(sam, preprocess(nearer, sizes)),
+                Prompts(boxes=torch.tensor(prompt[None], dtype=torch.float32)),
+            )
+        found, _ = look_from_nearer(
+            sam, frames, [(side, side)], np.array([box], float), looseness=0.1, surroundings=1.5
+        )
         cell = side / found.shape[-1]
         centres = (np.arange(found.shape[-1]) + 0.5) * cell
         rows, columns = (((centres - low) * shown / cell) - 0.5 for low in (y0, x0))
-        expected = ndimage.map_coordinates(answer[0, 0].numpy(), np.meshgrid(rows, columns, indexing="ij"), order=1,
-                                           mode="nearest")
+        expected = ndimage.map_coordinates(
+            answer[0, 0].numpy(), np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest"
+        )
         inside = ((centres >= y0) & (centres < y1))[:, None] & ((centres >= x0) & (centres < x1))
         assert 0 < inside.sum() < inside.size
         assert np.allclose(found[0].numpy(), np.where(inside, expected, NOTHING), atol=1e-3)
@@ -280,7 +294,7 @@ def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> 
     """No mask passes, and a picture of one colour gives none by colour; the image beside it is answered as ever."""
     sam = tiny_sam(sharpness=SHARP)
     sam.mask_threshold = 1e9
-    one, = Predictor(sam, auto=EASY).predict(np.full((40, 50, 3), 128, np.uint8), auto=True)
+    (one,) = Predictor(sam, auto=EASY).predict(np.full((40, 50, 3), 128, np.uint8), auto=True)
     assert not one.mask.any()
     assert one.look == ("empty",)
 
@@ -290,7 +304,7 @@ def test_candidates_agree_as_far_as_the_likely_ones_do() -> None:
     masks[0, :2] = masks[1, :1] = masks[2, 3:] = True  # IoU with the first: 1, 1/2, 0
     assert agreement(masks, np.array([1.0, 1.0 - 0.1 * np.log(2), -9.0])) == pytest.approx((1 + 0.5 * 0.5) / 1.5)
     assert agreement(masks, np.array([1.0, -9.0, -9.0])) == pytest.approx(1)
-    reason, = reasons(masks[0], Asked(), 0.9, 0.9, 0.5)
+    (reason,) = reasons(masks[0], Asked(), 0.9, 0.9, 0.5)
     assert reason == "candidates for the lesion disagree: 0.50 below 0.8"
 
 
@@ -306,18 +320,30 @@ def test_signs_of_a_mask_are_what_they_say() -> None:
     shown, mask = lesion_on_skin()
     corner = np.zeros_like(mask)
     corner[:8, :16] = True
-    signs = dict(zip(SIGNS, lesion_signs(np.stack([mask, corner]), np.array([0.9, 0.001]), np.array([0.8, 0.5]),
-                                         np.stack([mask, ~mask, corner]), np.array([3.0, 0.0, 1.0]), shown,
-                                         smoothed_lab(shown)).T,
-                     strict=True))
+    signs = dict(
+        zip(
+            SIGNS,
+            lesion_signs(
+                np.stack([mask, corner]),
+                np.array([0.9, 0.001]),
+                np.array([0.8, 0.5]),
+                np.stack([mask, ~mask, corner]),
+                np.array([3.0, 0.0, 1.0]),
+                shown,
+                smoothed_lab(shown),
+            ).T,
+            strict=True,
+        )
+    )
     assert signs["predicted IoU, log"] == pytest.approx(np.log([0.9, 0.01]))
     assert signs["stability, log"] == pytest.approx(np.log([0.8, 0.5]))
     assert signs["squared distance from the middle"] == pytest.approx([(5 / 64) ** 2, 0.375**2 + 0.4375**2], abs=1e-3)
     assert signs["off the rim, log"] == pytest.approx(np.log([1.0001, 1.0001 - 24 / 256]))
     assert signs["area, log"] == pytest.approx(np.log([mask.mean(), 128 / 4096]))
     assert signs["votes"] == pytest.approx([3 / 4, 1 / 4])  # each mask agrees with itself alone
-    difference = np.linalg.norm(rgb2lab(np.array([[[115, 70, 60]]], np.uint8)) -
-                                rgb2lab(np.array([[[205, 165, 145]]], np.uint8)))
+    difference = np.linalg.norm(
+        rgb2lab(np.array([[[115, 70, 60]]], np.uint8)) - rgb2lab(np.array([[[205, 165, 145]]], np.uint8))
+    )
     assert signs["distance from skin"][0] == pytest.approx(difference, rel=0.06)
     assert np.exp(signs["contrast, log"][0]) - 1 == pytest.approx(difference, rel=0.06)
     assert signs["contrast, log"][1] < 1
@@ -333,8 +359,9 @@ def test_the_lesion_scores_above_skin_sticker_and_half_of_it() -> None:
     half[:, 27:] = False
     frame[4:60, 4:60] = True
     masks = np.stack([sticker, half, mask, frame])
-    scores = lesion_scores(lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown,
-                                        smoothed_lab(shown)))
+    scores = lesion_scores(
+        lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown, smoothed_lab(shown))
+    )
     assert scores.argmax() == 2
     assert overlaps(masks, masks).diagonal().tolist() == [1, 1, 1, 1]
 
@@ -354,12 +381,13 @@ def test_the_pretrained_compact_model_finds_a_generated_lesion() -> None:
     predictor, scores = Predictor(WEIGHTS), []
     for index in range(8):
         image, mask = generate(0, index, 128)
-        found, = predictor.predict(image, auto=True)
+        (found,) = predictor.predict(image, auto=True)
         scores.append(np.count_nonzero(found.mask & mask) / np.count_nonzero(found.mask | mask))
     assert np.median(scores) > 0.5
 
 
 # -------------------------------------------------------------------------------------------------------- everything
+
 
 def test_every_mask_of_an_image_and_resume(case: Path) -> None:
     assert predict(case, source="everything") == 0
@@ -386,7 +414,8 @@ def test_an_image_without_any_mask_counts_as_done(case: Path, capsys: pytest.Cap
     strict = replace(EASY, pred_iou_thresh=0.999999)
     assert predict(case, source="everything", options=strict) == 0
     assert [(row["lesion_id"], row["mask"], row["look"]) for row in table(case)] == [
-        ("", "", "no mask passes the thresholds")] * 2
+        ("", "", "no mask passes the thresholds")
+    ] * 2
     capsys.readouterr()
     assert predict(case, source="everything", options=strict) == 0
     assert "2 kept from before" in capsys.readouterr().out
@@ -411,6 +440,7 @@ def test_an_image_whose_masks_were_cut_short_is_done_again(case: Path, monkeypat
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
+
 
 def test_coco_json_holds_the_masks(case: Path) -> None:
     """Our own reader of COCO gives the PNGs back from the run lengths, and nearly so from the polygons."""
@@ -443,6 +473,7 @@ def test_without_shapes_neither_polygons_nor_coco_are_written(case: Path) -> Non
 
 # ---------------------------------------------------------------------------------------------------------- ensemble
 
+
 def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     predict(case, source="boxes", ensemble=1)
     alone = [int(row["area"]) for row in table(case)]
@@ -454,15 +485,23 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
         features = encode(sam, preprocess(frames, sizes))
     box = np.array([10.0, 8, 60, 50])
     how: dict = {"prompt": "box"}
-    single, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], **how)
-    two, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
-    again, = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
+    (single,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], **how)
+    (two,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
+    (again,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
     assert np.isnan(single.agreement)
     assert 0 <= two.agreement <= 1
     assert torch.equal(two.low_res, again.low_res)  # jitter depends on the lesion alone
     owners = [1, 0, 1]  # images of a batch, shared by lesions, in any order
-    many = answers(sam, torch.cat([features, features.roll(1, -1)]), [(60, 90)] * 3, [Asked(box, box)] * 3,
-                   ["one/0", "one/0", "one/1"], num_members=2, owners=owners, **how)
+    many = answers(
+        sam,
+        torch.cat([features, features.roll(1, -1)]),
+        [(60, 90)] * 3,
+        [Asked(box, box)] * 3,
+        ["one/0", "one/0", "one/1"],
+        num_members=2,
+        owners=owners,
+        **how,
+    )
     torch.testing.assert_close(many[1].low_res, two.low_res, rtol=0, atol=1e-4)
     assert not torch.allclose(many[0].low_res, two.low_res, atol=1e-2)
     other = 2 * two.low_res - single.low_res  # the second member, which must be the answer to a box near by
@@ -470,17 +509,20 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     assert np.corrcoef(other.flatten(), single.low_res.flatten())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize(("source", "options", "message"), [
-    ("points", {"ensemble": 3}, "--ensemble: expected 1"),
-    ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
-    ("boxes", {"nearer": True, "ensemble": 2}, "--nearer: enlarges what lies around a big box, so it goes with"),
-    ("boxes", {"nearer": True, "prompt": "centre"}, "--nearer: enlarges"),
-    ("points", {"nearer": True}, "--nearer: enlarges"),
-    ("auto", {"nearer": True}, "--nearer: enlarges .* --auto does so by itself"),
-    ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
-    ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
-    ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),
-])
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("points", {"ensemble": 3}, "--ensemble: expected 1"),
+        ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
+        ("boxes", {"nearer": True, "ensemble": 2}, "--nearer: enlarges what lies around a big box, so it goes with"),
+        ("boxes", {"nearer": True, "prompt": "centre"}, "--nearer: enlarges"),
+        ("points", {"nearer": True}, "--nearer: enlarges"),
+        ("auto", {"nearer": True}, "--nearer: enlarges .* --auto does so by itself"),
+        ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
+        ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
+        ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),
+    ],
+)
 def test_what_a_kind_of_prompt_cannot_be_asked_is_refused_alike_by_both_verbs(
     case: Path, source: str, options: dict, message: str
 ) -> None:
@@ -490,10 +532,12 @@ def test_what_a_kind_of_prompt_cannot_be_asked_is_refused_alike_by_both_verbs(
     given: dict = {source: True if source in ("everything", "auto") else case / f"{source}.csv"}
     with pytest.raises(UserError, match=message):
         Predictor(case / "weights.safetensors", threshold=options.get("threshold", 0.5)).predict(
-            case / "images", **given, **{k: v for k, v in options.items() if k != "threshold"})
+            case / "images", **given, **{k: v for k, v in options.items() if k != "threshold"}
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- from nearer
+
 
 def test_around_a_box_as_large_as_the_image_nearer_is_no_nearer(case: Path) -> None:
     """Around a smaller one it is; and an earlier call's masks are not taken for it."""
@@ -521,6 +565,7 @@ def test_lesions_of_one_image_are_each_seen_from_nearer(case: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------- worth a look: flags
 
+
 def test_reasons_to_look() -> None:
     mask = np.zeros((20, 20), bool)
     fine: dict = {"predicted_iou": 0.95, "stability": 0.95, "agreement": 0.95}
@@ -530,24 +575,28 @@ def test_reasons_to_look() -> None:
     assert reasons(mask, Asked(box, core), **fine) == ()
     assert reasons(mask, Asked(), **fine | {"agreement": float("nan"), "stability": float("nan")}) == ()
     for name, value in {"predicted_iou": 0.3, "stability": 0.4, "agreement": 0.5}.items():
-        reason, = reasons(mask, Asked(box, core), **fine | {name: value})
+        (reason,) = reasons(mask, Asked(box, core), **fine | {name: value})
         assert f"{value:.2f} below" in reason
     assert reasons(mask, Asked(np.array([4.0, 4, 16, 10]), core[:]), **fine)[0] == "50% of the mask outside its box"
     assert reasons(mask, Asked(box, np.array([2.0, 2, 6, 6])), **fine) == (
-        "only 6% of what must be lesion is in the mask",)
+        "only 6% of what must be lesion is in the mask",
+    )
     points = Asked(points=np.array([[7.0, 7], [1, 1], [18, 18]]), labels=np.array([1, 1, 0]))
     assert reasons(mask, points, **fine) == ("only 50% of what must be lesion is in the mask",)
 
 
 # ----------------------------------------------------------------------------------------------------------- Predictor
 
+
 def test_predictor_has_the_verbs_of_the_command(case: Path) -> None:
     """The same masks in memory as the command writes, by boxes, points and without a prompt."""
     predictor = Predictor(case / "weights.safetensors", auto=EASY)
     images = case / "images"
     for source, given, more in (
-        ("boxes", {"boxes": case / "boxes.csv"}, {}), ("boxes", {"boxes": case / "boxes.csv"}, {"nearer": True}),
-        ("points", {"points": str(case / "points.csv")}, {}), ("auto", {"auto": True}, {}),
+        ("boxes", {"boxes": case / "boxes.csv"}, {}),
+        ("boxes", {"boxes": case / "boxes.csv"}, {"nearer": True}),
+        ("points", {"points": str(case / "points.csv")}, {}),
+        ("auto", {"auto": True}, {}),
     ):
         predict(case, source=source, overlays=False, shapes=False, out=case / "out", **more)
         found = predictor.predict(images, **given, **more)
@@ -569,9 +618,9 @@ def test_predictor_takes_arrays_and_numbers(case: Path) -> None:
     assert not np.array_equal(first.mask, second.mask)
     by_csv = predictor.predict(case / "images" / "one.png", boxes=case / "boxes.csv")[0]
     assert np.array_equal(first.mask, by_csv.mask)
-    point, = predictor.predict(image, points=[[30, 20], [80, 50]], labels=[1, 0])
+    (point,) = predictor.predict(image, points=[[30, 20], [80, 50]], labels=[1, 0])
     assert point.asked.labels.tolist() == [1, 0]
-    core, = predictor.predict(case / "images" / "one.png", boxes=boxes[0], cores=[20, 20, 40, 40], prompt="centre")
+    (core,) = predictor.predict(case / "images" / "one.png", boxes=boxes[0], cores=[20, 20, 40, 40], prompt="centre")
     assert core.asked.points[0].tolist() == pytest.approx([30, 30])
 
 
@@ -601,12 +650,15 @@ def test_what_predictor_cannot_do_is_said(case: Path) -> None:
         predictor.predict(case / "images", boxes=case / "boxes.csv")
 
 
-@pytest.mark.parametrize(("message", "given"), [
-    (r"boxes: expected \(4,\) or \(N, 4\) numbers, got \(8,\)", {"boxes": [1, 2, 30, 40] * 2}),
-    (r"points: expected \(2,\) or \(N, 2\) numbers, got \(3,\)", {"points": [1, 2, 30]}),
-    ("a label for each; got 2 points and 1 labels", {"points": [[3, 4], [5, 6]], "labels": [1]}),
-    ("at least one point", {"points": []}),
-])
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        (r"boxes: expected \(4,\) or \(N, 4\) numbers, got \(8,\)", {"boxes": [1, 2, 30, 40] * 2}),
+        (r"points: expected \(2,\) or \(N, 2\) numbers, got \(3,\)", {"points": [1, 2, 30]}),
+        ("a label for each; got 2 points and 1 labels", {"points": [[3, 4], [5, 6]], "labels": [1]}),
+        ("at least one point", {"points": []}),
+    ],
+)
 def test_numbers_that_predictor_cannot_use_are_said(case: Path, message: str, given: dict) -> None:
     with pytest.raises(ValueError, match=message):
         Predictor(case / "weights.safetensors").predict(picture(60, 90, 0), **given)
@@ -643,6 +695,7 @@ def test_a_second_prompt_costs_no_encoder_pass_and_little_time() -> None:
 
 # -------------------------------------------------------------------------------------------------------- the command
 
+
 def test_the_command_asks_for_exactly_one_source(case: Path) -> None:
     base = ["predict", str(case / "images"), "--model", str(case / "weights.safetensors"), "--out", str(case / "out")]
     for given in ([], ["--auto", "--points", str(case / "points.csv")]):
@@ -660,23 +713,28 @@ def test_a_run_folder_is_a_model_and_params_say_the_thresholds(case: Path, monke
     run.mkdir()
     (case / "weights.safetensors").rename(run / "best.safetensors")
     text = default_text().replace("points_per_side: 8 ", "points_per_side: 2 ")
-    text = text.replace("pred_iou_thresh: 0.7 ", "pred_iou_thresh: 0.0 ").replace("score_thresh: 0.7 ",
-                                                                                  "score_thresh: 0.0 ")
+    text = text.replace("pred_iou_thresh: 0.7 ", "pred_iou_thresh: 0.0 ").replace(
+        "score_thresh: 0.7 ", "score_thresh: 0.0 "
+    )
     (case / "params.yaml").write_text(text)
     monkeypatch.chdir(case)
     result = CliRunner().invoke(app, ["predict", "images/one.png", "--everything", "--model", "run", "--out", "out"])
     assert result.exit_code == 0, result.output
     options = replace(EASY, points_per_side=2)
-    assert len(table(case)) == len(Predictor(run / "best.safetensors", auto=options).predict(
-        "images/one.png", everything=True))
+    assert len(table(case)) == len(
+        Predictor(run / "best.safetensors", auto=options).predict("images/one.png", everything=True)
+    )
 
 
 def test_a_parameter_file_that_is_named_is_read_or_refused(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(case)
-    for source, message in ((["--everything"], "nope.yaml: expected a parameter file, found none"),
-                            (["--boxes", "boxes.csv"], "--params nope.yaml: section auto is read for --auto and")):
-        result = CliRunner().invoke(app, ["predict", "images", "--model", "weights.safetensors", "--params",
-                                          "nope.yaml", *source])
+    for source, message in (
+        (["--everything"], "nope.yaml: expected a parameter file, found none"),
+        (["--boxes", "boxes.csv"], "--params nope.yaml: section auto is read for --auto and"),
+    ):
+        result = CliRunner().invoke(
+            app, ["predict", "images", "--model", "weights.safetensors", "--params", "nope.yaml", *source]
+        )
         assert isinstance(result.exception, UserError)
         assert message in str(result.exception)
     (case / "params.yaml").write_text("auto: {}\n")  # is no concern of boxes
@@ -696,11 +754,28 @@ def test_killed_and_resumed_ends_with_the_same_files(case: Path) -> None:
     """SIGKILL in the middle, then the same command: everything is there once, nothing half written."""
     for k in range(60):
         os.link(case / "images" / "one.png", case / "images" / f"copy{k:02}.png")
-    arguments = ["predict", "images", "--auto", "--out", "out", "--model", "weights.safetensors", "--no-overlays",
-                 "--no-shapes", "--batch-size", "2", "--device", "cpu"]
-    process = subprocess.Popen([sys.executable, "-m", "lesionsam", *arguments], cwd=case,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")})
+    arguments = [
+        "predict",
+        "images",
+        "--auto",
+        "--out",
+        "out",
+        "--model",
+        "weights.safetensors",
+        "--no-overlays",
+        "--no-shapes",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lesionsam", *arguments],
+        cwd=case,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+    )
     masks = case / "out" / "masks"
     while process.poll() is None and (not masks.is_dir() or len(list(masks.glob("*.png"))) < 5):
         time.sleep(0.01)

@@ -76,9 +76,7 @@ def test_masks_of_a_killed_call_with_other_options_are_not_taken_for_this_ones(c
     np.testing.assert_array_equal(read_mask(case / "out/masks/one.png"), before)
 
 
-def test_an_images_rows_are_those_that_its_last_call_asked_for(
-    case: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_images_rows_are_those_that_its_last_call_asked_for(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again(case, everything=True)
     assert len(rows(case)) > 1
     again(case, auto=True)

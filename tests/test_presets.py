@@ -42,7 +42,8 @@ def test_params_yaml_is_the_demo_preset(root: Path) -> None:
     if changed == 1:
         pytest.skip("params.yaml has changes of your own")
     assert (root / "params.yaml").read_text("utf-8") == default_text(), (
-        "params.yaml and src/lesionsam/presets/demo.yaml differ; copy the one that is right over the other")
+        "params.yaml and src/lesionsam/presets/demo.yaml differ; copy the one that is right over the other"
+    )
 
 
 def test_comments_of_the_default_are_the_schemas() -> None:
@@ -53,8 +54,15 @@ def test_comments_of_the_default_are_the_schemas() -> None:
             assert (match[3] or "") == known[".".join(path)].description, ".".join(path)
 
 
-@pytest.mark.parametrize(("first", "second"), [*(("demo", name) for name in NAMES), *product(["folder-csv"], NAMES),
-                                               ("supervised", "published"), ("isic2016-vit-b", "folder")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *(("demo", name) for name in NAMES),
+        *product(["folder-csv"], NAMES),
+        ("supervised", "published"),
+        ("isic2016-vit-b", "folder"),
+    ],
+)
 def test_every_preset_validates_after_every_other(first: str, second: str) -> None:
     text, config = applied(first, second)
     assert validate(parse_yaml(text, "params.yaml")) == config
@@ -90,8 +98,9 @@ def test_tiny_is_tiny() -> None:
     assert config.train.epochs <= 2
 
 
-@pytest.mark.parametrize(("name", "source"), [
-    ("isic2018-vit-b", "isic2018"), ("isic2017-vit-b", "isic2017"), ("isic2016-vit-b", "isic2016")])
+@pytest.mark.parametrize(
+    ("name", "source"), [("isic2018-vit-b", "isic2018"), ("isic2017-vit-b", "isic2017"), ("isic2016-vit-b", "isic2016")]
+)
 def test_real_data_presets(name: str, source: str) -> None:
     _, config = applied(name)
     assert isinstance(config.data, IsicData)
@@ -136,7 +145,8 @@ def test_supervised_shares_budget_and_prompts_with_the_default() -> None:
     assert config.method.prompts.shares() == default.method.prompts.shares()
     assert config.method.prompts_per_image == default.method.prompts_per_image
     assert config_digest(config, ["data", "boxes", "model", "train"]) == config_digest(
-        default, ["data", "boxes", "model", "train"])
+        default, ["data", "boxes", "model", "train"]
+    )
 
 
 def test_own_images() -> None:
@@ -150,9 +160,12 @@ def test_own_images() -> None:
 
 def test_what_is_yours_stays() -> None:
     text = default_text()
-    for old, new in (("device: auto ", "device: cuda:1 "), ("experiment: lesionsam", "experiment: mine"),
-                     ("train:\n", "# my own remark\ntrain:\n"), (f"\n  epochs: {default_values()['train']['epochs']}\n",
-                      "\n  epochs: 7  # as agreed on Monday\n")):
+    for old, new in (
+        ("device: auto ", "device: cuda:1 "),
+        ("experiment: lesionsam", "experiment: mine"),
+        ("train:\n", "# my own remark\ntrain:\n"),
+        (f"\n  epochs: {default_values()['train']['epochs']}\n", "\n  epochs: 7  # as agreed on Monday\n"),
+    ):
         assert text.count(old) == 1
         text = text.replace(old, new)
     new, config = apply_preset("isic2018-vit-b", text)
@@ -166,8 +179,10 @@ def test_only_values_differ() -> None:
     comments = [line.partition("#")[2] for line in before if "#" in line]
     gone = {"offset", "looseness", "softness", "teacher_weight", "teacher_ramp"}  # not read by the teacher's target
     assert [line.partition("#")[2] for line in after if "#" in line] == [
-        comment for line, comment in zip([line for line in before if "#" in line], comments, strict=True)
-        if line.split(":")[0].strip() not in gone]
+        comment
+        for line, comment in zip([line for line in before if "#" in line], comments, strict=True)
+        if line.split(":")[0].strip() not in gone
+    ]
     lines = difference(default_text(), new, "params.yaml")
     assert lines[:2] == ["--- params.yaml (now)", "+++ params.yaml (new)"]
     assert any(line.startswith("+  lr_encoder: 3.0e-4 ") for line in lines)
@@ -195,8 +210,16 @@ def test_unknown_preset_and_broken_file() -> None:
 
 
 def test_upgrade_adds_what_an_older_file_lacks() -> None:
-    removed = ("temperature", "gate", "region", "entropy_thresh", "trust_empty", "min_area", "system_metrics",
-               "box+core")
+    removed = (
+        "temperature",
+        "gate",
+        "region",
+        "entropy_thresh",
+        "trust_empty",
+        "min_area",
+        "system_metrics",
+        "box+core",
+    )
     lines = default_text().splitlines(keepends=True)
     older = "".join(line for line in lines if line.split(":")[0].strip() not in removed)
     older = older.replace("seed: 0                      # of drawn prompts", "seed: 5  # mine")
@@ -222,11 +245,14 @@ def test_upgrade_leaves_unknown_keys_to_their_owner() -> None:
         upgrade(default_text().replace("  epochs:", "  epohcs:"))
 
 
-@pytest.mark.parametrize("text", [
-    "version: 1\nprompts: {ring: 1.0, box: 2}  # flow\nlist:\n  - 1\n  - 2\nlast: x",
-    "version: 1\nprompts:\n    ring: 1.0\n    box: 2\nlist: [1,\n  2]  # two lines\nlast: x\n",
-    "# first\n\nversion: 1\nprompts:\nlist:\nlast:\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version: 1\nprompts: {ring: 1.0, box: 2}  # flow\nlist:\n  - 1\n  - 2\nlast: x",
+        "version: 1\nprompts:\n    ring: 1.0\n    box: 2\nlist: [1,\n  2]  # two lines\nlast: x\n",
+        "# first\n\nversion: 1\nprompts:\nlist:\nlast:\n",
+    ],
+)
 def test_edits_of_other_spellings(text: str) -> None:
     values = {"version": 2, "prompts": {"ring": 1.0, "centre": 0.5}, "list": [1, 2, 3], "last": "y", "new": {"a": True}}
     new = edit_text(text, values)
@@ -234,12 +260,15 @@ def test_edits_of_other_spellings(text: str) -> None:
     assert ("# first" in new) == ("# first" in text)
 
 
-@pytest.mark.parametrize("space", [
-    {},
-    {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "method.gate.region": ["image", "big_box"]},
-    {"method.temperature": [0.05, 0.1], "model.unfreeze_last_k": {"low": 0, "high": 2}},
-    {"method.temperature": {"low": 0.05, "high": 1.0}, "method.alpha": {"low": 0.0, "high": 0.1}},
-])
+@pytest.mark.parametrize(
+    "space",
+    [
+        {},
+        {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "method.gate.region": ["image", "big_box"]},
+        {"method.temperature": [0.05, 0.1], "model.unfreeze_last_k": {"low": 0, "high": 2}},
+        {"method.temperature": {"low": 0.05, "high": 1.0}, "method.alpha": {"low": 0.0, "high": 0.1}},
+    ],
+)
 def test_names_with_dots_of_a_search_space(space: dict[str, object]) -> None:
     values = default_values()
     values["sweep"]["space"] = space

@@ -21,9 +21,11 @@ from lesionsam.tracking_mlflow import Shipper
 from lesionsam.tracking_spool import Spool, spool_root
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: no registry")
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
-              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-              pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)"),
+]
 TABLE = "60 test images.\n\n**Mean IoU**\n\n| a | b |\n|---|---|\n| adapted | .8 |\n"
 NO_RUN = "0123456789abcdef" * 2
 
@@ -38,8 +40,17 @@ def send(root: Path) -> None:
 
 def train(root: Path, folder: Path, *, seed: int) -> None:
     """What the train stage leaves: weights, run.json, and a run with a logged model."""
-    tracker = Tracker.open(folder, uri="", experiment="tests", root=root, run_name="r", params={"a": seed},
-                           tags={"model": "compact", "method": "contrastive"}, system_metrics=False, send=False)
+    tracker = Tracker.open(
+        folder,
+        uri="",
+        experiment="tests",
+        root=root,
+        run_name="r",
+        params={"a": seed},
+        tags={"model": "compact", "method": "contrastive"},
+        system_metrics=False,
+        send=False,
+    )
     save_sam(tiny_sam(seed), folder / "best.safetensors", name="compact")
     tracker.log_checkpoint(folder / "best.safetensors", "lesionsam", {"objective": 0.5}, 7)
     tracker.close()
@@ -84,8 +95,13 @@ def test_promoted_models_are_found_by_alias_version_and_run(project: Path) -> No
     assert (first.version, first.previous, first.is_new, first.objective) == ("1", None, True, 0.7)
     second = promote("two")
     assert (second.version, second.previous, second.previous_objective) == ("2", "1", 0.7)
-    for name, folder in ((f"runs:/{first.run_id}", "one"), (first.run_id, "one"), ("models:/lesionsam/1", "one"),
-                         ("models:/lesionsam@champion", "two"), ("models:/lesionsam/2", "two")):
+    for name, folder in (
+        (f"runs:/{first.run_id}", "one"),
+        (first.run_id, "one"),
+        ("models:/lesionsam/1", "one"),
+        ("models:/lesionsam@champion", "two"),
+        ("models:/lesionsam/2", "two"),
+    ):
         found = resolve_model(name)
         assert found.read_bytes() == (project / folder / "best.safetensors").read_bytes(), name
         load_sam("compact", found)
@@ -129,16 +145,19 @@ def test_files_and_folders_need_no_registry(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "mlflow.db").exists()
 
 
-@pytest.mark.parametrize(("text", "words"), [
-    ("models:/lesionsam@nobody", "no such alias; there are: .*other"),
-    ("models:/lesionsam/99", "no such version"),
-    ("models:/stranger@champion", "no such registered model"),
-    ("models:/lesionsam", "expected a weights file"),
-    (NO_RUN, "not known at sqlite:"),
-    ("nothing.pth", "no such file, folder or run"),
-    ("models/adapted", "`dvc repro` trains one"),
-    (".", "expected best.safetensors, .* found none"),
-])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models:/lesionsam@nobody", "no such alias; there are: .*other"),
+        ("models:/lesionsam/99", "no such version"),
+        ("models:/stranger@champion", "no such registered model"),
+        ("models:/lesionsam", "expected a weights file"),
+        (NO_RUN, "not known at sqlite:"),
+        ("nothing.pth", "no such file, folder or run"),
+        ("models/adapted", "`dvc repro` trains one"),
+        (".", "expected best.safetensors, .* found none"),
+    ],
+)
 def test_what_cannot_be_found_is_one_line(project: Path, text: str, words: str) -> None:
     promote("one", alias="other")
     with pytest.raises(UserError, match=words) as caught:
@@ -146,15 +165,18 @@ def test_what_cannot_be_found_is_one_line(project: Path, text: str, words: str) 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("run", "alias", "words"), [
-    ("three", "champion", "has no evaluation, .*run `dvc repro evaluate`"),
-    (NO_RUN, "champion", "not known at"),
-    ("nowhere", "champion", "expected a folder with a run.json"),
-    ("results", "champion", "no run.json, so its training was not tracked"),
-    ("one", "latest", "--alias: expected letters"),
-    ("one", "v3", "--alias: expected letters"),
-    ("one", "a b", "--alias: expected letters"),
-])
+@pytest.mark.parametrize(
+    ("run", "alias", "words"),
+    [
+        ("three", "champion", "has no evaluation, .*run `dvc repro evaluate`"),
+        (NO_RUN, "champion", "not known at"),
+        ("nowhere", "champion", "expected a folder with a run.json"),
+        ("results", "champion", "no run.json, so its training was not tracked"),
+        ("one", "latest", "--alias: expected letters"),
+        ("one", "v3", "--alias: expected letters"),
+        ("one", "a b", "--alias: expected letters"),
+    ],
+)
 def test_what_cannot_be_promoted_is_one_line(project: Path, run: str, alias: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         promote(run, alias=alias)
@@ -203,6 +225,8 @@ def test_an_evaluation_comes_out_of_mlflow(project: Path, tmp_path: Path) -> Non
         registry.fetch_evaluation(three, tmp_path / "none")
     with pytest.raises(UserError, match=f"run {NO_RUN}: not known"):
         registry.fetch_evaluation(NO_RUN, tmp_path / "none")
-    with pytest.raises(UserError, match=r"its evaluation is not whole, without per_image.csv, table.csv"), open_runs(
-            [one, three], project):
+    with (
+        pytest.raises(UserError, match=r"its evaluation is not whole, without per_image.csv, table.csv"),
+        open_runs([one, three], project),
+    ):
         pass

@@ -108,11 +108,25 @@ def lay_out(folder: Path, root: Path, masks: bool = True, **how: Any) -> tuple[P
     training.mkdir(parents=True)
     shutil.copy(root / "params.yaml", training)
     write_png(results / "overlays" / "disputed_1_e.png", rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
-    curves = {"loss": [3.0, 2.0, 1.5], "objective": [0.5, 0.6, 0.7], "trusted": [0.2, 0.5, 0.9],
-              "trusted_small": [0.1, 0.2, 0.3]}
+    curves = {
+        "loss": [3.0, 2.0, 1.5],
+        "objective": [0.5, 0.6, 0.7],
+        "trusted": [0.2, 0.5, 0.9],
+        "trusted_small": [0.1, 0.2, 0.3],
+    }
     pd.DataFrame({"epoch": [1, 2, 3], **curves}).to_csv(training / "history.csv")
-    write_json_atomic(training / "cost.json", {"seconds": 90.0, "steps": 60, "peak_memory_gb": 0.5, "threads": 2,
-                                               "memory_of": "process", "device": "a <CPU>", "torch": "2"})
+    write_json_atomic(
+        training / "cost.json",
+        {
+            "seconds": 90.0,
+            "steps": 60,
+            "peak_memory_gb": 0.5,
+            "threads": 2,
+            "memory_of": "process",
+            "device": "a <CPU>",
+            "torch": "2",
+        },
+    )
     return results, training
 
 
@@ -241,8 +255,11 @@ def test_without_masks_the_page_says_so_and_shows_what_there_is(tmp_path, root):
 
 
 def test_no_evaluation_is_one_clear_line(tmp_path):
-    for content, message in ((None, "run `dvc repro evaluate` first"), ("{", "run `dvc repro evaluate` again"),
-                             ("{}", r"params.yaml: no such file; run `dvc repro train` first")):
+    for content, message in (
+        (None, "run `dvc repro evaluate` first"),
+        ("{", "run `dvc repro evaluate` again"),
+        ("{}", r"params.yaml: no such file; run `dvc repro train` first"),
+    ):
         if content is not None:
             (tmp_path / "summary.json").write_text(content)
         with pytest.raises(UserError, match=message):

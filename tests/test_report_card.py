@@ -29,11 +29,22 @@ def evaluation(*, masks: bool) -> Evaluation:
             for k in range(12):
                 share = (0.02, 0.1, 0.4)[k % 3]
                 score = level + 0.15 * (share > 0.05) + rng.uniform(0, 0.05)
-                rows.append({
-                    "model": model, "run": "0", "prompt": prompt, "image_id": f"i{k}", "lesion_id": "0",
-                    "lesion_share": share if masks else np.nan,
-                    **dict.fromkeys(METRICS, score if masks else np.nan), "consistency": 0.8, "core_coverage": 0.9,
-                    "leakage": 0.1, "entropy": 0.2, "predicted_iou": 0.7})
+                rows.append(
+                    {
+                        "model": model,
+                        "run": "0",
+                        "prompt": prompt,
+                        "image_id": f"i{k}",
+                        "lesion_id": "0",
+                        "lesion_share": share if masks else np.nan,
+                        **dict.fromkeys(METRICS, score if masks else np.nan),
+                        "consistency": 0.8,
+                        "core_coverage": 0.9,
+                        "leakage": 0.1,
+                        "entropy": 0.2,
+                        "predicted_iou": 0.7,
+                    }
+                )
     columns = ["model", "prompt", "region", "bin", "count", "probability_sum", "truth_sum", "squared_error"]
     jitter = pd.DataFrame(columns=["model", "run", "prompt", "share", "image_id", "lesion_id", "iou"])
     return Evaluation(pd.DataFrame(rows), pd.DataFrame(columns=columns), jitter)
@@ -63,10 +74,17 @@ def card(run: Path, **changes: dict) -> str:
 
 def test_the_card_says_what_the_run_was(run: Path) -> None:
     text = card(run)
-    for words in ("Not a medical device", sha256_file(run / "training" / "best.safetensors"), "commit abc123",
-                  "two boxes per lesion, **simulated** from the masks (10% to 20% too large)",
-                  "the whole encoder, the decoder, the prompt encoder", "no photograph, no patient",
-                  "12 images, 12 lesions", "They are no evidence about lesions", "run | not tracked"):
+    for words in (
+        "Not a medical device",
+        sha256_file(run / "training" / "best.safetensors"),
+        "commit abc123",
+        "two boxes per lesion, **simulated** from the masks (10% to 20% too large)",
+        "the whole encoder, the decoder, the prompt encoder",
+        "no photograph, no patient",
+        "12 images, 12 lesions",
+        "They are no evidence about lesions",
+        "run | not tracked",
+    ):
         assert words in text, words
     assert "It is weakest on small lesions" in text
     assert "not drawn by the model itself |" in text
@@ -103,8 +121,10 @@ def test_without_masks_nothing_is_claimed_about_size(run: Path) -> None:
     assert "by what needs no mask" in text
 
 
-@pytest.mark.parametrize(("missing", "stage"), [
-    ("results/summary.json", "evaluate"), ("training/best.safetensors", "train"), ("training/params.yaml", "train")])
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [("results/summary.json", "evaluate"), ("training/best.safetensors", "train"), ("training/params.yaml", "train")],
+)
 def test_a_run_without_its_parts_is_one_line(run: Path, missing: str, stage: str) -> None:
     (run / missing).unlink()
     with pytest.raises(UserError, match=f"a model card needs it: run `dvc repro {stage}`"):

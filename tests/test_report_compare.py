@@ -55,11 +55,21 @@ def test_a_constant_gain_is_found_with_a_closed_interval(pair: tuple[Path, Path]
 
 def test_shared_models_stand_once_and_others_per_run(pair: tuple[Path, Path], tmp_path: Path, root: Path) -> None:
     assert list(side_by_side(runs_of(*pair))["model"].drop_duplicates()) == [
-        "box prior + offset", ZERO_SHOT, "first", "second"]
+        "box prior + offset",
+        ZERO_SHOT,
+        "first",
+        "second",
+    ]
     lay_out(tmp_path / ZERO_SHOT, root, seed=1)
     models = list(side_by_side(runs_of(pair[0], tmp_path / ZERO_SHOT))["model"].drop_duplicates())
-    assert models == ["box prior + offset of first", "box prior + offset of zero-shot", "zero-shot of first",
-                      "zero-shot of zero-shot", "first", "run zero-shot"]
+    assert models == [
+        "box prior + offset of first",
+        "box prior + offset of zero-shot",
+        "zero-shot of first",
+        "zero-shot of zero-shot",
+        "first",
+        "run zero-shot",
+    ]
 
 
 def test_only_lesions_that_all_have_count(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -71,7 +81,8 @@ def test_only_lesions_that_all_have_count(pair: tuple[Path, Path], tmp_path: Pat
     assert set(both.groupby("model")["image_id"].nunique()) == {7}
     compare([str(pair[0]), str(tmp_path / "fewer")], tmp_path / "c.html", tmp_path)
     assert "Left out, since not every run has them: 2 lesions of first, 2 lesions of fewer." in (
-        tmp_path / "c.html").read_text(encoding="utf-8")
+        tmp_path / "c.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_lesions_pictured_in_every_run_stand_side_by_side(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -121,8 +132,10 @@ def test_what_cannot_be_compared_is_one_clear_line(pair: tuple[Path, Path], tmp_
     part = tmp_path / "part"
     shutil.copytree(pair[0], part)
     (part / "results" / "jitter.csv").unlink()
-    with pytest.raises(UserError, match=r"part: its evaluation is not whole, without jitter.csv"), open_runs(
-            [first, str(part)], tmp_path):
+    with (
+        pytest.raises(UserError, match=r"part: its evaluation is not whole, without jitter.csv"),
+        open_runs([first, str(part)], tmp_path),
+    ):
         pass
     for content, message in (("", "expected a CSV"), ("a,b\n1,2\n", "expected a column 'model'")):
         (part / "results" / "per_image.csv").write_text(content)
@@ -136,7 +149,10 @@ def test_what_cannot_be_compared_is_one_clear_line(pair: tuple[Path, Path], tmp_
 
 def test_names() -> None:
     assert [short("0123456789abcdef0123456789abcdef"), short("runs:/" + 32 * "a"), short("exp-1")] == [
-        "01234567", "aaaaaaaa", "exp-1"]
+        "01234567",
+        "aaaaaaaa",
+        "exp-1",
+    ]
 
 
 def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -144,25 +160,39 @@ def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_pa
     repository = tmp_path / "repository"
     repository.mkdir()
     (repository / "dvc.yaml").write_text(
-        "stages:\n  evaluate:\n    cmd: python prepare.py\n    params: [which]\n    outs: [results, models/adapted]\n")
+        "stages:\n  evaluate:\n    cmd: python prepare.py\n    params: [which]\n    outs: [results, models/adapted]\n"
+    )
     (repository / "params.yaml").write_text("which: 0\n")
     (repository / "prepare.py").write_text(
         f"import shutil\nwhich = int(open('params.yaml').read().split(':')[1])\nfolder = {[*map(str, pair)]!r}[which]\n"
-        "for name in ('results', 'models/adapted'):\n    shutil.copytree(f'{folder}/{name}', name)\n")
-    environment = {**os.environ, "DVC_NO_ANALYTICS": "true", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
-                   "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        "for name in ('results', 'models/adapted'):\n    shutil.copytree(f'{folder}/{name}', name)\n"
+    )
+    environment = {
+        **os.environ,
+        "DVC_NO_ANALYTICS": "true",
+        "GIT_AUTHOR_NAME": "a",
+        "GIT_AUTHOR_EMAIL": "a@b",
+        "GIT_COMMITTER_NAME": "a",
+        "GIT_COMMITTER_EMAIL": "a@b",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     dvc = [sys.executable, "-P", "-m", "dvc"]
-    for command in (["git", "init", "-q", "-b", "main"], ["git", "commit", "-q", "--allow-empty", "-m", "empty"],
-                    [*dvc, "init", "-q"], [*dvc, "repro", "-q"], ["git", "add", "-A"],
-                    ["git", "commit", "-q", "-m", "one"],
-                    [*dvc, "exp", "run", "-q", "-n", "warmer", "-S", "which=1"]):
+    for command in (
+        ["git", "init", "-q", "-b", "main"],
+        ["git", "commit", "-q", "--allow-empty", "-m", "empty"],
+        [*dvc, "init", "-q"],
+        [*dvc, "repro", "-q"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-q", "-m", "one"],
+        [*dvc, "exp", "run", "-q", "-n", "warmer", "-S", "which=1"],
+    ):
         subprocess.run(command, cwd=repository, env=environment, check=True, capture_output=True)
     assert commit_of("warmer", repository) not in (None, commit_of("main", repository))
     with open_runs(["main", "warmer"], repository) as runs:
         for run, folder in zip(runs, pair, strict=True):
-            pd.testing.assert_frame_equal(read_csv(run.results / "per_image.csv"),
-                                          read_csv(folder / "results" / "per_image.csv"))
+            pd.testing.assert_frame_equal(
+                read_csv(run.results / "per_image.csv"), read_csv(folder / "results" / "per_image.csv")
+            )
         rows = side_by_side(runs)
         assert setting_cells(runs)[1:] == [["method.temperature", "0.1", "0.3"]]
     means = rows.groupby("model")["iou"].mean()

@@ -19,7 +19,9 @@ def repository_files() -> list[Path]:
     """Files git tracks or would take; without git, everything outside the ignored folders is unknown, so skip."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
     )
     if listed.returncode:
         pytest.skip("needs a git checkout")
@@ -69,7 +71,12 @@ def test_nothing_unfinished() -> None:
 
 def test_no_commented_out_code() -> None:
     statements = [
-        r"import \w+$", r"from \w[\w.]* import", r"def \w+\(", r"return \w+\(", r"(if|for) .*:$", r"\w+ = \w+\(.*\)$",
+        r"import \w+$",
+        r"from \w[\w.]* import",
+        r"def \w+\(",
+        r"return \w+\(",
+        r"(if|for) .*:$",
+        r"\w+ = \w+\(.*\)$",
     ]
     pattern = rf"^\s*#\s*({'|'.join(statements)})"
     assert [hit for hit in offenders(pattern) if ".py:" in hit] == []

@@ -58,6 +58,7 @@ def same_weights(one: Sam, other: Sam) -> bool:
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+
 def test_saved_weights_come_back_bit_for_bit_with_what_they_are(saved: Path) -> None:
     for name in ("compact", None):
         sam = load_sam(name, saved)
@@ -131,10 +132,16 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize(("content", "says"), [
-    (b"\n <!DOCTYPE html><html><body>404</body></html>", "HTML"), (b"<html><head>", "HTML"),
-    (b"", "cannot be read"), (b"\0" * 40, ""), (b"not weights at all", ""),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\n <!DOCTYPE html><html><body>404</body></html>", "HTML"),
+        (b"<html><head>", "HTML"),
+        (b"", "cannot be read"),
+        (b"\0" * 40, ""),
+        (b"not weights at all", ""),
+    ],
+)
 def test_what_is_no_file_of_weights(tmp_path: Path, suffix: str, content: bytes, says: str) -> None:
     path = tmp_path / f"sam{suffix}"
     path.write_bytes(content)
@@ -218,6 +225,7 @@ def test_an_adapted_file_of_another_model_is_refused(saved: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- model frame
 
+
 @pytest.mark.parametrize("side", [64, 128, 1024])
 @pytest.mark.parametrize("size", SIZES[:-2])
 def test_resize_equals_segment_anything(size: tuple[int, int], side: int) -> None:
@@ -271,7 +279,8 @@ def test_upscaling_equals_segment_anything(size: tuple[int, int]) -> None:
 KINDS = {
     "point": Prompts(torch.tensor([[[30.0, 20.0]], [[8.5, 50.0]], [[60.0, 3.0]]]), torch.ones(3, 1, dtype=torch.int64)),
     "foreground and background": Prompts(
-        torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(2)) * 64, torch.tensor([[1, 0, 1, 0]] * 3)),
+        torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(2)) * 64, torch.tensor([[1, 0, 1, 0]] * 3)
+    ),
     "box": Prompts(boxes=torch.tensor([[2.0, 3, 40, 50], [10, 5, 63.5, 30], [0, 0, 64, 64]])),
     "mask": Prompts(masks=torch.randn(3, 1, 32, 32, generator=torch.Generator().manual_seed(3))),
 }
@@ -309,8 +318,11 @@ def test_gradients_reach_all_three_parts(kind: str) -> None:
     assert parts == {"image_encoder", "prompt_encoder", "mask_decoder"}
     encoder = {name for name, _ in sam.named_parameters() if name.startswith("image_encoder")}
     assert encoder <= reached  # patch and position embeddings and the first block too
-    prompt = {"box": "point_embeddings.2", "everything": "mask_downscaling.0",
-              "foreground and background": "point_embeddings.0"}[kind]
+    prompt = {
+        "box": "point_embeddings.2",
+        "everything": "mask_downscaling.0",
+        "foreground and background": "point_embeddings.0",
+    }[kind]
     assert f"prompt_encoder.{prompt}.weight" in reached
 
 

@@ -61,19 +61,36 @@ def test_nothing_dangerous(path: Path) -> None:
     assert list(faults(path.read_text("utf-8"))) == []
 
 
-@pytest.mark.parametrize("line", [
-    "import pickle", "from pickle import loads", "from joblib import load", "torch.load(path)",
-    "torch.load(path, weights_only=False)", "archive.extractall(folder)", "subprocess.run(text, shell=True)",
-    "os.system(text)", "eval(text)", "np.load(path, allow_pickle=True)", "fetch('http://example.org/a.zip')",
-    "requests.get(url, verify=False)", "shutil.unpack_archive(path)",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "from joblib import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "archive.extractall(folder)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+        "eval(text)",
+        "np.load(path, allow_pickle=True)",
+        "fetch('http://example.org/a.zip')",
+        "requests.get(url, verify=False)",
+        "shutil.unpack_archive(path)",
+    ],
+)
 def test_the_check_sees(line: str) -> None:
     assert len(list(faults(line))) == 1
 
 
 def test_one_module_opens_images() -> None:
     """Training, evaluation, prediction and the page take the same pictures and refuse the same ones."""
-    found = {path.name for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8")))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) in (
-                 "Image.open", "PIL.Image.open", "cv2.imread", "imageio.imread", "tifffile.imread", "plt.imread")}
+    found = {
+        path.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func)
+        in ("Image.open", "PIL.Image.open", "cv2.imread", "imageio.imread", "tifffile.imread", "plt.imread")
+    }
     assert found == {"images.py"} | OWN_PNGS

@@ -33,9 +33,11 @@ from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.sam import load_sam, save_sam
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to serve with")
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
-              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-              pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)"),
+]
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 900  # for a server on a slow machine that does much else
 
@@ -74,11 +76,27 @@ def server(exported: Path) -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # the model brings its code
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", str(exported), "--env-manager", "local",
-               "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        str(exported),
+        "--env-manager",
+        "local",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     with (exported.parent / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=exported.parent, env=environment, stdout=log, stderr=log,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=exported.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + START_S
     try:
@@ -128,8 +146,16 @@ def test_an_image_and_boxes_give_masks_over_http(exported: Path, server: str) ->
     assert status == 200, answer
     assert len(answer["predictions"][0]["masks"]) == 1
     example = json.loads((exported / "serving_input_example.json").read_text())
-    assert ask(server, *[dict(zip(example["dataframe_split"]["columns"], row, strict=True))
-                         for row in example["dataframe_split"]["data"]])[0] == 200
+    assert (
+        ask(
+            server,
+            *[
+                dict(zip(example["dataframe_split"]["columns"], row, strict=True))
+                for row in example["dataframe_split"]["data"]
+            ],
+        )[0]
+        == 200
+    )
     for nonsense, words in (
         ({"image": as_base64(image), "boxes": [[10, 8, 500, 40]]}, "row 0: boxes: expected 0 <= x0 < x1 <= 61"),
         ({"image": "no image", "boxes": boxes}, "expected the bytes of an image file as base64"),
@@ -197,25 +223,33 @@ def test_the_stated_packages_cover_what_the_code_imports() -> None:
             libraries |= {name.split(".")[0] for name in imported_names(path, top_level_only=True)}
     libraries -= {"lesionsam", *sys.stdlib_module_names}
     assert {"torch", "segment_anything"} <= libraries
-    owners = {"PIL": "pillow", "segment_anything": "segment-anything", "skimage": "scikit-image",
-              "ruamel": "ruamel.yaml", "yaml": "pyyaml"}
+    owners = {
+        "PIL": "pillow",
+        "segment_anything": "segment-anything",
+        "skimage": "scikit-image",
+        "ruamel": "ruamel.yaml",
+        "yaml": "pyyaml",
+    }
     stated = {re.split("[<>=]", line)[0] for line in REQUIREMENTS}
     assert {owners.get(name, name) for name in libraries} <= stated
 
 
-@pytest.mark.parametrize(("row", "words"), [
-    ({"boxes": [[1, 2, 3]]}, "list of"),
-    ({"boxes": [[1, 2, 3, 4]], "points": [[1, 1, 1]]}, r"points: expected a list of \[x, y\]"),
-    ({"points": [[1, 100]]}, "places inside the image"),
-    ({"points": [[1, 1]], "labels": [2]}, "labels: expected a 0 or 1"),
-    ({"points": [[1, 1]], "labels": [1, 0]}, "labels: expected a 0 or 1"),
-    ({"points": [[1, 1]], "boxes": [[0, 0, 5, 5], [1, 1, 4, 4]]}, "belong to one box at most"),
-    ({"boxes": [], "points": float("nan")}, "got neither"),
-    ({"boxes": 5}, "boxes: expected lists of numbers, got 5"),
-    ({"boxes": 5.0}, "boxes: expected lists of numbers, got 5.0"),
-    ({"boxes": [{"x0": 1}]}, "boxes: expected lists of numbers"),
-    ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "labels: expected points"),
-])
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"boxes": [[1, 2, 3]]}, "list of"),
+        ({"boxes": [[1, 2, 3, 4]], "points": [[1, 1, 1]]}, r"points: expected a list of \[x, y\]"),
+        ({"points": [[1, 100]]}, "places inside the image"),
+        ({"points": [[1, 1]], "labels": [2]}, "labels: expected a 0 or 1"),
+        ({"points": [[1, 1]], "labels": [1, 0]}, "labels: expected a 0 or 1"),
+        ({"points": [[1, 1]], "boxes": [[0, 0, 5, 5], [1, 1, 4, 4]]}, "belong to one box at most"),
+        ({"boxes": [], "points": float("nan")}, "got neither"),
+        ({"boxes": 5}, "boxes: expected lists of numbers, got 5"),
+        ({"boxes": 5.0}, "boxes: expected lists of numbers, got 5.0"),
+        ({"boxes": [{"x0": 1}]}, "boxes: expected lists of numbers"),
+        ({"boxes": [[1, 2, 3, 4]], "labels": [1]}, "labels: expected points"),
+    ],
+)
 def test_prompts_that_are_none_are_named(row: dict, words: str) -> None:
     from lesionsam.tracking_served import prompts_of
 

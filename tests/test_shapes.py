@@ -127,8 +127,9 @@ def test_augmentation_moves_image_mask_prior_and_boxes_together(monkeypatch: pyt
     mask = torch.zeros(1, SIDE, SIDE, dtype=torch.bool)
     mask[0, 10:18, 6:30] = True
     image = (mask[:, None] * torch.tensor([255, 254, 253], dtype=torch.uint8)[None, :, None, None]).expand(1, 3, -1, -1)
-    batch = Targets(image, torch.tensor([[SIDE, SIDE]]), mask, box, box.clone(),
-                    F.adaptive_avg_pool2d(mask.float(), GRID))
+    batch = Targets(
+        image, torch.tensor([[SIDE, SIDE]]), mask, box, box.clone(), F.adaptive_avg_pool2d(mask.float(), GRID)
+    )
     places = set()
     for seed in range(40):
         moved = shape_prompts.augment(batch, seeded(seed))

@@ -23,8 +23,13 @@ from lesionsam.training import step_generator, sum_of
 
 CPU = torch.device("cpu")
 PRESETS = ("supervised-decoder", "supervised-full", "supervised-adapter", "supervised-lora")
-SHORT = {"train.epochs": 2, "train.batch_size": 4, "runtime.device": "cpu", "runtime.num_threads": 0,
-         "evaluate.batch_size": 8}
+SHORT = {
+    "train.epochs": 2,
+    "train.batch_size": 4,
+    "runtime.device": "cpu",
+    "runtime.num_threads": 0,
+    "evaluate.batch_size": 8,
+}
 
 
 def configured(preset: str, **changes: Any) -> Config:
@@ -38,11 +43,22 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "sam.safetensors"
 
 
-def trained(config: Config, weights: Path, folder: Path, lines: list[str] | None = None,
-            logged: list[dict[str, float]] | None = None) -> Trained:
+def trained(
+    config: Config,
+    weights: Path,
+    folder: Path,
+    lines: list[str] | None = None,
+    logged: list[dict[str, float]] | None = None,
+) -> Trained:
     data = Data(tiny_data(8), tiny_data(4, seed=1))
-    return train(config, data, weights, folder=folder, log=lambda values, _: (logged or []).append(dict(values)),
-                 say=(lines if lines is not None else []).append)
+    return train(
+        config,
+        data,
+        weights,
+        folder=folder,
+        log=lambda values, _: (logged or []).append(dict(values)),
+        say=(lines if lines is not None else []).append,
+    )
 
 
 def what_moved(trained_sam: Sam, config: Config, weights: Path) -> set[str]:
@@ -57,8 +73,11 @@ def test_each_preset_trains_what_it_says_and_nothing_else(preset: str, weights: 
     moved = what_moved(result.sam, config, weights)
     part = {"none": None, "blocks": "image_encoder.", "adapter": adapters.MARK, "lora": lora.MARK}[config.model.encoder]
     selected = {name for name, p in result.sam.named_parameters() if p.requires_grad}
-    assert selected == {name for name, _ in result.sam.named_parameters()
-                        if name.startswith(("mask_decoder.", "prompt_encoder.")) or (part and part in name)}
+    assert selected == {
+        name
+        for name, _ in result.sam.named_parameters()
+        if name.startswith(("mask_decoder.", "prompt_encoder.")) or (part and part in name)
+    }
     assert moved <= selected, "what is frozen is as it was, to the last bit"
     for mark in filter(None, (part, "mask_decoder.")):
         assert any(mark in name for name in moved)
@@ -83,8 +102,11 @@ def test_both_serve_the_two_box_method_with_its_teacher(encoder: str, weights: P
         assert shared is not student[name].requires_grad, name
     assert any(mark in name for name in what_moved(result.sam, config, weights))
     rates = {group.name: group.learning_rate for group in learning_groups(config, result.method)}
-    assert rates == {"head.": config.train.lr_head, "image_encoder": config.train.lr_encoder,
-                     "": config.train.lr_decoder}
+    assert rates == {
+        "head.": config.train.lr_head,
+        "image_encoder": config.train.lr_encoder,
+        "": config.train.lr_decoder,
+    }
 
 
 @pytest.mark.parametrize("preset", ["supervised-lora", "supervised-adapter"])
@@ -129,8 +151,10 @@ def test_what_is_written_predicts_as_what_was_trained(preset: str, weights: Path
     wanted = encode(result.sam, images).detach()
     save_sam(result.sam, tmp_path / "best.safetensors", name="compact")
     save_tuned(result.sam, tmp_path / "tuned.safetensors", name="compact", strategy=strategy_of(config), base=weights)
-    for sam in (load_sam(None, tmp_path / "best.safetensors"),
-                load_sam(None, tmp_path / "tuned.safetensors", base=weights)):
+    for sam in (
+        load_sam(None, tmp_path / "best.safetensors"),
+        load_sam(None, tmp_path / "tuned.safetensors", base=weights),
+    ):
         assert torch.allclose(encode(sam, images), wanted, atol=1e-4)
     if preset != "supervised-adapter":
         assert merged_state(result.sam).keys() == tiny_sam().state_dict().keys()
@@ -148,13 +172,22 @@ LAST_2 = 2 * BLOCK + sum(2 * (2 * size - 1) * 64 for size in (14, 64)) + NECK
 ENCODER = DEPTH * BLOCK + RELATIVE + NECK + EMBEDDING
 VIT_B = {
     "decoder": ("supervised-decoder", {}, {"decoder": DECODER, "prompt_encoder": PROMPTS}),
-    "last 2": ("supervised-full", {"model__unfreeze_last_k": 2},
-               {"encoder": LAST_2, "decoder": DECODER, "prompt_encoder": PROMPTS}),
+    "last 2": (
+        "supervised-full",
+        {"model__unfreeze_last_k": 2},
+        {"encoder": LAST_2, "decoder": DECODER, "prompt_encoder": PROMPTS},
+    ),
     "full": ("supervised-full", {}, {"encoder": ENCODER, "decoder": DECODER, "prompt_encoder": PROMPTS}),
-    "adapter": ("supervised-adapter", {"model__train_decoder": False, "model__train_prompt_encoder": False},
-                {"adapters": DEPTH * 2 * (2 * 32 * WIDTH + 32 + WIDTH)}),
-    "lora": ("supervised-lora", {"model__train_prompt_encoder": False},
-             {"lora": DEPTH * 8 * (4 * WIDTH + 2 * WIDTH), "decoder": DECODER}),
+    "adapter": (
+        "supervised-adapter",
+        {"model__train_decoder": False, "model__train_prompt_encoder": False},
+        {"adapters": DEPTH * 2 * (2 * 32 * WIDTH + 32 + WIDTH)},
+    ),
+    "lora": (
+        "supervised-lora",
+        {"model__train_prompt_encoder": False},
+        {"lora": DEPTH * 8 * (4 * WIDTH + 2 * WIDTH), "decoder": DECODER},
+    ),
 }
 
 
@@ -201,9 +234,16 @@ def larger(batch: Any, factor: int) -> Any:
     def repeated(values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
-    return replace(batch, images=repeated(batch.images), valid=repeated(batch.valid), masks=repeated(batch.masks),
-                   prior=repeated(batch.prior), sizes=batch.sizes * factor, big_boxes=batch.big_boxes * factor,
-                   small_boxes=batch.small_boxes * factor)
+    return replace(
+        batch,
+        images=repeated(batch.images),
+        valid=repeated(batch.valid),
+        masks=repeated(batch.masks),
+        prior=repeated(batch.prior),
+        sizes=batch.sizes * factor,
+        big_boxes=batch.big_boxes * factor,
+        small_boxes=batch.small_boxes * factor,
+    )
 
 
 def test_flattened_parameters_name_the_strategy() -> None:

@@ -69,8 +69,13 @@ def test_every_loss_is_its_terms_by_the_formulas_and_each_lives(loss: str, tmp_p
         "focal": ((w * focal).sum((1, 2)) / w.sum((1, 2))).mean(),
         "dice": (1 - (2 * inner + 1) / ((w * p).sum((1, 2)) + (w * m).sum((1, 2)) + 1)).mean(),
     }
-    weights = {"dice_bce": {"bce": 2, "dice": 1}, "dice": {"dice": 1}, "bce": {"bce": 1}, "focal": {"focal": 1},
-               "focal_dice": {"focal": 20, "dice": 1}}[loss]
+    weights = {
+        "dice_bce": {"bce": 2, "dice": 1},
+        "dice": {"dice": 1},
+        "bce": {"bce": 1},
+        "focal": {"focal": 1},
+        "focal_dice": {"focal": 20, "dice": 1},
+    }[loss]
     assert {name: term.weight for name, term in terms.items()} == weights | {"iou": 0.5}
     for name in weights:
         assert terms[name].value.item() == pytest.approx(formulas[name].item(), rel=1e-5)
@@ -103,8 +108,11 @@ def test_of_three_candidates_the_best_alone_learns_beside_the_single_mask() -> N
     best = min((1, 2, 3), key=lambda k: by_token[k])
     term = method.losses(batch, generator())["dice"].value
     assert term.item() == pytest.approx(by_token[0] + by_token[best], rel=1e-5)
-    learning = {int(name.split("mlps.")[1].split(".")[0]) for name, v in gradient_of(method, term).items()
-                if "output_hypernetworks_mlps" in name and v > 0}
+    learning = {
+        int(name.split("mlps.")[1].split(".")[0])
+        for name, v in gradient_of(method, term).items()
+        if "output_hypernetworks_mlps" in name and v > 0
+    }
     assert learning == {0, best}
 
 
@@ -126,8 +134,11 @@ def test_learnt_weights_are_exponentials_with_the_gradient_of_the_formula() -> N
         assert terms[name].value.item() == pytest.approx(plain[name], rel=1e-5)
         assert torch.as_tensor(terms[name].weight).item() == pytest.approx(own * math.exp(s), rel=1e-5)
     total = sum_of(terms)
-    wanted = [2 * math.exp(0.5) * plain["bce"] - 1, math.exp(-1.0) * plain["dice"] - 1,
-              0.5 * math.exp(0.2) * plain["iou"] - 1]
+    wanted = [
+        2 * math.exp(0.5) * plain["bce"] - 1,
+        math.exp(-1.0) * plain["dice"] - 1,
+        0.5 * math.exp(0.2) * plain["iou"] - 1,
+    ]
     assert torch.autograd.grad(total, log_weights, retain_graph=True)[0].tolist() == pytest.approx(wanted, rel=1e-4)
     assert method.monitors().keys() == {"weight_bce", "weight_dice", "weight_iou"}
 
@@ -137,8 +148,16 @@ def test_learnt_weights_move_at_their_own_rate_undecayed_and_come_back(tmp_path:
         method = supervised(learned_weights=True)
         groups = parameter_groups(method.model, {LOG_WEIGHTS: rate, "": 0.0}, apart=[LOG_WEIGHTS])
         assert [g.name for g in groups if g.apart] == [LOG_WEIGHTS]
-        run(method, tiny_data(8), folder, groups=groups, epochs=epochs, clip=1e-9, weight_decay=0.9,
-            evaluate=lambda epoch: {"objective": float(epoch)})
+        run(
+            method,
+            tiny_data(8),
+            folder,
+            groups=groups,
+            epochs=epochs,
+            clip=1e-9,
+            weight_decay=0.9,
+            evaluate=lambda epoch: {"objective": float(epoch)},
+        )
         return method
 
     method = train(tmp_path / "a", 2)
@@ -180,8 +199,12 @@ def test_a_click_makes_the_second_round_what_segment_anything_makes_of_it() -> N
         wrong = ((F.interpolate(first, (SIDE, SIDE), mode="bilinear")[:, 0] > 0) != (batch.masks > 0.5)) & batch.valid
         found = []
         for row, column in wrong[0].nonzero().tolist():
-            prompts = Prompts(torch.tensor([[[column, row]]]).float(), batch.masks[:, row, column][:, None].long(),
-                              batch.big_boxes, first)
+            prompts = Prompts(
+                torch.tensor([[[column, row]]]).float(),
+                batch.masks[:, row, column][:, None].long(),
+                batch.big_boxes,
+                first,
+            )
             found.append(decode_candidates(method.sam, features, prompts, slice(0, 1))[0])
         assert any(torch.allclose(y[1:], answer, atol=1e-4) for answer in found), "one of the wrong pixels was clicked"
 

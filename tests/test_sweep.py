@@ -20,14 +20,7 @@ import pytest
 from sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage
-from lesionsam.config import (
-    default_text,
-    flatten,
-    load_config,
-    parse_yaml,
-    to_values,
-    validate,
-)
+from lesionsam.config import default_text, flatten, load_config, parse_yaml, to_values, validate
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.models.sam import load_sam
@@ -294,7 +287,10 @@ def test_what_was_pruned_is_not_proposed_again() -> None:
     assert max(proposed(True)) < 0.9
     complete = optuna.trial.create_trial(value=0.8, intermediate_values={1: 0.7, 2: 0.75})
     pruned = optuna.trial.create_trial(
-        state=optuna.trial.TrialState.PRUNED, value=0.3, params={"x": 1.0}, distributions=kinds,
+        state=optuna.trial.TrialState.PRUNED,
+        value=0.3,
+        params={"x": 1.0},
+        distributions=kinds,
         intermediate_values={1: 0.3},
     )
     assert finished(pruned, [complete]).value == pytest.approx(0.4)
@@ -333,9 +329,7 @@ def test_a_sweep_from_start_to_applied_values(
         len(t.intermediate_values) == 1 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
     place = Place.of(study.study_name)
-    whole = [
-        pd.read_csv(Job(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()
-    ]
+    whole = [pd.read_csv(Job(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()]
     expected = np.corrcoef(np.argsort(np.argsort([t.value for t in study.get_trials()])), np.argsort(np.argsort(whole)))
     assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
@@ -532,6 +526,7 @@ def test_data_prepared_with_other_parameters_is_refused(project: Path) -> None:
 
 def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> None:
     """Boxes of people's own stay the same when pictures are exchanged."""
+
     def digest() -> str:
         return open_bench(load_config()).digest()
 

@@ -31,9 +31,11 @@ from lesionsam.tracking_spool import Appender, Spool, clean_name, read_lines, sp
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
 # MLflow leaves connections to be collected; its own warnings are not ours to cure.
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"),
-              pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-              pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)"),
+]
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 EXPERIMENT = "tests"
 
@@ -51,16 +53,33 @@ class Server:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
-        self.command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1",
-                        "--port", str(self.port), "--backend-store-uri", f"sqlite:///{folder}/server.db",
-                        "--artifacts-destination", str(folder / "artifacts")]
-        self.environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-                            "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self.command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--workers",
+            "1",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--backend-store-uri",
+            f"sqlite:///{folder}/server.db",
+            "--artifacts-destination",
+            str(folder / "artifacts"),
+        ]
+        self.environment = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
 
     def start(self) -> None:
         with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=log, stderr=log,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
         deadline = time.monotonic() + 150
         while not self.answers():
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -237,7 +256,7 @@ def test_switched_off_it_still_writes_the_metrics(tmp_path: Path) -> None:
     tracker.log({"loss": math.inf, "iou_box+core": 0.5}, 3)
     tracker.log_picture(tmp_path / "none.png", "x", 0)
     tracker.close()
-    (entry, _), = read_lines(tmp_path / "metrics.jsonl")
+    ((entry, _),) = read_lines(tmp_path / "metrics.jsonl")
     assert entry is not None
     assert (entry["step"], entry["seq"], entry["values"]) == (3, 0, {"loss": "inf", "iou_box_core": 0.5})
     assert float(entry["values"]["loss"]) == math.inf
@@ -326,8 +345,9 @@ def test_a_dead_server_costs_less_than_a_millisecond_a_call(tmp_path: Path, caps
 def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     """Process, SQLite below the root, system metrics; then an evaluation that fails, and one whose run is gone."""
     run = tmp_path / "run"
-    tracker = start(tmp_path, "", send=True, tags={"data": "abc"}, system_metrics=True,
-                    params={"method": {"name": "x"}})
+    tracker = start(
+        tmp_path, "", send=True, tags={"data": "abc"}, system_metrics=True, params={"method": {"name": "x"}}
+    )
     for step in range(40):
         tracker.log({"loss": 1 / (step + 1), "dev/iou_box+core": step / 40}, step)
     weights = tmp_path / "best.safetensors"
@@ -409,11 +429,16 @@ def test_a_store_whose_making_is_killed_is_made_again(number: str, tmp_path: Pat
         "beside = Path(sys.argv[1]) / 'beside'\n"
         "for left in beside.glob('store-*'):\n"  # as in a container, where each start has the same number
         "    if sys.argv[3] == 'same': left.rename(beside / f'store-{os.getpid()}-{left.name.split(\"-\", 2)[2]}')\n"
-        "make_store(Path(sys.argv[1]) / 'mlflow.db', beside)")
+        "make_store(Path(sys.argv[1]) / 'mlflow.db', beside)"
+    )
     for how, status in (("kill", -signal.SIGKILL), ("finish", 0)):
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path), how, number],
-                              env={**os.environ, "PYTHONPATH": str(SOURCE)}, capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), how, number],
+            env={**os.environ, "PYTHONPATH": str(SOURCE)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == status, done.stderr
         assert (tmp_path / "mlflow.db").exists() is (how == "finish")
         assert bool(list((tmp_path / "beside").iterdir())) is (how == "kill")
@@ -430,9 +455,15 @@ def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Serv
         "                 tags={}, system_metrics=False)\n"
         "for step in range(20): t.log({'loss': step}, step)\n"
         "print(t._sender.pid, flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), server.uri], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(SOURCE)}, check=False)
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), server.uri],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     status = Path("/proc") / done.stdout.strip() / "status"
     deadline = time.monotonic() + 20
@@ -481,14 +512,33 @@ def test_a_server_killed_in_the_middle_loses_and_doubles_nothing(tmp_path: Path,
     assert shipper.client.get_run(run_id).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("path", ["experiments/create", "runs/create", "runs/log-batch", '"key": "loss"',
-                                  "runs/outputs", "logged-models", "images/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "experiments/create",
+        "runs/create",
+        "runs/log-batch",
+        '"key": "loss"',
+        "runs/outputs",
+        "logged-models",
+        "images/",
+    ],
+)
 def test_an_answer_that_gets_lost_is_no_second_entry(tmp_path: Path, gate: Gate, path: str) -> None:
     (tmp_path / "w.bin").write_bytes(b"1")
     Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
     name = tmp_path.name
-    tracker = Tracker.open(tmp_path / "run", uri=gate.uri, experiment=name, root=tmp_path, run_name="r", params={},
-                           tags={"a": "b"}, system_metrics=False, send=False)
+    tracker = Tracker.open(
+        tmp_path / "run",
+        uri=gate.uri,
+        experiment=name,
+        root=tmp_path,
+        run_name="r",
+        params={},
+        tags={"a": "b"},
+        system_metrics=False,
+        send=False,
+    )
     for step in range(5):
         tracker.log({"loss": step}, step)
     tracker.log_checkpoint(tmp_path / "w.bin", "best", {"loss": 4.0}, 4)
@@ -547,12 +597,23 @@ def test_a_database_that_is_damaged_loses_no_point_and_a_value_that_it_refuses_d
 
 def test_a_spool_that_cannot_be_read_does_not_keep_others_from_being_sent(tmp_path: Path, gate: Gate) -> None:
     for name in ("old", "new"):
-        tracker = Tracker.open(tmp_path / name, uri=gate.uri, experiment=EXPERIMENT, root=tmp_path, run_name=name,
-                               params={}, tags={}, system_metrics=False, send=False)
+        tracker = Tracker.open(
+            tmp_path / name,
+            uri=gate.uri,
+            experiment=EXPERIMENT,
+            root=tmp_path,
+            run_name=name,
+            params={},
+            tags={},
+            system_metrics=False,
+            send=False,
+        )
         tracker.log({"loss": 1.0}, 0)
         tracker.close()
-    old, new = (Spool(spool_root(tmp_path) / json.loads((tmp_path / name / "run.json").read_text())["local_id"])
-                for name in ("old", "new"))
+    old, new = (
+        Spool(spool_root(tmp_path) / json.loads((tmp_path / name / "run.json").read_text())["local_id"])
+        for name in ("old", "new")
+    )
     (old.folder / "meta.json").write_text("")
     for earlier, later in ((old, new), (new, old)):  # whichever comes first
         os.utime(earlier.folder, (1, 1))
@@ -658,8 +719,18 @@ def test_children_share_one_parent_however_late_the_server_comes(
     client = mlflow.MlflowClient(server.uri)
 
     def opened(root: Path, name: str, **keywords: Any) -> Tracker:
-        return Tracker.open(root / name, uri=server.uri, experiment="children", root=root, run_name=name, params={},
-                            tags={}, system_metrics=False, send=False, **keywords)
+        return Tracker.open(
+            root / name,
+            uri=server.uri,
+            experiment="children",
+            root=root,
+            run_name=name,
+            params={},
+            tags={},
+            system_metrics=False,
+            send=False,
+            **keywords,
+        )
 
     parent = opened(tmp_path / "here", "parent")
     for root in ("here", "there"):
@@ -683,8 +754,9 @@ def test_children_share_one_parent_however_late_the_server_comes(
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_model_on_a_server_is_promoted_and_fetched_once(tmp_path: Path, server: Server,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_a_server_is_promoted_and_fetched_once(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The registry over HTTP: the copy is whole, and a second call fetches no other."""
     from lesionsam.registry import promote, resolve_model
 

@@ -23,15 +23,7 @@ from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
 from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
-from lesionsam.training_state import (
-    DAMAGE,
-    Progress,
-    check_disk,
-    load_best,
-    read_tensors,
-    trained_state,
-    write_tensors,
-)
+from lesionsam.training_state import DAMAGE, Progress, check_disk, load_best, read_tensors, trained_state, write_tensors
 
 CPU = torch.device("cpu")
 
@@ -168,8 +160,13 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_from_there(
     for number in steps:  # asked after that step, in the middle of an epoch or at its end
         folder, taken = tmp_path / str(number), counted()
         with pytest.raises(Interrupted) as ended:
-            run(taken, data, folder, accumulate=accumulate,
-                asked_to_end=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0)
+            run(
+                taken,
+                data,
+                folder,
+                accumulate=accumulate,
+                asked_to_end=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0,
+            )
         assert (ended.value.exit_code, taken.steps) == (143, number)
         newest = sorted(folder.glob("state-*.pt"))[-1]
         assert read_tensors(newest)["progress"]["seconds"] > 0, "its time counts, in the middle of an epoch too"
@@ -502,8 +499,12 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_and_stops_the_run_after_th
 
 def test_a_score_that_is_no_number_is_no_best_one(tmp_path: Path) -> None:
     for scores, best in (([math.nan, 0.2, 0.1], (0.2, 2)), ([0.2, math.nan, 0.1], (0.2, 1))):
-        progress = run(Mean(), tiny_data(4), tmp_path / str(best[1]),
-                       evaluate=lambda epoch, scores=scores: {"objective": scores[epoch - 1]})
+        progress = run(
+            Mean(),
+            tiny_data(4),
+            tmp_path / str(best[1]),
+            evaluate=lambda epoch, scores=scores: {"objective": scores[epoch - 1]},
+        )
         assert (progress.best_score, progress.best_epoch) == best
 
 

@@ -92,7 +92,7 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
             cut = site.drop_after is not None and site.drops > 0 and len(data) > site.drop_after
             if cut:
                 site.drops -= 1
-                data = data[:site.drop_after]
+                data = data[: site.drop_after]
                 if site.status_after_drop:
                     site.statuses[self.path] = site.status_after_drop
             try:
@@ -105,8 +105,8 @@ def _handler(site: Site, wait: threading.Event) -> type[BaseHTTPRequestHandler]:
                         wait.wait(0.01)
                     data = b""
                 for i in range(0, len(data), site.slice_bytes):
-                    self.wfile.write(data[i:i + site.slice_bytes])
-                    site.sent += len(data[i:i + site.slice_bytes])
+                    self.wfile.write(data[i : i + site.slice_bytes])
+                    site.sent += len(data[i : i + site.slice_bytes])
                     if site.delay:
                         wait.wait(site.delay)
             except OSError:  # the client was killed

@@ -149,9 +149,7 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
     return samples
 
 
-def scan_boxes(
-    path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path
-) -> tuple[list[Sample], list[str]]:
+def scan_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> tuple[list[Sample], list[str]]:
     """The sound rows of a two-box CSV, and a line of text for each faulty one; see `read_boxes`."""
     samples, problems = [], []
     seen: dict[tuple[str, str], int] = {}
@@ -191,8 +189,10 @@ def read_rows(
     if not text.strip():
         raise UserError(f"{path}: empty; expected a header with {', '.join(required)} and a row per lesion")
     if "\0" in text:
-        raise UserError(f"{path}: line {text[:text.index(chr(0))].count(chr(10)) + 1} holds a null character, which no "
-                        "text does; save the table as CSV UTF-8")
+        raise UserError(
+            f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a null character, which no "
+            "text does; save the table as CSV UTF-8"
+        )
     first = text.splitlines()[0]
     for mark, name in ((";", "';'"), ("\t", "tabs")):
         if mark in first and "," not in first:

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from lesionsam.config import Config
 
 app = typer.Typer(
-    name="lesionsam", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.")
+    name="lesionsam",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.",
+)
 params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
@@ -31,8 +35,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, wr
 
 
 @app.command()
-def preset(name: Annotated[str | None, typer.Argument(help="Which one; none: list them.", show_default=False)] = None,
-           params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
+def preset(
+    name: Annotated[str | None, typer.Argument(help="Which one; none: list them.", show_default=False)] = None,
+    params: Params = Path("params.yaml"),
+    dry_run: DryRun = False,
+) -> None:
     """Write a preset into params.yaml, its comments kept, and show the difference; without a name, list them."""
     from lesionsam.presets import about, apply_preset, preset_names, read_params
 
@@ -91,8 +98,10 @@ def clear_cache() -> None:
 def smoke(
     model: Annotated[str, typer.Option(help="compact, vit_b, vit_l or vit_h.")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights.")],
-    image_size: Annotated[int | None, typer.Option(
-        help="Side of the model's input [px]; 0 = the model's own; unset: smaller where there is no GPU.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the model's input [px]; 0 = the model's own; unset: smaller where there is no GPU."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed."""
@@ -151,5 +160,3 @@ cli_results.add_commands(app)
 def main() -> None:
     """Entry point of `lesionsam` and `python -m lesionsam`."""
     run_guarded(app)
-
-

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-Images = Annotated[list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.",
-                                             show_default=False)]
+Images = Annotated[
+    list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.", show_default=False)
+]
 Boxes = Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")]
 
 
@@ -21,13 +22,18 @@ def add_commands(app: typer.Typer) -> None:
 def annotate(
     images: Images,
     boxes: Boxes = None,
-    model: Annotated[str | None, typer.Option(
-        help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS: its masks follow the "
-             "boxes.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS: its masks follow the "
+            "boxes."
+        ),
+    ] = None,
     threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
     port: Annotated[int | None, typer.Option(help="Unset: 8350, or a free one.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own get a token.")]
-    = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's own get a token.")
+    ] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
     who: Annotated[str, typer.Option(help="Your name, recorded with every change; unset: the login name.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -41,8 +47,17 @@ def annotate(
         from lesionsam.registry import resolve_model
 
         weights, where = resolve_model(model), str(torch_device(device))
-    run(images, boxes=boxes, model=weights, threshold=threshold, port=port, host=host, browser=browser, who=who,
-        device=where)
+    run(
+        images,
+        boxes=boxes,
+        model=weights,
+        threshold=threshold,
+        port=port,
+        host=host,
+        browser=browser,
+        who=who,
+        device=where,
+    )
 
 
 def engine(
@@ -50,8 +65,9 @@ def engine(
     boxes: Boxes = None,
     out: Annotated[Path, typer.Option(help="Folder of the rounds: weights, report.md, curve.png.")] = Path("engine"),
     params: Annotated[Path, typer.Option("--params", help="Parameter file.")] = Path("params.yaml"),
-    start: Annotated[str | None, typer.Option(
-        help="Weights that every round starts from; unset: model.checkpoint of params.yaml.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Weights that every round starts from; unset: model.checkpoint of params.yaml.")
+    ] = None,
     training: Annotated[bool, typer.Option(help="Train; without, --start proposes as it is.")] = True,
     auto: Annotated[bool, typer.Option("--auto", help="Accept the proposals that may be accepted unseen.")] = False,
     share: Annotated[float, typer.Option(help="Of those, how many people would accept unchanged, at least.")] = 0.9,

@@ -15,11 +15,17 @@ FORMATS = "csv (two-box CSV), coco, yolo (a folder), cvat (for images 1.1), labe
 
 @data_app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="FROM", help="File to read, or folder of YOLO files.",
-                                           show_default=False)],
-    target: Annotated[Path, typer.Argument(
-        metavar="TO", help="File to write, or new folder for YOLO files; {split} in it: one for each split.",
-        show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="FROM", help="File to read, or folder of YOLO files.", show_default=False)
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TO",
+            help="File to write, or new folder for YOLO files; {split} in it: one for each split.",
+            show_default=False,
+        ),
+    ],
     form: Annotated[str, typer.Option("--format", help=f"Of TO: {FORMATS}; unset: by its ending.")] = "",
     from_form: Annotated[str, typer.Option("--from-format", help="Of FROM; unset: by its ending and content.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, for their names and sizes.")] = None,
@@ -27,10 +33,13 @@ def convert(
     big: Annotated[str, typer.Option(help="Label of the big boxes.")] = "big",
     small: Annotated[str, typer.Option(help="Label of the small boxes.")] = "small",
     category: Annotated[list[str] | None, typer.Option(help="Of COCO: read this one only; may be repeated.")] = None,
-    classes: Annotated[str, typer.Option(help="Of YOLO: names by number, with commas; unset: as its folder says.")]
-    = "",
-    core: Annotated[float | None, typer.Option(
-        help="Where one box is given: sides of the small one as a share of it, same centre; unset: 0.45.")] = None,
+    classes: Annotated[
+        str, typer.Option(help="Of YOLO: names by number, with commas; unset: as its folder says.")
+    ] = "",
+    core: Annotated[
+        float | None,
+        typer.Option(help="Where one box is given: sides of the small one as a share of it, same centre; unset: 0.45."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace TO if it is a file.")] = False,
 ) -> None:
     """Convert boxes between the two-box CSV, COCO, YOLO, CVAT and Label Studio."""
@@ -38,16 +47,30 @@ def convert(
     from lesionsam.formats.records import CORE, Labels
 
     names = [name.strip() for name in classes.split(",")] if classes else None
-    found = run(source, target, from_form=from_form, to_form=form, images=images, masks=masks,
-                labels=Labels(big, small), categories=category or (), classes=names,
-                core=CORE if core is None else core, overwrite=overwrite)
+    found = run(
+        source,
+        target,
+        from_form=from_form,
+        to_form=form,
+        images=images,
+        masks=masks,
+        labels=Labels(big, small),
+        categories=category or (),
+        classes=names,
+        core=CORE if core is None else core,
+        overwrite=overwrite,
+    )
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{target}: {len(found.lesions)} lesions of {len(found.pictures)} images")
 
 
-Target = Annotated[Path, typer.Argument(
-    help="Folder with images/ and masks/, folder of images, COCO JSON, or parameter file: what its data.source names.")]
+Target = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of images, with masks/ or without, COCO JSON, or parameter file, whose data.source counts."
+    ),
+]
 Boxes = Annotated[Path | None, typer.Option(help="Two-box CSV; unset: that of the parameter file, if it names one.")]
 Images = Annotated[Path | None, typer.Option(help="Of a COCO JSON: folder of its images; unset: where it lies.")]
 Category = Annotated[list[str] | None, typer.Option(help="Of a COCO JSON: look at this one only; may be repeated.")]
@@ -61,8 +84,9 @@ def check(
     boxes: Boxes = None,
     images: Images = None,
     category: Category = None,
-    against: Annotated[list[Path] | None, typer.Option(
-        help="Another set, to find pictures that are in both; may be repeated.")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Another set, to find pictures that are in both; may be repeated.")
+    ] = None,
     threshold_masks: Threshold = False,
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("data-check.html"),
     pictures: Annotated[int, typer.Option(min=0, max=1000, help="Images shown on the page.")] = 60,

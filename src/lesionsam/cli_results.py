@@ -22,14 +22,17 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def export(
-    formats: Annotated[list[str] | None, typer.Option(
-        "--format", help=f"{', '.join(FORMATS)}; may be repeated.", show_default=False)] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; may be repeated.", show_default=False)
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every format.")] = False,
-    model: Annotated[str, typer.Option(
-        help="Weights file, folder with one, MLflow run id, or models:/lesionsam@champion.")] = "models/adapted",
+    model: Annotated[
+        str, typer.Option(help="Weights file, folder with one, MLflow run id, or models:/lesionsam@champion.")
+    ] = "models/adapted",
     out: Annotated[Path, typer.Option(help="Folder; each format gets one of its name in it.")] = Path("exports"),
-    images: Annotated[Path | None, typer.Option(
-        help="Folder of images to compare on; unset: generated ones.", show_default=False)] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to compare on; unset: generated ones.", show_default=False)
+    ] = None,
     num_images: Annotated[int, typer.Option(help="Of them, at most, evenly picked.")] = 50,
 ) -> None:
     """Give a model away: write it, load it back in the library that is meant to read it, compare, print how far off."""
@@ -44,8 +47,9 @@ def export(
 
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
-    outcomes = exporting.export(subject, [_format(name) for name in chosen], out, pictures=pictures,
-                                model_card=Path("report/model_card.md"))
+    outcomes = exporting.export(
+        subject, [_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
+    )
     exporting.print_table(outcomes)
     failed = [(outcome.format.name, fault) for outcome in outcomes for fault in outcome.faults]
     for name, fault in failed:
@@ -87,9 +91,14 @@ def promote(
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(
-        help="Folders with results/, commits, experiments of `dvc exp`, or MLflow run ids; two or more, the first is "
-             "what the others are tested against.", show_default=False)],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders with results/, commits, DVC experiments, or MLflow run ids: two at least; the first is "
+            "what the others are tested against.",
+            show_default=False,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
 ) -> None:
     """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""

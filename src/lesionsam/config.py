@@ -216,8 +216,10 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{source}: expected sections of keys, got a text nested too deeply") from None
     if not _is_bounded(values):
-        raise UserError(f"{source}: expected at most {MAX_VALUES} values and {MAX_DEPTH} levels, got more; write out "
-                        "what its anchors stand for")
+        raise UserError(
+            f"{source}: expected at most {MAX_VALUES} values and {MAX_DEPTH} levels, got more; write out "
+            "what its anchors stand for"
+        )
     if not isinstance(values, dict):
         raise UserError(f"{source}: expected sections, got {shown(values)}; `lesionsam preset demo` writes them")
     return values
@@ -356,8 +358,11 @@ def summary(config: Config) -> list[str]:
     """The configuration in a few lines, for people."""
     data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
     size = f", side {model.image_size} px" if model.image_size else ""
-    counts = {"synthetic": ("num_train", "num_dev", "num_test"), "folder": ("dev_fraction", "test_split"),
-              "coco": ("annotations", "test_split")}
+    counts = {
+        "synthetic": ("num_train", "num_dev", "num_test"),
+        "folder": ("dev_fraction", "test_split"),
+        "coco": ("annotations", "test_split"),
+    }
     named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
     trained = trained_parts(to_values(config)["model"])
     target = f", target {method.target.kind}" if method.name == "contrastive" else ""

@@ -42,8 +42,12 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
     text = text if text.endswith("\n") else f"{text}\n"
     present = parse_yaml(text, source)
     root = YAML(typ="safe", pure=True).compose(text)
-    columns = Counter(len(line) - len(after) - 1 for line in text.splitlines()
-                      for before, mark, after in [line.partition("#")] if mark and before.strip())
+    columns = Counter(
+        len(line) - len(after) - 1
+        for line in text.splitlines()
+        for before, mark, after in [line.partition("#")]
+        if mark and before.strip()
+    )
     comments = {key: limits.description for key, limits in known_keys(values).items()}
     writer = _Writer(text, comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
     edits = list(enumerate(writer.section(root, present, values, "", 0)))
@@ -55,8 +59,10 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
     except UserError:
         as_asked = False
     if not as_asked:
-        raise UserError(f"{source}: expected one key per line, without anchors and merges, to change it in place, got "
-                        "another form; `lesionsam preset demo` into a new file gives one")
+        raise UserError(
+            f"{source}: expected one key per line, without anchors and merges, to change it in place, got "
+            "another form; `lesionsam preset demo` into a new file gives one"
+        )
     return text
 
 
@@ -83,8 +89,9 @@ class _Writer:
     def __init__(self, text: str, comments: Mapping[str, str], column: int) -> None:
         self.text, self.comments, self.column = text, comments, column
 
-    def section(self, node: Node, present: Mapping[Any, Any], values: Mapping[str, Any], prefix: str,
-                indent: int) -> Iterator[Edit]:
+    def section(
+        self, node: Node, present: Mapping[Any, Any], values: Mapping[str, Any], prefix: str, indent: int
+    ) -> Iterator[Edit]:
         """Edits that turn the mapping at `node`, now `present`, into `values`; `prefix` is its key and a dot."""
         indent = next((key.start_mark.column for key, _ in node.value), indent)
         places: dict[str, int] = {}
@@ -93,11 +100,16 @@ class _Writer:
             lines = self._line_start(key.start_mark.index), self._line_end(key, value)
             places[name] = lines[1]
             on_one_line = value.end_mark.index > value.start_mark.index and (
-                value.flow_style if isinstance(value, CollectionNode) else True)
+                value.flow_style if isinstance(value, CollectionNode) else True
+            )
             if name not in values:
                 yield *lines, ""
-            elif (isinstance(held := values[name], Mapping) and held and isinstance(value, MappingNode)
-                  and not value.flow_style):
+            elif (
+                isinstance(held := values[name], Mapping)
+                and held
+                and isinstance(value, MappingNode)
+                and not value.flow_style
+            ):
                 yield from self.section(value, now, held, f"{prefix}{name}.", indent + 2)
             elif now != held or isinstance(now, bool) != isinstance(held, bool):
                 if on_one_line and not isinstance(held, Mapping):

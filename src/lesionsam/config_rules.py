@@ -62,13 +62,18 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
             yield Issue("method.prompts", "expected shares with a sum above 0, got 0 for all")
     for size, part in (("image_size", "patch_size"), ("width", "num_heads")):
         if has(f"foundation.{size}", f"foundation.{part}") and v[f"foundation.{size}"] % v[f"foundation.{part}"]:
-            yield Issue(f"foundation.{size}", f"expected a multiple of foundation.{part} ({v[f'foundation.{part}']}), "
-                        f"got {v[f'foundation.{size}']}")
+            yield Issue(
+                f"foundation.{size}",
+                f"expected a multiple of foundation.{part} ({v[f'foundation.{part}']}), got {v[f'foundation.{size}']}",
+            )
     if v.get("foundation.prompt_width", 0) % 16:
         yield Issue("foundation.prompt_width", f"expected a multiple of 16, got {v['foundation.prompt_width']}")
     if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "nearer"}:
-        yield Issue("evaluate.prompts", "expected another prompt beside none and nearer, for pictures and curves, got "
-                    f"{', '.join(v['evaluate.prompts'])} alone")
+        yield Issue(
+            "evaluate.prompts",
+            "expected another prompt beside none and nearer, for pictures and curves, got "
+            f"{', '.join(v['evaluate.prompts'])} alone",
+        )
     for key in ("evaluate.prompts", "evaluate.jitter"):
         if has(key) and len({str(item) for item in v[key]}) < len(v[key]):
             yield Issue(key, f"expected each item once, got {', '.join(map(str, v[key]))}")

@@ -29,16 +29,40 @@ from lesionsam.errors import UserError
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 # Without these nothing trains or predicts; the rest is for one command each.
-CORE = ("torch", "torchvision", "segment-anything", "numpy", "scipy", "scikit-image", "pandas", "pillow", "matplotlib",
-        "safetensors", "pydantic", "ruamel-yaml", "jinja2", "rich", "typer")
+CORE = (
+    "torch",
+    "torchvision",
+    "segment-anything",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "pandas",
+    "pillow",
+    "matplotlib",
+    "safetensors",
+    "pydantic",
+    "ruamel-yaml",
+    "jinja2",
+    "rich",
+    "typer",
+)
 SHOWN = 4  # packages, stages or splits that a line names
 LITTLE_MEMORY, LITTLE_DISK = 4e9, 2e9  # bytes; below them a line becomes a note
 # Bytes of the archives; they are unpacked, and DVC keeps a copy: three times that.
 ARCHIVES = {"isic2016": 0.84e9, "isic2017": 12.1e9, "isic2018": 13.6e9}
 SERVER_SECONDS, DVC_SECONDS = 3.0, 120.0
 # What a look may meet on a machine that is not set up; a fault of its own would still be raised.
-HINDRANCES = (OSError, ImportError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
-              subprocess.SubprocessError, sqlite3.Error)
+HINDRANCES = (
+    OSError,
+    ImportError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    subprocess.SubprocessError,
+    sqlite3.Error,
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +97,10 @@ def next_step(root: Path, findings: list[Finding]) -> str:
         return "lesionsam preset demo, in a folder of the repository"
     if not (root / "models" / "adapted" / "best.safetensors").is_file() or not (root / "report").is_dir():
         return "make demo, or dvc repro"
-    return next((finding.remedy for finding in findings if finding.what == "dvc" and finding.remedy),
-                "open report/index.html; lesionsam export --all gives the model away, lesionsam promote names it")
+    return next(
+        (finding.remedy for finding in findings if finding.what == "dvc" and finding.remedy),
+        "open report/index.html; lesionsam export --all gives the model away, lesionsam promote names it",
+    )
 
 
 def print_findings(findings: list[Finding], step: str) -> int:
@@ -142,8 +168,11 @@ def _packages(root: Path) -> Iterator[Finding]:
     here = {name: _installed(name) for name in wanted}
     missing = [name for name in wanted if here[name] is None and name not in missing_core]
     # A build's own label, as in 2.15.0+cpu, is no other version.
-    other = [f"{name} {here[name]} (not {number})" for name, number in wanted.items()
-             if (here[name] or number).split("+")[0] != number]
+    other = [
+        f"{name} {here[name]} (not {number})"
+        for name, number in wanted.items()
+        if (here[name] or number).split("+")[0] != number
+    ]
     if missing or other:
         text = "; ".join(([f"not installed: {_some(missing)}"] if missing else []) + ([_some(other)] if other else []))
         yield Finding("packages", NOTE, f"not those of {lock.name}: {text}", "make setup")
@@ -157,11 +186,19 @@ def _gpu(root: Path) -> Iterator[Finding]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            yield Finding("gpu", OK, f"cuda:{index} {torch.cuda.get_device_name(index)}, {_gigabytes(free)} of "
-                                     f"{_gigabytes(total)} free, CUDA {torch.version.cuda}")
+            yield Finding(
+                "gpu",
+                OK,
+                f"cuda:{index} {torch.cuda.get_device_name(index)}, {_gigabytes(free)} of "
+                f"{_gigabytes(total)} free, CUDA {torch.version.cuda}",
+            )
     elif shutil.which("nvidia-smi"):
-        yield Finding("gpu", NOTE, f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) "
-                                   "finds no GPU", "look at the driver's version")
+        yield Finding(
+            "gpu",
+            NOTE,
+            f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU",
+            "look at the driver's version",
+        )
     else:
         yield Finding("gpu", NOTE, "none; the compact SAM trains in minutes without, ViT-B does not")
 
@@ -172,8 +209,9 @@ def _memory(root: Path) -> Iterator[Finding]:
     memory = psutil.virtual_memory()
     text = f"{_gigabytes(memory.available)} of {_gigabytes(memory.total)} free"
     little = memory.available < LITTLE_MEMORY
-    yield Finding("memory", NOTE if little else OK, text, "lower train.batch_size if it does not suffice" if little else
-                  "")
+    yield Finding(
+        "memory", NOTE if little else OK, text, "lower train.batch_size if it does not suffice" if little else ""
+    )
 
 
 def _disk(root: Path) -> Iterator[Finding]:
@@ -184,8 +222,12 @@ def _disk(root: Path) -> Iterator[Finding]:
     is_there = (root / "data" / "raw" / "index.csv").is_file()
     needed = 0.0 if is_there or data.get("subset") else 3 * ARCHIVES.get(data.get("source"), 0.0)
     if free < needed:
-        yield Finding("disk", NOTE, f"{text}; all of {data['source']} may take {_gigabytes(needed)}",
-                      "free some space, or set data.subset")
+        yield Finding(
+            "disk",
+            NOTE,
+            f"{text}; all of {data['source']} may take {_gigabytes(needed)}",
+            "free some space, or set data.subset",
+        )
     else:
         yield Finding("disk", NOTE if free < LITTLE_DISK else OK, text)
     if not os.access(root, os.W_OK):
@@ -213,8 +255,12 @@ def _params(root: Path) -> Iterator[Finding]:
         import torch
 
         if not torch.cuda.is_available():
-            yield Finding("params", PROBLEM, f"runtime.device is {config.runtime.device}, and there is no GPU",
-                          "set runtime.device to auto")
+            yield Finding(
+                "params",
+                PROBLEM,
+                f"runtime.device is {config.runtime.device}, and there is no GPU",
+                "set runtime.device to auto",
+            )
 
 
 def without_password(uri: str) -> str:
@@ -238,7 +284,7 @@ def _tracking(root: Path) -> Iterator[Finding]:
         else:
             database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
             try:
-                (num_runs,), = database.execute("SELECT COUNT(*) FROM runs").fetchall()
+                ((num_runs,),) = database.execute("SELECT COUNT(*) FROM runs").fetchall()
                 aliases = database.execute("SELECT name, alias, version FROM registered_model_aliases").fetchall()
             finally:
                 database.close()
@@ -249,14 +295,22 @@ def _tracking(root: Path) -> Iterator[Finding]:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SERVER_SECONDS) as answer:  # noqa: S310  # nosec B310
                 yield Finding("tracking", OK, f"{shown} answers ({answer.status})")
         except (urllib.error.URLError, TimeoutError, OSError) as error:
-            yield Finding("tracking", PROBLEM, f"{shown} does not answer ({_line(error)}); training goes on all the "
-                                               "same and sends later", "start the server, or empty tracking.uri")
+            yield Finding(
+                "tracking",
+                PROBLEM,
+                f"{shown} does not answer ({_line(error)}); training goes on all the same and sends later",
+                "start the server, or empty tracking.uri",
+            )
     else:
         yield Finding("tracking", NOTE, f"{shown}: not looked at")
     waiting = [spool.pending()[0] for spool in Spool.all(root)]
     if num_waiting := sum(waiting):
-        yield Finding("tracking", NOTE, f"{num_waiting} entries of {sum(map(bool, waiting))} runs are not sent yet",
-                      "make ui sends them, and so does the next training")
+        yield Finding(
+            "tracking",
+            NOTE,
+            f"{num_waiting} entries of {sum(map(bool, waiting))} runs are not sent yet",
+            "make ui sends them, and so does the next training",
+        )
 
 
 def _data(root: Path) -> Iterator[Finding]:
@@ -284,8 +338,12 @@ def _weights(root: Path) -> Iterator[Finding]:
     else:
         checkpoint = str(_raw_params(root).get("model", {}).get("checkpoint", ""))
         if checkpoint and checkpoint != "published" and not (root / checkpoint).is_file():
-            yield Finding("weights", PROBLEM, f"model.checkpoint: {checkpoint} is not there", "name a file that is, or "
-                          "`published`")
+            yield Finding(
+                "weights",
+                PROBLEM,
+                f"model.checkpoint: {checkpoint} is not there",
+                "name a file that is, or `published`",
+            )
         else:
             yield Finding("weights", NOTE, "pretrained: none yet", "dvc repro weights")
     adapted = root / "models" / "adapted"
@@ -308,8 +366,15 @@ def _dvc(root: Path) -> Iterator[Finding]:
         return
     environment = {**os.environ, "DVC_NO_ANALYTICS": "true"}
     try:
-        done = subprocess.run([program, "status", "--json"], cwd=root, env=environment, capture_output=True, text=True,
-                              timeout=DVC_SECONDS, check=False)
+        done = subprocess.run(
+            [program, "status", "--json"],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DVC_SECONDS,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         yield Finding("dvc", NOTE, f"`dvc status` took more than {DVC_SECONDS:.0f} s; is another dvc running?")
         return
@@ -328,6 +393,14 @@ def _dvc(root: Path) -> Iterator[Finding]:
 
 
 LOOKS: dict[str, Callable[[Path], Iterator[Finding]]] = {
-    "python": _python, "packages": _packages, "gpu": _gpu, "memory": _memory, "disk": _disk, "params": _params,
-    "data": _data, "weights": _weights, "dvc": _dvc, "tracking": _tracking,
+    "python": _python,
+    "packages": _packages,
+    "gpu": _gpu,
+    "memory": _memory,
+    "disk": _disk,
+    "params": _params,
+    "data": _data,
+    "weights": _weights,
+    "dvc": _dvc,
+    "tracking": _tracking,
 }

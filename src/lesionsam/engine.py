@@ -73,8 +73,17 @@ class Place:
     test: tuple[Path, Path] | None = None
 
 
-def run_round(place: Place, config: Config, *, training: bool = True, proposing: bool = True, auto: bool = False,
-              share: float = 0.9, steps: int | None = None, say: Callable[[str], None] = print) -> Round:
+def run_round(
+    place: Place,
+    config: Config,
+    *,
+    training: bool = True,
+    proposing: bool = True,
+    auto: bool = False,
+    share: float = 0.9,
+    steps: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Round:
     """One round, resumed where it broke off. The caller holds the lock of the table.
 
     Order: what people made of the last round's proposals calibrates the doubt up to which the others of the same
@@ -107,20 +116,32 @@ def run_round(place: Place, config: Config, *, training: bool = True, proposing:
     accepted = [each.outcome == ACCEPTED for each in judged.reviewed]
     accepted_share = float(np.mean(accepted)) if accepted else None
     found = Round(
-        number, utc_now(), model.label, len(place.catalogue.by_id), count_sources(states),
+        number,
+        utc_now(),
+        model.label,
+        len(place.catalogue.by_id),
+        count_sources(states),
         round(sum(state.all_seconds for state in states), 1),
-        {name: sum(each.outcome == name for each in judged.reviewed) for name in OUTCOMES}, accepted_share,
-        judged.limit, num_automatic, sum(store.state(image_id).status == OPEN for image_id in place.catalogue.by_id),
-        rounds[-1].stage if rounds and accepted_share is None else stage_of(
-            accepted_share, len(judged.calm) + judged.num_taken, judged.num_open + judged.num_taken),
-        quality_on(tests, weights, config) if tests else {}, auto)
+        {name: sum(each.outcome == name for each in judged.reviewed) for name in OUTCOMES},
+        accepted_share,
+        judged.limit,
+        num_automatic,
+        sum(store.state(image_id).status == OPEN for image_id in place.catalogue.by_id),
+        rounds[-1].stage
+        if rounds and accepted_share is None
+        else stage_of(accepted_share, len(judged.calm) + judged.num_taken, judged.num_open + judged.num_taken),
+        quality_on(tests, weights, config) if tests else {},
+        auto,
+    )
     write_rounds(place.out, [*rounds, found])
     if num_automatic:
         try:
             Products(masks_folder(place.table_path), place.catalogue, store, model).write_all()
         except OSError as error:
-            say(f"warning: masks cannot be written: {error}; `lesionsam annotate` writes them when it is opened with "
-                "this model")
+            say(
+                f"warning: masks cannot be written: {error}; `lesionsam annotate` writes them when it is opened with "
+                "this model"
+            )
     return found
 
 
@@ -159,8 +180,11 @@ def judge(place: Place, store: Store, last: Round, share: float) -> Judged:
 
 def _taken(state: ImageState, since: str) -> bool:
     """Whether the engine accepted a proposal for this image since then."""
-    return state.changed_by == WHO and state.changed_at > since and any(
-        lesion.source == AUTOMATIC for lesion in state.lesions)
+    return (
+        state.changed_by == WHO
+        and state.changed_at > since
+        and any(lesion.source == AUTOMATIC for lesion in state.lesions)
+    )
 
 
 def _accept(store: Store, judged: Judged, pictures: Pictures) -> None:
@@ -171,12 +195,22 @@ def _accept(store: Store, judged: Judged, pictures: Pictures) -> None:
             continue
         boxes = found.lesion.big, found.lesion.small
         lesion = Lesion("0", *boxes, proposed=boxes, model=digest, threshold=float(threshold))
-        store.save(image_id, Change(store.state(image_id).revision, WHO, f"{WHO}-{digest}", lesions=(lesion,),
-                                    automatic=True), found.size)
+        store.save(
+            image_id,
+            Change(store.state(image_id).revision, WHO, f"{WHO}-{digest}", lesions=(lesion,), automatic=True),
+            found.size,
+        )
 
 
-def _weights(place: Place, store: Store, pictures: Pictures, config: Config, folder: Path, steps: int | None,
-             say: Callable[[str], None]) -> Path:
+def _weights(
+    place: Place,
+    store: Store,
+    pictures: Pictures,
+    config: Config,
+    folder: Path,
+    steps: int | None,
+    say: Callable[[str], None],
+) -> Path:
     """Train on what is labelled; resumed where it broke off, kept where it is done with the same boxes and values."""
     target, key_path = folder / "model.safetensors", folder / "model.key"
     samples = labelled_samples(place.catalogue, store, pictures)
@@ -190,8 +224,12 @@ def _weights(place: Place, store: Store, pictures: Pictures, config: Config, fol
     scratch = folder / f"scratch-{key}"
     data = open_data(config, samples, side=input_side(config, place.start), cache=scratch / "frames")
     trained = train(config, data, place.start, folder=scratch, log=lambda values, step: None, say=say)
-    save_sam(trained.sam, target, name=config.model.name, metadata={
-        "method": config.method.name, TRAINED_WITH: trained_prompts(config)})
+    save_sam(
+        trained.sam,
+        target,
+        name=config.model.name,
+        metadata={"method": config.method.name, TRAINED_WITH: trained_prompts(config)},
+    )
     write_text_atomic(key_path, key)
     for each in folder.glob("scratch-*"):
         shutil.rmtree(each)
@@ -212,27 +250,45 @@ def labelled_samples(catalogue: Catalogue, store: Store, pictures: Pictures) -> 
     """
     states = [state for state in store.all_states() if state.lesions and state.image_id in catalogue.by_id]
     if len(states) < LEAST:
-        raise UserError(f"{store.path}: {len(states)} images with boxes; a round needs at least {LEAST}; draw some "
-                        "with `lesionsam annotate`")
+        raise UserError(
+            f"{store.path}: {len(states)} images with boxes; a round needs at least {LEAST}; draw some "
+            "with `lesionsam annotate`"
+        )
     dev = dev_ids((state.image_id for state in states), max(DEV_SHARE, 2 / len(states)))
     samples = []
     for state in sorted(states, key=lambda state: state.image_id):
         entry = catalogue.by_id[state.image_id]
         width, height = pictures.size(entry)
         if wrong := [lesion.lesion_id for lesion in state.lesions if outside(lesion.boxes, width, height)]:
-            raise UserError(f"{store.path}: {state.image_id!r}, lesion {wrong[0]}: lies outside the image of {width}x"
-                            f"{height} px; boxes are pixels of the upright image; correct the row or delete it")
-        samples += [Sample(state.image_id, lesion.lesion_id, "dev" if state.image_id in dev else "train", entry.path,
-                           None, width, height, np.array(lesion.big), np.array(lesion.small))
-                    for lesion in state.lesions]
+            raise UserError(
+                f"{store.path}: {state.image_id!r}, lesion {wrong[0]}: lies outside the image of {width}x"
+                f"{height} px; boxes are pixels of the upright image; correct the row or delete it"
+            )
+        samples += [
+            Sample(
+                state.image_id,
+                lesion.lesion_id,
+                "dev" if state.image_id in dev else "train",
+                entry.path,
+                None,
+                width,
+                height,
+                np.array(lesion.big),
+                np.array(lesion.small),
+            )
+            for lesion in state.lesions
+        ]
     return samples
 
 
 def propose_all(model: Model, store: Store, pictures: Pictures, place: Place, say: Callable[[str], None]) -> None:
     """Proposals for every image to do; those that are there are kept."""
     proposals = Proposals(proposals_path(place.table_path), model.label)
-    waiting = [entry for entry in place.catalogue.by_id.values()
-               if store.state(entry.image_id).status == OPEN and entry.image_id not in proposals.found]
+    waiting = [
+        entry
+        for entry in place.catalogue.by_id.values()
+        if store.state(entry.image_id).status == OPEN and entry.image_id not in proposals.found
+    ]
     faults = 0
     for entry in progress(waiting, total=len(waiting), title="proposing"):
         found = _look(model, pictures, entry)
@@ -255,10 +311,18 @@ def _look(model: Model, pictures: Pictures, entry: Entry) -> Found | None:
 def quality_on(samples: Sequence[Sample], weights: Path, config: Config) -> dict[str, float]:
     """Mean IoU at original size on pairs of image and mask, by prompt, and `objective`, the mean of the prompts."""
     figures = evaluate_model(
-        load_sam(None, weights), samples, lambda s: read_image(s.image_path),
-        lambda s: read_mask(s.mask_path, (s.width, s.height)) if s.mask_path else None, prompts=OBJECTIVE_PROMPTS,
-        seed=config.evaluate.seed, batch_size=config.evaluate.batch_size, num_points=config.method.num_points,
-        device=torch_device(config.runtime.device), model="round", run="0").rows
+        load_sam(None, weights),
+        samples,
+        lambda s: read_image(s.image_path),
+        lambda s: read_mask(s.mask_path, (s.width, s.height)) if s.mask_path else None,
+        prompts=OBJECTIVE_PROMPTS,
+        seed=config.evaluate.seed,
+        batch_size=config.evaluate.batch_size,
+        num_points=config.method.num_points,
+        device=torch_device(config.runtime.device),
+        model="round",
+        run="0",
+    ).rows
     means = {str(prompt): float(value) for prompt, value in figures.groupby("prompt")["iou"].mean().items()}
     return {**means, "objective": float(np.mean([means[prompt] for prompt in OBJECTIVE_PROMPTS]))}
 
@@ -275,15 +339,23 @@ def pairs_of(images: Path, masks: Path) -> list[Sample]:
         if mask_path is None:
             raise UserError(f"{entry.path}: no mask of its name in {masks}; --test needs pairs")
         width, height = image_size(entry.path)
-        index[entry.image_id] = {"split": "test", "image_path": str(entry.path), "mask_path": str(mask_path),
-                                 "width": width, "height": height}
+        index[entry.image_id] = {
+            "split": "test",
+            "image_path": str(entry.path),
+            "mask_path": str(mask_path),
+            "width": width,
+            "height": height,
+        }
     return annotate(index, root=Path(), seed=SEED, **SIMULATED)
 
 
 def masks_of(folder: Path) -> dict[str, Path]:
     """Image id in lower case -> mask file, folders in the folder included."""
-    return {path.stem.lower().removesuffix("_segmentation"): path for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES}
+    return {
+        path.stem.lower().removesuffix("_segmentation"): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    }
 
 
 def limit_threads(config: Config) -> None:

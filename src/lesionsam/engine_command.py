@@ -32,14 +32,25 @@ def start_weights(config: Config, start: str | None) -> Path:
     return resolve_model(start or (PRETRAINED if checkpoint == "published" else checkpoint))
 
 
-def run(images: Sequence[str], *, boxes: Path | None, out: Path, params: Path, start: str | None, training: bool,
-        auto: bool, share: float, test: Path | None) -> None:
+def run(
+    images: Sequence[str],
+    *,
+    boxes: Path | None,
+    out: Path,
+    params: Path,
+    start: str | None,
+    training: bool,
+    auto: bool,
+    share: float,
+    test: Path | None,
+) -> None:
     """One round, its report, and what to do next."""
     config = load_config(params, check_files=False)
     limit_threads(config)
     table = boxes or default_table(Path(images[0]))
-    place = Place(Catalogue(images), table, out, start_weights(config, start),
-                  (test / "images", test / "masks") if test else None)
+    place = Place(
+        Catalogue(images), table, out, start_weights(config, start), (test / "images", test / "masks") if test else None
+    )
     with only_one(table.parent / f".{table.name}.lock", f"annotation of {table}"):
         run_round(place, config, training=training, auto=auto, share=share)
     rounds = read_rounds(out)
@@ -51,30 +62,54 @@ def run(images: Sequence[str], *, boxes: Path | None, out: Path, params: Path, s
     print(f"report: {out / REPORT}, {out / CURVE}\nreview: {shlex.join(review)}")
 
 
-def run_trial(folder: Path, *, out: Path, params: Path, first: int, each: int, rounds: int, auto_from: int,
-              share: float, steps: int, precision: str) -> None:
+def run_trial(
+    folder: Path,
+    *,
+    out: Path,
+    params: Path,
+    first: int,
+    each: int,
+    rounds: int,
+    auto_from: int,
+    share: float,
+    steps: int,
+    precision: str,
+) -> None:
     """The engine with a simulated annotator on folder/images/train and its masks, measured on folder/images/val; and
     drawing alone, for the same seconds and for all images."""
-    config = with_values(load_config(params, check_files=False), {
-        "train.precision": precision, "runtime.num_threads": 1})
+    config = with_values(
+        load_config(params, check_files=False), {"train.precision": precision, "runtime.num_threads": 1}
+    )
     limit_threads(config)
     catalogue = Catalogue([folder / "images" / "train"])
     masks = masks_of(folder / "masks" / "train")
-    annotator = Annotator({image_id: masks[image_id.lower()] for image_id in catalogue.by_id
-                           if image_id.lower() in masks})
+    annotator = Annotator(
+        {image_id: masks[image_id.lower()] for image_id in catalogue.by_id if image_id.lower() in masks}
+    )
     start, test = start_weights(config, None), (folder / "images" / "val", folder / "masks" / "val")
     if not (out / "start.json").exists():
         write_json_atomic(out / "start.json", quality_on(pairs_of(*test), start, config))
     places = {name: Place(catalogue, out / name / "boxes.csv", out / name, start, test) for name in ("engine", "drawn")}
-    reviewed = trial(places["engine"], annotator, config, first=first, each=each, rounds=rounds, auto_from=auto_from,
-                     share=share, steps=steps)
+    reviewed = trial(
+        places["engine"],
+        annotator,
+        config,
+        first=first,
+        each=each,
+        rounds=rounds,
+        auto_from=auto_from,
+        share=share,
+        steps=steps,
+    )
     write_report(out / "engine", reviewed)
     budgets = [*(reviewed[-1].seconds * part for part in BUDGETS), DRAW * len(catalogue)]
     drawn = drawn_only(places["drawn"], annotator, config, budgets, steps=steps)
     write_report(out / "drawn", drawn)
     before = (0.0, json.loads((out / "start.json").read_text(encoding="utf-8"))["objective"])
-    lines = {name: [before, *((one.seconds, one.quality["objective"]) for one in ones)]
-             for name, ones in {"reviewing proposals": reviewed, "drawing alone": drawn}.items()}
+    lines = {
+        name: [before, *((one.seconds, one.quality["objective"]) for one in ones)]
+        for name, ones in {"reviewing proposals": reviewed, "drawing alone": drawn}.items()
+    }
     write_bytes_atomic(out / CURVE, curve(lines, "mean IoU on the test pairs (ring, centre, box)"))
     taken, count = audit(places["engine"], annotator)
     print(f"accepted automatically: {count}, of which the annotator would take {taken}")

@@ -15,8 +15,15 @@ from lesionsam.files import write_bytes_atomic, write_text_atomic
 
 REPORT, CURVE = "report.md", "curve.png"
 COLOURS = ("#0b62a3", "#d1702a", "#2c7a3f", "#7a4fa3")
-STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.color": "#e6e9ee", "axes.axisbelow": True, "legend.frameon": False}
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ee",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 SHOWN = "objective"  # mean of ring, centre and box prompts
 
 
@@ -42,8 +49,13 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], name: str) -> byte
         figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
         axes = figure.subplots()
         for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
-            axes.plot([seconds / 3600 for seconds, _ in points], [value for _, value in points], "o-", label=label,
-                      color=colour)
+            axes.plot(
+                [seconds / 3600 for seconds, _ in points],
+                [value for _, value in points],
+                "o-",
+                label=label,
+                color=colour,
+            )
         axes.set_xlabel("time of people [h]")
         axes.set_ylabel(name)
         if len(lines) > 1:
@@ -54,19 +66,47 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], name: str) -> byte
 
 
 def _lines(rounds: Sequence[Round]) -> list[str]:
-    head = ("round", "stage", "drawn", "corrected", "accepted", "automatic", "left", "people's minutes",
-            "accepted unchanged", "doubt that may stand", "mIoU ring / centre / box")
-    lines = ["# The data engine", "", f"![Quality against people's time]({CURVE})", "",
-             "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    head = (
+        "round",
+        "stage",
+        "drawn",
+        "corrected",
+        "accepted",
+        "automatic",
+        "left",
+        "people's minutes",
+        "accepted unchanged",
+        "doubt that may stand",
+        "mIoU ring / centre / box",
+    )
+    lines = [
+        "# The data engine",
+        "",
+        f"![Quality against people's time]({CURVE})",
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+    ]
     for each in rounds:
-        quality = " / ".join(f"{each.quality[prompt]:.3f}" for prompt in ("ring", "centre", "box")) \
-            if each.quality else ""
-        share = "" if each.accepted_share is None else (
-            f"{100 * each.accepted_share:.0f} % of {sum(each.outcomes.values())}")
+        quality = (
+            " / ".join(f"{each.quality[prompt]:.3f}" for prompt in ("ring", "centre", "box")) if each.quality else ""
+        )
+        share = (
+            ""
+            if each.accepted_share is None
+            else (f"{100 * each.accepted_share:.0f} % of {sum(each.outcomes.values())}")
+        )
         limit = "" if each.threshold is None else f"{each.threshold:.2f}"
-        cells = (each.number, each.stage, *(each.sources[name] for name in (
-            "drawn", "corrected", "accepted", "automatic")), each.num_left, f"{each.seconds / 60:.1f}", share, limit,
-            quality)
+        cells = (
+            each.number,
+            each.stage,
+            *(each.sources[name] for name in ("drawn", "corrected", "accepted", "automatic")),
+            each.num_left,
+            f"{each.seconds / 60:.1f}",
+            share,
+            limit,
+            quality,
+        )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return [*lines, "", *(f"- {sentence}" for sentence in news(rounds))]
 
@@ -81,16 +121,21 @@ def news(rounds: Sequence[Round]) -> list[str]:
     if STAGES.index(last.stage) > max(earlier, default=0):
         said.append(f"Stage reached: {last.stage}.")
     if last.accepted_share is not None:
-        said.append(f"{100 * last.accepted_share:.0f} % of {sum(last.outcomes.values())} reviewed proposals were "
-                    "accepted unchanged.")
+        said.append(
+            f"{100 * last.accepted_share:.0f} % of {sum(last.outcomes.values())} reviewed proposals were "
+            "accepted unchanged."
+        )
     elif len(rounds) > 1:
         said.append("No proposal of the round before has been reviewed; the page's list Review has them in order.")
     if last.num_automatic and last.threshold is not None:
         said.append(f"{last.num_automatic} more of a doubt up to {last.threshold:.2f} were accepted unseen.")
     elif last.threshold is not None:
-        said.append(f"None of the others had a doubt up to {last.threshold:.2f}, so none was accepted unseen."
-                    if last.auto else f"The others of a doubt up to {last.threshold:.2f} could have been accepted "
-                    "unseen; a round with --auto does that.")
+        said.append(
+            f"None of the others had a doubt up to {last.threshold:.2f}, so none was accepted unseen."
+            if last.auto
+            else f"The others of a doubt up to {last.threshold:.2f} could have been accepted "
+            "unseen; a round with --auto does that."
+        )
     elif last.accepted_share is not None:
         said.append("Too few calm ones were reviewed, or too many of them changed, to accept any unseen.")
     said.append(f"{last.num_left} images are left to do.")

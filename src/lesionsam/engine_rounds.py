@@ -93,8 +93,9 @@ class Reviewed:
     outcome: str
 
 
-def reviewed_since(states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
-                   ) -> list[Reviewed]:
+def reviewed_since(
+    states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
+) -> list[Reviewed]:
     """What became of the proposals of one model; images that were drawn without one in sight or with another's, and
     those whose rows were edited outside the page, say nothing of them.
 

@@ -82,7 +82,7 @@ def draw_some(place: Place, annotator: Annotator, count: int) -> None:
     """Draw the first images by hash, without any proposal."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     entries = sorted(place.catalogue.by_id.values(), key=lambda entry: id_hash(entry.image_id))
-    for entry in [entry for entry in entries if store.state(entry.image_id).status == OPEN][:max(0, count)]:
+    for entry in [entry for entry in entries if store.state(entry.image_id).status == OPEN][: max(0, count)]:
         _draw(store, annotator, entry, pictures.size(entry))
 
 
@@ -91,16 +91,20 @@ def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> 
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     proposals = Proposals(proposals_path(place.table_path), last.model)
     usual = usual_areas(store, proposals)
-    doubts = [(image_id, doubt(found.lesion, usual)[0]) for image_id, found in proposals.found.items()
-              if found.lesion is not None and store.state(image_id).status == OPEN]
-    for image_id, _ in with_spot_checks(doubts)[:max(0, count)]:
+    doubts = [
+        (image_id, doubt(found.lesion, usual)[0])
+        for image_id, found in proposals.found.items()
+        if found.lesion is not None and store.state(image_id).status == OPEN
+    ]
+    for image_id, _ in with_spot_checks(doubts)[: max(0, count)]:
         entry, lesion = place.catalogue.by_id[image_id], proposals.found[image_id].lesion
         size = pictures.size(entry)
         wanted = annotator.boxes(image_id, size)
         if lesion is None or wanted is None:
             continue
-        proposed = Lesion("0", lesion.big, lesion.small, proposed=(lesion.big, lesion.small),
-                          model=last.model.partition("@")[0])
+        proposed = Lesion(
+            "0", lesion.big, lesion.small, proposed=(lesion.big, lesion.small), model=last.model.partition("@")[0]
+        )
         if annotator.takes(image_id, size, lesion.big, lesion.small):
             _save(store, entry, size, proposed, LOOK, last.model)
         elif overlap(lesion.big, wanted[0]) >= NEAR:
@@ -110,26 +114,43 @@ def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> 
             _draw(store, annotator, entry, size, LOOK, last.model)
 
 
-def _draw(store: Store, annotator: Annotator, entry: Entry, size: tuple[int, int], before: float = 0.0,
-          shown: str = "") -> None:
+def _draw(
+    store: Store, annotator: Annotator, entry: Entry, size: tuple[int, int], before: float = 0.0, shown: str = ""
+) -> None:
     boxes = annotator.boxes(entry.image_id, size)
     if boxes is None:
         base = store.state(entry.image_id).revision
-        store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", mark="no_lesion",
-                                          seconds={"": before + LOOK}, shown=shown), size)
+        store.save(
+            entry.image_id,
+            Change(base, WHO, f"{WHO}-{entry.key}-{base}", mark="no_lesion", seconds={"": before + LOOK}, shown=shown),
+            size,
+        )
         return
     _save(store, entry, size, Lesion("0", *boxes), before + DRAW, shown)
 
 
-def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, seconds: float,
-          shown: str) -> None:
+def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, seconds: float, shown: str) -> None:
     base = store.state(entry.image_id).revision
-    store.save(entry.image_id, Change(base, WHO, f"{WHO}-{entry.key}-{base}", lesions=(lesion,),
-                                      seconds={"0": seconds}, shown=shown), size)
+    store.save(
+        entry.image_id,
+        Change(base, WHO, f"{WHO}-{entry.key}-{base}", lesions=(lesion,), seconds={"0": seconds}, shown=shown),
+        size,
+    )
 
 
-def trial(place: Place, annotator: Annotator, config: Config, *, first: int, each: int, rounds: int, auto_from: int,
-          share: float, steps: int, say: Callable[[str], None] = print) -> list[Round]:
+def trial(
+    place: Place,
+    annotator: Annotator,
+    config: Config,
+    *,
+    first: int,
+    each: int,
+    rounds: int,
+    auto_from: int,
+    share: float,
+    steps: int,
+    say: Callable[[str], None] = print,
+) -> list[Round]:
     """Draw `first` images, then alternate rounds and reviews of `each` images; resumes where it broke off.
 
     Args:
@@ -143,17 +164,28 @@ def trial(place: Place, annotator: Annotator, config: Config, *, first: int, eac
         else:
             before, now = done[-1].sources, _num_labelled(place)
             review_some(place, annotator, done[-1], each - sum(now[name] - before[name] for name in OF_PEOPLE))
-        done = [*done, run_round(place, config, auto=number >= auto_from, share=share, steps=steps,
-                                 proposing=number < rounds, say=say)]
+        done = [
+            *done,
+            run_round(
+                place, config, auto=number >= auto_from, share=share, steps=steps, proposing=number < rounds, say=say
+            ),
+        ]
         say(f"round {number}: {done[-1]}")
     return done
 
 
-def drawn_only(place: Place, annotator: Annotator, config: Config, budgets: Sequence[float], *, steps: int,
-               say: Callable[[str], None] = print) -> list[Round]:
+def drawn_only(
+    place: Place,
+    annotator: Annotator,
+    config: Config,
+    budgets: Sequence[float],
+    *,
+    steps: int,
+    say: Callable[[str], None] = print,
+) -> list[Round]:
     """Seconds spent on drawing alone: a round per budget, no proposal ever looked at."""
     done = read_rounds(place.out)
-    for seconds in list(budgets)[len(done):]:
+    for seconds in list(budgets)[len(done) :]:
         draw_some(place, annotator, round(seconds / DRAW) - sum(_num_labelled(place).values()))
         done = [*done, run_round(place, config, steps=steps, proposing=False, say=say)]
         say(f"drawn for {seconds:.0f} s: {done[-1]}")
@@ -164,8 +196,12 @@ def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
     """Of the lesions that were accepted automatically: how many the annotator would have taken, and how many there
     are."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
-    taken = [annotator.takes(state.image_id, pictures.size(place.catalogue.by_id[state.image_id]), *lesion.boxes)
-             for state in store.all_states() for lesion in state.lesions if lesion.source == AUTOMATIC]
+    taken = [
+        annotator.takes(state.image_id, pictures.size(place.catalogue.by_id[state.image_id]), *lesion.boxes)
+        for state in store.all_states()
+        for lesion in state.lesions
+        if lesion.source == AUTOMATIC
+    ]
     return sum(taken), len(taken)
 
 

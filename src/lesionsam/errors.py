@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
-REMEDY = ("end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
-          "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size")
+REMEDY = (
+    "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
+    "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size"
+)
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -57,8 +59,11 @@ def run_guarded(main: Callable[[], object]) -> None:
         _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); {REMEDY}", 2)
     except OSError as error:
         if error.errno in NO_PLACE:
-            _end(f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another "
-                 "place", 2)
+            _end(
+                f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another "
+                "place",
+                2,
+            )
         if error.errno in NO_PATH:
             _end(f"error: {error.filename}: {error.strerror}; expected the path of a file or folder", 2)
         raise

@@ -45,13 +45,37 @@ from lesionsam.types import Batch, Sample
 JITTER_PROMPTS = ("box", "box+core")
 ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"
 ROW_COLUMNS = (
-    "model", "run", "prompt", "image_id", "lesion_id", "width", "height", "lesion_share", "iou", "dice", "boundary_f1",
-    "hd95", "thresholded_jaccard", "predicted_share", "predicted_iou", "entropy", "core_coverage", "leakage",
+    "model",
+    "run",
+    "prompt",
+    "image_id",
+    "lesion_id",
+    "width",
+    "height",
+    "lesion_share",
+    "iou",
+    "dice",
+    "boundary_f1",
+    "hd95",
+    "thresholded_jaccard",
+    "predicted_share",
+    "predicted_iou",
+    "entropy",
+    "core_coverage",
+    "leakage",
     "consistency",
 )
 JITTER_COLUMNS = ("model", "run", "prompt", "share", "image_id", "lesion_id", "iou")
 CALIBRATION_COLUMNS = (
-    "model", "run", "prompt", "region", "bin", "count", "probability_sum", "truth_sum", "squared_error",
+    "model",
+    "run",
+    "prompt",
+    "region",
+    "bin",
+    "count",
+    "probability_sum",
+    "truth_sum",
+    "squared_error",
 )
 
 

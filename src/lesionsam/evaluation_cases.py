@@ -29,11 +29,11 @@ Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on t
 
 # See `inference_lesion.find_lesions`: features, frames and sizes of some images -> an answer for each.
 FindLesions = Callable[
-    [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]]
+    [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]
+]
 
 # See `inference_lesion.look_at_boxes`: frames, sizes and boxes -> logits and predicted IoU of each.
-LookAtBoxes = Callable[
-    [Sam, torch.Tensor, Sequence[tuple[int, int]], np.ndarray], tuple[torch.Tensor, torch.Tensor]]
+LookAtBoxes = Callable[[Sam, torch.Tensor, Sequence[tuple[int, int]], np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
 LEAKING = "tight"  # the bounding box of the true mask: leaks the label
 NEARER = "nearer"  # the big box, looked at from nearer
@@ -181,8 +181,9 @@ def predict_cases(
                 features = encode(sam, preprocess(frames, sizes))
                 for low in range(0, len(cases), batch_size):
                     part = slice(low, low + batch_size)
-                    answers = _answer(sam, features, frames, owner[part], cases[part], requests, seed, num_points, side,
-                                      find, look)
+                    answers = _answer(
+                        sam, features, frames, owner[part], cases[part], requests, seed, num_points, side, find, look
+                    )
                     yield from zip(cases[part], answers, strict=True)
     finally:
         sam.train(was_training)

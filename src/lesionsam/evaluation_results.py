@@ -31,8 +31,20 @@ LABEL_FREE_TITLES = {
     "predicted_iou": "predicted IoU",
 }
 MEASURES = (  # modules whose change makes an evaluation that was kept a different one
-    "metrics", "evaluation", "evaluation_cases", "prompts", "inference_answers", "inference_auto", "inference_lesion",
-    "inference_rank", "box_prior", "boxes", "images", "data.frames", "models.sam", "models.trainable",
+    "metrics",
+    "evaluation",
+    "evaluation_cases",
+    "prompts",
+    "inference_answers",
+    "inference_auto",
+    "inference_lesion",
+    "inference_rank",
+    "box_prior",
+    "boxes",
+    "images",
+    "data.frames",
+    "models.sam",
+    "models.trainable",
 )
 NOTES = {
     NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "

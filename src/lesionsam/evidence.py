@@ -111,8 +111,10 @@ def is_finished(out: Path, base: Config, row: Row, seed: int, weights_sha256: st
     except (OSError, ValueError):
         kept = None
     if kept != unit_digest(configured(base, row, seed), row, weights_sha256):
-        raise UserError(f"{path}: figures of other settings or weights than those asked for; choose another --out, or "
-                        "delete it to run it again")
+        raise UserError(
+            f"{path}: figures of other settings or weights than those asked for; choose another --out, or "
+            "delete it to run it again"
+        )
     return True
 
 
@@ -127,8 +129,10 @@ def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
         return
     kept, wanted = read_index(index_path), {row["image_id"]: row for row in rows}
     if changed := sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)):
-        raise UserError(f"{index_path}: lists other pairs than the folder holds, the first is {changed[0]!r}; choose "
-                        "another --out, or give the folder that it was made from")
+        raise UserError(
+            f"{index_path}: lists other pairs than the folder holds, the first is {changed[0]!r}; choose "
+            "another --out, or give the folder that it was made from"
+        )
 
 
 def load_mask(sample: Sample) -> Any:
@@ -146,13 +150,15 @@ def few(data: LesionDataset, count: int, seed: int) -> LesionDataset:
 
     Those of one seed contain those of a smaller count.
     """
+
     def place(k: int) -> str:
         return hashlib.sha256(f"masks {seed} {data.ids[k]}".encode()).hexdigest()
 
     chosen = sorted(range(len(data)), key=place)[:count]
     index, f = np.resize(np.array(chosen), len(data)), data.frames
-    arrays = {name: getattr(f, name)[index]
-              for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes")}
+    arrays = {
+        name: getattr(f, name)[index] for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes")
+    }
     frames = Frames(**arrays, others=tuple(f.others[k] for k in index))
     return LesionDataset([data.samples[k] for k in index], frames, with_masks=data.with_masks)
 
@@ -161,12 +167,27 @@ def tracker_of(config: Config, row: Row, seed: int, folder: Path, root: Path | N
     """A run of its own in MLflow below `root`; None: no tracking."""
     if root is None:
         return NullTracker(None)
-    return Tracker.open(folder, uri="", experiment=EXPERIMENT, root=root, run_name=f"{row.name}, seed {seed}",
-                        params=flatten(config), tags={"evidence.row": row.name}, system_metrics=False)
+    return Tracker.open(
+        folder,
+        uri="",
+        experiment=EXPERIMENT,
+        root=root,
+        run_name=f"{row.name}, seed {seed}",
+        params=flatten(config),
+        tags={"evidence.row": row.name},
+        system_metrics=False,
+    )
 
 
-def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path,
-             track: Path | None = None) -> None:
+def run_unit(
+    base: Config,
+    row: Row,
+    seed: int,
+    index: Mapping[str, IndexRow],
+    weights: Path,
+    out: Path,
+    track: Path | None = None,
+) -> None:
     """Train and evaluate one unit and write its CSV (last, so that it stands for a finished unit).
 
     The CSV's rows are those of `evaluation.evaluate_model`, with the row's name as model and the seed as run.
@@ -183,8 +204,9 @@ def run_unit(base: Config, row: Row, seed: int, index: Mapping[str, IndexRow], w
         tracker.close(status)
 
 
-def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path,
-              tracker: NullTracker) -> None:
+def _run_unit(
+    config: Config, row: Row, seed: int, index: Mapping[str, IndexRow], weights: Path, out: Path, tracker: NullTracker
+) -> None:
     begun = time.monotonic()
     b = config.boxes
     if not isinstance(b, SimulatedBoxes):
@@ -221,8 +243,16 @@ def _run_unit(config: Config, row: Row, seed: int, index: Mapping[str, IndexRow]
     if isinstance(model, Sam):
         figures = evaluate_sam(model, config, row, seed, test)
     else:
-        figures = evaluate_unet(model, test, load_image, load_mask, side=input_side(config, weights),
-                                batch_size=config.evaluate.batch_size, model=row.name, run=str(seed))
+        figures = evaluate_unet(
+            model,
+            test,
+            load_image,
+            load_mask,
+            side=input_side(config, weights),
+            batch_size=config.evaluate.batch_size,
+            model=row.name,
+            run=str(seed),
+        )
     if not row.trains:
         baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
         figures = pd.concat(
@@ -281,8 +311,9 @@ def costs(out: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
-              cost: Mapping[str, tuple[str, str]] | None = None) -> str:
+def summarise(
+    figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]], cost: Mapping[str, tuple[str, str]] | None = None
+) -> str:
     """The campaign as Markdown: mIoU per row and prompt with intervals and seeds' sd, and paired differences.
 
     Args:
@@ -290,8 +321,14 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
         cost: see `costs`; two more columns.
     """
     table = statistics.table(figures, reference=None, **INTERVALS)
-    heads = ["row", "seeds", *(["trained parameters", "s per epoch"] if cost else []), *PROMPTS, "failures (box)",
-             "box minus none"]
+    heads = [
+        "row",
+        "seeds",
+        *(["trained parameters", "s per epoch"] if cost else []),
+        *PROMPTS,
+        "failures (box)",
+        "box minus none",
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for model in table["model"].drop_duplicates():
         mine = table[table["model"] == model].set_index("prompt")
@@ -301,8 +338,10 @@ def summarise(figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]],
             else ""
             for prompt in PROMPTS
         ]
-        cells += [f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else "",
-                  _difference(figures, (model, "box"), (model, "none"))]
+        cells += [
+            f"{mine.loc['box'].failure_rate:.1%}" if "box" in mine.index else "",
+            _difference(figures, (model, "box"), (model, "none")),
+        ]
         cells = [str(int(mine["num_runs"].max())), *((cost.get(model, ("", ""))) if cost else ()), *cells]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     lines += [

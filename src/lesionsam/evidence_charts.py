@@ -19,7 +19,11 @@ PANELS = {"ring": "ten ring points", "centre": "centre point", "box": "big box"}
 SUPERVISED, BOXES, REFERENCE = "#0b62a3", "#d1702a", "#8a8f99"
 NAME = re.compile(r"supervised, (\d+|all) masks")
 STYLE: dict[Any, Any] = {
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e9ee"}
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e9ee",
+}
 INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
 
 
@@ -30,8 +34,11 @@ def curve(figures: pd.DataFrame, num_all: int) -> pd.DataFrame:
         figures: long format, see `evidence.read_units`. num_all: masks of the row that has all of them.
     """
     table = statistics.table(figures, reference=None, **INTERVALS)
-    counts = {name: num_all if match[1] == "all" else int(match[1])
-              for name in table["model"].unique() if (match := NAME.fullmatch(name))}
+    counts = {
+        name: num_all if match[1] == "all" else int(match[1])
+        for name in table["model"].unique()
+        if (match := NAME.fullmatch(name))
+    }
     return table[table["model"].isin(list(counts))].assign(masks=lambda t: t["model"].map(counts)).sort_values("masks")
 
 

@@ -118,8 +118,10 @@ COMPARISONS = (
 
 LAST_K = 2  # of the compact model's 4 blocks
 STRATEGY_RATES = {  # encoder (or what is inserted there), decoder; chosen by the rows of `strategies_tuning`
-    "decoder": (1e-3, 5e-4), f"last {LAST_K} blocks": (1e-3, 1.5e-4),
-    "adapters": (3e-3, 1.5e-4), "LoRA": (3e-3, 1.5e-4),
+    "decoder": (1e-3, 5e-4),
+    f"last {LAST_K} blocks": (1e-3, 1.5e-4),
+    "adapters": (3e-3, 1.5e-4),
+    "LoRA": (3e-3, 1.5e-4),
 }
 TRIED_RATES = {  # on the development split, one seed; the last blocks take the rates that are best for all of them
     "decoder": ((1e-3, 1.5e-4), (1e-3, 5e-4)),
@@ -149,8 +151,10 @@ def strategies(base: Config) -> list[Row]:
         Row(ZERO_SHOT, seeds=1, trains=False),
         Row(TUNED, budget(base) | rate(PUBLISHED_RATE), preset="published"),
         Row(DEFAULT),
-        *(Row(f"supervised, {name}", rates(*STRATEGY_RATES[name]) | changes, preset=preset)
-          for name, (preset, changes) in STRATEGIES.items()),
+        *(
+            Row(f"supervised, {name}", rates(*STRATEGY_RATES[name]) | changes, preset=preset)
+            for name, (preset, changes) in STRATEGIES.items()
+        ),
         Row(SUPERVISED, SUPERVISED_RATES, preset="supervised"),  # everything trains
         Row(UNET_ROW, unet_changes(base, UNET_RATE), preset="supervised", network=UNET),
     ]
@@ -158,11 +162,27 @@ def strategies(base: Config) -> list[Row]:
 
 def strategies_tuning(base: Config) -> list[Row]:
     """Learning rates of the strategies, on the development split alone."""
-    return [Row(f"tune supervised, {name}, encoder {pair[0]:g} decoder {pair[1]:g}", rates(*pair) | STRATEGIES[name][1],
-                preset=STRATEGIES[name][0], seeds=1, tests=False)
-            for name, pairs in TRIED_RATES.items() for pair in pairs] + [
-        Row(f"tune {UNET_ROW} {value:g}", unet_changes(base, value), preset="supervised", seeds=1, tests=False,
-            network=UNET) for value in UNET_RATES]
+    return [
+        Row(
+            f"tune supervised, {name}, encoder {pair[0]:g} decoder {pair[1]:g}",
+            rates(*pair) | STRATEGIES[name][1],
+            preset=STRATEGIES[name][0],
+            seeds=1,
+            tests=False,
+        )
+        for name, pairs in TRIED_RATES.items()
+        for pair in pairs
+    ] + [
+        Row(
+            f"tune {UNET_ROW} {value:g}",
+            unet_changes(base, value),
+            preset="supervised",
+            seeds=1,
+            tests=False,
+            network=UNET,
+        )
+        for value in UNET_RATES
+    ]
 
 
 def labels(base: Config) -> list[Row]:
@@ -212,11 +232,14 @@ SETS = {
     "strategies": Plan(
         strategies,
         strategies_tuning,
-        (*((f"supervised, {name}", SUPERVISED) for name in STRATEGIES),
-         *((DEFAULT, f"supervised, {name}") for name in STRATEGIES), (DEFAULT, SUPERVISED),
-         (UNET_ROW, SUPERVISED), (DEFAULT, UNET_ROW)),
+        (
+            *((f"supervised, {name}", SUPERVISED) for name in STRATEGIES),
+            *((DEFAULT, f"supervised, {name}") for name in STRATEGIES),
+            (DEFAULT, SUPERVISED),
+            (UNET_ROW, SUPERVISED),
+            (DEFAULT, UNET_ROW),
+        ),
     ),
-    "unprompted": Plan(unprompted, lambda base: [],
-                       ((UNPROMPTED, DEFAULT), (UNPROMPTED, AS_LONG), (AS_LONG, DEFAULT))),
+    "unprompted": Plan(unprompted, lambda base: [], ((UNPROMPTED, DEFAULT), (UNPROMPTED, AS_LONG), (AS_LONG, DEFAULT))),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }

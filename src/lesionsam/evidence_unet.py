@@ -80,8 +80,10 @@ def train_unet(
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
     method = Segmenter(build_unet(t.seed).to(device))
-    say(f"training a U-Net of {sum(p.numel() for p in method.model.parameters()):,} parameters on {len(data.train)} "
-        "lesions")
+    say(
+        f"training a U-Net of {sum(p.numel() for p in method.model.parameters()):,} parameters on {len(data.train)} "
+        "lesions"
+    )
     loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
     at = fit(
         method,
@@ -143,8 +145,12 @@ def evaluate_unet(
                 whole = upscaled(answer, case, side)
                 cut = np.full_like(whole, OUTSIDE)
                 cut[case.big] = whole[case.big]
-                key = {"image_id": case.sample.image_id, "lesion_id": case.sample.lesion_id,
-                       "width": case.sample.width, "height": case.sample.height}
+                key = {
+                    "image_id": case.sample.image_id,
+                    "lesion_id": case.sample.lesion_id,
+                    "width": case.sample.width,
+                    "height": case.sample.height,
+                }
                 for prompt, logits in {"none": whole, **dict.fromkeys(BOXED, cut)}.items():
                     rows.append({"model": model, "run": run, "prompt": prompt} | key | measure(logits, case, tolerance))
     return pd.DataFrame(rows)

@@ -172,8 +172,9 @@ def how_to_train(config: Config, data: LesionDataset) -> dict[str, Any]:
         "accumulate": t.accumulate,
         "weight_decay": t.weight_decay,
         "betas": (t.beta1, t.beta2),
-        "factor": partial(schedule_factor, num_steps=num_steps(config, data), schedule=t.schedule, warmup=t.warmup,
-                          final=t.final_lr),
+        "factor": partial(
+            schedule_factor, num_steps=num_steps(config, data), schedule=t.schedule, warmup=t.warmup, final=t.final_lr
+        ),
         "clip": t.clip,
         "precision": t.precision,
         "seed": t.seed,

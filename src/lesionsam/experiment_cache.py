@@ -54,17 +54,18 @@ def open_caches(
         num_all = len(model.image_encoder.blocks)
         part = f"{config.model.name}: " + ("features" if num_blocks > num_all else f"{num_blocks} of {num_all} blocks")
         space = {
-            "part": part, "side": int(model.image_encoder.img_size), "precision": precision,
-            "identity": identities[num_blocks], "arithmetic": arithmetic(device),
+            "part": part,
+            "side": int(model.image_encoder.img_size),
+            "precision": precision,
+            "identity": identities[num_blocks],
+            "arithmetic": arithmetic(device),
         }
         return Store(root, space, budget)
 
     stores, dev = {}, None
     if split >= 1:
         stores["prefix"] = store(sam, split, config.train.precision)
-        dev = Activations(
-            {"prefix": store(sam, split, "fp32")}, computing(sam, None, device, "fp32"), device=device
-        )
+        dev = Activations({"prefix": store(sam, split, "fp32")}, computing(sam, None, device, "fp32"), device=device)
     if reference is not None:
         stores["reference"] = store(reference, num_frozen_blocks(reference), config.train.precision)
     train = Activations(

@@ -30,8 +30,15 @@ def parts_that_fit(
     """
     teacher, reference = method.teacher, method.reference
     held = held_bytes([method.model, *([] if teacher is None else [teacher.module]), *filter(None, [reference])])
-    predict = partial(predict_step, sam, held=held, answers=answers_per_image(config), device=device.type,
-                      precision=config.train.precision, teacher=teacher is not None)
+    predict = partial(
+        predict_step,
+        sam,
+        held=held,
+        answers=answers_per_image(config),
+        device=device.type,
+        precision=config.train.precision,
+        teacher=teacher is not None,
+    )
     there, size, parts = memory_of(device) if there is None else there, config.train.batch_size, 1
     needed = predict(batch_size=size).total
     while predict(batch_size=-(-size // parts)).total > there and size // (2 * parts) >= method.smallest_batch:
@@ -39,8 +46,10 @@ def parts_that_fit(
     left = predict(batch_size=-(-size // parts)).total
     line = f"memory: a step of {size} images takes about {needed / GB:.1f} of {there / GB:.1f} GB"
     if parts > 1:
-        line += (f"; so they are made in {parts} parts, as with train.batch_size {size // parts} and train.accumulate "
-                 f"{parts} times as large")
+        line += (
+            f"; so they are made in {parts} parts, as with train.batch_size {size // parts} and train.accumulate "
+            f"{parts} times as large"
+        )
     if left > there:
         line += f"; even {-(-size // parts)} would take {left / GB:.1f}: it may not fit"
     say(line)

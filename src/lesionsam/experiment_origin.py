@@ -23,8 +23,17 @@ SECTIONS = ("model.", "method.", "train.")
 # First words of modules that run beside a training and change nothing of what it gives.
 BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli", "experiment_origin")
 # Of the others those that no training loads.
-ELSEWHERE = ("annotation", "doctor", "engine", "evidence", "export", "foundation", "inference", "report",
-             "sweep_report")
+ELSEWHERE = (
+    "annotation",
+    "doctor",
+    "engine",
+    "evidence",
+    "export",
+    "foundation",
+    "inference",
+    "report",
+    "sweep_report",
+)
 SHOWN = 4  # of the names that a message could hold
 
 
@@ -36,16 +45,22 @@ def origin_of(
     The index holds a hash of each image, and none of the masks. The code is that of this package's modules which are
     loaded, each by a hash of its source.
     """
-    modules = {name.removeprefix("lesionsam."): Path(file) for name, module in sorted(sys.modules.items())
-               if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))}
+    modules = {
+        name.removeprefix("lesionsam."): Path(file)
+        for name, module in sorted(sys.modules.items())
+        if name.startswith("lesionsam.") and (file := getattr(module, "__file__", None))
+    }
     return {
         "parameters": {key: value for key, value in flatten(config).items() if key.startswith(SECTIONS)},
         "images": sha256_file(index_csv),
         "masks": hashlib.sha256("".join(sha256_file(path) for path in masks).encode()).hexdigest(),
         "boxes": sha256_file(boxes_csv),
         "weights": sha256_file(weights),
-        "code": {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in modules.items()
-                 if not name.startswith(BESIDE)},
+        "code": {
+            name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            for name, path in modules.items()
+            if not name.startswith(BESIDE)
+        },
     }
 
 
@@ -55,8 +70,11 @@ def code_digest() -> str:
     when first asked for: a process does not change with its files."""
     package = Path(__file__).parent
     sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
-    text = "".join(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for name, path in sorted(sources.items())
-                   if not name.startswith((*BESIDE, *ELSEWHERE)))
+    text = "".join(
+        f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for name, path in sorted(sources.items())
+        if not name.startswith((*BESIDE, *ELSEWHERE))
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -86,8 +104,10 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
             shutil.rmtree(folder)  # nothing to go on from, and its first points are not this run's
         for left in sorted(folder.parent.glob(f"*/{ORIGIN}")):
             if left.parent != folder and any(left.parent.glob("state-*.pt")):
-                say(f"an unfinished training of other settings stays in {left.parent} "
-                    f"({_some(differences(_read(left.parent), origin))}); this one begins anew")
+                say(
+                    f"an unfinished training of other settings stays in {left.parent} "
+                    f"({_some(differences(_read(left.parent), origin))}); this one begins anew"
+                )
     write_json_atomic(folder / ORIGIN, dict(origin))
 
 
@@ -113,8 +133,11 @@ def _refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What two origins differ in, parameters by key and value."""
     before, after = old.get("parameters", {}), new["parameters"]
-    found = [f"{key}: {before.get(key)} -> {after.get(key)}" for key in sorted({*before, *after})
-             if before.get(key) != after.get(key)]
+    found = [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
     return found + [what for what in ("images", "boxes", "weights") if old.get(what) != new[what]]
 
 

@@ -23,8 +23,9 @@ def strategy_of(config: Config) -> Strategy:
     if m.encoder == "adapter":
         return Strategy("adapter", last_k=m.adapter_last_k, adapter_dim=m.adapter_dim)
     if m.encoder == "lora":
-        return Strategy("lora", last_k=m.lora_last_k, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha,
-                        lora_dropout=m.lora_dropout)
+        return Strategy(
+            "lora", last_k=m.lora_last_k, lora_rank=m.lora_rank, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout
+        )
     return Strategy(m.encoder, last_k=m.unfreeze_last_k if m.encoder == "blocks" else 0)
 
 
@@ -60,9 +61,7 @@ def learning_groups(config: Config, method: Method) -> list[Group]:
 def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
     """The supervised method around a SAM whose trained parts are selected."""
     p = m.prompts
-    draws = (
-        MaskDraws(p.box_jitter, p.max_points, p.point_jitter, p.negative) if isinstance(p, MaskPrompts) else None
-    )
+    draws = MaskDraws(p.box_jitter, p.max_points, p.point_jitter, p.negative) if isinstance(p, MaskPrompts) else None
     options = Options(
         loss=m.loss,
         candidates=m.candidates,

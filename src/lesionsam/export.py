@@ -139,8 +139,10 @@ class Check:
     def add(self, ours: Answer, theirs: Answer) -> None:
         """One more prompt."""
         if ours.low_res.shape != theirs.low_res.shape or ours.mask.shape != theirs.mask.shape:
-            raise UserError(f"answers of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
-                            f"{ours.low_res.shape} and {ours.mask.shape}")
+            raise UserError(
+                f"answers of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
+                f"{ours.low_res.shape} and {ours.mask.shape}"
+            )
         self.num_prompts += 1
         self.largest_difference = max(self.largest_difference, apart(ours.low_res, theirs.low_res))
         self.largest_logit = max(self.largest_logit, float(np.abs(ours.low_res).max()))
@@ -191,8 +193,9 @@ def open_subject(weights: Path) -> Subject:
     """
     sam = load_sam(None, weights).requires_grad_(False)
     numbers = plain.numbers_of(sam)
-    return Subject(sam, WIDTHS.get(numbers["width"], "compact"), weights, sha256_file(weights), numbers,
-                   registry_name(sam))
+    return Subject(
+        sam, WIDTHS.get(numbers["width"], "compact"), weights, sha256_file(weights), numbers, registry_name(sam)
+    )
 
 
 def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np.ndarray]]:
@@ -220,8 +223,12 @@ def check_prompts(height: int, width: int) -> list[Prompt]:
     frame = np.array([width, height], float)
     box = np.concatenate([0.2 * frame, 0.8 * frame])
     both, labels = np.stack([0.45 * frame, 0.12 * frame]), np.array([1, 0])
-    return [Prompt(box=box), Prompt(points=0.5 * frame[None], labels=np.array([1])),
-            Prompt(box=box, points=both, labels=labels), Prompt(points=both, labels=labels)]
+    return [
+        Prompt(box=box),
+        Prompt(points=0.5 * frame[None], labels=np.array([1])),
+        Prompt(box=box, points=both, labels=labels),
+        Prompt(points=both, labels=labels),
+    ]
 
 
 def with_predictor(predictor: Any) -> Segment:
@@ -232,7 +239,8 @@ def with_predictor(predictor: Any) -> Segment:
         answers = []
         for prompt in prompts:
             masks, predicted, low_res = predictor.predict(
-                point_coords=prompt.points, point_labels=prompt.labels, box=prompt.box, multimask_output=False)
+                point_coords=prompt.points, point_labels=prompt.labels, box=prompt.box, multimask_output=False
+            )
             answers.append(Answer(low_res[0], masks[0], float(predicted[0])))
         return answers
 
@@ -251,8 +259,14 @@ def compare(ours: Segment, theirs: Segment, pictures: Sequence[Callable[[], np.n
     return check
 
 
-def export(subject: Subject, formats: Sequence[Format], out: Path, *, pictures: Sequence[Callable[[], np.ndarray]],
-           model_card: Path | None = None) -> list[Outcome]:
+def export(
+    subject: Subject,
+    formats: Sequence[Format],
+    out: Path,
+    *,
+    pictures: Sequence[Callable[[], np.ndarray]],
+    model_card: Path | None = None,
+) -> list[Outcome]:
     """Write the model in several formats below `out`, each in a folder of its name, each proved.
 
     What a format of that name left there before is replaced, but only by one that has passed its check.
@@ -311,13 +325,23 @@ def card(subject: Subject, form: Format, check: Check, folder: Path) -> dict[str
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
     return {
         "format": form.name,
-        "model": {"name": subject.name, "weights": subject.weights.as_posix(), "weights_sha256": subject.sha256,
-                  "architecture": dict(subject.numbers)},
+        "model": {
+            "name": subject.name,
+            "weights": subject.weights.as_posix(),
+            "weights_sha256": subject.sha256,
+            "architecture": dict(subject.numbers),
+        },
         "made_with": {"lesionsam": lesionsam.__version__, **versions(("torch", *form.packages))},
-        "files": {path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-                  for path in files},
-        "check": {"reloaded_in": form.reader, **asdict(check), "allowed_of_largest_logit": TOLERANCE,
-                  "expected_iou": LOWEST_IOU},
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in files
+        },
+        "check": {
+            "reloaded_in": form.reader,
+            **asdict(check),
+            "allowed_of_largest_logit": TOLERANCE,
+            "expected_iou": LOWEST_IOU,
+        },
         "not_a_medical_device": True,
     }
 
@@ -349,11 +373,24 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 150)
-    table = Table("format", "folder", "MB", "reloaded in", "largest |difference| of logits", "lowest IoU of masks",
-                  box=box.SIMPLE_HEAD)
+    table = Table(
+        "format",
+        "folder",
+        "MB",
+        "reloaded in",
+        "largest |difference| of logits",
+        "lowest IoU of masks",
+        box=box.SIMPLE_HEAD,
+    )
     for one in outcomes:
-        figures = ("", "") if one.check is None else (f"{one.check.largest_difference:.2g}",
-                                                      f"{one.check.lowest_iou:.5f}")
-        table.add_row(one.format.name, "FAILED" if one.folder is None else one.folder.as_posix(),
-                      f"{one.num_bytes / 1e6:.1f}" if one.folder else "", one.format.reader, *figures)
+        figures = (
+            ("", "") if one.check is None else (f"{one.check.largest_difference:.2g}", f"{one.check.lowest_iou:.5f}")
+        )
+        table.add_row(
+            one.format.name,
+            "FAILED" if one.folder is None else one.folder.as_posix(),
+            f"{one.num_bytes / 1e6:.1f}" if one.folder else "",
+            one.format.reader,
+            *figures,
+        )
     console.print(table)

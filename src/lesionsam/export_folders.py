@@ -30,8 +30,10 @@ def prepare(out: Path, needed: int) -> None:
         raise UserError(f"--out {out}: cannot be written to (no permission); name a folder of your own")
     _clear_up(out)
     if (free := free_disk_bytes(out)) < needed:
-        raise UserError(f"--out {out}: {needed / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free; free "
-                        "some, name another place, or export one format at a time")
+        raise UserError(
+            f"--out {out}: {needed / 1e6:,.0f} MB of disk are needed, {free / 1e6:,.0f} MB are free; free "
+            "some, name another place, or export one format at a time"
+        )
 
 
 def _clear_up(out: Path) -> None:

@@ -58,7 +58,7 @@ def renamed_state(state: Mapping[str, torch.Tensor], iou_head_depth: int) -> dic
             depth = iou_head_depth if "iou" in match[1] else HEAD_DEPTH
             index = int(match[2])
             place = "proj_in" if index == 0 else "proj_out" if index == depth - 1 else f"layers.{index - 1}"
-            out[f"{match[1]}.{place}.{key[match.end():]}"] = value
+            out[f"{match[1]}.{place}.{key[match.end() :]}"] = value
             continue
         pattern, new = next(((old, new) for old, new in RENAMED if re.match(rf"{old}(?=\.|$)", key)), (None, ""))
         out[key if pattern is None else re.sub(rf"^{pattern}", new, key)] = value
@@ -72,17 +72,34 @@ def config_of(numbers: Mapping[str, Any]) -> Any:
 
     n = numbers
     vision = SamVisionConfig(
-        hidden_size=n["width"], output_channels=n["prompt_width"], num_hidden_layers=n["depth"],
-        num_attention_heads=n["num_heads"], image_size=n["image_size"], patch_size=n["patch_size"],
-        mlp_ratio=n["mlp_dim"] / n["width"], mlp_dim=n["mlp_dim"], window_size=n["window_size"],
-        global_attn_indexes=list(n["global_attn_indexes"]), num_pos_feats=n["prompt_width"] // 2)
-    prompts = SamPromptEncoderConfig(hidden_size=n["prompt_width"], image_size=n["image_size"],
-                                     patch_size=n["patch_size"], mask_input_channels=n["mask_in_chans"])
+        hidden_size=n["width"],
+        output_channels=n["prompt_width"],
+        num_hidden_layers=n["depth"],
+        num_attention_heads=n["num_heads"],
+        image_size=n["image_size"],
+        patch_size=n["patch_size"],
+        mlp_ratio=n["mlp_dim"] / n["width"],
+        mlp_dim=n["mlp_dim"],
+        window_size=n["window_size"],
+        global_attn_indexes=list(n["global_attn_indexes"]),
+        num_pos_feats=n["prompt_width"] // 2,
+    )
+    prompts = SamPromptEncoderConfig(
+        hidden_size=n["prompt_width"],
+        image_size=n["image_size"],
+        patch_size=n["patch_size"],
+        mask_input_channels=n["mask_in_chans"],
+    )
     decoder = SamMaskDecoderConfig(
-        hidden_size=n["prompt_width"], mlp_dim=n["decoder_mlp"], num_hidden_layers=n["decoder_depth"],
-        num_attention_heads=n["decoder_num_heads"], num_multimask_outputs=n["num_multimask_outputs"],
-        iou_head_depth=n["iou_head_depth"], iou_head_hidden_dim=n["iou_head_hidden_dim"],
-        layer_norm_eps=1e-5)  # of segment_anything's decoder; transformers' own default is 1e-6
+        hidden_size=n["prompt_width"],
+        mlp_dim=n["decoder_mlp"],
+        num_hidden_layers=n["decoder_depth"],
+        num_attention_heads=n["decoder_num_heads"],
+        num_multimask_outputs=n["num_multimask_outputs"],
+        iou_head_depth=n["iou_head_depth"],
+        iou_head_hidden_dim=n["iou_head_hidden_dim"],
+        layer_norm_eps=1e-5,
+    )  # of segment_anything's decoder; transformers' own default is 1e-6
     return SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
@@ -111,9 +128,14 @@ def write(subject: Subject, folder: Path) -> None:
     with _without_bars():
         model.eval().save_pretrained(folder)
     side, mask_side = subject.side, 4 * subject.side // subject.numbers["patch_size"]
-    SamProcessor(SamImageProcessor(
-        size={"longest_edge": side}, pad_size={"height": side, "width": side}, mask_size={"longest_edge": mask_side},
-        mask_pad_size={"height": mask_side, "width": mask_side})).save_pretrained(folder)
+    SamProcessor(
+        SamImageProcessor(
+            size={"longest_edge": side},
+            pad_size={"height": side, "width": side},
+            mask_size={"longest_edge": mask_side},
+            mask_pad_size={"height": mask_side, "width": mask_side},
+        )
+    ).save_pretrained(folder)
 
 
 def reload(subject: Subject, folder: Path) -> Segment:
@@ -158,8 +180,11 @@ def reload(subject: Subject, folder: Path) -> Segment:
             same_pixels, _ = ask(small, prompt, scale, small_features)
             whole_way, sizes = ask(image, prompt, np.ones(2), features)
             mask = processor.image_processor.post_process_masks(whole_way.pred_masks, *sizes)[0]
-            answers.append(Answer(same_pixels.pred_masks[0, 0, 0].numpy(), mask[0, 0].numpy(),
-                                  float(same_pixels.iou_scores[0, 0, 0])))
+            answers.append(
+                Answer(
+                    same_pixels.pred_masks[0, 0, 0].numpy(), mask[0, 0].numpy(), float(same_pixels.iou_scores[0, 0, 0])
+                )
+            )
         return answers
 
     return segment

@@ -37,8 +37,10 @@ class EncoderGraph(nn.Module):
     def __init__(self, sam: Sam) -> None:
         super().__init__()
         self.encoder, self.side = sam.image_encoder, int(sam.image_encoder.img_size)
-        self.mean, self.std = (torch.nn.Parameter(value.detach().view(1, 3, 1, 1).clone(), requires_grad=False)
-                               for value in (sam.pixel_mean, sam.pixel_std))
+        self.mean, self.std = (
+            torch.nn.Parameter(value.detach().view(1, 3, 1, 1).clone(), requires_grad=False)
+            for value in (sam.pixel_mean, sam.pixel_std)
+        )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -60,9 +62,15 @@ class DecoderGraph(nn.Module):
         super().__init__()
         self.prompts, self.decoder, self.side = sam.prompt_encoder, sam.mask_decoder, int(sam.image_encoder.img_size)
 
-    def forward(self, image_embeddings: torch.Tensor, point_coords: torch.Tensor, point_labels: torch.Tensor,
-                mask_input: torch.Tensor, has_mask_input: torch.Tensor, orig_im_size: torch.Tensor,
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_input: torch.Tensor,
+        has_mask_input: torch.Tensor,
+        orig_im_size: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
         p, d, count = self.prompts, self.decoder, point_coords.shape[0]
         kinds = point_labels.to(torch.int64)
@@ -86,8 +94,9 @@ class DecoderGraph(nn.Module):
         scale = self.side / original.max().to(torch.float32)
         inside = torch.floor(original.to(torch.float32) * scale + 0.5).to(torch.int64)
         masks = masks[:, :, : _size(inside[0], self.side), : _size(inside[1], self.side)]
-        return F.interpolate(masks, (_size(original[0], MAX_SIDE), _size(original[1], MAX_SIDE)), mode="bilinear",
-                             align_corners=False)
+        return F.interpolate(
+            masks, (_size(original[0], MAX_SIDE), _size(original[1], MAX_SIDE)), mode="bilinear", align_corners=False
+        )
 
 
 def _one_each(tensor: torch.Tensor, count: int) -> torch.Tensor:
@@ -113,26 +122,61 @@ def write(subject: Subject, folder: Path) -> None:
     external = subject.num_bytes() > INLINE_BYTES
     count, points, height, width = Dim("prompts"), Dim("points"), Dim("height", max=side), Dim("width", max=side)
     shown = torch.zeros(2, 3, side - 1, side - 2)
-    _export(EncoderGraph(sam), (shown,), folder / ENCODER, ("images",), INPUTS[:1],
-            {"images": {0: Dim("images"), 2: height, 3: width}}, external=external)
-    asked = (torch.zeros(2, channels, grid, grid), torch.zeros(3, 5, 2), torch.ones(3, 5),
-             torch.zeros(2, 1, 4 * grid, 4 * grid), torch.zeros(1), torch.tensor([side - 1, side + 1]))
-    sizes = {"image_embeddings": {0: Dim("embeddings")}, "point_coords": {0: count, 1: points},
-             "point_labels": {0: count, 1: points}, "mask_input": {0: Dim("mask_inputs")}, "has_mask_input": {},
-             "orig_im_size": {}}
+    _export(
+        EncoderGraph(sam),
+        (shown,),
+        folder / ENCODER,
+        ("images",),
+        INPUTS[:1],
+        {"images": {0: Dim("images"), 2: height, 3: width}},
+        external=external,
+    )
+    asked = (
+        torch.zeros(2, channels, grid, grid),
+        torch.zeros(3, 5, 2),
+        torch.ones(3, 5),
+        torch.zeros(2, 1, 4 * grid, 4 * grid),
+        torch.zeros(1),
+        torch.tensor([side - 1, side + 1]),
+    )
+    sizes = {
+        "image_embeddings": {0: Dim("embeddings")},
+        "point_coords": {0: count, 1: points},
+        "point_labels": {0: count, 1: points},
+        "mask_input": {0: Dim("mask_inputs")},
+        "has_mask_input": {},
+        "orig_im_size": {},
+    }
     _export(DecoderGraph(sam), asked, folder / DECODER, INPUTS, OUTPUTS, sizes, external=external)
 
 
-def _export(graph: nn.Module, example: tuple[torch.Tensor, ...], path: Path, inputs: Sequence[str],
-            outputs: Sequence[str], sizes: dict[str, dict[int, Dim]], *, external: bool) -> None:
+def _export(
+    graph: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    sizes: dict[str, dict[int, Dim]],
+    *,
+    external: bool,
+) -> None:
     chatter = logging.getLogger("torch.onnx")
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # of torch and onnxscript about their own insides
-            torch.onnx.export(graph.eval(), example, path, input_names=list(inputs), output_names=list(outputs),
-                              opset_version=OPSET, dynamic_shapes=sizes, external_data=external, verbose=False)
+            torch.onnx.export(
+                graph.eval(),
+                example,
+                path,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                opset_version=OPSET,
+                dynamic_shapes=sizes,
+                external_data=external,
+                verbose=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise UserError(f"torch cannot express {path.stem} in ONNX: {str(error).splitlines()[0]}") from None
     finally:
@@ -143,8 +187,10 @@ def reload(subject: Subject, folder: Path) -> Segment:
     """onnxruntime on both graphs, on the CPU, with nothing of torch or of SAM between picture and mask."""
     import onnxruntime
 
-    encoder, decoder = (onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
-                        for name in (ENCODER, DECODER))
+    encoder, decoder = (
+        onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
+        for name in (ENCODER, DECODER)
+    )
     side, grid = subject.side, subject.side // subject.numbers["patch_size"]
     no_mask = np.zeros((1, 1, 4 * grid, 4 * grid), np.float32)
 

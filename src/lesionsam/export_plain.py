@@ -58,7 +58,8 @@ This form cannot say what the weights were trained with, as `{SAFETENSORS}` does
 
 
 def _usage(subject: Subject, weights: str) -> str:
-    by_registry = f"""segment_anything builds this model by itself:
+    by_registry = (
+        f"""segment_anything builds this model by itself:
 
 ```python
 from segment_anything import SamPredictor, sam_model_registry
@@ -66,9 +67,12 @@ predictor = SamPredictor(sam_model_registry["{subject.registry}"](checkpoint="{w
 ```
 
 or, with the builder in this folder:
-""" if subject.registry is not None and weights == PTH else """segment_anything's `sam_model_registry` does not build
+"""
+        if subject.registry is not None and weights == PTH
+        else """segment_anything's `sam_model_registry` does not build
 this model from this file; the builder in this folder does, out of segment_anything's own modules:
 """
+    )
     return f"""{by_registry}
 ```python
 from load_sam import load
@@ -85,7 +89,14 @@ masks, predicted_iou, _ = predictor.predict(box=box, multimask_output=False)  # 
 {UNTOLD if weights == PTH else ""}"""
 
 
-PTH_FORMAT = Format("pth", "segment-anything", ("segment-anything",), write_pth, reload_pth,
-                    lambda subject: _usage(subject, PTH))
-SAFETENSORS_FORMAT = Format("safetensors", "safetensors + segment-anything", ("safetensors", "segment-anything"),
-                            write_safetensors, reload_safetensors, lambda subject: _usage(subject, SAFETENSORS))
+PTH_FORMAT = Format(
+    "pth", "segment-anything", ("segment-anything",), write_pth, reload_pth, lambda subject: _usage(subject, PTH)
+)
+SAFETENSORS_FORMAT = Format(
+    "safetensors",
+    "safetensors + segment-anything",
+    ("safetensors", "segment-anything"),
+    write_safetensors,
+    reload_safetensors,
+    lambda subject: _usage(subject, SAFETENSORS),
+)

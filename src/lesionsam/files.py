@@ -36,7 +36,7 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     _WRITING.add(temporary)
     try:
-        with (temporary.open("xb") if mode == "wb" else temporary.open("x", encoding="utf-8", newline="")) as file:
+        with temporary.open("xb") if mode == "wb" else temporary.open("x", encoding="utf-8", newline="") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -68,10 +68,18 @@ class Progress:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def pretrain(*, minutes: float, seed: int, state_path: Path, architecture: CompactArchitecture | None = None,
-             resume: bool = False, bfloat16: bool = True, probe: Path | None = None,
-             images: tuple[DataPool, Targets] | None = None,
-             log: Callable[[str], None] = print) -> tuple[Sam, Progress]:
+def pretrain(
+    *,
+    minutes: float,
+    seed: int,
+    state_path: Path,
+    architecture: CompactArchitecture | None = None,
+    resume: bool = False,
+    bfloat16: bool = True,
+    probe: Path | None = None,
+    images: tuple[DataPool, Targets] | None = None,
+    log: Callable[[str], None] = print,
+) -> tuple[Sam, Progress]:
     """Train a compact SAM from scratch for `minutes` of running time.
 
     Args:
@@ -202,9 +210,16 @@ def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int 
         padding = np.ones((side, side), bool)
         padding[:height, :width] = False
         prior = torch.from_numpy(box_prior(pixels, big, small, padding))[None]
-        rows.append((torch.from_numpy(pixels).permute(2, 0, 1), torch.tensor([height, width]), torch.from_numpy(truth),
-                     torch.from_numpy(big).float(), torch.from_numpy(small).float(),
-                     F.adaptive_avg_pool2d(prior, 4 * architecture.grid)[0]))
+        rows.append(
+            (
+                torch.from_numpy(pixels).permute(2, 0, 1),
+                torch.tensor([height, width]),
+                torch.from_numpy(truth),
+                torch.from_numpy(big).float(),
+                torch.from_numpy(small).float(),
+                F.adaptive_avg_pool2d(prior, 4 * architecture.grid)[0],
+            )
+        )
     if not rows:
         raise UserError(f"{folder}: expected images/train/*.jpg and masks/train/*.png to measure on, found none")
     return Targets(*(torch.stack(column) for column in zip(*rows, strict=True)))
@@ -268,26 +283,50 @@ def _update_average(average: Sam, sam: Sam, decay: float) -> None:
 
 def _line(progress: Progress, minutes: float, loss: float, rate: float) -> str:
     scores = " ".join(f"{name} {value:.3f}" for name, value in progress.scores.items())
-    return (f"step {progress.step} {progress.seconds / 60:.1f}/{minutes:.0f} min (cpu {progress.cpu_seconds / 60:.1f}) "
-            f"loss {loss:.3f} lr {rate:.1e} {scores}")
+    return (
+        f"step {progress.step} {progress.seconds / 60:.1f}/{minutes:.0f} min (cpu {progress.cpu_seconds / 60:.1f}) "
+        f"loss {loss:.3f} lr {rate:.1e} {scores}"
+    )
 
 
-def _save_state(path: Path, run: Mapping[str, object], sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
-                generator: torch.Generator, progress: Progress) -> None:
+def _save_state(
+    path: Path,
+    run: Mapping[str, object],
+    sam: Sam,
+    average: Sam,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    progress: Progress,
+) -> None:
     buffer = io.BytesIO()
-    torch.save({"run": dict(run), "progress": asdict(progress),
-                "model": sam.state_dict(), "average": average.state_dict(),
-                "optimiser": optimiser.state_dict(), "generator": generator.get_state()}, buffer)
+    torch.save(
+        {
+            "run": dict(run),
+            "progress": asdict(progress),
+            "model": sam.state_dict(),
+            "average": average.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "generator": generator.get_state(),
+        },
+        buffer,
+    )
     write_bytes_atomic(path, buffer.getvalue())
 
 
-def _restore(path: Path, run: Mapping[str, object], sam: Sam, average: Sam, optimiser: torch.optim.Optimizer,
-             generator: torch.Generator) -> Progress:
+def _restore(
+    path: Path,
+    run: Mapping[str, object],
+    sam: Sam,
+    average: Sam,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> Progress:
     state = torch.load(path, weights_only=True)
     held = {"images": "shapes"} | state.get("run", {})
     if held != dict(run):
-        differing = ", ".join(f"{key} {held.get(key)}, not {value}" for key, value in run.items()
-                              if held.get(key) != value)
+        differing = ", ".join(
+            f"{key} {held.get(key)}, not {value}" for key, value in run.items() if held.get(key) != value
+        )
         raise UserError(f"{path}: belongs to a run with {differing}; --fresh starts anew, --state names another file")
     sam.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
@@ -298,8 +337,9 @@ def _restore(path: Path, run: Mapping[str, object], sam: Sam, average: Sam, opti
 
 def main(arguments: list[str] | None = None) -> None:
     """The command; what is not said comes from section `foundation` of the parameter file."""
-    parser = argparse.ArgumentParser(prog="lesionsam foundation", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="lesionsam foundation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
     for name, known in Foundation.model_fields.items():
         kind = {"minutes": float, "images": str}.get(name, int)
@@ -311,30 +351,60 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
     parser.add_argument("--probe", type=Path, help="folder of real images to measure on; never trained or selected on")
     options = parser.parse_args(arguments)
-    given = {f"foundation.{name}": value for name in Foundation.model_fields
-             if (value := getattr(options, name)) is not None}
+    given = {
+        f"foundation.{name}": value for name in Foundation.model_fields if (value := getattr(options, name)) is not None
+    }
     config = with_values(load_config(options.params, check_files=False), given, "lesionsam foundation")
     f = config.foundation
     torch.set_num_threads(options.threads)
-    architecture, commit = CompactArchitecture(
-        image_size=f.image_size, patch_size=f.patch_size, width=f.width, depth=f.depth, num_heads=f.num_heads,
-        prompt_width=f.prompt_width, decoder_mlp=f.decoder_mlp), current_commit(Path(__file__).parent)
+    architecture, commit = (
+        CompactArchitecture(
+            image_size=f.image_size,
+            patch_size=f.patch_size,
+            width=f.width,
+            depth=f.depth,
+            num_heads=f.num_heads,
+            prompt_width=f.prompt_width,
+            decoder_mlp=f.decoder_mlp,
+        ),
+        current_commit(Path(__file__).parent),
+    )
     images = None
     if f.images == "data":
         images = open_pool(config, architecture.image_size, 4 * architecture.grid, Path())
-    sam, progress = pretrain(minutes=f.minutes, seed=f.seed, state_path=options.state, architecture=architecture,
-                             resume=not options.fresh, bfloat16=not options.float32, probe=options.probe,
-                             images=images, log=lambda line: print(line, flush=True))
+    sam, progress = pretrain(
+        minutes=f.minutes,
+        seed=f.seed,
+        state_path=options.state,
+        architecture=architecture,
+        resume=not options.fresh,
+        bfloat16=not options.float32,
+        probe=options.probe,
+        images=images,
+        log=lambda line: print(line, flush=True),
+    )
     num_parameters = sum(p.numel() for p in sam.parameters())
     save_sam(sam.half(), options.out, name="compact")
     words = sys.argv[1:] if arguments is None else arguments
-    card = card_text(command=" ".join(["lesionsam foundation", *words]), commit=commit, seed=f.seed,
-                     machine=machine_in_words(options.threads), steps=progress.step, minutes=progress.seconds / 60,
-                     cpu_minutes=progress.cpu_seconds / 60, scores=progress.scores, sha256=sha256_file(options.out),
-                     architecture=architecture, images=f.images, num_parameters=num_parameters)
+    card = card_text(
+        command=" ".join(["lesionsam foundation", *words]),
+        commit=commit,
+        seed=f.seed,
+        machine=machine_in_words(options.threads),
+        steps=progress.step,
+        minutes=progress.seconds / 60,
+        cpu_minutes=progress.cpu_seconds / 60,
+        scores=progress.scores,
+        sha256=sha256_file(options.out),
+        architecture=architecture,
+        images=f.images,
+        num_parameters=num_parameters,
+    )
     write_text_atomic(options.out.with_name(CARDS.get(options.out.name, f"{options.out.stem}.md")), card)
-    print(f"wrote {options.out} and its card: {num_parameters:,} parameters, {progress.step} steps, "
-          f"{progress.seconds / 60:.1f} min")
+    print(
+        f"wrote {options.out} and its card: {num_parameters:,} parameters, {progress.step} steps, "
+        f"{progress.seconds / 60:.1f} min"
+    )
 
 
 if __name__ == "__main__":

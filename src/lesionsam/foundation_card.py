@@ -21,13 +21,29 @@ SEEN = {
 }
 
 
-def card_text(*, command: str, commit: str, seed: int, machine: str, steps: int, minutes: float, cpu_minutes: float,
-              scores: Mapping[str, float], sha256: str, architecture: CompactArchitecture, images: str,
-              num_parameters: int) -> str:
+def card_text(
+    *,
+    command: str,
+    commit: str,
+    seed: int,
+    machine: str,
+    steps: int,
+    minutes: float,
+    cpu_minutes: float,
+    scores: Mapping[str, float],
+    sha256: str,
+    architecture: CompactArchitecture,
+    images: str,
+    num_parameters: int,
+) -> str:
     """Markdown of the card; scores are keyed "set/prompt" as `foundation.measure` gives them; images: key of SEEN."""
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())
-    table = "\n".join(f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |" for name in SETS for kind in ROWS
-                      if f"{name}/{kind}" in scores)
+    table = "\n".join(
+        f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |"
+        for name in SETS
+        for kind in ROWS
+        if f"{name}/{kind}" in scores
+    )
     return f"""# The compact SAM
 
 Segment-anything's own modules with small numbers ({numbers}; {num_parameters:,} parameters), trained from scratch on
@@ -66,6 +82,7 @@ def machine_in_words(threads: int) -> str:
 
 def current_commit(folder: Path) -> str:
     """Commit of the source tree, "unknown" outside a Git clone, with a note where files differ from it."""
+
     def git(*words: str) -> str | None:
         try:
             done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)

@@ -47,8 +47,14 @@ def targets_of(data: LesionDataset, index: np.ndarray, grid: int, variants: np.n
     batch = data.batch(index, variants)
     if batch.masks is None or batch.prior is None:
         raise ValueError("targets need masks and priors")
-    return Targets(images=batch.images, sizes=batch.sizes, masks=batch.masks > 0.5, big=batch.big_boxes,
-                   small=batch.small_boxes, priors=to_grid(batch.prior, grid))
+    return Targets(
+        images=batch.images,
+        sizes=batch.sizes,
+        masks=batch.masks > 0.5,
+        big=batch.big_boxes,
+        small=batch.small_boxes,
+        priors=to_grid(batch.prior, grid),
+    )
 
 
 def open_pool(config: Config, side: int, grid: int, root: Path) -> tuple[DataPool, Targets]:
@@ -67,10 +73,21 @@ def open_pool(config: Config, side: int, grid: int, root: Path) -> tuple[DataPoo
     for split in ("train", "dev"):
         chosen = [s for s in samples if s.split == split and s.mask_path is not None]
         if not chosen:
-            raise UserError(f"foundation.images: data needs images with masks, and split {split} of {BOXES} has none; "
-                            "use shapes, or a data set with masks")
-        sets.append(open_dataset(chosen, side, root / CACHE, with_masks=True, threshold_masks=threshold,
-                                 num_workers=config.runtime.num_workers, title=f"{split} images"))
+            raise UserError(
+                f"foundation.images: data needs images with masks, and split {split} of {BOXES} has none; "
+                "use shapes, or a data set with masks"
+            )
+        sets.append(
+            open_dataset(
+                chosen,
+                side,
+                root / CACHE,
+                with_masks=True,
+                threshold_masks=threshold,
+                num_workers=config.runtime.num_workers,
+                title=f"{split} images",
+            )
+        )
     train, dev = sets
     measured = np.unique(np.linspace(0, len(dev) - 1, min(len(dev), NUM_MEASURED)).round().astype(int))
     return DataPool(train, grid), targets_of(dev, measured, grid)

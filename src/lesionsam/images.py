@@ -18,8 +18,12 @@ from lesionsam.errors import UserError
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
 TURNS = {  # EXIF orientation -> what shows the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
@@ -96,8 +100,9 @@ def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS
     return np.ascontiguousarray(pixels), (width, height)
 
 
-def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False,
-              max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_mask(
+    path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """Decode a lesion mask.
 
     Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion; two colours of which one is black; or two
@@ -117,8 +122,10 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
         levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path, threshold)
         form = image.format
     if size is not None and levels.shape != (size[1], size[0]):
-        raise UserError(f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its "
-                        "image; export the mask at the image's own size")
+        raise UserError(
+            f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its "
+            "image; export the mask at the image's own size"
+        )
     if levels.dtype == bool:
         return levels
     counts = np.bincount(levels.ravel(), minlength=256)
@@ -130,8 +137,10 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
     if threshold:
         return levels > full // 2
     why = ", as JPEG changes them" if form in ("JPEG", "MPO") else ""
-    raise UserError(f"{path}: mask has {len(found)} grey levels ({_listed(found)}){why}; expected 0 and 255 (or 0 and "
-                    "1); save it as PNG with two levels, or set data.threshold_masks to true with data.source folder")
+    raise UserError(
+        f"{path}: mask has {len(found)} grey levels ({_listed(found)}){why}; expected 0 and 255 (or 0 and "
+        "1); save it as PNG with two levels, or set data.threshold_masks to true with data.source folder"
+    )
 
 
 def _listed(values: Iterable[object], most: int = 8) -> str:
@@ -164,14 +173,18 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         image.close()
-        raise UserError(f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
-                        f"{max_pixels / 1e6:.0f}; scale the image down first")
+        raise UserError(
+            f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
+            f"{max_pixels / 1e6:.0f}; scale the image down first"
+        )
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         if max(tags.get(258, (1,))) > 8 and (tags.get(284, 1) == 2 or tags.get(262) == 0):
             image.close()
-            raise UserError(f"{path}: TIFF of more than 8 bits in separate planes or with white as 0, which Pillow "
-                            "misreads; export it with interleaved channels and black as 0, or as PNG")
+            raise UserError(
+                f"{path}: TIFF of more than 8 bits in separate planes or with white as 0, which Pillow "
+                "misreads; export it with interleaved channels and black as 0, or as PNG"
+            )
     return image
 
 
@@ -256,5 +269,7 @@ def _mask_levels(image: Image.Image, path: Path, threshold: bool) -> np.ndarray:
     if threshold:
         return np.asarray(Image.fromarray(colours).convert("L"))
     names = _listed(f"#{value:06x}" for value in found)
-    raise UserError(f"{path}: mask has {len(found)} colours ({names}); expected black and one other, or grey 0 and "
-                    "255; save it as PNG with two levels, or set data.threshold_masks to true with data.source folder")
+    raise UserError(
+        f"{path}: mask has {len(found)} colours ({names}); expected black and one other, or grey 0 and "
+        "255; save it as PNG with two levels, or set data.threshold_masks to true with data.source folder"
+    )

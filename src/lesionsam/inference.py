@@ -106,7 +106,10 @@ class Predictor:
         source = Source.of(
             boxes=Path(boxes) if isinstance(boxes, str | Path) else boxes is not None,
             points=Path(points) if isinstance(points, str | Path) else points is not None,
-            auto=auto, everything=everything, prompt=prompt)
+            auto=auto,
+            everything=everything,
+            prompt=prompt,
+        )
         check_answering(source, threshold=self.threshold, ensemble=ensemble, nearer=nearer)
         for name, given, owner in (("cores", cores, "boxes"), ("labels", labels, "points")):
             if given is not None and (source.kind != owner or source.path is not None):
@@ -116,31 +119,54 @@ class Predictor:
         if isinstance(images, np.ndarray):
             check_rgb(images)
             if source.path is not None:
-                raise UserError(f"an image in memory has no name to be found by in {source.path}; give "
-                                f"{source.kind} as numbers")
-            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble,
-                             nearer)
+                raise UserError(
+                    f"an image in memory has no name to be found by in {source.path}; give {source.kind} as numbers"
+                )
+            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble, nearer)
         names = [images] if isinstance(images, str | Path) or not isinstance(images, Iterable) else list(images)
         if not all(isinstance(name, str | Path) for name in names):
-            raise ValueError("images: expected one (H, W, 3) uint8 array, or files, folders and patterns, got "
-                             f"{type(images).__name__}")
+            raise ValueError(
+                "images: expected one (H, W, 3) uint8 array, or files, folders and patterns, got "
+                f"{type(images).__name__}"
+            )
         paths, problems = find_images(names)
         if as_numbers:
             if len(paths) != 1 or problems:
-                raise UserError(problems[0] if problems else f"{source.kind} as numbers are those of one image, got "
-                                f"{len(paths)} images; give a CSV, or one image at a time")
-            return self._one(paths[0].stem, read_image(paths[0]), source, _lesions(boxes, cores, points, labels),
-                             ensemble, nearer, str(paths[0]))
+                raise UserError(
+                    problems[0]
+                    if problems
+                    else f"{source.kind} as numbers are those of one image, got "
+                    f"{len(paths)} images; give a CSV, or one image at a time"
+                )
+            return self._one(
+                paths[0].stem,
+                read_image(paths[0]),
+                source,
+                _lesions(boxes, cores, points, labels),
+                ensemble,
+                nearer,
+                str(paths[0]),
+            )
         jobs, unmatched, _ = plan(paths, source)
         if problems or unmatched:
             raise UserError((problems + unmatched)[0])
-        return [found for job in jobs
-                for found in self._one(job.image_id, read_image(job.path), source, job.lesions, ensemble,
-                                       nearer, str(source.path or job.path))]
+        return [
+            found
+            for job in jobs
+            for found in self._one(
+                job.image_id, read_image(job.path), source, job.lesions, ensemble, nearer, str(source.path or job.path)
+            )
+        ]
 
     def _one(
-        self, image_id: str, image: np.ndarray, source: Source, lesions: Sequence[Lesion], ensemble: int,
-        nearer: bool, place: str = "image",
+        self,
+        image_id: str,
+        image: np.ndarray,
+        source: Source,
+        lesions: Sequence[Lesion],
+        ensemble: int,
+        nearer: bool,
+        place: str = "image",
     ) -> list[Prediction]:
         """The masks of one image; `place` is named in errors."""
         if source.kind == "everything":
@@ -157,25 +183,44 @@ class Predictor:
         if nearer:
             frames, sizes = model_frames([image], side)
             input_size = int(sizes[0, 0]), int(sizes[0, 1])
-            found = from_nearer(self.sam, frames.to(self.device).expand(count, -1, -1, -1), [input_size] * count,
-                                [shape] * count, asked)
+            found = from_nearer(
+                self.sam, frames.to(self.device).expand(count, -1, -1, -1), [input_size] * count, [shape] * count, asked
+            )
         elif source.kind == "auto":
             features, input_size = self.cache.features(image)
             frames, _ = model_frames([image], side)
-            found = [Answer(*one) for one in find_lesions(
-                self.sam, features, frames, [input_size], by=self.lesion_by, options=self.auto)]
+            found = [
+                Answer(*one)
+                for one in find_lesions(self.sam, features, frames, [input_size], by=self.lesion_by, options=self.auto)
+            ]
         else:
             features, input_size = self.cache.features(image)
-            found = answers(self.sam, features, [shape] * count, asked, keys, prompt=source.prompt,
-                            num_members=ensemble, owners=[0] * count)
-        return [prediction(answer, one, image_id=image_id, lesion_id=lesion.lesion_id, shape=shape,
-                           input_size=input_size, side=side, threshold=self.threshold)
-                for answer, one, lesion in zip(found, asked, lesions, strict=True)]
+            found = answers(
+                self.sam,
+                features,
+                [shape] * count,
+                asked,
+                keys,
+                prompt=source.prompt,
+                num_members=ensemble,
+                owners=[0] * count,
+            )
+        return [
+            prediction(
+                answer,
+                one,
+                image_id=image_id,
+                lesion_id=lesion.lesion_id,
+                shape=shape,
+                input_size=input_size,
+                side=side,
+                threshold=self.threshold,
+            )
+            for answer, one, lesion in zip(found, asked, lesions, strict=True)
+        ]
 
 
-def _lesions(
-    boxes: object, cores: object, points: object, labels: Sequence[int] | np.ndarray | None
-) -> list[Lesion]:
+def _lesions(boxes: object, cores: object, points: object, labels: Sequence[int] | np.ndarray | None) -> list[Lesion]:
     """Prompts given as numbers, as rows of a CSV: the same checks serve both."""
     if boxes is not None:
         big = _table("boxes", boxes, 4)
@@ -192,10 +237,14 @@ def _lesions(
         places = _table("points", points, 2)
         known = np.ones(len(places)) if labels is None else np.asarray(labels, float)
         if known.shape != (len(places),) or not len(places):
-            raise ValueError(f"points and labels: expected at least one point, and a label for each; got {len(places)} "
-                             f"points and {known.size} labels")
-        rows = [{"image_id": "image", "x": repr(x), "y": repr(y), "label": f"{label:g}"}
-                for (x, y), label in zip(places.tolist(), known.tolist(), strict=True)]
+            raise ValueError(
+                f"points and labels: expected at least one point, and a label for each; got {len(places)} "
+                f"points and {known.size} labels"
+            )
+        rows = [
+            {"image_id": "image", "x": repr(x), "y": repr(y), "label": f"{label:g}"}
+            for (x, y), label in zip(places.tolist(), known.tolist(), strict=True)
+        ]
         return [Lesion(ONE, ONE, tuple((0, row) for row in rows))]
     return []
 
@@ -274,14 +323,18 @@ def predict_files(
         try:
             run.work(jobs)
         except torch.OutOfMemoryError:
-            raise UserError(f"the GPU's memory does not suffice for {batch_size} images at once; lower --batch-size or "
-                            "use --device cpu") from None
+            raise UserError(
+                f"the GPU's memory does not suffice for {batch_size} images at once; lower --batch-size or "
+                "use --device cpu"
+            ) from None
         finally:
             run.save()
         folder.save_coco({job.image_id: job.path.name for job in jobs})
     faults = len(problems) + run.num_faults
-    print(f"{run.num_done} masks written to {out / 'masks'}"
-          + (f", {run.num_kept} kept from before" if run.num_kept else "")
-          + (f", {run.num_look} of them worth a look (column `look`)" if run.num_look else "")
-          + (f"; {faults} faults, named above" if faults else ""))
+    print(
+        f"{run.num_done} masks written to {out / 'masks'}"
+        + (f", {run.num_kept} kept from before" if run.num_kept else "")
+        + (f", {run.num_look} of them worth a look (column `look`)" if run.num_look else "")
+        + (f"; {faults} faults, named above" if faults else "")
+    )
     return 1 if faults else 0

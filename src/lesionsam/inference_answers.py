@@ -135,13 +135,24 @@ def answers(
     found = []
     for k, (height, width) in enumerate(shapes):
         own = None if points is None else points[k] / to_model_frame(np.ones(2), width, height, side)
-        found.append(Answer(mean[k], float(predicted[k]) / num_members, float(agreement[k]), own,
-                            None if own is None else np.ones(len(own), np.int64)))
+        found.append(
+            Answer(
+                mean[k],
+                float(predicted[k]) / num_members,
+                float(agreement[k]),
+                own,
+                None if own is None else np.ones(len(own), np.int64),
+            )
+        )
     return found
 
 
 def _from_points(
-    sam: Sam, features: torch.Tensor, shapes: Sequence[tuple[int, int]], asked: Sequence[Asked], side: int,
+    sam: Sam,
+    features: torch.Tensor,
+    shapes: Sequence[tuple[int, int]],
+    asked: Sequence[Asked],
+    side: int,
     owners: Sequence[int],
 ) -> list[Answer]:
     """Prompts with as many points share a decoder call; padding would change what the others answer."""
@@ -151,19 +162,20 @@ def _from_points(
         rows = [k for k, number in enumerate(counts) if number == count]
         points = _framed([asked[k].points for k in rows], [shapes[k] for k in rows], side)
         labels = torch.from_numpy(np.stack([np.asarray(asked[k].labels) for k in rows]))
-        low_res, iou = decode(sam, features, Prompts(points, labels).to(features.device),
-                              rows=[owners[k] for k in rows])
+        low_res, iou = decode(
+            sam, features, Prompts(points, labels).to(features.device), rows=[owners[k] for k in rows]
+        )
         for k, logits, quality in zip(rows, low_res[:, 0].float(), iou[:, 0].tolist(), strict=True):
             found[k] = Answer(logits, quality, points=asked[k].points, labels=asked[k].labels)
     return [found[k] for k in range(len(asked))]
 
 
-def _framed(
-    coordinates: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, int]], side: int
-) -> torch.Tensor:
+def _framed(coordinates: Sequence[np.ndarray | None], shapes: Sequence[tuple[int, int]], side: int) -> torch.Tensor:
     """Original pixels, each of its own image, to float32 in the model frame."""
-    rows = [to_model_frame(np.asarray(each, float), width, height, side)
-            for each, (height, width) in zip(coordinates, shapes, strict=True)]
+    rows = [
+        to_model_frame(np.asarray(each, float), width, height, side)
+        for each, (height, width) in zip(coordinates, shapes, strict=True)
+    ]
     return torch.tensor(np.stack(rows), dtype=torch.float32)
 
 
@@ -220,8 +232,17 @@ def prediction(
     outer = np.count_nonzero(logits > cut - STABILITY_OFFSET)
     stability = float(np.count_nonzero(logits > cut + STABILITY_OFFSET) / outer) if outer else math.nan
     asked = Asked(asked.big, asked.small, answer.points, answer.labels)
-    return Prediction(image_id, lesion_id, mask, asked, answer.predicted_iou, entropy, stability, answer.agreement,
-                      reasons(mask, asked, answer.predicted_iou, stability, answer.agreement))
+    return Prediction(
+        image_id,
+        lesion_id,
+        mask,
+        asked,
+        answer.predicted_iou,
+        entropy,
+        stability,
+        answer.agreement,
+        reasons(mask, asked, answer.predicted_iou, stability, answer.agreement),
+    )
 
 
 def mean_entropy(logits: torch.Tensor) -> float:

@@ -149,8 +149,14 @@ def automatic_masks(
     return [
         AutoMask(patch, (box + half_open).numpy(), size, predicted, stability, point.numpy(), crop.numpy())
         for patch, box, predicted, stability, point, crop in zip(
-            found.patches, found.boxes, found.predicted.tolist(), found.stability.tolist(), found.points, found.crops,
-            strict=True)
+            found.patches,
+            found.boxes,
+            found.predicted.tolist(),
+            found.stability.tolist(),
+            found.points,
+            found.crops,
+            strict=True,
+        )
     ]
 
 
@@ -207,16 +213,29 @@ def _in_crop(
             logits = upscale(low_res[which].float(), (int(sizes[0, 0]), int(sizes[0, 1])), (height, width), side)
             parts.append(
                 _sound(
-                    logits, predicted[which].float(), torch.from_numpy(grid[low:][which[0].cpu().numpy()]), crop,
-                    (image.shape[0], image.shape[1]), options, threshold=sam.mask_threshold))
+                    logits,
+                    predicted[which].float(),
+                    torch.from_numpy(grid[low:][which[0].cpu().numpy()]),
+                    crop,
+                    (image.shape[0], image.shape[1]),
+                    options,
+                    threshold=sam.mask_threshold,
+                )
+            )
     found = _cat(parts)
     return found[_suppress(found.boxes, found.predicted, options.box_nms_thresh)]
 
 
 def _nothing() -> _Found:
     none = torch.zeros(0)
-    return _Found([], torch.zeros(0, 4, dtype=torch.int64), none, none, torch.zeros(0, 2, dtype=torch.float64),
-                  torch.zeros(0, 4, dtype=torch.int64))
+    return _Found(
+        [],
+        torch.zeros(0, 4, dtype=torch.int64),
+        none,
+        none,
+        torch.zeros(0, 2, dtype=torch.float64),
+        torch.zeros(0, 4, dtype=torch.int64),
+    )
 
 
 def _sound(
@@ -248,8 +267,14 @@ def _sound(
         masks[k, y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
         for k, (x0, y0, x1, y1) in zip(index.tolist(), boxes[index].tolist(), strict=True)
     ]
-    return _Found(patches, whole[index], predicted.cpu()[index], stability[index], (points + shift[:2])[index],
-                  torch.from_numpy(crop).expand(len(index), -1))
+    return _Found(
+        patches,
+        whole[index],
+        predicted.cpu()[index],
+        stability[index],
+        (points + shift[:2])[index],
+        torch.from_numpy(crop).expand(len(index), -1),
+    )
 
 
 def stability_scores(logits: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:

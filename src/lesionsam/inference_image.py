@@ -98,9 +98,15 @@ class ImagePredictor:
         return self._features
 
     @torch.inference_mode()
-    def predict(self, point_coords: np.ndarray | None = None, point_labels: np.ndarray | None = None,
-                box: np.ndarray | None = None, mask_input: np.ndarray | None = None, multimask_output: bool = True,
-                return_logits: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks of one prompt: everything given is one joint prompt.
 
         Args:
@@ -118,8 +124,9 @@ class ImagePredictor:
         if point_coords is not None and point_labels is not None:
             points, labels = self._framed(point_coords), torch.as_tensor(point_labels, dtype=torch.int64)[None]
             if points.shape[1:] != (labels.shape[1], 2):
-                raise ValueError(f"point_coords: expected ({labels.shape[1]}, 2) for as many labels, got "
-                                 f"{np.shape(point_coords)}")
+                raise ValueError(
+                    f"point_coords: expected ({labels.shape[1]}, 2) for as many labels, got {np.shape(point_coords)}"
+                )
         if box is not None:
             boxes = self._framed(box)
             if boxes.shape != (1, 4):
@@ -135,5 +142,6 @@ class ImagePredictor:
 
     def _framed(self, coordinates: np.ndarray) -> torch.Tensor:
         height, width = self.original_size
-        return torch.as_tensor(to_model_frame(np.asarray(coordinates, float), width, height, self.side),
-                               dtype=torch.float32)[None]
+        return torch.as_tensor(
+            to_model_frame(np.asarray(coordinates, float), width, height, self.side), dtype=torch.float32
+        )[None]

@@ -53,13 +53,17 @@ class Source:
         given = {"boxes": boxes, "points": points, "auto": auto, "everything": everything}
         chosen = [name for name, value in given.items() if value]
         if len(chosen) != 1:
-            raise UserError(f"expected one of {', '.join(f'--{name}' for name in given)}, got "
-                            f"{' and '.join(f'--{name}' for name in chosen) or 'none of them'}")
+            raise UserError(
+                f"expected one of {', '.join(f'--{name}' for name in given)}, got "
+                f"{' and '.join(f'--{name}' for name in chosen) or 'none of them'}"
+            )
         if prompt not in KINDS:
             raise UserError(f"--prompt: expected one of {', '.join(KINDS)}, got {prompt!r}")
         if prompt != "box" and not boxes:
-            raise UserError(f"--prompt {prompt}: is made from boxes, and there are none with --{chosen[0]}; leave one "
-                            "of the two out")
+            raise UserError(
+                f"--prompt {prompt}: is made from boxes, and there are none with --{chosen[0]}; leave one "
+                "of the two out"
+            )
         value = given[chosen[0]]
         return cls(chosen[0], value if isinstance(value, Path) else None, prompt)
 
@@ -81,14 +85,19 @@ def check_answering(source: Source, *, threshold: float, ensemble: int, nearer: 
     """
     check_threshold(threshold)
     if source.kind == "everything" and threshold != HALF:
-        raise UserError(f"--threshold {threshold:g}: automatic masks are cut at {HALF:g}, where their stability is "
-                        "measured; leave it out, or ask with --boxes, --points or --auto")
+        raise UserError(
+            f"--threshold {threshold:g}: automatic masks are cut at {HALF:g}, where their stability is "
+            "measured; leave it out, or ask with --boxes, --points or --auto"
+        )
     if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
-        raise UserError(f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with "
-                        f"--{source.kind}")
+        raise UserError(
+            f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with --{source.kind}"
+        )
     if nearer and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
-        raise UserError("--nearer: enlarges what lies around a big box, so it goes with --boxes, --prompt box and no "
-                        "--ensemble; --auto does so by itself")
+        raise UserError(
+            "--nearer: enlarges what lies around a big box, so it goes with --boxes, --prompt box and no "
+            "--ensemble; --auto does so by itself"
+        )
 
 
 @dataclass(frozen=True)
@@ -128,16 +137,19 @@ class Lesion:
         labels = np.array([label for _, _, label in parts], np.int64)
         if not labels.any():
             line, row = self.rows[0]
-            raise ValueError((f"line {line}, " if line else "") + f"label: lesion {self.lesion_id!r} of "
-                             f"{row['image_id']!r} has no point of label 1; give one that lies on it")
+            raise ValueError(
+                (f"line {line}, " if line else "") + f"label: lesion {self.lesion_id!r} of "
+                f"{row['image_id']!r} has no point of label 1; give one that lies on it"
+            )
         return Asked(points=np.array([(x, y) for x, y, _ in parts]), labels=labels)
 
 
 def _check_size(row: dict[str, str], width: int, height: int) -> None:
     for name, known in (("width", width), ("height", height)):
         if row.get(name, str(known)) not in ("", str(known)):
-            raise ValueError(f"{name}: got {row[name]}, but image {row['image_id']!r} is "
-                             f"{width}x{height} px after EXIF transpose")
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {row['image_id']!r} is {width}x{height} px after EXIF transpose"
+            )
 
 
 def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, float, int]:
@@ -150,8 +162,10 @@ def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, f
         if not np.isfinite(value):
             raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})")
         if not 0 <= value <= limit:
-            raise ValueError(f"{name}: {value:g} lies outside the image {row['image_id']!r} of {width}x{height} px; "
-                             "points are in original pixels")
+            raise ValueError(
+                f"{name}: {value:g} lies outside the image {row['image_id']!r} of {width}x{height} px; "
+                "points are in original pixels"
+            )
         values.append(value)
     if (label := row.get("label") or "1") not in ("0", "1"):
         raise ValueError(f"label: expected 1 (lesion) or 0 (not), got {label!r} ({row['image_id']!r})")
@@ -184,8 +198,11 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
             if not matches:
                 problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         else:
-            matches = [each for each in map(Path, sorted(glob.glob(argument, recursive=True)))
-                       if each != path and _is_image(each)]
+            matches = [
+                each
+                for each in map(Path, sorted(glob.glob(argument, recursive=True)))
+                if each != path and _is_image(each)
+            ]
             if not matches:
                 problems.append(f"{argument}: no such image file or folder, and a pattern that matches none")
         found |= dict.fromkeys(matches)
@@ -194,8 +211,11 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
 
 def _is_image(path: Path) -> bool:
     """Whether a folder's entry is meant; a link to nothing is, and is named when it cannot be read."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and (
-        path.is_file() or not path.exists())
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or not path.exists())
+    )
 
 
 def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:
@@ -227,8 +247,10 @@ def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]
             continue
         lesion_id = row.get("lesion_id") or str(len(known))
         if lesion_id in known:
-            problems.append(f"{path}: line {line}, lesion_id: {row['image_id']!r} has a lesion {lesion_id!r} already; "
-                            "the first is taken")
+            problems.append(
+                f"{path}: line {line}, lesion_id: {row['image_id']!r} has a lesion {lesion_id!r} already; "
+                "the first is taken"
+            )
             continue
         known[lesion_id] = ((line, row),)
     if not lesions:
@@ -253,8 +275,10 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
             problems.append(f"{path}: no row of {source.path} has the image_id {path.stem!r}; add its {source.kind}")
             continue
         if image_id in jobs:
-            raise UserError(f"{path}: the image_id {image_id!r} stands for {jobs[image_id].path} too; predict them in "
-                            "two calls, with an --out of their own")
+            raise UserError(
+                f"{path}: the image_id {image_id!r} stands for {jobs[image_id].path} too; predict them in "
+                "two calls, with an --out of their own"
+            )
         rows = {"auto": {ONE: ()}, "everything": {}}.get(source.kind, lesions.get(image_id, {}))
         named = []
         if not rows:
@@ -265,8 +289,10 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
             file_name = file_stem(image_id if len(rows) == 1 else f"{image_id}_{lesion_id}")
             if (other := writers.setdefault(file_name, f"{image_id}/{lesion_id}")) != f"{image_id}/{lesion_id}":
                 place = f"{source.path}: line {lines[0][0]}" if lines else str(path)
-                raise UserError(f"{place}: the mask of {image_id}/{lesion_id} would be {file_name}.png, as that of "
-                                f"{other}; rename one of them")
+                raise UserError(
+                    f"{place}: the mask of {image_id}/{lesion_id} would be {file_name}.png, as that of "
+                    f"{other}; rename one of them"
+                )
             named.append(Lesion(lesion_id, file_name, lines))
         jobs[image_id] = Job(image_id, path, tuple(named))
     return list(jobs.values()), problems, [image_id for image_id in lesions if image_id not in jobs]

@@ -72,8 +72,13 @@ class Candidates:
 
 @torch.inference_mode()
 def find_lesions(
-    sam: Sam, features: torch.Tensor, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], *, by: str,
-    options: AutoOptions
+    sam: Sam,
+    features: torch.Tensor,
+    frames: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    by: str,
+    options: AutoOptions,
 ) -> list[Found]:
     """The one lesion of each image, no prompt given: the best of its `candidates`, looked at from nearer; an empty mask
     where there is none.
@@ -88,8 +93,13 @@ def find_lesions(
     for k, size in enumerate(sizes):
         seen = candidates(sam, features[k : k + 1], frames[k].cpu().numpy(), size, by=by, options=options)
         if seen is None:
-            found.append((torch.full([4 * length for length in features.shape[-2:]], NOTHING, device=features.device),
-                          0.0, math.nan))
+            found.append(
+                (
+                    torch.full([4 * length for length in features.shape[-2:]], NOTHING, device=features.device),
+                    0.0,
+                    math.nan,
+                )
+            )
         else:
             scores = lesion_scores(seen.signs)
             best = int(scores.argmax())
@@ -97,8 +107,9 @@ def find_lesions(
             if (box := _box_about(seen.masks[best], size)) is not None:
                 chosen[k] = box
     if chosen:
-        nearer, quality = look_from_nearer(sam, frames[list(chosen)], [sizes[k] for k in chosen],
-                                           np.stack(list(chosen.values())))
+        nearer, quality = look_from_nearer(
+            sam, frames[list(chosen)], [sizes[k] for k in chosen], np.stack(list(chosen.values()))
+        )
         for k, logits, predicted in zip(chosen, nearer, quality.tolist(), strict=True):
             if bool((logits > sam.mask_threshold).any()):
                 found[k] = (logits, predicted, found[k][2])
@@ -107,8 +118,13 @@ def find_lesions(
 
 @torch.inference_mode()
 def look_from_nearer(
-    sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], boxes: np.ndarray, *,
-    looseness: float = NEARER_LOOSENED, surroundings: float = SURROUNDINGS
+    sam: Sam,
+    frames: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    boxes: np.ndarray,
+    *,
+    looseness: float = NEARER_LOOSENED,
+    surroundings: float = SURROUNDINGS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What lies in a box of each image: the box's surroundings, cut out and enlarged, are encoded and prompted with it.
 
@@ -137,8 +153,9 @@ def look_from_nearer(
     features = encode(sam, preprocess(nearer.to(frames.device), parts.to(frames.device)))
     prompts = Prompts(boxes=torch.tensor(np.stack(around), dtype=torch.float32, device=frames.device))
     logits, quality = decode(sam, features, prompts)
-    placed = [_put_back(one[0], window, size, side)
-              for one, window, size in zip(logits.float(), windows, sizes, strict=True)]
+    placed = [
+        _put_back(one[0], window, size, side) for one, window, size in zip(logits.float(), windows, sizes, strict=True)
+    ]
     return torch.stack(placed), quality[:, 0].float()
 
 
@@ -150,8 +167,11 @@ def look_at_boxes(
 
 
 def from_nearer(
-    sam: Sam, frames: torch.Tensor, sizes: Sequence[tuple[int, int]], shapes: Sequence[tuple[int, int]],
-    asked: Sequence[Asked]
+    sam: Sam,
+    frames: torch.Tensor,
+    sizes: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]],
+    asked: Sequence[Asked],
 ) -> list[Answer]:
     """Answers to N big boxes, each looked at from nearer.
 
@@ -162,8 +182,11 @@ def from_nearer(
     if not asked:
         return []
     side = int(sam.image_encoder.img_size)
-    boxes = [to_model_frame(one.big, width, height, side)
-             for one, (height, width) in zip(asked, shapes, strict=True) if one.big is not None]
+    boxes = [
+        to_model_frame(one.big, width, height, side)
+        for one, (height, width) in zip(asked, shapes, strict=True)
+        if one.big is not None
+    ]
     logits, predicted = look_at_boxes(sam, frames, sizes, np.stack(boxes))
     return [Answer(one, quality) for one, quality in zip(logits, predicted.tolist(), strict=True)]
 
@@ -224,8 +247,9 @@ def candidates(
     if not len(kept):
         return None
     logits, masks = logits[kept.to(logits.device)], masks[kept].numpy()
-    steady = np.nan_to_num(stability_scores(_part(logits, size, sam), sam.mask_threshold,
-                                            options.stability_score_offset).numpy())
+    steady = np.nan_to_num(
+        stability_scores(_part(logits, size, sam), sam.mask_threshold, options.stability_score_offset).numpy()
+    )
     quality = quality[:, 0].float().cpu().numpy()[kept.numpy()]
     return Candidates(logits, quality, lesion_signs(masks, quality, steady, small, weights, picture, lab), masks)
 
@@ -252,8 +276,12 @@ def _of_grid(
         predicted.append(quality.flatten().float().cpu())
         shown.append((part > sam.mask_threshold).cpu())
         small.append(_gridded(logits, size, sam))
-    return (torch.cat(shown).numpy(), torch.cat(small).numpy(), torch.cat(predicted).numpy(),
-            np.nan_to_num(torch.cat(stability).numpy()))
+    return (
+        torch.cat(shown).numpy(),
+        torch.cat(small).numpy(),
+        torch.cat(predicted).numpy(),
+        np.nan_to_num(torch.cat(stability).numpy()),
+    )
 
 
 def _distinct(masks: np.ndarray, scores: np.ndarray) -> list[int]:
@@ -338,6 +366,17 @@ def masks_of(
     found = []
     for number, each in enumerate(automatic_masks(sam, image, options, device=device)):
         asked, mask = Asked(points=each.point[None], labels=np.ones(1, np.int64)), each.mask
-        found.append(Prediction(image_id, str(number), mask, asked, each.predicted_iou, math.nan, each.stability,
-                                math.nan, reasons(mask, asked, each.predicted_iou, each.stability, math.nan)))
+        found.append(
+            Prediction(
+                image_id,
+                str(number),
+                mask,
+                asked,
+                each.predicted_iou,
+                math.nan,
+                each.stability,
+                math.nan,
+                reasons(mask, asked, each.predicted_iou, each.stability, math.nan),
+            )
+        )
     return found

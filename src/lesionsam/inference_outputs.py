@@ -24,8 +24,19 @@ from lesionsam.progress import progress
 TABLE = "predictions.csv"
 BEGUN = ".begun"  # names of masks that the table does not have yet; gone once it has them
 ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson"}
-COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", "predicted_iou", "entropy", "stability", "look",
-           "key")
+COLUMNS = (
+    "image_id",
+    "lesion_id",
+    "width",
+    "height",
+    "mask",
+    "area",
+    "predicted_iou",
+    "entropy",
+    "stability",
+    "look",
+    "key",
+)
 COCO = {"coco.json": "RLE, exact", "coco_polygons.json": "outer rings, without holes"}
 CATEGORY = {"id": 1, "name": "lesion", "supercategory": "lesion"}
 Row = dict[str, str]
@@ -38,8 +49,9 @@ def make_folder(out: Path) -> None:
         write_text_atomic(out / ".writable", "")
         (out / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"{out}: cannot be written to ({error.strerror}); choose another --out or change its "
-                        "permissions") from None
+        raise UserError(
+            f"{out}: cannot be written to ({error.strerror}); choose another --out or change its permissions"
+        ) from None
 
 
 class Folder:
@@ -68,21 +80,29 @@ class Folder:
             UserError: an earlier call's mask of another image has a name that is needed now.
         """
         wanted = {job.image_id: {lesion.lesion_id: lesion.file_name for lesion in job.lesions} for job in jobs}
-        names = {name: image_id for image_id, of_image in wanted.items()
-                 for name in of_image.values() or [file_stem(image_id) + "/"]}
+        names = {
+            name: image_id
+            for image_id, of_image in wanted.items()
+            for name in of_image.values() or [file_stem(image_id) + "/"]
+        }
         outdated = []
         for (image_id, lesion_id), row in self.rows.items():
             stem = _stem(row)
             if of_image := wanted.get(image_id):
                 outdated += [(image_id, lesion_id)] if of_image.get(lesion_id) != stem else []
             elif image_id not in wanted and (other := names.get(stem[: stem.find("/") + 1] or stem)) is not None:
-                raise UserError(f"{self.out / row['mask']}: is the mask of {image_id}/{lesion_id}, of an earlier call, "
-                                f"and one of {other} would have its name; choose another --out or rename one of them")
+                raise UserError(
+                    f"{self.out / row['mask']}: is the mask of {image_id}/{lesion_id}, of an earlier call, "
+                    f"and one of {other} would have its name; choose another --out or rename one of them"
+                )
         for key in outdated:
             self.forget(key)
         if outdated:
-            print(f"note: {len(outdated)} masks of earlier calls on these images, not asked for now or named anew, "
-                  f"are gone from {self.out}", file=sys.stderr)
+            print(
+                f"note: {len(outdated)} masks of earlier calls on these images, not asked for now or named anew, "
+                f"are gone from {self.out}",
+                file=sys.stderr,
+            )
 
     def files(self, file_name: str) -> list[Path]:
         """All that is wanted of a mask."""
@@ -117,8 +137,7 @@ class Folder:
             (self.out / BEGUN).unlink()
 
     def write(
-        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, image_name: str,
-        prompt: str = "box",
+        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, image_name: str, prompt: str = "box"
     ) -> tuple[object, ...]:
         """Mask, picture and polygons.
 
@@ -137,14 +156,22 @@ class Folder:
             elif kind == "overlays":
                 write_png(path, _picture(found, image, file_name, prompt))
             else:
-                properties = {"image_id": found.image_id, "image": image_name, "lesion_id": found.lesion_id,
-                              "width": width, "height": height, "area": area,
-                              "predicted_iou": round(found.predicted_iou, 4),
-                              "look": "; ".join(found.look), "segmentation": encode(found.mask),
-                              "bbox": _xywh(found.mask) if area else [0, 0, 0, 0]}
+                properties = {
+                    "image_id": found.image_id,
+                    "image": image_name,
+                    "lesion_id": found.lesion_id,
+                    "width": width,
+                    "height": height,
+                    "area": area,
+                    "predicted_iou": round(found.predicted_iou, 4),
+                    "look": "; ".join(found.look),
+                    "segmentation": encode(found.mask),
+                    "bbox": _xywh(found.mask) if area else [0, 0, 0, 0],
+                }
                 write_text_atomic(path, json.dumps(feature(found.mask, properties)) + "\n")
-        numbers = ("" if np.isnan(value) else f"{value:.4f}"
-                   for value in (found.predicted_iou, found.entropy, found.stability))
+        numbers = (
+            "" if np.isnan(value) else f"{value:.4f}" for value in (found.predicted_iou, found.entropy, found.stability)
+        )
         mask = self.files(file_name)[0].relative_to(self.out).as_posix()
         return (found.image_id, found.lesion_id, width, height, mask, area, *numbers, "; ".join(found.look), key)
 
@@ -194,13 +221,23 @@ class Folder:
             properties = drawn["properties"]
             known.setdefault(row["image_id"], properties.get("image", row["image_id"]))
             shape = coco_polygons(drawn["geometry"]["coordinates"]) if polygons else properties["segmentation"]
-            entry = {"id": number, "image_id": numbers[row["image_id"]], "category_id": 1, "iscrowd": 0,
-                     "bbox": properties["bbox"], "area": properties["area"], "segmentation": shape,
-                     "score": properties["predicted_iou"], "attributes": {"lesion_id": row["lesion_id"]}}
+            entry = {
+                "id": number,
+                "image_id": numbers[row["image_id"]],
+                "category_id": 1,
+                "iscrowd": 0,
+                "bbox": properties["bbox"],
+                "area": properties["area"],
+                "segmentation": shape,
+                "score": properties["predicted_iou"],
+                "attributes": {"lesion_id": row["lesion_id"]},
+            }
             file.write(("\n" if number == 1 else ",\n") + json.dumps(entry))
         sizes = {row["image_id"]: (int(row["width"]), int(row["height"])) for row in self.rows.values()}
-        images = [{"id": numbers[image_id], "file_name": known.get(image_id, image_id), "width": width,
-                   "height": height} for image_id, (width, height) in sizes.items()]
+        images = [
+            {"id": numbers[image_id], "file_name": known.get(image_id, image_id), "width": width, "height": height}
+            for image_id, (width, height) in sizes.items()
+        ]
         file.write('],\n"images": [\n' + ",\n".join(map(json.dumps, images)) + "]}\n")
 
     def _features(self) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -224,18 +261,29 @@ def _xywh(mask: np.ndarray) -> list[int]:
 
 def _picture(found: Prediction, image: np.ndarray, file_name: str, prompt: str) -> np.ndarray:
     asked = found.asked
-    caption = f"{file_name}: {100 * found.area / found.mask.size:.1f} % of the image, predicted IoU " \
-              f"{found.predicted_iou:.2f}" + (f"\nlook: {'; '.join(found.look)}" if found.look else "")
-    return overlay(image, prediction=found.mask, big=asked.big, small=asked.small if needs_small(prompt) else None,
-                   points=asked.points, labels=asked.labels, caption=caption)
+    caption = (
+        f"{file_name}: {100 * found.area / found.mask.size:.1f} % of the image, predicted IoU "
+        f"{found.predicted_iou:.2f}" + (f"\nlook: {'; '.join(found.look)}" if found.look else "")
+    )
+    return overlay(
+        image,
+        prediction=found.mask,
+        big=asked.big,
+        small=asked.small if needs_small(prompt) else None,
+        points=asked.points,
+        labels=asked.labels,
+        caption=caption,
+    )
 
 
 def read_table(path: Path) -> dict[tuple[str, str], Row]:
     """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
     if not path.exists():
         return {}
-    fault = UserError(f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; move "
-                      "it away or choose another --out")
+    fault = UserError(
+        f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; move "
+        "it away or choose another --out"
+    )
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
@@ -245,4 +293,3 @@ def read_table(path: Path) -> dict[tuple[str, str], Row]:
     if rows is None or any(None in row or None in row.values() for row in rows):
         raise fault
     return {(row["image_id"], row["lesion_id"]): dict(row) for row in rows}
-

@@ -78,8 +78,14 @@ def lesion_signs(
     """
     skin = skin_of(lab)
     votes = overlaps(masks, crowd) @ weights / max(float(weights.sum()), 1e-9)
-    return np.column_stack([np.log(np.maximum(predicted, 0.01)), np.log(np.maximum(stability, 0.01)),
-                            [_seen(mask, lab, skin, picture) for mask in masks], votes])
+    return np.column_stack(
+        [
+            np.log(np.maximum(predicted, 0.01)),
+            np.log(np.maximum(stability, 0.01)),
+            [_seen(mask, lab, skin, picture) for mask in masks],
+            votes,
+        ]
+    )
 
 
 def _seen(mask: np.ndarray, lab: np.ndarray, skin: np.ndarray, picture: np.ndarray) -> tuple[float, ...]:
@@ -97,16 +103,29 @@ def _seen(mask: np.ndarray, lab: np.ndarray, skin: np.ndarray, picture: np.ndarr
         length = float(np.linalg.norm(difference))
         along = difference / max(length, 1e-6)
         separation = length / (float(np.sqrt((np.var(inner @ along) + np.var(outer @ along)) / 2)) + 1)
-    return (float(distance), float(np.log(1.0001 - rim)), float(np.log(mask.mean())), float(np.log(length + 1)),
-            separation, _found_again(mask, picture), float(np.linalg.norm(lab[mask].mean(0) - skin)))
+    return (
+        float(distance),
+        float(np.log(1.0001 - rim)),
+        float(np.log(mask.mean())),
+        float(np.log(length + 1)),
+        separation,
+        _found_again(mask, picture),
+        float(np.linalg.norm(lab[mask].mean(0) - skin)),
+    )
 
 
 def _found_again(mask: np.ndarray, picture: np.ndarray) -> float:
     """IoU of a mask with what the box prior makes of its boxes; 0 where it is too small for boxes."""
     pieces, _ = ndimage.label(ndimage.binary_fill_holes(mask))
     largest = pieces == 1 + int(np.bincount(pieces.ravel())[1:].argmax())
-    boxes = simulate_boxes(largest, np.random.default_rng(0), margin=(LOOSENESS, LOOSENESS), core=(CORE, CORE),
-                           jitter=0.0, min_area=LEAST_CELLS)
+    boxes = simulate_boxes(
+        largest,
+        np.random.default_rng(0),
+        margin=(LOOSENESS, LOOSENESS),
+        core=(CORE, CORE),
+        jitter=0.0,
+        min_area=LEAST_CELLS,
+    )
     return float(overlaps((box_prior(picture, *boxes) > 0)[None], mask[None])[0, 0]) if boxes is not None else 0.0
 
 

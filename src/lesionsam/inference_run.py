@@ -111,9 +111,7 @@ def complain(line: str) -> None:
 class Run:
     """The state of one call of `predict_files`: the folder, and what was counted."""
 
-    def __init__(
-        self, sam: Sam, options: Options, folder: Folder, device: torch.device | str, batch_size: int
-    ) -> None:
+    def __init__(self, sam: Sam, options: Options, folder: Folder, device: torch.device | str, batch_size: int) -> None:
         self.sam, self.options, self.folder, self.device = sam.to(device).eval(), options, folder, device
         self.batch_size, self.side = batch_size, int(sam.image_encoder.img_size)
         self.num_done = self.num_kept = self.num_look = self.num_faults = 0
@@ -161,8 +159,10 @@ class Run:
     def _prepare(self, job: Job) -> Prepared | None:
         """Read an image and check the prompts of what is missing; None where nothing is."""
         if not job.path.is_file():
-            raise UserError(f"{job.path}: no such file; expected an image" + (
-                ", and the link leads nowhere" if job.path.is_symlink() else ""))
+            raise UserError(
+                f"{job.path}: no such file; expected an image"
+                + (", and the link leads nowhere" if job.path.is_symlink() else "")
+            )
         digest, source = sha256_file(job.path), self.options.source
         key = self.options.key(digest, None)
         keys = [(lesion, self.options.key(digest, lesion)) for lesion in job.lesions]
@@ -181,8 +181,9 @@ class Run:
                 targets.append(Target(lesion, own, lesion.asked(image.shape[1], image.shape[0], source)))
             except ValueError as error:
                 faults.append(f"{source.path}: {error}")
-        return Prepared(replace(job, lesions=tuple(lesion for lesion, _ in missing)), image, frame, size, key, targets,
-                        faults)
+        return Prepared(
+            replace(job, lesions=tuple(lesion for lesion, _ in missing)), image, frame, size, key, targets, faults
+        )
 
     def _rows_of(self, job: Job) -> list[tuple[str, str]]:
         if job.lesions:
@@ -221,8 +222,11 @@ class Run:
             self.save()
 
     def _segment_lesions(
-        self, batch: Sequence[Prepared], part: Sequence[tuple[int, Target]],
-        features: torch.Tensor | None, frames: torch.Tensor,
+        self,
+        batch: Sequence[Prepared],
+        part: Sequence[tuple[int, Target]],
+        features: torch.Tensor | None,
+        frames: torch.Tensor,
     ) -> None:
         """Decode some lesions of a batch at once and write each one's files; no features: each is encoded itself."""
         source, rows = self.options.source, [k for k, _ in part]
@@ -231,20 +235,42 @@ class Run:
         if features is None:
             found = from_nearer(self.sam, frames[rows], sizes, shapes, [target.asked for _, target in part])
         elif source.kind == "auto":
-            found = [Answer(*one) for one in find_lesions(
-                self.sam, features[rows], frames[rows], sizes, by=self.options.lesion_by, options=self.options.auto)]
+            found = [
+                Answer(*one)
+                for one in find_lesions(
+                    self.sam, features[rows], frames[rows], sizes, by=self.options.lesion_by, options=self.options.auto
+                )
+            ]
         else:
             found = answers(
-                self.sam, features, shapes, [target.asked for _, target in part],
+                self.sam,
+                features,
+                shapes,
+                [target.asked for _, target in part],
                 [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part],
-                prompt=source.prompt, num_members=self.options.num_members, owners=rows)
+                prompt=source.prompt,
+                num_members=self.options.num_members,
+                owners=rows,
+            )
         for owner, (_, target), answer in zip(owners, part, found, strict=True):
             one = prediction(
-                answer, target.asked, image_id=owner.job.image_id, lesion_id=target.lesion.lesion_id,
-                shape=owner.shape, input_size=owner.input_size, side=self.side, threshold=self.options.threshold)
+                answer,
+                target.asked,
+                image_id=owner.job.image_id,
+                lesion_id=target.lesion.lesion_id,
+                shape=owner.shape,
+                input_size=owner.input_size,
+                side=self.side,
+                threshold=self.options.threshold,
+            )
             name = target.lesion.file_name
-            self.folder.record([self.folder.write(one, owner.image, name, key=target.key, prompt=source.prompt,
-                                                  image_name=owner.job.path.name)])
+            self.folder.record(
+                [
+                    self.folder.write(
+                        one, owner.image, name, key=target.key, prompt=source.prompt, image_name=owner.job.path.name
+                    )
+                ]
+            )
             self.num_done += 1
             self.num_look += bool(one.look)
 
@@ -253,8 +279,12 @@ class Run:
         height, width = prepared.shape
         found = masks_of(self.sam, prepared.image, self.options.auto, prepared.job.image_id, device=self.device)
         stem, key = file_stem(prepared.job.image_id), prepared.key
-        rows = [self.folder.write(one, prepared.image, f"{stem}/{one.lesion_id}", key=key,
-                                  image_name=prepared.job.path.name) for one in found]
+        rows = [
+            self.folder.write(
+                one, prepared.image, f"{stem}/{one.lesion_id}", key=key, image_name=prepared.job.path.name
+            )
+            for one in found
+        ]
         if not found:
             nothing = "no mask passes the thresholds"
             rows = [(prepared.job.image_id, "", width, height, "", 0, "", "", "", nothing, key)]

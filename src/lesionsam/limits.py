@@ -57,8 +57,13 @@ class Limits:
             return self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
         if self.kind == "list":
             return self.form or "a list of " + (", ".join(self.choices) if self.choices else "numbers" + self._range())
-        names = {"integer": "an integer", "number": "a number", "boolean": "true or false",
-                 "section": "a section of keys", "text": self.form or "a text"}
+        names = {
+            "integer": "an integer",
+            "number": "a number",
+            "boolean": "true or false",
+            "section": "a section of keys",
+            "text": self.form or "a text",
+        }
         return (", ".join(self.choices) + " or " if self.choices else "") + names[self.kind] + self._range()
 
     def _range(self) -> str:
@@ -110,8 +115,9 @@ def variant_of(field: FieldInfo, value: object) -> type[BaseModel] | None:
 def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, FieldInfo, Limits]]:
     """Every key, sections included, that a configuration with these variants has, in the schema's order."""
 
-    def section(model: type[BaseModel], held: object, prefix: str, tag: str, words: tuple[str, ...]
-                ) -> Iterator[tuple[str, FieldInfo, Limits]]:
+    def section(
+        model: type[BaseModel], held: object, prefix: str, tag: str, words: tuple[str, ...]
+    ) -> Iterator[tuple[str, FieldInfo, Limits]]:
         for name, field in fields_of(model).items():
             yield prefix + name, field, limits_of(prefix + name, field, words if name == tag else ())
             value = held.get(name) if isinstance(held, Mapping) else None
@@ -144,8 +150,14 @@ def limits_of(key: str, field: FieldInfo, choices: tuple[str, ...] = ()) -> Limi
             attribute, name, is_open = BOUNDS[type(constraint)]
             bounds |= {name: getattr(constraint, attribute), f"{name}_open": is_open}
     filled = any(isinstance(constraint, annotated_types.MinLen) for constraint in flat)
-    return Limits(key, kind or "choice", choices=tuple(words), description=field.description or "",
-                  form=field.title or ("a text that is not empty" if filled else ""), **bounds)
+    return Limits(
+        key,
+        kind or "choice",
+        choices=tuple(words),
+        description=field.description or "",
+        form=field.title or ("a text that is not empty" if filled else ""),
+        **bounds,
+    )
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
@@ -198,6 +210,9 @@ def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
             return matcher.ratio(), isinstance(held, Mapping) and other.rpartition(".")[2] not in held
 
         near = [max(siblings, key=nearness)]
-    near = (near or [other for other in known if leaf == other.rpartition(".")[2]]
-            or difflib.get_close_matches(key, known, n=1, cutoff=0.75))
+    near = (
+        near
+        or [other for other in known if leaf == other.rpartition(".")[2]]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    )
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key; remove it"

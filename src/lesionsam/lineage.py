@@ -37,15 +37,19 @@ def flatten_params(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str
 
 def lineage_tags(root: Path) -> dict[str, str]:
     """Where a run comes from: git commit and dirty flag, DVC experiment and root."""
-    tags = {variable.lower(): value for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")
-            if (value := os.environ.get(variable))}
+    tags = {
+        variable.lower(): value
+        for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")
+        if (value := os.environ.get(variable))
+    }
     if shutil.which("git") is None:
         return tags
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if commit.returncode == 0:
-        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True,
-                                check=False)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
+        )
         tags["mlflow.source.git.commit"] = commit.stdout.strip()
         tags["git.dirty"] = str(bool(status.stdout.strip())).lower()
     return tags

@@ -166,10 +166,18 @@ def legend(
     """What the lines mean: (h, width, 3) uint8, wrapped to the width."""
     size = round(min(18, max(12, width / 45)))
     font = ImageFont.load_default(size)
-    entries = [(name, style) for name, style, shown in (
-        ("expert's outline", "truth", truth), ("prediction", "prediction", prediction), ("big box", "big", boxes),
-        ("small box", "small", boxes), ("foreground point", "point", points), ("background point", "cross", points),
-    ) if shown]
+    entries = [
+        (name, style)
+        for name, style, shown in (
+            ("expert's outline", "truth", truth),
+            ("prediction", "prediction", prediction),
+            ("big box", "big", boxes),
+            ("small box", "small", boxes),
+            ("foreground point", "point", points),
+            ("background point", "cross", points),
+        )
+        if shown
+    ]
     swatch, pad, step = 2.2 * size, 0.6 * size, 1.9 * size
     places, x, row = [], pad, 0
     for name, _ in entries:

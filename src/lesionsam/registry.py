@@ -38,8 +38,10 @@ ENDINGS = (".safetensors", ".pth")
 TRAINED = Path("models/adapted")
 TABLE, SUMMARY = "evaluation/table.md", "evaluation/summary.json"
 MAX_DESCRIPTION = 5000  # characters, by MLflow's sqlite store
-EXPECTED = (f"expected a weights file, a folder with one, an MLflow run id, or models:/{NAME}@{ALIAS} "
-            f"(models:/{NAME}/1 for a version)")
+EXPECTED = (
+    f"expected a weights file, a folder with one, an MLflow run id, or models:/{NAME}@{ALIAS} "
+    f"(models:/{NAME}/1 for a version)"
+)
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
             the run logged, an alias that MLflow does not take.
     """
     if not re.fullmatch(r"(?!v\d+$)(?!latest$)[A-Za-z][\w-]*", alias, flags=re.ASCII):
-        raise UserError(f"--alias: expected letters, digits, - and _, beginning with a letter, and neither `latest` nor"
-                        f" a version such as v1; got {alias!r}")
+        raise UserError(
+            f"--alias: expected letters, digits, - and _, beginning with a letter, and neither `latest` nor"
+            f" a version such as v1; got {alias!r}"
+        )
     root = repository_root(Path.cwd()) if root is None else root
     folder = Path(run)
     if folder.is_dir():
@@ -118,18 +122,23 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
         raise UserError(f"--run {run}: expected a folder with a run.json, such as {TRAINED}, or an MLflow run id")
     with _answers(root) as (client, uri):
         found = _find_run(client, uri, name)
-        scores = {key.removeprefix("test/"): value for key, value in found.data.metrics.items()
-                  if key.startswith("test/")}
+        scores = {
+            key.removeprefix("test/"): value for key, value in found.data.metrics.items() if key.startswith("test/")
+        }
         there = {item.path for item in client.list_artifacts(found.info.run_id, "evaluation")}
         if not {TABLE, SUMMARY} <= there:
-            raise UserError(f"run {name}: has no evaluation, so there is no table to promote it by; run `dvc repro "
-                            "evaluate` (with tracking.enabled) first")
+            raise UserError(
+                f"run {name}: has no evaluation, so there is no table to promote it by; run `dvc repro "
+                "evaluate` (with tracking.enabled) first"
+            )
         model = _model_of_run(client, found)
         weights = _download(client, uri, model, name)
         digest = sha256_file(weights)
         if folder.is_dir() and (local := folder / WEIGHTS[0]).is_file() and sha256_file(local) != digest:
-            raise UserError(f"{local}: not the weights that run {found.info.run_id} logged; run `dvc repro train`, or "
-                            "name the run by its id")
+            raise UserError(
+                f"{local}: not the weights that run {found.info.run_id} logged; run `dvc repro train`, or "
+                "name the run by its id"
+            )
         tags = _tags(found, scores, digest)
         return _register(client, model, found, _description(client, found), tags, alias)
 
@@ -172,8 +181,10 @@ def _weights_in(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: expected {', '.join(WEIGHTS)} or one other file ending in {' or '.join(ENDINGS)}, "
-                        f"found {names}; name the file")
+        raise UserError(
+            f"{folder}: expected {', '.join(WEIGHTS)} or one other file ending in {' or '.join(ENDINGS)}, "
+            f"found {names}; name the file"
+        )
     return found[0]
 
 
@@ -181,15 +192,18 @@ def _recorded_run(folder: Path, root: Path) -> str:
     """The local id that run.json of a training gives its run, once all that the run has logged is on the server."""
     record = read_record(folder)
     if not record:
-        raise UserError(f"{folder}: no run.json, so its training was not tracked; set tracking.enabled to true and "
-                        "train again")
+        raise UserError(
+            f"{folder}: no run.json, so its training was not tracked; set tracking.enabled to true and train again"
+        )
     spool = Spool(spool_root(root) / record["local_id"])
     if spool.pending()[0]:
         sync(root)
     if num_waiting := spool.pending()[0]:
         problem = spool.read_json("state.json").get("problem") or "no answer in time"
-        raise UserError(f"{folder}: {num_waiting} of its run's entries are not on the MLflow server yet ({problem}); "
-                        "start the server and try again")
+        raise UserError(
+            f"{folder}: {num_waiting} of its run's entries are not on the MLflow server yet ({problem}); "
+            "start the server and try again"
+        )
     return str(spool.read_json("state.json").get("run_id") or record.get("run_id") or record["local_id"])
 
 
@@ -227,23 +241,30 @@ def _asked(call: Callable[[], Any], message: str) -> Any:
 
 
 def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:
-    registered = _asked(lambda: client.get_registered_model(name),
-                        f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one")
+    registered = _asked(
+        lambda: client.get_registered_model(name),
+        f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one",
+    )
     aliases = ", ".join(sorted(registered.aliases)) or "none"
     if alias is not None:
-        return _asked(lambda: client.get_model_version_by_alias(name, alias),
-                      f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias "
-                      f"{alias}` sets it")
-    return _asked(lambda: client.get_model_version(name, str(number)),
-                  f"models:/{name}/{number}: no such version; aliases there are: {aliases}")
+        return _asked(
+            lambda: client.get_model_version_by_alias(name, alias),
+            f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias {alias}` sets it",
+        )
+    return _asked(
+        lambda: client.get_model_version(name, str(number)),
+        f"models:/{name}/{number}: no such version; aliases there are: {aliases}",
+    )
 
 
 def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) -> LoggedModel:
     """The logged model behind a version."""
     match = re.fullmatch(r"models:/(m-\w+)", version.source or "")
     if match is None:
-        raise UserError(f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
-                        f"{version.source}; expected a logged model")
+        raise UserError(
+            f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
+            f"{version.source}; expected a logged model"
+        )
     return _asked(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
 
 
@@ -268,8 +289,10 @@ def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     models = [model for model in models if model.name == NAME]
     if not models:
-        raise UserError(f"run {run.info.run_id}: holds no weights; expected a logged model {NAME!r}, as a finished "
-                        "training leaves one")
+        raise UserError(
+            f"run {run.info.run_id}: holds no weights; expected a logged model {NAME!r}, as a finished "
+            "training leaves one"
+        )
     return max(models, key=lambda model: (int(model.params.get("step", 0)), model.creation_timestamp))
 
 
@@ -280,8 +303,10 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
     files = [item.path for item in client.list_logged_model_artifacts(model.model_id)]
     weights = [path for path in files if path.endswith(ENDINGS)]
     if len(weights) != 1:
-        raise UserError(f"{text}: expected one weights file in its logged model, found {', '.join(files) or 'none'}; "
-                        "was its run deleted from the artifact store?")
+        raise UserError(
+            f"{text}: expected one weights file in its logged model, found {', '.join(files) or 'none'}; "
+            "was its run deleted from the artifact store?"
+        )
     location = f"{model.artifact_location}/{weights[0]}"
     if location.startswith("file:"):
         return Path(download_artifacts(location))
@@ -322,8 +347,9 @@ def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
     return tags | {f"test.{name}": f"{value:.6g}" for name, value in sorted(scores.items())}
 
 
-def _register(client: MlflowClient, model: LoggedModel, run: Run, description: str, tags: Mapping[str, str],
-              alias: str) -> Promotion:
+def _register(
+    client: MlflowClient, model: LoggedModel, run: Run, description: str, tags: Mapping[str, str], alias: str
+) -> Promotion:
     """Version and alias of a logged model."""
     from mlflow.exceptions import MlflowException
 
@@ -336,8 +362,11 @@ def _register(client: MlflowClient, model: LoggedModel, run: Run, description: s
     known = next((each for each in client.search_model_versions(f"name = '{NAME}'") if each.source == source), None)
     if known is None:
         with _default_uri(client.tracking_uri):
-            version = str(client.create_model_version(NAME, source, run.info.run_id, tags=dict(tags),
-                                                      model_id=model.model_id, description=description).version)
+            version = str(
+                client.create_model_version(
+                    NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
+                ).version
+            )
     else:  # it may have been evaluated again since
         version = str(known.version)
         for key, value in tags.items():
@@ -346,8 +375,15 @@ def _register(client: MlflowClient, model: LoggedModel, run: Run, description: s
     held = client.get_registered_model(NAME).aliases.get(alias)
     before = None if held is None else client.get_model_version(NAME, str(held))
     client.set_registered_model_alias(NAME, alias, version)
-    return Promotion(alias, version, None if before is None else str(before.version), known is None, run.info.run_id,
-                     _objective(tags), None if before is None else _objective(before.tags))
+    return Promotion(
+        alias,
+        version,
+        None if before is None else str(before.version),
+        known is None,
+        run.info.run_id,
+        _objective(tags),
+        None if before is None else _objective(before.tags),
+    )
 
 
 @contextmanager

@@ -249,8 +249,12 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
             add("What the gate let through", f"{named(training)}/history.csv", [charts.gate_chart(history)])
     if (training / "cost.json").exists():
         took = cost_cells(json.loads((training / "cost.json").read_text(encoding="utf-8")))
-        add("Time and memory", f"{named(training)}/cost.json", [],
-            grids=[{"title": "Training", "cells": took, "main": None}])
+        add(
+            "Time and memory",
+            f"{named(training)}/cost.json",
+            [],
+            grids=[{"title": "Training", "cells": took, "main": None}],
+        )
     strata = read_csv(results / "strata.csv")
     if len(strata):
         shown = strata[~strata["model"].isin(BASELINES[1:])]
@@ -303,9 +307,7 @@ def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     losses = [
         name
         for name in numeric
-        if name not in scores
-        and name.removeprefix("train_") not in NOT_LOSSES
-        and not name.startswith(("dev_", GATE))
+        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith(("dev_", GATE))
     ][:MAX_CURVES]
     out = []
     if losses:
@@ -332,13 +334,23 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
         found = sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
         if found:
             text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
-            out.append({"title": f"{group.capitalize()} cases", "text": text if group == GROUPS[0] else "",
-                        "tables": [], "pictures": [picture(path) for path in found[:MAX_PICTURES]]})
+            out.append(
+                {
+                    "title": f"{group.capitalize()} cases",
+                    "text": text if group == GROUPS[0] else "",
+                    "tables": [],
+                    "pictures": [picture(path) for path in found[:MAX_PICTURES]],
+                }
+            )
     last = sorted(epochs.glob("*.png"))[-1:] if epochs.is_dir() else []
     if last:
         out.append(
-            {"title": "Development images, last epoch", "text": f"From {named(epochs)}.", "tables": [],
-             "pictures": [picture(path) for path in last]}
+            {
+                "title": "Development images, last epoch",
+                "text": f"From {named(epochs)}.",
+                "tables": [],
+                "pictures": [picture(path) for path in last],
+            }
         )
     return out
 
@@ -352,16 +364,20 @@ def doubts(results: Path, has_truth: bool) -> list[dict[str, object]]:
     if found.empty:
         return []
     cells = [["image", "lesion", "agreement between prompts", "best IoU with the mask"]]
-    cells += [[str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
-              for r in found.to_dict("records")]
+    cells += [
+        [str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
+        for r in found.to_dict("records")
+    ]
     drawn = sorted((results / "overlays").glob(f"{DISPUTED}_*.png"), key=lambda path: int(path.name.split("_")[1]))
-    return [{
-        "title": "Worth a second look at the label",
-        "text": "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be "
-                "wrong. From results/per_image.csv and results/overlays.",
-        "tables": [{"title": "Agreement and IoU, the widest gap first", "cells": cells, "main": None}],
-        "pictures": [picture(path) for path in drawn[:MAX_PICTURES]],
-    }]
+    return [
+        {
+            "title": "Worth a second look at the label",
+            "text": "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be "
+            "wrong. From results/per_image.csv and results/overlays.",
+            "tables": [{"title": "Agreement and IoU, the widest gap first", "cells": cells, "main": None}],
+            "pictures": [picture(path) for path in drawn[:MAX_PICTURES]],
+        }
+    ]
 
 
 def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
@@ -369,8 +385,13 @@ def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
     seconds, steps = float(took["seconds"]), max(1, int(took["steps"]))
     return [
         ["steps", "in all", "per step", f"peak memory of the {took['memory_of']}", "on"],
-        [str(took["steps"]), f"{seconds / 60:.1f} min", f"{seconds / steps:.2f} s", f"{took['peak_memory_gb']:.2f} GB",
-         f"{took['device']}, {took['threads']} CPU thread(s), torch {took['torch']}"],
+        [
+            str(took["steps"]),
+            f"{seconds / 60:.1f} min",
+            f"{seconds / steps:.2f} s",
+            f"{took['peak_memory_gb']:.2f} GB",
+            f"{took['device']}, {took['threads']} CPU thread(s), torch {took['torch']}",
+        ],
     ]
 
 

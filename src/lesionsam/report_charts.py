@@ -135,8 +135,12 @@ def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, cap
 
 def gate_chart(history: pd.DataFrame) -> Chart:
     """Share of training images whose target was trusted, by epoch: all of them, and by the target's size."""
-    sizes = {"trusted": "all", "trusted_small": "small (up to 5 % of the frame)",
-             "trusted_medium": "medium (up to 20 %)", "trusted_large": "large"}
+    sizes = {
+        "trusted": "all",
+        "trusted_small": "small (up to 5 % of the frame)",
+        "trusted_medium": "medium (up to 20 %)",
+        "trusted_large": "large",
+    }
     shown = {name: label for name, label in sizes.items() if name in history and history[name].notna().any()}
 
     def draw(axes: Axes) -> None:
@@ -154,8 +158,15 @@ def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Char
 
     def draw(axes: Axes) -> None:
         for name, history in histories.items():
-            axes.plot(history["epoch"], history[column], lw=1.8, marker="o", ms=2.5, label=name,
-                      color=colour(name, list(histories)))
+            axes.plot(
+                history["epoch"],
+                history[column],
+                lw=1.8,
+                marker="o",
+                ms=2.5,
+                label=name,
+                color=colour(name, list(histories)),
+            )
         axes.set(xlabel="epoch", ylabel="score on development images")
         axes.legend(fontsize=9)
 

@@ -49,8 +49,9 @@ def compare(texts: Sequence[str], output: Path, root: Path) -> int:
         rows = side_by_side(runs)
         table = tabulated(rows, name_of(runs[0]), summaries[0])
         print_tables(table, name_of(runs[0]))
-        write_page(output, commands=shlex.join(["lesionsam", "compare", *texts]),
-                   **content(runs, summaries, rows, table))
+        write_page(
+            output, commands=shlex.join(["lesionsam", "compare", *texts]), **content(runs, summaries, rows, table)
+        )
     return output.stat().st_size
 
 
@@ -70,8 +71,10 @@ def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
     for frame in frames[1:]:
         lesions = lesions.merge(frame[KEYS].drop_duplicates())
     if lesions.empty:
-        raise UserError(f"{', '.join(run.name for run in runs)}: no test lesion in common, so there is nothing to "
-                        "compare; evaluate them on the same split")
+        raise UserError(
+            f"{', '.join(run.name for run in runs)}: no test lesion in common, so there is nothing to "
+            "compare; evaluate them on the same split"
+        )
     frames = [frame.merge(lesions) for frame in frames]
     parts = []
     for model in COMMON:
@@ -109,18 +112,23 @@ def equal(first: pd.DataFrame, second: pd.DataFrame) -> bool:
     """Whether two evaluations of a model give the same figures, whatever the order of their rows."""
     columns = ["prompt", *KEYS, "iou", "core_coverage", "leakage"]
     a, b = (frame[columns].sort_values(columns[:3]).reset_index(drop=True) for frame in (first, second))
-    return len(a) == len(b) and bool(a[columns[:3]].equals(b[columns[:3]])) and bool(
-        np.allclose(a[columns[3:]].to_numpy(float), b[columns[3:]].to_numpy(float), atol=SAME, equal_nan=True))
+    return (
+        len(a) == len(b)
+        and bool(a[columns[:3]].equals(b[columns[:3]]))
+        and bool(np.allclose(a[columns[3:]].to_numpy(float), b[columns[3:]].to_numpy(float), atol=SAME, equal_nan=True))
+    )
 
 
 def tabulated(rows: pd.DataFrame, reference: str, summary: Mapping[str, Any]) -> pd.DataFrame:
     """`statistics.table` against the first run, with the number of resamples and confidence of its evaluation."""
-    return statistics.table(rows, reference=reference, num_bootstrap=summary["num_bootstrap"],
-                            confidence=summary["confidence"])
+    return statistics.table(
+        rows, reference=reference, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"]
+    )
 
 
-def content(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame, table: pd.DataFrame
-            ) -> dict[str, object]:
+def content(
+    runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame, table: pd.DataFrame
+) -> dict[str, object]:
     """What the template is filled with, the command aside."""
     names, first = [name_of(run) for run in runs], name_of(runs[0])
     tables = [{"title": title, "cells": cells, "main": first} for title, cells in sections(table, first)]
@@ -132,31 +140,42 @@ def content(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: p
         "story": story(runs, summaries, rows),
         "headline": headline(table, names),
         "tables": tables,
-        "notes": [*(note for name, note in NOTES.items() if name in {*prompts_in(table), *table["model"]}),
-                  "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml."],
+        "notes": [
+            *(note for name, note in NOTES.items() if name in {*prompts_in(table), *table["model"]}),
+            "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml.",
+        ],
         "chart_groups": chart_groups(runs, summaries[0], rows, table),
         "cases": pictured(runs),
         "reproduce": "The same page from the same runs:",
-        "details": [(f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
-                    for name, run in zip(names, runs, strict=True)
-                    if run.training is not None and (run.training / "params.yaml").is_file()],
+        "details": [
+            (f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
+            for name, run in zip(names, runs, strict=True)
+            if run.training is not None and (run.training / "params.yaml").is_file()
+        ],
     }
 
 
 def story(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[str]:
     """What is compared, and what a reader must beware of."""
     lesions, first = rows[KEYS].drop_duplicates(), name_of(runs[0])
-    out = [f"{len(lesions)} test lesions on {lesions['image_id'].nunique()} images, answered by every run. Differences "
-           f"are to {first}, lesion by lesion and averaged per image; brackets are {summaries[0]['confidence']:.0%} "
-           f"bootstrap intervals over images, p is Wilcoxon's."]
+    out = [
+        f"{len(lesions)} test lesions on {lesions['image_id'].nunique()} images, answered by every run. Differences "
+        f"are to {first}, lesion by lesion and averaged per image; brackets are {summaries[0]['confidence']:.0%} "
+        f"bootstrap intervals over images, p is Wilcoxon's."
+    ]
     left_out = {name_of(run): int(s["num_lesions"]) - len(lesions) for run, s in zip(runs, summaries, strict=True)}
     if any(left_out.values()):
-        out.append("Left out, since not every run has them: " + ", ".join(
-            f"{count} lesions of {name}" for name, count in left_out.items() if count) + ".")
+        out.append(
+            "Left out, since not every run has them: "
+            + ", ".join(f"{count} lesions of {name}" for name, count in left_out.items() if count)
+            + "."
+        )
     drawn = [{key: s["settings"].get(key) for key in ("seed", "num_points")} for s in summaries]
     if any(other != drawn[0] for other in drawn[1:]):
-        out.append("Beware: the runs were evaluated with differently drawn prompts (evaluate.seed, method.num_points); "
-                   "part of a difference is that.")
+        out.append(
+            "Beware: the runs were evaluated with differently drawn prompts (evaluate.seed, method.num_points); "
+            "part of a difference is that."
+        )
     if len(runs) > 2:
         out.append(f"p values are not corrected for the {len(runs) - 1} comparisons.")
     out.append("An interval over images says nothing of another seed: two runs of one configuration differ too.")
@@ -196,50 +215,82 @@ def setting_cells(runs: Sequence[Run]) -> list[list[str]]:
     """One row per parameter that is not the same in all runs; empty where all are."""
     known = [settings(run) for run in runs]
     keys = list(dict.fromkeys(key for values in known for key in values))
-    rows = [[key, *(values.get(key, "not there" if values else "not known") for values in known)] for key in keys
-            if len({values.get(key) for values in known}) > 1]
+    rows = [
+        [key, *(values.get(key, "not there" if values else "not known") for values in known)]
+        for key in keys
+        if len({values.get(key) for values in known}) > 1
+    ]
     return [["", *(name_of(run) for run in runs)], *rows] if rows else []
 
 
-def chart_groups(runs: Sequence[Run], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
-                 ) -> list[dict[str, Any]]:
+def chart_groups(
+    runs: Sequence[Run], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
+) -> list[dict[str, Any]]:
     """Sections with charts; one without data is left out."""
     prompts, names = prompts_in(table), [name_of(run) for run in runs]
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
 
-    def add(title: str, source: str, drawn: Sequence[charts.Chart], text: str = "",
-            grids: Sequence[Mapping[str, object]] = ()) -> None:
+    def add(
+        title: str,
+        source: str,
+        drawn: Sequence[charts.Chart],
+        text: str = "",
+        grids: Sequence[Mapping[str, object]] = (),
+    ) -> None:
         if drawn or grids:
-            groups.append({"title": title, "source": source, "charts": list(drawn), "text": text,
-                           "tables": list(grids)})
+            groups.append(
+                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
+            )
 
     if "miou" in table:
         scatters = [charts.paired_scatter(rows, main, names[0], other) for other in names[1:]]
-        add("By prompt and by lesion", "each run's results/per_image.csv",
-            [charts.miou_by_prompt(table, prompts), *scatters])
-        add("Lesions that changed most", "each run's results/per_image.csv", [],
+        add(
+            "By prompt and by lesion",
+            "each run's results/per_image.csv",
+            [charts.miou_by_prompt(table, prompts), *scatters],
+        )
+        add(
+            "Lesions that changed most",
+            "each run's results/per_image.csv",
+            [],
             f"IoU, mean over the prompts that do not leak the mask, against {names[0]}.",
-            [{"title": f"{other} minus {names[0]}", "cells": cells, "main": None} for other in names[1:]
-             if len(cells := changed_cells(rows, names[0], other)) > 1])
+            [
+                {"title": f"{other} minus {names[0]}", "cells": cells, "main": None}
+                for other in names[1:]
+                if len(cells := changed_cells(rows, names[0], other)) > 1
+            ],
+        )
         strata = statistics.strata(rows, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"])
         own = strata[strata["model"].isin([*names, ZERO_SHOT])]
-        add("By lesion size", "each run's results/per_image.csv",
-            [charts.strata_chart(own, prompt) for prompt in dict.fromkeys((main, "centre")) if prompt in prompts])
+        add(
+            "By lesion size",
+            "each run's results/per_image.csv",
+            [charts.strata_chart(own, prompt) for prompt in dict.fromkeys((main, "centre")) if prompt in prompts],
+        )
     add_curves(add, runs, main)
-    histories = {name: pd.read_csv(run.training / "history.csv") for name, run in zip(names, runs, strict=True)
-                 if run.training is not None and (run.training / "history.csv").is_file()}
+    histories = {
+        name: pd.read_csv(run.training / "history.csv")
+        for name, run in zip(names, runs, strict=True)
+        if run.training is not None and (run.training / "history.csv").is_file()
+    }
     for column in ("objective", "label_free"):
         if len(histories) > 1 and all(column in history for history in histories.values()):
             add("Training", "each run's models/adapted/history.csv", [charts.objective_by_run(histories, column)])
             break
-    took = [(name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
-            for name, run in zip(names, runs, strict=True)
-            if run.training is not None and (run.training / "cost.json").is_file()]
+    took = [
+        (name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
+        for name, run in zip(names, runs, strict=True)
+        if run.training is not None and (run.training / "cost.json").is_file()
+    ]
     if took:
         cells = [["", *took[0][1][0]], *([name, *each[1]] for name, each in took)]
-        add("Time and memory", "each run's models/adapted/cost.json", [],
-            grids=[{"title": "Training", "cells": cells, "main": None}])
+        add(
+            "Time and memory",
+            "each run's models/adapted/cost.json",
+            [],
+            grids=[{"title": "Training", "cells": cells, "main": None}],
+        )
     return groups
 
 
@@ -255,11 +306,17 @@ def add_curves(add: Any, runs: Sequence[Run], main: str) -> None:
         if "ece_big_box" in table and row["ece_big_box"].notna().any():
             scores[name_of(run)] = float(row["ece_big_box"].iloc[0])
     if any(len(frame) for frame in jitter):
-        add("Sloppy boxes", "each run's results/jitter.csv, on all its own lesions",
-            [charts.jitter_chart(pd.concat([frame for frame in jitter if len(frame)]))])
+        add(
+            "Sloppy boxes",
+            "each run's results/jitter.csv, on all its own lesions",
+            [charts.jitter_chart(pd.concat([frame for frame in jitter if len(frame)]))],
+        )
     if any(len(frame) for frame in calibration):
-        add("Calibration", "each run's results/calibration.csv and table.csv, on all its own lesions",
-            [charts.calibration_chart(pd.concat([frame for frame in calibration if len(frame)]), main, scores)])
+        add(
+            "Calibration",
+            "each run's results/calibration.csv and table.csv, on all its own lesions",
+            [charts.calibration_chart(pd.concat([frame for frame in calibration if len(frame)]), main, scores)],
+        )
 
 
 def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]]:
@@ -267,11 +324,16 @@ def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]
     known = rows[rows["model"].isin([first, second]) & (rows["prompt"] != LEAKING)].dropna(subset=["iou"])
     wide = known.pivot_table(index=KEYS, columns="model", values="iou").dropna()
     wide = wide.assign(change=wide[second] - wide[first]).sort_values("change", ascending=False, kind="stable")
-    shown = pd.concat([wide[wide["change"] >= CHANGED].head(MAX_CHANGED),
-                       wide[wide["change"] <= -CHANGED].tail(MAX_CHANGED)])
-    return [["image", "lesion", first, second, "change"],
-            *([*map(str, key), f"{r[first]:.3f}", f"{r[second]:.3f}", f"{r['change']:+.3f}"]
-              for key, (_, r) in zip(shown.index, shown.iterrows(), strict=True))]
+    shown = pd.concat(
+        [wide[wide["change"] >= CHANGED].head(MAX_CHANGED), wide[wide["change"] <= -CHANGED].tail(MAX_CHANGED)]
+    )
+    return [
+        ["image", "lesion", first, second, "change"],
+        *(
+            [*map(str, key), f"{r[first]:.3f}", f"{r[second]:.3f}", f"{r['change']:+.3f}"]
+            for key, (_, r) in zip(shown.index, shown.iterrows(), strict=True)
+        ),
+    ]
 
 
 def pictured(runs: Sequence[Run]) -> list[dict[str, object]]:

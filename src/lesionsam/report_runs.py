@@ -18,8 +18,9 @@ RESULTS, TRAINING = Path("results"), Path("models/adapted")
 NEEDED = ("summary.json", "per_image.csv", "table.csv", "strata.csv", "jitter.csv", "calibration.csv")
 OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # what is shown of it; the weights are not needed
 GET_SECONDS = 600.0
-EXPECTED = ("expected a folder with results/, a commit, branch or experiment (`dvc exp show` lists them), or an MLflow "
-            "run id")
+EXPECTED = (
+    "expected a folder with results/, a commit, branch or experiment (`dvc exp show` lists them), or an MLflow run id"
+)
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,21 @@ def open_runs(texts: Sequence[str], root: Path) -> Iterator[list[Run]]:
         raise UserError(f"compare: expected two runs or more, got {len(texts)}; {EXPECTED}")
     names = [short(text) for text in texts]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"compare: {twice!r} names two of them; a run stands once, and folders have "
-                        "different last names")
+        raise UserError(
+            f"compare: {twice!r} names two of them; a run stands once, and folders have different last names"
+        )
     with tempfile.TemporaryDirectory() as scratch:
-        runs = [open_run(text, name, root, Path(scratch) / str(k)) for k, (text, name) in enumerate(
-            zip(texts, names, strict=True))]
+        runs = [
+            open_run(text, name, root, Path(scratch) / str(k))
+            for k, (text, name) in enumerate(zip(texts, names, strict=True))
+        ]
         places = [run.results.resolve() for run in runs]
         for k, place in enumerate(places):
             if place in places[:k]:
-                raise UserError(f"compare: {texts[places.index(place)]} and {texts[k]} are one evaluation, that in "
-                                f"{runs[k].results}; a run stands once")
+                raise UserError(
+                    f"compare: {texts[places.index(place)]} and {texts[k]} are one evaluation, that in "
+                    f"{runs[k].results}; a run stands once"
+                )
         yield runs
 
 
@@ -84,8 +90,9 @@ def open_run(text: str, name: str, root: Path, scratch: Path) -> Run:
     else:
         raise UserError(f"{text}: no such folder, commit or experiment; {EXPECTED}")
     if missing := [file for file in NEEDED if not (run.results / file).is_file()]:
-        raise UserError(f"{text}: its evaluation is not whole, without {', '.join(missing)}; run `dvc repro evaluate` "
-                        "for it again")
+        raise UserError(
+            f"{text}: its evaluation is not whole, without {', '.join(missing)}; run `dvc repro evaluate` for it again"
+        )
     return run
 
 
@@ -95,8 +102,9 @@ def in_folder(path: Path, name: str) -> Run:
         if (results / NEEDED[0]).is_file():
             beside = training if (training / OF_TRAINING[0]).is_file() else None
             return Run(name, results, beside, f"folder {path}")
-    raise UserError(f"{path}: no evaluation in it, neither {RESULTS / NEEDED[0]} nor {NEEDED[0]}; run `dvc repro "
-                    "evaluate` there")
+    raise UserError(
+        f"{path}: no evaluation in it, neither {RESULTS / NEEDED[0]} nor {NEEDED[0]}; run `dvc repro evaluate` there"
+    )
 
 
 def commit_of(text: str, root: Path) -> str | None:
@@ -104,12 +112,17 @@ def commit_of(text: str, root: Path) -> str | None:
     if text.startswith("-") or not re.fullmatch(r"[\w./@^~{}-]+", text):
         return None
     git = ["git", "-C", str(root)]
-    done = subprocess.run([*git, "rev-parse", "--verify", "--quiet", f"{text}^{{commit}}"], capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [*git, "rev-parse", "--verify", "--quiet", f"{text}^{{commit}}"], capture_output=True, text=True, check=False
+    )
     if done.returncode == 0:
         return done.stdout.strip()
-    refs = subprocess.run([*git, "for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)",
-                           "refs/exps"], capture_output=True, text=True, check=False).stdout
+    refs = subprocess.run(
+        [*git, "for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout
     known = (line.split(" ", 1) for line in refs.splitlines())
     return next((commit for commit, ref in known if ref.rsplit("/", 1)[-1] == text), None)
 
@@ -118,8 +131,10 @@ def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -
     """A run's results as DVC has them for a commit."""
     scratch.mkdir(parents=True)
     if problem := dvc_get(root, RESULTS.as_posix(), commit, scratch / RESULTS):
-        raise UserError(f"{text}: DVC does not give its results ({problem}); `dvc pull` fetches them from a remote, "
-                        "`dvc repro` in that commit makes them")
+        raise UserError(
+            f"{text}: DVC does not give its results ({problem}); `dvc pull` fetches them from a remote, "
+            "`dvc repro` in that commit makes them"
+        )
     (scratch / TRAINING).mkdir(parents=True)
     for file in OF_TRAINING:  # what an older run has not is left out of the page
         dvc_get(root, (TRAINING / file).as_posix(), commit, scratch / TRAINING / file)

@@ -114,8 +114,13 @@ class SimulatedBoxes(Section):
 
     def annotator(self) -> dict[str, Any]:
         """The simulated annotator, as arguments of `boxes.annotate`."""
-        return {"seed": self.seed, "margin": (self.margin_low, self.margin_high),
-                "core": (self.core_low, self.core_high), "jitter": self.jitter, "min_area": self.min_area}
+        return {
+            "seed": self.seed,
+            "margin": (self.margin_low, self.margin_high),
+            "core": (self.core_low, self.core_high),
+            "jitter": self.jitter,
+            "min_area": self.min_area,
+        }
 
 
 class CsvBoxes(Section):

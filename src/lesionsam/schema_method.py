@@ -205,8 +205,9 @@ class FixedWeights(Section):
 
 class LearnedWeights(Section):
     kind: Literal["learned"] = Field(description=WEIGHTING)
-    learning_rate: float = Field(gt=0, le=1, description="of those parameters, in an optimiser of their own",
-                                 examples=[1e-3])
+    learning_rate: float = Field(
+        gt=0, le=1, description="of those parameters, in an optimiser of their own", examples=[1e-3]
+    )
 
 
 class SupervisedMethod(Section):
@@ -226,7 +227,9 @@ class SupervisedMethod(Section):
         discriminator="kind", description="weights of the terms", examples=[{"kind": "fixed"}]
     )
     average: float = Field(
-        ge=0, lt=1, description="decay, per step, of an average of the weights, which is then what is kept; 0 = none",
+        ge=0,
+        lt=1,
+        description="decay, per step, of an average of the weights, which is then what is kept; 0 = none",
         examples=[0.0],
     )
     num_points: int = Field(ge=1, le=1000, description=NUM_POINTS)

@@ -42,8 +42,14 @@ CPU_IMAGE_SIZE = 256  # of SAM's own sizes without a GPU: at 1024 px a training 
 PROMPTS = ("ring", "centre", "box", "box+core")
 
 
-def smoke(name: str, checkpoint: Path, *, image_size: int | None = None, device: str = "auto",
-          say: Callable[[str], None] = print) -> dict[str, float]:
+def smoke(
+    name: str,
+    checkpoint: Path,
+    *,
+    image_size: int | None = None,
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> dict[str, float]:
     """Try a checkpoint end to end.
 
     Args:
@@ -63,11 +69,19 @@ def smoke(name: str, checkpoint: Path, *, image_size: int | None = None, device:
         image_size = CPU_IMAGE_SIZE if where.type == "cpu" and name != "compact" else 0
     if not checkpoint.is_file():
         raise UserError(f"--checkpoint: {checkpoint}: no such file; give the path of the model's weights")
-    config = validate(unflatten({
-        "model.name": name, "model.checkpoint": str(checkpoint), "model.image_size": image_size,
-        "runtime.device": device,
-        "method.gate.entropy_thresh": 0.69,  # trusts every image: the step must have a gradient whatever the pictures
-    }, default_values()), "lesionsam smoke")
+    config = validate(
+        unflatten(
+            {
+                "model.name": name,
+                "model.checkpoint": str(checkpoint),
+                "model.image_size": image_size,
+                "runtime.device": device,
+                "method.gate.entropy_thresh": 0.69,  # trusts every image: the step must have a gradient
+            },
+            default_values(),
+        ),
+        "lesionsam smoke",
+    )
     say(f"machine     {machine(where)}")
     say(f"checkpoint  {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.1f} MB, {identity(name, checkpoint)}")
     figures: dict[str, float] = {}
@@ -83,24 +97,41 @@ def smoke(name: str, checkpoint: Path, *, image_size: int | None = None, device:
         train = [s for s in samples if s.split == "train"]
         test = [s for s in samples if s.split == "test"]
         figures |= predict_one(sam, test[0], where)
-        say(f"predict     encoder {figures['encode']:.2f} s, decoder {figures['decode'] * 1000:.0f} ms an image; "
-            f"big box: IoU {figures['box_iou']:.3f}, predicted {figures['predicted_iou']:.3f}")
+        say(
+            f"predict     encoder {figures['encode']:.2f} s, decoder {figures['decode'] * 1000:.0f} ms an image; "
+            f"big box: IoU {figures['box_iou']:.3f}, predicted {figures['predicted_iou']:.3f}"
+        )
 
         begun = time.perf_counter()
-        result = evaluate_model(sam, test, load_image, load_mask, prompts=PROMPTS, seed=0, batch_size=1,
-                                num_points=config.method.num_points, device=where)
+        result = evaluate_model(
+            sam,
+            test,
+            load_image,
+            load_mask,
+            prompts=PROMPTS,
+            seed=0,
+            batch_size=1,
+            num_points=config.method.num_points,
+            device=where,
+        )
         figures["evaluate"] = elapsed(begun, where)
         baselines, _ = evaluate_baselines(test, load_image, load_mask, looseness=0.15)
         means = result.rows.groupby("prompt")["iou"].mean()
         rivals = baselines.rows.query("prompt == 'box+core'").groupby("model", sort=False)["iou"].mean()
-        say(f"evaluate    {figures['evaluate']:.1f} s for {NUM_TEST} images; mean IoU "
+        say(
+            f"evaluate    {figures['evaluate']:.1f} s for {NUM_TEST} images; mean IoU "
             + ", ".join(f"{prompt} {means[prompt]:.3f}" for prompt in PROMPTS)
-            + " (beside " + ", ".join(f"{rival} {value:.3f}" for rival, value in rivals.items()) + ")")
+            + " (beside "
+            + ", ".join(f"{rival} {value:.3f}" for rival, value in rivals.items())
+            + ")"
+        )
 
         data = open_dataset(train, side, Path(folder) / "frames", with_masks=True)
         figures |= train_one_step(config, sam, checkpoint, data, where)
-        say(f"train       {figures['step']:.2f} s for a step of {NUM_TRAIN} images, {figures['trained'] / 1e6:.1f} M "
-            f"parameters; loss {figures['loss']:.4f}, gradient norm {figures['gradient_norm']:.3f}")
+        say(
+            f"train       {figures['step']:.2f} s for a step of {NUM_TRAIN} images, {figures['trained'] / 1e6:.1f} M "
+            f"parameters; loss {figures['loss']:.4f}, gradient norm {figures['gradient_norm']:.3f}"
+        )
     figures["peak_gb"] = peak_memory(where)
     whose = "on the GPU" if where.type == "cuda" else "in this process, libraries included"
     say(f"memory      {figures['peak_gb']:.2f} GB at most {whose}")
@@ -111,8 +142,10 @@ def smoke(name: str, checkpoint: Path, *, image_size: int | None = None, device:
 def machine(device: torch.device) -> str:
     """Processor, memory and library versions, in a line."""
     cores, memory = os.cpu_count(), psutil.virtual_memory().total / 1e9
-    text = (f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GB; "
-            f"Python {platform.python_version()}, torch {torch.__version__}")
+    text = (
+        f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GB; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB; {text}"
@@ -145,8 +178,10 @@ def out_of_memory_explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not suffice ({str(error).splitlines()[0]}); try a smaller --image-size "
-                        "or a smaller model") from error
+        raise UserError(
+            f"the GPU's memory does not suffice ({str(error).splitlines()[0]}); try a smaller --image-size "
+            "or a smaller model"
+        ) from error
 
 
 def load_image(sample: Sample) -> np.ndarray:
@@ -166,12 +201,28 @@ def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = 
     for row in rows:
         width, height = int(row["width"]), int(row["height"])
         mask_path = Path(str(row["mask_path"]))
-        boxes = simulate_boxes(read_mask(mask_path, (width, height)), np.random.default_rng(len(samples)),
-                               margin=(0.1, 0.2), core=(0.45, 0.55), jitter=0.03, min_area=16)
+        boxes = simulate_boxes(
+            read_mask(mask_path, (width, height)),
+            np.random.default_rng(len(samples)),
+            margin=(0.1, 0.2),
+            core=(0.45, 0.55),
+            jitter=0.03,
+            min_area=16,
+        )
         if boxes is None:
             raise ValueError(f"{row['image_id']}: generated without a lesion")
-        samples.append(Sample(str(row["image_id"]), "0", str(row["split"]), Path(str(row["image_path"])), mask_path,
-                              width, height, *boxes))
+        samples.append(
+            Sample(
+                str(row["image_id"]),
+                "0",
+                str(row["split"]),
+                Path(str(row["image_path"])),
+                mask_path,
+                width,
+                height,
+                *boxes,
+            )
+        )
     return samples
 
 
@@ -193,20 +244,28 @@ def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, flo
     decoder_seconds = elapsed(begun, device)
     if not np.isfinite(logits).all():
         raise UserError("prediction: the mask's logits are not finite; the weights are damaged or of another model")
-    return {"encode": seconds, "decode": decoder_seconds, "box_iou": metrics.iou(logits > 0, np.asarray(truth)),
-            "predicted_iou": float(predicted[0, 0])}
+    return {
+        "encode": seconds,
+        "decode": decoder_seconds,
+        "box_iou": metrics.iou(logits > 0, np.asarray(truth)),
+        "predicted_iou": float(predicted[0, 0]),
+    }
 
 
-def train_one_step(config: Config, sam: Sam, checkpoint: Path, data: LesionDataset,
-                   device: torch.device) -> dict[str, float]:
+def train_one_step(
+    config: Config, sam: Sam, checkpoint: Path, data: LesionDataset, device: torch.device
+) -> dict[str, float]:
     """One step of the default method with the loop's own parts; loss, gradient and new weights must be finite."""
     t = config.train
     experiment_parts.choose_trained(config, sam)
     method, _ = experiment.build_method(config, sam, checkpoint, data, device)
     parameters = trained_parameters(method.model)
     groups = experiment_parts.learning_groups(config, method)
-    optimizer = torch.optim.AdamW([{"params": list(g.parameters), "lr": g.learning_rate} for g in groups],
-                                  weight_decay=t.weight_decay, betas=(t.beta1, t.beta2))
+    optimizer = torch.optim.AdamW(
+        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups],
+        weight_decay=t.weight_decay,
+        betas=(t.beta1, t.beta2),
+    )
     method.model.train()
     batch = next(data.epoch(NUM_TRAIN, seed=t.seed, epoch=0, augment=t.augment)).to(device)
     begun = time.perf_counter()
@@ -219,8 +278,10 @@ def train_one_step(config: Config, sam: Sam, checkpoint: Path, data: LesionDatas
     method.after_step()
     seconds = elapsed(begun, device)
     if not math.isfinite(total.item()) or not math.isfinite(norm) or norm == 0:
-        raise UserError(f"training step: loss {total.item():g}, gradient norm {norm:g}; expected finite numbers and a "
-                        "gradient above 0; the weights are damaged or of another model")
+        raise UserError(
+            f"training step: loss {total.item():g}, gradient norm {norm:g}; expected finite numbers and a "
+            "gradient above 0; the weights are damaged or of another model"
+        )
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
         raise UserError("training step: weights are not finite after one step; the given ones are damaged")
     num_trained = sum(p.numel() for p in parameters)

@@ -268,9 +268,7 @@ def close_up(config: Config, bench: Bench, place: Place, study: optuna.Study, pl
     return judge(config, place, jobs)
 
 
-def check_budget(
-    config: Config, place: Place, study: optuna.Study, plan: Plan, count: int
-) -> tuple[float, int] | None:
+def check_budget(config: Config, place: Place, study: optuna.Study, plan: Plan, count: int) -> tuple[float, int] | None:
     """Rank correlation of the trials' values with those of whole runs, over trials trained again at full length.
 
     Args:

@@ -17,14 +17,7 @@ from lesionsam.config import Config, config_digest, flatten, read_yaml
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
-from lesionsam.experiment import (
-    Data,
-    build_method,
-    input_side,
-    open_data,
-    pretrained_weights,
-    torch_device,
-)
+from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
 from lesionsam.experiment_origin import code_digest
 from lesionsam.experiment_parts import prepare_sam
 from lesionsam.files import sha256_file
@@ -78,8 +71,10 @@ class Bench:
         """Of boxes, weights, images and masks; read once."""
         if not self._digest:
             images = {key: row["sha256"] for key, row in read_index(INDEX).items()}
-            pairs = [f"{s.image_id} {images[s.image_id]} {sha256_file(s.mask_path) if s.mask_path else None}"
-                     for s in sorted((*self.seen, *self.held), key=lambda s: (s.image_id, s.lesion_id))]
+            pairs = [
+                f"{s.image_id} {images[s.image_id]} {sha256_file(s.mask_path) if s.mask_path else None}"
+                for s in sorted((*self.seen, *self.held), key=lambda s: (s.image_id, s.lesion_id))
+            ]
             text = " ".join([sha256_file(BOXES), sha256_file(self.weights), *pairs])
             self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._digest

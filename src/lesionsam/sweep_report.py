@@ -115,9 +115,7 @@ def _spearman(pairs: np.ndarray) -> tuple[float, int] | None:
 def comparisons(config: Config, best: Mapping[str, Value], start: Mapping[str, Value]) -> list[Job]:
     """The trainings of the closing comparison: both with the same new seeds, in turns."""
     seeds = [config.train.seed + SEED_OFFSET + k for k in range(config.sweep.confirm_seeds)]
-    return [
-        Job(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))
-    ]
+    return [Job(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))]
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,7 @@ def judge(config: Config, place: Place, jobs: Sequence[Job]) -> Verdict | None:
 
 
 def summary(
-    study: optuna.Study,
-    config: Config,
-    bench: Bench,
-    verdict: Verdict | None,
-    ranked: tuple[float, int] | None,
+    study: optuna.Study, config: Config, bench: Bench, verdict: Verdict | None, ranked: tuple[float, int] | None
 ) -> list[str]:
     """What came out, in lines. ranked: of `budget_correlation`."""
     best, trials = winner(study), listed(study)

@@ -25,11 +25,7 @@ NAMELESS_SECONDS = 5.0  # between making a study and saying who did
 
 
 def open_study(
-    config: Config,
-    space: Sequence[Dimension],
-    fixed: dict[str, object],
-    name: str,
-    storage: BaseStorage,
+    config: Config, space: Sequence[Dimension], fixed: dict[str, object], name: str, storage: BaseStorage
 ) -> tuple[optuna.Study, bool]:
     """The study, and whether this process is to make it ready. Call it with `ready.lock` of the place held.
 

@@ -167,9 +167,7 @@ def run_trial(
         "data": own.data.source,
         "data.digest": bench.digest(),
     }
-    tracker = open_tracker(
-        own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own)
-    )
+    tracker = open_tracker(own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own))
     history_path = folder / "epochs.json"
     history: dict[str, dict[str, float]] = json.loads(history_path.read_text()) if history_path.exists() else {}
 

@@ -116,10 +116,7 @@ class Worker:
         self.ownerless: dict[int, float] = {}
         self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, plan.trials)
         self.study = optuna.load_study(
-            study_name=plan.study,
-            storage=storage,
-            sampler=self.sampler,
-            pruner=build_pruner(self.config),
+            study_name=plan.study, storage=storage, sampler=self.sampler, pruner=build_pruner(self.config)
         )
         self.listed, self.duplicates, self.waiting = combinations(self.space), 0, False
 
@@ -215,8 +212,7 @@ class Worker:
         taken = [
             t
             for t in trials
-            if t.user_attrs.get("values")
-            and (is_finished(t) or t.state in (TrialState.RUNNING, TrialState.WAITING))
+            if t.user_attrs.get("values") and (is_finished(t) or t.state in (TrialState.RUNNING, TrialState.WAITING))
         ]
         twin = next(
             (t for t in taken if all(same(t.user_attrs["values"][key], value) for key, value in values.items())), None

@@ -88,8 +88,11 @@ class NullTracker:
             appender.append(entry)
         except OSError as error:
             if not self._has_warned:
-                print(f"warning: tracking cannot write: {error.strerror or error}; training goes on, and what cannot "
-                      "be written is kept in memory", file=sys.stderr)
+                print(
+                    f"warning: tracking cannot write: {error.strerror or error}; training goes on, and what cannot "
+                    "be written is kept in memory",
+                    file=sys.stderr,
+                )
             self._has_warned = True
 
     def _close_file(self, appender: Appender) -> None:
@@ -153,9 +156,21 @@ class Tracker(NullTracker):
             self._start_sender()
 
     @classmethod
-    def open(cls, folder: Path, *, uri: str, experiment: str, root: Path, run_name: str,
-             params: Mapping[str, Any], tags: Mapping[str, Scalar], system_metrics: bool,
-             parent: str | None = None, local_id: str | None = None, send: bool = True) -> Tracker:
+    def open(
+        cls,
+        folder: Path,
+        *,
+        uri: str,
+        experiment: str,
+        root: Path,
+        run_name: str,
+        params: Mapping[str, Any],
+        tags: Mapping[str, Scalar],
+        system_metrics: bool,
+        parent: str | None = None,
+        local_id: str | None = None,
+        send: bool = True,
+    ) -> Tracker:
         """Start a run, or go on with the one whose run.json lies in the folder.
 
         Args:
@@ -172,8 +187,14 @@ class Tracker(NullTracker):
         record = read_record(folder)
         resumed = bool(record or local_id)
         own_id: str = record.get("local_id") or local_id or uuid.uuid4().hex
-        meta = {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "run_name": run_name,
-                "parent": parent, "system_metrics": system_metrics}
+        meta = {
+            "uri": uri,
+            "experiment": experiment,
+            "root": str(root.resolve()),
+            "run_name": run_name,
+            "parent": parent,
+            "system_metrics": system_metrics,
+        }
         spool = prepare_spool(root, own_id, meta, record.get("run_id"))
         repair_journal(spool, folder)
         tracker = cls(spool, folder, send=send)
@@ -185,8 +206,17 @@ class Tracker(NullTracker):
         return tracker
 
     @classmethod
-    def reopen(cls, folder: Path, *, uri: str, experiment: str, root: Path, run_name: str = "evaluate",
-               tags: Mapping[str, str] | None = None, send: bool = True) -> Tracker:
+    def reopen(
+        cls,
+        folder: Path,
+        *,
+        uri: str,
+        experiment: str,
+        root: Path,
+        run_name: str = "evaluate",
+        tags: Mapping[str, str] | None = None,
+        send: bool = True,
+    ) -> Tracker:
         """Add to the run whose run.json lies in the folder, without touching the folder or the run's status.
 
         A point logged before is logged again only with another value. Settings belong into tags: parameters are
@@ -298,12 +328,18 @@ class Tracker(NullTracker):
         num_lines, num_files = self._spool.pending() if self._sender is not None else (0, 0)
         if num_lines:
             problem = self._spool.read_json("state.json").get("problem") or self._last_words()
-            print(f"warning: {num_lines} tracking entries ({num_files} of them files) are not on the MLflow server yet "
-                  f"({problem}); they are kept and sent at the next start", file=sys.stderr)
+            print(
+                f"warning: {num_lines} tracking entries ({num_files} of them files) are not on the MLflow server yet "
+                f"({problem}); they are kept and sent at the next start",
+                file=sys.stderr,
+            )
         state = self._spool.read_json("state.json")
         if num_refused := state.get("rejected"):
-            print(f"warning: the MLflow server refused {num_refused} entries of this run, which are not there; the "
-                  f"last one: {state.get('refusal')}", file=sys.stderr)
+            print(
+                f"warning: the MLflow server refused {num_refused} entries of this run, which are not there; the "
+                f"last one: {state.get('refusal')}",
+                file=sys.stderr,
+            )
 
     def _start_sender(self) -> None:
         self._log_file = (self._spool.folder / "sender.log").open("wb")
@@ -343,8 +379,14 @@ def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the sender, in a session of its own: after Ctrl-C in training `close` still needs it."""
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "lesionsam.tracking_sender", str(os.getpid()), *arguments]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, stdin=subprocess.DEVNULL,
-                            stdout=log, stderr=log, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:

@@ -35,8 +35,12 @@ PARENT_SECONDS = 90.0  # patience with a parent run that another machine is to m
 LOCAL_ID_TAG = "lesionsam.local_id"
 # Nothing that the caller has set himself is overridden. One try and a short wait: repeating is this module's business.
 ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # What no repetition cures. Everything else (no connection, 5xx, a locked database, a refused login) may pass.
@@ -155,8 +159,9 @@ class Shipper:
         if self._replace_gone:
             self.state |= {"replaces": self.state["run_id"], "run_id": None, "sent": {}, "models": {}}
         else:
-            self.state["sent"] = {journal: path.stat().st_size for journal in JOURNALS
-                                  if (path := self.spool.path(journal)).exists()}
+            self.state["sent"] = {
+                journal: path.stat().st_size for journal in JOURNALS if (path := self.spool.path(journal)).exists()
+            }
         self._save()
 
     def _save(self) -> None:
@@ -232,8 +237,11 @@ class Shipper:
     def _send_points(self, run_id: str, entries: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        points = {(name, entry["step"], entry["time"]): float(value)
-                  for entry in entries for name, value in entry["values"].items()}
+        points = {
+            (name, entry["step"], entry["time"]): float(value)
+            for entry in entries
+            for name, value in entry["values"].items()
+        }
         if self._uncertain:
             for name in {name for name, _, _ in points}:
                 for known in self.client.get_metric_history(run_id, name):
@@ -249,7 +257,7 @@ class Shipper:
         known = self.client.get_run(run_id).data.params
         new = [Param(key, value) for key, value in entry["values"].items() if key not in known]
         for start in range(0, len(new), MAX_PARAMS):
-            self.client.log_batch(run_id, params=new[start:start + MAX_PARAMS])
+            self.client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
         changed = {f"changed.{key}": value for key, value in entry["values"].items() if known.get(key, value) != value}
         self._send_tags(run_id, {"values": changed})
 
@@ -258,13 +266,18 @@ class Shipper:
 
         tags = [RunTag(key, value) for key, value in entry["values"].items()]
         for start in range(0, len(tags), MAX_PARAMS):
-            self.client.log_batch(run_id, tags=tags[start:start + MAX_PARAMS])
+            self.client.log_batch(run_id, tags=tags[start : start + MAX_PARAMS])
 
     def _send_dataset(self, run_id: str, entry: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = Dataset(entry["name"], entry["digest"][:36], "local", json.dumps({"uri": entry["source"]}),
-                          profile=json.dumps({"digest": entry["digest"]}))
+        dataset = Dataset(
+            entry["name"],
+            entry["digest"][:36],
+            "local",
+            json.dumps({"uri": entry["source"]}),
+            profile=json.dumps({"digest": entry["digest"]}),
+        )
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", entry["context"])])])
 
     def _send_artifact(self, run_id: str, entry: dict[str, Any]) -> None:
@@ -310,8 +323,9 @@ class Shipper:
             found = self.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
             model = next((model for model in found if model.tags.get("lesionsam.seq") == key), None)
             if model is None:
-                model = self.client.create_logged_model(run.info.experiment_id, entry["name"], run_id,
-                                                        {"lesionsam.seq": key}, {"step": str(entry["step"])})
+                model = self.client.create_logged_model(
+                    run.info.experiment_id, entry["name"], run_id, {"lesionsam.seq": key}, {"step": str(entry["step"])}
+                )
             self.state["models"][key] = model.model_id
             self._save()
         model_id = self.state["models"][key]
@@ -319,8 +333,10 @@ class Shipper:
         if all(output.model_id != model_id for output in outputs):
             self.client.log_outputs(run_id, [LoggedModelOutput(model_id, entry["step"])])
         self.client.log_model_artifact(model_id, str(file))
-        metrics = [Metric(name, float(value), time_ms, entry["step"], model_id=model_id)
-                   for name, (value, time_ms) in entry["values"].items()]
+        metrics = [
+            Metric(name, float(value), time_ms, entry["step"], model_id=model_id)
+            for name, (value, time_ms) in entry["values"].items()
+        ]
         if metrics:
             self.client.log_batch(run_id, metrics=metrics)
         self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)

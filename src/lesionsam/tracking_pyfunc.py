@@ -19,8 +19,20 @@ from lesionsam.tracking_mlflow import ENVIRONMENT
 
 SCRIPT = "tracking_served.py"
 # What the code in the model imports; the lock file has the exact versions that were tested.
-REQUIREMENTS = ("mlflow>=3.5,<4", "torch>=2.11", "torchvision", "segment-anything==1.0", "safetensors>=0.5",
-                "numpy>=2", "pandas>=2.2", "pillow>=11", "scipy", "matplotlib", "scikit-image", "rich")
+REQUIREMENTS = (
+    "mlflow>=3.5,<4",
+    "torch>=2.11",
+    "torchvision",
+    "segment-anything==1.0",
+    "safetensors>=0.5",
+    "numpy>=2",
+    "pandas>=2.2",
+    "pillow>=11",
+    "scipy",
+    "matplotlib",
+    "scikit-image",
+    "rich",
+)
 
 
 def png_base64(image: np.ndarray) -> str:
@@ -43,9 +55,14 @@ def write(subject: Subject, folder: Path) -> None:
 
     # MLflow takes no whole number for a double inside a list, and JSON knows no difference: the model checks itself.
     signature = ModelSignature(
-        Schema([ColSpec(DataType.string, "image"),
-                *(ColSpec(AnyType(), name, required=False) for name in ("boxes", "points", "labels"))]),
-        Schema([ColSpec(Array(DataType.string), "masks"), ColSpec(Array(DataType.double), "predicted_iou")]))
+        Schema(
+            [
+                ColSpec(DataType.string, "image"),
+                *(ColSpec(AnyType(), name, required=False) for name in ("boxes", "points", "labels")),
+            ]
+        ),
+        Schema([ColSpec(Array(DataType.string), "masks"), ColSpec(Array(DataType.double), "predicted_iou")]),
+    )
     shades = np.linspace(40, 200, 48, dtype=np.uint8)
     shown = np.repeat(np.minimum.outer(shades, shades[:40])[..., None], 3, axis=2)  # (48, 40, 3)
     example = pd.DataFrame({"image": [png_base64(shown)], "boxes": [[[4.0, 4.0, 36.0, 44.0]]]})
@@ -56,9 +73,15 @@ def write(subject: Subject, folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of MLflow about type hints and its own insides
-            mlflow.pyfunc.save_model(str(folder), python_model=str(package / SCRIPT), code_paths=[str(package)],
-                                     artifacts={"weights": str(subject.weights.resolve())}, signature=signature,
-                                     input_example=example, pip_requirements=list(REQUIREMENTS))
+            mlflow.pyfunc.save_model(
+                str(folder),
+                python_model=str(package / SCRIPT),
+                code_paths=[str(package)],
+                artifacts={"weights": str(subject.weights.resolve())},
+                signature=signature,
+                input_example=example,
+                pip_requirements=list(REQUIREMENTS),
+            )
     finally:
         chatter.setLevel(level)
     # MLflow notes where it copied from; what it loads are the copies, and the model is given away.
@@ -79,17 +102,19 @@ def reload(subject: Subject, folder: Path) -> Segment:
 
     def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
         picture = png_base64(image)
-        rows = [{"image": picture}
-                | ({} if prompt.box is None else {"boxes": [np.asarray(prompt.box, float).tolist()]})
-                | ({} if prompt.points is None else {"points": np.asarray(prompt.points, float).tolist()})
-                | ({} if prompt.labels is None else {"labels": np.asarray(prompt.labels, float).tolist()})
-                for prompt in prompts]
+        rows = [
+            {"image": picture}
+            | ({} if prompt.box is None else {"boxes": [np.asarray(prompt.box, float).tolist()]})
+            | ({} if prompt.points is None else {"points": np.asarray(prompt.points, float).tolist()})
+            | ({} if prompt.labels is None else {"labels": np.asarray(prompt.labels, float).tolist()})
+            for prompt in prompts
+        ]
         answers = []
         for prompt, row in zip(prompts, rows, strict=True):
             found = model.predict(pd.DataFrame([row])).to_dict("records")[0]
             with Image.open(io.BytesIO(base64.b64decode(found["masks"][0]))) as png:
                 mask = np.asarray(png) > 0
-            (_, low_res, _), = inner.answers(image, [prompt.box], prompt.points, prompt.labels)
+            ((_, low_res, _),) = inner.answers(image, [prompt.box], prompt.points, prompt.labels)
             answers.append(Answer(low_res, mask, float(found["predicted_iou"][0])))
         return answers
 

@@ -81,8 +81,15 @@ class SystemSampler:
                 values[f"system/{name}"] = encode_number(float(value))
             monitor.clear_metrics()
         with suppress(OSError):  # kept until the disk takes it
-            self._journal.append({"seq": self._step, "kind": "metrics", "step": self._step,
-                                  "time": int(time.time() * 1000), "values": values})
+            self._journal.append(
+                {
+                    "seq": self._step,
+                    "kind": "metrics",
+                    "step": self._step,
+                    "time": int(time.time() * 1000),
+                    "values": values,
+                }
+            )
         self._step += 1
 
 

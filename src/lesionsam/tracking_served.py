@@ -61,15 +61,17 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
             predicted.append(quality)
         return {"masks": masks, "predicted_iou": predicted}
 
-    def answers(self, image: np.ndarray, boxes: list[np.ndarray | None], points: np.ndarray | None,
-                labels: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    def answers(
+        self, image: np.ndarray, boxes: list[np.ndarray | None], points: np.ndarray | None, labels: np.ndarray | None
+    ) -> list[tuple[np.ndarray, np.ndarray, float]]:
         """Logits (H, W) and (T, T), and predicted IoU of every box (None: of the points alone)."""
         found = []
         with self.alone:  # the predictor holds one image
             self.predictor.set_image(image)
             for box in boxes:
-                masks, quality, low_res = self.predictor.predict(points, labels, box, multimask_output=False,
-                                                                 return_logits=True)
+                masks, quality, low_res = self.predictor.predict(
+                    points, labels, box, multimask_output=False, return_logits=True
+                )
                 found.append((masks[0], low_res[0], float(quality[0])))
         return found
 
@@ -95,8 +97,9 @@ def decode_image(text: object) -> np.ndarray:
             raise UserError(str(error).replace(str(path), "image")) from None
 
 
-def prompts_of(row: dict[str, Any], width: int, height: int,
-               ) -> tuple[list[np.ndarray | None], np.ndarray | None, np.ndarray | None]:
+def prompts_of(
+    row: dict[str, Any], width: int, height: int
+) -> tuple[list[np.ndarray | None], np.ndarray | None, np.ndarray | None]:
     """Boxes, each (4,), or [None] where there is none; points (N, 2) and labels (N,), or None.
 
     Raises:
@@ -113,8 +116,9 @@ def prompts_of(row: dict[str, Any], width: int, height: int,
         frame = np.array([width, height, width, height])
         wrong = ~((boxes[:, :2] < boxes[:, 2:]).all(1) & (boxes >= 0).all(1) & (boxes <= frame).all(1))
         if wrong.any():
-            raise ValueError(f"boxes: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, got "
-                             f"{boxes[wrong][0].tolist()}")
+            raise ValueError(
+                f"boxes: expected 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, got {boxes[wrong][0].tolist()}"
+            )
     if points is not None:
         if points.ndim != 2 or points.shape[1] != 2:
             raise ValueError(f"points: expected a list of [x, y], got numbers of shape {points.shape}")
@@ -124,8 +128,9 @@ def prompts_of(row: dict[str, Any], width: int, height: int,
         if labels.shape != (len(points),) or not np.isin(labels, (0, 1)).all():
             raise ValueError(f"labels: expected a 0 or 1 for each of the {len(points)} points, got {labels.tolist()}")
         if boxes is not None and len(boxes) > 1:
-            raise ValueError(f"points: belong to one box at most, got {len(boxes)} boxes; send them in rows of their "
-                             "own")
+            raise ValueError(
+                f"points: belong to one box at most, got {len(boxes)} boxes; send them in rows of their own"
+            )
     return [None] if boxes is None else list(boxes), points, None if points is None else labels
 
 

@@ -152,8 +152,11 @@ class Spool:
 
     def is_closed(self) -> bool:
         """Whether the owner said how the run ended, or the server was told that it was killed."""
-        statuses = [entry["status"] for entry, _ in read_lines(self.path("journal"))
-                    if entry is not None and entry["kind"] == "status"]
+        statuses = [
+            entry["status"]
+            for entry, _ in read_lines(self.path("journal"))
+            if entry is not None and entry["kind"] == "status"
+        ]
         return bool(statuses and statuses[-1] != "RUNNING") or bool(self.read_json("state.json").get("killed"))
 
     def is_abandoned(self) -> bool:

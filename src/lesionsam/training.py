@@ -139,9 +139,7 @@ def fit(
     while not is_over():
         method.model.train()
         entered = time.monotonic()
-        batches = epoch_from(
-            at, data, batch_size=batch_size, seed=seed, augment=augment, widen=widen, distort=distort
-        )
+        batches = epoch_from(at, data, batch_size=batch_size, seed=seed, augment=augment, widen=widen, distort=distort)
         for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
             number = at.epoch * num_batches + at.batch  # of this batch since the beginning
             generator = step_generator(seed, number)
@@ -151,10 +149,21 @@ def fit(
                 before, ids, is_finite = Moment.of(at, method, len(waiting)), [], True
             group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
             finite: list[Callable[[], bool]] = []
-            outcome = in_parts(batch.to(device), at.parts, partial(
-                add_gradients, method, generator=generator, precision=precision, scaler=scaler, group_size=group_size,
-                watched=parameters if at.step in LIVENESS_STEPS else (), alive=at.alive, finite=finite,
-            ))
+            outcome = in_parts(
+                batch.to(device),
+                at.parts,
+                partial(
+                    add_gradients,
+                    method,
+                    generator=generator,
+                    precision=precision,
+                    scaler=scaler,
+                    group_size=group_size,
+                    watched=parameters if at.step in LIVENESS_STEPS else (),
+                    alive=at.alive,
+                    finite=finite,
+                ),
+            )
             if isinstance(outcome, str):  # out of memory: once more from the beginning of the group, in smaller parts
                 optimizer.zero_grad()
                 del waiting[before.num_waiting :]
@@ -342,9 +351,7 @@ def progress_line(at: Progress, means: Mapping[str, float], scores: Mapping[str,
     return " ".join(parts) + f" | best={at.best_score:.4f} (E{at.best_epoch}) ETA {int(eta // 60)}:{int(eta % 60):02d}"
 
 
-def parameter_groups(
-    model: nn.Module, learning_rates: Mapping[str, float], apart: Sequence[str] = ()
-) -> list[Group]:
+def parameter_groups(model: nn.Module, learning_rates: Mapping[str, float], apart: Sequence[str] = ()) -> list[Group]:
     """Split the trained parameters by the first learning rate whose key is part of their name.
 
     Args:

@@ -23,8 +23,9 @@ class Steps:
         at: counts losses and gradients that are not finite. say: told of each.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, at: Progress,
-                 say: Callable[[str], None]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, at: Progress, say: Callable[[str], None]
+    ) -> None:
         self.optimizer, self.scaler, self.at, self.say = optimizer, scaler, at, say
         self._untold: list[tuple[Callable[[], bool], int, tuple[str, ...]]] = []
 
@@ -76,8 +77,10 @@ class Steps:
         self.at.nonfinite += 1
         message = f"{what} is not finite at step {step}; images {', '.join(ids)}"
         if self.at.nonfinite >= MAX_NONFINITE:
-            raise UserError(f"{message}; {self.at.nonfinite} times without a step between: lower train.lr_* or use "
-                            "train.precision fp32")
+            raise UserError(
+                f"{message}; {self.at.nonfinite} times without a step between: lower train.lr_* or use "
+                "train.precision fp32"
+            )
         self.say(f"warning: {message}; this step is not taken")
 
 

@@ -114,14 +114,20 @@ class Batch:
         """The same batch on another device."""
         import torch
 
-        moved = {f.name: value.to(device, non_blocking=True) for f in fields(self)
-                 if isinstance(value := getattr(self, f.name), torch.Tensor)}
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
         return replace(self, **moved)
 
     def __getitem__(self, rows: slice) -> Batch:
         """Some of the lesions."""
         import torch
 
-        picked = {f.name: value[rows] for f in fields(self)
-                  if isinstance(value := getattr(self, f.name), torch.Tensor | tuple)}
+        picked = {
+            f.name: value[rows]
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor | tuple)
+        }
         return replace(self, **picked)

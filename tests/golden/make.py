@@ -33,8 +33,13 @@ from lesionsam.presets import preset_values  # noqa: E402
 GOLDEN = Path(__file__).with_name("losses.json")
 COMMAND = "python tests/golden/make.py --write"
 # Five epochs of two batches of four. The gate's threshold lets the random model's uncertain masks pass.
-SHORT = {"train.epochs": 5, "train.batch_size": 4, "runtime.device": "cpu", "runtime.num_threads": 1,
-         "evaluate.batch_size": 4}
+SHORT = {
+    "train.epochs": 5,
+    "train.batch_size": 4,
+    "runtime.device": "cpu",
+    "runtime.num_threads": 1,
+    "evaluate.batch_size": 4,
+}
 OPEN_GATE = {"method.gate.entropy_thresh": 0.6931}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("demo", OPEN_GATE),
@@ -58,8 +63,14 @@ def ten_steps(preset: str, changes: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "sam.safetensors"
         save_sam(tiny_sam(sharpness=20), weights, name="compact")
-        train(config, Data(tiny_data(8), tiny_data(4, seed=1)), weights, folder=Path(folder) / "run", log=log,
-              say=lambda line: None)
+        train(
+            config,
+            Data(tiny_data(8), tiny_data(4, seed=1)),
+            weights,
+            folder=Path(folder) / "run",
+            log=log,
+            say=lambda line: None,
+        )
     return rows
 
 

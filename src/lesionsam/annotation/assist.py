@@ -21,8 +21,9 @@ ROUNDS = 2  # of core and colours from each other
 TOLERANCE = 0.15  # by which an outline is simplified, pixels of the grid it is read from
 
 
-def rings(logits: np.ndarray, step: tuple[float, float], size: tuple[int, int],
-          level: float = 0.0) -> list[list[float]]:
+def rings(
+    logits: np.ndarray, step: tuple[float, float], size: tuple[int, int], level: float = 0.0
+) -> list[list[float]]:
     """Outlines of logits above a level.
 
     Args:
@@ -40,8 +41,13 @@ def rings(logits: np.ndarray, step: tuple[float, float], size: tuple[int, int],
     return found
 
 
-def prior_logits(image: np.ndarray, size: tuple[int, int], big: Sequence[float] | np.ndarray,
-                 small: Sequence[float] | np.ndarray, others: Sequence[Box] = ()) -> np.ndarray:
+def prior_logits(
+    image: np.ndarray,
+    size: tuple[int, int],
+    big: Sequence[float] | np.ndarray,
+    small: Sequence[float] | np.ndarray,
+    others: Sequence[Box] = (),
+) -> np.ndarray:
     """The box prior on a small copy of an image.
 
     Args:
@@ -91,8 +97,9 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
         found = simulate_boxes(mask, np.random.default_rng(0), margin=(0, 0), core=share, jitter=0.0, min_area=4)
         if found is None:
             break
-        core = np.concatenate([np.maximum(found[1][:2] / scale[:2], outer[:2]),
-                               np.minimum(found[1][2:] / scale[2:], outer[2:])])
+        core = np.concatenate(
+            [np.maximum(found[1][:2] / scale[:2], outer[:2]), np.minimum(found[1][2:] / scale[2:], outer[2:])]
+        )
     least = np.minimum(2.0, outer[2:] - outer[:2])
     centre = np.clip((core[:2] + core[2:]) / 2, outer[:2] + least / 2, outer[2:] - least / 2)
     half = np.maximum(core[2:] - core[:2], least) / 2

@@ -39,8 +39,16 @@ def compile_page(tools: Path, folder: Path = WEB) -> bytes:
     for tool in (tsc, esbuild):
         if not tool.exists():
             raise UserError(f"{tool}: not there; `make web` fetches it")
-    bundle = [str(esbuild), str(folder / "main.ts"), "--bundle", "--format=iife", "--target=es2021", "--charset=utf8",
-              "--legal-comments=none", "--log-level=warning"]
+    bundle = [
+        str(esbuild),
+        str(folder / "main.ts"),
+        "--bundle",
+        "--format=iife",
+        "--target=es2021",
+        "--charset=utf8",
+        "--legal-comments=none",
+        "--log-level=warning",
+    ]
     made = b""
     for command in ([str(tsc), "-p", str(folder / "tsconfig.json")], bundle):
         done = subprocess.run(command, capture_output=True, check=False)

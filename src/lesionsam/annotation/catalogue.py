@@ -54,8 +54,10 @@ class Catalogue:
         for argument in arguments:
             paths = list(_find(str(argument)))
             if not paths:
-                raise UserError(f"{argument}: no images; expected a folder, a file or a pattern of files ending in "
-                                f"{', '.join(IMAGE_SUFFIXES)}")
+                raise UserError(
+                    f"{argument}: no images; expected a folder, a file or a pattern of files ending in "
+                    f"{', '.join(IMAGE_SUFFIXES)}"
+                )
             for path in paths:
                 if path not in seen:
                     seen.add(path)
@@ -69,8 +71,10 @@ class Catalogue:
         image_id = os.path.splitext(name)[0]
         fault = name_fault(image_id)
         if not fault and (other := self.by_id.get(image_id)) is not None:
-            fault = (f"{name}: {os.path.basename(other.path)} has the same name apart from folder or ending, and boxes "
-                     "are found by name; rename one of them")
+            fault = (
+                f"{name}: {os.path.basename(other.path)} has the same name apart from folder or ending, and boxes "
+                "are found by name; rename one of them"
+            )
         key = key_of(path if fault else image_id)
         entry = Entry(image_id, key, Path(path), fault)
         self.entries.append(entry)
@@ -99,8 +103,11 @@ def _find(argument: str) -> Iterator[str]:
     elif os.path.isfile(argument):
         yield argument
     else:
-        yield from (path for path in sorted(glob.glob(argument, recursive=True))
-                    if _is_image(os.path.basename(path)) and os.path.isfile(path))
+        yield from (
+            path
+            for path in sorted(glob.glob(argument, recursive=True))
+            if _is_image(os.path.basename(path)) and os.path.isfile(path)
+        )
 
 
 def _walk(folder: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 MAX_BODY = 1 << 20  # bytes
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
-                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -137,12 +137,18 @@ class Gate:
         """Trade the token in the address for a cookie, so that it does not stay in the address."""
         shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if scope["path"] != "/" or not hmac.compare_digest(shown.encode(), (self.token or "").encode()):
-            await _answer(send, 401, "open the page with the address that `lesionsam annotate` printed; it ends in a "
-                                     "token")
+            await _answer(
+                send, 401, "open the page with the address that `lesionsam annotate` printed; it ends in a token"
+            )
             return
         cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-        await send({"type": "http.response.start", "status": 303,
-                    "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 303,
+                "headers": [(b"location", b"/"), (b"set-cookie", cookie.encode()), (b"content-length", b"0")],
+            }
+        )
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -176,6 +182,11 @@ def _replay(body: bytes) -> Any:
 
 async def _answer(send: Any, status: int, problem: str) -> None:
     body = json.dumps({"problem": problem}).encode()
-    await send({"type": "http.response.start", "status": status,
-                "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
+        }
+    )
     await send({"type": "http.response.body", "body": body})

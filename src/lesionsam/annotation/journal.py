@@ -58,8 +58,10 @@ class Journal:
             if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), str):
                 raise ValueError("no image_id")
         except ValueError as error:
-            raise UserError(f"{self.path}: a line is damaged ({error}): {line[:60]!r}; remove that line; the boxes "
-                            "themselves are in the table") from None
+            raise UserError(
+                f"{self.path}: a line is damaged ({error}): {line[:60]!r}; remove that line; the boxes "
+                "themselves are in the table"
+            ) from None
         return entry
 
     def states(self) -> dict[str, ImageState]:
@@ -70,8 +72,10 @@ class Journal:
             try:
                 found[entry["image_id"]] = state_from_dict(entry)
             except (TypeError, KeyError, ValueError) as error:
-                raise UserError(f"{self.path}: a line lacks something ({error}): {line[:60]!r}; remove that line; the "
-                                "boxes themselves are in the table") from None
+                raise UserError(
+                    f"{self.path}: a line lacks something ({error}): {line[:60]!r}; remove that line; the "
+                    "boxes themselves are in the table"
+                ) from None
         self._last_lines.clear()
         return found
 

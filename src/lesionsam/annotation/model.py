@@ -66,8 +66,9 @@ class Model:
         UserError: weights that cannot be used.
     """
 
-    def __init__(self, weights: Path, pictures: Pictures, *, threshold: float = 0.5,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, weights: Path, pictures: Pictures, *, threshold: float = 0.5, device: torch.device | str = "cpu"
+    ) -> None:
         self.sam = load_sam(None, weights).to(device)
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
         self.name, self.digest = weights.name, sha256_file(weights)[:12]
@@ -107,6 +108,7 @@ class Model:
 
     def features(self, entry: Entry) -> Features:
         """Of an image, encoded now where it is not yet; from a picture decoded small, for speed."""
+
         def make() -> tuple[Features, int]:
             found = self.encoded(self.pictures.small(entry, DETAIL * self.side))
             return found, sum(one.numel() * one.element_size() for one in (found.values, found.frame))
@@ -121,8 +123,9 @@ class Model:
         return Features(values, frames, (int(sizes[0, 0]), int(sizes[0, 1])))
 
     @torch.inference_mode()
-    def answer(self, features: Features, size: tuple[int, int], key: str, big: Sequence[float],
-               small: Sequence[float]) -> Answer:
+    def answer(
+        self, features: Features, size: tuple[int, int], key: str, big: Sequence[float], small: Sequence[float]
+    ) -> Answer:
         """The mask of two boxes.
 
         Args:
@@ -130,14 +133,17 @@ class Model:
             big, small: XYXY, pixels of the image.
         """
         width, height = size
-        outer, core = (torch.tensor(to_model_frame(np.array(box, float), width, height, self.side),
-                                    dtype=torch.float32)[None] for box in (big, small))
+        outer, core = (
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            for box in (big, small)
+        )
         prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
         low_res, predicted = decode(self.sam, features.values, prompts.to(self.device))
         return self._answer(low_res[0, 0].float().cpu().numpy(), float(predicted[0, 0]), features.size, size, big)
 
-    def _answer(self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int],
-                big: Sequence[float]) -> Answer:
+    def _answer(
+        self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int], big: Sequence[float]
+    ) -> Answer:
         kept = self._part(low_res, part)
         cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
         step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
@@ -147,8 +153,9 @@ class Model:
 
     def lesion(self, features: Features) -> np.ndarray:
         """(t, u) float32 logits of the image part: what `lesionsam predict --auto` finds, no prompt given."""
-        (low_res, _, _), = find_lesions(self.sam, features.values, features.frame.to(self.device), [features.size],
-                                        by=self._way, options=AUTO)
+        ((low_res, _, _),) = find_lesions(
+            self.sam, features.values, features.frame.to(self.device), [features.size], by=self._way, options=AUTO
+        )
         return self._part(low_res.float().cpu().numpy(), features.size)
 
     @torch.inference_mode()
@@ -163,8 +170,10 @@ class Model:
         height, width = features.size
         points = torch.tensor(places * (width, height), dtype=torch.float32)[:, None].to(self.device)
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
-        parts = [decode(self.sam, features.values, Prompts(some, label), multimask=True, rows=[0] * len(some))
-                 for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)]
+        parts = [
+            decode(self.sam, features.values, Prompts(some, label), multimask=True, rows=[0] * len(some))
+            for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
+        ]
         low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
         predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
         return self._part(low_res, features.size), predicted
@@ -185,8 +194,10 @@ class Model:
         """
         features = self.encoded(image)
         height, width = image.shape[:2]
-        outer, core = (torch.tensor(to_model_frame(np.array(box, float), width, height, self.side),
-                                    dtype=torch.float32)[None] for box in (big, small))
+        outer, core = (
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            for box in (big, small)
+        )
         prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
         low_res, _ = decode(self.sam, features.values, prompts.to(self.device))
         logits = upscale(low_res[0, 0].float(), features.size, (height, width), self.side)

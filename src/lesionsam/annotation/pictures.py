@@ -98,6 +98,7 @@ class Pictures:
         Raises:
             UserError: a file that is no image, damaged, or too large.
         """
+
         def make() -> tuple[bytes, int]:
             with self._turns[level]:
                 pixels, _ = read_reduced(entry.path, LEVELS[level])
@@ -110,6 +111,7 @@ class Pictures:
 
     def small(self, entry: Entry, longest: int) -> np.ndarray:
         """(h, w, 3) uint8 RGB with its longer side at most `longest`."""
+
         def make() -> tuple[np.ndarray, int]:
             pixels, _ = read_reduced(entry.path, longest)
             return pixels, pixels.nbytes

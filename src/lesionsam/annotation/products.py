@@ -142,8 +142,8 @@ class Products:
         names = {lesion_id: mask_name(image_id, lesion_id, is_only=len(wanted) == 1) for lesion_id in wanted}
         held: dict[str, dict[str, Any]] = before["lesions"]
         if {name: (made["key"], made["file_name"]) for name, made in held.items()} == {
-                name: (key, names[name]) for name, key in wanted.items()} and all(
-                    (self.folder / name).is_file() for name in names.values()):
+            name: (key, names[name]) for name, key in wanted.items()
+        } and all((self.folder / name).is_file() for name in names.values()):
             return False
         try:
             made = self._make(entry, state, wanted, names) if wanted else None
@@ -158,8 +158,7 @@ class Products:
 
     def _key(self, entry: Entry, lesion: Lesion) -> str:
         """Hash of what a mask and its provenance depend on."""
-        parts = (lesion.boxes, lesion.source, self.model.digest, self.model.threshold,
-                 self._stamp(entry))
+        parts = (lesion.boxes, lesion.source, self.model.digest, self.model.threshold, self._stamp(entry))
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
     def _stamp(self, entry: Entry) -> tuple[int, int] | None:
@@ -176,12 +175,24 @@ class Products:
             with atomic_write(self.folder / names[lesion.lesion_id]) as file:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
             lesions[lesion.lesion_id] = {
-                "key": keys[lesion.lesion_id], "file_name": names[lesion.lesion_id], "area": int(mask.sum()),
-                "segmentation": encode(mask), "bbox": _bounds(mask), "big": lesion.big, "small": lesion.small,
-                "attributes": {"lesion_id": lesion.lesion_id, "source": lesion.source, "mask_by": self.model.digest,
-                               "threshold": self.model.threshold, "proposed_by": lesion.model,
-                               "changed_by": lesion.changed_by, "changed_at": lesion.changed_at,
-                               "seconds": lesion.seconds}}
+                "key": keys[lesion.lesion_id],
+                "file_name": names[lesion.lesion_id],
+                "area": int(mask.sum()),
+                "segmentation": encode(mask),
+                "bbox": _bounds(mask),
+                "big": lesion.big,
+                "small": lesion.small,
+                "attributes": {
+                    "lesion_id": lesion.lesion_id,
+                    "source": lesion.source,
+                    "mask_by": self.model.digest,
+                    "threshold": self.model.threshold,
+                    "proposed_by": lesion.model,
+                    "changed_by": lesion.changed_by,
+                    "changed_at": lesion.changed_at,
+                    "seconds": lesion.seconds,
+                },
+            }
         return {"file_name": entry.path.name, "width": image.shape[1], "height": image.shape[0], "lesions": lesions}
 
     def write_coco(self) -> None:
@@ -192,20 +203,43 @@ class Products:
             for lesion in made["lesions"].values():
                 for category, box in ((1, lesion["big"]), (2, lesion["small"])):
                     x0, y0, x1, y1 = box
-                    annotations.append({
-                        "id": len(annotations) + 1, "image_id": number, "category_id": category,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0,
-                        "segmentation": [], "attributes": {"lesion_id": lesion["attributes"]["lesion_id"]}})
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": number,
+                            "category_id": category,
+                            "bbox": [x0, y0, x1 - x0, y1 - y0],
+                            "area": (x1 - x0) * (y1 - y0),
+                            "iscrowd": 0,
+                            "segmentation": [],
+                            "attributes": {"lesion_id": lesion["attributes"]["lesion_id"]},
+                        }
+                    )
                 if lesion["area"]:  # a mask without a pixel is no object
-                    annotations.append({
-                        "id": len(annotations) + 1, "image_id": number, "category_id": 3, "bbox": lesion["bbox"],
-                        "area": lesion["area"], "iscrowd": 0, "segmentation": lesion["segmentation"],
-                        "attributes": lesion["attributes"] | {"file_name": lesion["file_name"], "key": lesion["key"]}})
-        document = {"info": {"description": "masks of two boxes per lesion; attributes say where each comes from",
-                             "model": self.model.name, "sha256": self.model.digest},
-                    "licenses": [], "images": images, "annotations": annotations,
-                    "categories": [{"id": k, "name": name, "supercategory": "lesion"}
-                                   for k, name in enumerate(CATEGORIES, 1)]}
+                    annotations.append(
+                        {
+                            "id": len(annotations) + 1,
+                            "image_id": number,
+                            "category_id": 3,
+                            "bbox": lesion["bbox"],
+                            "area": lesion["area"],
+                            "iscrowd": 0,
+                            "segmentation": lesion["segmentation"],
+                            "attributes": lesion["attributes"]
+                            | {"file_name": lesion["file_name"], "key": lesion["key"]},
+                        }
+                    )
+        document = {
+            "info": {
+                "description": "masks of two boxes per lesion; attributes say where each comes from",
+                "model": self.model.name,
+                "sha256": self.model.digest,
+            },
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(CATEGORIES, 1)],
+        }
         write_text_atomic(self.folder / COCO, json.dumps(document, ensure_ascii=False) + "\n")
 
 
@@ -230,9 +264,12 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
                 continue
             attributes = {name: value for name, value in each["attributes"].items() if name not in ("file_name", "key")}
             images[place[0]]["lesions"][place[1]] = {
-                **{name: each[name] for name in ("area", "segmentation", "bbox")}, **boxes[place],
-                "file_name": each["attributes"]["file_name"], "key": each["attributes"]["key"],
-                "attributes": attributes}
+                **{name: each[name] for name in ("area", "segmentation", "bbox")},
+                **boxes[place],
+                "file_name": each["attributes"]["file_name"],
+                "key": each["attributes"]["key"],
+                "attributes": attributes,
+            }
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
     return {Path(image["file_name"]).stem: image for image in images.values()}

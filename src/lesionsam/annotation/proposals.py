@@ -80,8 +80,14 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
     drawn = boxes_of_mask(mask, size)
     if answer is None or prior is None or drawn is None:
         return None
-    return Proposed(*drawn, answer.predicted_iou, answer.entropy,
-                    agreement(answer.low_res, model.level, prior), float(mask.mean()), score)
+    return Proposed(
+        *drawn,
+        answer.predicted_iou,
+        answer.entropy,
+        agreement(answer.low_res, model.level, prior),
+        float(mask.mean()),
+        score,
+    )
 
 
 def fused(model: Model, answer: Answer, prior: np.ndarray) -> np.ndarray:
@@ -99,8 +105,9 @@ def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | 
     if not count:
         return None
     largest = labels == 1 + int(np.bincount(labels.ravel())[1:].argmax())
-    found = simulate_boxes(largest, np.random.default_rng(0), margin=(LOOSENESS, LOOSENESS), core=(CORE, CORE),
-                           jitter=0.0, min_area=4)
+    found = simulate_boxes(
+        largest, np.random.default_rng(0), margin=(LOOSENESS, LOOSENESS), core=(CORE, CORE), jitter=0.0, min_area=4
+    )
     if found is None:
         return None
     scale = np.array([size[0] / mask.shape[1], size[1] / mask.shape[0]] * 2)
@@ -133,8 +140,9 @@ def best_of_grid(model: Model, features: Features, picture: np.ndarray, lab: np.
     chosen = [masks[k] for k in distinct(masks, quality)]
     by_colour = colour_candidate(lab)
     if by_colour is not None and LEAST_AREA <= by_colour.mean() <= MOST_AREA:
-        chosen.append(ndimage.zoom(by_colour.astype(np.float32), np.array(masks.shape[1:]) / by_colour.shape,
-                                   order=1) > 0.5)
+        chosen.append(
+            ndimage.zoom(by_colour.astype(np.float32), np.array(masks.shape[1:]) / by_colour.shape, order=1) > 0.5
+        )
     scored = [(lesion_score(picture, lab, mask), k) for k, mask in enumerate(chosen) if mask.any()]
     if not scored or max(scored)[0] <= 0:
         return None

@@ -132,8 +132,10 @@ def checked_boxes(big: Sequence[float], small: Sequence[float], width: int, heig
                 raise UserError(f"core: leaves the big box by {over:.1f} px; it must lie inside it")
             low, high = [max(low[k], outer[k]) for k in (0, 1)], [min(high[k], outer[k + 2]) for k in (0, 1)]
         if high[0] - low[0] < MIN_SIDE - 0.01 or high[1] - low[1] < MIN_SIDE - 0.01:
-            raise UserError(f"{name}: expected sides of at least {MIN_SIDE:g} px inside the image of {width}x{height} "
-                            f"px, got {[round(value, 2) for value in box]}")
+            raise UserError(
+                f"{name}: expected sides of at least {MIN_SIDE:g} px inside the image of {width}x{height} "
+                f"px, got {[round(value, 2) for value in box]}"
+            )
         boxes.append(rounded((*low, *high)))
     return boxes[0], boxes[1]
 
@@ -158,7 +160,15 @@ def merged(old: Lesion | None, new: Lesion, who: str, when: str, seconds: float,
     base = old or replace(new, made_by=who, made_at=when)
     touched = old is None or (old.boxes, old.core) != (new.boxes, new.core)
     return replace(
-        base, big=new.big, small=new.small, core=new.core, source=source, proposed=proposed,
-        model=base.model or new.model, threshold=base.threshold if base.threshold is not None else new.threshold,
+        base,
+        big=new.big,
+        small=new.small,
+        core=new.core,
+        source=source,
+        proposed=proposed,
+        model=base.model or new.model,
+        threshold=base.threshold if base.threshold is not None else new.threshold,
         seconds=round(base.seconds + seconds, 2) if old is not None else round(seconds, 2),
-        changed_by=who if touched else base.changed_by, changed_at=when if touched else base.changed_at)
+        changed_by=who if touched else base.changed_by,
+        changed_at=when if touched else base.changed_at,
+    )

@@ -75,12 +75,21 @@ class Proposals:
                 numbers |= {key: tuple(numbers[key]) for key in ("big", "small") if key in numbers}
                 lesion = Proposed(**numbers) if numbers else None
                 self.found[values["image_id"]] = Found(
-                    values["image_id"], tuple(values["stamp"]), tuple(values["size"]), lesion)
+                    values["image_id"], tuple(values["stamp"]), tuple(values["size"]), lesion
+                )
 
     def add(self, found: Found) -> None:
         """Keep one more; a line that a crash cuts short is made again, so nothing waits for the disk."""
-        line = json.dumps({"image_id": found.image_id, "model": self.name, "stamp": found.stamp, "size": found.size,
-                           "lesion": found.lesion and asdict(found.lesion)}, ensure_ascii=False)
+        line = json.dumps(
+            {
+                "image_id": found.image_id,
+                "model": self.name,
+                "stamp": found.stamp,
+                "size": found.size,
+                "lesion": found.lesion and asdict(found.lesion),
+            },
+            ensure_ascii=False,
+        )
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -110,8 +119,9 @@ def usual_areas(store: Store, proposals: Proposals) -> list[float]:
         found = proposals.found.get(state.image_id)
         if found is not None:
             whole = found.size[0] * found.size[1]
-            areas += [math.log(FILLED * _area(lesion.big) / whole) for lesion in state.lesions
-                      if lesion.source != AUTOMATIC]
+            areas += [
+                math.log(FILLED * _area(lesion.big) / whole) for lesion in state.lesions if lesion.source != AUTOMATIC
+            ]
     return areas
 
 
@@ -197,10 +207,16 @@ class Review:
         now = (self.count, self.store.clock)
         if self._ordered[0] != now:
             usual = self.usual()
-            known = [(entry.key, found) for found in list(self.proposals.found.values())
-                     if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None]
-            doubts = [(key, doubt(found.lesion, usual)[0]) for key, found in known
-                      if found.lesion is not None and self.store.state(found.image_id).status == OPEN]
+            known = [
+                (entry.key, found)
+                for found in list(self.proposals.found.values())
+                if found.lesion is not None and (entry := self.catalogue.by_id.get(found.image_id)) is not None
+            ]
+            doubts = [
+                (key, doubt(found.lesion, usual)[0])
+                for key, found in known
+                if found.lesion is not None and self.store.state(found.image_id).status == OPEN
+            ]
             self._ordered = now, with_spot_checks(doubts, len(known) - len(doubts))
         return self._ordered[1]
 
@@ -209,8 +225,11 @@ class Review:
         return sum(1 for entry in self.catalogue.by_id.values() if self._needs(entry))
 
     def _needs(self, entry: Entry) -> bool:
-        return (entry.image_id not in self.proposals.found and entry.key not in self._failed
-                and self.store.state(entry.image_id).status == OPEN)
+        return (
+            entry.image_id not in self.proposals.found
+            and entry.key not in self._failed
+            and self.store.state(entry.image_id).status == OPEN
+        )
 
     def _work(self) -> None:
         ahead = iter(self.catalogue.by_id.values())

@@ -29,9 +29,18 @@ FINISH_SECONDS = 10.0  # for masks that are still to be written when the page is
 PORT = 8350  # tried first; any free one where it is taken
 
 
-def annotate(images: Sequence[str | Path], *, boxes: Path | None = None, model: Path | None = None,
-             threshold: float = 0.5, port: int | None = None, host: str = "127.0.0.1", browser: bool = True,
-             who: str = "", device: str = "cpu") -> None:
+def annotate(
+    images: Sequence[str | Path],
+    *,
+    boxes: Path | None = None,
+    model: Path | None = None,
+    threshold: float = 0.5,
+    port: int | None = None,
+    host: str = "127.0.0.1",
+    browser: bool = True,
+    who: str = "",
+    device: str = "cpu",
+) -> None:
     """Serve the page until it is interrupted.
 
     Args:
@@ -116,10 +125,14 @@ def listen(host: str, port: int | None) -> socket.socket:
             if code == errno.EADDRINUSE and number != tried[-1]:
                 continue
             if code == errno.EADDRINUSE:
-                raise UserError(f"--port: {number} is in use by another program (another page?); choose another, or "
-                                "leave --port out to get a free one") from None
-            raise UserError(f"--host, --port: cannot listen on {host} port {number}: {error}; expected an address of "
-                            "this machine and a port of 1024 to 65535") from None
+                raise UserError(
+                    f"--port: {number} is in use by another program (another page?); choose another, or "
+                    "leave --port out to get a free one"
+                ) from None
+            raise UserError(
+                f"--host, --port: cannot listen on {host} port {number}: {error}; expected an address of "
+                "this machine and a port of 1024 to 65535"
+            ) from None
     raise UserError("--port: no free port")
 
 
@@ -130,16 +143,30 @@ def _serve(desk: Desk, host: str, port: int | None, browser: bool) -> None:
     shown = host if is_loopback(host) else _address(host)
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{number}/" + (f"?token={token}" if token else "")
     if token:
-        print(f"warning: {host} lets other machines ask for these images, without encryption. Only who has the address "
-              "below gets in; give it to nobody else, and use it on a network that you trust.", file=sys.stderr)
+        print(
+            f"warning: {host} lets other machines ask for these images, without encryption. Only who has the address "
+            "below gets in; give it to nobody else, and use it on a network that you trust.",
+            file=sys.stderr,
+        )
     gate = Gate(create_app(desk), host=host, port=number, token=token)
-    config = uvicorn.Config(gate, log_level="warning", access_log=False, server_header=False, lifespan="off",
-                            ws="none", timeout_keep_alive=30, h11_max_incomplete_event_size=16384,
-                            timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        gate,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=16384,
+        timeout_graceful_shutdown=3,
+    )
     server = uvicorn.Server(config)
     count = len(desk.catalogue)
-    print(f"{count} image{'s' if count != 1 else ''}, boxes in {desk.store.path}\n"
-          f"the page: {url}\nCtrl-C ends it; every change is saved as it is made.", flush=True)
+    print(
+        f"{count} image{'s' if count != 1 else ''}, boxes in {desk.store.path}\n"
+        f"the page: {url}\nCtrl-C ends it; every change is saved as it is made.",
+        flush=True,
+    )
     if browser and _has_screen():
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     try:

@@ -29,9 +29,12 @@ if TYPE_CHECKING:  # a page without a model need not wait for torch
     from lesionsam.annotation.review import Review
 
 WEB = FilePath(__file__).parent / "web"
-FILES = {"": ("index.html", "text/html; charset=utf-8"),
-         "annotate.js": ("annotate.js", "text/javascript; charset=utf-8"),
-         "annotate.css": ("annotate.css", "text/css; charset=utf-8"), "icon.svg": ("icon.svg", "image/svg+xml")}
+FILES = {
+    "": ("index.html", "text/html; charset=utf-8"),
+    "annotate.js": ("annotate.js", "text/javascript; charset=utf-8"),
+    "annotate.css": ("annotate.css", "text/css; charset=utf-8"),
+    "icon.svg": ("icon.svg", "image/svg+xml"),
+}
 JPEG = "image/jpeg"
 WAIT_SECONDS = 0.08  # how long a preview waits for the model's features before it goes without
 
@@ -192,14 +195,22 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
     @app.get("/api/session")
     def session() -> Response:
         problem = _table_problem(desk.store)
-        images = [[entry.key, entry.image_id, *(desk.summary(entry.image_id) if not entry.fault else ("faulty", 0, 0))]
-                  for entry in desk.catalogue.entries]
-        return JSONResponse({
-            "who": desk.who, "title": desk.title, "table": desk.store.path.name, "clock": desk.store.clock,
-            "store": key_of(str(desk.store.path.resolve())),
-            "model": desk.model and {"name": desk.model.name, "threshold": desk.model.threshold},
-            "images": images, "problem": problem,
-        })
+        images = [
+            [entry.key, entry.image_id, *(desk.summary(entry.image_id) if not entry.fault else ("faulty", 0, 0))]
+            for entry in desk.catalogue.entries
+        ]
+        return JSONResponse(
+            {
+                "who": desk.who,
+                "title": desk.title,
+                "table": desk.store.path.name,
+                "clock": desk.store.clock,
+                "store": key_of(str(desk.store.path.resolve())),
+                "model": desk.model and {"name": desk.model.name, "threshold": desk.model.threshold},
+                "images": images,
+                "problem": problem,
+            }
+        )
 
     @app.get("/api/changes")
     def changes(clock: Annotated[int, Query(ge=0)]) -> Response:
@@ -207,9 +218,14 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         now, ids = desk.store.changes_since(clock)
         entries = (desk.catalogue.by_id.get(image_id) for image_id in ids)
         changed = [[entry.key, *desk.summary(entry.image_id)] for entry in entries if entry is not None]
-        return JSONResponse({"clock": now, "changed": changed,
-                             "problem": problem or (desk.products.problem if desk.products else ""),
-                             "proposed": desk.review.count if desk.review else 0})
+        return JSONResponse(
+            {
+                "clock": now,
+                "changed": changed,
+                "problem": problem or (desk.products.problem if desk.products else ""),
+                "proposed": desk.review.count if desk.review else 0,
+            }
+        )
 
     @app.get("/api/images/{key}")
     def image(key: Key) -> Response:
@@ -217,10 +233,21 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         width, height = desk.pictures.size(entry)
         state = desk.store.state(entry.image_id)
         wrong = [lesion.lesion_id for lesion in state.lesions if outside(lesion.boxes, width, height)]
-        problem = (f"lesion {wrong[0]} of {desk.store.path.name} lies outside this image of {width}x{height} px; "
-                   "boxes are pixels of the upright image" if wrong else "")
-        return JSONResponse({"width": width, "height": height, "state": _as_sent(state), "problem": problem,
-                             "proposal": desk.review.proposal(entry) if desk.review else None})
+        problem = (
+            f"lesion {wrong[0]} of {desk.store.path.name} lies outside this image of {width}x{height} px; "
+            "boxes are pixels of the upright image"
+            if wrong
+            else ""
+        )
+        return JSONResponse(
+            {
+                "width": width,
+                "height": height,
+                "state": _as_sent(state),
+                "problem": problem,
+                "proposal": desk.review.proposal(entry) if desk.review else None,
+            }
+        )
 
     @app.get("/api/images/{key}/picture")
     def picture(key: Key, level: Annotated[str, Query(pattern=f"^({'|'.join(LEVELS)})$")] = "view") -> Response:
@@ -258,11 +285,28 @@ def _table_problem(store: Store) -> str:
 
 def _as_sent(state: ImageState) -> dict[str, Any]:
     """A state as the page gets it."""
-    return {"revision": state.revision, "mark": state.mark, "status": state.status, "by": state.changed_by,
-            "at": state.changed_at, "change": state.change, "seconds": state.all_seconds, "lesions": [
-                {"id": each.lesion_id, "big": each.big, "small": each.small, "core": each.core, "source": each.source,
-                 "seconds": each.seconds, "by": each.changed_by, "proposed": each.proposed}
-                for each in state.lesions]}
+    return {
+        "revision": state.revision,
+        "mark": state.mark,
+        "status": state.status,
+        "by": state.changed_by,
+        "at": state.changed_at,
+        "change": state.change,
+        "seconds": state.all_seconds,
+        "lesions": [
+            {
+                "id": each.lesion_id,
+                "big": each.big,
+                "small": each.small,
+                "core": each.core,
+                "source": each.source,
+                "seconds": each.seconds,
+                "by": each.changed_by,
+                "proposed": each.proposed,
+            }
+            for each in state.lesions
+        ],
+    }
 
 
 def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
@@ -271,10 +315,14 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
     lesions = []
     for each in sent.lesions:
         check_text(each.id, "lesion id")
-        is_proposed = known is not None and each.proposed is not None and (
-            _box(each.proposed[0]), _box(each.proposed[1])) == known
-        lesion = Lesion(each.id, _box(each.big), _box(each.small), core=each.core,
-                        source="accepted" if each.agreed else "drawn")
+        is_proposed = (
+            known is not None
+            and each.proposed is not None
+            and (_box(each.proposed[0]), _box(each.proposed[1])) == known
+        )
+        lesion = Lesion(
+            each.id, _box(each.big), _box(each.small), core=each.core, source="accepted" if each.agreed else "drawn"
+        )
         if is_proposed and desk.model is not None:
             lesion = replace(lesion, proposed=known, model=desk.model.digest, threshold=desk.model.threshold)
         lesions.append(lesion)
@@ -282,8 +330,15 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
         raise UserError("two lesions of one image have the same id; load the page again")
     check_text(sent.who, "name")
     seconds = {each.id: each.seconds for each in sent.lesions if each.seconds} | ({"": sent.seconds})
-    return Change(sent.base, sent.who.strip() or desk.who, sent.change, sent.mark, tuple(lesions), seconds,
-                  shown=desk.model.label if sent.shown and known and desk.model else "")
+    return Change(
+        sent.base,
+        sent.who.strip() or desk.who,
+        sent.change,
+        sent.mark,
+        tuple(lesions),
+        seconds,
+        shown=desk.model.label if sent.shown and known and desk.model else "",
+    )
 
 
 def check_text(text: str, what: str) -> None:
@@ -345,7 +400,10 @@ def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tupl
     if features is None:
         return found | {"pending": True}
     answer = desk.model.answer(features, size, f"{entry.image_id}/{lesion_id}", big, small)
-    found["model"] = {"rings": rings(answer.low_res, answer.step, size, desk.model.level),
-                      "iou": round(answer.predicted_iou, 3), "entropy": round(answer.entropy, 3)}
+    found["model"] = {
+        "rings": rings(answer.low_res, answer.step, size, desk.model.level),
+        "iou": round(answer.predicted_iou, 3),
+        "entropy": round(answer.entropy, 3),
+    }
     found["agreement"] = round(agreement(answer.low_res, desk.model.level, prior), 3)
     return found

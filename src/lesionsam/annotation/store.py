@@ -162,11 +162,27 @@ class Store:
         for lesion in change.lesions:
             big, small = checked_boxes(lesion.big, lesion.small, *size)
             before = known.get(lesion.lesion_id) or self._gone.get((old.image_id, lesion.lesion_id))
-            lesions.append(merged(before, replace(lesion, big=big, small=small), change.who, when,
-                                  seconds.pop(lesion.lesion_id, 0.0), automatic=change.automatic))
-        return ImageState(old.image_id, old.revision + 1, "" if lesions else change.mark, tuple(lesions),
-                          round(old.seconds + sum(seconds.values()), 2), change.who, when, change.change,
-                          change.shown or old.shown)
+            lesions.append(
+                merged(
+                    before,
+                    replace(lesion, big=big, small=small),
+                    change.who,
+                    when,
+                    seconds.pop(lesion.lesion_id, 0.0),
+                    automatic=change.automatic,
+                )
+            )
+        return ImageState(
+            old.image_id,
+            old.revision + 1,
+            "" if lesions else change.mark,
+            tuple(lesions),
+            round(old.seconds + sum(seconds.values()), 2),
+            change.who,
+            when,
+            change.change,
+            change.shown or old.shown,
+        )
 
     def _commit(self, state: ImageState, size: tuple[int, int]) -> None:
         """Journal first, then the table: a crash between the two is rolled forward when the table is opened next."""
@@ -237,17 +253,21 @@ class Store:
     def _size_of(self, image_id: str) -> tuple[int, int]:
         entry = self.catalogue.by_id.get(image_id)
         if entry is None:
-            raise UserError(f"{self.journal.path}: the last change is of {image_id!r}, which was not given; give the "
-                            "same images as before once, so that it can be finished")
+            raise UserError(
+                f"{self.journal.path}: the last change is of {image_id!r}, which was not given; give the "
+                "same images as before once, so that it can be finished"
+            )
         return image_size(entry.path)
 
     def _read(self, data: bytes | None) -> Table:
         """The table as it is, unless it is gone although there were boxes in it."""
         known = sum(1 for state in self._states.values() if state.lesions)
         if (data is None or not data.strip()) and known:
-            raise UserError(f"{self.path}: {'gone' if data is None else 'empty'}, but {self.journal.path.name} knows "
-                            f"of {known} images with boxes; put the table back, or remove the journal too to begin "
-                            "anew")
+            raise UserError(
+                f"{self.path}: {'gone' if data is None else 'empty'}, but {self.journal.path.name} knows "
+                f"of {known} images with boxes; put the table back, or remove the journal too to begin "
+                "anew"
+            )
         return read_table(self.path) if data is not None else Table()
 
     def _reread(self, *, first: bool = False) -> None:
@@ -288,5 +308,12 @@ def taken_over(old: ImageState, rows: Mapping[str, tuple[Box, Box]], revision: i
         before = known.get(lesion_id)
         core = before.core if before is not None and before.small == small else "drawn"
         lesions.append(merged(before, Lesion(lesion_id, big, small, core=core), who, when, 0.0))
-    return replace(old, revision=revision, lesions=tuple(lesions), mark="" if lesions else old.mark, changed_by=who,
-                   changed_at=when, change="")
+    return replace(
+        old,
+        revision=revision,
+        lesions=tuple(lesions),
+        mark="" if lesions else old.mark,
+        changed_by=who,
+        changed_at=when,
+        change="",
+    )

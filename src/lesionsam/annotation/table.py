@@ -70,8 +70,16 @@ class Table:
 
     def _line(self, image_id: str, lesion: Lesion, size: tuple[int, int]) -> str:
         split = [self.splits.get(image_id, "")] if self.with_split else []
-        return _csv_line([image_id, lesion.lesion_id, *split, str(size[0]), str(size[1]),
-                          *(f"{value:.2f}" for box in lesion.boxes for value in box)])
+        return _csv_line(
+            [
+                image_id,
+                lesion.lesion_id,
+                *split,
+                str(size[0]),
+                str(size[1]),
+                *(f"{value:.2f}" for box in lesion.boxes for value in box),
+            ]
+        )
 
 
 def _csv_line(values: Iterable[str]) -> str:
@@ -104,8 +112,10 @@ def read_table(path: Path) -> Table:
         image_id, lesion_id = row["image_id"], row.get("lesion_id") or "0"
         lesions = table.boxes.setdefault(image_id, {})
         if lesion_id in lesions:
-            raise UserError(f"{path}: line {line}, image_id, lesion_id: {image_id!r}, {lesion_id!r} stands there "
-                            "already; give each lesion of an image its own lesion_id")
+            raise UserError(
+                f"{path}: line {line}, image_id, lesion_id: {image_id!r}, {lesion_id!r} stands there "
+                "already; give each lesion of an image its own lesion_id"
+            )
         lesions[lesion_id] = simple[k] or _careful(path, line, row)
         if table.with_split and row["split"]:
             table.splits[image_id] = row["split"]

@@ -94,7 +94,8 @@ class Budget:
         left = min(self.limit - sum(held.values()), free)
         if left < size:
             reason = (
-                f"the disk of {self.root} is nearly full" if free < size
+                f"the disk of {self.root} is nearly full"
+                if free < size
                 else f"{self.root} holds as much as it may, {self.limit / 1e9:.1f} GB (runtime.cache_gb)"
             )
             self.tell(f"activation cache: {reason}; what is not in it is computed in every epoch")
@@ -199,7 +200,7 @@ class Store:
                         break
                     data = as_bytes(value)
                     write_at(entries, data.data, self._slots * self.entry_bytes)
-                    body = RECORD.pack(key, self._slots, checksum(data), 0)[: -4]
+                    body = RECORD.pack(key, self._slots, checksum(data), 0)[:-4]
                     write_at(index, body + struct.pack("<I", zlib.crc32(body)), self._read_to)
                     self._read_index()
 
@@ -230,9 +231,7 @@ class Store:
 
     def _open_files(self, use: int) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._files = (
-            os.open(self.folder / ENTRIES, flags, 0o666), os.open(self.folder / INDEX, flags, 0o666), use
-        )
+        self._files = (os.open(self.folder / ENTRIES, flags, 0o666), os.open(self.folder / INDEX, flags, 0o666), use)
         self._held, self._read_to, self._slots = {}, 0, 0
         os.utime(self.folder)
         self._read_index()
@@ -274,8 +273,10 @@ class Store:
             self.writable = False
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk is full" if full else error.strerror or str(error)
-            self.budget.tell(f"activation cache: {self.folder} cannot be {what} ({reason}); training goes on without it"
-                             + (", or free some space" if full else ""))
+            self.budget.tell(
+                f"activation cache: {self.folder} cannot be {what} ({reason}); training goes on without it"
+                + (", or free some space" if full else "")
+            )
 
 
 # ---- the files of a space --------------------------------------------------------------------------------------------

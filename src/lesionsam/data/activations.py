@@ -174,8 +174,15 @@ class Activations:
         if rows.host is not None and rows.found.all():
             values = rows.host.to(self.device, non_blocking=True)
         else:
-            at = {k: rows.host[k].to(self.device, non_blocking=True) for k in np.flatnonzero(rows.found)
-                  if rows.host is not None} | rows.near | computed
+            at = (
+                {
+                    k: rows.host[k].to(self.device, non_blocking=True)
+                    for k in np.flatnonzero(rows.found)
+                    if rows.host is not None
+                }
+                | rows.near
+                | computed
+            )
             values = torch.stack([at[k] for k in range(len(fetched.keys))])
         for k, key in enumerate(fetched.keys):
             if k not in rows.near and self.near.has_room(name, key, values[k].nbytes):
@@ -233,6 +240,11 @@ def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Pixels and sizes of some rows of a batch: what activations are computed from."""
     at = sent(torch.tensor(rows), batch.images.device)
     return Batch(
-        ids=tuple(batch.ids[k] for k in rows), index=batch.index[at], images=batch.images[at], sizes=batch.sizes[at],
-        big_boxes=batch.big_boxes[at], small_boxes=batch.small_boxes[at], valid=batch.valid[at],
+        ids=tuple(batch.ids[k] for k in rows),
+        index=batch.index[at],
+        images=batch.images[at],
+        sizes=batch.sizes[at],
+        big_boxes=batch.big_boxes[at],
+        small_boxes=batch.small_boxes[at],
+        valid=batch.valid[at],
     )

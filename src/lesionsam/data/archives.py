@@ -63,8 +63,9 @@ class LocalArchive:
             if len(data) != info.file_size:  # zipfile says nothing where the directory promises more
                 raise zipfile.BadZipFile(f"{len(data)} bytes, expected {info.file_size}")
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, struct.error) as error:
-            raise UserError(f"{self.name}: member {info.filename} is damaged ({error}); delete the archive and run "
-                            "again") from None
+            raise UserError(
+                f"{self.name}: member {info.filename} is damaged ({error}); delete the archive and run again"
+            ) from None
         return data
 
 
@@ -92,8 +93,10 @@ class RemoteArchive:
             except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
                 reasons.append(f"{url} is not a readable zip archive ({error})")
         else:
-            raise UserError(f"{name}: members cannot be fetched: {'; '.join(reasons)}. Check the network, or set "
-                            "data.subset to 0 to fetch whole archives")
+            raise UserError(
+                f"{name}: members cannot be fetched: {'; '.join(reasons)}. Check the network, or set "
+                "data.subset to 0 to fetch whole archives"
+            )
         starts = sorted({info.header_offset for info in self.infos} | {self._end})
         self._next = dict(itertools.pairwise(starts))
 
@@ -111,7 +114,7 @@ class RemoteArchive:
             except Dropped as error:
                 if attempt == MAX_FRUITLESS or error.unreachable:
                     raise
-                time.sleep(max(error.wait, self._backoff * 2 ** attempt))
+                time.sleep(max(error.wait, self._backoff * 2**attempt))
         raise Refused("gave no answer")
 
     def _ask(self, first: int, last: int) -> tuple[bytes, int]:
@@ -168,7 +171,7 @@ class _Reader(io.RawIOBase):
         if begin >= end:
             return b""
         if begin >= self._tail_at:
-            return self._tail[begin - self._tail_at:end - self._tail_at]
+            return self._tail[begin - self._tail_at : end - self._tail_at]
         return self._archive.range(begin, end - 1)
 
 
@@ -178,7 +181,7 @@ def _unpack(block: bytes, info: zipfile.ZipInfo, where: str) -> bytes:
         raise UserError(f"{where} is damaged (no local header where the directory says); try again later")
     name_length, extra_length = struct.unpack("<HH", block[26:30])
     begin = 30 + name_length + extra_length
-    packed = block[begin:begin + info.compress_size]
+    packed = block[begin : begin + info.compress_size]
     if info.compress_type == zipfile.ZIP_STORED:
         data = packed
     elif info.compress_type == zipfile.ZIP_DEFLATED:
@@ -216,8 +219,10 @@ def find_members(archive: Archive, pattern: re.Pattern[str]) -> dict[str, zipfil
             raise UserError(f"{where} is encrypted; expected a plain archive")
         total += info.file_size
         if info.file_size > MAX_MEMBER_BYTES or total > max(SMALL_BYTES, MAX_EXPANSION * archive.size):
-            raise UserError(f"{where} makes {max(info.file_size, total) / 1e6:.0f} MB of an archive of "
-                            f"{archive.size / 1e6:.0f} MB; refused as a zip bomb")
+            raise UserError(
+                f"{where} makes {max(info.file_size, total) / 1e6:.0f} MB of an archive of "
+                f"{archive.size / 1e6:.0f} MB; refused as a zip bomb"
+            )
         if (other := found.setdefault(match[1], info)) is not info:
             raise UserError(f"{where} and {other.filename!r} have the same id; expected each id once")
     return found

@@ -14,11 +14,13 @@ from PIL import Image, ImageDraw
 
 OVERSAMPLING = 2  # strokes are drawn this many times larger and averaged down: soft edges
 HAIR_COLOURS = np.array(
-    [[0.10, 0.07, 0.06], [0.20, 0.13, 0.09], [0.32, 0.22, 0.14], [0.62, 0.52, 0.40], [0.66, 0.64, 0.62]])
+    [[0.10, 0.07, 0.06], [0.20, 0.13, 0.09], [0.32, 0.22, 0.14], [0.62, 0.52, 0.40], [0.66, 0.64, 0.62]]
+)
 HAIR_ODDS = np.array([0.36, 0.30, 0.18, 0.10, 0.06])
 INKS = np.array([[0.27, 0.14, 0.50], [0.20, 0.22, 0.60], [0.10, 0.12, 0.25]])
 STICKERS = np.array(
-    [[0.98, 0.62, 0.16], [0.45, 0.76, 0.73], [0.95, 0.42, 0.36], [0.25, 0.45, 0.80], [0.55, 0.75, 0.30]])
+    [[0.98, 0.62, 0.16], [0.45, 0.76, 0.73], [0.95, 0.42, 0.36], [0.25, 0.45, 0.80], [0.55, 0.75, 0.30]]
+)
 
 
 def coverage(shape: tuple[int, int], draw: Callable[[ImageDraw.ImageDraw, float], None]) -> np.ndarray:
@@ -108,8 +110,11 @@ def ruler(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     extent = np.array([shape[1], shape[0]]) / max(shape)
     angle = rng.choice([rng.normal(-0.1, 0.12), rng.normal(1.2, 0.15)])
     along, across = np.array([np.cos(angle), np.sin(angle)]), np.array([np.sin(angle), -np.cos(angle)])
-    centre = extent * (np.array([rng.uniform(0.35, 0.65), rng.uniform(0.84, 0.96)]) if abs(angle) < 0.6
-                       else np.array([rng.uniform(0.84, 0.96), rng.uniform(0.4, 0.6)]))
+    centre = extent * (
+        np.array([rng.uniform(0.35, 0.65), rng.uniform(0.84, 0.96)])
+        if abs(angle) < 0.6
+        else np.array([rng.uniform(0.84, 0.96), rng.uniform(0.4, 0.6)])
+    )
     step, tick = rng.uniform(0.018, 0.045), rng.uniform(0.014, 0.026)
     count = int(rng.uniform(0.35, 0.75) / step)
 

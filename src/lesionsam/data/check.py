@@ -85,8 +85,11 @@ def check(found: Found, *, against: Sequence[Found] = (), boxes: Path | None = N
     """
     items = [*found.items, *(item for other in against for item in other.items)]
     jobs = [partial(inspect, item) for item in items]
-    looks = [look for look in outcomes(jobs, title="looking at images", num_threads=num_threads)
-             if not isinstance(look, UserError)]
+    looks = [
+        look
+        for look in outcomes(jobs, title="looking at images", num_threads=num_threads)
+        if not isinstance(look, UserError)
+    ]
     report = Report(found.name, looks, len(found.items), list(found.issues))
     for look in report.own:
         report.issues += look.issues
@@ -133,8 +136,14 @@ def _compare(report: Report) -> None:
         if across:
             remedy = "remove one" if certain else "look at both, and remove one"
             what = f"one is in {_where(one)}, the other in {_where(other)}: {remedy}, or results would be flattered"
-        report.issues.append(Issue(ERROR if certain and across else WARNING, match.kind,
-                                   f"{other.item.path}: {how} as {one.item.path}; {what}", one.item.image_id))
+        report.issues.append(
+            Issue(
+                ERROR if certain and across else WARNING,
+                match.kind,
+                f"{other.item.path}: {how} as {one.item.path}; {what}",
+                one.item.image_id,
+            )
+        )
 
 
 def _across(report: Report, first: int, second: int) -> bool:
@@ -160,12 +169,20 @@ def _names(report: Report) -> None:
         one = report.looks[first]
         if k >= report.foreign and not number:
             continue  # another set's image of that name need not be the same
-        remedy = "the same lesion, so results would be flattered; remove one" if number else (
-            "rename one, as boxes are found by id")
-        report.issues.append(Issue(
-            ERROR if not number or _across(report, first, k) else WARNING, "id",
-            f"{look.item.path}: same {'ISIC number' if number else 'id'} as {one.item.path} (one in {_where(one)}, the "
-            f"other in {_where(look)}): {remedy}", one.item.image_id))
+        remedy = (
+            "the same lesion, so results would be flattered; remove one"
+            if number
+            else ("rename one, as boxes are found by id")
+        )
+        report.issues.append(
+            Issue(
+                ERROR if not number or _across(report, first, k) else WARNING,
+                "id",
+                f"{look.item.path}: same {'ISIC number' if number else 'id'} as {one.item.path} (one in {_where(one)}, "
+                f"the other in {_where(look)}): {remedy}",
+                one.item.image_id,
+            )
+        )
 
 
 def _boxes(report: Report, path: Path) -> None:
@@ -196,8 +213,13 @@ def _entry(look: Look) -> dict[str, Any]:
     """The image's row as the index would have it, as far as boxes are checked against it."""
     item = look.item
     lesions = {"lesions": {str(k): "" for k in range(len(item.objects))}} if item.objects else {}
-    return {"split": {"val": "dev"}.get(item.split, item.split), "image_path": item.path.as_posix(), "mask_path": "",
-            "width": look.width, "height": look.height} | lesions
+    return {
+        "split": {"val": "dev"}.get(item.split, item.split),
+        "image_path": item.path.as_posix(),
+        "mask_path": "",
+        "width": look.width,
+        "height": look.height,
+    } | lesions
 
 
 def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sample]) -> None:
@@ -214,15 +236,29 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
         place = f"{path}: lesion {sample.lesion_id!r} of {sample.image_id!r}"
         core = _cut(whole if own is None else own, sample.small_box)
         if core.size and (background := 1 - float(core.mean())) > BACKGROUND:
-            report.issues.append(Issue(WARNING, "boxes", f"{place}: {background:.0%} of the small box is not lesion in "
-                                       "the mask; it should lie inside the lesion", sample.image_id))
+            report.issues.append(
+                Issue(
+                    WARNING,
+                    "boxes",
+                    f"{place}: {background:.0%} of the small box is not lesion in "
+                    "the mask; it should lie inside the lesion",
+                    sample.image_id,
+                )
+            )
         if own is None:
             continue
         total = int(np.count_nonzero(own))
         outside = 1 - np.count_nonzero(_cut(own, sample.big_box)) / max(1, total)
         if outside > OUTSIDE:
-            report.issues.append(Issue(WARNING, "boxes", f"{place}: {outside:.0%} of the lesion in the mask lies "
-                                       "outside the big box; it should hold the lesion", sample.image_id))
+            report.issues.append(
+                Issue(
+                    WARNING,
+                    "boxes",
+                    f"{place}: {outside:.0%} of the lesion in the mask lies "
+                    "outside the big box; it should hold the lesion",
+                    sample.image_id,
+                )
+            )
         rows, columns = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
         if total:
             sides = np.array([columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]], float)
@@ -238,13 +274,22 @@ def _cut(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
 def _about_the_whole(report: Report) -> Iterator[Issue]:
     numbered = sum(bool(_isic(look)) for look in report.own)
     if numbered and report.foreign == len(report.looks):
-        yield Issue(NOTE, "id", f"{numbered} images carry ISIC numbers: the editions of 2016, 2017 and 2018 share "
-                    "images, so compare with another edition you report on (--against FOLDER)")
+        yield Issue(
+            NOTE,
+            "id",
+            f"{numbered} images carry ISIC numbers: the editions of 2016, 2017 and 2018 share "
+            "images, so compare with another edition you report on (--against FOLDER)",
+        )
     for edition in EDITIONS.values():
         for look in report.own:
             if _isic(look) in edition.overlap:
-                yield Issue(NOTE, "id", f"{look.item.path}: {_isic(look)} is a training and a test image of ISIC "
-                            f"{edition.year}; never train on it and report on that edition", look.item.image_id)
+                yield Issue(
+                    NOTE,
+                    "id",
+                    f"{look.item.path}: {_isic(look)} is a training and a test image of ISIC "
+                    f"{edition.year}; never train on it and report on that edition",
+                    look.item.image_id,
+                )
     masked = sum(bool(look.shares) for look in report.own)
     if masked == 0 and not report.samples:
         yield Issue(NOTE, "mask", "no masks and no boxes: training needs one or the other")
@@ -258,13 +303,21 @@ def summary(report: Report) -> list[str]:
     lines = [f"images    {len(report.own)} ({splits}), {len(read)} of them readable"]
     if read:
         sides = sorted((look.width * look.height, look.width, look.height) for look in read)
-        lines.append("sizes     " + ", ".join(f"{name} {sides[k][1]}x{sides[k][2]}" for name, k in (
-            ("smallest", 0), ("median", len(sides) // 2), ("largest", -1))) + " px")
+        lines.append(
+            "sizes     "
+            + ", ".join(
+                f"{name} {sides[k][1]}x{sides[k][2]}"
+                for name, k in (("smallest", 0), ("median", len(sides) // 2), ("largest", -1))
+            )
+            + " px"
+        )
     shares = np.array([share for look in read for share in look.shares])
     if len(shares):
         masked = [look for look in read if look.shares]
-        lines.append(f"masks     {len(masked)} images with {len(shares)} masks; a lesion covers {shares.min():.1%} to "
-                     f"{shares.max():.1%} of the image, median {np.median(shares):.1%}")
+        lines.append(
+            f"masks     {len(masked)} images with {len(shares)} masks; a lesion covers {shares.min():.1%} to "
+            f"{shares.max():.1%} of the image, median {np.median(shares):.1%}"
+        )
         several = sum(look.pieces > len(look.shares) for look in masked)
         lines.append(f"          {sum(look.cut for look in masked)} cut by the frame, {several} in several pieces")
     else:
@@ -272,8 +325,10 @@ def summary(report: Report) -> list[str]:
     if report.samples:
         line = f"boxes     {len(report.samples)} lesions of {len({s.image_id for s in report.samples})} images"
         if report.looseness:
-            line += (f"; big boxes {np.median(report.looseness):.0%} larger than the lesions, median (middle 80 %: "
-                     f"{np.quantile(report.looseness, 0.1):.0%} to {np.quantile(report.looseness, 0.9):.0%})")
+            line += (
+                f"; big boxes {np.median(report.looseness):.0%} larger than the lesions, median (middle 80 %: "
+                f"{np.quantile(report.looseness, 0.1):.0%} to {np.quantile(report.looseness, 0.9):.0%})"
+            )
         lines.append(line)
     kinds = Counter(match.kind for match in report.matches)
     pairs = ", ".join(f"{kinds[kind]} {kind}" for kind in (SAME_FILE, SAME_PIXELS, NEAR))

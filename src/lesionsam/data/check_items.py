@@ -87,8 +87,9 @@ class Found:
         self.issues.append(Issue(severity, kind, text))
 
 
-def find_items(target: Path, *, images: Path | None = None, categories: Sequence[str] = (), threshold: bool = False
-               ) -> Found:
+def find_items(
+    target: Path, *, images: Path | None = None, categories: Sequence[str] = (), threshold: bool = False
+) -> Found:
     """The images of a folder, of a COCO file, or of a parameter file.
 
     Args:
@@ -140,8 +141,10 @@ def _split(found: Found, place: Path, masks: Path, split: str, threshold: bool) 
             found.note(WARNING, "mask", f"{path}: no image of this name in {place}; it would not be read")
         if 0 < len(drawn) < len(images):
             found.note(WARNING, "mask", f"{masks}: {len(images) - len(drawn)} of {len(images)} images have no mask")
-    return [Item(path.stem, split, path, (drawn[stem],) if stem in drawn else (), threshold)
-            for stem, path in images.items()]
+    return [
+        Item(path.stem, split, path, (drawn[stem],) if stem in drawn else (), threshold)
+        for stem, path in images.items()
+    ]
 
 
 def _stems(found: Found, folder: Path) -> dict[str, Path]:
@@ -180,8 +183,9 @@ def _coco(found: Found, file: Path, images: Path, split: str, categories: Sequen
             found.note(ERROR, "annotations", str(error))
             continue
         held = tuple(sorted(objects.get(key, ()), key=lambda entry: entry["id"]))
-        found.items.append(Item(path.stem, split, path, objects=held, place=str(file),
-                                said=(image.get("width"), image.get("height"))))
+        found.items.append(
+            Item(path.stem, split, path, objects=held, place=str(file), said=(image.get("width"), image.get("height")))
+        )
     if crowds:
         found.note(NOTE, "annotations", f"{file}: {crowds} crowd annotations (iscrowd) are left out")
     if empty := len(source.images) - len(objects):
@@ -204,8 +208,10 @@ def _parameters(path: Path) -> Found:
             else:
                 found.note(ERROR, "name", f"{place}: no such folder; expected images in it")
         chosen = dev_ids((item.image_id for item in found.items if item.split == "train"), data.dev_fraction)
-        found.items = [replace(item, split="dev") if item.split == "train" and item.image_id in chosen else item
-                       for item in found.items]
+        found.items = [
+            replace(item, split="dev") if item.split == "train" and item.image_id in chosen else item
+            for item in found.items
+        ]
     else:
         found = _index(root, config)
     if isinstance(config.boxes, CsvBoxes):
@@ -218,9 +224,14 @@ def _index(root: Path, config: Config) -> Found:
     found = Found(f"{config.data.source} ({INDEX})", boxes=root / BOXES if (root / BOXES).is_file() else None)
     for image_id, row in read_index(root / INDEX).items():
         own = row.get("lesions") or ({"0": row["mask_path"]} if row["mask_path"] else {})
-        found.items.append(Item(image_id, row["split"], root / row["image_path"],
-                                tuple(root / name for name in own.values())))
+        found.items.append(
+            Item(image_id, row["split"], root / row["image_path"], tuple(root / name for name in own.values()))
+        )
     if config.data.source.startswith("isic"):
-        found.note(NOTE, "id", f"{config.data.source}: the editions share images (824 of the 900 training images of "
-                   "2016 come again in later ones); train and report on this one alone, or compare with --against")
+        found.note(
+            NOTE,
+            "id",
+            f"{config.data.source}: the editions share images (824 of the 900 training images of "
+            "2016 come again in later ones); train and report on this one alone, or compare with --against",
+        )
     return found

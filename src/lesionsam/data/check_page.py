@@ -37,22 +37,33 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     """
     boxes = _boxes_of(report.samples)
     shown = pick(report, num_pictures)
-    pictures = [_figure(look, boxes, report) for look in
-                progress(shown, total=len(shown), title="drawing pictures")]
+    pictures = [_figure(look, boxes, report) for look in progress(shown, total=len(shown), title="drawing pictures")]
     pairs = [
-        {"title": f"{match.kind}, correlation {match.correlation:.2f}" if match.kind == NEAR else match.kind,
-         "pictures": [_figure(report.looks[k], boxes, report, with_issues=False) for k in (match.first, match.second)]}
+        {
+            "title": f"{match.kind}, correlation {match.correlation:.2f}" if match.kind == NEAR else match.kind,
+            "pictures": [
+                _figure(report.looks[k], boxes, report, with_issues=False) for k in (match.first, match.second)
+            ],
+        }
         for match in report.matches[:MAX_PAIRS]
     ]
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     source = (resources.files("lesionsam") / "templates" / "data_check.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
-        name=report.name, lines=summary(report), counts=[(name, report.count(name)) for name in SEVERITIES],
-        table=_table(report), charts=list(_charts(report)), issues=report.issues[:MAX_ISSUES],
-        more_issues=max(0, len(report.issues) - MAX_ISSUES), pairs=pairs,
-        more_pairs=max(0, len(report.matches) - MAX_PAIRS), pictures=pictures,
-        num_images=len(report.own), with_boxes=bool(report.samples),
+        name=report.name,
+        lines=summary(report),
+        counts=[(name, report.count(name)) for name in SEVERITIES],
+        table=_table(report),
+        charts=list(_charts(report)),
+        issues=report.issues[:MAX_ISSUES],
+        more_issues=max(0, len(report.issues) - MAX_ISSUES),
+        pairs=pairs,
+        more_pairs=max(0, len(report.matches) - MAX_PAIRS),
+        pictures=pictures,
+        num_images=len(report.own),
+        with_boxes=bool(report.samples),
     )
     write_text_atomic(path, text)
     return len(text.encode())
@@ -65,8 +76,9 @@ def pick(report: Report, count: int) -> list[Look]:
         rank = SEVERITIES.index(issue.severity)
         severity[issue.image_id] = min(rank, severity.get(issue.image_id, rank))
     seen = [look for look in report.own if look.is_read]
-    return sorted(seen, key=lambda look: (severity.get(look.item.image_id, len(SEVERITIES)),
-                                          id_hash(look.item.image_id)))[:count]
+    return sorted(
+        seen, key=lambda look: (severity.get(look.item.image_id, len(SEVERITIES)), id_hash(look.item.image_id))
+    )[:count]
 
 
 def _boxes_of(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
@@ -79,11 +91,19 @@ def _boxes_of(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 def _figure(look: Look, boxes: dict[str, list[Sample]], report: Report, *, with_issues: bool = True) -> dict[str, Any]:
     item = look.item
     issues = [issue for issue in report.issues if issue.image_id == item.image_id] if with_issues else []
-    facts = [f"{look.width}x{look.height} px", *(f"{share:.1%}" for share in look.shares[:3]),
-             *(["cut by the frame"] if look.cut else []),
-             *([f"{look.pieces} pieces"] if look.pieces > max(1, len(look.shares)) else [])]
-    return {"uri": _uri(draw(item, boxes.get(item.image_id, []), SIDE)), "title": item.image_id, "split": item.split,
-            "facts": " · ".join(facts), "issues": issues}
+    facts = [
+        f"{look.width}x{look.height} px",
+        *(f"{share:.1%}" for share in look.shares[:3]),
+        *(["cut by the frame"] if look.cut else []),
+        *([f"{look.pieces} pieces"] if look.pieces > max(1, len(look.shares)) else []),
+    ]
+    return {
+        "uri": _uri(draw(item, boxes.get(item.image_id, []), SIDE)),
+        "title": item.image_id,
+        "split": item.split,
+        "facts": " · ".join(facts),
+        "issues": issues,
+    }
 
 
 def draw(item: Item, samples: Sequence[Sample], side: int, caption: str | None = None) -> np.ndarray:
@@ -109,18 +129,37 @@ def _uri(picture: np.ndarray) -> str:
 
 def _table(report: Report) -> list[list[str]]:
     """A row per split: images, with masks, lesions, cut, pieces, sizes."""
-    rows = [["split", "images", "readable", "with mask", "lesions", "median share", "cut by the frame",
-             "in several pieces", "median size"]]
+    rows = [
+        [
+            "split",
+            "images",
+            "readable",
+            "with mask",
+            "lesions",
+            "median share",
+            "cut by the frame",
+            "in several pieces",
+            "median size",
+        ]
+    ]
     for split in report.splits():
         looks = [look for look in report.own if look.item.split == split]
         read = [look for look in looks if look.is_read]
         shares = [share for look in read for share in look.shares]
         middle = sorted((look.width * look.height, look.width, look.height) for look in read)[len(read) // 2 :][:1]
-        rows.append([split or "(none)", str(len(looks)), str(len(read)), str(sum(bool(look.shares) for look in read)),
-                     str(len(shares)), f"{np.median(shares):.1%}" if shares else "",
-                     str(sum(look.cut for look in read)),
-                     str(sum(look.pieces > max(1, len(look.shares)) for look in read)),
-                     *(f"{width}x{height}" for _, width, height in middle)])
+        rows.append(
+            [
+                split or "(none)",
+                str(len(looks)),
+                str(len(read)),
+                str(sum(bool(look.shares) for look in read)),
+                str(len(shares)),
+                f"{np.median(shares):.1%}" if shares else "",
+                str(sum(look.cut for look in read)),
+                str(sum(look.pieces > max(1, len(look.shares)) for look in read)),
+                *(f"{width}x{height}" for _, width, height in middle),
+            ]
+        )
     return rows
 
 
@@ -128,15 +167,26 @@ def _charts(report: Report) -> Iterable[dict[str, Any]]:
     """Histograms as bars of heights in percent of the highest."""
     shares = [share for look in report.own for share in look.shares]
     sides = [max(look.width, look.height) for look in report.own if look.is_read]
-    for title, values, unit in (("Share of the image that a lesion covers", np.array(shares) * 100, "%"),
-                                ("Longer side of the images", np.array(sides, float), "px"),
-                                ("Big box larger than the lesion by", np.array(report.looseness) * 100, "%")):
+    for title, values, unit in (
+        ("Share of the image that a lesion covers", np.array(shares) * 100, "%"),
+        ("Longer side of the images", np.array(sides, float), "px"),
+        ("Big box larger than the lesion by", np.array(report.looseness) * 100, "%"),
+    ):
         if len(values) > 1 and np.ptp(values) > 0:
             counts, edges = np.histogram(values, BARS)
-            yield {"title": title, "low": f"{edges[0]:.0f} {unit}", "high": f"{edges[-1]:.0f} {unit}", "bars": [
-                {"height": round(100 * count / counts.max()), "count": int(count),
-                 "range": f"{low:.3g} to {high:.3g} {unit}"} for count, low, high in
-                zip(counts, edges[:-1], edges[1:], strict=True)]}
+            yield {
+                "title": title,
+                "low": f"{edges[0]:.0f} {unit}",
+                "high": f"{edges[-1]:.0f} {unit}",
+                "bars": [
+                    {
+                        "height": round(100 * count / counts.max()),
+                        "count": int(count),
+                        "range": f"{low:.3g} to {high:.3g} {unit}",
+                    }
+                    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+                ],
+            }
 
 
 def write_sheet(found: Found, path: Path, *, ids: Sequence[str], boxes: Path | None, count: int, columns: int) -> int:

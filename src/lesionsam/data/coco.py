@@ -45,8 +45,16 @@ class _Picture:
         return f"{self.source.path}: image {self.key} ({self.path.name!r})"
 
 
-def index_coco(folder: Path, *, annotations: str, images: str, categories: Sequence[str], dev_fraction: float,
-               test_split: str, raw: Path) -> list[Row]:
+def index_coco(
+    folder: Path,
+    *,
+    annotations: str,
+    images: str,
+    categories: Sequence[str],
+    dev_fraction: float,
+    test_split: str,
+    raw: Path,
+) -> list[Row]:
     """Rows of index.csv for COCO files; every image and object is decoded once, so that a fault is found now.
 
     Args:
@@ -87,8 +95,10 @@ def _pictures(folder: Path, split: str, annotations: str, images: str, categorie
     for key, image in source.images.items():
         path = place / checked_name(image.get("file_name"), f"{source.path}: image {key}")
         if path.stem in stems:
-            raise UserError(f"{source.path}: images {stems[path.stem]} and {key} have the same id {path.stem!r} (file "
-                            "name without ending); rename one, as boxes are found by id")
+            raise UserError(
+                f"{source.path}: images {stems[path.stem]} and {key} have the same id {path.stem!r} (file "
+                "name without ending); rename one, as boxes are found by id"
+            )
         stems[path.stem] = key
         if key in objects:
             pictures.append(_Picture(source, key, path, tuple(sorted(objects[key], key=lambda entry: entry["id"]))))
@@ -110,11 +120,15 @@ def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
     said = image.get("width"), image.get("height")
     if said != (width, height):
         turned = "; its EXIF turns it: annotate images as a viewer shows them" if said == (height, width) else ""
-        raise UserError(f"{picture.place}: the JSON says {said[0]}x{said[1]} px, the file has {width}x{height} px"
-                        f"{turned or '; annotate the images as they are'}")
+        raise UserError(
+            f"{picture.place}: the JSON says {said[0]}x{said[1]} px, the file has {width}x{height} px"
+            f"{turned or '; annotate the images as they are'}"
+        )
     image_id = picture.path.stem
-    masks = [object_mask(entry, height, width, f"{picture.source.path}: annotation {entry['id']}")
-             for entry in picture.objects]
+    masks = [
+        object_mask(entry, height, width, f"{picture.source.path}: annotation {entry['id']}")
+        for entry in picture.objects
+    ]
     whole = raw / "masks" / split / f"{image_id}.png"
     _write_mask(whole, np.logical_or.reduce(masks))
     lesions = []
@@ -123,11 +137,25 @@ def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
         if len(masks) > 1:
             path = whole.with_name(f"{image_id}.{number}.png")
             _write_mask(path, mask)
-        lesions.append({"image_id": image_id, "lesion_id": str(number), "mask_path": path.as_posix(),
-                        "annotation_id": entry["id"], "category": picture.source.categories[entry["category_id"]],
-                        "area": int(mask.sum())})
-    row = {"image_id": image_id, "split": split, "image_path": picture.path.as_posix(), "mask_path": whole.as_posix(),
-           "width": width, "height": height, "sha256": sha256_file(picture.path)}
+        lesions.append(
+            {
+                "image_id": image_id,
+                "lesion_id": str(number),
+                "mask_path": path.as_posix(),
+                "annotation_id": entry["id"],
+                "category": picture.source.categories[entry["category_id"]],
+                "area": int(mask.sum()),
+            }
+        )
+    row = {
+        "image_id": image_id,
+        "split": split,
+        "image_path": picture.path.as_posix(),
+        "mask_path": whole.as_posix(),
+        "width": width,
+        "height": height,
+        "sha256": sha256_file(picture.path),
+    }
     return row, lesions
 
 
@@ -138,8 +166,10 @@ def object_mask(entry: dict[str, Any], height: int, width: int, place: str) -> n
         UserError: begins with `place`: no segmentation, one that is faulty or leaves the image, or one without a pixel.
     """
     if not entry.get("segmentation"):
-        raise UserError(f"{place}: no segmentation; data.source coco needs polygons or RLE (`lesionsam data convert` "
-                        "turns boxes alone into a two-box CSV)")
+        raise UserError(
+            f"{place}: no segmentation; data.source coco needs polygons or RLE (`lesionsam data convert` "
+            "turns boxes alone into a two-box CSV)"
+        )
     try:
         mask = decode(entry["segmentation"], height, width)
     except ValueError as error:

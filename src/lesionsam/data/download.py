@@ -66,8 +66,9 @@ class Dropped(Exception):
 
 
 class _NoPlainHttp(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any,
-                         newurl: str) -> urllib.request.Request | None:
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme != "https":
             raise Refused(f"redirects to {newurl}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -75,15 +76,22 @@ class _NoPlainHttp(urllib.request.HTTPRedirectHandler):
 
 def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()  # not build_opener: that also opens file: and ftp:
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
-                    urllib.request.HTTPDefaultErrorHandler(), urllib.request.HTTPErrorProcessor(), _NoPlainHttp()):
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+        _NoPlainHttp(),
+    ):
         opener.add_handler(handler)
     return opener
 
 
 @contextmanager
-def request(url: str, *, method: str = "GET",
-            headers: dict[str, str] | None = None) -> Iterator[http.client.HTTPResponse]:
+def request(
+    url: str, *, method: str = "GET", headers: dict[str, str] | None = None
+) -> Iterator[http.client.HTTPResponse]:
     """An open answer (status 200 or 206); everything that can go wrong is `Refused` or `Dropped`.
 
     Plain http is accepted from this very machine only, and from nowhere after a redirect.
@@ -133,8 +141,10 @@ def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backof
             if expected in (None, found) and remote.size in (None, target.stat().st_size):
                 _finish(remote, target, found, lock_path)
                 return target
-            raise UserError(f"{target}: SHA-256 is {found}, expected {expected} (the file is damaged or another one); "
-                            "delete it and run again")
+            raise UserError(
+                f"{target}: SHA-256 is {found}, expected {expected} (the file is damaged or another one); "
+                "delete it and run again"
+            )
         digest = _download(remote, target, expected, backoff)
         part = _part(target)
         os.replace(part, target)
@@ -210,7 +220,7 @@ def _download(remote: Remote, target: Path, expected: str | None, backoff: float
                 if fruitless >= MAX_FRUITLESS or (error.unreachable and not received):
                     reasons.append(f"{url} {error}")
                     break
-                pause = min(MAX_BACKOFF_SECONDS, max(error.wait, backoff * 2 ** fruitless))
+                pause = min(MAX_BACKOFF_SECONDS, max(error.wait, backoff * 2**fruitless))
                 say(f"{remote.name}: {url} {error}; going on at {human_bytes(_length(_part(target)))} in {pause:.0f} s")
                 time.sleep(pause)
                 continue
@@ -222,8 +232,10 @@ def _download(remote: Remote, target: Path, expected: str | None, backoff: float
                 continue
             reasons.append(f"{url} gives a file of SHA-256 {digest}, expected {expected}")
             break
-    raise UserError(f"{remote.name}: cannot be downloaded: {'; '.join(reasons)}. Check the network, or put the file at "
-                    f"{target} yourself")
+    raise UserError(
+        f"{remote.name}: cannot be downloaded: {'; '.join(reasons)}. Check the network, or put the file at "
+        f"{target} yourself"
+    )
 
 
 def _length(path: Path) -> int:
@@ -264,8 +276,10 @@ def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tu
                 _discard(target)
                 raise Dropped(f"has a file of {size} bytes, the part that is here is of one of {note['size']}")
             if free_disk_bytes(target.parent) < size - have + SPARE_BYTES:
-                raise UserError(f"{target}: {human_bytes(size - have)} to download, but only "
-                                f"{human_bytes(free_disk_bytes(target.parent))} free on this disk; free some space")
+                raise UserError(
+                    f"{target}: {human_bytes(size - have)} to download, but only "
+                    f"{human_bytes(free_disk_bytes(target.parent))} free on this disk; free some space"
+                )
             write_json_atomic(_note(target), {"url": url, "size": size, "validator": validator(answer)})
             return bool(start), _receive(remote, answer, part, start, size)
     except Refused as error:

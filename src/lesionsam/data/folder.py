@@ -23,8 +23,9 @@ from lesionsam.images import IMAGE_SUFFIXES, check_image, read_mask
 MASK_ENDING = "_segmentation"
 
 
-def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshold_masks: bool = False,
-                 masks_out: Path | None = None) -> list[Row]:
+def index_folder(
+    folder: Path, *, dev_fraction: float, test_split: str, threshold_masks: bool = False, masks_out: Path | None = None
+) -> list[Row]:
     """Rows of index.csv for a folder; every image and mask is decoded once, so that a bad file is found now.
 
     Args:
@@ -41,8 +42,10 @@ def index_folder(folder: Path, *, dev_fraction: float, test_split: str, threshol
     found = {name: _stems(folder / "images" / name) for name in folders}
     for name in ("val", "test"):
         if name not in folders and (folder / "images" / name).is_dir():
-            say(f"note: {folder / 'images' / name} is not used (data.test_split is {test_split}, data.dev_fraction "
-                f"{dev_fraction:g})")
+            say(
+                f"note: {folder / 'images' / name} is not used (data.test_split is {test_split}, data.dev_fraction "
+                f"{dev_fraction:g})"
+            )
     chosen = dev_ids((path.stem for path in found["train"].values()), dev_fraction)
     jobs: list[Callable[[], Row]] = []
     for name, images in found.items():
@@ -89,8 +92,9 @@ def _match_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
         elif (other := masks.setdefault(name, path)) is not path:
             raise UserError(f"{path}: {other.name} is a mask of the same image; keep one of them")
     if not masks:
-        raise UserError(f"{stray[0]}: no image of this name; expected masks called as their image, or with "
-                        f"{MASK_ENDING} added")
+        raise UserError(
+            f"{stray[0]}: no image of this name; expected masks called as their image, or with {MASK_ENDING} added"
+        )
     if stray:
         say(f"note: {len(stray)} masks in {folder} belong to no image, the first is {stray[0].name}")
     if len(masks) < len(images):
@@ -108,6 +112,12 @@ def _row(image_path: Path, mask_path: Path | None, split: str, copy: Path | None
             with atomic_write(copy) as file:
                 Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
             mask_path = copy
-    return {"image_id": image_path.stem, "split": split, "image_path": image_path.as_posix(),
-            "mask_path": mask_path.as_posix() if mask_path else "", "width": width, "height": height,
-            "sha256": sha256_file(image_path)}
+    return {
+        "image_id": image_path.stem,
+        "split": split,
+        "image_path": image_path.as_posix(),
+        "mask_path": mask_path.as_posix() if mask_path else "",
+        "width": width,
+        "height": height,
+        "sha256": sha256_file(image_path),
+    }

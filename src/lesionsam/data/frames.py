@@ -247,7 +247,9 @@ def _prepared(arguments: Sequence[tuple], num_workers: int) -> Iterator[tuple[np
                     done += 1
                 return
         except BrokenProcessPool:
-            say("a process that decodes images was killed (is the memory full?); going on without such processes; "
-                "lower runtime.num_workers to start without them")
+            say(
+                "a process that decodes images was killed (is the memory full?); going on without such processes; "
+                "lower runtime.num_workers to start without them"
+            )
     for each in arguments[done:]:
         yield prepare(*each)

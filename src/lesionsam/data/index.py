@@ -26,7 +26,7 @@ Row = dict[str, Any]
 def dev_ids(image_ids: Iterable[str], fraction: float) -> set[str]:
     """The round(fraction * n) ids with the smallest SHA-256: the same ones whenever, wherever and in whatever order."""
     ids = sorted(set(image_ids), key=id_hash)
-    return set(ids[:round(fraction * len(ids))])
+    return set(ids[: round(fraction * len(ids))])
 
 
 def id_hash(image_id: str) -> str:
@@ -45,18 +45,23 @@ def check_rows(rows: Sequence[Row], source: str) -> None:
     counts = Counter(row["split"] for row in rows)
     for split in SPLITS:
         if not counts[split]:
-            raise UserError(f"{source}: no images in split {split}; got {summary(rows)}; add images, or raise "
-                            "data.dev_fraction")
+            raise UserError(
+                f"{source}: no images in split {split}; got {summary(rows)}; add images, or raise data.dev_fraction"
+            )
     by_id: dict[str, Row] = {}
     by_hash: dict[str, Row] = {}
     for row in rows:
         if (other := by_id.setdefault(row["image_id"], row)) is not row:
-            raise UserError(f"{source}: image id {row['image_id']!r} stands for {other['image_path']} and "
-                            f"{row['image_path']}; rename one, as boxes are found by id")
+            raise UserError(
+                f"{source}: image id {row['image_id']!r} stands for {other['image_path']} and "
+                f"{row['image_path']}; rename one, as boxes are found by id"
+            )
         other = by_hash.setdefault(row["sha256"], row)
         if other["split"] != row["split"]:
-            raise UserError(f"{row['image_path']}: same bytes as {other['image_path']}, but one is in split "
-                            f"{row['split']} and one in {other['split']}; remove one, or results would be flattered")
+            raise UserError(
+                f"{row['image_path']}: same bytes as {other['image_path']}, but one is in split "
+                f"{row['split']} and one in {other['split']}; remove one, or results would be flattered"
+            )
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -99,8 +104,9 @@ def read_index(path: Path) -> dict[str, Row]:
         raise UserError(f"{path}: no rows; run `dvc repro -f download`")
     for image_id, lesions in _read_lesions(path.with_name(LESIONS)).items():
         if image_id not in rows:
-            raise UserError(f"{path.with_name(LESIONS)}: image {image_id!r} is not in {path.name}; run `dvc repro -f "
-                            "download`")
+            raise UserError(
+                f"{path.with_name(LESIONS)}: image {image_id!r} is not in {path.name}; run `dvc repro -f download`"
+            )
         rows[image_id]["lesions"] = lesions
     return rows
 
@@ -127,8 +133,10 @@ def _read(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, s
     reader = csv.DictReader(text.splitlines())
     try:
         if tuple(reader.fieldnames or ()) != tuple(columns):
-            raise UserError(f"{path}: expected the columns {', '.join(columns)}, got "
-                            f"{', '.join(reader.fieldnames or ())}; run `dvc repro -f download`")
+            raise UserError(
+                f"{path}: expected the columns {', '.join(columns)}, got "
+                f"{', '.join(reader.fieldnames or ())}; run `dvc repro -f download`"
+            )
         for row in reader:
             place = f"{path}: line {reader.line_num}"
             if None in row or None in row.values():

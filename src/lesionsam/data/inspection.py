@@ -62,13 +62,20 @@ def inspect(item: Item) -> Look:
     height, width = image.shape[:2]
     if item.said is not None and item.said != (width, height):
         turned = "; its EXIF turns it: annotate images as a viewer shows them" if item.said == (height, width) else ""
-        tell(ERROR, "size", f"{item.path}: {item.place} says {item.said[0]}x{item.said[1]} px, the file has "
-             f"{width}x{height} px{turned}")
+        tell(
+            ERROR,
+            "size",
+            f"{item.path}: {item.place} says {item.said[0]}x{item.said[1]} px, the file has "
+            f"{width}x{height} px{turned}",
+        )
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
         tell(WARNING, "size", f"{item.path}: {width}x{height} px is very small or very thin; is it a lesion's picture?")
     if item.path.stem.lower().endswith(NO_PHOTOGRAPHS):
-        tell(WARNING, "name", f"{item.path}: by its name a mask or ISIC's superpixels, no photograph; take it out of "
-             "the images")
+        tell(
+            WARNING,
+            "name",
+            f"{item.path}: by its name a mask or ISIC's superpixels, no photograph; take it out of the images",
+        )
     mark = fingerprint(image)
     if mark.detail is None:
         tell(WARNING, "image", f"{item.path}: one colour all over; is it a lesion's picture?")
@@ -86,15 +93,24 @@ def _with_masks(seen: Look, issues: list[Issue]) -> Look:
         except UserError as error:
             issues.append(Issue(ERROR, "mask", str(error), item.image_id))
             continue
-        name = item.masks[number] if number < len(item.masks) else (
-            f"{item.place}: annotation {item.objects[number - len(item.masks)]['id']}")
+        name = (
+            item.masks[number]
+            if number < len(item.masks)
+            else (f"{item.place}: annotation {item.objects[number - len(item.masks)]['id']}")
+        )
         share = float(np.count_nonzero(mask)) / pixels
         if share == 0:
             issues.append(Issue(ERROR, "mask", f"{name}: mask is empty; draw it or delete it", item.image_id))
             continue
         if share > MOST or share < LEAST:
-            issues.append(Issue(WARNING, "mask", f"{name}: the lesion covers {share:.2%} of the image "
-                                f"({np.count_nonzero(mask)} px); is that right?", item.image_id))
+            issues.append(
+                Issue(
+                    WARNING,
+                    "mask",
+                    f"{name}: the lesion covers {share:.2%} of the image ({np.count_nonzero(mask)} px); is that right?",
+                    item.image_id,
+                )
+            )
         shares.append(share)
         whole |= mask
     if not shares:

@@ -71,39 +71,105 @@ class Edition:
 
 
 EDITIONS = {
-    "isic2016": Edition(2016, {
-        "train": Split(Part("ISBI2016_ISIC_Part1_Training_Data.zip", 602_000_000),
-                       Part("ISBI2016_ISIC_Part1_Training_GroundTruth.zip", 6_000_000), 900),
-        "test": Split(Part("ISBI2016_ISIC_Part1_Test_Data.zip", 232_000_000),
-                      Part("ISBI2016_ISIC_Part1_Test_GroundTruth.zip", 2_000_000), 379),
-    }, frozenset({"ISIC_0001184", "ISIC_0001385"})),
-    "isic2017": Edition(2017, {
-        "train": Split(Part("ISIC-2017_Training_Data.zip", 5_800_000_000),
-                       Part("ISIC-2017_Training_Part1_GroundTruth.zip", 9_000_000), 2000),
-        "dev": Split(Part("ISIC-2017_Validation_Data.zip", 878_000_000),
-                     Part("ISIC-2017_Validation_Part1_GroundTruth.zip", 559_000), 150),
-        "test": Split(Part("ISIC-2017_Test_v2_Data.zip", 5_400_000_000),
-                      Part("ISIC-2017_Test_v2_Part1_GroundTruth.zip", 18_000_000), 600),
-    }, frozenset({"ISIC_0012271", "ISIC_0012175"})),
-    "isic2018": Edition(2018, {
-        "train": Split(Part("ISIC2018_Task1-2_Training_Input.zip", 11_165_358_566,
-                            "80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f", True),
-                       Part("ISIC2018_Task1_Training_GroundTruth.zip", 27_402_895,
-                            "99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c", True), 2594),
-        "dev": Split(Part("ISIC2018_Task1-2_Validation_Input.zip", 239_231_159,
-                          "0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797", True),
-                     Part("ISIC2018_Task1_Validation_GroundTruth.zip", 759_706,
-                          "f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285", True), 100),
-        "test": Split(Part("ISIC2018_Task1-2_Test_Input.zip", 2_200_000_000,
-                           "e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d"),
-                      Part("ISIC2018_Task1_Test_GroundTruth.zip", 9_000_000,
-                           "2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82"), 1000),
-    }),
+    "isic2016": Edition(
+        2016,
+        {
+            "train": Split(
+                Part("ISBI2016_ISIC_Part1_Training_Data.zip", 602_000_000),
+                Part("ISBI2016_ISIC_Part1_Training_GroundTruth.zip", 6_000_000),
+                900,
+            ),
+            "test": Split(
+                Part("ISBI2016_ISIC_Part1_Test_Data.zip", 232_000_000),
+                Part("ISBI2016_ISIC_Part1_Test_GroundTruth.zip", 2_000_000),
+                379,
+            ),
+        },
+        frozenset({"ISIC_0001184", "ISIC_0001385"}),
+    ),
+    "isic2017": Edition(
+        2017,
+        {
+            "train": Split(
+                Part("ISIC-2017_Training_Data.zip", 5_800_000_000),
+                Part("ISIC-2017_Training_Part1_GroundTruth.zip", 9_000_000),
+                2000,
+            ),
+            "dev": Split(
+                Part("ISIC-2017_Validation_Data.zip", 878_000_000),
+                Part("ISIC-2017_Validation_Part1_GroundTruth.zip", 559_000),
+                150,
+            ),
+            "test": Split(
+                Part("ISIC-2017_Test_v2_Data.zip", 5_400_000_000),
+                Part("ISIC-2017_Test_v2_Part1_GroundTruth.zip", 18_000_000),
+                600,
+            ),
+        },
+        frozenset({"ISIC_0012271", "ISIC_0012175"}),
+    ),
+    "isic2018": Edition(
+        2018,
+        {
+            "train": Split(
+                Part(
+                    "ISIC2018_Task1-2_Training_Input.zip",
+                    11_165_358_566,
+                    "80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f",
+                    True,
+                ),
+                Part(
+                    "ISIC2018_Task1_Training_GroundTruth.zip",
+                    27_402_895,
+                    "99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c",
+                    True,
+                ),
+                2594,
+            ),
+            "dev": Split(
+                Part(
+                    "ISIC2018_Task1-2_Validation_Input.zip",
+                    239_231_159,
+                    "0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797",
+                    True,
+                ),
+                Part(
+                    "ISIC2018_Task1_Validation_GroundTruth.zip",
+                    759_706,
+                    "f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285",
+                    True,
+                ),
+                100,
+            ),
+            "test": Split(
+                Part(
+                    "ISIC2018_Task1-2_Test_Input.zip",
+                    2_200_000_000,
+                    "e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d",
+                ),
+                Part(
+                    "ISIC2018_Task1_Test_GroundTruth.zip",
+                    9_000_000,
+                    "2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82",
+                ),
+                1000,
+            ),
+        },
+    ),
 }
 
 
-def fetch_isic(source: str, *, subset: int, dev_fraction: float, base_url: str, raw: Path, archives: Path,
-               lock_path: Path, backoff: float = 1.0) -> list[Row]:
+def fetch_isic(
+    source: str,
+    *,
+    subset: int,
+    dev_fraction: float,
+    base_url: str,
+    raw: Path,
+    archives: Path,
+    lock_path: Path,
+    backoff: float = 1.0,
+) -> list[Row]:
     """Fetch an edition and write raw/images/SPLIT/ID.jpg and raw/masks/SPLIT/ID.png.
 
     Args:
@@ -121,12 +187,16 @@ def fetch_isic(source: str, *, subset: int, dev_fraction: float, base_url: str, 
         raise UserError(f"data.dev_fraction: expected a number above 0, as {source} has no validation set, got 0")
     splits = {name: split for name, split in edition.splits.items() if name != "dev" or dev_fraction == 0}
     folder = archives / source
-    remotes = {part.name: _remote(part, edition.year, base_url) for split in splits.values()
-               for part in (split.masks, split.images)}
+    remotes = {
+        part.name: _remote(part, edition.year, base_url)
+        for split in splits.values()
+        for part in (split.masks, split.images)
+    }
     with ExitStack() as stack:
         if subset:
             opened: dict[str, Archive] = {
-                name: _open_some(remote, folder, stack, backoff) for name, remote in remotes.items()}
+                name: _open_some(remote, folder, stack, backoff) for name, remote in remotes.items()
+            }
         else:
             parts = [part for split in splits.values() for part in (split.masks, split.images)]
             _plan(source, parts, remotes, folder, raw, known_sizes=not base_url)
@@ -158,8 +228,9 @@ def _open_some(remote: Remote, folder: Path, stack: ExitStack, backoff: float) -
     return RemoteArchive(remote.name, remote.urls, backoff)
 
 
-def _pairs(splits: dict[str, Split], opened: dict[str, Archive],
-           subset: int) -> dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]]:
+def _pairs(
+    splits: dict[str, Split], opened: dict[str, Archive], subset: int
+) -> dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]]:
     """Split -> image id -> (image member, mask member)."""
     pairs = {}
     for name, split in splits.items():
@@ -167,11 +238,15 @@ def _pairs(splits: dict[str, Split], opened: dict[str, Archive],
         masks = find_members(opened[split.masks.name], MASK)
         both = images.keys() & masks.keys()
         if not both:
-            raise UserError(f"{split.images.name} and {split.masks.name}: no image ISIC_NNNNNNN.jpg with a mask "
-                            "ISIC_NNNNNNN_segmentation.png in them; are they the right archives?")
+            raise UserError(
+                f"{split.images.name} and {split.masks.name}: no image ISIC_NNNNNNN.jpg with a mask "
+                "ISIC_NNNNNNN_segmentation.png in them; are they the right archives?"
+            )
         if alone := sorted(images.keys() ^ masks.keys()):
-            say(f"warning: {split.images.name}: {len(alone)} images without mask or masks without image are left out, "
-                f"the first is {alone[0]}")
+            say(
+                f"warning: {split.images.name}: {len(alone)} images without mask or masks without image are left out, "
+                f"the first is {alone[0]}"
+            )
         chosen = sorted(both, key=id_hash)[:subset] if subset else sorted(both)
         pairs[name] = {image_id: (images[image_id], masks[image_id]) for image_id in chosen}
     return pairs
@@ -199,8 +274,13 @@ class _Job:
     key: str
 
 
-def _jobs(pairs: dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]], splits: dict[str, Split],
-          opened: dict[str, Archive], left_out: set[str], dev_fraction: float) -> Iterator[_Job]:
+def _jobs(
+    pairs: dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]],
+    splits: dict[str, Split],
+    opened: dict[str, Archive],
+    left_out: set[str],
+    dev_fraction: float,
+) -> Iterator[_Job]:
     for name, members in pairs.items():
         ids = [image_id for image_id in members if name == "test" or image_id not in left_out]
         chosen = dev_ids(ids, dev_fraction) if name == "train" else set()
@@ -224,13 +304,19 @@ def _write(jobs: list[_Job], raw: Path, cache: Path | None) -> list[Row]:
             row = rows.setdefault(job.image_id, {"image_id": job.image_id, "split": job.split})
             if job.key.startswith("images/"):
                 width, height = image_size(path)
-                row |= {"image_path": path.as_posix(), "width": width, "height": height,
-                        "sha256": hashlib.sha256(data).hexdigest()}
+                row |= {
+                    "image_path": path.as_posix(),
+                    "width": width,
+                    "height": height,
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
             else:
                 row["mask_path"] = path.as_posix()
                 if (size := image_size(path)) != (row["width"], row["height"]):
-                    raise UserError(f"{path}: mask is {size[0]}x{size[1]} px; expected {row['width']}x{row['height']} "
-                                    "as its image; the archive is not the original one")
+                    raise UserError(
+                        f"{path}: mask is {size[0]}x{size[1]} px; expected {row['width']}x{row['height']} "
+                        "as its image; the archive is not the original one"
+                    )
             done += len(data)
             meter.at(done)
     return list(rows.values())
@@ -281,8 +367,9 @@ def _without_copies(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
-def _plan(source: str, parts: list[Part], remotes: dict[str, Remote], folder: Path, raw: Path, *,
-          known_sizes: bool) -> None:
+def _plan(
+    source: str, parts: list[Part], remotes: dict[str, Remote], folder: Path, raw: Path, *, known_sizes: bool
+) -> None:
     """Say what is about to be fetched and how long it will take; refuse if the disk has no room for it."""
     sizes = {part.name: part.bytes if known_sizes else _served_size(remotes[part.name]) for part in parts}
     here = sum(_length(folder / name) or _length(folder / f"{name}.part") for name in sizes)
@@ -291,8 +378,11 @@ def _plan(source: str, parts: list[Part], remotes: dict[str, Remote], folder: Pa
 
 
 def _plan_some(source: str, jobs: list[_Job], folder: Path, raw: Path) -> None:
-    packed = sum(job.info.compress_size for job in jobs if isinstance(job.archive, RemoteArchive)
-                 and not _kept(job, folder).exists())
+    packed = sum(
+        job.info.compress_size
+        for job in jobs
+        if isinstance(job.archive, RemoteArchive) and not _kept(job, folder).exists()
+    )
     total = sum(job.info.file_size for job in jobs)
     _say_plan(source, packed, total, folder, raw, f"{len(jobs) // 2} image and mask pairs")
 
@@ -300,11 +390,15 @@ def _plan_some(source: str, jobs: list[_Job], folder: Path, raw: Path) -> None:
 def _say_plan(source: str, download: int, unpacked: int, folder: Path, raw: Path, detail: str) -> None:
     free = free_disk_bytes(folder)
     needed = download + 2 * unpacked  # unpacked once in the working tree and once in DVC's cache
-    say(f"{source}: {human_bytes(download)} to download ({detail}), about {human_seconds(download / ASSUMED_SPEED)} at "
-        f"100 Mbit/s; {human_bytes(needed)} of disk with {raw} and DVC's copy of it, {human_bytes(free)} free")
+    say(
+        f"{source}: {human_bytes(download)} to download ({detail}), about {human_seconds(download / ASSUMED_SPEED)} at "
+        f"100 Mbit/s; {human_bytes(needed)} of disk with {raw} and DVC's copy of it, {human_bytes(free)} free"
+    )
     if free < needed + SPARE_BYTES:
-        raise UserError(f"{folder}: {source} needs {human_bytes(needed)} of disk, only {human_bytes(free)} free; free "
-                        "some, or set data.subset to fetch fewer images")
+        raise UserError(
+            f"{folder}: {source} needs {human_bytes(needed)} of disk, only {human_bytes(free)} free; free "
+            "some, or set data.subset to fetch fewer images"
+        )
 
 
 def _served_size(remote: Remote) -> int:

@@ -13,8 +13,9 @@ Result = TypeVar("Result")
 NUM_THREADS = 4  # Pillow decodes outside Python's lock
 
 
-def run_jobs(jobs: Sequence[Callable[[], Result]], *, title: str = "reading images", fault: str = "faulty files"
-             ) -> list[Result]:
+def run_jobs(
+    jobs: Sequence[Callable[[], Result]], *, title: str = "reading images", fault: str = "faulty files"
+) -> list[Result]:
     """Results in the order of the jobs.
 
     Args:
@@ -30,8 +31,9 @@ def run_jobs(jobs: Sequence[Callable[[], Result]], *, title: str = "reading imag
     return [item for item in done if not isinstance(item, UserError)]
 
 
-def outcomes(jobs: Sequence[Callable[[], Result]], *, title: str, num_threads: int = NUM_THREADS
-             ) -> Iterator[Result | UserError]:
+def outcomes(
+    jobs: Sequence[Callable[[], Result]], *, title: str, num_threads: int = NUM_THREADS
+) -> Iterator[Result | UserError]:
     """What each job gives, or the fault it ends in, in order, with a progress bar."""
 
     def guarded(job: Callable[[], Result]) -> Result | UserError:

@@ -99,8 +99,9 @@ def oriented(detail: np.ndarray, orientation: int) -> np.ndarray:
     return detail.swapaxes(-1, -2) if orientation & 4 else detail
 
 
-def near_pairs(prints: Sequence[Fingerprint], *, max_distance: int = MAX_DISTANCE,
-               min_correlation: float = MIN_CORRELATION) -> list[Pair]:
+def near_pairs(
+    prints: Sequence[Fingerprint], *, max_distance: int = MAX_DISTANCE, min_correlation: float = MIN_CORRELATION
+) -> list[Pair]:
     """Every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
 
     All pairs are compared, 8 times: at 10,000 images about 400 million Hamming distances.

@@ -106,6 +106,7 @@ def ahead(make: Callable[[Part], Item], parts: Sequence[Part], num_workers: int)
 
 def pinned(batch: Batch) -> Batch:
     """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
-    held = {f.name: value.pin_memory() for f in fields(batch)
-            if isinstance(value := getattr(batch, f.name), torch.Tensor)}
+    held = {
+        f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
     return replace(batch, **held)

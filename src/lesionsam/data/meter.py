@@ -48,9 +48,14 @@ class Meter:
             from rich.console import Console
 
             self.bar = progress.Progress(
-                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn(),
-                progress.TransferSpeedColumn(), progress.TimeRemainingColumn(), console=Console(stderr=True),
-                transient=True)
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TransferSpeedColumn(),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.begun_at)
         return self
@@ -68,5 +73,7 @@ class Meter:
         if now - self.last >= LINE_SECONDS and done > self.begun_at:
             self.last = now
             speed = (done - self.begun_at) / (now - self.begun)
-            say(f"{self.title}: {human_bytes(done)} of {human_bytes(self.total)}, {human_bytes(speed)}/s, "
-                f"{human_seconds((self.total - done) / speed)} left")
+            say(
+                f"{self.title}: {human_bytes(done)} of {human_bytes(self.total)}, {human_bytes(speed)}/s, "
+                f"{human_seconds((self.total - done) / speed)} left"
+            )

@@ -61,10 +61,22 @@ def make_targets(side: int, grid: int, generator: torch.Generator, num_images: i
     small = core_boxes(masks, generator)
     keep = (small[:, 2] > small[:, 0]).nonzero()[:, 0]
     images, masks, big, small = images[keep], masks[keep], big[keep], small[keep]
-    priors = np.stack([box_prior(image, one_big, one_small) for image, one_big, one_small in
-                       zip(images.permute(0, 2, 3, 1).numpy(), big.numpy(), small.numpy(), strict=True)])
-    return Targets(images, torch.full((len(images), 2), side), masks, big, small,
-                   F.adaptive_avg_pool2d(torch.from_numpy(priors).float(), grid))
+    priors = np.stack(
+        [
+            box_prior(image, one_big, one_small)
+            for image, one_big, one_small in zip(
+                images.permute(0, 2, 3, 1).numpy(), big.numpy(), small.numpy(), strict=True
+            )
+        ]
+    )
+    return Targets(
+        images,
+        torch.full((len(images), 2), side),
+        masks,
+        big,
+        small,
+        F.adaptive_avg_pool2d(torch.from_numpy(priors).float(), grid),
+    )
 
 
 def loosen(boxes: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -96,8 +108,12 @@ def core_boxes(masks: Tensor, generator: torch.Generator) -> Tensor:
     for scale in CORE_SCALES:
         low = (centre - extent * scale / 2).floor().long().clamp(0, side)
         high = (centre + extent * scale / 2).ceil().long().clamp(0, side)
-        covered = (integral[rows, high[:, 1], high[:, 0]] - integral[rows, low[:, 1], high[:, 0]]
-                   - integral[rows, high[:, 1], low[:, 0]] + integral[rows, low[:, 1], low[:, 0]])
+        covered = (
+            integral[rows, high[:, 1], high[:, 0]]
+            - integral[rows, low[:, 1], high[:, 0]]
+            - integral[rows, high[:, 1], low[:, 0]]
+            + integral[rows, low[:, 1], low[:, 0]]
+        )
         fits = (covered == (high - low).prod(1)) & ~found
         result[fits] = torch.cat([low, high], 1)[fits].float()
         found |= fits
@@ -135,9 +151,15 @@ def pad(batch: Targets, generator: torch.Generator) -> Targets:
     valid = (axis < limit[:, :1])[:, None, :] & (axis < limit[:, 1:])[:, :, None]
     coarse = F.adaptive_avg_pool2d(valid.float(), batch.priors.shape[-1]) > 0.5
     corner = limit.repeat(1, 2)
-    return replace(batch, images=batch.images * valid[:, None], sizes=limit.flip(1).long(), masks=batch.masks & valid,
-                   big=torch.minimum(batch.big, corner), small=torch.minimum(batch.small, corner),
-                   priors=torch.where(coarse, batch.priors, OUTSIDE_LOGIT))
+    return replace(
+        batch,
+        images=batch.images * valid[:, None],
+        sizes=limit.flip(1).long(),
+        masks=batch.masks & valid,
+        big=torch.minimum(batch.big, corner),
+        small=torch.minimum(batch.small, corner),
+        priors=torch.where(coarse, batch.priors, OUTSIDE_LOGIT),
+    )
 
 
 def points_in(regions: Tensor, num_points: int, generator: torch.Generator) -> Tensor:
@@ -155,8 +177,9 @@ def points_in_boxes(boxes: Tensor, num_points: int, generator: torch.Generator) 
 
 def box_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
     """A loose box, in a third of the calls with 1 to 5 points in the core."""
-    boxes = torch.minimum(loosen(tight_boxes(batch.masks), batch.masks.shape[-1], generator),
-                          batch.sizes.flip(1).repeat(1, 2))
+    boxes = torch.minimum(
+        loosen(tight_boxes(batch.masks), batch.masks.shape[-1], generator), batch.sizes.flip(1).repeat(1, 2)
+    )
     if torch.rand((), generator=generator) < 0.35:
         points = points_in_boxes(batch.small, int(torch.randint(1, 6, (), generator=generator)), generator)
         return Prompts(points, torch.ones(points.shape[:2], dtype=torch.long), boxes)
@@ -201,8 +224,11 @@ def correction_prompts(batch: Targets, earlier: Tensor, boxes: Tensor | None, ge
     side = batch.masks.shape[-1]
     guess = F.interpolate(earlier, size=(side, side), mode="bilinear", align_corners=False)[:, 0] > 0
     wrong = guess != batch.masks
-    points = torch.where(wrong.flatten(1).any(1)[:, None, None], points_in(wrong, 1, generator),
-                         points_in_boxes(batch.small, 1, generator))
+    points = torch.where(
+        wrong.flatten(1).any(1)[:, None, None],
+        points_in(wrong, 1, generator),
+        points_in_boxes(batch.small, 1, generator),
+    )
     column, row = points[:, 0].long().clamp(0, side - 1).unbind(1)
     labels = batch.masks[torch.arange(len(batch)), row, column].long()[:, None]
     return Prompts(points, labels, boxes, earlier)

@@ -46,8 +46,10 @@ def generate_shapes(num: int, side: int, generator: torch.Generator) -> Shapes:
         outline = torch.where(present, _outline(draw, smaller=index > 0), torch.ones(()))
         image, mask = _paint(draw, image, outline)
         full = mask.flatten(1).sum(1)
-        usable = [u & ((m & ~mask).flatten(1).sum(1) >= MIN_VISIBLE * m.flatten(1).sum(1))
-                  for u, m in zip(usable, masks, strict=True)]
+        usable = [
+            u & ((m & ~mask).flatten(1).sum(1) >= MIN_VISIBLE * m.flatten(1).sum(1))
+            for u, m in zip(usable, masks, strict=True)
+        ]
         usable.append((full >= MIN_AREA * side * side) & (full <= 0.85 * side * side))
         masks = [m & ~mask for m in masks] + [mask]
     image = _clutter(draw, image)
@@ -190,7 +192,7 @@ def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]
     # A profile from the outline inwards (darker or lighter centre), and a rim.
     depth = (-outline / (-outline).flatten(1).amax(1).clamp(min=0.02)[:, None, None]).clamp(0, 1)[:, None]
     fill = fill + (colour - under) * draw.uniform(-0.6, 0.6, 1, 1, 1) * (depth - 0.3)
-    rim = torch.exp(-((depth - 0.08) / 0.07) ** 2) * draw.chance(0.15, 1, 1, 1) * draw.uniform(0.2, 0.9, 1, 1, 1)
+    rim = torch.exp(-(((depth - 0.08) / 0.07) ** 2)) * draw.chance(0.15, 1, 1, 1) * draw.uniform(0.2, 0.9, 1, 1, 1)
     fill = fill * (1 - rim) + draw.colour() * rim
 
     # Border width: sharp to very soft, the same all round or varying along the outline.
@@ -200,7 +202,7 @@ def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]
     width = torch.minimum(width, 0.35 * room)
     opacity = torch.sigmoid(-outline / width * 1.5)[:, None] * draw.uniform(0.75, 1, 1, 1, 1)
     # A halo around some objects, which belongs to the background.
-    halo = torch.exp(-(outline.clamp(min=0) / draw.uniform(0.03, 0.15)) ** 2)[:, None]
+    halo = torch.exp(-((outline.clamp(min=0) / draw.uniform(0.03, 0.15)) ** 2))[:, None]
     halo = halo * draw.chance(0.25, 1, 1, 1) * draw.uniform(-0.12, 0.12, 1, 1, 1)
     image = (image + halo * draw.uniform(0.4, 1, 3, 1, 1)) * (1 - opacity) + fill * opacity
     return image, outline < EXTENT * width / 1.5
@@ -218,7 +220,7 @@ def _clutter(draw: _Draw, image: Tensor) -> Tensor:
         bend = draw.uniform(-0.8, 0.8) * (along - draw.uniform(-0.4, 0.4)) ** 2
         distance = (across - draw.uniform(-0.55, 0.55) - bend).abs() / draw.log_uniform(0.003, 0.012)
         reach = (along - draw.uniform(-0.5, 0.5)).abs() < draw.uniform(0.15, 0.9)
-        cover = torch.maximum(cover, torch.exp(-distance**2) * (reach & (index < count)))
+        cover = torch.maximum(cover, torch.exp(-(distance**2)) * (reach & (index < count)))
     cover = (cover * draw.uniform(0.4, 1))[:, None]
     image = image * (1 - cover) + colour * cover
     for _ in range(3):
@@ -234,8 +236,11 @@ def _camera(draw: _Draw, image: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns the image and (B, S, S) bool, what a frame hides.
     """
-    image = image * (1 + draw.uniform(-0.2, 0.2, 1, 1, 1) * (draw.x - 0.5) * 2
-                     + draw.uniform(-0.2, 0.2, 1, 1, 1) * (draw.y - 0.5) * 2)
+    image = image * (
+        1
+        + draw.uniform(-0.2, 0.2, 1, 1, 1) * (draw.x - 0.5) * 2
+        + draw.uniform(-0.2, 0.2, 1, 1, 1) * (draw.y - 0.5) * 2
+    )
     radius = torch.hypot(draw.x - 0.5 - draw.uniform(-0.06, 0.06), draw.y - 0.5 - draw.uniform(-0.06, 0.06))
     image = image * (1 - draw.uniform(0, 0.9) * draw.chance(0.4) * radius**2)[:, None]
     aperture = torch.sigmoid((radius - draw.uniform(0.44, 0.68)) * draw.log_uniform(20, 200)) * draw.chance(0.25)

@@ -331,10 +331,15 @@ def write_dataset(out_dir: Path, *, seed: int, counts: Mapping[str, int], max_si
             file.write(encoded.getvalue())
         with atomic_write(mask_path) as file:
             Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
-        rows.append({
-            "image_id": image_id, "split": split,
-            "image_path": image_path.as_posix(), "mask_path": mask_path.as_posix(),
-            "width": image.shape[1], "height": image.shape[0],
-            "sha256": hashlib.sha256(encoded.getvalue()).hexdigest(),
-        })
+        rows.append(
+            {
+                "image_id": image_id,
+                "split": split,
+                "image_path": image_path.as_posix(),
+                "mask_path": mask_path.as_posix(),
+                "width": image.shape[1],
+                "height": image.shape[0],
+                "sha256": hashlib.sha256(encoded.getvalue()).hexdigest(),
+            }
+        )
     return rows

@@ -60,8 +60,9 @@ def load_instances(path: Path, categories: Sequence[str] = ()) -> Instances:
     if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("images", "annotations")):
         raise UserError(f"{path}: expected {EXPECTED} with the lists images, annotations and categories")
     images = _by_id(found["images"], path, "image")
-    names = {key: str(entry.get("name", "")) for key, entry in
-             _by_id(found.get("categories", []), path, "category").items()}
+    names = {
+        key: str(entry.get("name", "")) for key, entry in _by_id(found.get("categories", []), path, "category").items()
+    }
     if missing := [name for name in categories if name not in names.values()]:
         raise UserError(f"{path}: no category {missing[0]!r}; it has {', '.join(names.values()) or 'none'}")
     annotations = _by_id(found["annotations"], path, "annotation")
@@ -69,8 +70,10 @@ def load_instances(path: Path, categories: Sequence[str] = ()) -> Instances:
         if not _stands_for(entry.get("image_id"), images):
             raise UserError(f"{path}: annotation {key}: image_id {entry.get('image_id')!r} stands for no image")
         if not _stands_for(entry.get("category_id"), names):
-            raise UserError(f"{path}: annotation {key}: category_id {entry.get('category_id')!r} stands for no category"
-                            f"; it has {', '.join(f'{k} ({v})' for k, v in names.items()) or 'none'}")
+            raise UserError(
+                f"{path}: annotation {key}: category_id {entry.get('category_id')!r} stands for no category"
+                f"; it has {', '.join(f'{k} ({v})' for k, v in names.items()) or 'none'}"
+            )
     wanted = [each for each in annotations.values() if not categories or names[each["category_id"]] in categories]
     return Instances(path, images, names, tuple(wanted))
 
@@ -86,8 +89,10 @@ def _by_id(entries: object, path: Path, kind: str) -> dict[int, dict[str, Any]]:
     for place, entry in enumerate(entries, 1):
         key = entry.get("id") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or isinstance(key, bool) or not isinstance(key, int):
-            raise UserError(f"{path}: {kind} number {place}: expected an object with a whole number as id, got "
-                            f"{str(entry if key is None else key)[:60]}")
+            raise UserError(
+                f"{path}: {kind} number {place}: expected an object with a whole number as id, got "
+                f"{str(entry if key is None else key)[:60]}"
+            )
         if key in found:
             raise UserError(f"{path}: {kind} {key}: this id stands twice; give each {kind} its own")
         found[key] = entry
@@ -102,8 +107,12 @@ def read_coco(path: Path, labels: Labels | None = None, categories: Sequence[str
     """
     instances = load_instances(path, categories)
     gathered = Gathered(str(path))
-    ids = {key: gathered.add(image.get("file_name", ""), image.get("width"), image.get("height"),
-                             str(image.get("split", ""))) for key, image in instances.images.items()}
+    ids = {
+        key: gathered.add(
+            image.get("file_name", ""), image.get("width"), image.get("height"), str(image.get("split", ""))
+        )
+        for key, image in instances.images.items()
+    }
     crowds = 0
     for entry in instances.annotations:
         if entry.get("iscrowd"):
@@ -115,8 +124,14 @@ def read_coco(path: Path, labels: Labels | None = None, categories: Sequence[str
         lesion_id = held.get("lesion_id", "") if isinstance(held, dict) else ""
         box = shape_box(entry, image["height"], image["width"], f"{path}: {place}")
         gathered.shapes[ids[entry["image_id"]]].append(
-            Shape(instances.categories[entry["category_id"]], box, place, str(lesion_id),
-                  entry.get("segmentation") or None))
+            Shape(
+                instances.categories[entry["category_id"]],
+                box,
+                place,
+                str(lesion_id),
+                entry.get("segmentation") or None,
+            )
+        )
     if crowds:
         gathered.notes.append(f"{crowds} crowd annotations (iscrowd) were left out")
     return gathered.finish(labels or Labels())
@@ -153,14 +168,25 @@ def coco_document(annotations: Annotations) -> dict[str, Any]:
     numbers = {}
     for number_, picture in enumerate(annotations.pictures, 1):
         numbers[picture.image_id] = number_
-        images.append({"id": number_, "file_name": picture.file_name, "width": picture.width,
-                       "height": picture.height} | ({"split": picture.split} if picture.split else {}))
+        images.append(
+            {"id": number_, "file_name": picture.file_name, "width": picture.width, "height": picture.height}
+            | ({"split": picture.split} if picture.split else {})
+        )
 
     def add(image_id: str, lesion_id: str, category: int, box: np.ndarray, area: float, segmentation: Any) -> None:
         x0, y0, x1, y1 = (float(value) for value in box)
-        entries.append({"id": len(entries) + 1, "image_id": numbers[image_id], "category_id": category,
-                        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0,
-                        "segmentation": segmentation, "attributes": {"lesion_id": lesion_id}})
+        entries.append(
+            {
+                "id": len(entries) + 1,
+                "image_id": numbers[image_id],
+                "category_id": category,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": area,
+                "iscrowd": 0,
+                "segmentation": segmentation,
+                "attributes": {"lesion_id": lesion_id},
+            }
+        )
 
     for lesion in annotations.lesions:
         for category, box in ((1, lesion.big_box), (2, lesion.small_box)):
@@ -171,5 +197,10 @@ def coco_document(annotations: Annotations) -> dict[str, Any]:
             add(lesion.image_id, lesion.lesion_id, 3, mask_box(mask), int(mask.sum()), lesion.segmentation)
     names = [BIG_LABEL, SMALL_LABEL, MASK_LABEL]
     categories = [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(names, 1)]
-    return {"info": {"description": "two boxes per lesion; attributes.lesion_id ties them together"}, "licenses": [],
-            "images": images, "annotations": entries, "categories": categories}
+    return {
+        "info": {"description": "two boxes per lesion; attributes.lesion_id ties them together"},
+        "licenses": [],
+        "images": images,
+        "annotations": entries,
+        "categories": categories,
+    }

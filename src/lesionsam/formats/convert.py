@@ -11,23 +11,20 @@ from lesionsam.errors import UserError
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
-from lesionsam.formats.records import (
-    CORE,
-    Annotations,
-    Labels,
-    Picture,
-    find_pictures,
-    with_pictures,
-    with_small_boxes,
-)
+from lesionsam.formats.records import CORE, Annotations, Labels, Picture, find_pictures, with_pictures, with_small_boxes
 from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
 from lesionsam.formats.yolo import read_yolo, write_yolo
 from lesionsam.images import IMAGE_SUFFIXES, read_mask
 
-WRITERS = {"csv": write_table, "coco": write_coco, "yolo": write_yolo, "cvat": write_cvat,
-           "label-studio": write_label_studio}
+WRITERS = {
+    "csv": write_table,
+    "coco": write_coco,
+    "yolo": write_yolo,
+    "cvat": write_cvat,
+    "label-studio": write_label_studio,
+}
 FORMATS = tuple(WRITERS)
 SPLIT = "{split}"  # in a target: a file for each split, called as the COCO source and its like call them
 SPLIT_FILES = {"train": "train", "dev": "val", "test": "test"}
@@ -51,9 +48,15 @@ def guess_format(path: Path, *, reading: bool) -> str:
     return known[suffix]
 
 
-def read_annotations(path: Path, form: str, *, pictures: Mapping[str, Picture] | None = None,
-                     labels: Labels | None = None, categories: Sequence[str] = (),
-                     classes: Sequence[str] | None = None) -> Annotations:
+def read_annotations(
+    path: Path,
+    form: str,
+    *,
+    pictures: Mapping[str, Picture] | None = None,
+    labels: Labels | None = None,
+    categories: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+) -> Annotations:
     """Annotations of any format.
 
     Args:
@@ -113,9 +116,20 @@ def with_masks(annotations: Annotations, folder: Path) -> Annotations:
     return replace(annotations, lesions=tuple(lesions))
 
 
-def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "", images: Path | None = None,
-            masks: Path | None = None, labels: Labels | None = None, categories: Sequence[str] = (),
-            classes: Sequence[str] | None = None, core: float = CORE, overwrite: bool = False) -> Annotations:
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    from_form: str = "",
+    to_form: str = "",
+    images: Path | None = None,
+    masks: Path | None = None,
+    labels: Labels | None = None,
+    categories: Sequence[str] = (),
+    classes: Sequence[str] | None = None,
+    core: float = CORE,
+    overwrite: bool = False,
+) -> Annotations:
     """Read annotations, make the small boxes that are missing, and write them; what was written, with notes.
 
     Args:
@@ -134,8 +148,9 @@ def convert(source: Path, target: Path, *, from_form: str = "", to_form: str = "
         if place.is_file() and not overwrite:
             raise UserError(f"{place}: is there already; choose another name, or allow it to be replaced (--overwrite)")
     pictures = find_pictures(images) if images is not None else None
-    found = read_annotations(source, from_form, pictures=pictures, labels=labels, categories=categories,
-                             classes=classes)
+    found = read_annotations(
+        source, from_form, pictures=pictures, labels=labels, categories=categories, classes=classes
+    )
     if not found.lesions:
         raise UserError(f"{source}: no boxes in it; expected one or two per lesion")
     found = with_small_boxes(found, core)
@@ -169,8 +184,10 @@ def _parts(target: Path, annotations: Annotations) -> list[tuple[Path, Annotatio
         if pictures:
             parts.append((place, Annotations(pictures, lesions)))
     if unknown := next((picture for picture in annotations.pictures if picture.split not in SPLIT_FILES), None):
-        raise UserError(f"{target}: the split of image {unknown.image_id!r} is unknown (train, dev or test, as "
-                        "data/boxes.csv has it); name one file without {split}")
+        raise UserError(
+            f"{target}: the split of image {unknown.image_id!r} is unknown (train, dev or test, as "
+            "data/boxes.csv has it); name one file without {split}"
+        )
     return parts
 
 

@@ -42,13 +42,16 @@ def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
     """
     root = read_xml(path, EXPECTED)
     if root.tag != "annotations" or root.first("track") is not None:
-        raise UserError(f"{path}: <{'track' if root.tag == 'annotations' else root.tag}>: expected {EXPECTED}, with an "
-                        "<image> per image (export as 'CVAT for images 1.1')")
+        raise UserError(
+            f"{path}: <{'track' if root.tag == 'annotations' else root.tag}>: expected {EXPECTED}, with an "
+            "<image> per image (export as 'CVAT for images 1.1')"
+        )
     gathered, left_out = Gathered(str(path)), 0
     for image in root.all("image"):
         held = image.attributes
-        image_id = gathered.add(held.get("name", ""), _whole(held.get("width")), _whole(held.get("height")),
-                                held.get("subset", ""))
+        image_id = gathered.add(
+            held.get("name", ""), _whole(held.get("width")), _whole(held.get("height")), held.get("subset", "")
+        )
         picture = gathered.pictures[image_id]
         for place, element in enumerate(image.children, 1):
             if element.tag not in ("box", "polygon", "mask"):
@@ -72,8 +75,9 @@ def _whole(text: str | None) -> object:
 
 def _shape(element: Element, where: str, picture: Picture) -> Shape:
     held = element.attributes
-    lesion_id = next((child.text.strip() for child in element.all("attribute")
-                      if child.attributes.get("name") == "lesion_id"), "")
+    lesion_id = next(
+        (child.text.strip() for child in element.all("attribute") if child.attributes.get("name") == "lesion_id"), ""
+    )
     segmentation: Any = None
     if element.tag == "box":
         if number(held.get("rotation", "0"), where):
@@ -92,11 +96,13 @@ def _shape(element: Element, where: str, picture: Picture) -> Shape:
 
 def _read_mask(held: dict[str, str], where: str, picture: Picture) -> np.ndarray:
     """CVAT's runs go along the rows of the rectangle that the mask stands in."""
-    left, top, width, height = (int(number(held.get(name), f"{where}: {name}"))
-                                for name in ("left", "top", "width", "height"))
+    left, top, width, height = (
+        int(number(held.get(name), f"{where}: {name}")) for name in ("left", "top", "width", "height")
+    )
     if min(left, top) < 0 or min(width, height) < 1 or left + width > picture.width or top + height > picture.height:
-        raise ValueError(f"rectangle {width}x{height} at {left}, {top} leaves the image of {picture.width}x"
-                         f"{picture.height} px")
+        raise ValueError(
+            f"rectangle {width}x{height} at {left}, {top} leaves the image of {picture.width}x{picture.height} px"
+        )
     runs = [int(number(value, where)) for value in held.get("rle", "").split(",")]
     # the same runs down the columns of the turned rectangle
     part = decode({"size": [width, height], "counts": runs}, width, height).T
@@ -114,8 +120,10 @@ def write_cvat(path: Path, annotations: Annotations) -> None:
 
 
 def _lines(annotations: Annotations) -> Iterator[str]:
-    attribute = ("<attributes><attribute><name>lesion_id</name><mutable>False</mutable><input_type>text</input_type>"
-                 "<default_value></default_value><values></values></attribute></attributes>")
+    attribute = (
+        "<attributes><attribute><name>lesion_id</name><mutable>False</mutable><input_type>text</input_type>"
+        "<default_value></default_value><values></values></attribute></attributes>"
+    )
     yield '<?xml version="1.0" encoding="utf-8"?>'
     yield "<annotations>"
     yield "  <version>1.1</version>"
@@ -126,8 +134,10 @@ def _lines(annotations: Annotations) -> Iterator[str]:
     lesions = annotations.by_picture()
     for number_, picture in enumerate(annotations.pictures):
         subset = f' subset="{_text(picture.split)}"' if picture.split else ""
-        yield (f'  <image id="{number_}" name="{_text(picture.file_name)}"{subset} width="{picture.width}" '
-               f'height="{picture.height}">')
+        yield (
+            f'  <image id="{number_}" name="{_text(picture.file_name)}"{subset} width="{picture.width}" '
+            f'height="{picture.height}">'
+        )
         for group, lesion in enumerate(lesions[picture.image_id], 1):
             yield from _shapes(lesion, group, picture)
         yield "  </image>"
@@ -139,15 +149,19 @@ def _shapes(lesion: Lesion, group: int, picture: Picture) -> Iterator[str]:
     name = f'<attribute name="lesion_id">{_text(lesion.lesion_id)}</attribute>'
     for label, box in ((BIG_LABEL, lesion.big_box), (SMALL_LABEL, lesion.small_box)):
         if box is not None:
-            corners = " ".join(f'{side}="{round(float(value), 6)!r}"' for side, value in
-                               zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True))
+            corners = " ".join(
+                f'{side}="{round(float(value), 6)!r}"'
+                for side, value in zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True)
+            )
             yield f'    <box label="{label}" {corners} {common}>{name}</box>'
     if lesion.segmentation is not None:
         mask = decode(lesion.segmentation, picture.height, picture.width)
         x0, y0, x1, y1 = (int(value) for value in mask_box(mask))
         runs = ", ".join(map(str, runs_of(mask[y0:y1, x0:x1].T)))
-        yield (f'    <mask label="{MASK_LABEL}" rle="{runs}" left="{x0}" top="{y0}" width="{x1 - x0}" '
-               f'height="{y1 - y0}" {common}>{name}</mask>')
+        yield (
+            f'    <mask label="{MASK_LABEL}" rle="{runs}" left="{x0}" top="{y0}" width="{x1 - x0}" '
+            f'height="{y1 - y0}" {common}>{name}</mask>'
+        )
 
 
 def _text(text: str) -> str:

@@ -53,8 +53,11 @@ def signed_area(ring: Ring) -> float:
 def feature(mask: np.ndarray, properties: Mapping[str, Any]) -> dict[str, Any]:
     """A GeoJSON feature of a mask: a MultiPolygon, to a tenth of a pixel."""
     coordinates = [[np.round(ring, 1).tolist() for ring in polygon] for polygon in polygons_of(mask)]
-    return {"type": "Feature", "properties": dict(properties),
-            "geometry": {"type": "MultiPolygon", "coordinates": coordinates}}
+    return {
+        "type": "Feature",
+        "properties": dict(properties),
+        "geometry": {"type": "MultiPolygon", "coordinates": coordinates},
+    }
 
 
 def coco_polygons(coordinates: list[list[list[list[float]]]]) -> list[list[float]]:

@@ -42,8 +42,9 @@ CONFIG = """<View>
 </View>"""
 
 
-def read_label_studio(path: Path, pictures: Mapping[str, Picture] | None = None, labels: Labels | None = None
-                      ) -> Annotations:
+def read_label_studio(
+    path: Path, pictures: Mapping[str, Picture] | None = None, labels: Labels | None = None
+) -> Annotations:
     """Rectangles, and the boxes around polygons, of the first annotation of each task that was not cancelled.
 
     Args:
@@ -170,8 +171,11 @@ def write_label_studio(path: Path, annotations: Annotations) -> None:
     lesions = annotations.by_picture()
     tasks = []
     for place, picture in enumerate(annotations.pictures, 1):
-        data = {"image": LOCAL + urllib.parse.quote(picture.file_name), "width": picture.width,
-                "height": picture.height} | ({"split": picture.split} if picture.split else {})
+        data = {
+            "image": LOCAL + urllib.parse.quote(picture.file_name),
+            "width": picture.width,
+            "height": picture.height,
+        } | ({"split": picture.split} if picture.split else {})
         result = [entry for lesion in lesions[picture.image_id] for entry in _entries(lesion, picture)]
         tasks.append({"id": place, "data": data, "annotations": [{"id": place, "result": result}]})
     write_json_atomic(path, tasks)
@@ -185,13 +189,28 @@ def _entries(lesion: Lesion, picture: Picture) -> list[dict[str, Any]]:
             continue
         x0, y0, x1, y1 = (float(value) for value in box * percent)
         key = hashlib.sha256(f"{picture.image_id}|{lesion.lesion_id}|{label}".encode()).hexdigest()[:10]
-        entries.append({
-            "id": key, "type": "rectanglelabels", "from_name": "box", "to_name": "image", "image_rotation": 0,
-            "original_width": picture.width, "original_height": picture.height,
-            "value": {"x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0, "rotation": 0, "rectanglelabels": [label]},
-            "meta": {"text": [NOTE + lesion.lesion_id]},
-        })
+        entries.append(
+            {
+                "id": key,
+                "type": "rectanglelabels",
+                "from_name": "box",
+                "to_name": "image",
+                "image_rotation": 0,
+                "original_width": picture.width,
+                "original_height": picture.height,
+                "value": {
+                    "x": x0,
+                    "y": y0,
+                    "width": x1 - x0,
+                    "height": y1 - y0,
+                    "rotation": 0,
+                    "rectanglelabels": [label],
+                },
+                "meta": {"text": [NOTE + lesion.lesion_id]},
+            }
+        )
     if len(entries) == 2:
-        entries.append({"type": "relation", "from_id": entries[0]["id"], "to_id": entries[1]["id"],
-                        "direction": "right"})
+        entries.append(
+            {"type": "relation", "from_id": entries[0]["id"], "to_id": entries[1]["id"], "direction": "right"}
+        )
     return entries

@@ -119,12 +119,16 @@ class Gathered:
         name = path.as_posix()
         sides = _side(width), _side(height)
         if not 0 < sides[0] * sides[1] <= MAX_PIXELS:
-            raise UserError(f"{self.source}: image {name!r}: expected width and height in pixels, at most "
-                            f"{MAX_PIXELS / 1e6:.0f} megapixels, got {str(width)[:20]} and {str(height)[:20]}")
+            raise UserError(
+                f"{self.source}: image {name!r}: expected width and height in pixels, at most "
+                f"{MAX_PIXELS / 1e6:.0f} megapixels, got {str(width)[:20]} and {str(height)[:20]}"
+            )
         if path.stem in self.pictures:
             other = self.pictures[path.stem].file_name
-            raise UserError(f"{self.source}: images {other!r} and {name!r} have the same id {path.stem!r}; rename one, "
-                            "as boxes are found by id")
+            raise UserError(
+                f"{self.source}: images {other!r} and {name!r} have the same id {path.stem!r}; rename one, "
+                "as boxes are found by id"
+            )
         split = split.lower() if split.lower() in SPLITS else ""
         self.pictures[path.stem] = Picture(path.stem, name, *sides, split)
         self.shapes[path.stem] = []
@@ -171,8 +175,9 @@ def checked_name(file_name: object, place: str) -> PurePosixPath:
 
 def _single(image_id: str, shapes: Sequence[Shape]) -> list[Lesion]:
     names = _names([shape.lesion_id for shape in shapes])
-    return [Lesion(image_id, name, shape.box, None, shape.segmentation)
-            for name, shape in zip(names, shapes, strict=True)]
+    return [
+        Lesion(image_id, name, shape.box, None, shape.segmentation) for name, shape in zip(names, shapes, strict=True)
+    ]
 
 
 def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[Lesion]:
@@ -189,20 +194,30 @@ def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[
             raise ValueError(f"{shapes[k].place}: a second small box of the lesion of {shapes[home].place}; keep one")
         else:
             owner[home] = k
-    fits = {k: [b for b in bigs if b not in owner and _excess(shapes[k].box, shapes[b].box) <= TOLERANCE]
-            for k in loose}
+    fits = {
+        k: [b for b in bigs if b not in owner and _excess(shapes[k].box, shapes[b].box) <= TOLERANCE] for k in loose
+    }
     for k in sorted(loose, key=lambda k: len(fits[k])):
         free = [b for b in fits[k] if b not in owner]
         if not free:
-            raise ValueError(f"{shapes[k].place}: the small box {show(shapes[k].box)} lies inside no big box that has "
-                             "none yet; draw its big box or remove it")
+            raise ValueError(
+                f"{shapes[k].place}: the small box {show(shapes[k].box)} lies inside no big box that has "
+                "none yet; draw its big box or remove it"
+            )
         before = [b for b in free if b == k - 1]
         owner[before[0] if before else min(free, key=lambda b: _area(shapes[b].box))] = k
-    masks = {shape.lesion_id: shape.segmentation for shape in shapes
-             if shape.label.lower() not in (big, small) and shape.lesion_id and shape.segmentation is not None}
+    masks = {
+        shape.lesion_id: shape.segmentation
+        for shape in shapes
+        if shape.label.lower() not in (big, small) and shape.lesion_id and shape.segmentation is not None
+    }
     names = _names([shapes[b].lesion_id for b in bigs])
-    return [Lesion(image_id, name, shapes[b].box, shapes[owner[b]].box if b in owner else None,
-                   masks.get(shapes[b].lesion_id)) for name, b in zip(names, bigs, strict=True)]
+    return [
+        Lesion(
+            image_id, name, shapes[b].box, shapes[owner[b]].box if b in owner else None, masks.get(shapes[b].lesion_id)
+        )
+        for name, b in zip(names, bigs, strict=True)
+    ]
 
 
 def _home(shapes: Sequence[Shape], small: int, bigs: Sequence[int]) -> int | None:
@@ -285,8 +300,10 @@ def with_small_boxes(annotations: Annotations, core: float = CORE) -> Annotation
         lesions.append(lesion)
     if not made:
         return annotations
-    note = (f"{made} of {len(lesions)} small boxes were made from the one box given: {core:g} of its sides, same "
-            "centre; set method.target.looseness to how much the given boxes exceed the lesion (0: they are tight)")
+    note = (
+        f"{made} of {len(lesions)} small boxes were made from the one box given: {core:g} of its sides, same "
+        "centre; set method.target.looseness to how much the given boxes exceed the lesion (0: they are tight)"
+    )
     return replace(annotations, lesions=tuple(lesions), notes=(*annotations.notes, note))
 
 
@@ -326,12 +343,16 @@ def with_pictures(annotations: Annotations, known: Mapping[str, Picture]) -> Ann
     pictures = []
     for picture in annotations.pictures:
         if picture.image_id not in known:
-            raise UserError(f"image {picture.file_name or picture.image_id!r}: no such image among the {len(known)} "
-                            "given; add it or remove its annotations")
+            raise UserError(
+                f"image {picture.file_name or picture.image_id!r}: no such image among the {len(known)} "
+                "given; add it or remove its annotations"
+            )
         held = known[picture.image_id]
         if (held.width, held.height) != (picture.width, picture.height):
-            raise UserError(f"image {held.file_name!r}: the annotations say {picture.width}x{picture.height} px, the "
-                            f"file has {held.width}x{held.height} px; annotate the images as they are")
+            raise UserError(
+                f"image {held.file_name!r}: the annotations say {picture.width}x{picture.height} px, the "
+                f"file has {held.width}x{held.height} px; annotate the images as they are"
+            )
         pictures.append(replace(picture, file_name=held.file_name))
     return replace(annotations, pictures=tuple(pictures))
 
@@ -340,5 +361,7 @@ def need_names(annotations: Annotations, form: str) -> None:
     """Refuse to write a format that names files while their endings are unknown."""
     nameless = next((picture for picture in annotations.pictures if not picture.file_name), None)
     if nameless is not None:
-        raise UserError(f"{form} names image files with their endings, and that of {nameless.image_id!r} is unknown; "
-                        "give the folder of images (--images)")
+        raise UserError(
+            f"{form} names image files with their endings, and that of {nameless.image_id!r} is unknown; "
+            "give the folder of images (--images)"
+        )

@@ -110,8 +110,10 @@ def _from_polygons(polygons: list, height: int, width: int) -> np.ndarray:
     right, bottom = (max(float(part[:, axis].max()) for part in points) for axis in (0, 1))
     excess = max(-low, right - width, bottom - height)
     if excess > POLYGON_TOLERANCE:
-        raise ValueError(f"polygon: leaves the image of {width}x{height} px by {excess:.1f} px; cut it at the frame or "
-                         "correct the image's size")
+        raise ValueError(
+            f"polygon: leaves the image of {width}x{height} px by {excess:.1f} px; cut it at the frame or "
+            "correct the image's size"
+        )
     limits = np.array([width, height], float)
     flat = [np.clip(part, 0, limits).ravel().tolist() for part in points]
     drawn: Any = coco.merge(coco.frPyObjects(flat, height, width))

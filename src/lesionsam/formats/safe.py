@@ -93,8 +93,9 @@ def read_xml(path: Path, expected: str) -> Element:
 
     def start(tag: str, attributes: dict[str, str]) -> None:
         if len(stack) > MAX_DEPTH:
-            raise UserError(f"{path}: line {parser.CurrentLineNumber}: elements nested deeper than {MAX_DEPTH}; "
-                            f"expected {expected}")
+            raise UserError(
+                f"{path}: line {parser.CurrentLineNumber}: elements nested deeper than {MAX_DEPTH}; expected {expected}"
+            )
         element = Element(tag, attributes)
         stack[-1].children.append(element)
         stack.append(element)
@@ -103,8 +104,10 @@ def read_xml(path: Path, expected: str) -> Element:
         stack[-1].text += piece
 
     def refuse(*_: object) -> None:
-        raise UserError(f"{path}: line {parser.CurrentLineNumber}: holds a document type or entities (<!DOCTYPE, "
-                        f"<!ENTITY), which are refused; expected {expected} as its tool exports it")
+        raise UserError(
+            f"{path}: line {parser.CurrentLineNumber}: holds a document type or entities (<!DOCTYPE, "
+            f"<!ENTITY), which are refused; expected {expected} as its tool exports it"
+        )
 
     parser.buffer_text = True
     parser.StartElementHandler = start
@@ -115,8 +118,9 @@ def read_xml(path: Path, expected: str) -> Element:
     try:
         parser.Parse(data, True)
     except expat.ExpatError as error:
-        raise UserError(f"{path}: line {error.lineno}: not XML ({expat.errors.messages[error.code]}); expected "
-                        f"{expected}") from None
+        raise UserError(
+            f"{path}: line {error.lineno}: not XML ({expat.errors.messages[error.code]}); expected {expected}"
+        ) from None
     except (LookupError, ValueError) as error:
         raise UserError(f"{path}: {error}; expected {expected} in UTF-8") from None
     return top.children[0]

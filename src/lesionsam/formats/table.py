@@ -36,8 +36,10 @@ def read_table(path: Path, pictures: Mapping[str, Picture] | None = None) -> Ann
         lesion_id = row.get("lesion_id") or str(counts.get(image_id, 0))
         counts[image_id] = counts.get(image_id, 0) + 1
         if (image_id, lesion_id) in seen:
-            raise UserError(f"{place}: lesion {lesion_id!r} of image {image_id!r} stands already in line "
-                            f"{seen[image_id, lesion_id]}; give each lesion of an image its own lesion_id")
+            raise UserError(
+                f"{place}: lesion {lesion_id!r} of image {image_id!r} stands already in line "
+                f"{seen[image_id, lesion_id]}; give each lesion of an image its own lesion_id"
+            )
         seen[image_id, lesion_id] = line
         big = np.array([number(row[name], f"{place}, {name}") for name in BIG])
         given = [name for name in SMALL if row.get(name)]
@@ -58,8 +60,10 @@ def _add(gathered: Gathered, row: Mapping[str, str], place: str, pictures: Mappi
         return
     width, height = (whole_number(row.get(name, "")) for name in ("width", "height"))
     if not width or not height:
-        raise UserError(f"{place}: the size of image {image_id!r} is unknown; give the folder of images (--images), or "
-                        "the columns width and height in pixels")
+        raise UserError(
+            f"{place}: the size of image {image_id!r} is unknown; give the folder of images (--images), or "
+            "the columns width and height in pixels"
+        )
     gathered.pictures[image_id] = Picture(image_id, "", width, height, row.get("split", ""))
 
 
@@ -76,8 +80,18 @@ def write_table(path: Path, annotations: Annotations) -> None:
         writer.writerow([*COLUMNS, *(["split"] if with_split else []), "width", "height", *BIG, *SMALL])
         for lesion in annotations.lesions:
             if lesion.small_box is None:
-                raise UserError(f"lesion {lesion.lesion_id!r} of image {lesion.image_id!r} has no small box; the CSV "
-                                f"needs {', '.join(REQUIRED)}")
+                raise UserError(
+                    f"lesion {lesion.lesion_id!r} of image {lesion.image_id!r} has no small box; the CSV "
+                    f"needs {', '.join(REQUIRED)}"
+                )
             picture = pictures[lesion.image_id]
-            writer.writerow([lesion.image_id, lesion.lesion_id, *([picture.split] if with_split else []), picture.width,
-                             picture.height, *(f"{value:.2f}" for value in (*lesion.big_box, *lesion.small_box))])
+            writer.writerow(
+                [
+                    lesion.image_id,
+                    lesion.lesion_id,
+                    *([picture.split] if with_split else []),
+                    picture.width,
+                    picture.height,
+                    *(f"{value:.2f}" for value in (*lesion.big_box, *lesion.small_box)),
+                ]
+            )

@@ -25,8 +25,9 @@ MAX_CLASSES = 10_000
 EXPECTED = "YOLO label text"
 
 
-def read_yolo(folder: Path, pictures: Mapping[str, Picture], labels: Labels | None = None,
-              classes: Sequence[str] | None = None) -> Annotations:
+def read_yolo(
+    folder: Path, pictures: Mapping[str, Picture], labels: Labels | None = None, classes: Sequence[str] | None = None
+) -> Annotations:
     """Boxes of a folder of YOLO files.
 
     Args:
@@ -62,8 +63,9 @@ def read_yolo(folder: Path, pictures: Mapping[str, Picture], labels: Labels | No
 def _shape(values: list[str], names: Sequence[str], picture: Picture, path: Path, line: int) -> Shape:
     place = f"{path}: line {line}"
     if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
-        raise UserError(f"{place}: {len(values)} fields; expected class, x, y, width, height (or class and the points "
-                        "of a polygon)")
+        raise UserError(
+            f"{place}: {len(values)} fields; expected class, x, y, width, height (or class and the points of a polygon)"
+        )
     label = whole_number(values[0])
     if label is None or label >= len(names):
         raise UserError(f"{place}: class {values[0][:20]!r}; expected 0 to {len(names) - 1} ({', '.join(names)})")
@@ -75,8 +77,9 @@ def _shape(values: list[str], names: Sequence[str], picture: Picture, path: Path
         points = numbers.reshape(-1, 2)
         shares = np.concatenate([points.min(0), points.max(0)])
     if shares.min() < -1 or shares.max() > 2:
-        raise UserError(f"{place}: expected shares of 0 to 1 of the image's sides, got {' '.join(values[1:5])}; are "
-                        "these pixels?")
+        raise UserError(
+            f"{place}: expected shares of 0 to 1 of the image's sides, got {' '.join(values[1:5])}; are these pixels?"
+        )
     box = shares * np.array([picture.width, picture.height] * 2)
     return Shape(names[label], box, f"{path.name} line {line}")
 

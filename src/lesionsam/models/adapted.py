@@ -55,8 +55,14 @@ def attach(sam: Sam, strategy: Strategy, *, seed: int = 0) -> None:
     if strategy.encoder == "adapter":
         adapters.insert_adapters(sam, dim=strategy.adapter_dim, last_k=strategy.last_k, seed=seed)
     elif strategy.encoder == "lora":
-        lora.attach_lora(sam, rank=strategy.lora_rank, alpha=strategy.lora_alpha, dropout=strategy.lora_dropout,
-                         last_k=strategy.last_k, seed=seed)
+        lora.attach_lora(
+            sam,
+            rank=strategy.lora_rank,
+            alpha=strategy.lora_alpha,
+            dropout=strategy.lora_dropout,
+            last_k=strategy.last_k,
+            seed=seed,
+        )
 
 
 def own_state(sam: Sam) -> dict[str, torch.Tensor]:
@@ -86,8 +92,14 @@ def save_tuned(sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Pat
         name: compact, vit_b, vit_l or vit_h. base: the pretrained weights file that was trained on.
     """
     state = {_short(key): p.detach().cpu().contiguous() for key, p in sam.named_parameters() if p.requires_grad}
-    notes = {TUNED: strategy.encoder, "name": name, "image_size": str(sam.image_encoder.img_size), "base": base.name,
-             "base_sha256": sha256_file(base), "strategy": json.dumps(asdict(strategy))}
+    notes = {
+        TUNED: strategy.encoder,
+        "name": name,
+        "image_size": str(sam.image_encoder.img_size),
+        "base": base.name,
+        "base_sha256": sha256_file(base),
+        "strategy": json.dumps(asdict(strategy)),
+    }
     write_bytes_atomic(path, save(state, notes))
 
 
@@ -98,8 +110,9 @@ def base_wanted(metadata: Mapping[str, str]) -> str | None:
     return f"{metadata.get('base', 'its base')} of {metadata.get('name')} (SHA-256 {metadata.get('base_sha256')})"
 
 
-def apply_tuned(sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
-                base: Path) -> None:
+def apply_tuned(
+    sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], base: Path
+) -> None:
     """Put a small file's weights into its base, in place; low-rank updates are merged.
 
     Args:
@@ -109,8 +122,10 @@ def apply_tuned(sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadat
     """
     found = sha256_file(base)
     if found != metadata.get("base_sha256"):
-        raise UserError(f"{path}: belongs to {base_wanted(metadata)}, got {base} (SHA-256 {found}); name the file that "
-                        "was trained on")
+        raise UserError(
+            f"{path}: belongs to {base_wanted(metadata)}, got {base} (SHA-256 {found}); name the file that "
+            "was trained on"
+        )
     try:
         strategy = Strategy(**json.loads(metadata["strategy"]))
     except (KeyError, TypeError, json.JSONDecodeError):
@@ -121,8 +136,9 @@ def apply_tuned(sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadat
     wrong = [key for key in state if key not in names or sizes[key] != state[key].shape]
     wrong += [key for key in sizes if (lora.MARK in key or adapters.MARK in key) and key not in state]
     if wrong:
-        raise UserError(f"{path}: does not fit {base.name}: {', '.join(wrong[:SHOWN_KEYS])} missing, unknown or of "
-                        "another shape")
+        raise UserError(
+            f"{path}: does not fit {base.name}: {', '.join(wrong[:SHOWN_KEYS])} missing, unknown or of another shape"
+        )
     if infinite := [key for key, value in state.items() if not bool(torch.isfinite(value).all())]:
         raise UserError(f"{path}: {infinite[0]} holds values that are not finite; the training that wrote it failed")
     sam.load_state_dict({names[key]: value for key, value in state.items()}, strict=False)

@@ -97,8 +97,10 @@ def attend(attention: Any, tokens: torch.Tensor, window: int, backend: str) -> t
     padded = (batch, down * rows, across * columns, 3 * channels)
     if padded[1:3] != (height, width):
         of_zeros = attention.qkv(tokens.new_zeros(1, 1, 1, channels)).expand(padded)
-        inside = F.pad(tokens.new_ones((1, height, width, 1), dtype=torch.bool),
-                       (0, 0, 0, padded[2] - width, 0, padded[1] - height))
+        inside = F.pad(
+            tokens.new_ones((1, height, width, 1), dtype=torch.bool),
+            (0, 0, 0, padded[2] - width, 0, padded[1] - height),
+        )
         qkv = torch.where(inside, F.pad(qkv, (0, 0, 0, padded[2] - width, 0, padded[1] - height)), of_zeros)
     parts = qkv.view(batch, down, rows, across, columns, 3, heads, -1).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = parts.reshape(3, batch * down * across, heads, rows * columns, -1).unbind(0)  # (B', heads, N, hd)
@@ -125,13 +127,7 @@ def positions(table: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def relative_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    r_h: torch.Tensor,
-    r_w: torch.Tensor,
-    scale: float,
-    backend: str,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r_h: torch.Tensor, r_w: torch.Tensor, scale: float, backend: str
 ) -> torch.Tensor:
     """softmax(scale q k^T + q R_h + q R_w) v.
 

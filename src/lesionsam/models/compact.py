@@ -49,8 +49,9 @@ class CompactArchitecture:
                 raise UserError(f"compact architecture: {name} must be a whole number above 0, got {value!r}")
         for name, divisor in (("image_size", self.patch_size), ("width", self.num_heads), ("prompt_width", 16)):
             if getattr(self, name) % divisor:
-                raise UserError(f"compact architecture: {name} must be a multiple of {divisor}, "
-                                f"got {getattr(self, name)}")
+                raise UserError(
+                    f"compact architecture: {name} must be a multiple of {divisor}, got {getattr(self, name)}"
+                )
 
     @property
     def grid(self) -> int:
@@ -62,11 +63,13 @@ class CompactArchitecture:
         """The architecture that a weights file states; `source` names the file in the error."""
         expected = set(cls.__dataclass_fields__)
         if set(numbers) != expected:
-            raise UserError(f"{source}: compact architecture needs exactly the keys {sorted(expected)}, "
-                            f"got {sorted(numbers)}")
+            raise UserError(
+                f"{source}: compact architecture needs exactly the keys {sorted(expected)}, got {sorted(numbers)}"
+            )
         if giants := [name for name, value in numbers.items() if isinstance(value, int) and value > MAX_STATED]:
-            raise UserError(f"{source}: compact architecture: {giants[0]} must be at most {MAX_STATED}, got "
-                            f"{numbers[giants[0]]}")
+            raise UserError(
+                f"{source}: compact architecture: {giants[0]} must be at most {MAX_STATED}, got {numbers[giants[0]]}"
+            )
         try:
             return cls(**numbers)
         except UserError as error:
@@ -77,15 +80,32 @@ def build_compact(architecture: CompactArchitecture) -> Sam:
     """A segment_anything Sam of these numbers with random weights (torch's global generator), in eval mode."""
     a = architecture
     encoder = ImageEncoderViT(
-        img_size=a.image_size, patch_size=a.patch_size, embed_dim=a.width, depth=a.depth, num_heads=a.num_heads,
-        mlp_ratio=4, out_chans=a.prompt_width, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True, window_size=0, global_attn_indexes=tuple(range(a.depth)))
+        img_size=a.image_size,
+        patch_size=a.patch_size,
+        embed_dim=a.width,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        mlp_ratio=4,
+        out_chans=a.prompt_width,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=0,
+        global_attn_indexes=tuple(range(a.depth)),
+    )
     prompt_encoder = PromptEncoder(
-        embed_dim=a.prompt_width, image_embedding_size=(a.grid, a.grid), input_image_size=(a.image_size, a.image_size),
-        mask_in_chans=16)
+        embed_dim=a.prompt_width,
+        image_embedding_size=(a.grid, a.grid),
+        input_image_size=(a.image_size, a.image_size),
+        mask_in_chans=16,
+    )
     decoder = MaskDecoder(
-        num_multimask_outputs=3, transformer_dim=a.prompt_width, iou_head_depth=3, iou_head_hidden_dim=64,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=a.prompt_width, mlp_dim=a.decoder_mlp, num_heads=4))
+        num_multimask_outputs=3,
+        transformer_dim=a.prompt_width,
+        iou_head_depth=3,
+        iou_head_hidden_dim=64,
+        transformer=TwoWayTransformer(depth=2, embedding_dim=a.prompt_width, mlp_dim=a.decoder_mlp, num_heads=4),
+    )
     sam = Sam(encoder, prompt_encoder, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
     # segment_anything starts the position embedding at 0, for checkpoints to fill.
     nn.init.trunc_normal_(encoder.get_parameter("pos_embed"), std=0.02)

@@ -51,8 +51,10 @@ def decode_groups(
     rows = None if groups[0][0] is None else torch.cat([images for images, _ in groups if images is not None])
     sizes = [len(features) if images is None else len(images) for images, _ in groups]
     with torch.autocast(features.device.type, enabled=False):
-        sparse = [embed_points_and_boxes(sam.prompt_encoder, prompts).expand(size, -1, -1)
-                  for size, (_, prompts) in zip(sizes, groups, strict=True)]
+        sparse = [
+            embed_points_and_boxes(sam.prompt_encoder, prompts).expand(size, -1, -1)
+            for size, (_, prompts) in zip(sizes, groups, strict=True)
+        ]
         position = sam.prompt_encoder.get_dense_pe().flatten(2).transpose(1, 2).contiguous()  # (1, N, C)
     outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     longest = max(one.shape[1] for one in sparse)
@@ -66,8 +68,10 @@ def decode_groups(
     image = features.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
     if any(prompts.masks is not None for _, prompts in groups):
         image = image if rows is None else image[rows]
-        dense = [dense_of(sam.prompt_encoder, prompts).expand(size, -1, -1)
-                 for size, (_, prompts) in zip(sizes, groups, strict=True)]
+        dense = [
+            dense_of(sam.prompt_encoder, prompts).expand(size, -1, -1)
+            for size, (_, prompts) in zip(sizes, groups, strict=True)
+        ]
         image, rows = image + torch.cat(dense), None
     else:
         image = image + sam.prompt_encoder.no_mask_embed.weight
@@ -76,8 +80,10 @@ def decode_groups(
     weights = torch.stack([head(hidden[:, 1 + k]) for k, head in heads], dim=2)  # (R, C / 8, K)
     logits = upscaled(decoder.output_upscaling, keys) @ weights  # (R, N 4 4, K)
     logits = logits.view(len(tokens), height, width, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)
-    return (logits.reshape(len(tokens), -1, 4 * height, 4 * width),
-            decoder.iou_prediction_head(hidden[:, 0])[:, chosen])
+    return (
+        logits.reshape(len(tokens), -1, 4 * height, 4 * width),
+        decoder.iou_prediction_head(hidden[:, 0])[:, chosen],
+    )
 
 
 def embed_points_and_boxes(encoder: Any, prompts: Prompts) -> Tensor:
@@ -157,8 +163,11 @@ def attend(
             are projected before they are repeated.
     """
     parts = []
-    for project, x, rows in ((attention.q_proj, q, query_rows), (attention.k_proj, k, key_rows),
-                             (attention.v_proj, v, key_rows)):
+    for project, x, rows in (
+        (attention.q_proj, q, query_rows),
+        (attention.k_proj, k, key_rows),
+        (attention.v_proj, v, key_rows),
+    ):
         part = project(x)
         part = part if rows is None else part.index_select(0, rows)
         parts.append(part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2))

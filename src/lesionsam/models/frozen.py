@@ -49,7 +49,8 @@ def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module]]:
 def plain_settings(module: nn.Module) -> dict[str, Any]:
     """The numbers and words that a module keeps beside its weights: heads, window, stride."""
     return {
-        name: value for name, value in sorted(vars(module).items())
+        name: value
+        for name, value in sorted(vars(module).items())
         if isinstance(value, int | float | str | tuple) and name != "training" and not name.startswith("_")
     }
 
@@ -57,8 +58,11 @@ def plain_settings(module: nn.Module) -> dict[str, Any]:
 def arithmetic(device: torch.device) -> str:
     """What decides the last bits of a result on this device: the processor, its kernels, torch and its threads."""
     if device.type == "cuda":
-        switches = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
-                    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)
+        switches = (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        )
         where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {switches}"
     else:
         where = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"

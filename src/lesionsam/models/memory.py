@@ -50,14 +50,7 @@ class Step:
 
 
 def predict_step(
-    sam: Sam,
-    *,
-    held: int,
-    batch_size: int,
-    answers: int,
-    precision: str,
-    device: str,
-    teacher: bool,
+    sam: Sam, *, held: int, batch_size: int, answers: int, precision: str, device: str, teacher: bool
 ) -> Step:
     """The peak of a step.
 

@@ -29,18 +29,38 @@ def build(numbers: dict) -> Sam:
     n = numbers
     grid = n["image_size"] // n["patch_size"]
     encoder = ImageEncoderViT(
-        img_size=n["image_size"], patch_size=n["patch_size"], embed_dim=n["width"], depth=n["depth"],
-        num_heads=n["num_heads"], mlp_ratio=n["mlp_dim"] / n["width"], out_chans=n["prompt_width"], qkv_bias=True,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), use_rel_pos=True, window_size=n["window_size"],
-        global_attn_indexes=tuple(n["global_attn_indexes"]))
+        img_size=n["image_size"],
+        patch_size=n["patch_size"],
+        embed_dim=n["width"],
+        depth=n["depth"],
+        num_heads=n["num_heads"],
+        mlp_ratio=n["mlp_dim"] / n["width"],
+        out_chans=n["prompt_width"],
+        qkv_bias=True,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=n["window_size"],
+        global_attn_indexes=tuple(n["global_attn_indexes"]),
+    )
     prompt_encoder = PromptEncoder(
-        embed_dim=n["prompt_width"], image_embedding_size=(grid, grid),
-        input_image_size=(n["image_size"], n["image_size"]), mask_in_chans=n["mask_in_chans"])
-    transformer = TwoWayTransformer(depth=n["decoder_depth"], embedding_dim=n["prompt_width"],
-                                    mlp_dim=n["decoder_mlp"], num_heads=n["decoder_num_heads"])
+        embed_dim=n["prompt_width"],
+        image_embedding_size=(grid, grid),
+        input_image_size=(n["image_size"], n["image_size"]),
+        mask_in_chans=n["mask_in_chans"],
+    )
+    transformer = TwoWayTransformer(
+        depth=n["decoder_depth"],
+        embedding_dim=n["prompt_width"],
+        mlp_dim=n["decoder_mlp"],
+        num_heads=n["decoder_num_heads"],
+    )
     decoder = MaskDecoder(
-        transformer_dim=n["prompt_width"], transformer=transformer, num_multimask_outputs=n["num_multimask_outputs"],
-        iou_head_depth=n["iou_head_depth"], iou_head_hidden_dim=n["iou_head_hidden_dim"])
+        transformer_dim=n["prompt_width"],
+        transformer=transformer,
+        num_multimask_outputs=n["num_multimask_outputs"],
+        iou_head_depth=n["iou_head_depth"],
+        iou_head_hidden_dim=n["iou_head_hidden_dim"],
+    )
     return Sam(encoder, prompt_encoder, decoder, pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD).eval()
 
 
@@ -65,12 +85,20 @@ def numbers_of(sam: Sam) -> dict:
     windows = [int(block.window_size) for block in encoder.blocks]
     head = decoder.iou_prediction_head
     return {
-        "image_size": int(encoder.img_size), "patch_size": tokens[-1], "width": tokens[0], "depth": len(windows),
-        "num_heads": encoder.blocks[0].attn.num_heads, "mlp_dim": encoder.blocks[0].mlp.lin1.out_features,
-        "window_size": max(windows), "global_attn_indexes": [k for k, size in enumerate(windows) if size == 0],
-        "prompt_width": decoder.transformer_dim, "mask_in_chans": prompts.mask_downscaling[3].out_channels,
-        "decoder_depth": decoder.transformer.depth, "decoder_num_heads": decoder.transformer.num_heads,
+        "image_size": int(encoder.img_size),
+        "patch_size": tokens[-1],
+        "width": tokens[0],
+        "depth": len(windows),
+        "num_heads": encoder.blocks[0].attn.num_heads,
+        "mlp_dim": encoder.blocks[0].mlp.lin1.out_features,
+        "window_size": max(windows),
+        "global_attn_indexes": [k for k, size in enumerate(windows) if size == 0],
+        "prompt_width": decoder.transformer_dim,
+        "mask_in_chans": prompts.mask_downscaling[3].out_channels,
+        "decoder_depth": decoder.transformer.depth,
+        "decoder_num_heads": decoder.transformer.num_heads,
         "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features,
-        "num_multimask_outputs": decoder.num_multimask_outputs, "iou_head_depth": head.num_layers,
+        "num_multimask_outputs": decoder.num_multimask_outputs,
+        "iou_head_depth": head.num_layers,
         "iou_head_hidden_dim": head.layers[0].out_features,
     }

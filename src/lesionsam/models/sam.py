@@ -31,8 +31,19 @@ from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture,
 from lesionsam.models.decoder import decode_groups
 from lesionsam.types import Prompts, sent
 
-__all__ = ["Sam", "build_sam", "decode", "embed", "encode", "load_sam", "model_frames", "preprocess", "resize_longest",
-           "save_sam", "upscale"]
+__all__ = [
+    "Sam",
+    "build_sam",
+    "decode",
+    "embed",
+    "encode",
+    "load_sam",
+    "model_frames",
+    "preprocess",
+    "resize_longest",
+    "save_sam",
+    "upscale",
+]
 
 Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
@@ -71,8 +82,9 @@ def at_size(sam: Sam, image_size: int) -> Sam:
     grid = image_size // patch
     position = encoder.get_parameter("pos_embed")
     # Antialiased also where it grows: torch's other bicubic kernel turns a ramp into stairs.
-    resized = F.interpolate(position.detach().permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic",
-                            align_corners=False, antialias=True)
+    resized = F.interpolate(
+        position.detach().permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic", align_corners=False, antialias=True
+    )
     encoder.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1).contiguous(), position.requires_grad)
     encoder.img_size = image_size
     prompt_encoder = sam.prompt_encoder
@@ -101,16 +113,19 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     state, metadata = read_weights(checkpoint)
     if (wanted := base_wanted(metadata)) is not None:
         if base is None:
-            raise UserError(f"{checkpoint}: holds only what was trained, and needs the weights it was trained on: "
-                            f"{wanted}; name them as base, or use best.safetensors beside it, which is whole")
+            raise UserError(
+                f"{checkpoint}: holds only what was trained, and needs the weights it was trained on: "
+                f"{wanted}; name them as base, or use best.safetensors beside it, which is whole"
+            )
         size = whole_number(metadata.get("image_size", ""))
         sam = load_sam(name or metadata.get("name"), base, image_size=size or 0)
         apply_tuned(sam, checkpoint, state, metadata, base)
         return at_size(sam, image_size).eval()
     held = model_held(checkpoint, state, metadata)
     if name not in (None, held):
-        raise UserError(f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or "
-                        "model.checkpoint")
+        raise UserError(
+            f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or model.checkpoint"
+        )
     architecture = stated_architecture(checkpoint, metadata) if held == "compact" else None
     with torch.device("meta"):  # no time for random weights: every tensor comes from the file
         sam = build_compact(architecture) if architecture is not None else sam_model_registry[held]()
@@ -123,9 +138,11 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     faults = [
         f"{len(keys)} {what} ({', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
         for what, keys in (
-            ("missing", [k for k in expected if k not in state]), ("unknown", [k for k in state if k not in expected]),
+            ("missing", [k for k in expected if k not in state]),
+            ("unknown", [k for k in state if k not in expected]),
             ("of another shape", [k for k in expected if k in state and state[k].shape != expected[k].shape]),
-        ) if keys
+        )
+        if keys
     ]
     if faults:
         raise UserError(f"{checkpoint}: does not fit {held}: keys {', '.join(faults)}")
@@ -141,8 +158,10 @@ def model_held(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, s
     """Which model these weights are: as the file says, or by the width of the encoder's tokens."""
     if POSITION not in state or state[POSITION].ndim != 4:
         keys = ", ".join(list(state)[:SHOWN_KEYS])
-        raise UserError(f"{path}: holds no SAM: expected the key {POSITION} among others, found {len(state)} keys "
-                        f"({keys}{', ...' if len(state) > SHOWN_KEYS else ''})")
+        raise UserError(
+            f"{path}: holds no SAM: expected the key {POSITION} among others, found {len(state)} keys "
+            f"({keys}{', ...' if len(state) > SHOWN_KEYS else ''})"
+        )
     stated = metadata.get("name")
     return stated if stated in (*WIDTHS.values(), "compact") else WIDTHS.get(state[POSITION].shape[-1], "compact")
 
@@ -154,8 +173,10 @@ def stated_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitec
     except json.JSONDecodeError:
         numbers = None
     if not isinstance(numbers, dict):
-        raise UserError(f"{path}: weights of no published SAM, and no compact architecture stated; expected a file "
-                        "that `make foundation` or a training wrote")
+        raise UserError(
+            f"{path}: weights of no published SAM, and no compact architecture stated; expected a file "
+            "that `make foundation` or a training wrote"
+        )
     return CompactArchitecture.from_mapping(numbers, str(path))
 
 
@@ -176,17 +197,32 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise UserError(f"{path}: not a plain file of weights: damaged, or it would run code when loaded; fetch it "
-                        "again") from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-            OverflowError, MemoryError, struct.error, OSError) as error:  # what readers make of damage
+        raise UserError(
+            f"{path}: not a plain file of weights: damaged, or it would run code when loaded; fetch it again"
+        ) from None
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        OverflowError,
+        MemoryError,
+        struct.error,
+        OSError,
+    ) as error:  # what readers make of damage
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{path}: cannot be read as weights, damaged or cut short ({reason}); fetch it again") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: holds a {type(loaded).__name__}; expected tensors by name, as SAM's .pth files do")
     if other := [str(key) for key, value in loaded.items() if not isinstance(value, torch.Tensor)]:
-        raise UserError(f"{path}: expected tensors alone, as in SAM's .pth files; {', '.join(other[:SHOWN_KEYS])} "
-                        "holds something else; save the model's state_dict by itself")
+        raise UserError(
+            f"{path}: expected tensors alone, as in SAM's .pth files; {', '.join(other[:SHOWN_KEYS])} "
+            "holds something else; save the model's state_dict by itself"
+        )
     return loaded, {}
 
 
@@ -210,10 +246,15 @@ def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None
     if name == "compact":
         attention = encoder.blocks[0].attn
         trained_grid = (attention.rel_pos_h.shape[0] + 1) // 2  # whatever side `at_size` has set since
-        numbers = {"image_size": trained_grid * patch_size(sam), "patch_size": patch_size(sam),
-                   "width": encoder.get_parameter("pos_embed").shape[-1], "depth": len(encoder.blocks),
-                   "num_heads": attention.num_heads, "prompt_width": decoder.transformer_dim,
-                   "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features}
+        numbers = {
+            "image_size": trained_grid * patch_size(sam),
+            "patch_size": patch_size(sam),
+            "width": encoder.get_parameter("pos_embed").shape[-1],
+            "depth": len(encoder.blocks),
+            "num_heads": attention.num_heads,
+            "prompt_width": decoder.transformer_dim,
+            "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features,
+        }
         notes["architecture"] = json.dumps(numbers)
     state = {key: value.detach().cpu().contiguous() for key, value in own_state(sam).items()}
     write_bytes_atomic(path, save(state, notes))
@@ -245,8 +286,9 @@ def embed(sam: Sam, images: torch.Tensor) -> torch.Tensor:
     return tokens if position is None else tokens + position
 
 
-def decode(sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool = False, *,
-           rows: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(
+    sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool = False, *, rows: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode prompts, each on its image of a batch.
 
     Args:
@@ -268,8 +310,10 @@ def resize_longest(image: np.ndarray, side: int) -> np.ndarray:
     """
     height, width = model_frame_size(image.shape[1], image.shape[0], side)
     if min(height, width) < 1:
-        raise UserError(f"an image of {image.shape[1]}x{image.shape[0]} px is too thin for a model input of {side} px; "
-                        "crop it to the lesion's surroundings")
+        raise UserError(
+            f"an image of {image.shape[1]}x{image.shape[0]} px is too thin for a model input of {side} px; "
+            "crop it to the lesion's surroundings"
+        )
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 

@@ -55,8 +55,14 @@ def select_trainable(
 
 def trained_counts(module: nn.Module) -> dict[str, int]:
     """Number of trained parameters by part: encoder, adapters, lora, decoder, prompt_encoder, head, other; no zeros."""
-    marks = {"adapters": adapters.MARK, "lora": lora.MARK, "encoder": "image_encoder.", "decoder": "mask_decoder.",
-             "prompt_encoder": "prompt_encoder.", "head": "head."}
+    marks = {
+        "adapters": adapters.MARK,
+        "lora": lora.MARK,
+        "encoder": "image_encoder.",
+        "decoder": "mask_decoder.",
+        "prompt_encoder": "prompt_encoder.",
+        "head": "head.",
+    }
     counts: dict[str, int] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
@@ -137,8 +143,9 @@ def as_kept(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous()
 
 
-def frozen_part(sam: Sam, batch: Batch, num_blocks: int, reference: Sam | None = None
-                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+def frozen_part(
+    sam: Sam, batch: Batch, num_blocks: int, reference: Sam | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`encode_frozen` of a batch, or what the batch already carries of it."""
     if batch.prefix is not None and (batch.reference is not None or reference is None):
         return batch.prefix, batch.reference
