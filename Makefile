@@ -63,7 +63,7 @@ test: $(READY) ## all tests
 RUNS ?= 20
 SEED ?= 0
 chaos: $(READY) ## faults on purpose, and what must hold all the same: make chaos RUNS=20 SEED=0 (hours; the campaign of whole chains is by far the longest)
-	python tests/chaos.py --runs $(RUNS) --seed $(SEED)
+	python tests/chaos/run.py --runs $(RUNS) --seed $(SEED)
 
 lint: $(READY) ## ruff, bandit, hadolint
 	ruff check .

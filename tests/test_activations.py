@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_methods import DEFAULT, SUPERVISED, options
-from test_training import CPU, Stop, differing, run, stop_at, weights
-from tiny import SIDE, tiny_data, tiny_sam
+from helpers.activations import GB, SHAPE, filled, found, keys, open_store, values
+from helpers.methods import DEFAULT, SUPERVISED, options
+from helpers.tiny import SIDE, tiny_data, tiny_sam
+from helpers.training import CPU, Stop, differing, run, stop_at, weights
 
 from lesionsam.config import default_values, unflatten, validate
 from lesionsam.data import activation_store
@@ -37,8 +38,6 @@ from lesionsam.models.frozen import frozen_identity
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import num_frozen_blocks, select_trainable
 from lesionsam.types import Batch
-
-GB = 1e9
 
 
 def config(**changes: Any) -> Any:
@@ -265,39 +264,6 @@ def test_an_image_is_known_by_its_pixels_and_its_part() -> None:
 
 
 # ---- files that went wrong -------------------------------------------------------------------------------------------
-
-SHAPE = (4, 4, 32)
-
-
-def open_store(root: Path, *, limit: float = GB, lines: list[str] | None = None, **space: Any) -> Store:
-    say = (lambda line: None) if lines is None else lines.append
-    return Store(root, {"part": "a part", **space}, Budget(root, int(limit), say))
-
-
-def values(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
-
-
-def keys(count: int, first: int = 0) -> list[bytes]:
-    return [bytes([k]) * 16 for k in range(first, first + count)]
-
-
-def filled(root: Path, count: int = 6, **space: Any) -> Path:
-    """A store with some entries, closed; its folder."""
-    store = open_store(root, **space)
-    store.write(keys(count), values(count))
-    store.close()
-    return store.folder
-
-
-def found(store: Store, count: int = 6) -> list[bool]:
-    """Which of the entries are there; those must be right."""
-    wanted, there = values(count), []
-    for k, key in enumerate(keys(count)):
-        into = torch.full(SHAPE, -1.0)
-        there.append(store.read(key, into))
-        assert not there[-1] or torch.equal(into, wanted[k])
-    return there
 
 
 def test_what_is_written_is_read_by_another_process_and_while_it_is_written(tmp_path: Path) -> None:

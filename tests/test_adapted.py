@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from safetensors import safe_open
-from tiny import ARCHITECTURE, SIDE, tiny_sam
 
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from annotating import SIZE, Served, draw_images, sent, serving
+from helpers.annotating import SIZE, Served, draw_images, sent, serving
 from PIL import Image
 
 from lesionsam.annotation.assist import PRIOR_SIDE

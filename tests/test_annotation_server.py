@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from annotating import BIG, SIZE, SMALL, Served, command, draw_images, sent, serving
+from helpers.annotating import BIG, SIZE, SMALL, Served, command, draw_images, sent, serving
 from PIL import Image
 
 from lesionsam.annotation import store as store_module

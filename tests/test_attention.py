@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import SIDE, tiny_sam
 from segment_anything.modeling.image_encoder import Block, get_rel_pos
-from tiny import SIDE, tiny_sam
 
 from lesionsam.models import attention
 from lesionsam.models.adapted import Strategy, attach

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import bad_inputs
 import numpy as np
 import pytest
-from bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
+from helpers import bad_inputs
+from helpers.bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
 from PIL import Image
 from typer.main import get_command
 

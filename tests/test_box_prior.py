@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import LESION, SKIN, Lesion, draw_lesion, iou
+from helpers.tiny import LESION, SKIN, Lesion, draw_lesion, iou
 
 from lesionsam.box_prior import (
     COLOUR_CLIP,

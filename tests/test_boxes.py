@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny import is_inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 from segment_anything.utils.transforms import ResizeLongestSide
-from tiny import is_inside
 
 from lesionsam.boxes import (
     COLUMNS,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from helpers.cli import lesionsam
 
-from lesionsam.cli import app, main
+from lesionsam.cli import app
 from lesionsam.config import default_text, default_values, load_config
 from lesionsam.presets import preset_names
 
@@ -40,14 +41,6 @@ def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "params.yaml"
     path.write_text(default_text(), "utf-8")
     return path
-
-
-def lesionsam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit status of a command run in this process."""
-    monkeypatch.setattr(sys, "argv", ["lesionsam", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    return int(ended.value.code or 0)
 
 
 def test_help_as_a_module_loads_nothing_heavy(root: Path) -> None:

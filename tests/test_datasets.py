@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from PIL import Image
-from tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 
 from lesionsam.box_prior import OUTSIDE, inside
 from lesionsam.boxes import model_frame_size

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import SIDE, tiny_data
 from scipy import ndimage
-from tiny import SIDE, tiny_data
 
 from lesionsam.data.distortion import Distortion, recoloured
 from lesionsam.data.frames import UNKNOWN

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_registry import train
+from helpers.registry import train
 from typer.testing import CliRunner
 
 from lesionsam import doctor

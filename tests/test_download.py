@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from web_server import Site, serve
+from helpers.web_server import Site, serve
 
 from lesionsam.data import download
 from lesionsam.data.download import Remote, fetch

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from annotating import draw_images
+from helpers.annotating import draw_images
 from PIL import Image
 from ruamel.yaml import YAML
 from scipy import stats

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from import_graph import imported_names, module_files
 from PIL import Image
+from repo.import_graph import imported_names, module_files
 from scipy import stats
 
 from lesionsam import evaluation_results as results

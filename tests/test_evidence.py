@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.tiny import tiny_data
 from PIL import Image
-from tiny import tiny_data
 
 from lesionsam.config import default_values, validate
 from lesionsam.evidence import Row, configured, costs, few, summarise, unit_path

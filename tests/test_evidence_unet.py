@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.tiny import SIDE, tiny_data
 from PIL import Image
-from tiny import SIDE, tiny_data
 
 from lesionsam.config import default_values, validate, with_values
 from lesionsam.data.folder import index_folder

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from PIL import Image
 from segment_anything import sam_model_registry
-from tiny import ARCHITECTURE, SIDE, tiny_sam
 from typer.testing import CliRunner
 
 from lesionsam import export as exporting

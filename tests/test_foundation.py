@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_data
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import tiny_data
 
 from lesionsam import foundation
 from lesionsam.config import default_values, validate

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import DEFAULT, options, supervised
-from test_training import Mean, run, weights
-from tiny import tiny_data, tiny_sam
+from helpers.methods import DEFAULT, options, supervised
+from helpers.tiny import tiny_data, tiny_sam
+from helpers.training import Mean, run, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lesionsam.methods.base import Method

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.web_server import Site, serve
 from PIL import Image
-from web_server import Site, serve
 
 from lesionsam.data import isic
 from lesionsam.data.archives import LocalArchive, RemoteArchive, find_members

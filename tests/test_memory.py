@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Mean, Stop, contrastive, differing, run, stop_at, weights
-from tiny import tiny_data
+from helpers.tiny import tiny_data
+from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
 
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.errors import UserError

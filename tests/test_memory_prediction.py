@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_methods import DEFAULT, SUPERVISED, options
+from helpers.methods import DEFAULT, SUPERVISED, options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

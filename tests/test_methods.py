@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import SIDE, tiny_data, tiny_sam
+from helpers.methods import CPU, generator, options, some_batch, supervised
+from helpers.tiny import SIDE, tiny_data, tiny_sam
 
 from lesionsam.box_prior import ellipse_prior
 from lesionsam.config import Config, default_values, validate
 from lesionsam.experiment import build_method
 from lesionsam.methods.base import draw_kinds, known_masks, to_grid
-from lesionsam.methods.contrastive import Contrastive, Options
-from lesionsam.methods.supervised import Options as SupervisedOptions
-from lesionsam.methods.supervised import Supervised
+from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.sam import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
@@ -28,78 +27,12 @@ from lesionsam.prompts import draw_prompts
 from lesionsam.training import fit, parameter_groups, step_generator
 from lesionsam.types import Batch
 
-CPU = torch.device("cpu")
-DEFAULT = Options(
-    alpha=0.0,
-    beta=0.5,
-    gamma=0.0,
-    delta=1.0,
-    epsilon=0.0,
-    temperature=0.1,
-    pos_samples=256,
-    neg_samples=1024,
-    ema_decay=0.99,
-    num_points=10,
-    teacher_prompt="box+core",
-    monitor_masks=True,
-    gate_region="big_box",
-    entropy_thresh=0.2,
-    trust_empty=False,
-    missed_core="ignore",
-    certain_background=True,
-    in_batch=True,
-    random_fallback=False,
-    head_norm="group",
-    head_ema=True,
-    target="prior",
-    offset=0.0,
-    softness=3.0,
-    teacher_weight=0.0,
-    ramp_steps=0,
-    placebo="none",
-    prompts={"ring": 0.25, "centre": 0.25, "box": 0.5, "box+core": 0.0},
-    prompts_per_image=2,
-)
-
-
-def options(base: Options = DEFAULT, **changes: Any) -> Options:
-    return replace(base, **changes)
-
 
 def contrastive(seed: int = 0, decoder: bool = True, **changes: Any) -> Contrastive:
     sam, reference = tiny_sam(seed, sharpness=20), tiny_sam(seed, sharpness=20)
     select_trainable(sam, encoder="blocks", unfreeze_last_k=0, train_decoder=decoder)
     torch.manual_seed(seed)
     return Contrastive(sam, reference.requires_grad_(False), options(**changes))
-
-
-SUPERVISED = SupervisedOptions(
-    loss="dice_bce",
-    candidates="one",
-    iou_loss="monitor",
-    beta=0.5,
-    learned_weights=False,
-    average=0.0,
-    num_points=10,
-    prompts_per_image=2,
-    corrections=0,
-    prompts=DEFAULT.prompts,
-    from_masks=None,
-)
-
-
-def supervised(**changes: Any) -> Supervised:
-    sam = tiny_sam()
-    select_trainable(sam, encoder="blocks", unfreeze_last_k=0, train_decoder=True)
-    return Supervised(sam, replace(SUPERVISED, **changes))
-
-
-def some_batch(count: int = 4, **changes: Any) -> Batch:
-    return replace(tiny_data(count).batch(range(count)), **changes)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # ---- the published recipe --------------------------------------------------------------------------------------------

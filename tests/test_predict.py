@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import ARCHITECTURE, tiny_sam
 from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
-from tiny import ARCHITECTURE, tiny_sam
 from typer.testing import CliRunner
 
 from lesionsam import inference_outputs

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny import tiny_sam
 from PIL import Image
-from tiny import tiny_sam
 
 from lesionsam import inference
 from lesionsam.errors import UserError

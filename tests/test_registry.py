@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_sam
+from helpers.registry import train
+from helpers.tiny import tiny_sam
 from typer.testing import CliRunner
 
 from lesionsam import registry
@@ -36,24 +37,6 @@ def send(root: Path) -> None:
         shipper = Shipper(spool, replace_gone=True)
         while shipper.ship():
             pass
-
-
-def train(root: Path, folder: Path, *, seed: int) -> None:
-    """What the train stage leaves: weights, run.json, and a run with a logged model."""
-    tracker = Tracker.open(
-        folder,
-        uri="",
-        experiment="tests",
-        root=root,
-        run_name="r",
-        params={"a": seed},
-        tags={"model": "compact", "method": "contrastive"},
-        system_metrics=False,
-        send=False,
-    )
-    save_sam(tiny_sam(seed), folder / "best.safetensors", name="compact")
-    tracker.log_checkpoint(folder / "best.safetensors", "lesionsam", {"objective": 0.5}, 7)
-    tracker.close()
 
 
 def evaluate(root: Path, folder: Path, objective: float, table: str = TABLE) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.tiny import tiny_sam
 from ruamel.yaml import YAML
-from tiny import tiny_sam
 
 from lesionsam.config import default_text
 from lesionsam.errors import UserError

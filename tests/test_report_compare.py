@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_report import Page, lay_out
+from helpers.report import Page, lay_out
 
 from lesionsam.errors import UserError
 from lesionsam.evaluation_results import ADAPTED, ZERO_SHOT, read_csv, write_csv

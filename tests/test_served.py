@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import import_graph
 import numpy as np
 import pytest
-from import_graph import imported_names, project_imports
+from helpers.tiny import tiny_sam
 from PIL import Image
-from tiny import tiny_sam
+from repo import import_graph
+from repo.import_graph import imported_names, project_imports
 
 from lesionsam.errors import UserError
 from lesionsam.export import export, open_subject

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import Stop, run, stop_at
-from tiny import SIDE, tiny_data, tiny_sam
+from helpers.tiny import SIDE, tiny_data, tiny_sam
+from helpers.training import Stop, run, stop_at
 
 from lesionsam.config import Config, default_values, flatten, unflatten, validate
 from lesionsam.config_file import fit

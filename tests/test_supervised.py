@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import SUPERVISED, generator, some_batch, supervised
-from test_training import run
-from tiny import SIDE, tiny_data, tiny_sam
+from helpers.methods import SUPERVISED, generator, some_batch, supervised
+from helpers.tiny import SIDE, tiny_data, tiny_sam
+from helpers.training import run
 from torchvision.ops import sigmoid_focal_loss
 
 from lesionsam import losses

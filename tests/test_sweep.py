@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
+from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage
 from lesionsam.config import default_text, flatten, load_config, parse_yaml, to_values, validate

@@ -18,9 +18,9 @@ from typing import Any
 
 import optuna
 import pytest
+from helpers.postgres_server import postgres, why_not
+from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from optuna.trial import FrozenTrial, TrialState
-from postgres_server import postgres, why_not
-from sweep_project import ROOT, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage, sweep_study, sweep_worker
 from lesionsam.errors import UserError

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import SIDE, tiny_data, tiny_sam
+from helpers.tiny import SIDE, tiny_data, tiny_sam
 from torch import nn
 
 from lesionsam.errors import UserError

@@ -7,84 +7,23 @@ import re
 import resource
 import signal
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_methods import DEFAULT, options, supervised
-from tiny import tiny_data, tiny_sam
+from helpers.methods import DEFAULT, options, supervised
+from helpers.tiny import tiny_data
+from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
 
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.errors import Interrupted, UserError
-from lesionsam.methods.base import Method, Term
+from lesionsam.methods.base import Term
 from lesionsam.methods.contrastive import Contrastive
-from lesionsam.models.trainable import select_trainable
-from lesionsam.training import LIVENESS_STEPS, fit, parameter_groups, schedule_factor, step_generator
-from lesionsam.training_state import DAMAGE, Progress, check_disk, load_best, read_tensors, trained_state, write_tensors
-
-CPU = torch.device("cpu")
-
-
-def contrastive(**changes: Any) -> Contrastive:
-    """A small method that trains the last block, the decoder and a head with batch norm, for its buffers."""
-    sam, reference = tiny_sam(sharpness=20), tiny_sam(sharpness=20)
-    select_trainable(sam, encoder="blocks", unfreeze_last_k=1, train_decoder=True)
-    torch.manual_seed(0)
-    extra = {"alpha": 0.5, "gamma": 0.1, "target": "fused", "teacher_weight": 0.3, "ramp_steps": 5}
-    changes = extra | {"head_norm": "batch"} | changes
-    return Contrastive(sam, reference, options(DEFAULT, entropy_thresh=0.6931, **changes))
-
-
-def run(method: Method, data: LesionDataset, folder: Path, **changes: Any) -> Progress:
-    settings: dict[str, Any] = {
-        "epochs": 3,
-        "batch_size": 4,
-        "accumulate": 1,
-        "weight_decay": 0.01,
-        "factor": lambda step: 1.0,
-        "clip": 1.0,
-        "precision": "fp32",
-        "seed": 0,
-        "augment": True,
-        "widen": 0.0,
-        "distort": None,
-        "betas": (0.9, 0.999),
-        "patience": 0,
-        "device": CPU,
-        "log": lambda values, step: None,
-        "evaluate": lambda epoch: {"objective": [0.1, 0.3, 0.2, 0.2, 0.1][epoch - 1]},
-        "folder": folder,
-        "say": lambda line: None,
-    }
-    settings |= {"groups": parameter_groups(method.model, {"": 1e-3})} | changes
-    return fit(method, data, **settings)
-
-
-def weights(method: Method) -> dict[str, torch.Tensor]:
-    """Student and teacher, parameters and buffers."""
-    teacher = method.teacher
-    averages = {} if teacher is None else {f"teacher.{n}": v.clone() for n, v in teacher.module.state_dict().items()}
-    return {n: v.clone() for n, v in method.model.state_dict().items()} | averages
-
-
-def differing(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> list[str]:
-    assert a.keys() == b.keys()
-    return [name for name in a if not torch.equal(a[name], b[name])]
-
-
-class Stop(RuntimeError):
-    pass
-
-
-def stop_at(condition: Callable[[Mapping[str, float], int], bool]) -> Callable[[Mapping[str, float], int], None]:
-    def log(values: Mapping[str, float], step: int) -> None:
-        if condition(values, step):
-            raise Stop
-
-    return log
+from lesionsam.training import LIVENESS_STEPS, parameter_groups, schedule_factor, step_generator
+from lesionsam.training_state import DAMAGE, check_disk, load_best, read_tensors, trained_state, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -294,31 +233,6 @@ def test_patience_ends_the_run(data: LesionDataset, tmp_path: Path) -> None:
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-class Mean(Method):
-    """A method whose loss is a mean over images, without anything drawn."""
-
-    def __init__(self, poison: Callable[[int], float] = lambda call: 0.0, dead: bool = False) -> None:
-        torch.manual_seed(0)
-        self.model: torch.nn.Module = torch.nn.Linear(3, 1)
-        self.kept = self.model
-        self.calls, self.poison, self.dead = 0, poison, dead
-        self.after, self.numbers = 0, []
-
-    def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Term]:
-        self.calls += 1
-        self.numbers.append(torch.rand(1, generator=generator).item())
-        means = batch.images.float().mean((2, 3)) / 255
-        value = ((self.model(means)[:, 0] - batch.sizes[:, 0] / 32) ** 2).mean()
-        terms = {"mask": Term(value + self.poison(self.calls), 1.0)}
-        return terms | ({"pseudo": Term(value * 0, 0.5)} if self.dead else {})
-
-    def after_step(self) -> None:
-        self.after += 1
-
-    def monitors(self) -> dict[str, torch.Tensor]:
-        return {}
 
 
 @pytest.mark.parametrize("count", [16, 20], ids=["whole groups", "a last group cut short"])

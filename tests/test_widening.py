@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers.tiny import tiny_data
 from PIL import Image
-from tiny import tiny_data
 
 from lesionsam.box_prior import OUTSIDE, inside
 from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset

@@ -1,6 +1,6 @@
 """Which modules of the project a file really imports, at whatever depth, read from the source: for dvc.yaml.
 
-`python tests/import_graph.py` prints the module deps that every stage of dvc.yaml must name;
+`python tests/repo/import_graph.py` prints the module deps that every stage of dvc.yaml must name;
 `--write` puts them there.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "lesionsam"
 SOURCE = ROOT / "src"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos import Run, has_traceback, in_child
-from test_training import CPU, contrastive, run, weights
-from tiny import tiny_data
+from chaos.run import Run, has_traceback, in_child
+from helpers.tiny import tiny_data
+from helpers.training import CPU, contrastive, run, weights
 
 from lesionsam import training_state
 from lesionsam.data.loader import Loader

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from tiny import tiny_sam
+from helpers.tiny import tiny_sam
 
 from lesionsam.boxes import annotate, write_boxes
 from lesionsam.config import default_values, load_config, parse_yaml, to_values, unflatten, validate
@@ -19,7 +19,7 @@ from lesionsam.presets import apply_preset
 from lesionsam.sweep_storage import open_storage
 from lesionsam.sweep_worker import is_finished
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPACE = {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "model.unfreeze_last_k": {"low": 0, "high": 2}}
 # What the default is may change; these tests are about a configuration with a prior as target and no contrast.
 BASE = {"method.alpha": 0.0, "method.delta": 1.0, "method.target.kind": "prior", "method.temperature": 0.1}

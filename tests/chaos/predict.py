@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from chaos import Run, has_traceback, in_child
+from chaos.run import Run, has_traceback, in_child
+from helpers.tiny import tiny_sam
 from PIL import Image
-from tiny import tiny_sam
 
 from lesionsam import inference_outputs, inference_run
 from lesionsam.inference import predict_files

@@ -1,9 +1,9 @@
-"""Faults on purpose, and what must hold all the same: `python tests/chaos.py`, or `make chaos RUNS=40 SEED=0`.
+"""Faults on purpose, and what must hold all the same: `python tests/chaos/run.py`, or `make chaos RUNS=40 SEED=0`.
 
 Five campaigns, each of real processes that are really killed: trainings, downloads, tracked runs whose server is dead,
 predictions into one folder, and the whole chain under `dvc repro` on the `tiny` preset. Every run draws its fault from
 (seed, number), so that `--only` repeats one. Printed are counts by fault, and the number of each run that broke a
-promise; the exit status is then 1. `tests/test_chaos.py` is the short form.
+promise; the exit status is then 1. `tests/chaos/test_chaos.py` is the short form.
 
 `--without PROTECTION` takes one out (of trainings: `in-place`, `direct`; of downloads: `range-check`; of
 predictions: `keys`; of the chain: `lock`): then promises must break, or the campaign proves nothing.
@@ -28,7 +28,7 @@ from typing import Any
 
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_variable] = "1"  # before torch: a process with threads cannot be forked safely
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from lesionsam.errors import run_guarded  # noqa: E402
@@ -111,7 +111,7 @@ def run_campaign(
 ) -> Iterator[tuple[int, Run]]:
     """The runs of a campaign with their numbers. options: of its class."""
     folder.mkdir(parents=True, exist_ok=True)
-    campaign = importlib.import_module(f"chaos_{name}").Campaign(folder, **options)
+    campaign = importlib.import_module(f"chaos.{name}").Campaign(folder, **options)
     numbers = range(runs) if only is None else (only,)
     for number in progress(numbers, total=len(numbers), title=name):
         yield number, campaign.run(rng_of(seed, name, number), folder / str(number))
@@ -170,5 +170,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["chaos"] = sys.modules["__main__"]  # the campaigns import it by this name
+    sys.modules["chaos.run"] = sys.modules["__main__"]  # the campaigns import it by this name
     run_guarded(main)

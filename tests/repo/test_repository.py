@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LARGE_ALLOWED = ("foundation/",)  # the compact model's weights
 MAX_BYTES = 3_000_000
 BINARY = {".png", ".jpg", ".jpeg", ".gif", ".safetensors", ".npz", ".npy", ".pdf", ".ico"}

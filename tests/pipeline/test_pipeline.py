@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.pipeline import LIMIT_S, WEIGHTS, environment, lesionsam, repository_copy, run, set_parameter
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
@@ -19,40 +20,6 @@ from lesionsam.config import parse_yaml, unflatten
 from lesionsam.config_file import edit_text
 
 pytestmark = pytest.mark.pipeline
-ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = ("best.safetensors", "last.safetensors", "head.safetensors")
-LIMIT_S = 600  # for one command; ten times what it takes
-
-
-def environment() -> dict[str, str]:
-    """The test's own, without its MLflow store: a stage must find the one in the copy's root by itself."""
-    return {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "PYTHONPATH")}
-
-
-def run(folder: Path, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command in the folder; a failure shows what it printed."""
-    done = subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    assert not check or done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
-def lesionsam(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command line of the copy, installed or not."""
-    program = "import sys; sys.path.insert(0, 'src'); from lesionsam.cli import main; main()"
-    return run(folder, sys.executable, "-c", program, *arguments)
-
-
-def set_parameter(folder: Path, key: str, value: object) -> None:
-    """Change one value of params.yaml, comments kept."""
-    yaml = YAML()
-    params = yaml.load((folder / "params.yaml").read_text(encoding="utf-8"))
-    section, name = key.split(".")
-    assert name in params[section], key
-    params[section][name] = value
-    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(params, file)
 
 
 def output_hashes(folder: Path) -> dict[str, str]:
@@ -71,26 +38,6 @@ def runs_of(folder: Path) -> list[dict[str, str]]:
     )
     done = run(folder, sys.executable, "-W", "ignore", "-c", program, f"sqlite:///{folder / 'mlflow.db'}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def repository_copy(folder: Path) -> Path:
-    """The files git knows or would take, as a repository of their own with one commit, set to the tiny preset.
-
-    `dvc.lock` stays behind: where `make demo` has run it speaks of that run.
-    """
-    listed = run(ROOT, "git", "ls-files", "--cached", "--others", "--exclude-standard", "-z").stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file() and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    lesionsam(folder, "preset", "tiny")
-    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "init.defaultBranch=main")
-    run(folder, *git, "init", "--quiet")
-    run(folder, "git", "config", "user.name", "test")
-    run(folder, "git", "config", "user.email", "test@localhost")
-    run(folder, "git", "add", "--all")
-    run(folder, *git, "commit", "--quiet", "--message", "copy")
-    return folder
 
 
 @pytest.fixture(scope="module")

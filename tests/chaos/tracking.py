@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import chaos_training
-from chaos import LIMIT_S, Run, has_traceback, in_child
-from test_training import CPU, contrastive, run
-from tiny import tiny_data
+from chaos import training as chaos_training
+from chaos.run import LIMIT_S, Run, has_traceback, in_child
+from helpers.tiny import tiny_data
+from helpers.training import CPU, contrastive, run
 
 from lesionsam.data.loader import Loader
 from lesionsam.tracking import NullTracker, Tracker, sync

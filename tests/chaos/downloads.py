@@ -11,8 +11,8 @@ import signal
 import time
 from pathlib import Path
 
-from chaos import LIMIT_S, Run, has_traceback, in_child, start
-from web_server import Site, serve
+from chaos.run import LIMIT_S, Run, has_traceback, in_child, start
+from helpers.web_server import Site, serve
 
 from lesionsam.data import download
 from lesionsam.data.download import Remote, fetch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHINESE = "README.zh-CN.md"
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "own/README.md", CHINESE]
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import import_graph
 import pytest
-from import_graph import PACKAGE, imported_names, module_files, project_imports
+from repo import import_graph
+from repo.import_graph import PACKAGE, imported_names, module_files, project_imports
 from ruamel.yaml import YAML
 
 ROOT = import_graph.ROOT
@@ -97,7 +97,7 @@ def layer(module: str) -> int:
     for index, row in enumerate(LAYERS):
         if part(module) in row:
             return index
-    pytest.fail(f"{module}: in no layer; give it one in LAYERS of tests/test_architecture.py")
+    pytest.fail(f"{module}: in no layer; give it one in LAYERS of tests/repo/test_architecture.py")
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -215,7 +215,7 @@ def test_stage_deps_name_the_modules_that_run(stage: str) -> None:
     named = sorted(dep for dep in deps if dep.startswith(("src/", "stages/")))
     needed = import_graph.stage_deps(f"stages/{stage}.py")
     missing, too_many = sorted(set(needed) - set(named)), sorted(set(named) - set(needed))
-    assert named == needed, f"{stage}: missing {missing}, not run {too_many}; see `python tests/import_graph.py`"
+    assert named == needed, f"{stage}: missing {missing}, not run {too_many}; see `python tests/repo/import_graph.py`"
 
 
 def test_every_stage_file_is_a_stage() -> None:

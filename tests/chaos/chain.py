@@ -13,11 +13,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import test_pipeline
-from chaos import LIMIT_S, Run
+from chaos.run import LIMIT_S, Run
+from helpers.pipeline import WEIGHTS, environment, repository_copy, run, set_parameter
+from pipeline import test_pipeline
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
-from test_pipeline import WEIGHTS, environment, repository_copy, run, set_parameter
 
 from lesionsam.tracking import sync
 from lesionsam.tracking_spool import read_lines

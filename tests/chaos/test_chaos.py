@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from chaos import ROOT, Run, table
+from chaos.run import ROOT, Run, table
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
-import chaos
-from chaos_training import DAMAGE, INT, MOMENT, SAVE, TERM, Campaign
+from chaos import run as chaos
+from chaos.training import DAMAGE, INT, MOMENT, SAVE, TERM, Campaign
 folder, found = Path(sys.argv[1]), {}
 def campaign(title, name, **options):
     runs = chaos.run_campaign(name, folder / title, seed=0, **options)

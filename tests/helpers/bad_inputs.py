@@ -145,7 +145,7 @@ def make_own(folder: Path) -> None:
 
 def make_weights(path: Path) -> None:
     """A tiny SAM, random but sharp; torch is imported only where a door needs it, as it takes seconds."""
-    from tiny import tiny_sam
+    from helpers.tiny import tiny_sam
 
     from lesionsam.models.sam import save_sam
 
