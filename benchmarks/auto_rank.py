@@ -21,23 +21,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.box_prior import box_prior, outline_offset
-from lesionsam.boxes import annotate
-from lesionsam.config import load_config
+from lesionsam.boxes.annotator import annotate
+from lesionsam.boxes.geometry import largest_piece_box
+from lesionsam.boxes.prior import box_prior, outline_offset
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.folder import index_folder
 from lesionsam.data.widening import EXTENSION, resize
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_lesion import candidates, largest_piece_box, look_from_nearer, way
+from lesionsam.inference_lesion import candidates, look_from_nearer, way
 from lesionsam.inference_rank import SIGNS, lesion_scores, overlaps, small_picture
 from lesionsam.metrics import failure_rate
 from lesionsam.models.sam import Sam, decode, load_sam, model_frames, upscale, weights_metadata
-from lesionsam.progress import progress
-from lesionsam.schema import SimulatedBoxes
 from lesionsam.statistics import interval
 from lesionsam.types import Prompts
+from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 DEV_FRACTION, RIDGE = 1 / 6, 10.0

@@ -20,8 +20,8 @@ import torch
 from record import Limits, multiplications, now, provenance, record, table
 
 from lesionsam import training
-from lesionsam.config import Config, default_values, unflatten, validate
-from lesionsam.config_file import fit as fit_values
+from lesionsam.config.edit import fit as fit_values
+from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.datasets import LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
 from lesionsam.experiment import build_method, torch_device

@@ -17,20 +17,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes import annotate
-from lesionsam.config import load_config
+from lesionsam.boxes.annotator import annotate
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.sam import load_sam, model_frames
-from lesionsam.progress import progress
-from lesionsam.schema import SimulatedBoxes
 from lesionsam.statistics import interval
+from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.progress import progress
 
 DEV_FRACTION, INTERVAL = 1 / 6, {"num_bootstrap": 5000, "confidence": 0.95}
 MEMBERS = (1, 2, 4, 8)

@@ -22,16 +22,16 @@ import torch
 from record import Limits, interleaved, provenance, table
 
 from lesionsam import training
-from lesionsam.config import flatten, load_config
+from lesionsam.config.load import flatten, load_config
 from lesionsam.data.datasets import open_dataset
 from lesionsam.experiment import build_method
 from lesionsam.experiment_origin import begin, origin_of
 from lesionsam.experiment_parts import learning_groups, prepare_sam
-from lesionsam.files import sha256_file
-from lesionsam.guard import only_one
-from lesionsam.progress import progress
 from lesionsam.smoke import generated_samples
 from lesionsam.tracking import Tracker
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.processes import only_one
+from lesionsam.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ROUNDS, TURNS = 20, 5, 2  # of an epoch, as in the demo; repeated; of each way in a round

@@ -26,9 +26,11 @@ from record import Limits, interleaved, multiplications, provenance, ratio, reco
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from lesionsam.config import default_values, unflatten, validate
-from lesionsam.config_file import fit as fit_values
-from lesionsam.config_file import merge
+from lesionsam.config.edit import fit as fit_values
+from lesionsam.config.edit import merge
+from lesionsam.config.load import default_values, unflatten, validate
+from lesionsam.config.presets import preset_values
+from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.datasets import open_dataset
 from lesionsam.experiment import torch_device
 from lesionsam.experiment_parts import contrastive_options
@@ -37,9 +39,7 @@ from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
 from lesionsam.models.sam import build_sam, decode, encode, preprocess
 from lesionsam.models.trainable import Teacher, encode_frozen, num_frozen_blocks, select_trainable, trained_parameters
-from lesionsam.presets import preset_values
 from lesionsam.prompts import draw_prompts
-from lesionsam.schema_method import ContrastiveMethod
 from lesionsam.smoke import generated_samples
 from lesionsam.training import add_gradients, autocast, sum_of
 from lesionsam.types import Batch

@@ -43,7 +43,7 @@ def main(
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
-    from lesionsam.config import load_config, with_values
+    from lesionsam.config.load import load_config, with_values
     from lesionsam.data.folder import index_folder
     from lesionsam.data.index import read_index
     from lesionsam.errors import UserError
@@ -58,7 +58,7 @@ def main(
         unit_path,
     )
     from lesionsam.evidence_rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
-    from lesionsam.files import sha256_file, write_text_atomic
+    from lesionsam.utils.files import sha256_file, write_text_atomic
 
     if which not in SETS:
         raise UserError(f"--set: expected one of {', '.join(SETS)}, got {which!r}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lesionsam.boxes import annotate, read_boxes, write_boxes
-from lesionsam.config import load_config
+from lesionsam.boxes.annotator import annotate
+from lesionsam.boxes.table import read_boxes, write_boxes
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import CsvBoxes
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.guard import the_only
-from lesionsam.schema import CsvBoxes
 from lesionsam.types import SPLITS
+from lesionsam.utils.processes import the_only
 
 
 def main() -> None:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lesionsam.config import load_config
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import CocoData, FolderData, SyntheticData
 from lesionsam.data.coco import index_coco
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import check_rows, summary, write_index
 from lesionsam.data.isic import fetch_isic
-from lesionsam.data.meter import say
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import run_guarded
-from lesionsam.guard import the_only
-from lesionsam.schema import CocoData, FolderData, SyntheticData
+from lesionsam.utils.processes import the_only
+from lesionsam.utils.progress import say
 
 RAW, ARCHIVES, LOCK = Path("data/raw"), Path(".archives"), Path("archives.lock.json")
 

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from lesionsam import evaluation_results as results
-from lesionsam.boxes import read_boxes
-from lesionsam.config import Config, load_config
+from lesionsam.boxes.table import read_boxes
+from lesionsam.config.load import Config, load_config
+from lesionsam.config.schema import FolderData
+from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.evaluation import concat, evaluate_baselines, evaluate_model
@@ -18,16 +20,14 @@ from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
-from lesionsam.guard import end_with_parent, only_one
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference_lesion import look_at_boxes
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import load_sam
 from lesionsam.prompts import NONE
-from lesionsam.schema import FolderData
-from lesionsam.schema_method import ContrastiveMethod
 from lesionsam.tracking import Tracker
 from lesionsam.types import Sample
+from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.processes import end_with_parent, only_one
 
 ROOT = Path.cwd()
 OUTPUT, CACHE = Path("results"), Path(".scratch/evaluation")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lesionsam.errors import run_guarded
-from lesionsam.guard import the_only
 from lesionsam.lineage import lineage_tags
 from lesionsam.report import build_report
 from lesionsam.report_card import build_card
+from lesionsam.utils.processes import the_only
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from lesionsam.boxes import read_boxes
-from lesionsam.config import Config, flatten, load_config
+from lesionsam.boxes.table import read_boxes
+from lesionsam.config.load import Config, flatten, load_config
 from lesionsam.data.index import read_index
 from lesionsam.epoch_pictures import draw_epoch
 from lesionsam.errors import run_guarded
@@ -27,8 +27,6 @@ from lesionsam.experiment import (
 from lesionsam.experiment_memory import cost
 from lesionsam.experiment_origin import begin, finish, origin_of
 from lesionsam.experiment_parts import strategy_of
-from lesionsam.files import atomic_write, sha256_file, write_json_atomic
-from lesionsam.guard import end_with_parent, finishing_first, only_one
 from lesionsam.lineage import repository_root
 from lesionsam.models.adapted import save_tuned
 from lesionsam.models.sam import Sam, save_sam
@@ -37,6 +35,8 @@ from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.tracking_tensorboard import Board
 from lesionsam.training import OBJECTIVE
 from lesionsam.training_state import save_head
+from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic
+from lesionsam.utils.processes import end_with_parent, finishing_first, only_one
 
 ROOT = Path.cwd()
 OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from lesionsam.config import load_config
+from lesionsam.config.load import load_config
 from lesionsam.data.download import Remote, fetch
-from lesionsam.data.meter import human_bytes, human_seconds, say
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.files import copy_atomic, sha256_file, whole_number, write_json_atomic
-from lesionsam.guard import the_only
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
+from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
+from lesionsam.utils.processes import the_only
+from lesionsam.utils.progress import human_bytes, human_seconds, say
 
 OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
 ADDRESS = "LESIONSAM_WEIGHTS_URL"  # environment variable: another place that holds the same files

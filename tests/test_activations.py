@@ -22,7 +22,7 @@ from helpers.methods import DEFAULT, SUPERVISED, options
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from helpers.training import CPU, Stop, differing, run, stop_at, weights
 
-from lesionsam.config import default_values, unflatten, validate
+from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
 from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budget, Store, checksum, space_folders
 from lesionsam.data.activations import Activations, image_key

@@ -37,12 +37,12 @@ from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_ch
 from lesionsam.annotation.store import Change, Store
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
-from lesionsam.images import read_mask
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.metrics import iou
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam, load_sam, save_sam, upscale
 from lesionsam.prompts import TRAINED_WITH
+from lesionsam.utils.images import read_mask
 
 NAMES = ("one", "two", "three", "a b/'".replace("/", "∕"))
 TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)

@@ -546,7 +546,7 @@ def test_a_port_in_use_is_one_line_or_another_port() -> None:
 
 
 def test_a_second_page_on_the_same_table_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lesionsam import guard
+    from lesionsam.utils import processes as guard
 
     monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.1)
     with guard.only_one(folder / ".boxes.csv.lock", "annotation"), pytest.raises(UserError, match="already running"):

@@ -19,7 +19,7 @@ from lesionsam.annotation import store as store_module
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, ImageState, Lesion, checked_boxes
 from lesionsam.annotation.store import OUTSIDE, Change, Conflict, Store, journal_path
-from lesionsam.boxes import read_boxes
+from lesionsam.boxes.table import read_boxes
 from lesionsam.errors import UserError
 
 SIZE = (100, 80)
@@ -312,7 +312,6 @@ FULL = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = [{source!r}, {tests!r}]
-from test_annotation_store import SIZE, change, lesion, open_store
 store = open_store(Path({folder!r}))
 size = (Path({folder!r}) / "boxes.journal.jsonl").stat().st_size
 import signal

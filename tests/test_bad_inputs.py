@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from lesionsam import cli
 from lesionsam.errors import run_guarded
-from lesionsam.images import TURNS, read_mask
+from lesionsam.utils.images import TURNS, read_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_SECONDS = 20.0  # of processor, first imports included: a bomb that goes off takes minutes

@@ -11,8 +11,8 @@ import typer.main
 from helpers.cli import lesionsam
 
 from lesionsam.cli import app
-from lesionsam.config import default_text, default_values, load_config
-from lesionsam.presets import preset_names
+from lesionsam.config.load import default_text, default_values, load_config
+from lesionsam.config.presets import preset_names
 
 HEAVY = (
     "torch",

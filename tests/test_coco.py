@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from lesionsam.boxes import annotate, read_boxes, write_boxes
-from lesionsam.config import ConfigError, default_text, load_config
+from lesionsam.boxes.annotator import annotate
+from lesionsam.boxes.table import read_boxes, write_boxes
+from lesionsam.config.load import ConfigError, default_text, load_config
+from lesionsam.config.presets import apply_preset
 from lesionsam.data.coco import index_coco
 from lesionsam.data.folder import index_folder
 from lesionsam.data.frames import load_frames
@@ -25,8 +27,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation_cases import build_cases, by_image
 from lesionsam.formats.convert import convert
 from lesionsam.formats.rle import encode, runs_of
-from lesionsam.images import read_mask
-from lesionsam.presets import apply_preset
+from lesionsam.utils.images import read_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

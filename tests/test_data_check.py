@@ -19,7 +19,8 @@ from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 
 from lesionsam.cli import main
-from lesionsam.config import default_text
+from lesionsam.config.load import default_text
+from lesionsam.config.presets import apply_preset
 from lesionsam.data.check import Report, check, summary
 from lesionsam.data.check_items import find_items
 from lesionsam.data.check_page import pick, write_page, write_sheet
@@ -27,8 +28,7 @@ from lesionsam.data.inspection import inspect
 from lesionsam.data.likeness import MIN_CORRELATION, fingerprint, hashes, near_pairs, oriented
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
-from lesionsam.images import image_size, read_image, read_mask
-from lesionsam.presets import apply_preset
+from lesionsam.utils.images import image_size, read_image, read_mask
 
 SPLITS = ("train", "val", "test")
 

@@ -17,8 +17,8 @@ import torch
 from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from PIL import Image
 
-from lesionsam.box_prior import OUTSIDE, inside
-from lesionsam.boxes import model_frame_size
+from lesionsam.boxes.geometry import inside, model_frame_size
+from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
 from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lesionsam import doctor
 from lesionsam.cli import app
-from lesionsam.config import default_text
+from lesionsam.config.load import default_text
 from lesionsam.doctor import NOTE, OK, PROBLEM, Finding, examine, next_step, pinned, without_password
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +157,7 @@ def test_a_dead_server_is_a_problem_and_its_password_a_secret(tmp_path: Path) ->
 
 
 def test_too_little_disk_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lesionsam.files.free_disk_bytes", lambda path: 1e9)
+    monkeypatch.setattr("lesionsam.utils.files.free_disk_bytes", lambda path: 1e9)
     (tmp_path / "params.yaml").write_text("data: {source: isic2018}\n")
     assert found(tmp_path, "disk")[0].text == "1.0 GB free; all of isic2018 may take 40.8 GB"
 

@@ -23,7 +23,7 @@ from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.review import Found, Proposals, proposals_path
 from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
-from lesionsam.config import Config, load_config, with_values
+from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.engine import Place, epochs_of, pairs_of, run_round
 from lesionsam.engine_command import run, run_trial
 from lesionsam.engine_report import news
@@ -368,7 +368,7 @@ def test_the_table_of_the_page_is_what_dvc_watches(root: Path, tmp_path: Path) -
     """`lesionsam annotate own/images` writes the file whose change makes `dvc repro` train again."""
     (tmp_path / "own" / "images").mkdir(parents=True)
     table = default_table(tmp_path / "own" / "images").relative_to(tmp_path.resolve())
-    preset = YAML(typ="safe").load((root / "src/lesionsam/presets/folder-csv.yaml").read_text(encoding="utf-8"))
+    preset = YAML(typ="safe").load((root / "src/lesionsam/config/presets/folder-csv.yaml").read_text(encoding="utf-8"))
     assert preset["params"]["inputs"]["boxes"] == "own/boxes.csv" == table.as_posix()
     stages = YAML(typ="safe").load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     assert "${inputs.boxes}" in stages["boxes"]["deps"]

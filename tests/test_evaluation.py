@@ -16,18 +16,19 @@ from scipy import stats
 
 from lesionsam import evaluation_results as results
 from lesionsam import metrics, statistics
-from lesionsam.boxes import simulate_boxes, to_model_frame
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.geometry import box_slices, to_model_frame
 from lesionsam.data.datasets import open_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
-from lesionsam.evaluation_cases import box_slices, build_case, jitter_boxes, measure
+from lesionsam.evaluation_cases import build_case, jitter_boxes, measure
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference import Predictor
 from lesionsam.inference_lesion import look_at_boxes
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam, resize_longest, save_sam
 from lesionsam.types import Sample
+from lesionsam.utils.images import read_image, read_mask
 
 SIDE = 32
 PROMPTS = ("ring", "centre", "box", "nearer", "box+core", "tight")

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny import tiny_data
 from PIL import Image
 
-from lesionsam.config import default_values, validate
+from lesionsam.config.load import default_values, validate
 from lesionsam.evidence import Row, configured, costs, few, summarise, unit_path
 from lesionsam.evidence_charts import curve, draw_labels, masks_worth
 from lesionsam.evidence_rows import DEFAULT_BLIND, MASKS, SETS

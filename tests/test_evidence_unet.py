@@ -14,7 +14,7 @@ import torch
 from helpers.tiny import SIDE, tiny_data
 from PIL import Image
 
-from lesionsam.config import default_values, validate, with_values
+from lesionsam.config.load import default_values, validate, with_values
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import read_index, write_index
 from lesionsam.data.synthetic import generate
@@ -22,8 +22,8 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import ROW_COLUMNS
 from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path
 from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits_of
-from lesionsam.files import sha256_file
 from lesionsam.types import Sample
+from lesionsam.utils.files import sha256_file
 
 BASE = with_values(
     validate(default_values()),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lesionsam import losses, training
-from lesionsam.config import default_values, unflatten, validate
+from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.errors import UserError
 from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, finish, origin_of
 from lesionsam.tracking import NullTracker

@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 from lesionsam.data.folder import index_folder
 from lesionsam.data.index import COLUMNS, Row, check_rows, dev_ids, read_index, write_index
 from lesionsam.errors import UserError
-from lesionsam.images import read_mask
+from lesionsam.utils.images import read_mask
 
 BLOB = np.zeros((30, 40), np.uint8)
 BLOB[5:20, 10:30] = 255

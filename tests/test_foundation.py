@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionsam import foundation
-from lesionsam.config import default_values, validate
+from lesionsam.config.load import default_values, validate
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError
 from lesionsam.foundation_card import card_text, current_commit

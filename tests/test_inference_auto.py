@@ -11,7 +11,7 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator
 
-from lesionsam.config import default_values
+from lesionsam.config.load import default_values
 from lesionsam.data.synthetic import generate
 from lesionsam.inference_auto import (
     AUTO,

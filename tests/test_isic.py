@@ -19,7 +19,7 @@ from lesionsam.data.archives import LocalArchive, RemoteArchive, find_members
 from lesionsam.data.index import Row, check_rows, dev_ids
 from lesionsam.data.isic import EDITIONS, IMAGE, MASK, fetch_isic
 from lesionsam.errors import UserError
-from lesionsam.images import read_image, read_mask
+from lesionsam.utils.images import read_image, read_mask
 
 FIRST = {"train": 0, "dev": 5_000_000, "test": 9_000_000}  # of the image numbers of each split
 

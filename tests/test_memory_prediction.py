@@ -12,7 +12,8 @@ from helpers.methods import DEFAULT, SUPERVISED, options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lesionsam.config import Config, default_text, default_values, validate
+from lesionsam.config.load import Config, default_text, default_values, validate
+from lesionsam.config.presets import apply_preset
 from lesionsam.experiment_memory import answers_per_image, memory_of, parts_that_fit
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
@@ -21,7 +22,6 @@ from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.trainable import Teacher, select_trainable, trained_parameters
-from lesionsam.presets import apply_preset
 from lesionsam.training import autocast, sum_of
 from lesionsam.types import Batch
 

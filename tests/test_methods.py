@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from helpers.methods import CPU, generator, options, some_batch, supervised
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 
-from lesionsam.box_prior import ellipse_prior
-from lesionsam.config import Config, default_values, validate
+from lesionsam.boxes.prior import ellipse_prior
+from lesionsam.config.load import Config, default_values, validate
+from lesionsam.config.presets import preset_values
 from lesionsam.experiment import build_method
 from lesionsam.methods.base import draw_kinds, known_masks, to_grid
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.sam import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.presets import preset_values
 from lesionsam.prompts import draw_prompts
 from lesionsam.training import fit, parameter_groups, step_generator
 from lesionsam.types import Batch

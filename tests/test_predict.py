@@ -23,11 +23,11 @@ from skimage.measure import label, regionprops
 from typer.testing import CliRunner
 
 from lesionsam import inference_outputs
+from lesionsam.boxes.geometry import largest_piece_box, loosened
 from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.rle import decode as decode_rle
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.inference_answers import Asked, answers, reasons
 from lesionsam.inference_auto import AUTO
@@ -39,9 +39,7 @@ from lesionsam.inference_lesion import (
     NOTHING,
     candidates,
     find_lesions,
-    largest_piece_box,
     look_from_nearer,
-    loosened,
     plausibility,
     way,
 )
@@ -49,6 +47,7 @@ from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_sig
 from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
+from lesionsam.utils.images import read_image, read_mask
 
 SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
 EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
@@ -707,7 +706,7 @@ def test_the_command_asks_for_exactly_one_source(case: Path) -> None:
 
 
 def test_a_run_folder_is_a_model_and_params_say_the_thresholds(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lesionsam.config import default_text
+    from lesionsam.config.load import default_text
 
     run = case / "run"
     run.mkdir()
@@ -810,7 +809,7 @@ def test_a_thousand_images_do_not_grow_in_memory(case: Path, monkeypatch: pytest
         sizes.append(resident())
 
     monkeypatch.setattr(inference_outputs, "write_png", counting)
-    monkeypatch.setattr("lesionsam.files.os.fsync", lambda _: None)  # the disk's patience is not what is tested
+    monkeypatch.setattr("lesionsam.utils.files.os.fsync", lambda _: None)  # the disk's patience is not what is tested
     assert predict(case, "images/copy*.png", source="boxes", overlays=False, shapes=False, batch_size=16) == 0
     assert len(sizes) == 1000
     assert sizes[-1] - sizes[200] < 8 * 2**20

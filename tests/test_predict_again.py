@@ -16,10 +16,10 @@ from PIL import Image
 
 from lesionsam import inference
 from lesionsam.errors import UserError
-from lesionsam.images import read_mask
 from lesionsam.inference import predict_files
 from lesionsam.inference_auto import AUTO
 from lesionsam.models.sam import save_sam
+from lesionsam.utils.images import read_mask
 
 EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
 HEADER = "image_id,lesion_id,big_x0,big_y0,big_x1,big_y1\n"

@@ -11,14 +11,14 @@ import pytest
 from helpers.tiny import tiny_sam
 from ruamel.yaml import YAML
 
-from lesionsam.config import default_text
+from lesionsam.config.load import default_text
 from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation
 from lesionsam.evaluation_results import write_results
-from lesionsam.files import sha256_file
 from lesionsam.models.sam import save_sam
 from lesionsam.report_card import build_card, prompted
 from lesionsam.statistics import METRICS
+from lesionsam.utils.files import sha256_file
 
 
 def evaluation(*, masks: bool) -> Evaluation:

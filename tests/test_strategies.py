@@ -10,15 +10,15 @@ import torch
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from helpers.training import Stop, run, stop_at
 
-from lesionsam.config import Config, default_values, flatten, unflatten, validate
-from lesionsam.config_file import fit
+from lesionsam.config.edit import fit
+from lesionsam.config.load import Config, default_values, flatten, unflatten, validate
+from lesionsam.config.presets import preset_values
 from lesionsam.experiment import Data, Trained, build_method, train
 from lesionsam.experiment_parts import choose_trained, learning_groups, prepare_sam, strategy_of
 from lesionsam.models import adapters, lora
 from lesionsam.models.adapted import merged_state, save_tuned
 from lesionsam.models.sam import Sam, build_sam, encode, load_sam, preprocess, save_sam
 from lesionsam.models.trainable import trained_counts, trained_parameters
-from lesionsam.presets import preset_values
 from lesionsam.training import step_generator, sum_of
 
 CPU = torch.device("cpu")

@@ -20,11 +20,11 @@ import pytest
 from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
 from lesionsam import sweep_storage
-from lesionsam.config import default_text, flatten, load_config, parse_yaml, to_values, validate
+from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, to_values, validate
+from lesionsam.config.presets import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.models.sam import load_sam
-from lesionsam.presets import upgrade
 from lesionsam.statistics import interval
 from lesionsam.sweep import Request, apply_best, sweep
 from lesionsam.sweep_choice import NumberedSampler, build_pruner, finished
@@ -370,7 +370,7 @@ def test_a_sweep_from_start_to_applied_values(
 
 
 def real_read(path: Path) -> np.ndarray:
-    from lesionsam.images import read_image
+    from lesionsam.utils.images import read_image
 
     return read_image(path)
 

@@ -24,12 +24,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lesionsam import sweep_storage, sweep_study, sweep_worker
 from lesionsam.errors import UserError
-from lesionsam.guard import started
 from lesionsam.sweep import Request, sweep
 from lesionsam.sweep_trial import Place
 from lesionsam.sweep_worker import is_finished, state_of
 from lesionsam.tracking import NullTracker, sync
 from lesionsam.tracking_spool import Spool, read_lines
+from lesionsam.utils.processes import started
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
 WAIT_S = 240

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from lesionsam.box_prior import box_prior, ellipse_prior
+from lesionsam.boxes.prior import box_prior, ellipse_prior
 from lesionsam.data import artefacts, synthetic
 from lesionsam.data.synthetic import generate, write_dataset
 from lesionsam.errors import UserError

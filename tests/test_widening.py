@@ -7,7 +7,8 @@ import pytest
 from helpers.tiny import tiny_data
 from PIL import Image
 
-from lesionsam.box_prior import OUTSIDE, inside
+from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN
 from lesionsam.data.widening import widen

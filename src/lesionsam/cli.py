@@ -14,7 +14,7 @@ from lesionsam.cli_data import data_app
 from lesionsam.errors import run_guarded
 
 if TYPE_CHECKING:
-    from lesionsam.config import Config
+    from lesionsam.config.load import Config
 
 app = typer.Typer(
     name="lesionsam",
@@ -41,7 +41,7 @@ def preset(
     dry_run: DryRun = False,
 ) -> None:
     """Write a preset into params.yaml, its comments kept, and show the difference; without a name, list them."""
-    from lesionsam.presets import about, apply_preset, preset_names, read_params
+    from lesionsam.config.presets import about, apply_preset, preset_names, read_params
 
     if name is None:
         width = max(map(len, preset_names()))
@@ -57,8 +57,8 @@ def preset(
 @params_app.command()
 def upgrade(params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
     """Add the keys that an older params.yaml lacks, with their comments; remove those that its variants do not read."""
-    from lesionsam.config import read_text
-    from lesionsam.presets import upgrade as upgraded
+    from lesionsam.config.load import read_text
+    from lesionsam.config.presets import upgrade as upgraded
 
     text = read_text(params)
     new, config = upgraded(text, params.name)
@@ -69,7 +69,7 @@ def upgrade(params: Params = Path("params.yaml"), dry_run: DryRun = False) -> No
 @app.command()
 def check(params: Params = Path("params.yaml")) -> None:
     """Validate params.yaml and sum it up."""
-    from lesionsam.config import load_config, summary
+    from lesionsam.config.load import load_config, summary
 
     for line in summary(load_config(params)):
         print(line)
@@ -120,8 +120,8 @@ def foundation(context: typer.Context) -> None:
 
 def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:
     """Show a parameter file's difference, and write it whole or not at all."""
-    from lesionsam.config_file import difference
-    from lesionsam.files import write_text_atomic
+    from lesionsam.config.edit import difference
+    from lesionsam.utils.files import write_text_atomic
 
     if old == new:
         print(f"{path}: nothing to change")
@@ -146,7 +146,7 @@ def _print_difference(lines: Sequence[str]) -> None:
 
 def _warn_of_files(config: Config, params: Path) -> None:
     """Say at once which of the user's own files a valid parameter file still waits for."""
-    from lesionsam.config_rules import file_rules
+    from lesionsam.config.rules import file_rules
 
     for issue in file_rules(config, params.resolve().parent):
         print(f"note: {issue}", file=sys.stderr)

@@ -215,7 +215,7 @@ def _memory(root: Path) -> Iterator[Finding]:
 
 
 def _disk(root: Path) -> Iterator[Finding]:
-    from lesionsam.files import free_disk_bytes
+    from lesionsam.utils.files import free_disk_bytes
 
     free = free_disk_bytes(root)
     data, text = _raw_params(root).get("data", {}), f"{_gigabytes(free)} free"
@@ -236,14 +236,14 @@ def _disk(root: Path) -> Iterator[Finding]:
 
 def _raw_params(root: Path) -> dict[str, Any]:
     """params.yaml unchecked; empty where there is none."""
-    from lesionsam.config import read_yaml
+    from lesionsam.config.load import read_yaml
 
     path = root / "params.yaml"
     return read_yaml(path) if path.is_file() else {}
 
 
 def _params(root: Path) -> Iterator[Finding]:
-    from lesionsam.config import load_config
+    from lesionsam.config.load import load_config
 
     path = root / "params.yaml"
     if not path.is_file():

@@ -25,8 +25,8 @@ from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, OPEN, ImageState, 
 from lesionsam.annotation.review import Found, Proposals, look, proposals_path, usual_areas
 from lesionsam.annotation.store import Change, Store, utc_now
 from lesionsam.annotation.table import outside
-from lesionsam.boxes import annotate
-from lesionsam.config import Config, with_values
+from lesionsam.boxes.annotator import annotate
+from lesionsam.config.load import Config, with_values
 from lesionsam.data.index import dev_ids, id_hash
 from lesionsam.engine_rounds import (
     OUTCOMES,
@@ -42,13 +42,13 @@ from lesionsam.engine_rounds import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_model
 from lesionsam.experiment import input_side, open_data, run_key, torch_device, train, trained_prompts
-from lesionsam.files import write_text_atomic
-from lesionsam.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from lesionsam.models.sam import load_sam, save_sam
-from lesionsam.progress import progress
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Sample
+from lesionsam.utils.files import write_text_atomic
+from lesionsam.utils.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
+from lesionsam.utils.progress import progress
 
 LEAST = 8  # images with boxes that a round needs
 DEV_SHARE = 0.15  # of the labelled images that select the best epoch

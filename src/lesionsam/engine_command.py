@@ -9,14 +9,14 @@ from pathlib import Path
 
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.serve import default_table
-from lesionsam.config import Config, load_config, with_values
+from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.engine import Place, limit_threads, masks_of, pairs_of, quality_on, run_round
 from lesionsam.engine_report import CURVE, REPORT, curve, news, write_report
 from lesionsam.engine_rounds import read_rounds
 from lesionsam.engine_trial import DRAW, Annotator, audit, drawn_only, trial
-from lesionsam.files import write_bytes_atomic, write_json_atomic
-from lesionsam.guard import only_one
 from lesionsam.registry import resolve_model
+from lesionsam.utils.files import write_bytes_atomic, write_json_atomic
+from lesionsam.utils.processes import only_one
 
 PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's published weights
 BUDGETS = (0.5, 1.0)  # of the engine's seconds at which drawing alone is measured, and all images after them

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lesionsam.engine_rounds import STAGES, Round
-from lesionsam.files import write_bytes_atomic, write_text_atomic
+from lesionsam.utils.files import write_bytes_atomic, write_text_atomic
 
 REPORT, CURVE = "report.md", "curve.png"
 COLOURS = ("#0b62a3", "#d1702a", "#2c7a3f", "#7a4fa3")

@@ -22,7 +22,7 @@ from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CANNOT_TELL, CORRE
 from lesionsam.annotation.review import Proposals
 from lesionsam.annotation.store import OUTSIDE
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
+from lesionsam.utils.files import write_text_atomic
 
 ROUNDS = "rounds.jsonl"
 CONFIDENCE = 0.95  # of the bound, one-sided

@@ -21,13 +21,13 @@ from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
 from lesionsam.annotation.review import Proposals, proposals_path, usual_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.boxes import annotator_rng, simulate_boxes
-from lesionsam.config import Config
+from lesionsam.boxes.annotator import annotator_rng, simulate_boxes
+from lesionsam.config.load import Config
 from lesionsam.data.index import id_hash
 from lesionsam.engine import SEED, SIMULATED, Place, run_round
 from lesionsam.engine_rounds import Round, count_sources, read_rounds
-from lesionsam.images import read_mask
 from lesionsam.metrics import bounding_box
+from lesionsam.utils.images import read_mask
 
 WHO = "simulated"
 BOX_SECONDS, LOOK_SECONDS = 7.0, 2.0

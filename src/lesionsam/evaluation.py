@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from lesionsam import metrics
-from lesionsam.box_prior import OUTSIDE, ellipse_prior, outline_offset
-from lesionsam.boxes import model_frame_size
+from lesionsam.boxes.geometry import model_frame_size
+from lesionsam.boxes.prior import OUTSIDE, ellipse_prior, outline_offset
 from lesionsam.data.datasets import Batches
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
@@ -37,10 +37,10 @@ from lesionsam.evaluation_cases import (
 from lesionsam.methods.base import box_pixels
 from lesionsam.models.sam import Sam, decode
 from lesionsam.models.trainable import encode_batch
-from lesionsam.progress import progress
 from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Batch, Sample
+from lesionsam.utils.progress import progress
 
 JITTER_PROMPTS = ("box", "box+core")
 ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from lesionsam import metrics
-from lesionsam.boxes import model_frame_size, to_model_frame
+from lesionsam.boxes.geometry import _moved, box_slices, model_frame_size, to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
-from lesionsam.progress import progress
 from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.types import Sample
+from lesionsam.utils.progress import progress
 
 LoadImage = Callable[[Sample], np.ndarray]  # -> (H, W, 3) uint8 RGB, original frame
 LoadMask = Callable[[Sample], np.ndarray | None]  # -> (H, W) bool, or None where there is no mask
@@ -80,15 +80,6 @@ def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sampl
     return Case(sample, shape, truth, valid, None if truth is None else metrics.Outline.of(truth), big, small)
 
 
-def box_slices(box: np.ndarray, shape: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of the pixels whose centres lie in a (4,) XYXY box; at least one pixel of the (H, W) frame."""
-    out = []
-    for low, high, length in ((box[1], box[3], shape[0]), (box[0], box[2], shape[1])):
-        start = int(np.clip(np.ceil(low - 0.5), 0, length - 1))
-        out.append(slice(start, int(np.clip(np.ceil(high - 0.5), start + 1, length))))
-    return out[0], out[1]
-
-
 def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float]:
     """The figures of one mask: logits (H, W) float32, original frame, positive = lesion."""
     prediction = logits > 0
@@ -131,13 +122,6 @@ def jitter_boxes(sample: Sample, share: float, seed: int) -> tuple[np.ndarray, n
     frame = np.array([0, 0, sample.width, sample.height], float)
     big = _moved(sample.big_box, draws[0], frame)
     return big, _moved(sample.small_box, draws[1], big)
-
-
-def _moved(box: np.ndarray, draw: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    side = box[2:] - box[:2]
-    centre = np.clip((box[:2] + box[2:]) / 2 + side * draw[:2], limits[:2] + 0.5, limits[2:] - 0.5)
-    half = np.maximum(side * (1 + draw[2:]) / 2, 0.5)
-    return np.concatenate([np.maximum(centre - half, limits[:2]), np.minimum(centre + half, limits[2:])])
 
 
 def predict_cases(

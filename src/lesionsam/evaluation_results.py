@@ -16,9 +16,9 @@ import pandas as pd
 from lesionsam import statistics
 from lesionsam.evaluation import ELLIPSE, PRIOR, PRIOR_OFFSET, Evaluation
 from lesionsam.evaluation_cases import LEAKING, NEARER
-from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.prompts import NONE
 from lesionsam.types import Sample
+from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
 BASELINES = (ELLIPSE, PRIOR, PRIOR_OFFSET)

@@ -20,9 +20,11 @@ import numpy as np
 import pandas as pd
 
 from lesionsam import statistics
-from lesionsam.boxes import annotate
-from lesionsam.config import Config, config_digest, flatten, to_values, unflatten, validate
-from lesionsam.config_file import fit, merge
+from lesionsam.boxes.annotator import annotate
+from lesionsam.config.edit import fit, merge
+from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
+from lesionsam.config.presets import preset_values
+from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
@@ -32,14 +34,12 @@ from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
-from lesionsam.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
-from lesionsam.images import read_image, read_mask
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.sam import Sam, load_sam
-from lesionsam.presets import preset_values
-from lesionsam.schema import SimulatedBoxes
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.types import Sample
+from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.utils.images import read_image, read_mask
 
 PROMPTS = ("none", "ring", "centre", "box", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"

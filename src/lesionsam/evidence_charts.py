@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lesionsam import statistics
-from lesionsam.files import write_bytes_atomic
+from lesionsam.utils.files import write_bytes_atomic
 
 PANELS = {"ring": "ten ring points", "centre": "centre point", "box": "big box"}
 SUPERVISED, BOXES, REFERENCE = "#0b62a3", "#d1702a", "#8a8f99"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lesionsam.config import Config, to_values
+from lesionsam.config.load import Config, to_values
 from lesionsam.evidence import UNET, ZERO_SHOT, Row, configured
 
 DEFAULT, SUPERVISED, ELLIPSE = "two boxes (default)", "supervised, tuned", "placebo: ellipse as target"

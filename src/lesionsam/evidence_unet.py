@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from lesionsam import metrics
-from lesionsam.box_prior import OUTSIDE
-from lesionsam.config import Config
+from lesionsam.boxes.prior import OUTSIDE
+from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation_cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
 from lesionsam.experiment import Data, how_to_train, torch_device
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term, known_masks, mean_over
 from lesionsam.models.sam import preprocess
-from lesionsam.progress import progress
 from lesionsam.training import OBJECTIVE, Group, Log, fit
 from lesionsam.training_state import Progress, load_best
 from lesionsam.types import Batch, Sample
+from lesionsam.utils.progress import progress
 
 ENCODER = "resnet18"
 BOXED = ("box", "box+core")  # prompt sources under which its mask is cut to the big box

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesionsam.box_prior import outline_offset
-from lesionsam.config import Config, config_digest
+from lesionsam.boxes.prior import outline_offset
+from lesionsam.config.load import Config, config_digest
+from lesionsam.config.schema import FolderData
+from lesionsam.config.schema_method import SupervisedMethod
 from lesionsam.data.datasets import Batches, LesionDataset, open_dataset
 from lesionsam.data.distortion import Distortion
 from lesionsam.data.frames import PRIOR_SCALE
@@ -27,16 +29,14 @@ from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
 from lesionsam.experiment_cache import open_caches
 from lesionsam.experiment_memory import parts_that_fit
 from lesionsam.experiment_parts import build_supervised, contrastive_options, learning_groups, prepare_sam
-from lesionsam.files import sha256_file
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import trained_counts
-from lesionsam.schema import FolderData
-from lesionsam.schema_method import SupervisedMethod
 from lesionsam.training import OBJECTIVE, Evaluate, Log, fit, schedule_factor
 from lesionsam.training_state import Progress, check_disk, load_best
 from lesionsam.types import Sample
+from lesionsam.utils.files import sha256_file
 
 OFFSET_SAMPLES = 300  # images that the outline offset is found on, at most
 OFFSET_SIDE = 128  # longest side of their priors, pixels

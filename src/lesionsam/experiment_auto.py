@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from lesionsam.config import Config, load_config
+from lesionsam.config.load import Config, load_config
 from lesionsam.evaluation_cases import FindLesions
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_lesion import find_lesions, way

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lesionsam.config import Config
+from lesionsam.config.load import Config
 from lesionsam.data.activation_store import Budget, Store
 from lesionsam.data.activations import Activations, Compute
 from lesionsam.methods.base import Method

@@ -10,7 +10,7 @@ from functools import partial
 import psutil
 import torch
 
-from lesionsam.config import Config
+from lesionsam.config.load import Config
 from lesionsam.methods.base import Method
 from lesionsam.models.frozen import processor
 from lesionsam.models.memory import held_bytes, predict_step

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lesionsam.config import Config, flatten
+from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
-from lesionsam.files import remove_leftovers, sha256_file, write_json_atomic
+from lesionsam.utils.files import remove_leftovers, sha256_file, write_json_atomic
 
 ORIGIN = "origin.json"
 DONE = "done-"  # begins the name of a scratch folder that is being removed

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from lesionsam.config import Config
+from lesionsam.config.load import Config
+from lesionsam.config.schema_method import ContrastiveMethod, LearnedWeights, MaskPrompts, SupervisedMethod
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Options as ContrastiveOptions
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Options, Supervised
 from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.models.trainable import select_trainable
-from lesionsam.schema_method import ContrastiveMethod, LearnedWeights, MaskPrompts, SupervisedMethod
 from lesionsam.training import Group, parameter_groups
 
 

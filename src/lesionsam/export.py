@@ -21,14 +21,14 @@ import lesionsam
 from lesionsam.data.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
-from lesionsam.files import sha256_file, write_json_atomic, write_text_atomic
-from lesionsam.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
 from lesionsam.models.foreign import plain_state, registry_name
 from lesionsam.models.sam import WIDTHS, Sam, load_sam
-from lesionsam.progress import progress
+from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
+from lesionsam.utils.progress import progress
 
 CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
 GENERATED = 4  # pictures of the check where nobody names a folder

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes
-from lesionsam.guard import is_left_by
+from lesionsam.utils.files import free_disk_bytes
+from lesionsam.utils.processes import is_left_by
 
 
 def prepare(out: Path, needed: int) -> None:

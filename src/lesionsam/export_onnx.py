@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.export import Answer, Format, Prompt, Segment, Subject
 from lesionsam.models.sam import Sam, resize_longest

@@ -25,23 +25,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lesionsam.box_prior import box_prior
-from lesionsam.boxes import simulate_boxes
-from lesionsam.config import load_config, with_values
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.prior import box_prior
+from lesionsam.config.load import load_config, with_values
+from lesionsam.config.schema import Foundation
 from lesionsam.data import shape_prompts
 from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.files import sha256_file, write_bytes_atomic, write_text_atomic
 from lesionsam.foundation_card import card_text, current_commit, machine_in_words
 from lesionsam.foundation_data import DataPool, open_pool
-from lesionsam.images import read_image, read_mask
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, save_sam
 from lesionsam.prompts import draw_prompts
-from lesionsam.schema import Foundation
 from lesionsam.types import Prompts
+from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic
+from lesionsam.utils.images import read_image, read_mask
 
 BATCH_SIZE = 8
 POOL_CHUNKS = 84  # chunks of images kept, about 70 objects each; the oldest give way

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes import read_boxes
-from lesionsam.config import Config
+from lesionsam.boxes.table import read_boxes
+from lesionsam.config.load import Config
+from lesionsam.config.schema import FolderData
 from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset, open_dataset
 from lesionsam.data.index import read_index
 from lesionsam.data.shape_prompts import Targets
 from lesionsam.errors import UserError
 from lesionsam.methods.base import to_grid
-from lesionsam.schema import FolderData
 
 INDEX, BOXES, CACHE = Path("data/raw/index.csv"), Path("data/boxes.csv"), Path(".cache/frames")
 NUM_MEASURED = 100  # development images that progress is measured on, at most

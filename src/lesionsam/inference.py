@@ -10,11 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes import BIG, SMALL
+from lesionsam.boxes.table import BIG, SMALL
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
-from lesionsam.guard import only_one_in
-from lesionsam.images import read_image
 from lesionsam.inference_answers import Answer, Prediction, answers, prediction
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_image import FeatureCache, check_rgb
@@ -32,6 +29,9 @@ from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.inference_outputs import Folder, make_folder
 from lesionsam.inference_run import Options, Run, complain
 from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.images import read_image
+from lesionsam.utils.processes import only_one_in
 
 SHOWN_IDS = 3
 Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.models.sam import Sam, decode, upscale
 from lesionsam.prompts import seeded_prompts
 from lesionsam.types import Prompts

@@ -19,7 +19,7 @@ import torch
 from scipy import ndimage
 from torchvision.ops.boxes import batched_nms, box_area
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 

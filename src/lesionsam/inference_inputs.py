@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
+from lesionsam.boxes.table import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import decimal_number
-from lesionsam.images import IMAGE_SUFFIXES
 from lesionsam.inference_answers import Asked
 from lesionsam.prompts import KINDS
+from lesionsam.utils.files import decimal_number
+from lesionsam.utils.images import IMAGE_SUFFIXES
 
 POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
 HALF = 0.5  # probability at which SAM's masks are cut

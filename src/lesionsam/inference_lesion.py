@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import largest_piece_box, loosened, to_model_frame
 from lesionsam.inference_answers import Answer, Asked, Prediction, reasons
 from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
 from lesionsam.inference_rank import (
@@ -311,31 +310,10 @@ def _gridded(logits: torch.Tensor, size: tuple[int, int], sam: Sam) -> torch.Ten
     return (F.interpolate(part, on_grid(size), mode="area")[:, 0] > sam.mask_threshold).cpu()
 
 
-def largest_piece_box(mask: np.ndarray) -> np.ndarray | None:
-    """(4,) float64 XYXY, half-open, of a mask's largest piece (pixels that share a side); None of an empty mask.
-
-    Args:
-        mask: (h, w) bool.
-    """
-    pieces, count = ndimage.label(mask)
-    if not count:
-        return None
-    largest = 1 + int(np.bincount(pieces.ravel())[1:].argmax())
-    rows, columns = ndimage.find_objects(pieces)[largest - 1]
-    return np.array([columns.start, rows.start, columns.stop, rows.stop], float)
-
-
 def _box_about(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray | None:
     """The same in the model frame, of a mask of its image part, which has size (h, w)."""
     box = largest_piece_box(mask)
     return None if box is None else box * np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
-
-
-def loosened(box: np.ndarray, share: float, size: tuple[int, int]) -> np.ndarray:
-    """A (4,) XYXY box with sides 1 + `share` times as long about the same middle, cut at a frame of size (h, w)."""
-    middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (1 + share)
-    limits = np.array(size[::-1], float)
-    return np.concatenate([np.clip(middle - half, 0, limits), np.clip(middle + half, 0, limits)])
 
 
 def plausibility(masks: torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,13 @@ from typing import IO, Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import encode, mask_box
 from lesionsam.inference_answers import Prediction
 from lesionsam.inference_inputs import Job, file_stem, needs_small
 from lesionsam.overlays import overlay, write_png
-from lesionsam.progress import progress
+from lesionsam.utils.files import atomic_write, remove_leftovers, write_text_atomic
+from lesionsam.utils.progress import progress
 
 TABLE = "predictions.csv"
 BEGUN = ".begun"  # names of masks that the table does not have yet; gone once it has them

@@ -15,8 +15,8 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.filters import threshold_otsu
 
-from lesionsam.box_prior import box_prior
-from lesionsam.boxes import simulate_boxes
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.prior import box_prior
 
 GRID = 64  # longer side of the grid that masks and colours are compared on, cells
 BLUR = 0.75  # of the colours, standard deviation in cells

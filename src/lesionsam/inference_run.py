@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
-from lesionsam.images import read_image
 from lesionsam.inference_answers import NUM_POINTS, SEED, Answer, Asked, answers, prediction
 from lesionsam.inference_auto import AutoOptions
 from lesionsam.inference_inputs import Job, Lesion, Source, file_stem
 from lesionsam.inference_lesion import find_lesions, from_nearer, masks_of
 from lesionsam.inference_outputs import Folder
 from lesionsam.models.sam import Sam, encode, model_frames, preprocess
-from lesionsam.progress import progress
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.images import read_image
+from lesionsam.utils.progress import progress
 
 VERSION = 6  # of what a row's key stands for
 SAVE_SECONDS = 5.0

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import approximate_polygon, find_contours
 
-from lesionsam.files import atomic_write
+from lesionsam.utils.files import atomic_write
 
 TRUTH = (86, 180, 233)
 PREDICTION = (240, 228, 66)

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lesionsam.config import read_yaml
+from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
 from lesionsam.lineage import repository_root
 from lesionsam.tracking import sync
 from lesionsam.tracking_mlflow import ENVIRONMENT, LOCAL_ID_TAG
 from lesionsam.tracking_spool import Spool, read_record, spool_root
+from lesionsam.utils.files import sha256_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lesionsam import report_charts as charts
 from lesionsam import statistics
-from lesionsam.config import read_yaml, trained_parts
+from lesionsam.config.load import read_yaml, trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation_pictures import DISPUTED, GROUPS, disputed
 from lesionsam.evaluation_results import (
@@ -29,7 +29,7 @@ from lesionsam.evaluation_results import (
     read_csv,
     sections,
 )
-from lesionsam.files import write_text_atomic
+from lesionsam.utils.files import write_text_atomic
 
 MAX_BYTES = 15_000_000  # of the page
 JPEG_QUALITY = 82
@@ -118,7 +118,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam") / "templates" / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.report") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 

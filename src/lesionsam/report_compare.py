@@ -14,7 +14,7 @@ from PIL import Image
 
 from lesionsam import report_charts as charts
 from lesionsam import statistics
-from lesionsam.config import read_yaml
+from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
 from lesionsam.evaluation import ROW_COLUMNS
 from lesionsam.evaluation_cases import LEAKING

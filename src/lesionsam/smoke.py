@@ -21,20 +21,21 @@ import psutil
 import torch
 
 from lesionsam import experiment, experiment_parts, metrics
-from lesionsam.boxes import simulate_boxes, to_model_frame
-from lesionsam.config import Config, default_values, unflatten, validate
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.geometry import to_model_frame
+from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.datasets import LesionDataset, open_dataset
 from lesionsam.data.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment_memory import peak_memory
-from lesionsam.files import sha256_file
-from lesionsam.images import read_image, read_mask
 from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode, load_sam, preprocess, resize_longest, upscale
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.training import autocast, step_generator, sum_of
 from lesionsam.types import Prompts, Sample
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.images import read_image, read_mask
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
 MAX_SIDE = 320

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import optuna
 
-from lesionsam.config import Config, flatten, load_config, parse_yaml, read_text, to_values, validate
-from lesionsam.config_file import difference, edit_text
+from lesionsam.config.edit import difference, edit_text
+from lesionsam.config.load import Config, flatten, load_config, parse_yaml, read_text, to_values, validate
+from lesionsam.config.presets import apply_preset
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
 from lesionsam.lineage import repository_root
-from lesionsam.presets import apply_preset
 from lesionsam.sweep_crew import crew, is_late
 from lesionsam.sweep_data import Bench, fixed_values, idle_gate, num_blocks, open_bench
 from lesionsam.sweep_pictures import draw_pictures
@@ -50,6 +49,7 @@ from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
 from lesionsam.tracking import NullTracker, sync
 from lesionsam.training import OBJECTIVE
+from lesionsam.utils.files import write_text_atomic
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 SYNC_SECONDS = 60.0  # patience with MLflow after the last trial

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from lesionsam.config import Config
+from lesionsam.config.load import Config
 from lesionsam.sweep_trial import budget
 
 STARTUP_TRIALS = 10  # random ones before the sampler models anything, at most; a third of few

@@ -12,24 +12,24 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lesionsam.boxes import read_boxes
-from lesionsam.config import Config, config_digest, flatten, read_yaml
+from lesionsam.boxes.table import read_boxes
+from lesionsam.config.load import Config, config_digest, flatten, read_yaml
+from lesionsam.config.schema import FolderData
+from lesionsam.config.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
 from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
 from lesionsam.experiment_origin import code_digest
 from lesionsam.experiment_parts import prepare_sam
-from lesionsam.files import sha256_file
-from lesionsam.images import read_image, read_mask
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.sam import Sam, load_sam
 from lesionsam.prompts import draw_prompts
-from lesionsam.schema import FolderData
-from lesionsam.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.sweep_space import Dimension
 from lesionsam.training import step_generator
 from lesionsam.types import Sample
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.images import read_image, read_mask
 
 BOXES, INDEX, PRETRAINED, CACHE, LOCK = (
     Path("data/boxes.csv"),

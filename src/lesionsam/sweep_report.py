@@ -14,13 +14,13 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
-from lesionsam.config import Config
-from lesionsam.files import write_text_atomic
+from lesionsam.config.load import Config
 from lesionsam.statistics import interval
 from lesionsam.sweep_data import Bench
 from lesionsam.sweep_space import Dimension, Value
 from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place, budget, shown
 from lesionsam.sweep_worker import is_finished, state_of
+from lesionsam.utils.files import write_text_atomic
 
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
 SEED_OFFSET = 1000  # of the comparison's seeds, from train.seed: none that a trial used

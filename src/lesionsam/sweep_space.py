@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-from lesionsam.config import Config, describe, flatten, to_values, unflatten, validate
-from lesionsam.config_file import fit
+from lesionsam.config.edit import fit
+from lesionsam.config.limits import Limits, needed_for
+from lesionsam.config.load import Config, describe, flatten, to_values, unflatten, validate
 from lesionsam.errors import UserError
-from lesionsam.limits import Limits, needed_for
 
 SEARCHED = ("model", "method", "train")  # sections that a training reads
 PREPARED = ("model.name", "model.checkpoint")  # other stages made files from these

@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
-from lesionsam.guard import is_alive, started
+from lesionsam.utils.processes import is_alive, started
 
 DEFAULT = Path("sweeps/sweeps.db")
 HEARTBEAT_SECONDS = 10

@@ -10,7 +10,7 @@ from json import dumps, loads
 import optuna
 from optuna.storages import BaseStorage
 
-from lesionsam.config import Config, flatten
+from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.sweep_data import Bench, zero_shot
 from lesionsam.sweep_report import by_label_free

@@ -14,19 +14,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lesionsam.config import Config, flatten
+from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.experiment import Trained, train
-from lesionsam.files import write_text_atomic
 from lesionsam.lineage import repository_root
 from lesionsam.models.sam import save_sam
-from lesionsam.progress import silent
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.sweep_data import Bench, score_held
 from lesionsam.sweep_space import Value, configured
 from lesionsam.sweep_storage import Lock
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.training import OBJECTIVE
+from lesionsam.utils.files import write_text_atomic
+from lesionsam.utils.progress import silent
 
 BEST_NAME, BEST_NOTE = "best.safetensors", "best.json"
 TRIAL_ERRORS = (UserError, RuntimeError, ValueError, MemoryError)  # fail one trial, not the sweep

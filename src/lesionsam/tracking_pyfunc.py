@@ -14,8 +14,8 @@ import numpy as np
 
 import lesionsam
 from lesionsam.export import Answer, Format, Prompt, Segment, Subject
-from lesionsam.files import write_text_atomic
 from lesionsam.tracking_mlflow import ENVIRONMENT
+from lesionsam.utils.files import write_text_atomic
 
 SCRIPT = "tracking_served.py"
 # What the code in the model imports; the lock file has the exact versions that were tested.

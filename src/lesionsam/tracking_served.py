@@ -24,9 +24,9 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.images import read_image
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.sam import load_sam
+from lesionsam.utils.images import read_image
 
 
 class PromptedSam(mlflow.pyfunc.PythonModel):

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
+from lesionsam.utils.files import atomic_write
 
 JOURNALS = ("journal", "system")
 

@@ -15,7 +15,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from lesionsam.guard import is_left_by
+from lesionsam.utils.processes import is_left_by
 
 _MAKING = threading.Lock()  # what bears this process's number is left over where nothing is being made
 

@@ -20,11 +20,11 @@ from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE
 from lesionsam.models.trainable import trained_parameters
-from lesionsam.progress import progress
 from lesionsam.training_memory import Moment, in_parts, make_smaller
 from lesionsam.training_state import Progress, load_state, save_best, save_state
 from lesionsam.training_steps import Steps, bad_terms, told_later
 from lesionsam.types import Batch
+from lesionsam.utils.progress import progress
 
 Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, free_disk_bytes, write_bytes_atomic
 from lesionsam.methods.base import Method
+from lesionsam.utils.files import atomic_write, free_disk_bytes, write_bytes_atomic
 
 NUM_STATES = 2  # training states kept: the newest and the one to fall back to
 # What reading makes of a file that was cut, written over or never was of this kind.

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 from lesionsam.errors import run_guarded  # noqa: E402
-from lesionsam.progress import progress  # noqa: E402
+from lesionsam.utils.progress import progress  # noqa: E402
 
 CAMPAIGNS = ("training", "downloads", "tracking", "predict", "chain")
 LIMIT_S = 3600.0  # for one process; it takes seconds on a free core

@@ -19,10 +19,10 @@ from helpers.training import CPU, contrastive, run, weights
 
 from lesionsam import training_state
 from lesionsam.data.loader import Loader
-from lesionsam.guard import finishing_first
 from lesionsam.tracking import NullTracker
 from lesionsam.tracking_spool import read_lines
 from lesionsam.training_state import load_best
+from lesionsam.utils.processes import finishing_first
 
 EPOCHS, SCORES = 3, (0.1, 0.3, 0.2)
 NUM_SAVES = 5  # of one run: the best weights of epochs 1 and 2, the state of each epoch

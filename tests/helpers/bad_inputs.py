@@ -25,8 +25,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from lesionsam.config import default_text, default_values, unflatten
-from lesionsam.config_file import edit_text, fit
+from lesionsam.config.edit import edit_text, fit
+from lesionsam.config.load import default_text, default_values, unflatten
 from lesionsam.data.index import write_index
 
 if TYPE_CHECKING:

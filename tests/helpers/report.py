@@ -12,8 +12,8 @@ import pandas as pd
 
 from lesionsam.evaluation import JITTER_COLUMNS, PRIOR_OFFSET, Evaluation
 from lesionsam.evaluation_results import write_results
-from lesionsam.files import write_json_atomic
 from lesionsam.overlays import write_png
+from lesionsam.utils.files import write_json_atomic
 
 PROMPTS = ("ring", "centre", "box")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.box_prior import OUTSIDE, box_prior
+from lesionsam.boxes.prior import OUTSIDE, box_prior
 from lesionsam.data.datasets import LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, Frames
 from lesionsam.models.compact import CompactArchitecture

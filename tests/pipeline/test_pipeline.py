@@ -16,8 +16,8 @@ from helpers.pipeline import LIMIT_S, WEIGHTS, environment, lesionsam, repositor
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from lesionsam.config import parse_yaml, unflatten
-from lesionsam.config_file import edit_text
+from lesionsam.config.edit import edit_text
+from lesionsam.config.load import parse_yaml, unflatten
 
 pytestmark = pytest.mark.pipeline
 

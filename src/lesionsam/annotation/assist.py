@@ -10,8 +10,8 @@ from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
 from lesionsam.annotation.records import Box
-from lesionsam.box_prior import inside
-from lesionsam.boxes import simulate_boxes
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.geometry import inside
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.metrics import iou
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.files import write_bytes_atomic
+from lesionsam.utils.files import write_bytes_atomic
 
 WEB = Path(__file__).parent / "web"
 BUNDLE = "annotate.js"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesionsam.errors import UserError
-from lesionsam.images import IMAGE_SUFFIXES
+from lesionsam.utils.images import IMAGE_SUFFIXES
 
 MASKS = "masks"  # folders of this name, or ending in .masks, hold no images to annotate
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from lesionsam.annotation.records import ImageState, state_from_dict
 from lesionsam.errors import UserError
-from lesionsam.files import fsync_folder
+from lesionsam.utils.files import fsync_folder
 
 CUT = ', "revision": '  # what follows the image's id in a line
 

@@ -16,15 +16,15 @@ from lesionsam.annotation.assist import logit
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.annotation.pictures import Cache, Pictures
 from lesionsam.annotation.records import Box
-from lesionsam.boxes import to_model_frame
+from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
 from lesionsam.inference_auto import AUTO
 from lesionsam.inference_lesion import find_lesions, way
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, upscale, weights_metadata
 from lesionsam.prompts import TRAINED_WITH, seeded_prompts
 from lesionsam.types import Prompts
+from lesionsam.utils.files import sha256_file
 
 PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
 FEATURE_BYTES = 512 << 20

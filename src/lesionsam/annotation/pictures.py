@@ -14,7 +14,7 @@ from PIL import Image
 
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.errors import UserError
-from lesionsam.images import read_reduced
+from lesionsam.utils.images import read_reduced
 
 LEVELS = {"thumb": 160, "view": 1600, "full": 4800}  # longer side, pixels
 QUALITY = 92
@@ -84,7 +84,7 @@ class Pictures:
 
     def size(self, entry: Entry) -> tuple[int, int]:
         """(width, height) after EXIF transpose, from the header; read once."""
-        from lesionsam.images import image_size
+        from lesionsam.utils.images import image_size
 
         stamp = self.stamp(entry)
         known = self._sizes.get(entry.key)

@@ -24,11 +24,11 @@ from lesionsam.annotation.model import Model
 from lesionsam.annotation.records import ImageState, Lesion
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, write_text_atomic
 from lesionsam.formats.rle import encode
-from lesionsam.images import read_image
 from lesionsam.metrics import bounding_box
-from lesionsam.progress import progress
+from lesionsam.utils.files import atomic_write, write_text_atomic
+from lesionsam.utils.images import read_image
+from lesionsam.utils.progress import progress
 
 QUIET = 1.0  # seconds without a person's action before a mask is made
 PAUSE = 2.0  # seconds between two writings of the COCO file

@@ -19,7 +19,7 @@ from skimage.color import rgb2lab
 from lesionsam.annotation.assist import agreement, on_grid, prior_logits
 from lesionsam.annotation.model import Answer, Features, Model
 from lesionsam.annotation.records import Box, rounded
-from lesionsam.boxes import simulate_boxes
+from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.inference_rank import colour_candidate
 from lesionsam.metrics import iou
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
-from lesionsam.boxes import TOLERANCE
+from lesionsam.boxes.table import TOLERANCE
 from lesionsam.errors import UserError
 
 Box: TypeAlias = tuple[float, float, float, float]  # XYXY, half-open, pixels of the image after EXIF transpose

@@ -19,8 +19,8 @@ from lesionsam.annotation.journal import Journal
 from lesionsam.annotation.records import Box, ImageState, Lesion, checked_boxes, merged
 from lesionsam.annotation.table import Table, digest_of, read_table
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
-from lesionsam.images import image_size
+from lesionsam.utils.files import atomic_write
+from lesionsam.utils.images import image_size
 
 OUTSIDE = "edited in the table"  # who changed an image, where its rows were edited by hand
 TRIES = 5  # of a change while somebody writes the table over and over

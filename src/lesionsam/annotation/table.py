@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionsam.annotation.records import Box, Lesion, rounded
-from lesionsam.boxes import BIG, SMALL, TOLERANCE, parse_boxes, read_rows
+from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import decimal_number, whole_number
+from lesionsam.utils.files import decimal_number, whole_number
 
 COORDINATES = (*BIG, *SMALL)
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lesionsam.files import free_disk_bytes, write_json_atomic
+from lesionsam.utils.files import free_disk_bytes, write_json_atomic
 
 VERSION = 1  # of the files' form: part of every space
 ENTRIES, INDEX, SPACE, IN_USE = "entries.bin", "index.bin", "space.json", "in-use"

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from lesionsam.boxes import scan_boxes
+from lesionsam.boxes.table import scan_boxes
 from lesionsam.data.check_items import ERROR, NOTE, ORDER, WARNING, Found, Issue, Item
 from lesionsam.data.inspection import Look, inspect
 from lesionsam.data.isic import EDITIONS
 from lesionsam.data.jobs import outcomes
 from lesionsam.data.likeness import near_pairs
 from lesionsam.errors import UserError
-from lesionsam.files import whole_number
-from lesionsam.progress import progress
 from lesionsam.types import Sample
+from lesionsam.utils.files import whole_number
+from lesionsam.utils.progress import progress
 
 ISIC_ID = re.compile(r"ISIC_(\d{7})(?!\d)", re.IGNORECASE)
 OUTSIDE, BACKGROUND = 0.02, 0.1  # share of a lesion outside its big box, of a small box on background: worth a look

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from lesionsam.config import load_config
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import CocoData, Config, CsvBoxes, FolderData
 from lesionsam.data.coco import SPLIT, object_mask
 from lesionsam.data.folder import MASK_ENDING
 from lesionsam.data.index import dev_ids, read_index
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.records import checked_name
-from lesionsam.images import IMAGE_SUFFIXES, read_mask
-from lesionsam.schema import CocoData, Config, CsvBoxes, FolderData
+from lesionsam.utils.images import IMAGE_SUFFIXES, read_mask
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 ORDER = ("train", "val", "dev", "test")  # of splits; any other folder comes after them

@@ -18,11 +18,11 @@ from lesionsam.data.check_items import Found, Item
 from lesionsam.data.index import id_hash
 from lesionsam.data.inspection import Look, inspect
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
-from lesionsam.images import read_image
 from lesionsam.overlays import overlay, sheet, write_png
-from lesionsam.progress import progress
 from lesionsam.types import Sample
+from lesionsam.utils.files import write_text_atomic
+from lesionsam.utils.images import read_image
+from lesionsam.utils.progress import progress
 
 SIDE, JPEG_QUALITY = 320, 80
 MAX_ISSUES, MAX_PAIRS = 500, 24  # on the page
@@ -50,7 +50,7 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam") / "templates" / "data_check.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.data.check") / "templates" / "data_check.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
         name=report.name,
         lines=summary(report),

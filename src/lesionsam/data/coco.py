@@ -20,13 +20,13 @@ from PIL import Image
 
 from lesionsam.data.index import LESION_COLUMNS, LESIONS, Row, check_rows, dev_ids
 from lesionsam.data.jobs import run_jobs
-from lesionsam.data.meter import say
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, sha256_file
 from lesionsam.formats.coco import Instances, load_instances
 from lesionsam.formats.records import checked_name
 from lesionsam.formats.rle import decode
-from lesionsam.images import check_image
+from lesionsam.utils.files import atomic_write, sha256_file
+from lesionsam.utils.images import check_image
+from lesionsam.utils.progress import say
 
 SPLIT = "{split}"  # what the patterns replace
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from lesionsam.box_prior import inside
+from lesionsam.boxes.geometry import inside
 from lesionsam.data.distortion import Distortion, distort
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
 from lesionsam.data.widening import widen

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lesionsam.box_prior import OUTSIDE
+from lesionsam.boxes.prior import OUTSIDE
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionsam.data.meter import Meter, human_bytes, say
 from lesionsam.errors import UserError
-from lesionsam.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
-from lesionsam.guard import only_one
+from lesionsam.utils.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
+from lesionsam.utils.processes import only_one
+from lesionsam.utils.progress import Meter, human_bytes, say
 
 TIMEOUT_SECONDS = 60.0  # of silence on the line
 MAX_FRUITLESS = 5  # attempts in a row that bring no byte; each that brings some starts the count again

@@ -15,10 +15,10 @@ from PIL import Image
 
 from lesionsam.data.index import Row, check_rows, dev_ids
 from lesionsam.data.jobs import run_jobs
-from lesionsam.data.meter import say
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, sha256_file
-from lesionsam.images import IMAGE_SUFFIXES, check_image, read_mask
+from lesionsam.utils.files import atomic_write, sha256_file
+from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_mask
+from lesionsam.utils.progress import say
 
 MASK_ENDING = "_segmentation"
 

@@ -19,16 +19,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lesionsam import box_prior as box_prior_module
-from lesionsam.box_prior import OUTSIDE, box_prior, inside
-from lesionsam.boxes import model_frame_size, to_model_frame
-from lesionsam.data.meter import say
+from lesionsam.boxes import prior as box_prior_module
+from lesionsam.boxes.geometry import inside, model_frame_size, to_model_frame
+from lesionsam.boxes.prior import OUTSIDE, box_prior
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes
-from lesionsam.guard import end_with, only_one
-from lesionsam.images import read_image, read_mask
-from lesionsam.progress import progress
 from lesionsam.types import Sample
+from lesionsam.utils.files import free_disk_bytes
+from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.processes import end_with, only_one
+from lesionsam.utils.progress import progress, say
 
 VERSION = 2  # of decoding, resizing, box prior and storage: part of every key
 PRIOR_SCALE = 36.0  # int8 steps per logit; the prior lies in [-3.5, 3.5]

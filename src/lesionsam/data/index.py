@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, whole_number
 from lesionsam.types import SPLITS
+from lesionsam.utils.files import atomic_write, whole_number
 
 COLUMNS = ("image_id", "split", "image_path", "mask_path", "width", "height", "sha256")
 LESIONS = "lesions.csv"  # beside index.csv where the source has a mask for each of several lesions

@@ -11,8 +11,8 @@ from lesionsam.data.check_items import ERROR, WARNING, Issue, Item
 from lesionsam.data.folder import MASK_ENDING
 from lesionsam.data.likeness import Fingerprint, fingerprint
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file
-from lesionsam.images import read_image
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.images import read_image
 
 MIN_SIDE = 64  # pixels; a smaller picture has little to segment
 MIN_PART = 16  # pixels of a piece that counts, boxes.min_area of the default

@@ -21,10 +21,10 @@ from pathlib import Path
 from lesionsam.data.archives import Archive, LocalArchive, RemoteArchive, find_members
 from lesionsam.data.download import SPARE_BYTES, Dropped, Refused, Remote, fetch, request
 from lesionsam.data.index import Row, dev_ids, id_hash
-from lesionsam.data.meter import Meter, human_bytes, human_seconds, say
 from lesionsam.errors import UserError
-from lesionsam.files import free_disk_bytes, write_bytes_atomic
-from lesionsam.images import image_size
+from lesionsam.utils.files import free_disk_bytes, write_bytes_atomic
+from lesionsam.utils.images import image_size
+from lesionsam.utils.progress import Meter, human_bytes, human_seconds, say
 
 OFFICIAL = ("https://isic-archive.s3.amazonaws.com/challenges", "https://isic-challenge-data.s3.amazonaws.com")
 IMAGE = re.compile(r"(ISIC_\d{7})\.jpe?g", re.IGNORECASE)  # the 2017 archives also hold ISIC_..._superpixels.png

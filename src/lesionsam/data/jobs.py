@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lesionsam.errors import UserError
-from lesionsam.progress import progress
+from lesionsam.utils.progress import progress
 
 Result = TypeVar("Result")
 NUM_THREADS = 4  # Pillow decodes outside Python's lock

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from lesionsam.box_prior import box_prior
+from lesionsam.boxes.prior import box_prior
 from lesionsam.data.shapes import generate_shapes
 from lesionsam.prompts import tight_boxes
 from lesionsam.types import Prompts

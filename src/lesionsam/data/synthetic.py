@@ -24,9 +24,9 @@ from scipy import ndimage
 
 from lesionsam.data import artefacts
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write
-from lesionsam.progress import progress
 from lesionsam.types import SPLITS
+from lesionsam.utils.files import atomic_write
+from lesionsam.utils.progress import progress
 
 JPEG_QUALITY = 92
 MIN_SIDE = 48  # the smallest `max_side` at which a lesion of 2 % still has some twenty pixels

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from lesionsam.box_prior import OUTSIDE, inside
+from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.prior import OUTSIDE
 
 EXTENSION = 0.5  # share by which the shorter side grows: a square becomes the 3:2 of most cameras
 

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import write_text_atomic
 from lesionsam.formats.records import (
     BIG_LABEL,
     MASK_LABEL,
@@ -29,6 +28,7 @@ from lesionsam.formats.records import (
 )
 from lesionsam.formats.rle import decode, mask_box, polygon_box
 from lesionsam.formats.safe import number, read_json
+from lesionsam.utils.files import write_text_atomic
 
 EXPECTED = "COCO instances JSON"
 

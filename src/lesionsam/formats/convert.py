@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lesionsam.box_prior import inside
+from lesionsam.boxes.geometry import inside
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
@@ -16,7 +16,7 @@ from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
 from lesionsam.formats.yolo import read_yolo, write_yolo
-from lesionsam.images import IMAGE_SUFFIXES, read_mask
+from lesionsam.utils.images import IMAGE_SUFFIXES, read_mask
 
 WRITERS = {
     "csv": write_table,

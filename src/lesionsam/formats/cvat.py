@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import whole_number, write_text_atomic
 from lesionsam.formats.records import (
     BIG_LABEL,
     MASK_LABEL,
@@ -30,6 +29,7 @@ from lesionsam.formats.records import (
 )
 from lesionsam.formats.rle import decode, encode, mask_box, polygon_box, runs_of
 from lesionsam.formats.safe import Element, number, read_xml
+from lesionsam.utils.files import whole_number, write_text_atomic
 
 EXPECTED = "CVAT for images 1.1 XML"
 

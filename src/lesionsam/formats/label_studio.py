@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import write_json_atomic
 from lesionsam.formats.records import (
     BIG_LABEL,
     SMALL_LABEL,
@@ -31,6 +30,7 @@ from lesionsam.formats.records import (
 )
 from lesionsam.formats.rle import polygon_box
 from lesionsam.formats.safe import number, read_json
+from lesionsam.utils.files import write_json_atomic
 
 EXPECTED = "Label Studio JSON (a list of tasks with data and annotations)"
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file

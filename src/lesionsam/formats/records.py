@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from lesionsam.boxes import BIG, SMALL, TOLERANCE, check_box, check_small
+from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
-from lesionsam.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size
 from lesionsam.types import SPLITS, Sample
+from lesionsam.utils.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size
 
 BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
 CORE = 0.45  # boxes.core_low of the default: the least share that the simulated annotator draws

@@ -13,7 +13,7 @@ from typing import Any
 from xml.parsers import expat  # nosec B407
 
 from lesionsam.errors import UserError
-from lesionsam.files import decimal_number
+from lesionsam.utils.files import decimal_number
 
 MAX_BYTES = 1 << 30  # COCO's own training file has half of that
 MAX_DEPTH = 32

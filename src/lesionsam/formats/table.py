@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes import BIG, REQUIRED, SMALL, read_rows
+from lesionsam.boxes.table import BIG, REQUIRED, SMALL, read_rows
 from lesionsam.errors import UserError
-from lesionsam.files import atomic_write, whole_number
 from lesionsam.formats.records import Annotations, Gathered, Lesion, Picture, checked
 from lesionsam.formats.safe import number
+from lesionsam.utils.files import atomic_write, whole_number
 
 COLUMNS = ("image_id", "lesion_id")
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.files import whole_number, write_text_atomic
 from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Gathered, Labels, Picture, Shape, need_names
 from lesionsam.formats.safe import number, read_bytes
+from lesionsam.utils.files import whole_number, write_text_atomic
 
 CLASSES = ("classes.txt", "obj.names", "data.yaml", "dataset.yaml")
 NO_LABELS = {*CLASSES, "train.txt", "val.txt", "valid.txt", "test.txt", "notes.txt"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lesionsam.box_prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
+from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
 
 
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:

@@ -20,8 +20,8 @@ from safetensors.torch import save
 from segment_anything.modeling import Sam
 
 from lesionsam.errors import UserError
-from lesionsam.files import sha256_file, write_bytes_atomic
 from lesionsam.models import adapters, lora
+from lesionsam.utils.files import sha256_file, write_bytes_atomic
 
 TUNED = "tuned"  # key of the metadata that tells such a file
 SHOWN_KEYS = 3  # of those that a message could name

@@ -21,15 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from segment_anything import modeling, sam_model_registry
 
-from lesionsam.boxes import model_frame_size
+from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.errors import UserError
-from lesionsam.files import whole_number, write_bytes_atomic
 from lesionsam.models import adapters
 from lesionsam.models.adapted import apply_tuned, base_wanted, own_state
 from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD, CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_groups
 from lesionsam.types import Prompts, sent
+from lesionsam.utils.files import whole_number, write_bytes_atomic
 
 __all__ = [
     "Sam",

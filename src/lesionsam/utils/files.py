@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lesionsam.guard import is_left_by
+from lesionsam.utils.processes import is_left_by
 
 CHUNK = 1 << 20
 _WRITING: set[Path] = set()  # what this process has not finished writing

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lesionsam.schema_method import (
+from lesionsam.config.schema_method import (
     AdapterEncoder,
     BlocksEncoder,
     ContrastiveMethod,

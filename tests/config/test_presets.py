@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lesionsam.config import (
+from lesionsam.config.edit import difference, edit_text, fit, merge, to_yaml
+from lesionsam.config.load import (
     Config,
     ConfigError,
     config_digest,
@@ -20,11 +21,10 @@ from lesionsam.config import (
     parse_yaml,
     validate,
 )
-from lesionsam.config_file import difference, edit_text, fit, merge, to_yaml
+from lesionsam.config.presets import about, apply_preset, preset_names, upgrade
+from lesionsam.config.schema import CsvBoxes, FolderData, IsicData, SimulatedBoxes
+from lesionsam.config.schema_method import BlocksEncoder, ContrastiveMethod, SupervisedMethod, TeacherTarget
 from lesionsam.errors import UserError
-from lesionsam.presets import about, apply_preset, preset_names, upgrade
-from lesionsam.schema import CsvBoxes, FolderData, IsicData, SimulatedBoxes
-from lesionsam.schema_method import BlocksEncoder, ContrastiveMethod, SupervisedMethod, TeacherTarget
 
 NAMES = preset_names()
 
@@ -42,7 +42,7 @@ def test_params_yaml_is_the_demo_preset(root: Path) -> None:
     if changed == 1:
         pytest.skip("params.yaml has changes of your own")
     assert (root / "params.yaml").read_text("utf-8") == default_text(), (
-        "params.yaml and src/lesionsam/presets/demo.yaml differ; copy the one that is right over the other"
+        "params.yaml and src/lesionsam/config/presets/demo.yaml differ; copy the one that is right over the other"
     )
 
 

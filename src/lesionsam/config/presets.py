@@ -11,8 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lesionsam.config import Config, default_text, default_values, parse_yaml, read_text, to_values, validate
-from lesionsam.config_file import edit_text, fit, merge
+from lesionsam.config.edit import edit_text, fit, merge
+from lesionsam.config.load import Config, default_text, default_values, parse_yaml, read_text, to_values, validate
 from lesionsam.errors import UserError
 
 KEPT = ("inputs", "tracking", "runtime")
@@ -22,7 +22,7 @@ ABOUT_DEMO = "the default: generated images, compact SAM, two boxes; minutes on 
 
 def preset_names() -> list[str]:
     """All presets, the default first."""
-    files = (resources.files("lesionsam") / "presets").iterdir()
+    files = (resources.files("lesionsam.config") / "presets").iterdir()
     names = sorted(Path(file.name).stem for file in files if file.name.endswith(".yaml"))
     return [DEMO, *(name for name in names if name != DEMO)]
 
@@ -80,5 +80,5 @@ def read_params(path: Path) -> str | None:
 def _read(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"preset {name}: expected one of {', '.join(preset_names())}")
-    file = resources.files("lesionsam") / "presets" / f"{name}.yaml"
+    file = resources.files("lesionsam.config") / "presets" / f"{name}.yaml"
     return parse_yaml(file.read_text(encoding="utf-8"), f"presets/{name}.yaml")

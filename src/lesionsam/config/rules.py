@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionsam.schema import CocoData, Config, FolderData
-from lesionsam.schema_method import NUM_BLOCKS
+from lesionsam.config.schema import CocoData, Config, FolderData
+from lesionsam.config.schema_method import NUM_BLOCKS
 
 
 @dataclass(frozen=True)

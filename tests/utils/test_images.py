@@ -12,7 +12,7 @@ import tifffile
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.images import check_image, image_size, read_image, read_mask
+from lesionsam.utils.images import check_image, image_size, read_image, read_mask
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
 DEEP = np.linspace(0, 65535, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint16)

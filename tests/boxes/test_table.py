@@ -13,16 +13,9 @@ from PIL import Image
 from scipy import ndimage
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from lesionsam.boxes import (
-    COLUMNS,
-    REQUIRED,
-    annotate,
-    model_frame_size,
-    read_boxes,
-    simulate_boxes,
-    to_model_frame,
-    write_boxes,
-)
+from lesionsam.boxes.annotator import annotate, simulate_boxes
+from lesionsam.boxes.geometry import model_frame_size, to_model_frame
+from lesionsam.boxes.table import COLUMNS, REQUIRED, read_boxes, write_boxes
 from lesionsam.errors import UserError
 
 MARGIN, CORE, JITTER = (0.1, 0.2), (0.3, 0.5), 0.05

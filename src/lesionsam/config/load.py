@@ -22,9 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from lesionsam.config_rules import Issue, file_rules, rules
-from lesionsam.errors import UserError
-from lesionsam.limits import (
+from lesionsam.config.limits import (
     Limits,
     all_tags,
     explain_unknown,
@@ -35,7 +33,9 @@ from lesionsam.limits import (
     variant_of,
     walk,
 )
-from lesionsam.schema import Config
+from lesionsam.config.rules import Issue, file_rules, rules
+from lesionsam.config.schema import Config
+from lesionsam.errors import UserError
 
 MAX_VALUES, MAX_DEPTH = 10_000, 16  # of a parameter file; the default has some 200 on 4
 HOW_NOT_WHAT = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash holds
@@ -282,7 +282,7 @@ def _parsed_defaults() -> dict[str, Any]:
 
 def default_text() -> str:
     """The default params.yaml, with its comments."""
-    return (resources.files("lesionsam") / "presets" / "demo.yaml").read_text(encoding="utf-8")
+    return (resources.files("lesionsam.config") / "presets" / "demo.yaml").read_text(encoding="utf-8")
 
 
 def to_values(config: Config | Mapping[str, Any]) -> dict[str, Any]:

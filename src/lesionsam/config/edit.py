@@ -17,10 +17,10 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
-from lesionsam.config import default_text, default_values, known_keys, likely_tag, parse_yaml, to_values, yaml_text
+from lesionsam.config.limits import fields_of, sections_of, tag_name, variant_of
+from lesionsam.config.load import default_text, default_values, known_keys, likely_tag, parse_yaml, to_values, yaml_text
+from lesionsam.config.schema import Config
 from lesionsam.errors import UserError
-from lesionsam.limits import fields_of, sections_of, tag_name, variant_of
-from lesionsam.schema import Config
 
 COMMENT_COLUMN = 31  # from 0, where comments start, in a file that has none yet
 Edit = tuple[int, int, str]  # start and end in the text, and what comes there

@@ -15,7 +15,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lesionsam.schema import Config
+from lesionsam.config.schema import Config
 
 KINDS: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "text"}
 BOUNDS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lesionsam.files import (
+from lesionsam.utils.files import (
     atomic_write,
     copy_atomic,
     free_disk_bytes,
@@ -88,7 +88,7 @@ def test_kill_in_the_middle_never_leaves_a_half_file(tmp_path: Path) -> None:
         "        for _ in range(64):\n            file.write(bytes([n % 256]) * 4096)\n    n += 1\n"
     )
     path = tmp_path / "target.bin"
-    source = str(Path(__file__).parent.parent / "src")
+    source = str(Path(__file__).parent.parent.parent / "src")
     for attempt in range(4):
         child = subprocess.Popen([sys.executable, "-c", program, str(path)], env={**os.environ, "PYTHONPATH": source})
         deadline = time.monotonic() + 20

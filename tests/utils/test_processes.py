@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from lesionsam import guard
 from lesionsam.errors import Interrupted, UserError
+from lesionsam.utils import processes as guard
 
-SOURCE = str(Path(guard.__file__).parents[1])
+SOURCE = str(Path(guard.__file__).parents[2])
 HOLDER = """
 import sys, time
 from pathlib import Path

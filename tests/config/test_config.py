@@ -13,7 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lesionsam.config import (
+from lesionsam.config.edit import fit
+from lesionsam.config.limits import Limits
+from lesionsam.config.load import (
     Config,
     ConfigError,
     config_digest,
@@ -32,9 +34,7 @@ from lesionsam.config import (
     with_values,
     yaml_text,
 )
-from lesionsam.config_file import fit
 from lesionsam.errors import UserError
-from lesionsam.limits import Limits
 
 DEFAULT = validate(default_values())
 VARIANTS: dict[str, dict[str, Any]] = {

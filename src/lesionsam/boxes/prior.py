@@ -17,6 +17,8 @@ import numpy as np
 from scipy import ndimage
 from skimage.color import rgb2lab
 
+from lesionsam.boxes.geometry import inside
+
 OUTSIDE = -3.0  # logit of what certainly is not lesion
 CORE = 1.0  # least logit of what certainly is
 COLOUR_CLIP = 1.5
@@ -32,12 +34,6 @@ EXTENT_SHARE = (
 )
 # the generated lesions alone (docs/log.md), where it brings the offset found from the boxes to the best one
 OFFSETS = np.round(np.arange(-0.8, 1.01, 0.1), 2)
-
-
-def inside(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Pixels whose centre lies in a box: box (4,) XYXY, shape (H, W) -> (H, W) bool."""
-    rows, columns = np.arange(shape[0]) + 0.5, np.arange(shape[1]) + 0.5
-    return ((rows >= box[1]) & (rows < box[3]))[:, None] & ((columns >= box[0]) & (columns < box[2]))[None]
 
 
 def elliptical_radius(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from helpers.tiny import LESION, SKIN, Lesion, draw_lesion, iou
 
-from lesionsam.box_prior import (
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.geometry import inside, model_frame_size
+from lesionsam.boxes.prior import (
     COLOUR_CLIP,
     CORE,
     EXTENT_SHARE,
@@ -23,12 +25,10 @@ from lesionsam.box_prior import (
     elliptical_radius,
     extent,
     fisher_score,
-    inside,
     outline_offset,
 )
-from lesionsam.boxes import model_frame_size, simulate_boxes
 from lesionsam.data.frames import prior_at
-from lesionsam.images import read_image, read_mask
+from lesionsam.utils.images import read_image, read_mask
 
 BIG, SMALL, SHAPE = np.array([20.0, 30.0, 100.0, 90.0]), np.array([50.0, 50.0, 70.0, 70.0]), (120, 128)
 
