@@ -26,8 +26,8 @@ from lesionsam.boxes.geometry import largest_piece_box
 from lesionsam.boxes.prior import box_prior, outline_offset
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import SimulatedBoxes
-from lesionsam.data.folder import index_folder
-from lesionsam.data.widening import EXTENSION, resize
+from lesionsam.data.augment import EXTENSION, resize
+from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
 from lesionsam.inference_image import FeatureCache

@@ -22,7 +22,7 @@ from record import Limits, multiplications, now, provenance, record, table
 from lesionsam import training
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.load import Config, default_values, unflatten, validate
-from lesionsam.data.datasets import LesionDataset, open_dataset
+from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
 from lesionsam.experiment import build_method, torch_device
 from lesionsam.experiment_cache import open_caches

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
-from lesionsam.data.synthetic import generate
+from lesionsam.data.sources.synthetic import generate
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.inference_auto import AUTO, automatic_masks
 from lesionsam.models.sam import load_sam

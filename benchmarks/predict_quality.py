@@ -20,7 +20,7 @@ import torch
 from lesionsam.boxes.annotator import annotate
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import SimulatedBoxes
-from lesionsam.data.folder import index_folder
+from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
 from lesionsam.inference_answers import Answer, Asked, answers, prediction

@@ -23,7 +23,7 @@ from record import Limits, interleaved, provenance, table
 
 from lesionsam import training
 from lesionsam.config.load import flatten, load_config
-from lesionsam.data.datasets import open_dataset
+from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment import build_method
 from lesionsam.experiment_origin import begin, origin_of
 from lesionsam.experiment_parts import learning_groups, prepare_sam

@@ -31,7 +31,7 @@ from lesionsam.config.edit import merge
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema_method import ContrastiveMethod
-from lesionsam.data.datasets import open_dataset
+from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment import torch_device
 from lesionsam.experiment_parts import contrastive_options
 from lesionsam.losses import info_nce

@@ -44,8 +44,8 @@ def main(
 ) -> None:
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
     from lesionsam.config.load import load_config, with_values
-    from lesionsam.data.folder import index_folder
     from lesionsam.data.index import read_index
+    from lesionsam.data.sources.folder import index_folder
     from lesionsam.errors import UserError
     from lesionsam.evidence import (
         check_pairs,

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import CocoData, FolderData, SyntheticData
-from lesionsam.data.coco import index_coco
-from lesionsam.data.folder import index_folder
 from lesionsam.data.index import check_rows, summary, write_index
-from lesionsam.data.isic import fetch_isic
-from lesionsam.data.synthetic import write_dataset
+from lesionsam.data.sources.coco import index_coco
+from lesionsam.data.sources.folder import index_folder
+from lesionsam.data.sources.isic import fetch_isic
+from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import run_guarded
 from lesionsam.utils.processes import the_only
 from lesionsam.utils.progress import say

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lesionsam.config.load import load_config
-from lesionsam.data.download import Remote, fetch
+from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic

@@ -18,7 +18,7 @@ from lesionsam import evaluation_results as results
 from lesionsam import metrics, statistics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import box_slices, to_model_frame
-from lesionsam.data.datasets import open_dataset
+from lesionsam.data.dataset import open_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
 from lesionsam.evaluation_cases import build_case, jitter_boxes, measure

@@ -15,9 +15,9 @@ from helpers.tiny import SIDE, tiny_data
 from PIL import Image
 
 from lesionsam.config.load import default_values, validate, with_values
-from lesionsam.data.folder import index_folder
 from lesionsam.data.index import read_index, write_index
-from lesionsam.data.synthetic import generate
+from lesionsam.data.sources.folder import index_folder
+from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.evaluation import ROW_COLUMNS
 from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path

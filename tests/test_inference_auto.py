@@ -12,7 +12,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator
 
 from lesionsam.config.load import default_values
-from lesionsam.data.synthetic import generate
+from lesionsam.data.sources.synthetic import generate
 from lesionsam.inference_auto import (
     AUTO,
     AutoOptions,

@@ -11,7 +11,7 @@ import torch
 from helpers.tiny import tiny_data
 from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
 
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method
 from lesionsam.training_state import load_best, trained_state

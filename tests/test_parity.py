@@ -12,7 +12,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from torch import nn
 
-from lesionsam.data.synthetic import generate
+from lesionsam.data.sources.synthetic import generate
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.models.sam import at_size, build_sam, load_sam
 

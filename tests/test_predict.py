@@ -375,7 +375,7 @@ def test_a_mask_in_the_middle_that_leaves_the_rim_free_is_more_plausible() -> No
 
 def test_the_pretrained_compact_model_finds_a_generated_lesion() -> None:
     """By automatic masks alone, more often than not: the foundation has seen no lesion."""
-    from lesionsam.data.synthetic import generate
+    from lesionsam.data.sources.synthetic import generate
 
     predictor, scores = Predictor(WEIGHTS), []
     for index in range(8):

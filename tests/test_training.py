@@ -18,7 +18,7 @@ from helpers.methods import DEFAULT, options, supervised
 from helpers.tiny import tiny_data
 from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
 
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Term
 from lesionsam.methods.contrastive import Contrastive

@@ -97,10 +97,10 @@ def check(
 
     Exit status 1 on errors. Writes one HTML page, to be opened without a network, with pictures of what was found.
     """
-    from lesionsam.data.check import check as run
-    from lesionsam.data.check import summary
-    from lesionsam.data.check_items import find_items
-    from lesionsam.data.check_page import write_page
+    from lesionsam.data.check.checks import check as run
+    from lesionsam.data.check.checks import summary
+    from lesionsam.data.check.items import find_items
+    from lesionsam.data.check.page import write_page
 
     found = find_items(target, images=images, categories=category or (), threshold=threshold_masks)
     report = run(found, against=[find_items(other) for other in against or ()], boxes=boxes, num_threads=threads)
@@ -131,8 +131,8 @@ def show(
     columns: Annotated[int, typer.Option(min=1, max=20, help="Pictures in a row.")] = 4,
 ) -> None:
     """Write a contact sheet of images with their masks and boxes drawn."""
-    from lesionsam.data.check_items import find_items
-    from lesionsam.data.check_page import write_sheet
+    from lesionsam.data.check.items import find_items
+    from lesionsam.data.check.page import write_sheet
 
     found = find_items(target, images=images, categories=category or (), threshold=threshold_masks)
     number = write_sheet(found, out, ids=ids or (), boxes=boxes, count=count, columns=columns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.models.sam import Sam, decode, encode, preprocess
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.prompts import seeded_prompts

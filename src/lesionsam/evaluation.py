@@ -17,7 +17,7 @@ from PIL import Image
 from lesionsam import metrics
 from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.boxes.prior import OUTSIDE, ellipse_prior, outline_offset
-from lesionsam.data.datasets import Batches
+from lesionsam.data.dataset import Batches
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation_cases import (
     LEAKING,

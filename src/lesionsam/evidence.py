@@ -25,7 +25,7 @@ from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema import SimulatedBoxes
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.data.index import read_index, write_index

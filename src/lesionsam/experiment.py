@@ -20,8 +20,8 @@ from lesionsam.boxes.prior import outline_offset
 from lesionsam.config.load import Config, config_digest
 from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import SupervisedMethod
-from lesionsam.data.datasets import Batches, LesionDataset, open_dataset
-from lesionsam.data.distortion import Distortion
+from lesionsam.data.augment import Distortion
+from lesionsam.data.dataset import Batches, LesionDataset, open_dataset
 from lesionsam.data.frames import PRIOR_SCALE
 from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError

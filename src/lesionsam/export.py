@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import lesionsam
-from lesionsam.data.synthetic import generate
+from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
 from lesionsam.inference_image import ImagePredictor

@@ -10,7 +10,7 @@ import torch
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config
 from lesionsam.config.schema import FolderData
-from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset, open_dataset
+from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset
 from lesionsam.data.index import read_index
 from lesionsam.data.shape_prompts import Targets
 from lesionsam.errors import UserError

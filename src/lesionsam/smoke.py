@@ -24,8 +24,8 @@ from lesionsam import experiment, experiment_parts, metrics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
-from lesionsam.data.datasets import LesionDataset, open_dataset
-from lesionsam.data.synthetic import write_dataset
+from lesionsam.data.dataset import LesionDataset, open_dataset
+from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment_memory import peak_memory

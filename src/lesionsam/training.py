@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesionsam.data.datasets import Batches
-from lesionsam.data.distortion import Distortion
+from lesionsam.data.augment import Distortion
+from lesionsam.data.dataset import Batches
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE

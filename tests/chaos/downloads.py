@@ -14,8 +14,8 @@ from pathlib import Path
 from chaos.run import LIMIT_S, Run, has_traceback, in_child, start
 from helpers.web_server import Site, serve
 
-from lesionsam.data import download
-from lesionsam.data.download import Remote, fetch
+from lesionsam.data.sources import download
+from lesionsam.data.sources.download import Remote, fetch
 
 DATA = random.Random(0).randbytes(4_000_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()

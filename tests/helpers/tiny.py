@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.prior import OUTSIDE, box_prior
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, Frames
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam

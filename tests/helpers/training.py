@@ -10,7 +10,7 @@ import torch
 from helpers.methods import DEFAULT, options
 from helpers.tiny import tiny_sam
 
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable

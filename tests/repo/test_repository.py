@@ -125,7 +125,7 @@ def test_data_files_and_licence_are_packaged() -> None:
 
 def test_ignored_folders_are_anchored(tmp_path: Path) -> None:
     """`data/` without its slash in .gitignore would hide src/lesionsam/data."""
-    for name in ("src/lesionsam/data/isic.py", "src/lesionsam/models/sam.py", "tests/data/golden.json"):
+    for name in ("src/lesionsam/data/sources/isic.py", "src/lesionsam/models/sam.py", "tests/data/golden.json"):
         done = subprocess.run(["git", "check-ignore", "--quiet", "--no-index", name], cwd=ROOT, check=False)
         assert done.returncode == 1, name
     for name in ("data/raw/index.csv", "models/adapted/best.safetensors", "own/images/train/a.jpg", ".venv/bin/python"):

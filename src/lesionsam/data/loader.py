@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 
 from lesionsam.data.activations import Activations, Fetched, image_key
-from lesionsam.data.datasets import LesionDataset, Part, expanded
-from lesionsam.data.distortion import Distortion
+from lesionsam.data.augment import Distortion
+from lesionsam.data.dataset import LesionDataset, Part, expanded
 from lesionsam.types import Batch
 
 Item = TypeVar("Item")

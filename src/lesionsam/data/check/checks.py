@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from lesionsam.boxes.table import scan_boxes
-from lesionsam.data.check_items import ERROR, NOTE, ORDER, WARNING, Found, Issue, Item
-from lesionsam.data.inspection import Look, inspect
-from lesionsam.data.isic import EDITIONS
-from lesionsam.data.jobs import outcomes
-from lesionsam.data.likeness import near_pairs
+from lesionsam.data.check.duplicates import near_pairs
+from lesionsam.data.check.image import Look, inspect
+from lesionsam.data.check.items import ERROR, NOTE, ORDER, WARNING, Found, Issue, Item
+from lesionsam.data.sources.isic import EDITIONS
+from lesionsam.data.sources.parallel import outcomes
 from lesionsam.errors import UserError
 from lesionsam.types import Sample
 from lesionsam.utils.files import whole_number

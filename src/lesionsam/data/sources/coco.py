@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lesionsam.data.index import LESION_COLUMNS, LESIONS, Row, check_rows, dev_ids
-from lesionsam.data.jobs import run_jobs
+from lesionsam.data.sources.parallel import run_jobs
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import Instances, load_instances
 from lesionsam.formats.records import checked_name

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lesionsam.data.index import Row, check_rows, dev_ids
-from lesionsam.data.jobs import run_jobs
+from lesionsam.data.sources.parallel import run_jobs
 from lesionsam.errors import UserError
 from lesionsam.utils.files import atomic_write, sha256_file
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_mask

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lesionsam.data.archives import Archive, LocalArchive, RemoteArchive, find_members
-from lesionsam.data.download import SPARE_BYTES, Dropped, Refused, Remote, fetch, request
 from lesionsam.data.index import Row, dev_ids, id_hash
+from lesionsam.data.sources.archives import Archive, LocalArchive, RemoteArchive, find_members
+from lesionsam.data.sources.download import SPARE_BYTES, Dropped, Refused, Remote, fetch, request
 from lesionsam.errors import UserError
 from lesionsam.utils.files import free_disk_bytes, write_bytes_atomic
 from lesionsam.utils.images import image_size

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import inside
-from lesionsam.data.distortion import Distortion, distort
+from lesionsam.data.augment import Distortion, distort, widen
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
-from lesionsam.data.widening import widen
 from lesionsam.types import Batch, Sample
 
 NUM_ORIENTATIONS = 8  # flips and quarter turns: the symmetries of the square

@@ -14,9 +14,9 @@ import numpy as np
 
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import CocoData, Config, CsvBoxes, FolderData
-from lesionsam.data.coco import SPLIT, object_mask
-from lesionsam.data.folder import MASK_ENDING
 from lesionsam.data.index import dev_ids, read_index
+from lesionsam.data.sources.coco import SPLIT, object_mask
+from lesionsam.data.sources.folder import MASK_ENDING
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.records import checked_name

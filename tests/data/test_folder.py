@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 
-from lesionsam.data.folder import index_folder
 from lesionsam.data.index import COLUMNS, Row, check_rows, dev_ids, read_index, write_index
+from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.utils.images import read_mask
 

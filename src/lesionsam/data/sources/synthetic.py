@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from lesionsam.data import artefacts
+from lesionsam.data.sources import artefacts
 from lesionsam.errors import UserError
 from lesionsam.types import SPLITS
 from lesionsam.utils.files import atomic_write

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from lesionsam.data.check_items import ERROR, WARNING, Issue, Item
-from lesionsam.data.folder import MASK_ENDING
-from lesionsam.data.likeness import Fingerprint, fingerprint
+from lesionsam.data.check.duplicates import Fingerprint, fingerprint
+from lesionsam.data.check.items import ERROR, WARNING, Issue, Item
+from lesionsam.data.sources.folder import MASK_ENDING
 from lesionsam.errors import UserError
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image

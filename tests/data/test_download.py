@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from helpers.web_server import Site, serve
 
-from lesionsam.data import download
-from lesionsam.data.download import Remote, fetch
+from lesionsam.data.sources import download
+from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError
 
 DATA = random.Random(0).randbytes(1_500_000)
@@ -233,7 +233,7 @@ fetch(Remote("a.zip", (url,), int(size), sha256), Path(folder), backoff=0.01)
 
 
 def start(site: Site, folder: Path) -> subprocess.Popen[bytes]:
-    source = str(Path(__file__).parent.parent / "src")
+    source = str(Path(__file__).parent.parent.parent / "src")
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, f"{site.url}/a.zip", str(folder), str(len(DATA)), SHA256],
         env={**os.environ, "PYTHONPATH": source},

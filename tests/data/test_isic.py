@@ -14,10 +14,10 @@ import pytest
 from helpers.web_server import Site, serve
 from PIL import Image
 
-from lesionsam.data import isic
-from lesionsam.data.archives import LocalArchive, RemoteArchive, find_members
 from lesionsam.data.index import Row, check_rows, dev_ids
-from lesionsam.data.isic import EDITIONS, IMAGE, MASK, fetch_isic
+from lesionsam.data.sources import isic
+from lesionsam.data.sources.archives import LocalArchive, RemoteArchive, find_members
+from lesionsam.data.sources.isic import EDITIONS, IMAGE, MASK, fetch_isic
 from lesionsam.errors import UserError
 from lesionsam.utils.images import read_image, read_mask
 
@@ -149,7 +149,9 @@ def test_2016_has_no_validation_set(get: Fetch) -> None:
 
 @pytest.mark.parametrize("source", list(EDITIONS))
 def test_subset_fetches_only_its_members(site: Site, get: Fetch, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lesionsam.data.archives.TAIL_BYTES", 12_000)  # so that the directory alone is not everything
+    monkeypatch.setattr(
+        "lesionsam.data.sources.archives.TAIL_BYTES", 12_000
+    )  # so that the directory alone is not everything
     site.files = challenge(source, {"train": 60, "dev": 40, "test": 40})
     rows = get(source, subset=4, dev_fraction=0.25 if source == "isic2016" else 0.0)
     splits = by_split(rows)
@@ -199,7 +201,7 @@ def test_archive_that_changes_while_members_are_fetched(site: Site) -> None:
 
 
 def test_zip64_directory_is_read_by_range(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lesionsam.data.archives.TAIL_BYTES", 64)
+    monkeypatch.setattr("lesionsam.data.sources.archives.TAIL_BYTES", 64)
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)  # zip64 records as in an archive of 11 GB
     monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
     pictures = {f"ISIC_{n:07d}.jpg": picture(n, "image") for n in range(8)}

@@ -21,12 +21,12 @@ from scipy.fft import dctn
 from lesionsam.cli import main
 from lesionsam.config.load import default_text
 from lesionsam.config.presets import apply_preset
-from lesionsam.data.check import Report, check, summary
-from lesionsam.data.check_items import find_items
-from lesionsam.data.check_page import pick, write_page, write_sheet
-from lesionsam.data.inspection import inspect
-from lesionsam.data.likeness import MIN_CORRELATION, fingerprint, hashes, near_pairs, oriented
-from lesionsam.data.synthetic import write_dataset
+from lesionsam.data.check.checks import Report, check, summary
+from lesionsam.data.check.duplicates import MIN_CORRELATION, fingerprint, hashes, near_pairs, oriented
+from lesionsam.data.check.image import inspect
+from lesionsam.data.check.items import find_items
+from lesionsam.data.check.page import pick, write_page, write_sheet
+from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.utils.images import image_size, read_image, read_mask
 

@@ -18,11 +18,11 @@ from lesionsam.boxes.annotator import annotate
 from lesionsam.boxes.table import read_boxes, write_boxes
 from lesionsam.config.load import ConfigError, default_text, load_config
 from lesionsam.config.presets import apply_preset
-from lesionsam.data.coco import index_coco
-from lesionsam.data.folder import index_folder
 from lesionsam.data.frames import load_frames
 from lesionsam.data.index import read_index, write_index
-from lesionsam.data.synthetic import write_dataset
+from lesionsam.data.sources.coco import index_coco
+from lesionsam.data.sources.folder import index_folder
+from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation_cases import build_cases, by_image
 from lesionsam.formats.convert import convert

@@ -20,7 +20,7 @@ from PIL import Image
 from lesionsam.boxes.geometry import inside, model_frame_size
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
-from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
+from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
 from lesionsam.types import Batch, Sample

@@ -15,8 +15,8 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 
 from lesionsam.boxes.prior import box_prior, ellipse_prior
-from lesionsam.data import artefacts, synthetic
-from lesionsam.data.synthetic import generate, write_dataset
+from lesionsam.data.sources import artefacts, synthetic
+from lesionsam.data.sources.synthetic import generate, write_dataset
 from lesionsam.errors import UserError
 
 MAX_SIDE = 192

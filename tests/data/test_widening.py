@@ -9,9 +9,9 @@ from PIL import Image
 
 from lesionsam.boxes.geometry import inside
 from lesionsam.boxes.prior import OUTSIDE
-from lesionsam.data.datasets import NUM_ORIENTATIONS, LesionDataset
+from lesionsam.data.augment import widen
+from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN
-from lesionsam.data.widening import widen
 
 S = 96
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from lesionsam.data.download import MAX_FRUITLESS, Dropped, Refused, request, validator
+from lesionsam.data.sources.download import MAX_FRUITLESS, Dropped, Refused, request, validator
 from lesionsam.errors import UserError
 
 MAX_MEMBER_BYTES = 200_000_000  # the largest ISIC image has 30 megapixels and 20 MB

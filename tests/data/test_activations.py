@@ -26,7 +26,7 @@ from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
 from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budget, Store, checksum, space_folders
 from lesionsam.data.activations import Activations, image_key
-from lesionsam.data.datasets import LesionDataset
+from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation import quick_evaluate
 from lesionsam.experiment_cache import computing, open_caches

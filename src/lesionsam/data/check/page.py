@@ -13,10 +13,10 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from lesionsam.data.check import NEAR, SEVERITIES, Report, sound_boxes, summary
-from lesionsam.data.check_items import Found, Item
+from lesionsam.data.check.checks import NEAR, SEVERITIES, Report, sound_boxes, summary
+from lesionsam.data.check.image import Look, inspect
+from lesionsam.data.check.items import Found, Item
 from lesionsam.data.index import id_hash
-from lesionsam.data.inspection import Look, inspect
 from lesionsam.errors import UserError
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.types import Sample
@@ -50,7 +50,9 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam.data.check") / "templates" / "data_check.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.data.check.checks") / "templates" / "data_check.html").read_text(
+        encoding="utf-8"
+    )
     text = environment.from_string(source).render(
         name=report.name,
         lines=summary(report),

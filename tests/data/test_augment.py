@@ -11,7 +11,7 @@ import torch
 from helpers.tiny import SIDE, tiny_data
 from scipy import ndimage
 
-from lesionsam.data.distortion import Distortion, recoloured
+from lesionsam.data.augment import Distortion, recoloured
 from lesionsam.data.frames import UNKNOWN
 from lesionsam.prompts import tight_boxes
 from lesionsam.types import Batch

@@ -1,0 +1,1 @@
+"""`lesionsam data check`: find items, look at each, write a page."""

@@ -1,0 +1,1 @@
+"""Where images come from: ISIC archives, a folder, COCO, generated lesions."""
