@@ -34,7 +34,9 @@ from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import candidates, look_from_nearer, way
 from lesionsam.inference_rank import SIGNS, lesion_scores, overlaps, small_picture
 from lesionsam.metrics import failure_rate
-from lesionsam.models.sam import Sam, decode, load_sam, model_frames, upscale, weights_metadata
+from lesionsam.models.checkpoint import load_sam, weights_metadata
+from lesionsam.models.sam import Sam, decode
+from lesionsam.models.transforms import model_frames, upscale
 from lesionsam.statistics import interval
 from lesionsam.types import Prompts
 from lesionsam.utils.images import read_image, read_mask

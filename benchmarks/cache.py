@@ -28,8 +28,9 @@ from lesionsam.experiment import build_method, torch_device
 from lesionsam.experiment_cache import open_caches
 from lesionsam.experiment_parts import prepare_sam
 from lesionsam.methods.base import Method
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam, save_sam
+from lesionsam.models.sam import build_sam
 from lesionsam.smoke import generated_samples
 from lesionsam.training import fit, parameter_groups
 

@@ -26,7 +26,7 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.inference_auto import AUTO, automatic_masks
-from lesionsam.models.sam import load_sam
+from lesionsam.models.checkpoint import load_sam
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "foundation" / "compact.safetensors"
 ONE_LIMIT, SEVERAL_LIMIT, SECOND_LIMIT_MS = 0.9, 1.0, 100.0

@@ -27,7 +27,8 @@ from lesionsam.inference_answers import Answer, Asked, answers, prediction
 from lesionsam.inference_image import FeatureCache
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.metrics import FAILURE, failure_rate, iou
-from lesionsam.models.sam import load_sam, model_frames
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.transforms import model_frames
 from lesionsam.statistics import interval
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.progress import progress

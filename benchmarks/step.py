@@ -37,8 +37,11 @@ from lesionsam.experiment_parts import contrastive_options
 from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
-from lesionsam.models.sam import build_sam, decode, encode, preprocess
-from lesionsam.models.trainable import Teacher, encode_frozen, num_frozen_blocks, select_trainable, trained_parameters
+from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
+from lesionsam.models.sam import build_sam, decode, encode
+from lesionsam.models.teacher import Teacher
+from lesionsam.models.trainable import select_trainable, trained_parameters
+from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.smoke import generated_samples
 from lesionsam.training import add_gradients, autocast, sum_of

@@ -22,7 +22,7 @@ from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
 from lesionsam.inference_lesion import look_at_boxes
 from lesionsam.lineage import repository_root
-from lesionsam.models.sam import load_sam
+from lesionsam.models.checkpoint import load_sam
 from lesionsam.prompts import NONE
 from lesionsam.tracking import Tracker
 from lesionsam.types import Sample

@@ -28,8 +28,9 @@ from lesionsam.experiment_memory import cost
 from lesionsam.experiment_origin import begin, finish, origin_of
 from lesionsam.experiment_parts import strategy_of
 from lesionsam.lineage import repository_root
-from lesionsam.models.adapted import save_tuned
-from lesionsam.models.sam import Sam, save_sam
+from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.finetuned import save_tuned
+from lesionsam.models.sam import Sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.tracking_tensorboard import Board

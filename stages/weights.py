@@ -55,7 +55,7 @@ def own(name: str, checkpoint: Path) -> dict[str, object]:
                 f"{notes['image_size'][:20]!r}; fetch it again"
             )
     else:
-        from lesionsam.models.sam import load_sam  # here, as it takes seconds to import and is seldom needed
+        from lesionsam.models.checkpoint import load_sam  # here, as it takes seconds to import and is seldom needed
 
         side = load_sam(name, checkpoint).image_encoder.img_size
     target = OUTPUT / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")

@@ -21,7 +21,8 @@ from lesionsam.annotation.bundle import BUNDLE, WEB, banner, compile_page, sourc
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.serve import add_model
 from lesionsam.annotation.store import Change, journal_path
-from lesionsam.models.sam import build_sam, save_sam
+from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.sam import build_sam
 
 ROOT = Path(__file__).resolve().parents[1]
 NASTY = '<img src=x onerror="document.title=String(1)">'

@@ -39,8 +39,10 @@ from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
 from lesionsam.inference import Predictor, predict_files
 from lesionsam.metrics import iou
+from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam, load_sam, save_sam, upscale
+from lesionsam.models.sam import build_sam
+from lesionsam.models.transforms import upscale
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.utils.images import read_mask
 

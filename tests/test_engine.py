@@ -31,8 +31,9 @@ from lesionsam.engine_rounds import Reviewed, Round, calibrated, lower_bound, re
 from lesionsam.engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some
 from lesionsam.errors import UserError
 from lesionsam.experiment import trained_prompts
+from lesionsam.models.checkpoint import read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam, read_weights, save_sam
+from lesionsam.models.sam import build_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Sample
 

@@ -25,8 +25,10 @@ from lesionsam.evaluation_cases import build_case, jitter_boxes, measure
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
 from lesionsam.inference import Predictor
 from lesionsam.inference_lesion import look_at_boxes
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam, resize_longest, save_sam
+from lesionsam.models.sam import Sam, build_sam
+from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
 from lesionsam.utils.images import read_image, read_mask
 

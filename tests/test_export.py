@@ -29,9 +29,10 @@ from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.inference_lesion import DECODER, way
 from lesionsam.models import plain
-from lesionsam.models.adapted import Strategy, attach
+from lesionsam.models.checkpoint import load_sam, save_sam, weights_metadata
+from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.foreign import plain_state, registry_name, reload_copied
-from lesionsam.models.sam import Sam, at_size, build_sam, encode, load_sam, save_sam, weights_metadata
+from lesionsam.models.sam import Sam, at_size, build_sam, encode
 from lesionsam.prompts import TRAINED_WITH
 
 # Like ViT-B in all but the numbers: windows that do not fill the grid, and blocks of both kinds.

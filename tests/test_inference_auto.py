@@ -24,7 +24,8 @@ from lesionsam.inference_auto import (
     stability_scores,
     without_small_regions,
 )
-from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import Sam
 
 WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
 

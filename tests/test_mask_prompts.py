@@ -10,7 +10,8 @@ from helpers.tiny import SIDE, tiny_data, tiny_sam
 from scipy.stats import chisquare
 
 from lesionsam.models.decoder import decode_candidates
-from lesionsam.models.sam import Sam, encode, preprocess
+from lesionsam.models.sam import Sam, encode
+from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import PADDING, points_in, prompts_from_masks, tight_boxes, with_correction
 from lesionsam.types import Batch, Prompts
 

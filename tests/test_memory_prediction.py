@@ -21,7 +21,8 @@ from lesionsam.methods.supervised import Supervised
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam, build_sam
-from lesionsam.models.trainable import Teacher, select_trainable, trained_parameters
+from lesionsam.models.teacher import Teacher
+from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.training import autocast, sum_of
 from lesionsam.types import Batch
 

@@ -21,7 +21,7 @@ from lesionsam.experiment import build_method
 from lesionsam.methods.base import draw_kinds, known_masks, to_grid
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.targets import ellipse_logits, placebo_target
-from lesionsam.models.sam import save_sam
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.prompts import draw_prompts
 from lesionsam.training import fit, parameter_groups, step_generator

@@ -44,7 +44,9 @@ from lesionsam.inference_lesion import (
     way,
 )
 from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps, smoothed_lab
-from lesionsam.models.sam import Sam, decode, encode, load_sam, model_frames, preprocess, save_sam
+from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Prompts
 from lesionsam.utils.images import read_image, read_mask

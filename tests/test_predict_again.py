@@ -18,7 +18,7 @@ from lesionsam import inference
 from lesionsam.errors import UserError
 from lesionsam.inference import predict_files
 from lesionsam.inference_auto import AUTO
-from lesionsam.models.sam import save_sam
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.utils.images import read_mask
 
 EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)

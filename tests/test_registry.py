@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lesionsam import registry
 from lesionsam.cli import app
 from lesionsam.errors import UserError
-from lesionsam.models.sam import load_sam, save_sam
+from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.registry import promote, resolve_model
 from lesionsam.report_runs import open_runs
 from lesionsam.tracking import Tracker

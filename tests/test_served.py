@@ -29,8 +29,8 @@ from repo.import_graph import imported_names, project_imports
 from lesionsam.errors import UserError
 from lesionsam.export import export, open_subject
 from lesionsam.inference_image import ImagePredictor
-from lesionsam.models.adapted import Strategy, attach
-from lesionsam.models.sam import load_sam, save_sam
+from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.finetuned import Strategy, attach
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to serve with")
 pytestmark = [

@@ -16,9 +16,11 @@ from lesionsam.config.presets import preset_values
 from lesionsam.experiment import Data, Trained, build_method, train
 from lesionsam.experiment_parts import choose_trained, learning_groups, prepare_sam, strategy_of
 from lesionsam.models import adapters, lora
-from lesionsam.models.adapted import merged_state, save_tuned
-from lesionsam.models.sam import Sam, build_sam, encode, load_sam, preprocess, save_sam
+from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.finetuned import merged_state, save_tuned
+from lesionsam.models.sam import Sam, build_sam, encode
 from lesionsam.models.trainable import trained_counts, trained_parameters
+from lesionsam.models.transforms import preprocess
 from lesionsam.training import step_generator, sum_of
 
 CPU = torch.device("cpu")

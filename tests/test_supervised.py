@@ -190,7 +190,7 @@ def test_a_click_makes_the_second_round_what_segment_anything_makes_of_it() -> N
     method = supervised(corrections=1, prompts={"box": 1.0}, prompts_per_image=1)
     with torch.no_grad():
         y, _, _ = method.answers(batch, generator())
-        from lesionsam.models.sam import preprocess
+        from lesionsam.models.transforms import preprocess
 
         features = encode(method.sam, preprocess(batch.images, batch.sizes))
         first, _ = decode_candidates(method.sam, features, Prompts(boxes=batch.big_boxes), slice(0, 1))

@@ -24,7 +24,7 @@ from lesionsam.config.load import default_text, flatten, load_config, parse_yaml
 from lesionsam.config.presets import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
-from lesionsam.models.sam import load_sam
+from lesionsam.models.checkpoint import load_sam
 from lesionsam.statistics import interval
 from lesionsam.sweep import Request, apply_best, sweep
 from lesionsam.sweep_choice import NumberedSampler, build_pruner, finished

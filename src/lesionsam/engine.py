@@ -42,7 +42,7 @@ from lesionsam.engine_rounds import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_model
 from lesionsam.experiment import input_side, open_data, run_key, torch_device, train, trained_prompts
-from lesionsam.models.sam import load_sam, save_sam
+from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Sample

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from lesionsam.data.dataset import LesionDataset
-from lesionsam.models.sam import Sam, decode, encode, preprocess
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import preprocess
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.prompts import seeded_prompts
 

@@ -35,8 +35,8 @@ from lesionsam.evaluation_cases import (
     upscaled,
 )
 from lesionsam.methods.base import box_pixels
+from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam, decode
-from lesionsam.models.trainable import encode_batch
 from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.types import Batch, Sample

@@ -17,7 +17,8 @@ import torch
 from lesionsam import metrics
 from lesionsam.boxes.geometry import _moved, box_slices, model_frame_size, to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, upscale
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import preprocess, resize_longest, upscale
 from lesionsam.prompts import NONE, seeded_prompts
 from lesionsam.types import Sample
 from lesionsam.utils.progress import progress

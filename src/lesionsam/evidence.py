@@ -35,7 +35,8 @@ from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
-from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import Sam
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic

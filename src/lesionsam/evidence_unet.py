@@ -23,7 +23,7 @@ from lesionsam.evaluation_cases import LoadImage, LoadMask, build_cases, by_imag
 from lesionsam.experiment import Data, how_to_train, torch_device
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term, known_masks, mean_over
-from lesionsam.models.sam import preprocess
+from lesionsam.models.transforms import preprocess
 from lesionsam.training import OBJECTIVE, Group, Log, fit
 from lesionsam.training_state import Progress, load_best
 from lesionsam.types import Batch, Sample

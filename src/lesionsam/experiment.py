@@ -31,7 +31,8 @@ from lesionsam.experiment_memory import parts_that_fit
 from lesionsam.experiment_parts import build_supervised, contrastive_options, learning_groups, prepare_sam
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
-from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import trained_counts
 from lesionsam.training import OBJECTIVE, Evaluate, Log, fit, schedule_factor
 from lesionsam.training_state import Progress, check_disk, load_best

@@ -9,7 +9,7 @@ from lesionsam.config.load import Config, load_config
 from lesionsam.evaluation_cases import FindLesions
 from lesionsam.inference_auto import AUTO, AutoOptions
 from lesionsam.inference_lesion import find_lesions, way
-from lesionsam.models.sam import weights_metadata
+from lesionsam.models.checkpoint import weights_metadata
 
 
 def auto_options(config: Config) -> AutoOptions:

@@ -13,9 +13,10 @@ from lesionsam.config.load import Config
 from lesionsam.data.activation_store import Budget, Store
 from lesionsam.data.activations import Activations, Compute
 from lesionsam.methods.base import Method
-from lesionsam.models.frozen import arithmetic, frozen_identity
-from lesionsam.models.sam import Sam, preprocess
-from lesionsam.models.trainable import encode_frozen, num_frozen_blocks
+from lesionsam.models.identity import arithmetic, frozen_identity
+from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
+from lesionsam.models.sam import Sam
+from lesionsam.models.transforms import preprocess
 from lesionsam.training import autocast
 from lesionsam.types import Batch
 

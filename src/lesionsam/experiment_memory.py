@@ -12,7 +12,7 @@ import torch
 
 from lesionsam.config.load import Config
 from lesionsam.methods.base import Method
-from lesionsam.models.frozen import processor
+from lesionsam.models.identity import processor
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam
 from lesionsam.training_state import Progress

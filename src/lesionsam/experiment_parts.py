@@ -11,8 +11,9 @@ from lesionsam.config.schema_method import ContrastiveMethod, LearnedWeights, Ma
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Options as ContrastiveOptions
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Options, Supervised
-from lesionsam.models.adapted import Strategy, attach
-from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.finetuned import Strategy, attach
+from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import select_trainable
 from lesionsam.training import Group, parameter_groups
 

@@ -24,8 +24,9 @@ from lesionsam.export_folders import building, prepare, replace, tidy
 from lesionsam.inference_image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
+from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.foreign import plain_state, registry_name
-from lesionsam.models.sam import WIDTHS, Sam, load_sam
+from lesionsam.models.sam import WIDTHS, Sam
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.utils.progress import progress

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lesionsam.export import Answer, Format, Prompt, Segment, Subject
-from lesionsam.models.sam import resize_longest
+from lesionsam.models.transforms import resize_longest
 
 # segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.
 RENAMED = (

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from lesionsam.export import Format, Segment, Subject, with_predictor
 from lesionsam.models import plain
+from lesionsam.models.checkpoint import weights_metadata
 from lesionsam.models.foreign import reload_copied, reload_registry, sam_predictor
-from lesionsam.models.sam import weights_metadata
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 

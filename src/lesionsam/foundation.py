@@ -35,9 +35,11 @@ from lesionsam.errors import UserError, run_guarded
 from lesionsam.foundation_card import card_text, current_commit, machine_in_words
 from lesionsam.foundation_data import DataPool, open_pool
 from lesionsam.losses import hard_iou, soft_mask_loss
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates
-from lesionsam.models.sam import Sam, decode, encode, preprocess, resize_longest, save_sam
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import preprocess, resize_longest
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic

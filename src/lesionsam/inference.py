@@ -28,7 +28,9 @@ from lesionsam.inference_inputs import (
 from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer, masks_of, way
 from lesionsam.inference_outputs import Folder, make_folder
 from lesionsam.inference_run import Options, Run, complain
-from lesionsam.models.sam import Sam, load_sam, model_frames, weights_metadata
+from lesionsam.models.checkpoint import load_sam, weights_metadata
+from lesionsam.models.sam import Sam
+from lesionsam.models.transforms import model_frames
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
 from lesionsam.utils.processes import only_one_in

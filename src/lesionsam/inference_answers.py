@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import to_model_frame
-from lesionsam.models.sam import Sam, decode, upscale
+from lesionsam.models.sam import Sam, decode
+from lesionsam.models.transforms import upscale
 from lesionsam.prompts import seeded_prompts
 from lesionsam.types import Prompts
 

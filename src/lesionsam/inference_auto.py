@@ -20,7 +20,8 @@ from scipy import ndimage
 from torchvision.ops.boxes import batched_nms, box_area
 
 from lesionsam.boxes.geometry import to_model_frame
-from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, upscale
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 
 EDGE_PIXELS = 20  # a mask's box this near to a crop's edge counts as cut by it; segment_anything's own number

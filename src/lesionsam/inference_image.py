@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import to_model_frame
-from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess, upscale
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 
 

@@ -30,7 +30,8 @@ from lesionsam.inference_rank import (
     small_picture,
     smoothed_lab,
 )
-from lesionsam.models.sam import Sam, decode, encode, model_frames, preprocess
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.prompts import NONE, TRAINED_WITH
 from lesionsam.types import Prompts
 

@@ -20,7 +20,8 @@ from lesionsam.inference_auto import AutoOptions
 from lesionsam.inference_inputs import Job, Lesion, Source, file_stem
 from lesionsam.inference_lesion import find_lesions, from_nearer, masks_of
 from lesionsam.inference_outputs import Folder
-from lesionsam.models.sam import Sam, encode, model_frames, preprocess
+from lesionsam.models.sam import Sam, encode
+from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
 from lesionsam.utils.progress import progress

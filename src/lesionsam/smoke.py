@@ -29,9 +29,11 @@ from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.experiment_memory import peak_memory
+from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_as
-from lesionsam.models.sam import Sam, decode, encode, load_sam, preprocess, resize_longest, upscale
+from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
+from lesionsam.models.transforms import preprocess, resize_longest, upscale
 from lesionsam.training import autocast, step_generator, sum_of
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file

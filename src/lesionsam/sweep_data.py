@@ -23,7 +23,8 @@ from lesionsam.experiment import Data, build_method, input_side, open_data, pret
 from lesionsam.experiment_origin import code_digest
 from lesionsam.experiment_parts import prepare_sam
 from lesionsam.methods.contrastive import Contrastive
-from lesionsam.models.sam import Sam, load_sam
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import Sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.sweep_space import Dimension
 from lesionsam.training import step_generator

@@ -25,7 +25,7 @@ from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.inference_image import ImagePredictor
-from lesionsam.models.sam import load_sam
+from lesionsam.models.checkpoint import load_sam
 from lesionsam.utils.images import read_image
 
 

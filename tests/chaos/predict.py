@@ -17,7 +17,7 @@ from PIL import Image
 
 from lesionsam import inference_outputs, inference_run
 from lesionsam.inference import predict_files
-from lesionsam.models.sam import save_sam
+from lesionsam.models.checkpoint import save_sam
 
 KILL, TERM, INT, OTHERS = "killed at a file", "SIGTERM at a file", "Ctrl-C at a file", "whole, then another's options"
 SIGNALS = {KILL: signal.SIGKILL, TERM: signal.SIGTERM, INT: signal.SIGINT}

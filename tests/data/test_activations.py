@@ -34,9 +34,10 @@ from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.supervised import Supervised
 from lesionsam.models.attention import Execution, set_execution
-from lesionsam.models.frozen import frozen_identity
+from lesionsam.models.identity import frozen_identity
+from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam
-from lesionsam.models.trainable import num_frozen_blocks, select_trainable
+from lesionsam.models.trainable import select_trainable
 from lesionsam.types import Batch
 
 

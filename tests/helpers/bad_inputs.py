@@ -147,7 +147,7 @@ def make_weights(path: Path) -> None:
     """A tiny SAM, random but sharp; torch is imported only where a door needs it, as it takes seconds."""
     from helpers.tiny import tiny_sam
 
-    from lesionsam.models.sam import save_sam
+    from lesionsam.models.checkpoint import save_sam
 
     save_sam(tiny_sam(sharpness=40), path, name="compact")
 

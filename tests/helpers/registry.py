@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.tiny import tiny_sam
 
-from lesionsam.models.sam import save_sam
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.tracking import Tracker
 
 

@@ -16,7 +16,7 @@ from lesionsam.config.load import default_values, load_config, parse_yaml, to_va
 from lesionsam.config.presets import apply_preset
 from lesionsam.data.index import read_index, write_index
 from lesionsam.data.sources.synthetic import write_dataset
-from lesionsam.models.sam import save_sam
+from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep_storage import open_storage
 from lesionsam.sweep_worker import is_finished
 

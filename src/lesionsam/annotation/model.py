@@ -21,7 +21,9 @@ from lesionsam.errors import UserError
 from lesionsam.inference_auto import AUTO
 from lesionsam.inference_lesion import find_lesions, way
 from lesionsam.metrics import mean_entropy
-from lesionsam.models.sam import decode, encode, load_sam, model_frames, preprocess, upscale, weights_metadata
+from lesionsam.models.checkpoint import load_sam, weights_metadata
+from lesionsam.models.sam import decode, encode
+from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.prompts import TRAINED_WITH, seeded_prompts
 from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file

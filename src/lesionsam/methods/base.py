@@ -12,7 +12,7 @@ from torch import nn
 
 from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
-from lesionsam.models.trainable import Teacher
+from lesionsam.models.teacher import Teacher
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, sent
 

@@ -28,9 +28,11 @@ from lesionsam.losses import (
 )
 from lesionsam.methods.base import Method, Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
 from lesionsam.methods.targets import ellipse_logits, placebo_target
+from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.models.projection import ProjectionHead, spread
-from lesionsam.models.sam import Sam, decode, encode, preprocess
-from lesionsam.models.trainable import Teacher, encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.teacher import Teacher
+from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts, sent
 

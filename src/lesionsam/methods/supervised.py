@@ -16,8 +16,9 @@ from torch import nn
 from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
 from lesionsam.methods.base import Method, Term, draw_groups, known_masks, mean_over, to_grid
 from lesionsam.models.decoder import decode_groups
+from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam
-from lesionsam.models.trainable import Teacher, encode_batch
+from lesionsam.models.teacher import Teacher
 from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
 from lesionsam.types import Batch, Prompts, sent
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from segment_anything import SamPredictor, sam_model_registry
 
 from lesionsam.models import plain
-from lesionsam.models.adapted import merged_state
+from lesionsam.models.finetuned import merged_state
 from lesionsam.models.sam import WIDTHS, Sam
 
 PUBLISHED_SIDE = 1024

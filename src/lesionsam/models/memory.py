@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from lesionsam.models.attention import Execution, choose
+from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam, patch_size
-from lesionsam.models.trainable import num_frozen_blocks
 
 R = 4
 SMALL = 1.08  # what is not counted by itself: head, losses, prompts

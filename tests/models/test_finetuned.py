@@ -13,10 +13,13 @@ from safetensors import safe_open
 
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
-from lesionsam.models.adapted import Strategy, attach, merged_state, save_tuned
+from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import build_compact
-from lesionsam.models.sam import Sam, encode, load_sam, save_sam
-from lesionsam.models.trainable import Teacher, num_frozen_blocks, select_trainable, trained_counts, trained_parameters
+from lesionsam.models.finetuned import Strategy, attach, merged_state, save_tuned
+from lesionsam.models.prefix import num_frozen_blocks
+from lesionsam.models.sam import Sam, encode
+from lesionsam.models.teacher import Teacher
+from lesionsam.models.trainable import select_trainable, trained_counts, trained_parameters
 
 LORA = Strategy("lora", lora_rank=3, lora_alpha=6.0)
 ADAPTER = Strategy("adapter", adapter_dim=5)

@@ -10,19 +10,18 @@ from helpers.tiny import SIDE, tiny_data, tiny_sam
 from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.models.sam import Sam, encode, preprocess
-from lesionsam.models.trainable import (
-    Teacher,
-    copy_trained,
+from lesionsam.models.prefix import (
     encode_batch,
     encode_frozen,
     encode_prefix,
     encode_suffix,
     frozen_part,
     num_frozen_blocks,
-    select_trainable,
-    trained_parameters,
 )
+from lesionsam.models.sam import Sam, encode
+from lesionsam.models.teacher import Teacher, copy_trained
+from lesionsam.models.trainable import select_trainable, trained_parameters
+from lesionsam.models.transforms import preprocess
 
 CASES = [("blocks", 0, False), ("blocks", 0, True), ("blocks", 1, False), ("blocks", 2, True), ("none", 0, True)]
 

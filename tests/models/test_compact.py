@@ -17,7 +17,7 @@ from lesionsam.models.decoder import decode_candidates
 from lesionsam.types import Prompts
 
 TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)
-WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 
 
 def tiny_sam(seed: int = 0) -> Sam:

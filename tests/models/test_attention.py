@@ -10,10 +10,12 @@ from helpers.tiny import SIDE, tiny_sam
 from segment_anything.modeling.image_encoder import Block, get_rel_pos
 
 from lesionsam.models import attention
-from lesionsam.models.adapted import Strategy, attach
 from lesionsam.models.attention import Execution, choose, positions, run_block, run_blocks, set_execution
+from lesionsam.models.finetuned import Strategy, attach
+from lesionsam.models.prefix import encode_prefix, encode_suffix
 from lesionsam.models.sam import embed, encode
-from lesionsam.models.trainable import Teacher, encode_prefix, encode_suffix, select_trainable
+from lesionsam.models.teacher import Teacher
+from lesionsam.models.trainable import select_trainable
 
 FAST = [name for name in (*attention.BACKENDS, "auto") if name != "original"]
 # Height and width of the map, side of the windows (0: global), side of the map that the positions were made for.

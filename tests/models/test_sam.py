@@ -16,19 +16,10 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from lesionsam.errors import UserError
+from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import (
-    at_size,
-    build_sam,
-    decode,
-    encode,
-    load_sam,
-    model_frames,
-    preprocess,
-    resize_longest,
-    save_sam,
-    upscale,
-)
+from lesionsam.models.sam import at_size, build_sam, decode, encode
+from lesionsam.models.transforms import model_frames, preprocess, resize_longest, upscale
 from lesionsam.types import Prompts
 
 TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)
