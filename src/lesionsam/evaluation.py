@@ -34,7 +34,7 @@ from lesionsam.evaluation_cases import (
     predict_cases,
     upscaled,
 )
-from lesionsam.methods.base import box_pixels
+from lesionsam.methods.grid import box_pixels
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam, decode
 from lesionsam.prompts import NONE, seeded_prompts

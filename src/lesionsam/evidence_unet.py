@@ -22,7 +22,8 @@ from lesionsam.data.loader import Loader
 from lesionsam.evaluation_cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
 from lesionsam.experiment import Data, how_to_train, torch_device
 from lesionsam.losses import soft_mask_loss
-from lesionsam.methods.base import Method, Term, known_masks, mean_over
+from lesionsam.methods.base import Method, Term
+from lesionsam.methods.grid import known_masks, mean_over
 from lesionsam.models.transforms import preprocess
 from lesionsam.training import OBJECTIVE, Group, Log, fit
 from lesionsam.training_state import Progress, load_best

@@ -14,7 +14,7 @@ from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset
 from lesionsam.data.index import read_index
 from lesionsam.data.shape_prompts import Targets
 from lesionsam.errors import UserError
-from lesionsam.methods.base import to_grid
+from lesionsam.methods.grid import to_grid
 
 INDEX, BOXES, CACHE = Path("data/raw/index.csv"), Path("data/boxes.csv"), Path(".cache/frames")
 NUM_MEASURED = 100  # development images that progress is measured on, at most

@@ -26,7 +26,9 @@ from lesionsam.losses import (
     soft_mask_loss,
     weighted_mean,
 )
-from lesionsam.methods.base import Method, Term, box_cells, box_grid, decode_mixture, known_masks, mean_over, to_grid
+from lesionsam.methods.base import Method, Term
+from lesionsam.methods.grid import box_cells, box_grid, known_masks, mean_over, to_grid
+from lesionsam.methods.prompting import decode_mixture
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.models.projection import ProjectionHead, spread

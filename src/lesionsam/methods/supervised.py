@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
-from lesionsam.methods.base import Method, Term, draw_groups, known_masks, mean_over, to_grid
+from lesionsam.methods.base import Method, Term
+from lesionsam.methods.grid import known_masks, mean_over, to_grid
+from lesionsam.methods.prompting import draw_groups
 from lesionsam.models.decoder import decode_groups
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam

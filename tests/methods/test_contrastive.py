@@ -18,8 +18,9 @@ from lesionsam.boxes.prior import ellipse_prior
 from lesionsam.config.load import Config, default_values, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.experiment import build_method
-from lesionsam.methods.base import draw_kinds, known_masks, to_grid
 from lesionsam.methods.contrastive import Contrastive
+from lesionsam.methods.grid import known_masks, to_grid
+from lesionsam.methods.prompting import draw_kinds
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters

@@ -17,7 +17,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from lesionsam import losses
 from lesionsam.losses import MASK_LOSSES, hard_iou
-from lesionsam.methods.base import Term, known_masks, to_grid
+from lesionsam.methods.base import Term
+from lesionsam.methods.grid import known_masks, to_grid
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import encode
