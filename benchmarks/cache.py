@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from record import Limits, multiplications, now, provenance, record, table
 
-from lesionsam import training
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.dataset import LesionDataset, open_dataset
@@ -32,7 +31,9 @@ from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam
 from lesionsam.smoke import generated_samples
-from lesionsam.training import fit, parameter_groups
+from lesionsam.training import loop as training
+from lesionsam.training.loop import fit
+from lesionsam.training.optimizer import parameter_groups
 
 DECODER = {"method__name": "supervised", "model__encoder": "none"}
 EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0

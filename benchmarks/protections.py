@@ -21,7 +21,6 @@ from unittest.mock import patch
 import torch
 from record import Limits, interleaved, provenance, table
 
-from lesionsam import training
 from lesionsam.config.load import flatten, load_config
 from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment import build_method
@@ -29,6 +28,7 @@ from lesionsam.experiment_origin import begin, origin_of
 from lesionsam.experiment_parts import learning_groups, prepare_sam
 from lesionsam.smoke import generated_samples
 from lesionsam.tracking import Tracker
+from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.processes import only_one
 from lesionsam.utils.progress import progress
@@ -60,7 +60,7 @@ def unprotected() -> Iterator[None]:
             stack.enter_context(patch.object(training, name, value))
         stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
         stack.enter_context(patch.object(training.Steps, "take", lambda steps, *_: steps.optimizer.step() or True))
-        stack.enter_context(patch("lesionsam.training_state.atomic_write", straight))
+        stack.enter_context(patch("lesionsam.training.state.atomic_write", straight))
         yield
 
 

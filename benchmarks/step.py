@@ -44,7 +44,7 @@ from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.smoke import generated_samples
-from lesionsam.training import add_gradients, autocast, sum_of
+from lesionsam.training.loop import add_gradients, autocast, sum_of
 from lesionsam.types import Batch
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3

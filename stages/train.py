@@ -34,8 +34,8 @@ from lesionsam.models.sam import Sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.tracking_tensorboard import Board
-from lesionsam.training import OBJECTIVE
-from lesionsam.training_state import save_head
+from lesionsam.training.loop import OBJECTIVE
+from lesionsam.training.state import save_head
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic
 from lesionsam.utils.processes import end_with_parent, finishing_first, only_one
 

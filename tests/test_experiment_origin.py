@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from lesionsam import losses, training
+from lesionsam import losses
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.errors import UserError
 from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, finish, origin_of
 from lesionsam.tracking import NullTracker
+from lesionsam.training import loop as training
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training import autocast, sum_of
+from lesionsam.training.loop import autocast, sum_of
 from lesionsam.types import Batch
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from lesionsam.models.finetuned import merged_state, save_tuned
 from lesionsam.models.sam import Sam, build_sam, encode
 from lesionsam.models.trainable import trained_counts, trained_parameters
 from lesionsam.models.transforms import preprocess
-from lesionsam.training import step_generator, sum_of
+from lesionsam.training.loop import step_generator, sum_of
 
 CPU = torch.device("cpu")
 PRESETS = ("supervised-decoder", "supervised-full", "supervised-adapter", "supervised-lora")

@@ -25,8 +25,10 @@ from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import known_masks, mean_over
 from lesionsam.models.transforms import preprocess
-from lesionsam.training import OBJECTIVE, Group, Log, fit
-from lesionsam.training_state import Progress, load_best
+from lesionsam.training.loop import OBJECTIVE, fit
+from lesionsam.training.optimizer import Group
+from lesionsam.training.progress import Log
+from lesionsam.training.state import Progress, load_best
 from lesionsam.types import Batch, Sample
 from lesionsam.utils.progress import progress
 

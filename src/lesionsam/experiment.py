@@ -34,8 +34,10 @@ from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import trained_counts
-from lesionsam.training import OBJECTIVE, Evaluate, Log, fit, schedule_factor
-from lesionsam.training_state import Progress, check_disk, load_best
+from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
+from lesionsam.training.optimizer import schedule_factor
+from lesionsam.training.progress import Log
+from lesionsam.training.state import Progress, check_disk, load_best
 from lesionsam.types import Sample
 from lesionsam.utils.files import sha256_file
 

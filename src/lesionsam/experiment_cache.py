@@ -17,7 +17,7 @@ from lesionsam.models.identity import arithmetic, frozen_identity
 from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import preprocess
-from lesionsam.training import autocast
+from lesionsam.training.loop import autocast
 from lesionsam.types import Batch
 
 GB = 1_000_000_000

@@ -15,7 +15,7 @@ from lesionsam.methods.base import Method
 from lesionsam.models.identity import processor
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam
-from lesionsam.training_state import Progress
+from lesionsam.training.state import Progress
 
 GB = 1e9
 

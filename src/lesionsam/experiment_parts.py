@@ -15,7 +15,7 @@ from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import select_trainable
-from lesionsam.training import Group, parameter_groups
+from lesionsam.training.optimizer import Group, parameter_groups
 
 
 def strategy_of(config: Config) -> Strategy:

@@ -34,7 +34,7 @@ from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.models.transforms import preprocess, resize_longest, upscale
-from lesionsam.training import autocast, step_generator, sum_of
+from lesionsam.training.loop import autocast, step_generator, sum_of
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image, read_mask

@@ -48,7 +48,7 @@ from lesionsam.sweep_study import made_here, make_ready, open_study
 from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
 from lesionsam.tracking import NullTracker, sync
-from lesionsam.training import OBJECTIVE
+from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 
 ENDS = (signal.SIGTERM, signal.SIGHUP)

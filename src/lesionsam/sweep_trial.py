@@ -24,7 +24,7 @@ from lesionsam.sweep_data import Bench, score_held
 from lesionsam.sweep_space import Value, configured
 from lesionsam.sweep_storage import Lock
 from lesionsam.tracking import NullTracker, Tracker
-from lesionsam.training import OBJECTIVE
+from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.progress import silent
 

@@ -22,7 +22,7 @@ from helpers.training import CPU, contrastive, run
 from lesionsam.data.loader import Loader
 from lesionsam.tracking import NullTracker, Tracker, sync
 from lesionsam.tracking_spool import Spool
-from lesionsam.training_state import load_best
+from lesionsam.training.state import load_best
 
 EPOCHS = 10
 NOBODY, ERRORS, SILENT = "nobody listens", "answers 500", "never answers"

@@ -17,11 +17,11 @@ from chaos.run import Run, has_traceback, in_child
 from helpers.tiny import tiny_data
 from helpers.training import CPU, contrastive, run, weights
 
-from lesionsam import training_state
 from lesionsam.data.loader import Loader
 from lesionsam.tracking import NullTracker
 from lesionsam.tracking_spool import read_lines
-from lesionsam.training_state import load_best
+from lesionsam.training import state as training_state
+from lesionsam.training.state import load_best
 from lesionsam.utils.processes import finishing_first
 
 EPOCHS, SCORES = 3, (0.1, 0.3, 0.2)

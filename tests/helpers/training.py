@@ -14,8 +14,9 @@ from lesionsam.data.dataset import LesionDataset
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable
-from lesionsam.training import fit, parameter_groups
-from lesionsam.training_state import Progress
+from lesionsam.training.loop import fit
+from lesionsam.training.optimizer import parameter_groups
+from lesionsam.training.state import Progress
 
 CPU = torch.device("cpu")
 

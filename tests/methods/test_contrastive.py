@@ -25,7 +25,8 @@ from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.prompts import draw_prompts
-from lesionsam.training import fit, parameter_groups, step_generator
+from lesionsam.training.loop import fit, step_generator
+from lesionsam.training.optimizer import parameter_groups
 from lesionsam.types import Batch
 
 

@@ -23,8 +23,9 @@ from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import encode
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training import parameter_groups, sum_of
-from lesionsam.training_state import load_best
+from lesionsam.training.loop import sum_of
+from lesionsam.training.optimizer import parameter_groups
+from lesionsam.training.state import load_best
 from lesionsam.types import Prompts
 
 DRAWS = MaskDraws(box_jitter=0.1, max_points=3, point_jitter=2.0, negative=0.3)

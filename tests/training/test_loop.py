@@ -22,8 +22,10 @@ from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Term
 from lesionsam.methods.contrastive import Contrastive
-from lesionsam.training import LIVENESS_STEPS, parameter_groups, schedule_factor, step_generator
-from lesionsam.training_state import DAMAGE, check_disk, load_best, read_tensors, trained_state, write_tensors
+from lesionsam.training.liveness import LIVENESS_STEPS
+from lesionsam.training.loop import step_generator
+from lesionsam.training.optimizer import parameter_groups, schedule_factor
+from lesionsam.training.state import DAMAGE, check_disk, load_best, read_tensors, trained_state, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_a_run_killed_within_an_epoch_resumes_from_its_last_save_bit_for_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lesionsam.training.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("lesionsam.training.loop.SAVE_SECONDS", 0.0)
     with pytest.raises(Stop):
         run(contrastive(), data, tmp_path, log=stop_at(lambda values, step: step == 5))
     assert (tmp_path / "state-000000004-000001.pt").exists()
@@ -204,7 +206,7 @@ def test_too_little_disk_is_found_before_the_first_step(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
     run(method, tiny_data(8), tmp_path, epochs=3)
     written = sum(path.stat().st_size for path in tmp_path.glob("*.pt"))
-    monkeypatch.setattr("lesionsam.training_state.free_disk_bytes", lambda folder: written)
+    monkeypatch.setattr("lesionsam.training.state.free_disk_bytes", lambda folder: written)
     check_disk(tmp_path, method)  # what a resumed run has written is room that it need not find again
     for path in tmp_path.glob("*.pt"):
         path.unlink()

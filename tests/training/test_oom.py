@@ -14,7 +14,7 @@ from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, w
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method
-from lesionsam.training_state import load_best, trained_state
+from lesionsam.training.state import load_best, trained_state
 from lesionsam.types import Batch
 
 

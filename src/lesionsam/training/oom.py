@@ -13,7 +13,7 @@ import torch
 
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method, Term
-from lesionsam.training_state import Progress
+from lesionsam.training.state import Progress
 from lesionsam.types import Batch
 
 Values = dict[str, torch.Tensor]

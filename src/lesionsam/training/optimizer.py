@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from lesionsam.errors import UserError
-from lesionsam.training_state import Progress
+from lesionsam.models.trainable import trained_parameters
+from lesionsam.training.state import Progress
 
 MAX_NONFINITE = 3  # losses or gradients that are not finite, without a step between, before the run stops
 
@@ -106,3 +109,46 @@ def bad_terms(terms: Iterable[str], values: Mapping[str, torch.Tensor]) -> str:
     """The terms of a loss that are not finite, with their values."""
     found = {name: values[name].item() for name in terms}
     return ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        apart: neither decayed nor clipped with the others. AdamW treats each parameter by itself, so that such a group
+            is an optimiser of its own in all but name.
+    """
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+    apart: bool = False
+
+
+def schedule_factor(step: int, num_steps: int, *, schedule: str, warmup: float, final: float) -> float:
+    """Factor of the learning rate at a step: linear warm-up over a share of all steps, then cosine, linear or constant
+    down to `final`."""
+    warm = max(1, round(warmup * num_steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, num_steps - warm)
+    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return final + (1 - final) * falling
+
+
+def parameter_groups(model: nn.Module, learning_rates: Mapping[str, float], apart: Sequence[str] = ()) -> list[Group]:
+    """Split the trained parameters by the first learning rate whose key is part of their name.
+
+    Args:
+        learning_rates: part of a parameter's name (`image_encoder`, `head.`) -> learning rate; `` matches the rest.
+        apart: those of its keys whose groups have an optimiser of their own, see `Group`.
+    """
+    groups: dict[str, list[nn.Parameter]] = {key: [] for key in learning_rates}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[next(key for key in learning_rates if key in name)].append(p)
+    used = [Group(key, ps, learning_rates[key], key in apart) for key, ps in groups.items() if ps]
+    if sum(len(g.parameters) for g in used) != len(trained_parameters(model)):
+        raise ValueError("every trained parameter must belong to exactly one group")
+    return used

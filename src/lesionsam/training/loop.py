@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,50 +15,21 @@ from torch import nn
 
 from lesionsam.data.augment import Distortion
 from lesionsam.data.dataset import Batches
-from lesionsam.errors import Interrupted, UserError
+from lesionsam.errors import Interrupted
 from lesionsam.methods.base import Method, Term
-from lesionsam.models.projection import COLLAPSED_COSINE
-from lesionsam.models.trainable import trained_parameters
-from lesionsam.training_memory import Moment, in_parts, make_smaller
-from lesionsam.training_state import Progress, load_state, save_best, save_state
-from lesionsam.training_steps import Steps, bad_terms, told_later
+from lesionsam.training.liveness import LIVENESS_STEPS, check_alive, note_alive
+from lesionsam.training.oom import Moment, in_parts, make_smaller
+from lesionsam.training.optimizer import Group, Steps, bad_terms, told_later
+from lesionsam.training.progress import Log, flush, progress_line
+from lesionsam.training.state import Progress, load_state, save_best, save_state
 from lesionsam.types import Batch
 from lesionsam.utils.progress import progress
 
-Log = Callable[[Mapping[str, float], int], None]
 Evaluate = Callable[[int], Mapping[str, float]]
 
-LIVENESS_STEPS = range(9)  # steps whose terms are checked for gradient; in the first one distillation has none
 FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
 SAVE_SECONDS = 600.0  # between saves inside a long epoch
-SHORT_NAMES = {"contrast": "cont", "projection": "proj"}  # of the progress line
 OBJECTIVE = "objective"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters that share a learning rate.
-
-    Attributes:
-        apart: neither decayed nor clipped with the others. AdamW treats each parameter by itself, so that such a group
-            is an optimiser of its own in all but name.
-    """
-
-    name: str
-    parameters: Sequence[nn.Parameter]
-    learning_rate: float
-    apart: bool = False
-
-
-def schedule_factor(step: int, num_steps: int, *, schedule: str, warmup: float, final: float) -> float:
-    """Factor of the learning rate at a step: linear warm-up over a share of all steps, then cosine, linear or constant
-    down to `final`."""
-    warm = max(1, round(warmup * num_steps))
-    if step < warm:
-        return (step + 1) / warm
-    done = (step - warm) / max(1, num_steps - warm)
-    falling = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
-    return final + (1 - final) * falling
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -284,85 +254,3 @@ def add_gradients(
 def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:
     """L = sum of weight times value; monitors carry no gradient."""
     return torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
-
-
-def note_alive(terms: Mapping[str, Term], parameters: Sequence[nn.Parameter], alive: list[str]) -> None:
-    """Add to `alive` the terms whose gradient is not zero in this batch."""
-    for name, term in terms.items():
-        if name not in alive and term.value.requires_grad and term.weight > 0:
-            gradients = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
-            if any(g is not None and bool((g != 0).any()) for g in gradients):
-                alive.append(name)
-
-
-def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Callable[[str], None]) -> None:
-    """Stop when a term that is switched on never had a gradient; a gate that trusts nobody is named as the reason.
-
-    A run of one step is only warned about: distillation starts at zero, with gradient zero.
-    """
-    for name, term in terms.items():
-        if not term.monitor and name not in at.alive:
-            trusted = method.monitors().get("trusted")
-            if trusted is not None and float(trusted) == 0:
-                say(
-                    f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
-                    f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)"
-                )
-            elif at.step < 2:
-                say(f"warning: the term `{name}` had no gradient in the one step of this run")
-            else:
-                weight = torch.as_tensor(term.weight).item()
-                raise UserError(
-                    f"the term `{name}` is switched on (weight {weight:g}) but its gradient was zero in each of the "
-                    f"first {min(at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or change what it depends on"
-                )
-    measured = method.head_spread() if "contrast" in terms else None
-    if measured is not None and measured["mean_cosine"] > COLLAPSED_COSINE:
-        say(
-            f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
-            f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
-            "temperature"
-        )
-
-
-def flush(waiting: list[tuple[int, dict[str, torch.Tensor]]], at: Progress, log: Log, learning_rate: float) -> None:
-    """Bring the waiting values to the host in one transfer, log them and add them to the epoch's sums."""
-    if not waiting:
-        return
-    flat = torch.stack([value.float().reshape(()) for _, values in waiting for value in values.values()]).tolist()
-    for step, values in waiting:
-        row = {name: flat.pop(0) for name in values}
-        log(row | {"lr": learning_rate}, step)
-        for name, value in row.items():
-            at.sums[name] = at.sums.get(name, 0.0) + value
-        at.sums["batches"] = at.sums.get("batches", 0.0) + 1
-    waiting.clear()
-
-
-def progress_line(at: Progress, means: Mapping[str, float], scores: Mapping[str, float], eta: float) -> str:
-    """E1 L=2.3226 mask=0.2250 cont=2.0826 iou=0.0299, then scores, the best one and the time left."""
-    terms = {
-        name: value
-        for name, value in means.items()
-        if name not in ("loss", "entropy") and not name.startswith("trusted_")
-    }
-    parts = [f"E{at.epoch}", f"L={means['loss']:.4f}", *(f"{SHORT_NAMES.get(n, n)}={v:.4f}" for n, v in terms.items())]
-    parts += ["|", *(f"{name}={value:.4f}" for name, value in scores.items())]
-    return " ".join(parts) + f" | best={at.best_score:.4f} (E{at.best_epoch}) ETA {int(eta // 60)}:{int(eta % 60):02d}"
-
-
-def parameter_groups(model: nn.Module, learning_rates: Mapping[str, float], apart: Sequence[str] = ()) -> list[Group]:
-    """Split the trained parameters by the first learning rate whose key is part of their name.
-
-    Args:
-        learning_rates: part of a parameter's name (`image_encoder`, `head.`) -> learning rate; `` matches the rest.
-        apart: those of its keys whose groups have an optimiser of their own, see `Group`.
-    """
-    groups: dict[str, list[nn.Parameter]] = {key: [] for key in learning_rates}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[next(key for key in learning_rates if key in name)].append(p)
-    used = [Group(key, ps, learning_rates[key], key in apart) for key, ps in groups.items() if ps]
-    if sum(len(g.parameters) for g in used) != len(trained_parameters(model)):
-        raise ValueError("every trained parameter must belong to exactly one group")
-    return used

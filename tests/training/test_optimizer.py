@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training import FLUSH_STEPS, LIVENESS_STEPS, add_gradients, step_generator
-from lesionsam.training_steps import told_later
+from lesionsam.training.liveness import LIVENESS_STEPS
+from lesionsam.training.loop import FLUSH_STEPS, add_gradients, step_generator
+from lesionsam.training.optimizer import told_later
 from lesionsam.types import Batch, sent
 
 META = torch.device("meta")  # tensors without values: who asks for one gets an error, where a GPU would be waited for
@@ -164,7 +165,7 @@ def test_the_flag_is_asked_for_before_the_backward_pass_and_read_after_it(
         order.append("asked")
         return lambda: bool(order.append("read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training.told_later", asked)
+    monkeypatch.setattr("lesionsam.training.loop.told_later", asked)
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: order.append("backward") or backward(self))
     method: Any = Mean()
     run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
@@ -182,8 +183,10 @@ def test_a_gpu_that_is_working_on_the_backward_pass_is_not_asked_for_its_gradien
         order.append("gradient asked")
         return lambda: bool(order.append("gradient read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training_steps.told_later", asked)
-    monkeypatch.setattr("lesionsam.training.told_later", lambda flag: lambda: bool(order.append("loss read")) or True)
+    monkeypatch.setattr("lesionsam.training.optimizer.told_later", asked)
+    monkeypatch.setattr(
+        "lesionsam.training.loop.told_later", lambda flag: lambda: bool(order.append("loss read")) or True
+    )
     monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": True}))
     monkeypatch.setattr(plain, "step", lambda self: order.append("step") or step(self))
     method: Any = Mean()
