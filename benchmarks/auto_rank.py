@@ -30,9 +30,9 @@ from lesionsam.data.augment import EXTENSION, resize
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_lesion import candidates, look_from_nearer, way
-from lesionsam.inference_rank import SIGNS, lesion_scores, overlaps, small_picture
+from lesionsam.inference.image import FeatureCache
+from lesionsam.inference.lesion import candidates, look_from_nearer, way
+from lesionsam.inference.rank import SIGNS, lesion_scores, overlaps, small_picture
 from lesionsam.metrics import failure_rate
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam, decode

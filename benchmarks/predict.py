@@ -24,8 +24,9 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from lesionsam.data.sources.synthetic import generate
-from lesionsam.inference import Predictor, predict_files
-from lesionsam.inference_auto import AUTO, automatic_masks
+from lesionsam.inference.auto import AUTO, automatic_masks
+from lesionsam.inference.files import predict_files
+from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import load_sam
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "foundation" / "compact.safetensors"

@@ -23,9 +23,9 @@ from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.experiment_auto import auto_options
-from lesionsam.inference_answers import Answer, Asked, answers, prediction
-from lesionsam.inference_image import FeatureCache
-from lesionsam.inference_lesion import DECODER, MASKS, find_lesions, from_nearer
+from lesionsam.inference.decode import Answer, Asked, answers, prediction
+from lesionsam.inference.image import FeatureCache
+from lesionsam.inference.lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.transforms import model_frames

@@ -20,7 +20,7 @@ from lesionsam.evaluation_cases import LEAKING
 from lesionsam.evaluation_pictures import write_pictures
 from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
-from lesionsam.inference_lesion import look_at_boxes
+from lesionsam.inference.lesion import look_at_boxes
 from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.prompts import NONE

@@ -37,7 +37,8 @@ from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_ch
 from lesionsam.annotation.store import Change, Store
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
-from lesionsam.inference import Predictor, predict_files
+from lesionsam.inference.files import predict_files
+from lesionsam.inference.predictor import Predictor
 from lesionsam.metrics import iou
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture

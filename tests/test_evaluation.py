@@ -23,8 +23,8 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
 from lesionsam.evaluation_cases import build_case, jitter_boxes, measure
 from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
-from lesionsam.inference import Predictor
-from lesionsam.inference_lesion import look_at_boxes
+from lesionsam.inference.lesion import look_at_boxes
+from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam, build_sam
@@ -398,13 +398,13 @@ def test_cache_gives_back_what_was_kept_and_its_key_follows_weights_and_settings
 def test_what_is_kept_depends_on_every_module_that_measures():
     """A module of the evaluation or of what answers without a prompt, imported by another such, is in the key."""
     families = re.compile(r"lesionsam\.(evaluation|inference|metrics|prompts|box)")
-    reached, left = set(), ["lesionsam.evaluation", "lesionsam.inference_lesion"]
+    reached, left = set(), ["lesionsam.evaluation", "lesionsam.inference.lesion"]
     while left:
         name = left.pop()
         if name in module_files() and name not in reached:
             reached.add(name)
             left += [each for each in imported_names(module_files()[name]) if families.match(each)]
-    assert "lesionsam.inference_rank" in reached
+    assert "lesionsam.inference.rank" in reached
     assert reached <= {f"lesionsam.{name}" for name in results.MEASURES}
     assert {f"lesionsam.{name}" for name in results.MEASURES} <= set(module_files())
 

@@ -26,8 +26,8 @@ from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.export import Check, Format, Prompt, Segment, Subject, export, open_subject
 from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
-from lesionsam.inference_image import ImagePredictor
-from lesionsam.inference_lesion import DECODER, way
+from lesionsam.inference.image import ImagePredictor
+from lesionsam.inference.lesion import DECODER, way
 from lesionsam.models import plain
 from lesionsam.models.checkpoint import load_sam, save_sam, weights_metadata
 from lesionsam.models.finetuned import Strategy, attach

@@ -28,7 +28,7 @@ from repo.import_graph import imported_names, project_imports
 
 from lesionsam.errors import UserError
 from lesionsam.export import export, open_subject
-from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference.image import ImagePredictor
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.finetuned import Strategy, attach
 

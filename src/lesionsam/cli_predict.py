@@ -73,9 +73,9 @@ def predict(
     """Segment lesions in images, given boxes, points or nothing; a second call does only what is missing."""
     from lesionsam.experiment import torch_device
     from lesionsam.experiment_auto import read_auto_options
-    from lesionsam.inference import predict_files
-    from lesionsam.inference_auto import AUTO
-    from lesionsam.inference_inputs import Source
+    from lesionsam.inference.auto import AUTO
+    from lesionsam.inference.files import predict_files
+    from lesionsam.inference.inputs import Source
     from lesionsam.registry import resolve_model
 
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model

@@ -34,7 +34,7 @@ from lesionsam.evaluation import evaluate_baselines, evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options
-from lesionsam.inference_lesion import DECODER, MASKS, find_lesions
+from lesionsam.inference.lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.tracking import NullTracker, Tracker

@@ -21,7 +21,7 @@ import lesionsam
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export_folders import building, prepare, replace, tidy
-from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference.image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import plain
 from lesionsam.models.checkpoint import load_sam

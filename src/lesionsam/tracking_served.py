@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference.image import ImagePredictor
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.utils.images import read_image
 

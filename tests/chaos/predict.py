@@ -15,8 +15,9 @@ from chaos.run import Run, has_traceback, in_child
 from helpers.tiny import tiny_sam
 from PIL import Image
 
-from lesionsam import inference_outputs, inference_run
-from lesionsam.inference import predict_files
+from lesionsam.inference import files as inference_run
+from lesionsam.inference import outputs as inference_outputs
+from lesionsam.inference.files import predict_files
 from lesionsam.models.checkpoint import save_sam
 
 KILL, TERM, INT, OTHERS = "killed at a file", "SIGTERM at a file", "Ctrl-C at a file", "whole, then another's options"

@@ -18,8 +18,8 @@ from lesionsam.annotation.pictures import Cache, Pictures
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.inference_auto import AUTO
-from lesionsam.inference_lesion import find_lesions, way
+from lesionsam.inference.auto import AUTO
+from lesionsam.inference.lesion import find_lesions, way
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode

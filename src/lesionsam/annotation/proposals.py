@@ -20,7 +20,7 @@ from lesionsam.annotation.assist import agreement, on_grid, prior_logits
 from lesionsam.annotation.model import Answer, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes.annotator import simulate_boxes
-from lesionsam.inference_rank import colour_candidate
+from lesionsam.inference.rank import colour_candidate
 from lesionsam.metrics import iou
 
 GRID = 5  # points a side

@@ -14,10 +14,10 @@ import pytest
 from helpers.tiny import tiny_sam
 from PIL import Image
 
-from lesionsam import inference
 from lesionsam.errors import UserError
-from lesionsam.inference import predict_files
-from lesionsam.inference_auto import AUTO
+from lesionsam.inference import predictor as inference
+from lesionsam.inference.auto import AUTO
+from lesionsam.inference.files import predict_files
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.utils.images import read_mask
 

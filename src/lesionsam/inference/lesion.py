@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from lesionsam.boxes.geometry import largest_piece_box, loosened, to_model_frame
-from lesionsam.inference_answers import Answer, Asked, Prediction, reasons
-from lesionsam.inference_auto import AutoOptions, automatic_masks, point_grid, stability_scores
-from lesionsam.inference_rank import (
+from lesionsam.inference.auto import AutoOptions, automatic_masks, point_grid, stability_scores
+from lesionsam.inference.decode import Answer, Asked, Prediction, reasons
+from lesionsam.inference.rank import (
     agreement,
     colour_candidate,
     lesion_scores,

@@ -13,7 +13,7 @@ from segment_anything import SamAutomaticMaskGenerator
 
 from lesionsam.config.load import default_values
 from lesionsam.data.sources.synthetic import generate
-from lesionsam.inference_auto import (
+from lesionsam.inference.auto import (
     AUTO,
     AutoOptions,
     automatic_masks,
@@ -27,7 +27,7 @@ from lesionsam.inference_auto import (
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 
-WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 
 
 @pytest.fixture(scope="module")

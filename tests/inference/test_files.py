@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lesionsam import inference_outputs
 from lesionsam.cli import app
 from lesionsam.errors import UserError
-from lesionsam.inference import predict_files
-from lesionsam.inference_auto import AUTO
-from lesionsam.inference_image import ImagePredictor
-from lesionsam.inference_inputs import Source, find_images, plan
+from lesionsam.inference import outputs as inference_outputs
+from lesionsam.inference.auto import AUTO
+from lesionsam.inference.files import predict_files
+from lesionsam.inference.image import ImagePredictor
+from lesionsam.inference.inputs import Source, find_images, plan
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture

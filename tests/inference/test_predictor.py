@@ -22,17 +22,17 @@ from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
 from typer.testing import CliRunner
 
-from lesionsam import inference_outputs
 from lesionsam.boxes.geometry import largest_piece_box, loosened
 from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.rle import decode as decode_rle
-from lesionsam.inference import Predictor, predict_files
-from lesionsam.inference_answers import Asked, answers, reasons
-from lesionsam.inference_auto import AUTO
-from lesionsam.inference_image import ImagePredictor
-from lesionsam.inference_lesion import (
+from lesionsam.inference import outputs as inference_outputs
+from lesionsam.inference.auto import AUTO
+from lesionsam.inference.decode import Asked, answers, reasons
+from lesionsam.inference.files import predict_files
+from lesionsam.inference.image import ImagePredictor
+from lesionsam.inference.lesion import (
     DECODER,
     LOOSENED,
     MASKS,
@@ -43,7 +43,8 @@ from lesionsam.inference_lesion import (
     plausibility,
     way,
 )
-from lesionsam.inference_rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps, smoothed_lab
+from lesionsam.inference.predictor import Predictor
+from lesionsam.inference.rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps, smoothed_lab
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess
@@ -54,7 +55,7 @@ from lesionsam.utils.images import read_image, read_mask
 SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
 EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
 SIZES = {"one": (60, 90), "two": (70, 48)}
-WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 COARSE = replace(ARCHITECTURE, image_size=64, patch_size=8)  # answers of half the frame's side
 
 
@@ -775,7 +776,7 @@ def test_killed_and_resumed_ends_with_the_same_files(case: Path) -> None:
         cwd=case,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")},
     )
     masks = case / "out" / "masks"
     while process.poll() is None and (not masks.is_dir() or len(list(masks.glob("*.png"))) < 5):

@@ -13,13 +13,13 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.data.sources.synthetic import generate
-from lesionsam.inference_image import ImagePredictor
+from lesionsam.inference.image import ImagePredictor
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import at_size, build_sam
 
 SIZES = [(128, 128), (97, 131), (211, 73), (64, 301), (400, 300)]  # (height, width): smaller, odd, narrow, larger
 Prompt = dict[str, np.ndarray]
-WEIGHTS = Path(__file__).parents[1] / "foundation" / "compact.safetensors"
+WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 
 
 def randomised(sam: Sam, seed: int = 0) -> Sam:

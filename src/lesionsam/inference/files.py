@@ -10,20 +10,24 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.inference_answers import NUM_POINTS, SEED, Answer, Asked, answers, prediction
-from lesionsam.inference_auto import AutoOptions
-from lesionsam.inference_inputs import Job, Lesion, Source, file_stem
-from lesionsam.inference_lesion import find_lesions, from_nearer, masks_of
-from lesionsam.inference_outputs import Folder
+from lesionsam.inference.auto import AUTO, AutoOptions
+from lesionsam.inference.decode import NUM_POINTS, SEED, Answer, Asked, answers, prediction
+from lesionsam.inference.inputs import Job, Lesion, Source, check_answering, file_stem, find_images, plan
+from lesionsam.inference.lesion import find_lesions, from_nearer, masks_of, way
+from lesionsam.inference.outputs import Folder, make_folder
+from lesionsam.inference.predictor import SHOWN_IDS
+from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam, encode
 from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
+from lesionsam.utils.processes import only_one_in
 from lesionsam.utils.progress import progress
 
 VERSION = 6  # of what a row's key stands for
@@ -297,3 +301,84 @@ class Run:
         """Write the table."""
         self.folder.save_table()
         self.saved = time.monotonic()
+
+
+def predict_files(
+    images: Sequence[str | Path],
+    *,
+    model: Path,
+    out: Path,
+    boxes: Path | None = None,
+    points: Path | None = None,
+    auto: bool = False,
+    everything: bool = False,
+    prompt: str = "box",
+    ensemble: int = 1,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    overlays: bool = True,
+    shapes: bool = True,
+    threshold: float = 0.5,
+    options: AutoOptions = AUTO,
+    nearer: bool = False,
+) -> int:
+    """Segment the lesions of image files, given boxes, points or nothing.
+
+    Writes, each file whole or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png where an image has several
+    rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
+    (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all that is in the table. What
+    an earlier call with the same model, prompts, threshold and image has done is kept; what else it has of these images
+    goes, what it has of others stays in the table.
+
+    Args:
+        images: files, folders, patterns. model: SAM's weights or this project's; the file says which model it holds.
+        boxes: CSV with image_id, [lesion_id], big_x0 to big_y1 and, where the prompt needs the core, small_x0 to
+            small_y1; points: CSV with image_id, [lesion_id], x, y, [label]; original pixels. auto: the one lesion of
+            each image. everything: all automatic masks. Exactly one of these four.
+        prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
+        batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
+        threshold: probability above which a pixel is lesion. options: of the automatic masks. nearer: enlarge what lies
+            around each box; prompt `box` alone.
+    Returns:
+        exit code: 0, or 1 if an image or a row that was asked for gave no mask; each is named on stderr.
+    Raises:
+        UserError: nothing can be predicted at all.
+    """
+    source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
+    check_answering(source, threshold=threshold, ensemble=ensemble, nearer=nearer)
+    if batch_size < 1:
+        raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
+    paths, problems = find_images(images)
+    if not paths:
+        raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
+    jobs, unmatched, unused = plan(paths, source)
+    problems += unmatched
+    for line in problems:
+        complain(line)
+    if unused:
+        shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
+        print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
+    sam = load_sam(None, model)
+    how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)), nearer)
+    make_folder(out)
+    with only_one_in(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
+        folder = Folder(out, overlays=overlays, shapes=shapes)
+        run = Run(sam, how, folder, device, batch_size)
+        try:
+            run.work(jobs)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the GPU's memory does not suffice for {batch_size} images at once; lower --batch-size or "
+                "use --device cpu"
+            ) from None
+        finally:
+            run.save()
+        folder.save_coco({job.image_id: job.path.name for job in jobs})
+    faults = len(problems) + run.num_faults
+    print(
+        f"{run.num_done} masks written to {out / 'masks'}"
+        + (f", {run.num_kept} kept from before" if run.num_kept else "")
+        + (f", {run.num_look} of them worth a look (column `look`)" if run.num_look else "")
+        + (f"; {faults} faults, named above" if faults else "")
+    )
+    return 1 if faults else 0

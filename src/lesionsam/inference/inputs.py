@@ -12,7 +12,7 @@ import numpy as np
 
 from lesionsam.boxes.table import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.inference_answers import Asked
+from lesionsam.inference.decode import Asked
 from lesionsam.prompts import KINDS
 from lesionsam.utils.files import decimal_number
 from lesionsam.utils.images import IMAGE_SUFFIXES

@@ -15,8 +15,8 @@ import numpy as np
 from lesionsam.errors import UserError
 from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import encode, mask_box
-from lesionsam.inference_answers import Prediction
-from lesionsam.inference_inputs import Job, file_stem, needs_small
+from lesionsam.inference.decode import Prediction
+from lesionsam.inference.inputs import Job, file_stem, needs_small
 from lesionsam.overlays import overlay, write_png
 from lesionsam.utils.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.utils.progress import progress

@@ -1,0 +1,1 @@
+"""Image and prompt to mask: in Python, over folders, and without a prompt."""
