@@ -29,6 +29,7 @@ from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.augment import EXTENSION, resize
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
+from lesionsam.evaluation.statistics import interval
 from lesionsam.experiment_auto import auto_options
 from lesionsam.inference.image import FeatureCache
 from lesionsam.inference.lesion import candidates, look_from_nearer, way
@@ -37,7 +38,6 @@ from lesionsam.metrics import failure_rate
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam, decode
 from lesionsam.models.transforms import model_frames, upscale
-from lesionsam.statistics import interval
 from lesionsam.types import Prompts
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.progress import progress

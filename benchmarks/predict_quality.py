@@ -22,6 +22,7 @@ from lesionsam.config.load import load_config
 from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
+from lesionsam.evaluation.statistics import interval
 from lesionsam.experiment_auto import auto_options
 from lesionsam.inference.decode import Answer, Asked, answers, prediction
 from lesionsam.inference.image import FeatureCache
@@ -29,7 +30,6 @@ from lesionsam.inference.lesion import DECODER, MASKS, find_lesions, from_nearer
 from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.transforms import model_frames
-from lesionsam.statistics import interval
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.progress import progress
 

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam import evaluation_results as results
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config, load_config
 from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.evaluation import concat, evaluate_baselines, evaluate_model
-from lesionsam.evaluation_cases import LEAKING
-from lesionsam.evaluation_pictures import write_pictures
+from lesionsam.evaluation import tables as results
+from lesionsam.evaluation.baselines import evaluate_baselines
+from lesionsam.evaluation.columns import LEAKING, concat
+from lesionsam.evaluation.evaluate import evaluate_model
+from lesionsam.evaluation.pictures import write_pictures
 from lesionsam.experiment import pretrained_weights, torch_device
 from lesionsam.experiment_auto import lesion_finder
 from lesionsam.inference.lesion import look_at_boxes

@@ -12,10 +12,10 @@ from helpers.tiny import tiny_data
 from PIL import Image
 
 from lesionsam.config.load import default_values, validate
+from lesionsam.evaluation.statistics import LABEL_FREE, METRICS
 from lesionsam.evidence import Row, configured, costs, few, summarise, unit_path
 from lesionsam.evidence_charts import curve, draw_labels, masks_worth
 from lesionsam.evidence_rows import DEFAULT_BLIND, MASKS, SETS
-from lesionsam.statistics import LABEL_FREE, METRICS
 
 BASE = validate(default_values())
 

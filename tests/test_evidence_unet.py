@@ -19,7 +19,7 @@ from lesionsam.data.index import read_index, write_index
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
-from lesionsam.evaluation import ROW_COLUMNS
+from lesionsam.evaluation.columns import ROW_COLUMNS
 from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path
 from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits_of
 from lesionsam.types import Sample

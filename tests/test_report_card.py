@@ -13,11 +13,11 @@ from ruamel.yaml import YAML
 
 from lesionsam.config.load import default_text
 from lesionsam.errors import UserError
-from lesionsam.evaluation import Evaluation
-from lesionsam.evaluation_results import write_results
+from lesionsam.evaluation.columns import Evaluation
+from lesionsam.evaluation.statistics import METRICS
+from lesionsam.evaluation.tables import write_results
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.report_card import build_card, prompted
-from lesionsam.statistics import METRICS
 from lesionsam.utils.files import sha256_file
 
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.report import Page, lay_out
 
 from lesionsam.errors import UserError
-from lesionsam.evaluation_results import ADAPTED, ZERO_SHOT, read_csv, write_csv
+from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
 from lesionsam.report_compare import compare, pictured, setting_cells, side_by_side
 from lesionsam.report_runs import Run, commit_of, in_folder, open_runs, short
 

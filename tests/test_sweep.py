@@ -24,8 +24,8 @@ from lesionsam.config.load import default_text, flatten, load_config, parse_yaml
 from lesionsam.config.presets import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
+from lesionsam.evaluation.statistics import interval
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.statistics import interval
 from lesionsam.sweep import Request, apply_best, sweep
 from lesionsam.sweep_choice import NumberedSampler, build_pruner, finished
 from lesionsam.sweep_data import held_out, idle_gate, open_bench

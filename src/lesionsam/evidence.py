@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesionsam import statistics
 from lesionsam.boxes.annotator import annotate
 from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
@@ -30,7 +29,9 @@ from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
 from lesionsam.data.index import read_index, write_index
 from lesionsam.errors import UserError
-from lesionsam.evaluation import evaluate_baselines, evaluate_model
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.baselines import evaluate_baselines
+from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
 from lesionsam.experiment_auto import auto_options

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lesionsam import statistics
+from lesionsam.evaluation import statistics
 from lesionsam.utils.files import write_bytes_atomic
 
 PANELS = {"ring": "ten ring points", "centre": "centre point", "box": "big box"}

@@ -19,7 +19,7 @@ from lesionsam import metrics
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
-from lesionsam.evaluation_cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
+from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
 from lesionsam.experiment import Data, how_to_train, torch_device
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term

@@ -25,7 +25,8 @@ from lesionsam.data.dataset import Batches, LesionDataset, open_dataset
 from lesionsam.data.frames import PRIOR_SCALE
 from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
-from lesionsam.evaluation import OBJECTIVE_PROMPTS, quick_evaluate
+from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS
+from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.experiment_cache import open_caches
 from lesionsam.experiment_memory import parts_that_fit
 from lesionsam.experiment_parts import build_supervised, contrastive_options, learning_groups, prepare_sam

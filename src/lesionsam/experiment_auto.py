@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lesionsam.config.load import Config, load_config
-from lesionsam.evaluation_cases import FindLesions
+from lesionsam.evaluation.cases import FindLesions
 from lesionsam.inference.auto import AUTO, AutoOptions
 from lesionsam.inference.lesion import find_lesions, way
 from lesionsam.models.checkpoint import weights_metadata

@@ -14,11 +14,11 @@ import pandas as pd
 from PIL import Image
 
 from lesionsam import report_charts as charts
-from lesionsam import statistics
 from lesionsam.config.load import read_yaml, trained_parts
 from lesionsam.errors import UserError
-from lesionsam.evaluation_pictures import DISPUTED, GROUPS, disputed
-from lesionsam.evaluation_results import (
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.picks import DISPUTED, GROUPS, disputed
+from lesionsam.evaluation.tables import (
     ADAPTED,
     BASELINES,
     LABEL_FREE_TITLES,

@@ -13,10 +13,10 @@ import pandas as pd
 import lesionsam
 from lesionsam.config.load import read_yaml, trained_parts
 from lesionsam.errors import UserError
-from lesionsam.evaluation_results import ADAPTED, markdown, prompts_in, read_csv
+from lesionsam.evaluation.statistics import format_interval
+from lesionsam.evaluation.tables import ADAPTED, markdown, prompts_in, read_csv
 from lesionsam.prompts import NONE
 from lesionsam.report import read_summary
-from lesionsam.statistics import format_interval
 from lesionsam.utils.files import sha256_file, write_text_atomic
 
 LICENCES = {

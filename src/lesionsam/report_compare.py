@@ -13,13 +13,12 @@ import pandas as pd
 from PIL import Image
 
 from lesionsam import report_charts as charts
-from lesionsam import statistics
 from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
-from lesionsam.evaluation import ROW_COLUMNS
-from lesionsam.evaluation_cases import LEAKING
-from lesionsam.evaluation_pictures import DISPUTED, GROUPS
-from lesionsam.evaluation_results import (
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.columns import LEAKING, ROW_COLUMNS
+from lesionsam.evaluation.picks import DISPUTED, GROUPS
+from lesionsam.evaluation.tables import (
     ADAPTED,
     BASELINES,
     NOTES,

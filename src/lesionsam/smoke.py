@@ -27,7 +27,8 @@ from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
-from lesionsam.evaluation import evaluate_baselines, evaluate_model
+from lesionsam.evaluation.baselines import evaluate_baselines
+from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.experiment_memory import peak_memory
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_as

@@ -18,7 +18,8 @@ from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
-from lesionsam.evaluation import OBJECTIVE_PROMPTS, evaluate_model, quick_evaluate
+from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS, evaluate_model
+from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
 from lesionsam.experiment_origin import code_digest
 from lesionsam.experiment_parts import prepare_sam

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
 from lesionsam.config.load import Config
-from lesionsam.statistics import interval
+from lesionsam.evaluation.statistics import interval
 from lesionsam.sweep_data import Bench
 from lesionsam.sweep_space import Dimension, Value
 from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place, budget, shown

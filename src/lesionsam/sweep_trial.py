@@ -16,10 +16,10 @@ import torch
 
 from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment import Trained, train
 from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.statistics import OBJECTIVE_PROMPTS
 from lesionsam.sweep_data import Bench, score_held
 from lesionsam.sweep_space import Value, configured
 from lesionsam.sweep_storage import Lock

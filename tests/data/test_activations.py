@@ -28,7 +28,7 @@ from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budge
 from lesionsam.data.activations import Activations, image_key
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.loader import Loader
-from lesionsam.evaluation import quick_evaluate
+from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.experiment_cache import computing, open_caches
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive

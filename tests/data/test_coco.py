@@ -24,7 +24,7 @@ from lesionsam.data.sources.coco import index_coco
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
-from lesionsam.evaluation_cases import build_cases, by_image
+from lesionsam.evaluation.cases import build_cases, by_image
 from lesionsam.formats.convert import convert
 from lesionsam.formats.rle import encode, runs_of
 from lesionsam.utils.images import read_mask

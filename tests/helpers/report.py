@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lesionsam.evaluation import JITTER_COLUMNS, PRIOR_OFFSET, Evaluation
-from lesionsam.evaluation_results import write_results
+from lesionsam.evaluation.columns import JITTER_COLUMNS, PRIOR_OFFSET, Evaluation
+from lesionsam.evaluation.tables import write_results
 from lesionsam.overlays import write_png
 from lesionsam.utils.files import write_json_atomic
 

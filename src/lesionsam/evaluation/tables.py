@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lesionsam import statistics
-from lesionsam.evaluation import ELLIPSE, PRIOR, PRIOR_OFFSET, Evaluation
-from lesionsam.evaluation_cases import LEAKING, NEARER
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.columns import ELLIPSE, LEAKING, NEARER, PRIOR, PRIOR_OFFSET, Evaluation
 from lesionsam.prompts import NONE
 from lesionsam.types import Sample
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic

@@ -17,6 +17,7 @@ import torch
 from lesionsam import metrics
 from lesionsam.boxes.geometry import _moved, box_slices, model_frame_size, to_model_frame
 from lesionsam.errors import UserError
+from lesionsam.evaluation.columns import LEAKING, NEARER
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import preprocess, resize_longest, upscale
 from lesionsam.prompts import NONE, seeded_prompts
@@ -35,9 +36,6 @@ FindLesions = Callable[
 
 # See `inference_lesion.look_at_boxes`: frames, sizes and boxes -> logits and predicted IoU of each.
 LookAtBoxes = Callable[[Sam, torch.Tensor, Sequence[tuple[int, int]], np.ndarray], tuple[torch.Tensor, torch.Tensor]]
-
-LEAKING = "tight"  # the bounding box of the true mask: leaks the label
-NEARER = "nearer"  # the big box, looked at from nearer
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,20 @@ from PIL import Image
 from repo.import_graph import imported_names, module_files
 from scipy import stats
 
-from lesionsam import evaluation_results as results
-from lesionsam import metrics, statistics
+from lesionsam import metrics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import box_slices, to_model_frame
 from lesionsam.data.dataset import open_dataset
 from lesionsam.errors import UserError
-from lesionsam.evaluation import Evaluation, concat, consistency, evaluate_baselines, evaluate_model, quick_evaluate
-from lesionsam.evaluation_cases import build_case, jitter_boxes, measure
-from lesionsam.evaluation_pictures import disputed, pick_cases, write_pictures
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation import tables as results
+from lesionsam.evaluation.baselines import evaluate_baselines
+from lesionsam.evaluation.cases import build_case, jitter_boxes, measure
+from lesionsam.evaluation.columns import Evaluation, concat
+from lesionsam.evaluation.evaluate import consistency, evaluate_model
+from lesionsam.evaluation.picks import disputed, pick_cases
+from lesionsam.evaluation.pictures import write_pictures
+from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.inference.lesion import look_at_boxes
 from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import save_sam
@@ -398,7 +403,7 @@ def test_cache_gives_back_what_was_kept_and_its_key_follows_weights_and_settings
 def test_what_is_kept_depends_on_every_module_that_measures():
     """A module of the evaluation or of what answers without a prompt, imported by another such, is in the key."""
     families = re.compile(r"lesionsam\.(evaluation|inference|metrics|prompts|box)")
-    reached, left = set(), ["lesionsam.evaluation", "lesionsam.inference.lesion"]
+    reached, left = set(), ["lesionsam.evaluation.evaluate", "lesionsam.inference.lesion"]
     while left:
         name = left.pop()
         if name in module_files() and name not in reached:

@@ -1,0 +1,1 @@
+"""Masks to tables: per image, by stratum, with intervals and baselines."""
