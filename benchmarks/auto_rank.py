@@ -30,7 +30,7 @@ from lesionsam.data.augment import EXTENSION, resize
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
-from lesionsam.experiment_auto import auto_options
+from lesionsam.experiment.auto import auto_options
 from lesionsam.inference.image import FeatureCache
 from lesionsam.inference.lesion import candidates, look_from_nearer, way
 from lesionsam.inference.rank import SIGNS, lesion_scores, overlaps, small_picture

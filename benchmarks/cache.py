@@ -23,9 +23,8 @@ from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
-from lesionsam.experiment import build_method, torch_device
-from lesionsam.experiment_cache import open_caches
-from lesionsam.experiment_parts import prepare_sam
+from lesionsam.experiment.build import build_method, prepare_sam
+from lesionsam.experiment.caches import open_caches
 from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
@@ -34,6 +33,7 @@ from lesionsam.smoke import generated_samples
 from lesionsam.training import loop as training
 from lesionsam.training.loop import fit
 from lesionsam.training.optimizer import parameter_groups
+from lesionsam.utils.devices import torch_device
 
 DECODER = {"method__name": "supervised", "model__encoder": "none"}
 EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0

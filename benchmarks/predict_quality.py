@@ -23,7 +23,7 @@ from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
-from lesionsam.experiment_auto import auto_options
+from lesionsam.experiment.auto import auto_options
 from lesionsam.inference.decode import Answer, Asked, answers, prediction
 from lesionsam.inference.image import FeatureCache
 from lesionsam.inference.lesion import DECODER, MASKS, find_lesions, from_nearer

@@ -23,9 +23,8 @@ from record import Limits, interleaved, provenance, table
 
 from lesionsam.config.load import flatten, load_config
 from lesionsam.data.dataset import open_dataset
-from lesionsam.experiment import build_method
-from lesionsam.experiment_origin import begin, origin_of
-from lesionsam.experiment_parts import learning_groups, prepare_sam
+from lesionsam.experiment.build import build_method, learning_groups, prepare_sam
+from lesionsam.experiment.resume import begin, origin_of
 from lesionsam.smoke import generated_samples
 from lesionsam.tracking import Tracker
 from lesionsam.training import loop as training

@@ -32,8 +32,7 @@ from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.dataset import open_dataset
-from lesionsam.experiment import torch_device
-from lesionsam.experiment_parts import contrastive_options
+from lesionsam.experiment.build import contrastive_options
 from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
@@ -46,6 +45,7 @@ from lesionsam.prompts import draw_prompts
 from lesionsam.smoke import generated_samples
 from lesionsam.training.loop import add_gradients, autocast, sum_of
 from lesionsam.types import Batch
+from lesionsam.utils.devices import torch_device
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 TRUST_EVERYBODY = 0.6931  # nats; the greatest entropy is ln 2

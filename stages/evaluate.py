@@ -19,14 +19,15 @@ from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.columns import LEAKING, concat
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.pictures import write_pictures
-from lesionsam.experiment import pretrained_weights, torch_device
-from lesionsam.experiment_auto import lesion_finder
+from lesionsam.experiment.auto import lesion_finder
+from lesionsam.experiment.run import pretrained_weights
 from lesionsam.inference.lesion import look_at_boxes
 from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.prompts import NONE
 from lesionsam.tracking import Tracker
 from lesionsam.types import Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.processes import end_with_parent, only_one
 

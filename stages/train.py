@@ -11,22 +11,12 @@ from pathlib import Path
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config, flatten, load_config
 from lesionsam.data.index import read_index
-from lesionsam.epoch_pictures import draw_epoch
 from lesionsam.errors import run_guarded
-from lesionsam.experiment import (
-    SELECTION_SEED,
-    Trained,
-    input_side,
-    open_data,
-    pretrained_weights,
-    run_key,
-    torch_device,
-    train,
-    trained_prompts,
-)
-from lesionsam.experiment_memory import cost
-from lesionsam.experiment_origin import begin, finish, origin_of
-from lesionsam.experiment_parts import strategy_of
+from lesionsam.experiment.build import strategy_of, trained_prompts
+from lesionsam.experiment.pictures import draw_epoch
+from lesionsam.experiment.resources import cost
+from lesionsam.experiment.resume import begin, finish, origin_of, run_key
+from lesionsam.experiment.run import SELECTION_SEED, Trained, input_side, open_data, pretrained_weights, train
 from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.finetuned import save_tuned
@@ -36,6 +26,7 @@ from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.tracking_tensorboard import Board
 from lesionsam.training.loop import OBJECTIVE
 from lesionsam.training.state import save_head
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic
 from lesionsam.utils.processes import end_with_parent, finishing_first, only_one
 

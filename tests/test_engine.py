@@ -30,7 +30,7 @@ from lesionsam.engine_report import news
 from lesionsam.engine_rounds import Reviewed, Round, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
 from lesionsam.engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some
 from lesionsam.errors import UserError
-from lesionsam.experiment import trained_prompts
+from lesionsam.experiment.build import trained_prompts
 from lesionsam.models.checkpoint import read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam

@@ -43,8 +43,8 @@ def annotate(
 
     weights, where = None, "cpu"
     if model is not None:
-        from lesionsam.experiment import torch_device
         from lesionsam.registry import resolve_model
+        from lesionsam.utils.devices import torch_device
 
         weights, where = resolve_model(model), str(torch_device(device))
     run(

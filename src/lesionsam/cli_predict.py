@@ -71,12 +71,12 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Segment lesions in images, given boxes, points or nothing; a second call does only what is missing."""
-    from lesionsam.experiment import torch_device
-    from lesionsam.experiment_auto import read_auto_options
+    from lesionsam.experiment.auto import read_auto_options
     from lesionsam.inference.auto import AUTO
     from lesionsam.inference.files import predict_files
     from lesionsam.inference.inputs import Source
     from lesionsam.registry import resolve_model
+    from lesionsam.utils.devices import torch_device
 
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
     uses_auto = source.kind in ("auto", "everything")

@@ -42,10 +42,13 @@ from lesionsam.engine_rounds import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment import input_side, open_data, run_key, torch_device, train, trained_prompts
+from lesionsam.experiment.build import trained_prompts
+from lesionsam.experiment.resume import run_key
+from lesionsam.experiment.run import input_side, open_data, train
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from lesionsam.utils.progress import progress

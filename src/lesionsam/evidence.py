@@ -33,13 +33,15 @@ from lesionsam.evaluation import statistics
 from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evidence_unet import evaluate_unet, train_unet
-from lesionsam.experiment import input_side, open_data, torch_device, train, trained_prompts
-from lesionsam.experiment_auto import auto_options
+from lesionsam.experiment.auto import auto_options
+from lesionsam.experiment.build import trained_prompts
+from lesionsam.experiment.run import input_side, open_data, train
 from lesionsam.inference.lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.tracking import NullTracker, Tracker
 from lesionsam.types import Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import read_image, read_mask
 

@@ -20,7 +20,8 @@ from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
-from lesionsam.experiment import Data, how_to_train, torch_device
+from lesionsam.experiment.build import how_to_train
+from lesionsam.experiment.run import Data
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import known_masks, mean_over
@@ -30,6 +31,7 @@ from lesionsam.training.optimizer import Group
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, load_best
 from lesionsam.types import Batch, Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.progress import progress
 
 ENCODER = "resnet18"

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 
-from lesionsam import experiment, experiment_parts, metrics
+from lesionsam import metrics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
@@ -29,7 +29,9 @@ from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
-from lesionsam.experiment_memory import peak_memory
+from lesionsam.experiment import build as experiment_parts
+from lesionsam.experiment import run as experiment
+from lesionsam.experiment.resources import peak_memory
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_as
 from lesionsam.models.sam import Sam, decode, encode

@@ -20,9 +20,9 @@ from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS, evaluate_model
 from lesionsam.evaluation.selection import quick_evaluate
-from lesionsam.experiment import Data, build_method, input_side, open_data, pretrained_weights, torch_device
-from lesionsam.experiment_origin import code_digest
-from lesionsam.experiment_parts import prepare_sam
+from lesionsam.experiment.build import build_method, prepare_sam
+from lesionsam.experiment.resume import code_digest
+from lesionsam.experiment.run import Data, input_side, open_data, pretrained_weights
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
@@ -30,6 +30,7 @@ from lesionsam.prompts import draw_prompts
 from lesionsam.sweep_space import Dimension
 from lesionsam.training.loop import step_generator
 from lesionsam.types import Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image, read_mask
 

@@ -17,7 +17,7 @@ import torch
 from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment import Trained, train
+from lesionsam.experiment.run import Trained, train
 from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep_data import Bench, score_held

@@ -29,7 +29,7 @@ from lesionsam.data.activations import Activations, image_key
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation.selection import quick_evaluate
-from lesionsam.experiment_cache import computing, open_caches
+from lesionsam.experiment.caches import computing, open_caches
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.supervised import Supervised

@@ -27,7 +27,7 @@ from helpers.tiny import tiny_data, tiny_sam  # noqa: E402
 from lesionsam.config.edit import fit as fit_values  # noqa: E402
 from lesionsam.config.load import default_values, unflatten, validate  # noqa: E402
 from lesionsam.config.presets import preset_values  # noqa: E402
-from lesionsam.experiment import Data, train  # noqa: E402
+from lesionsam.experiment.run import Data, train  # noqa: E402
 from lesionsam.models.checkpoint import save_sam  # noqa: E402
 
 GOLDEN = Path(__file__).with_name("losses.json")

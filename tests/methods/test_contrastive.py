@@ -17,7 +17,7 @@ from helpers.tiny import SIDE, tiny_data, tiny_sam
 from lesionsam.boxes.prior import ellipse_prior
 from lesionsam.config.load import Config, default_values, validate
 from lesionsam.config.presets import preset_values
-from lesionsam.experiment import build_method
+from lesionsam.experiment.build import build_method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.grid import known_masks, to_grid
 from lesionsam.methods.prompting import draw_kinds

@@ -15,7 +15,7 @@ import pytest
 from lesionsam import losses
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.errors import UserError
-from lesionsam.experiment_origin import ANYWAY, ORIGIN, begin, finish, origin_of
+from lesionsam.experiment.resume import ANYWAY, ORIGIN, begin, finish, origin_of
 from lesionsam.tracking import NullTracker
 from lesionsam.training import loop as training
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lesionsam.config.load import Config, default_text, default_values, validate
 from lesionsam.config.presets import apply_preset
-from lesionsam.experiment_memory import answers_per_image, memory_of, parts_that_fit
+from lesionsam.experiment.resources import answers_per_image, memory_of, parts_that_fit
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.methods.supervised import Supervised

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lesionsam.config.load import Config, flatten
+from lesionsam.config.load import Config, config_digest, flatten
 from lesionsam.errors import UserError
 from lesionsam.utils.files import remove_leftovers, sha256_file, write_json_atomic
 
@@ -151,3 +151,13 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+
+
+def run_key(config: Config, boxes_csv: Path, weights: Path) -> str:
+    """Name of a run's scratch folder: hash of parameters, data and pretrained weights; hardware is not in it."""
+    parts = {
+        "config": config_digest(config, ("model", "method", "train")),
+        "boxes": sha256_file(boxes_csv),
+        "weights": sha256_file(weights),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

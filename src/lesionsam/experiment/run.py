@@ -5,45 +5,35 @@ Shared by the train stage, the sweep and the evidence.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from lesionsam.boxes.prior import outline_offset
-from lesionsam.config.load import Config, config_digest
+from lesionsam.config.load import Config
 from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import SupervisedMethod
-from lesionsam.data.augment import Distortion
 from lesionsam.data.dataset import Batches, LesionDataset, open_dataset
-from lesionsam.data.frames import PRIOR_SCALE
 from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS
 from lesionsam.evaluation.selection import quick_evaluate
-from lesionsam.experiment_cache import open_caches
-from lesionsam.experiment_memory import parts_that_fit
-from lesionsam.experiment_parts import build_supervised, contrastive_options, learning_groups, prepare_sam
+from lesionsam.experiment.build import build_method, how_to_train, learning_groups, num_steps, prepare_sam
+from lesionsam.experiment.caches import open_caches
+from lesionsam.experiment.resources import parts_that_fit
 from lesionsam.methods.base import Method
-from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import trained_counts
 from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
-from lesionsam.training.optimizer import schedule_factor
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, check_disk, load_best
 from lesionsam.types import Sample
-from lesionsam.utils.files import sha256_file
+from lesionsam.utils.devices import torch_device
 
-OFFSET_SAMPLES = 300  # images that the outline offset is found on, at most
-OFFSET_SIDE = 128  # longest side of their priors, pixels
 SELECTION_SEED = 0  # of the development prompts: the same in every epoch and run; no setting of the evaluation
 
 
@@ -73,29 +63,6 @@ class Trained:
     progress: Progress
     offset: float | None
     trained: int
-
-
-def torch_device(name: str) -> torch.device:
-    """runtime.device -> a device that is there.
-
-    Raises:
-        UserError: a GPU was asked for and there is none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"runtime.device: {name!r} asked for, but torch {torch.__version__} finds no GPU; use auto or cpu"
-        )
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-
-
-def trained_prompts(config: Config) -> str:
-    """The kinds of prompt that a model is trained with, parted by blanks: what its weights file says of itself."""
-    return " ".join(kind for kind, share in config.method.prompts.shares().items() if share > 0)
 
 
 def pretrained_weights(folder: Path) -> Path:
@@ -149,73 +116,6 @@ def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Pa
             "(use method.name: contrastive, which needs none)"
         )
     return Data(sets["train"], sets["dev"], cache.with_name("activations"))
-
-
-def find_offset(data: LesionDataset, looseness: float) -> float:
-    """The outline offset of a training set, from its boxes alone; see `box_prior.outline_offset`."""
-    stride = max(1, data.side // OFFSET_SIDE)
-    chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OFFSET_SAMPLES)).round().astype(int))
-    priors = [np.asarray(data.frames.priors[k, ::stride, ::stride], np.float32) / PRIOR_SCALE for k in chosen]
-    boxes = [data.frames.big_boxes[k] / stride for k in chosen]
-    sizes = [(int(height) // stride, int(width) // stride) for height, width in (data.frames.sizes[k] for k in chosen)]
-    return outline_offset(priors, boxes, looseness, sizes)
-
-
-def num_steps(config: Config, data: LesionDataset) -> int:
-    """Optimiser steps of a whole run on these samples."""
-    t = config.train
-    return t.epochs * -(-data.batches_per_epoch(t.batch_size) // t.accumulate)
-
-
-def how_to_train(config: Config, data: LesionDataset) -> dict[str, Any]:
-    """What section `train` says of a whole run on these samples, as arguments of `training.fit`."""
-    t = config.train
-    return {
-        "epochs": t.epochs,
-        "batch_size": t.batch_size,
-        "accumulate": t.accumulate,
-        "weight_decay": t.weight_decay,
-        "betas": (t.beta1, t.beta2),
-        "factor": partial(
-            schedule_factor, num_steps=num_steps(config, data), schedule=t.schedule, warmup=t.warmup, final=t.final_lr
-        ),
-        "clip": t.clip,
-        "precision": t.precision,
-        "seed": t.seed,
-        "augment": t.augment,
-        "widen": t.widen,
-        "distort": Distortion(**t.distort.model_dump()),
-        "patience": t.patience,
-    }
-
-
-def build_method(
-    config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
-) -> tuple[Method, float | None]:
-    """The configured method around a SAM whose trained parts are selected.
-
-    Returns:
-        The method, and the outline offset that it uses (None where its target has none).
-    """
-    m = config.method
-    if isinstance(m, SupervisedMethod):
-        return build_supervised(m, sam), None
-    target = m.target
-    offset = getattr(target, "offset", None)
-    found = (
-        find_offset(data, getattr(target, "looseness", 0.0))
-        if offset == "boxes"
-        else float(offset)
-        if isinstance(offset, float | int)
-        else 0.0
-    )
-    options = contrastive_options(m, found, round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)))
-    reference = None
-    if m.gamma > 0:
-        reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
-        reference.requires_grad_(False).eval()
-    torch.manual_seed(config.train.seed)  # the head is the only part that starts at random
-    return Contrastive(sam, reference, options), found if offset is not None else None
 
 
 def train(
@@ -321,13 +221,3 @@ def _evaluate(
 def selection_key(config: Config, dev: LesionDataset) -> str:
     """Which score selects: the true one where asked for and known for every dev image, else the label-free one."""
     return OBJECTIVE if config.train.select == "objective" and dev.has_masks else "label_free"
-
-
-def run_key(config: Config, boxes_csv: Path, weights: Path) -> str:
-    """Name of a run's scratch folder: hash of parameters, data and pretrained weights; hardware is not in it."""
-    parts = {
-        "config": config_digest(config, ("model", "method", "train")),
-        "boxes": sha256_file(boxes_csv),
-        "weights": sha256_file(weights),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]

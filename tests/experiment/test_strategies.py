@@ -13,8 +13,8 @@ from helpers.training import Stop, run, stop_at
 from lesionsam.config.edit import fit
 from lesionsam.config.load import Config, default_values, flatten, unflatten, validate
 from lesionsam.config.presets import preset_values
-from lesionsam.experiment import Data, Trained, build_method, train
-from lesionsam.experiment_parts import choose_trained, learning_groups, prepare_sam, strategy_of
+from lesionsam.experiment.build import build_method, choose_trained, learning_groups, prepare_sam, strategy_of
+from lesionsam.experiment.run import Data, Trained, train
 from lesionsam.models import adapters, lora
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.finetuned import merged_state, save_tuned

@@ -1,0 +1,1 @@
+"""Configuration to objects to a trained model: where configuration stops."""
