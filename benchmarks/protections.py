@@ -26,7 +26,7 @@ from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment.build import build_method, learning_groups, prepare_sam
 from lesionsam.experiment.resume import begin, origin_of
 from lesionsam.smoke import generated_samples
-from lesionsam.tracking import Tracker
+from lesionsam.tracking.tracker import Tracker
 from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.processes import only_one

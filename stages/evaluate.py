@@ -22,10 +22,10 @@ from lesionsam.evaluation.pictures import write_pictures
 from lesionsam.experiment.auto import lesion_finder
 from lesionsam.experiment.run import pretrained_weights
 from lesionsam.inference.lesion import look_at_boxes
-from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.prompts import NONE
-from lesionsam.tracking import Tracker
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.tracker import Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.images import read_image, read_mask

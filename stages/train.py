@@ -17,13 +17,13 @@ from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key
 from lesionsam.experiment.run import SELECTION_SEED, Trained, input_side, open_data, pretrained_weights, train
-from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import TRAINED_WITH
-from lesionsam.tracking import NullTracker, Tracker
-from lesionsam.tracking_tensorboard import Board
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.tensorboard import Board
+from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.training.loop import OBJECTIVE
 from lesionsam.training.state import save_head
 from lesionsam.utils.devices import torch_device

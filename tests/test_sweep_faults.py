@@ -27,8 +27,8 @@ from lesionsam.errors import UserError
 from lesionsam.sweep import Request, sweep
 from lesionsam.sweep_trial import Place
 from lesionsam.sweep_worker import is_finished, state_of
-from lesionsam.tracking import NullTracker, sync
-from lesionsam.tracking_spool import Spool, read_lines
+from lesionsam.tracking.spool import Spool, read_lines
+from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.utils.processes import started
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
@@ -284,7 +284,7 @@ def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatc
 def test_without_an_mlflow_server_no_trial_is_lost(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stated fallback: runs wait on disk, each knowing its one parent (tests/test_tracking.py sends such runs)."""
+    """A stated fallback: runs wait on disk, each knowing its one parent (tests/tracking/test_tracker.py sends such runs)."""
     monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
     monkeypatch.setattr("lesionsam.sweep.SYNC_SECONDS", 0.5)
     set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")

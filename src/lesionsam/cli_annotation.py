@@ -43,7 +43,7 @@ def annotate(
 
     weights, where = None, "cpu"
     if model is not None:
-        from lesionsam.registry import resolve_model
+        from lesionsam.tracking.registry import resolve_model
         from lesionsam.utils.devices import torch_device
 
         weights, where = resolve_model(model), str(torch_device(device))

@@ -75,7 +75,7 @@ def predict(
     from lesionsam.inference.auto import AUTO
     from lesionsam.inference.files import predict_files
     from lesionsam.inference.inputs import Source
-    from lesionsam.registry import resolve_model
+    from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model

@@ -43,7 +43,7 @@ def export(
         raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
 
     from lesionsam import export as exporting
-    from lesionsam.registry import resolve_model
+    from lesionsam.tracking.registry import resolve_model
 
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
@@ -78,8 +78,8 @@ def promote(
     alias: Annotated[str, typer.Option(help="Which name to give this version.")] = "champion",
 ) -> None:
     """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then means it."""
-    from lesionsam.registry import NAME
-    from lesionsam.registry import promote as run_promote
+    from lesionsam.tracking.registry import NAME
+    from lesionsam.tracking.registry import promote as run_promote
 
     done = run_promote(run, alias=alias)
     score = "" if done.objective is None else f", mean IoU of ring, centre and box {done.objective:.3f}"
@@ -102,8 +102,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
 ) -> None:
     """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""
-    from lesionsam.lineage import repository_root
     from lesionsam.report_compare import compare as run_compare
+    from lesionsam.tracking.lineage import repository_root
 
     size = run_compare(runs, out, repository_root(Path.cwd()))
     print(f"{out} ({size / 1e6:.1f} MB)")
@@ -112,7 +112,7 @@ def compare(
 def doctor() -> None:
     """Look at packages, GPU, memory, disk, tracking, data, weights and DVC's state, and say what to do next."""
     from lesionsam.doctor import examine, next_step, print_findings
-    from lesionsam.lineage import repository_root
+    from lesionsam.tracking.lineage import repository_root
 
     root = repository_root(Path.cwd())
     findings = examine(root)

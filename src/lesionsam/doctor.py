@@ -270,8 +270,8 @@ def without_password(uri: str) -> str:
 
 
 def _tracking(root: Path) -> Iterator[Finding]:
-    from lesionsam.registry import tracking_uri
-    from lesionsam.tracking_spool import Spool
+    from lesionsam.tracking.registry import tracking_uri
+    from lesionsam.tracking.spool import Spool
 
     if _raw_params(root).get("tracking", {}).get("enabled") is False:
         yield Finding("tracking", NOTE, "switched off (tracking.enabled)")

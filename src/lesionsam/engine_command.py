@@ -14,7 +14,7 @@ from lesionsam.engine import Place, limit_threads, masks_of, pairs_of, quality_o
 from lesionsam.engine_report import CURVE, REPORT, curve, news, write_report
 from lesionsam.engine_rounds import read_rounds
 from lesionsam.engine_trial import DRAW, Annotator, audit, drawn_only, trial
-from lesionsam.registry import resolve_model
+from lesionsam.tracking.registry import resolve_model
 from lesionsam.utils.files import write_bytes_atomic, write_json_atomic
 from lesionsam.utils.processes import only_one
 

@@ -39,7 +39,7 @@ from lesionsam.experiment.run import input_side, open_data, train
 from lesionsam.inference.lesion import DECODER, MASKS, find_lesions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
-from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic

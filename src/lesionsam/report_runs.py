@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lesionsam.errors import UserError
-from lesionsam.registry import fetch_evaluation
+from lesionsam.tracking.registry import fetch_evaluation
 
 RESULTS, TRAINING = Path("results"), Path("models/adapted")
 NEEDED = ("summary.json", "per_image.csv", "table.csv", "strata.csv", "jitter.csv", "calibration.csv")

@@ -23,7 +23,6 @@ from lesionsam.config.edit import difference, edit_text
 from lesionsam.config.load import Config, flatten, load_config, parse_yaml, read_text, to_values, validate
 from lesionsam.config.presets import apply_preset
 from lesionsam.errors import UserError
-from lesionsam.lineage import repository_root
 from lesionsam.sweep_crew import crew, is_late
 from lesionsam.sweep_data import Bench, fixed_values, idle_gate, num_blocks, open_bench
 from lesionsam.sweep_pictures import draw_pictures
@@ -47,7 +46,8 @@ from lesionsam.sweep_storage import clear_errors, opened, repair, shown_url, sto
 from lesionsam.sweep_study import made_here, make_ready, open_study
 from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
 from lesionsam.sweep_worker import Plan, interrupt, is_finished
-from lesionsam.tracking import NullTracker, sync
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 

@@ -16,7 +16,7 @@ from lesionsam.sweep_data import Bench, zero_shot
 from lesionsam.sweep_report import by_label_free
 from lesionsam.sweep_space import Dimension, from_json, to_json
 from lesionsam.sweep_storage import HOST, owner, wait_for
-from lesionsam.tracking import NullTracker
+from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training.loop import OBJECTIVE
 
 LOCAL_SECONDS, SERVER_SECONDS = 180.0, 30.0  # patience with MLflow's first answer: a file to be made, a server

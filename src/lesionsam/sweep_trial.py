@@ -18,12 +18,12 @@ from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.run import Trained, train
-from lesionsam.lineage import repository_root
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep_data import Bench, score_held
 from lesionsam.sweep_space import Value, configured
 from lesionsam.sweep_storage import Lock
-from lesionsam.tracking import NullTracker, Tracker
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.progress import silent

@@ -14,7 +14,7 @@ import numpy as np
 
 import lesionsam
 from lesionsam.export import Answer, Format, Prompt, Segment, Subject
-from lesionsam.tracking_mlflow import ENVIRONMENT
+from lesionsam.tracking.shipper import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 
 SCRIPT = "tracking_served.py"

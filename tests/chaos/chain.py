@@ -19,8 +19,8 @@ from pipeline import test_pipeline
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from lesionsam.tracking import sync
-from lesionsam.tracking_spool import read_lines
+from lesionsam.tracking.spool import read_lines
+from lesionsam.tracking.tracker import sync
 
 DVC, GROUP, STAGE, TERM, INT, SECOND = (
     "kill -9 of dvc",

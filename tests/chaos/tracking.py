@@ -20,8 +20,8 @@ from helpers.tiny import tiny_data
 from helpers.training import CPU, contrastive, run
 
 from lesionsam.data.loader import Loader
-from lesionsam.tracking import NullTracker, Tracker, sync
-from lesionsam.tracking_spool import Spool
+from lesionsam.tracking.spool import Spool
+from lesionsam.tracking.tracker import NullTracker, Tracker, sync
 from lesionsam.training.state import load_best
 
 EPOCHS = 10

@@ -18,8 +18,8 @@ from helpers.tiny import tiny_data
 from helpers.training import CPU, contrastive, run, weights
 
 from lesionsam.data.loader import Loader
-from lesionsam.tracking import NullTracker
-from lesionsam.tracking_spool import read_lines
+from lesionsam.tracking.spool import read_lines
+from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training import state as training_state
 from lesionsam.training.state import load_best
 from lesionsam.utils.processes import finishing_first

@@ -16,7 +16,7 @@ from lesionsam import losses
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.errors import UserError
 from lesionsam.experiment.resume import ANYWAY, ORIGIN, begin, finish, origin_of
-from lesionsam.tracking import NullTracker
+from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training import loop as training
 
 

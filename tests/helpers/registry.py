@@ -7,7 +7,7 @@ from pathlib import Path
 from helpers.tiny import tiny_sam
 
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.tracking import Tracker
+from lesionsam.tracking.tracker import Tracker
 
 
 def train(root: Path, folder: Path, *, seed: int) -> None:

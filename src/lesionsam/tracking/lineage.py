@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lesionsam.tracking_spool import clean_name
+from lesionsam.tracking.spool import clean_name
 
 MAX_PARAM_CHARS = 500
 

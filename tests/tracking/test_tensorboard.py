@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lesionsam.errors import UserError
-from lesionsam.tracking_tensorboard import Board
+from lesionsam.tracking.tensorboard import Board
 
 PRESENT = importlib.util.find_spec("tensorboard") is not None
 

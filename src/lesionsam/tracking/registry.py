@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
-from lesionsam.lineage import repository_root
-from lesionsam.tracking import sync
-from lesionsam.tracking_mlflow import ENVIRONMENT, LOCAL_ID_TAG
-from lesionsam.tracking_spool import Spool, read_record, spool_root
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG
+from lesionsam.tracking.spool import Spool, read_record, spool_root
+from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 
 if TYPE_CHECKING:

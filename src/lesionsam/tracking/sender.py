@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lesionsam.tracking_mlflow import Shipper, Unreachable, system_monitors
-from lesionsam.tracking_spool import Appender, Spool, encode_number, read_lines
+from lesionsam.tracking.shipper import Shipper, Unreachable, system_monitors
+from lesionsam.tracking.spool import Appender, Spool, encode_number, read_lines
 
 SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not

@@ -11,15 +11,15 @@ from helpers.registry import train
 from helpers.tiny import tiny_sam
 from typer.testing import CliRunner
 
-from lesionsam import registry
 from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam
-from lesionsam.registry import promote, resolve_model
 from lesionsam.report_runs import open_runs
-from lesionsam.tracking import Tracker
-from lesionsam.tracking_mlflow import Shipper
-from lesionsam.tracking_spool import Spool, spool_root
+from lesionsam.tracking import registry
+from lesionsam.tracking.registry import promote, resolve_model
+from lesionsam.tracking.shipper import Shipper
+from lesionsam.tracking.spool import Spool, spool_root
+from lesionsam.tracking.tracker import Tracker
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: no registry")
 pytestmark = [

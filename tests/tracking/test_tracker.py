@@ -23,11 +23,11 @@ import pytest
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.lineage import flatten_params, lineage_tags, repository_root
-from lesionsam.tracking import STALL_SECONDS, NullTracker, Tracker, sync
-from lesionsam.tracking_mlflow import Shipper, Unreachable
-from lesionsam.tracking_sender import catch_up
-from lesionsam.tracking_spool import Appender, Spool, clean_name, read_lines, spool_root
+from lesionsam.tracking.lineage import flatten_params, lineage_tags, repository_root
+from lesionsam.tracking.sender import catch_up
+from lesionsam.tracking.shipper import Shipper, Unreachable
+from lesionsam.tracking.spool import Appender, Spool, clean_name, read_lines, spool_root
+from lesionsam.tracking.tracker import STALL_SECONDS, NullTracker, Tracker, sync
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
 # MLflow leaves connections to be collected; its own warnings are not ours to cure.
@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)"),
 ]
-SOURCE = Path(__file__).resolve().parent.parent / "src"
+SOURCE = Path(__file__).resolve().parents[2] / "src"
 EXPERIMENT = "tests"
 
 
@@ -740,7 +740,7 @@ def test_children_share_one_parent_however_late_the_server_comes(
     shipper = Shipper(spool_of(tmp_path / "alone"), replace_gone=False)
     with pytest.raises(Unreachable, match="belongs to is not there yet"):
         shipper.ship()
-    monkeypatch.setattr("lesionsam.tracking_mlflow.PARENT_SECONDS", 0.0)
+    monkeypatch.setattr("lesionsam.tracking.shipper.PARENT_SECONDS", 0.0)
     assert catch_up(tmp_path / "alone")
     (tmp_path / "here" / "parent" / "run.json").unlink()  # cleaned away: whoever knows the id goes on with that run
     again = opened(tmp_path / "here", "parent", local_id=parent.local_id)
@@ -758,7 +758,7 @@ def test_a_model_on_a_server_is_promoted_and_fetched_once(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The registry over HTTP: the copy is whole, and a second call fetches no other."""
-    from lesionsam.registry import promote, resolve_model
+    from lesionsam.tracking.registry import promote, resolve_model
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)

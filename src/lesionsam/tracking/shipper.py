@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lesionsam.tracking_spool import JOURNALS, Spool, read_lines, spool_root
-from lesionsam.tracking_store import make_store
+from lesionsam.tracking.spool import JOURNALS, Spool, read_lines, spool_root
+from lesionsam.tracking.store import make_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

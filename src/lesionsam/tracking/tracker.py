@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lesionsam.lineage import flatten_params, lineage_tags
-from lesionsam.tracking_spool import (
+from lesionsam.tracking.lineage import flatten_params, lineage_tags
+from lesionsam.tracking.spool import (
     Appender,
     Spool,
     clean_name,
@@ -378,7 +378,7 @@ class Tracker(NullTracker):
 def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the sender, in a session of its own: after Ctrl-C in training `close` still needs it."""
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "lesionsam.tracking_sender", str(os.getpid()), *arguments]
+    command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
     return subprocess.Popen(
         command,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
