@@ -47,7 +47,7 @@ def tune(
     preset: Annotated[str, typer.Option(help="Sweep on a preset of `lesionsam preset`; empty = params.yaml.")] = "",
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
-    from lesionsam.sweep import Request, sweep
+    from lesionsam.sweep.search import Request, sweep
 
     sweep(
         Request(

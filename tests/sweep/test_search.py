@@ -19,22 +19,22 @@ import pandas as pd
 import pytest
 from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
-from lesionsam import sweep_storage
 from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, to_values, validate
 from lesionsam.config.presets import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.sweep import Request, apply_best, sweep
-from lesionsam.sweep_choice import NumberedSampler, build_pruner, finished
-from lesionsam.sweep_data import held_out, idle_gate, open_bench
-from lesionsam.sweep_pictures import draw_pictures, importance
-from lesionsam.sweep_report import Verdict, comparisons, judge, rank_correlation, spread
-from lesionsam.sweep_space import Dimension, combinations, dead_keys, from_json, read_space, to_json
-from lesionsam.sweep_storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
-from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place
-from lesionsam.sweep_worker import Duplicate, Plan, Surplus, Worker, draw, is_finished, state_of
+from lesionsam.sweep import storage as sweep_storage
+from lesionsam.sweep.bench import held_out, idle_gate, open_bench
+from lesionsam.sweep.charts import draw_pictures, importance
+from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation, spread
+from lesionsam.sweep.samplers import NumberedSampler, build_pruner, finished
+from lesionsam.sweep.search import Request, apply_best, sweep
+from lesionsam.sweep.space import Dimension, combinations, dead_keys, from_json, read_space, to_json
+from lesionsam.sweep.storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
+from lesionsam.sweep.trial import FULL, START, WINNER, Job, Place
+from lesionsam.sweep.worker import Duplicate, Plan, Surplus, Worker, draw, is_finished, state_of
 
 
 @pytest.fixture(scope="session")
@@ -317,7 +317,7 @@ def test_a_sweep_from_start_to_applied_values(
     read = set()
     opened = read_index(Path("data/raw/index.csv"))
     test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
-    monkeypatch.setattr("lesionsam.sweep_data.read_image", lambda path: read.add(str(path)) or real_read(path))
+    monkeypatch.setattr("lesionsam.sweep.bench.read_image", lambda path: read.add(str(path)) or real_read(path))
     sweep(Request(trials=4, apply=True, rank_check=9))
     study = only_study()
     first = study.get_trials()[0]
@@ -418,9 +418,9 @@ def test_a_trial_that_fails_counts_and_is_named(
             raise RuntimeError("out of memory: made up")
         return real_train(config, *args, **kwargs)
 
-    from lesionsam.sweep_trial import train as real_train
+    from lesionsam.sweep.trial import train as real_train
 
-    monkeypatch.setattr("lesionsam.sweep_trial.train", failing)
+    monkeypatch.setattr("lesionsam.sweep.trial.train", failing)
     set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}}, train__epochs=1)
     sweep(Request(trials=3))
     assert sorted(state_of(t) for t in only_study().get_trials() if is_finished(t)) == [
@@ -548,7 +548,7 @@ def test_a_trial_cut_short_begins_anew_under_other_code(project: Path, monkeypat
     bench, config = open_bench(load_config()), load_config()
     first = bench.run_key(config)
     assert bench.run_key(config) == first
-    monkeypatch.setattr("lesionsam.sweep_data.code_digest", lambda: "other")
+    monkeypatch.setattr("lesionsam.sweep.bench.code_digest", lambda: "other")
     assert bench.run_key(config) != first
 
 

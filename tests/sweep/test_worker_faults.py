@@ -22,11 +22,13 @@ from helpers.postgres_server import postgres, why_not
 from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from optuna.trial import FrozenTrial, TrialState
 
-from lesionsam import sweep_storage, sweep_study, sweep_worker
 from lesionsam.errors import UserError
-from lesionsam.sweep import Request, sweep
-from lesionsam.sweep_trial import Place
-from lesionsam.sweep_worker import is_finished, state_of
+from lesionsam.sweep import storage as sweep_storage
+from lesionsam.sweep import study as sweep_study
+from lesionsam.sweep import worker as sweep_worker
+from lesionsam.sweep.search import Request, sweep
+from lesionsam.sweep.trial import Place
+from lesionsam.sweep.worker import is_finished, state_of
 from lesionsam.tracking.spool import Spool, read_lines
 from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.utils.processes import started
@@ -216,7 +218,7 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> 
     """The parent dies long before the worker has loaded its libraries."""
     launcher = (
         "import os, signal, subprocess, sys\n"
-        "worker = subprocess.Popen([sys.executable, '-m', 'lesionsam.sweep_worker', str(os.getpid())],\n"
+        "worker = subprocess.Popen([sys.executable, '-m', 'lesionsam.sweep.worker', str(os.getpid())],\n"
         "                          stdin=sys.stdin, start_new_session=True)\n"
         "print(worker.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
@@ -286,7 +288,7 @@ def test_without_an_mlflow_server_no_trial_is_lost(
 ) -> None:
     """A stated fallback: runs wait on disk, each knowing its one parent (tests/tracking/test_tracker.py sends such runs)."""
     monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
-    monkeypatch.setattr("lesionsam.sweep.SYNC_SECONDS", 0.5)
+    monkeypatch.setattr("lesionsam.sweep.search.SYNC_SECONDS", 0.5)
     set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")
     sweep(Request(trials=2))
     assert "warning: MLflow does not answer; runs are kept on disk and sent later, under their one parent" in (

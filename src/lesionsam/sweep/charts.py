@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from lesionsam.sweep_space import Dimension
-from lesionsam.sweep_trial import Place, shown
+from lesionsam.sweep.space import Dimension
+from lesionsam.sweep.trial import Place, shown
 from lesionsam.utils.files import atomic_write
 
 COMPLETE, PRUNED, FAILED, WINNER, START, LINE = "#0b62a3", "#d1702a", "#b0397a", "#2c7a3f", "#1d2433", "#9aa1ad"

@@ -19,9 +19,9 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.run import Trained, train
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.sweep_data import Bench, score_held
-from lesionsam.sweep_space import Value, configured
-from lesionsam.sweep_storage import Lock
+from lesionsam.sweep.bench import Bench, score_held
+from lesionsam.sweep.space import Value, configured
+from lesionsam.sweep.storage import Lock
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.training.loop import OBJECTIVE

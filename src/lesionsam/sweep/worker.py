@@ -25,11 +25,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lesionsam.config.load import Config, validate
 from lesionsam.errors import run_guarded
-from lesionsam.sweep_choice import NumberedSampler, build_pruner
-from lesionsam.sweep_data import open_bench
-from lesionsam.sweep_space import Dimension, Value, combinations, from_json, same
-from lesionsam.sweep_storage import HOST, clear_errors, fault_behind, opened, owner, queue_again, repair
-from lesionsam.sweep_trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
+from lesionsam.sweep.bench import open_bench
+from lesionsam.sweep.samplers import NumberedSampler, build_pruner
+from lesionsam.sweep.space import Dimension, Value, combinations, from_json, same
+from lesionsam.sweep.storage import HOST, clear_errors, fault_behind, opened, owner, queue_again, repair
+from lesionsam.sweep.trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
 from lesionsam.utils.processes import holding
 
 WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials

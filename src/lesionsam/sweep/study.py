@@ -12,10 +12,10 @@ from optuna.storages import BaseStorage
 
 from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
-from lesionsam.sweep_data import Bench, zero_shot
-from lesionsam.sweep_report import by_label_free
-from lesionsam.sweep_space import Dimension, from_json, to_json
-from lesionsam.sweep_storage import HOST, owner, wait_for
+from lesionsam.sweep.bench import Bench, zero_shot
+from lesionsam.sweep.report import by_label_free
+from lesionsam.sweep.space import Dimension, from_json, to_json
+from lesionsam.sweep.storage import HOST, owner, wait_for
 from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training.loop import OBJECTIVE
 

@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lesionsam.config.load import Config
-from lesionsam.sweep_trial import budget
+from lesionsam.sweep.trial import budget
 
 STARTUP_TRIALS = 10  # random ones before the sampler models anything, at most; a third of few
 MEDIAN_STARTUP = 5  # trials before the median pruner stops one

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.sweep_worker import END_SECONDS, Plan, run, to_text
+from lesionsam.sweep.worker import END_SECONDS, Plan, run, to_text
 
 MAX_RESTARTS = 3  # of workers that were killed
 
@@ -78,7 +78,7 @@ def start(plan: Plan) -> subprocess.Popen[str]:
     if plan.threads:
         environment |= {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lesionsam.sweep_worker", str(os.getpid())],
+        [sys.executable, "-m", "lesionsam.sweep.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         text=True,
         env=environment,

@@ -23,10 +23,10 @@ from lesionsam.config.edit import difference, edit_text
 from lesionsam.config.load import Config, flatten, load_config, parse_yaml, read_text, to_values, validate
 from lesionsam.config.presets import apply_preset
 from lesionsam.errors import UserError
-from lesionsam.sweep_crew import crew, is_late
-from lesionsam.sweep_data import Bench, fixed_values, idle_gate, num_blocks, open_bench
-from lesionsam.sweep_pictures import draw_pictures
-from lesionsam.sweep_report import (
+from lesionsam.sweep.bench import Bench, fixed_values, idle_gate, num_blocks, open_bench
+from lesionsam.sweep.charts import draw_pictures
+from lesionsam.sweep.crew import crew, is_late
+from lesionsam.sweep.report import (
     Verdict,
     as_text,
     budget_correlation,
@@ -41,11 +41,11 @@ from lesionsam.sweep_report import (
     winner,
     write,
 )
-from lesionsam.sweep_space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
-from lesionsam.sweep_storage import clear_errors, opened, repair, shown_url, storage_url
-from lesionsam.sweep_study import made_here, make_ready, open_study
-from lesionsam.sweep_trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
-from lesionsam.sweep_worker import Plan, interrupt, is_finished
+from lesionsam.sweep.space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
+from lesionsam.sweep.storage import clear_errors, opened, repair, shown_url, storage_url
+from lesionsam.sweep.study import made_here, make_ready, open_study
+from lesionsam.sweep.trial import BEST_NAME, Job, Place, best_note, budget, open_tracker
+from lesionsam.sweep.worker import Plan, interrupt, is_finished
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.training.loop import OBJECTIVE

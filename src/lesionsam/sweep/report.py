@@ -16,10 +16,10 @@ from scipy.stats import spearmanr
 
 from lesionsam.config.load import Config
 from lesionsam.evaluation.statistics import interval
-from lesionsam.sweep_data import Bench
-from lesionsam.sweep_space import Dimension, Value
-from lesionsam.sweep_trial import FULL, START, WINNER, Job, Place, budget, shown
-from lesionsam.sweep_worker import is_finished, state_of
+from lesionsam.sweep.bench import Bench
+from lesionsam.sweep.space import Dimension, Value
+from lesionsam.sweep.trial import FULL, START, WINNER, Job, Place, budget, shown
+from lesionsam.sweep.worker import is_finished, state_of
 from lesionsam.utils.files import write_text_atomic
 
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
