@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lesionsam.errors import run_guarded
-from lesionsam.report import build_report
-from lesionsam.report_card import build_card
+from lesionsam.report.card import build_card
+from lesionsam.report.page import build_report
 from lesionsam.tracking.lineage import lineage_tags
 from lesionsam.utils.processes import the_only
 

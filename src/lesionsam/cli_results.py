@@ -102,7 +102,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
 ) -> None:
     """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""
-    from lesionsam.report_compare import compare as run_compare
+    from lesionsam.report.compare import compare as run_compare
     from lesionsam.tracking.lineage import repository_root
 
     size = run_compare(runs, out, repository_root(Path.cwd()))

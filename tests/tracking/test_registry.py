@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lesionsam.cli import app
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam
-from lesionsam.report_runs import open_runs
+from lesionsam.report.runs import open_runs
 from lesionsam.tracking import registry
 from lesionsam.tracking.registry import promote, resolve_model
 from lesionsam.tracking.shipper import Shipper

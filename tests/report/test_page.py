@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from helpers.report import NUM_IMAGES, Page, lay_out
 
-from lesionsam import report
 from lesionsam.errors import UserError
 from lesionsam.overlays import write_png
+from lesionsam.report import page as report
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from lesionsam import report_charts as charts
 from lesionsam.config.load import read_yaml, trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
@@ -29,6 +28,7 @@ from lesionsam.evaluation.tables import (
     read_csv,
     sections,
 )
+from lesionsam.report import charts as charts
 from lesionsam.utils.files import write_text_atomic
 
 MAX_BYTES = 15_000_000  # of the page
@@ -118,7 +118,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam.report") / "templates" / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.report.page") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 

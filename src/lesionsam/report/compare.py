@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from lesionsam import report_charts as charts
 from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
@@ -29,8 +28,9 @@ from lesionsam.evaluation.tables import (
     sections,
 )
 from lesionsam.overlays import sheet
-from lesionsam.report import LINES, cost_cells, embedded, read_summary, write_page
-from lesionsam.report_runs import Run, open_runs
+from lesionsam.report import charts as charts
+from lesionsam.report.page import LINES, cost_cells, embedded, read_summary, write_page
+from lesionsam.report.runs import Run, open_runs
 
 COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
 SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure

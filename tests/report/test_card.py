@@ -17,7 +17,7 @@ from lesionsam.evaluation.columns import Evaluation
 from lesionsam.evaluation.statistics import METRICS
 from lesionsam.evaluation.tables import write_results
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.report_card import build_card, prompted
+from lesionsam.report.card import build_card, prompted
 from lesionsam.utils.files import sha256_file
 
 

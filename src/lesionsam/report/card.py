@@ -16,7 +16,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import format_interval
 from lesionsam.evaluation.tables import ADAPTED, markdown, prompts_in, read_csv
 from lesionsam.prompts import NONE
-from lesionsam.report import read_summary
+from lesionsam.report.page import read_summary
 from lesionsam.utils.files import sha256_file, write_text_atomic
 
 LICENCES = {

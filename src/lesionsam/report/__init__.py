@@ -1,0 +1,1 @@
+"""The HTML report, the model card and the comparison of runs."""
