@@ -10,7 +10,7 @@ import typer
 from lesionsam.errors import UserError
 
 if TYPE_CHECKING:
-    from lesionsam.export import Format
+    from lesionsam.export.base import Format
 
 FORMATS = ("pth", "safetensors", "hf", "onnx", "mlflow")
 
@@ -42,7 +42,7 @@ def export(
     if unknown := [name for name in chosen if name not in FORMATS]:
         raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
 
-    from lesionsam import export as exporting
+    from lesionsam.export import base as exporting
     from lesionsam.tracking.registry import resolve_model
 
     pictures = exporting.check_pictures(images, num_images)
@@ -61,13 +61,13 @@ def export(
 def _format(name: str) -> Format:
     """One of `FORMATS`; its library is imported when it is used."""
     if name == "mlflow":
-        from lesionsam.tracking_pyfunc import FORMAT
+        from lesionsam.export.mlflow import FORMAT
     elif name == "onnx":
-        from lesionsam.export_onnx import FORMAT
+        from lesionsam.export.onnx import FORMAT
     elif name == "hf":
-        from lesionsam.export_hf import FORMAT
+        from lesionsam.export.huggingface import FORMAT
     else:
-        from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
+        from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
 
         return PTH_FORMAT if name == "pth" else SAFETENSORS_FORMAT
     return FORMAT

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything import SamPredictor, sam_model_registry
 
-from lesionsam.models import plain
+from lesionsam.export import standalone as plain
 from lesionsam.models.finetuned import merged_state
 from lesionsam.models.sam import WIDTHS, Sam
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lesionsam.export import Format, Segment, Subject, with_predictor
-from lesionsam.models import plain
+from lesionsam.export import standalone as plain
+from lesionsam.export.base import Format, Segment, Subject, with_predictor
+from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
 from lesionsam.models.checkpoint import weights_metadata
-from lesionsam.models.foreign import reload_copied, reload_registry, sam_predictor
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 

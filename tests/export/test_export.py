@@ -21,17 +21,17 @@ from PIL import Image
 from segment_anything import sam_model_registry
 from typer.testing import CliRunner
 
-from lesionsam import export as exporting
 from lesionsam.cli import app
 from lesionsam.errors import UserError
-from lesionsam.export import Check, Format, Prompt, Segment, Subject, export, open_subject
-from lesionsam.export_plain import PTH_FORMAT, SAFETENSORS_FORMAT
+from lesionsam.export import base as exporting
+from lesionsam.export import standalone as plain
+from lesionsam.export.base import Check, Format, Prompt, Segment, Subject, export, open_subject
+from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
+from lesionsam.export.vanilla_sam import plain_state, registry_name, reload_copied
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.inference.lesion import DECODER, way
-from lesionsam.models import plain
 from lesionsam.models.checkpoint import load_sam, save_sam, weights_metadata
 from lesionsam.models.finetuned import Strategy, attach
-from lesionsam.models.foreign import plain_state, registry_name, reload_copied
 from lesionsam.models.sam import Sam, at_size, build_sam, encode
 from lesionsam.prompts import TRAINED_WITH
 
@@ -215,7 +215,7 @@ def test_a_published_model_goes_through_the_registry(tmp_path: Path, monkeypatch
         sam.load_state_dict(torch.load(path, weights_only=True))
         return sam
 
-    monkeypatch.setattr("lesionsam.export_plain.reload_registry", registry)
+    monkeypatch.setattr("lesionsam.export.plain.reload_registry", registry)
     one = replace(subject_of(vit_like()), registry="vit_b")
     (outcome,) = export(one, [PTH_FORMAT], tmp_path, pictures=pictures(1))
     assert outcome.faults == []
@@ -256,7 +256,7 @@ def test_hugging_face_gives_the_same_logits(
     make: Callable[[], Sam], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    from lesionsam.export_hf import FORMAT
+    from lesionsam.export.huggingface import FORMAT
 
     one = subject_of(make())
     # Random weights on noise: the processor's other way of resizing moves pixels over the threshold.
@@ -283,7 +283,7 @@ def test_hugging_face_knows_every_key() -> None:
     pytest.importorskip("transformers")
     from transformers import SamModel
 
-    from lesionsam.export_hf import config_of, renamed_state
+    from lesionsam.export.huggingface import config_of, renamed_state
 
     for name in ("vit_b", "vit_h"):
         with torch.device("meta"):
@@ -303,7 +303,7 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(
     """One export: the check on pictures, then what the check does not ask."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    from lesionsam.export_onnx import DECODER, ENCODER, FORMAT, INPUTS, OPSET, DecoderGraph, EncoderGraph
+    from lesionsam.export.onnx import DECODER, ENCODER, FORMAT, INPUTS, OPSET, DecoderGraph, EncoderGraph
 
     (outcome,) = export(subject, [FORMAT], tmp_path, pictures=pictures())
     assert outcome.faults == []
@@ -348,7 +348,7 @@ def test_the_decoder_graph_is_segment_anythings_decoder(box: tuple | None, point
     """All four masks of the graph against SamPredictor's, low resolution and original size."""
     from segment_anything import SamPredictor
 
-    from lesionsam.export_onnx import DecoderGraph, EncoderGraph, prompt_points
+    from lesionsam.export.onnx import DecoderGraph, EncoderGraph, prompt_points
 
     sam = vit_like()
     predictor = SamPredictor(sam)
@@ -494,7 +494,7 @@ def test_a_users_mistake_is_one_line(
 def test_too_little_disk_is_said_before_anything_is_written(
     subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lesionsam.export_folders.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("lesionsam.export.folders.free_disk_bytes", lambda path: 1000)
     with pytest.raises(UserError, match="MB of disk are needed, 0 MB are free"):
         export(subject, [PTH_FORMAT], tmp_path / "out", pictures=pictures(1))
     assert list((tmp_path / "out").iterdir()) == []
@@ -527,7 +527,7 @@ def test_the_command_checks_on_a_folder_and_says_how_far_off(
     rows = [line.split()[0] for line in done.output.splitlines() if "segment-anything" in line]
     assert rows == ["safetensors", "pth"]
     assert json.loads((tmp_path / "out" / "pth" / "card.json").read_text())["check"]["num_images"] == 3
-    monkeypatch.setattr("lesionsam.export.TOLERANCE", -1.0)
+    monkeypatch.setattr("lesionsam.export.base.TOLERANCE", -1.0)
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 1
     assert "error: pth: logits differ by" in failed.output

@@ -27,7 +27,7 @@ from repo import import_graph
 from repo.import_graph import imported_names, project_imports
 
 from lesionsam.errors import UserError
-from lesionsam.export import export, open_subject
+from lesionsam.export.base import export, open_subject
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.finetuned import Strategy, attach
@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:::(mlflow|sqlalchemy|alembic)"),
 ]
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 START_S = 900  # for a server on a slow machine that does much else
 
 
@@ -55,7 +55,7 @@ def as_base64(image: np.ndarray) -> str:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's folder; a model with adapters, which no plain format can hold."""
-    from lesionsam.tracking_pyfunc import FORMAT
+    from lesionsam.export.mlflow import FORMAT
 
     folder = tmp_path_factory.mktemp("served")
     sam = tiny_sam(sharpness=4)
@@ -169,7 +169,7 @@ def test_an_image_and_boxes_give_masks_over_http(exported: Path, server: str) ->
 
 def test_requests_at_once_get_the_masks_of_their_own_images(tmp_path: Path) -> None:
     """The server answers every request in a thread of its own, with one model."""
-    from lesionsam.tracking_served import PromptedSam
+    from lesionsam.export.mlflow_served import PromptedSam
 
     save_sam(tiny_sam(sharpness=40), tmp_path / "best.safetensors", name="compact")
     model = PromptedSam()
@@ -211,7 +211,7 @@ def test_the_model_is_self_describing(exported: Path) -> None:
 
 def test_the_stated_packages_cover_what_the_code_imports() -> None:
     """Every library that loading the served file imports is in the model's requirements."""
-    from lesionsam.tracking_pyfunc import REQUIREMENTS, SCRIPT
+    from lesionsam.export.mlflow import REQUIREMENTS, SCRIPT
 
     todo, seen = [import_graph.SOURCE / "lesionsam" / SCRIPT], set()
     libraries: set[str] = set()
@@ -251,14 +251,14 @@ def test_the_stated_packages_cover_what_the_code_imports() -> None:
     ],
 )
 def test_prompts_that_are_none_are_named(row: dict, words: str) -> None:
-    from lesionsam.tracking_served import prompts_of
+    from lesionsam.export.mlflow_served import prompts_of
 
     with pytest.raises(ValueError, match=words):
         prompts_of(row, 60, 40)
 
 
 def test_an_image_must_be_base64_of_an_image() -> None:
-    from lesionsam.tracking_served import decode_image
+    from lesionsam.export.mlflow_served import decode_image
 
     assert np.array_equal(decode_image(as_base64(picture())), picture())
     for wrong in (None, 3, "", "é", "abc"):

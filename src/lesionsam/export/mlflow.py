@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import lesionsam
-from lesionsam.export import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
 from lesionsam.tracking.shipper import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 

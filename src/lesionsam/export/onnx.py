@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.export import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import resize_longest
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesionsam.export import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
 from lesionsam.models.transforms import resize_longest
 
 # segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.

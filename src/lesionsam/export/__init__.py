@@ -1,0 +1,1 @@
+"""Weights for other tools; each export is read back and compared."""
