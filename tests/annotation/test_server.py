@@ -673,7 +673,7 @@ def check_state(folder: Path, url: str, acknowledged: dict[str, tuple[int, list[
 
 
 def test_kill_nine_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    """The short form; `python tests/test_annotation_server.py FOLDER 1000 30` is the long one."""
+    """The short form; `python tests/annotation/test_server.py FOLDER 1000 30` is the long one."""
     acknowledged, kills = kill_campaign(tmp_path, saves=60, kills=2, seed=1)
     assert kills == 2
     assert acknowledged >= 20

@@ -24,7 +24,7 @@ from lesionsam.annotation.store import Change, journal_path
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.sam import build_sam
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NASTY = '<img src=x onerror="document.title=String(1)">'
 NUM_REAL = 20
 
