@@ -27,7 +27,7 @@ def main(
     precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "bf16",
 ) -> None:
     """Rounds with a simulated annotator, and drawing alone for the same seconds; mIoU on the val pairs."""
-    from lesionsam.engine_command import run_trial
+    from lesionsam.engine.command import run_trial
 
     run_trial(
         folder,

@@ -74,6 +74,6 @@ def engine(
     test: Annotated[Path | None, typer.Option(help="Folder with images/ and masks/ to measure quality on.")] = None,
 ) -> None:
     """A round of the data engine: train on the boxes that are there, propose for the rest, report."""
-    from lesionsam.engine_command import run
+    from lesionsam.engine.command import run
 
     run(images, boxes=boxes, out=out, params=params, start=start, training=training, auto=auto, share=share, test=test)

@@ -24,8 +24,8 @@ from lesionsam.annotation.store import Change, Store
 from lesionsam.boxes.annotator import annotator_rng, simulate_boxes
 from lesionsam.config.load import Config
 from lesionsam.data.index import id_hash
-from lesionsam.engine import SEED, SIMULATED, Place, run_round
-from lesionsam.engine_rounds import Round, count_sources, read_rounds
+from lesionsam.engine.history import Round, count_sources, read_rounds
+from lesionsam.engine.round import SEED, SIMULATED, Place, run_round
 from lesionsam.metrics import bounding_box
 from lesionsam.utils.images import read_mask
 

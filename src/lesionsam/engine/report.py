@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lesionsam.engine_rounds import STAGES, Round
+from lesionsam.engine.history import STAGES, Round
 from lesionsam.utils.files import write_bytes_atomic, write_text_atomic
 
 REPORT, CURVE = "report.md", "curve.png"

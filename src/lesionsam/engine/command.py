@@ -10,9 +10,9 @@ from pathlib import Path
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.serve import default_table
 from lesionsam.config.load import Config, load_config, with_values
-from lesionsam.engine import Place, limit_threads, masks_of, pairs_of, quality_on, run_round
-from lesionsam.engine_report import CURVE, REPORT, curve, news, write_report
-from lesionsam.engine_rounds import read_rounds
+from lesionsam.engine.history import read_rounds
+from lesionsam.engine.report import CURVE, REPORT, curve, news, write_report
+from lesionsam.engine.round import Place, limit_threads, masks_of, pairs_of, quality_on, run_round
 from lesionsam.engine_trial import DRAW, Annotator, audit, drawn_only, trial
 from lesionsam.tracking.registry import resolve_model
 from lesionsam.utils.files import write_bytes_atomic, write_json_atomic

@@ -28,7 +28,7 @@ from lesionsam.annotation.table import outside
 from lesionsam.boxes.annotator import annotate
 from lesionsam.config.load import Config, with_values
 from lesionsam.data.index import dev_ids, id_hash
-from lesionsam.engine_rounds import (
+from lesionsam.engine.history import (
     OUTCOMES,
     Reviewed,
     Round,

@@ -1,0 +1,1 @@
+"""The data engine: rounds of training, proposing and accepting."""
