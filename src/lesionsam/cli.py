@@ -113,7 +113,7 @@ def smoke(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def foundation(context: typer.Context) -> None:
     """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
-    from lesionsam.foundation import main as run
+    from lesionsam.pretraining.pretrain import main as run
 
     run(context.args)
 

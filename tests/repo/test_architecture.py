@@ -268,6 +268,6 @@ def test_import_graph_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.M
         encoding="utf-8",
     )
     names = imported_names(source)
-    assert {"lesionsam.types", "lesionsam.data.shapes", "numpy", "lesionsam.models.sam"} <= names
+    assert {"lesionsam.types", "lesionsam.pretraining.shapes", "numpy", "lesionsam.models.sam"} <= names
     assert "mlflow" not in names
     assert "lesionsam.models.sam" not in imported_names(source, top_level_only=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from scipy.fft import dctn
 from skimage.measure import regionprops
 
-from lesionsam.data import shape_prompts, shapes
-from lesionsam.data.shape_prompts import Targets
+from lesionsam.pretraining import shape_prompts, shapes
+from lesionsam.pretraining.shape_prompts import Targets
 
 SIDE, GRID = 64, 32
 

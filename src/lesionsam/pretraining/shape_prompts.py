@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from lesionsam.boxes.prior import box_prior
-from lesionsam.data.shapes import generate_shapes
+from lesionsam.pretraining.shapes import generate_shapes
 from lesionsam.prompts import tight_boxes
 from lesionsam.types import Prompts
 

@@ -29,17 +29,17 @@ from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.prior import box_prior
 from lesionsam.config.load import load_config, with_values
 from lesionsam.config.schema import Foundation
-from lesionsam.data import shape_prompts
-from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.foundation_card import card_text, current_commit, machine_in_words
-from lesionsam.foundation_data import DataPool, open_pool
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import preprocess, resize_longest
+from lesionsam.pretraining import shape_prompts
+from lesionsam.pretraining.card import card_text, current_commit, machine_in_words
+from lesionsam.pretraining.data import DataPool, open_pool
+from lesionsam.pretraining.shape_prompts import Targets, make_targets
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic

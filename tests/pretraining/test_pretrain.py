@@ -17,17 +17,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lesionsam import foundation
 from lesionsam.config.load import default_values, validate
-from lesionsam.data.shape_prompts import Targets, make_targets
 from lesionsam.errors import UserError
-from lesionsam.foundation_card import card_text, current_commit
-from lesionsam.foundation_data import DataPool, open_pool, targets_of
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.pretraining import pretrain as foundation
+from lesionsam.pretraining.card import card_text, current_commit
+from lesionsam.pretraining.data import DataPool, open_pool, targets_of
+from lesionsam.pretraining.shape_prompts import Targets, make_targets
 
 TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)
-FOLDER = Path(__file__).parents[1] / "foundation"
+FOLDER = Path(__file__).parents[2] / "foundation"
 
 
 def seeded(seed: int = 0) -> torch.Generator:

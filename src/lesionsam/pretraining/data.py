@@ -12,9 +12,9 @@ from lesionsam.config.load import Config
 from lesionsam.config.schema import FolderData
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset
 from lesionsam.data.index import read_index
-from lesionsam.data.shape_prompts import Targets
 from lesionsam.errors import UserError
 from lesionsam.methods.grid import to_grid
+from lesionsam.pretraining.shape_prompts import Targets
 
 INDEX, BOXES, CACHE = Path("data/raw/index.csv"), Path("data/boxes.csv"), Path(".cache/frames")
 NUM_MEASURED = 100  # development images that progress is measured on, at most

@@ -1,0 +1,1 @@
+"""The compact SAM, trained from scratch on generated shapes."""
