@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from record import Limits, multiplications, now, provenance, record, table
 
+from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.dataset import LesionDataset, open_dataset
@@ -29,7 +30,6 @@ from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam
-from lesionsam.smoke import generated_samples
 from lesionsam.training import loop as training
 from lesionsam.training.loop import fit
 from lesionsam.training.optimizer import parameter_groups

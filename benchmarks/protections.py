@@ -21,11 +21,11 @@ from unittest.mock import patch
 import torch
 from record import Limits, interleaved, provenance, table
 
+from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.load import flatten, load_config
 from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment.build import build_method, learning_groups, prepare_sam
 from lesionsam.experiment.resume import begin, origin_of
-from lesionsam.smoke import generated_samples
 from lesionsam.tracking.tracker import Tracker
 from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file

@@ -26,6 +26,7 @@ from record import Limits, interleaved, multiplications, provenance, ratio, reco
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
+from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.edit import merge
 from lesionsam.config.load import default_values, unflatten, validate
@@ -42,7 +43,6 @@ from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
-from lesionsam.smoke import generated_samples
 from lesionsam.training.loop import add_gradients, autocast, sum_of
 from lesionsam.types import Batch
 from lesionsam.utils.devices import torch_device

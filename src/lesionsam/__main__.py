@@ -1,5 +1,5 @@
 """`python -m lesionsam` is `lesionsam`."""
 
-from lesionsam.cli import main
+from lesionsam.cli.app import main
 
 main()

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy.fft import dctn
 
-from lesionsam.cli import main
+from lesionsam.cli.app import main
 from lesionsam.config.load import default_text
 from lesionsam.config.presets import apply_preset
 from lesionsam.data.check.checks import Report, check, summary

@@ -21,7 +21,7 @@ from PIL import Image
 from segment_anything import sam_model_registry
 from typer.testing import CliRunner
 
-from lesionsam.cli import app
+from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.export import base as exporting
 from lesionsam.export import standalone as plain

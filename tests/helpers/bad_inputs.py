@@ -2,7 +2,7 @@
 
 A door is the way in that a user takes: a command of `lesionsam` or a stage. Every case starts from a sound project that
 the door takes without a word (`make_project`), changes one thing in it, and says which words the error's line holds:
-the file, the row, column or key, what was expected and what came. `tests/test_bad_inputs.py` runs them.
+the file, the row, column or key, what was expected and what came. `tests/cli/test_bad_inputs.py` runs them.
 """
 
 from __future__ import annotations

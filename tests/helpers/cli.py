@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lesionsam.cli import main
+from lesionsam.cli.app import main
 
 
 def lesionsam(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

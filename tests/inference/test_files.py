@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lesionsam.cli import app
+from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.inference import outputs as inference_outputs
 from lesionsam.inference.auto import AUTO

@@ -23,7 +23,7 @@ from skimage.measure import label, regionprops
 from typer.testing import CliRunner
 
 from lesionsam.boxes.geometry import largest_piece_box, loosened
-from lesionsam.cli import app
+from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.rle import decode as decode_rle

@@ -54,7 +54,7 @@ def test_make_targets_exist(document: str) -> None:
 def test_commands_exist(document: str) -> None:
     import typer.main
 
-    from lesionsam.cli import app
+    from lesionsam.cli.app import app
 
     group = typer.main.get_command(app)
     for line in re.findall(r"^\s*(?:\$ )?lesionsam ([^\n|]+)", code_of(document), re.M):

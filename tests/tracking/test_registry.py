@@ -11,7 +11,7 @@ from helpers.registry import train
 from helpers.tiny import tiny_sam
 from typer.testing import CliRunner
 
-from lesionsam.cli import app
+from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.report.runs import open_runs

@@ -111,7 +111,7 @@ def compare(
 
 def doctor() -> None:
     """Look at packages, GPU, memory, disk, tracking, data, weights and DVC's state, and say what to do next."""
-    from lesionsam.doctor import examine, next_step, print_findings
+    from lesionsam.cli.doctor import examine, next_step, print_findings
     from lesionsam.tracking.lineage import repository_root
 
     root = repository_root(Path.cwd())

@@ -20,11 +20,11 @@ from helpers.bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded,
 from PIL import Image
 from typer.main import get_command
 
-from lesionsam import cli
+from lesionsam.cli import app as cli
 from lesionsam.errors import run_guarded
 from lesionsam.utils.images import TURNS, read_mask
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 20.0  # of processor, first imports included: a bomb that goes off takes minutes
 # What may be made before a fault is found: folders, and the locks of stages.
 OUTPUTS = (

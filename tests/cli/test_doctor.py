@@ -12,12 +12,12 @@ import pytest
 from helpers.registry import train
 from typer.testing import CliRunner
 
-from lesionsam import doctor
-from lesionsam.cli import app
+from lesionsam.cli import doctor
+from lesionsam.cli.app import app
+from lesionsam.cli.doctor import NOTE, OK, PROBLEM, Finding, examine, next_step, pinned, without_password
 from lesionsam.config.load import default_text
-from lesionsam.doctor import NOTE, OK, PROBLEM, Finding, examine, next_step, pinned, without_password
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

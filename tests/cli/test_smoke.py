@@ -9,9 +9,9 @@ import pytest
 import torch
 from segment_anything import sam_model_registry
 
+from lesionsam.cli.smoke import identity, smoke
 from lesionsam.errors import UserError
 from lesionsam.models import published
-from lesionsam.smoke import identity, smoke
 
 
 @pytest.fixture(scope="module")

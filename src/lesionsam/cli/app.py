@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lesionsam import cli_annotation, cli_predict, cli_results
-from lesionsam.cli_data import data_app
+from lesionsam.cli import annotation as cli_annotation
+from lesionsam.cli import predict as cli_predict
+from lesionsam.cli import results as cli_results
+from lesionsam.cli.data import data_app
 from lesionsam.errors import run_guarded
 
 if TYPE_CHECKING:
@@ -105,7 +107,7 @@ def smoke(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed."""
-    from lesionsam.smoke import smoke as run
+    from lesionsam.cli.smoke import smoke as run
 
     run(model, checkpoint, image_size=image_size, device=device)
 
