@@ -95,7 +95,7 @@ foundation: $(READY) ## train the compact model again, of params.yaml's sizes (a
 	lesionsam foundation
 
 evidence: $(READY) ## the comparison on real pairs: make evidence FOLDER=path (hours; resumes)
-	python src/evidence.py $(FOLDER) --out evidence
+	python benchmarks/comparison/run.py $(FOLDER) --out evidence
 
 benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (ten minutes of one core)
 	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" attention.py cache.py; do \

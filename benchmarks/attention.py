@@ -14,11 +14,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from record import Limits, interleaved, provenance, record, table
 from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
 
 from lesionsam.models.attention import BACKENDS, choose, positions, relative_attention
 from lesionsam.utils.devices import torch_device
+from record import Limits, interleaved, provenance, record, table
 
 DEPTH = 64  # channels of a head, as in every size of SAM
 SLACK = 1.15  # a choice within this of the fastest is as good as it: rounds differ by as much

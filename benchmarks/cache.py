@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import Limits, multiplications, now, provenance, record, table
 
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
@@ -34,6 +33,7 @@ from lesionsam.training import loop as training
 from lesionsam.training.loop import fit
 from lesionsam.training.optimizer import parameter_groups
 from lesionsam.utils.devices import torch_device
+from record import Limits, multiplications, now, provenance, record, table
 
 DECODER = {"method__name": "supervised", "model__encoder": "none"}
 EPOCH_LIMIT, OUTSIDE_LIMIT, DECODER_LIMIT = 0.6, 0.10, 8.0

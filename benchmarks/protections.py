@@ -19,7 +19,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from record import Limits, interleaved, provenance, table
 
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.load import flatten, load_config
@@ -31,6 +30,7 @@ from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.processes import only_one
 from lesionsam.utils.progress import progress
+from record import Limits, interleaved, provenance, table
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, ROUNDS, TURNS = 20, 5, 2  # of an epoch, as in the demo; repeated; of each way in a round

@@ -19,13 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import naive_step
 import torch
-from naive_step import Draws, NaiveStep
-from record import Limits, interleaved, multiplications, provenance, ratio, record, table
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
+import naive_step
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.edit import merge
@@ -46,6 +44,8 @@ from lesionsam.prompts import draw_prompts
 from lesionsam.training.loop import add_gradients, autocast, sum_of
 from lesionsam.types import Batch
 from lesionsam.utils.devices import torch_device
+from naive_step import Draws, NaiveStep
+from record import Limits, interleaved, multiplications, provenance, ratio, record, table
 
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 TRUST_EVERYBODY = 0.6931  # nats; the greatest entropy is ln 2
@@ -288,13 +288,15 @@ def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[f
     vectors = [
         nn.functional.normalize(torch.randn(4, n, 64, generator=generator).to(device), dim=-1) for n in (256, 256, 1024)
     ]
-    everywhere = [torch.ones(v.shape[:2], dtype=torch.bool, device=device) for v in (vectors[0], vectors[2])]
+    everywhere = tuple(torch.ones(v.shape[:2], dtype=torch.bool, device=device) for v in (vectors[0], vectors[2]))
     big = torch.tensor([[200.0, 180, 830, 790]] * 4, device=device)
     small = torch.tensor([[400.0, 380, 610, 580]] * 4, device=device)
 
     def batched() -> None:
         anchors = vectors[0].clone().requires_grad_()
-        info_nce(anchors, vectors[1], vectors[2], *everywhere, naive_step.TEMPERATURE).mean().backward()
+        info_nce(
+            anchors, vectors[1], vectors[2], everywhere[0], everywhere[1], naive_step.TEMPERATURE
+        ).mean().backward()
 
     def one_by_one(form: Callable[..., torch.Tensor]) -> None:
         anchors = vectors[0].clone().requires_grad_()

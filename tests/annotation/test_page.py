@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from helpers.annotating import Served, command, draw_images, serving
 from helpers.browser import Browser, Page, find_chromium, open_browser
 from helpers.tiny import ARCHITECTURE
-
 from lesionsam.annotation.bundle import BUNDLE, WEB, banner, compile_page, sources_digest
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.serve import add_model

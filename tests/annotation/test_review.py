@@ -14,9 +14,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from helpers.annotating import SIZE, Served, draw_images, sent, serving
 from PIL import Image
 
+from helpers.annotating import SIZE, Served, draw_images, sent, serving
 from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.model import DETAIL, Model

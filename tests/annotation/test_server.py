@@ -19,9 +19,9 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from helpers.annotating import BIG, SIZE, SMALL, Served, command, draw_images, sent, serving
 from PIL import Image
 
+from helpers.annotating import BIG, SIZE, SMALL, Served, command, draw_images, sent, serving
 from lesionsam.annotation import store as store_module
 from lesionsam.annotation.catalogue import key_of
 from lesionsam.annotation.gate import HEADERS, MAX_BODY, is_loopback

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny import LESION, SKIN, Lesion, draw_lesion, iou
 
+from helpers.tiny import LESION, SKIN, Lesion, draw_lesion, iou
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import inside, model_frame_size
 from lesionsam.boxes.prior import (

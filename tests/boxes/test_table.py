@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny import is_inside
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 from segment_anything.utils.transforms import ResizeLongestSide
 
+from helpers.tiny import is_inside
 from lesionsam.boxes.annotator import annotate, simulate_boxes
 from lesionsam.boxes.geometry import model_frame_size, to_model_frame
 from lesionsam.boxes.table import COLUMNS, REQUIRED, read_boxes, write_boxes

@@ -13,14 +13,14 @@ import subprocess
 import time
 from pathlib import Path
 
-from chaos.run import LIMIT_S, Run
-from helpers.pipeline import WEIGHTS, environment, repository_copy, run, set_parameter
-from pipeline import test_pipeline
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
+from chaos.run import LIMIT_S, Run
+from helpers.pipeline import WEIGHTS, environment, repository_copy, run, set_parameter
 from lesionsam.tracking.spool import read_lines
 from lesionsam.tracking.tracker import sync
+from pipeline import test_pipeline
 
 DVC, GROUP, STAGE, TERM, INT, SECOND = (
     "kill -9 of dvc",

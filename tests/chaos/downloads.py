@@ -13,7 +13,6 @@ from pathlib import Path
 
 from chaos.run import LIMIT_S, Run, has_traceback, in_child, start
 from helpers.web_server import Site, serve
-
 from lesionsam.data.sources import download
 from lesionsam.data.sources.download import Remote, fetch
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from chaos.run import Run, has_traceback, in_child
-from helpers.tiny import tiny_sam
 from PIL import Image
 
+from chaos.run import Run, has_traceback, in_child
+from helpers.tiny import tiny_sam
 from lesionsam.inference import files as inference_run
 from lesionsam.inference import outputs as inference_outputs
 from lesionsam.inference.files import predict_files

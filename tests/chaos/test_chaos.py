@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from chaos.run import ROOT, Run, table
 
 PROGRAM = """

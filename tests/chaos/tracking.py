@@ -18,7 +18,6 @@ from chaos import training as chaos_training
 from chaos.run import LIMIT_S, Run, has_traceback, in_child
 from helpers.tiny import tiny_data
 from helpers.training import CPU, contrastive, run
-
 from lesionsam.data.loader import Loader
 from lesionsam.tracking.spool import Spool
 from lesionsam.tracking.tracker import NullTracker, Tracker, sync

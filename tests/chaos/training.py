@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from chaos.run import Run, has_traceback, in_child
 from helpers.tiny import tiny_data
 from helpers.training import CPU, contrastive, run, weights
-
 from lesionsam.data.loader import Loader
 from lesionsam.tracking.spool import read_lines
 from lesionsam.tracking.tracker import NullTracker

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import bad_inputs
-from helpers.bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
 from PIL import Image
 from typer.main import get_command
 
+from helpers import bad_inputs
+from helpers.bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
 from lesionsam.cli import app as cli
 from lesionsam.errors import run_guarded
 from lesionsam.utils.images import TURNS, read_mask

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from helpers.cli import lesionsam
 
+from helpers.cli import lesionsam
 from lesionsam.cli.app import app
 from lesionsam.config.load import default_text, default_values, load_config
 from lesionsam.config.presets import preset_names

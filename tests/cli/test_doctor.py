@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.registry import train
 from typer.testing import CliRunner
 
+from helpers.registry import train
 from lesionsam.cli import doctor
 from lesionsam.cli.app import app
 from lesionsam.cli.doctor import NOTE, OK, PROBLEM, Finding, examine, next_step, pinned, without_password

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers.activations import GB, SHAPE, filled, found, keys, open_store, values
 from helpers.methods import DEFAULT, SUPERVISED, options
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from helpers.training import CPU, Stop, differing, run, stop_at, weights
-
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
 from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budget, Store, checksum, space_folders

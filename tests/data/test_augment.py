@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SIDE, tiny_data
 from scipy import ndimage
 
+from helpers.tiny import SIDE, tiny_data
 from lesionsam.data.augment import Distortion, recoloured
 from lesionsam.data.frames import UNKNOWN
 from lesionsam.prompts import tight_boxes

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.activations import filled, found, open_store
-from helpers.cli import lesionsam
 from PIL import Image
 
+from helpers.activations import filled, found, open_store
+from helpers.cli import lesionsam
 from lesionsam.data.caches import cached, clear, folder_bytes
 from lesionsam.data.frames import load_frames
 from lesionsam.types import Sample

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from PIL import Image
 
+from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from lesionsam.boxes.geometry import inside, model_frame_size
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.web_server import Site, serve
 
+from helpers.web_server import Site, serve
 from lesionsam.data.sources import download
 from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError

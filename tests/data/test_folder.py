@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.web_server import Site, serve
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from ruamel.yaml import YAML
 
+from helpers.web_server import Site, serve
 from lesionsam.data.index import COLUMNS, Row, check_rows, dev_ids, read_index, write_index
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.web_server import Site, serve
 from PIL import Image
 
+from helpers.web_server import Site, serve
 from lesionsam.data.index import Row, check_rows, dev_ids
 from lesionsam.data.sources import isic
 from lesionsam.data.sources.archives import LocalArchive, RemoteArchive, find_members

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_data
 from PIL import Image
 
+from helpers.tiny import tiny_data
 from lesionsam.boxes.geometry import inside
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data.augment import widen

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.annotating import draw_images
 from PIL import Image
 from ruamel.yaml import YAML
 from scipy import stats
 
+from engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some, run_trial
+from helpers.annotating import draw_images
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.proposals import Proposed
 from lesionsam.annotation.records import Lesion
@@ -24,11 +25,10 @@ from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
 from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.engine import round as engine
-from lesionsam.engine.command import run, run_trial
+from lesionsam.engine.command import run
 from lesionsam.engine.history import Reviewed, Round, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
 from lesionsam.engine.report import news
 from lesionsam.engine.round import Place, epochs_of, pairs_of, run_round
-from lesionsam.engine_trial import DRAW, LOOK, Annotator, draw_some, overlap, review_some
 from lesionsam.errors import UserError
 from lesionsam.experiment.build import trained_prompts
 from lesionsam.models.checkpoint import read_weights, save_sam

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from repo.import_graph import imported_names, module_files
 from scipy import stats
 
 from lesionsam import metrics
@@ -36,6 +35,7 @@ from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
 from lesionsam.utils.images import read_image, read_mask
+from repo.import_graph import imported_names, module_files
 
 SIDE = 32
 PROMPTS = ("ring", "centre", "box", "nearer", "box+core", "tight")

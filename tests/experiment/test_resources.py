@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.methods import DEFAULT, SUPERVISED, options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from helpers.methods import DEFAULT, SUPERVISED, options
 from lesionsam.config.load import Config, default_text, default_values, validate
 from lesionsam.config.presets import apply_preset
 from lesionsam.experiment.resources import answers_per_image, memory_of, parts_that_fit

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from helpers.training import Stop, run, stop_at
-
 from lesionsam.config.edit import fit
 from lesionsam.config.load import Config, default_values, flatten, unflatten, validate
 from lesionsam.config.presets import preset_values

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from PIL import Image
 from segment_anything import sam_model_registry
 from typer.testing import CliRunner
 
+from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.export import base as exporting

@@ -21,16 +21,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_sam
 from PIL import Image
-from repo import import_graph
-from repo.import_graph import imported_names, project_imports
 
+from helpers.tiny import tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.export.base import export, open_subject
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.finetuned import Strategy, attach
+from repo import import_graph
+from repo.import_graph import imported_names, project_imports
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to serve with")
 pytestmark = [

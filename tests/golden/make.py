@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from helpers.tiny import tiny_data, tiny_sam  # noqa: E402
 
+from helpers.tiny import tiny_data, tiny_sam  # noqa: E402
 from lesionsam.config.edit import fit as fit_values  # noqa: E402
 from lesionsam.config.load import default_values, unflatten, validate  # noqa: E402
 from lesionsam.config.presets import preset_values  # noqa: E402

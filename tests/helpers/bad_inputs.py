@@ -146,7 +146,6 @@ def make_own(folder: Path) -> None:
 def make_weights(path: Path) -> None:
     """A tiny SAM, random but sharp; torch is imported only where a door needs it, as it takes seconds."""
     from helpers.tiny import tiny_sam
-
     from lesionsam.models.checkpoint import save_sam
 
     save_sam(tiny_sam(sharpness=40), path, name="compact")

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from helpers.tiny import tiny_data, tiny_sam
 
+from helpers.tiny import tiny_data, tiny_sam
 from lesionsam.methods.contrastive import Options
 from lesionsam.methods.supervised import Options as SupervisedOptions
 from lesionsam.methods.supervised import Supervised

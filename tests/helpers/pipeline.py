@@ -35,7 +35,7 @@ def run(folder: Path, *command: str, check: bool = True) -> subprocess.Completed
 
 def lesionsam(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command line of the copy, installed or not."""
-    program = "import sys; sys.path.insert(0, 'src'); from lesionsam.cli import main; main()"
+    program = "import sys; sys.path.insert(0, 'src'); from lesionsam.cli.app import main; main()"
     return run(folder, sys.executable, "-c", program, *arguments)
 
 

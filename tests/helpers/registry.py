@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.tiny import tiny_sam
-
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.tracking.tracker import Tracker
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from helpers.tiny import tiny_sam
 
+from helpers.tiny import tiny_sam
 from lesionsam.boxes.annotator import annotate
 from lesionsam.boxes.table import write_boxes
 from lesionsam.config.edit import edit_text, fit

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from helpers.methods import DEFAULT, options
 from helpers.tiny import tiny_sam
-
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.contrastive import Contrastive

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_sam
 from PIL import Image
 
+from helpers.tiny import tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.inference import predictor as inference
 from lesionsam.inference.auto import AUTO

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import ARCHITECTURE, tiny_sam
 from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.measure import label, regionprops
 from typer.testing import CliRunner
 
+from helpers.tiny import ARCHITECTURE, tiny_sam
 from lesionsam.boxes.geometry import largest_piece_box, loosened
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError

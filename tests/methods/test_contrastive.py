@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from helpers.methods import CPU, generator, options, some_batch, supervised
 from helpers.tiny import SIDE, tiny_data, tiny_sam
-
 from lesionsam.boxes.prior import ellipse_prior
 from lesionsam.config.load import Config, default_values, validate
 from lesionsam.config.presets import preset_values

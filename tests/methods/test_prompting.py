@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import SIDE, tiny_data, tiny_sam
 from scipy.stats import chisquare
 
+from helpers.tiny import SIDE, tiny_data, tiny_sam
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, encode
 from lesionsam.models.transforms import preprocess

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import sigmoid_focal_loss
+
 from helpers.methods import SUPERVISED, generator, some_batch, supervised
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from helpers.training import run
-from torchvision.ops import sigmoid_focal_loss
-
 from lesionsam import losses
 from lesionsam.losses import MASK_LOSSES, hard_iou
 from lesionsam.methods.base import Term

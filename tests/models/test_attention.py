@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import SIDE, tiny_sam
 from segment_anything.modeling.image_encoder import Block, get_rel_pos
 
+from helpers.tiny import SIDE, tiny_sam
 from lesionsam.models import attention
 from lesionsam.models.attention import Execution, choose, positions, run_block, run_blocks, set_execution
 from lesionsam.models.finetuned import Strategy, attach

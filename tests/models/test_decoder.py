@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.tiny import SIDE, tiny_sam
 
+from helpers.tiny import SIDE, tiny_sam
 from lesionsam.models.decoder import decode_candidates, decode_groups, embed_points_and_boxes, upscaled
 from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts

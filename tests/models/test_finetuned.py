@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from safetensors import safe_open
 
+from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
 from lesionsam.models.checkpoint import load_sam, save_sam

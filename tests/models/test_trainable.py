@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny import SIDE, tiny_data, tiny_sam
 from torch import nn
 
+from helpers.tiny import SIDE, tiny_data, tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.models.prefix import (
     encode_batch,

@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.pipeline import LIMIT_S, WEIGHTS, environment, lesionsam, repository_copy, run, set_parameter
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
+from helpers.pipeline import LIMIT_S, WEIGHTS, environment, lesionsam, repository_copy, run, set_parameter
 from lesionsam.config.edit import edit_text
 from lesionsam.config.load import parse_yaml, unflatten
 

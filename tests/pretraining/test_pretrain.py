@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_data
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from helpers.tiny import tiny_data
 from lesionsam.config.load import default_values, validate
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam

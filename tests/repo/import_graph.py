@@ -17,7 +17,7 @@ PACKAGE = "lesionsam"
 SOURCE = ROOT / "src"
 
 # Run by stages, but no part of what they give: a tweak of the logging or of a message must not train again.
-NOT_DEPS = {f"{PACKAGE}.tracking", f"{PACKAGE}.tracking_tensorboard", f"{PACKAGE}.lineage", f"{PACKAGE}.errors"}
+NOT_DEPS = {f"{PACKAGE}.tracking.{name}" for name in ("tracker", "tensorboard", "lineage")} | {f"{PACKAGE}.errors"}
 
 
 def module_files() -> dict[str, Path]:

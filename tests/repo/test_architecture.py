@@ -9,73 +9,55 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
 from repo import import_graph
 from repo.import_graph import PACKAGE, imported_names, module_files, project_imports
-from ruamel.yaml import YAML
 
 ROOT = import_graph.ROOT
 
-# From the ground up; imports only go down, or sideways within one name of a row. A folder stands for its modules.
+# From the ground up. A module imports from lower rows only, or from its own package.
 LAYERS = [
-    [
-        "types",
-        "errors",
-        "files",
-        "images",
-        "guard",
-        "progress",
-        "limits",
-        "schema",
-        "config",
-        "presets",
-        "boxes",
-        "box_prior",
-        "formats",
-        "prompts",
-        "losses",
-        "metrics",
-        "statistics",
-        "overlays",
-    ],
-    ["data", "models"],
-    ["methods"],
-    ["training", "inference", "epoch_pictures"],
-    ["evaluation", "annotation", "export"],
-    ["experiment", "tracking"],
-    ["sweep", "report", "foundation", "smoke", "evidence", "predict", "doctor", "engine"],
+    ["types", "errors", "losses", "metrics"],
+    ["config", "utils", "prompts"],
+    ["boxes", "tracking", "overlays"],
+    ["models", "formats"],
+    ["methods", "data", "inference"],
+    ["training", "evaluation", "pretraining", "export", "annotation"],
+    ["experiment", "report"],
+    ["sweep", "engine"],
     ["cli"],
+    ["__main__"],
 ]
-# Modules that belong to another one's room.
-IN_ROOM = {"lineage": "tracking", "registry": "tracking", "__main__": "cli"}
-FREE_AMONG_THEMSELVES = LAYERS[0]
-# Foreign library -> the only rooms, or single modules, that may import it.
+# Foreign library -> the only packages, or single modules, that may import it.
 ONLY_IN = {
-    "segment_anything": ("models",),
+    "segment_anything": ("models", "export.standalone", "export.vanilla_sam"),
     "peft": ("models",),
-    "segmentation_models_pytorch": ("evidence_unet",),
-    "transformers": ("export_hf",),
-    "onnx": ("export_onnx",),
-    "onnxscript": ("export_onnx",),
-    "onnxruntime": ("export_onnx",),
-    "mlflow": ("tracking",),
+    "segmentation_models_pytorch": (),
+    "transformers": ("export.huggingface",),
+    "onnx": ("export.onnx",),
+    "onnxscript": ("export.onnx",),
+    "onnxruntime": ("export.onnx",),
+    "mlflow": ("tracking", "export.mlflow", "export.mlflow_served"),
     "torch.utils.tensorboard": ("tracking",),
     "optuna": ("sweep",),
     "dvc": (),
+    "pydantic": ("config", "annotation.server"),
     "fastapi": ("annotation",),
     "starlette": ("annotation",),
     "uvicorn": ("annotation",),
 }
-NEEDS_TRACKING_OR_SWEEP = (
-    "tracking",
+# Configuration stops at the assembly: everything else takes plain arguments.
+TAKE_CONFIG = (
+    "config",
+    "experiment",
     "sweep",
-    "report",
-    "foundation",
-    "smoke",
-    "evidence",
-    "predict",
-    "doctor",
     "engine",
+    "pretraining",
+    "report",
     "cli",
+    "tracking.registry",
+    "data.check.items",
 )
 
 MODULES = sorted(name for name, path in module_files().items() if path.name != "__init__.py")
@@ -85,29 +67,38 @@ SCRIPTS = sorted(
 
 
 def part(module: str) -> str:
-    """First name below the package: `lesionsam.data.isic` is in `data`, `lesionsam.tracking_sender` in `tracking`."""
-    name = module.split(".")[1]
-    name = IN_ROOM.get(name, name)
-    rooms = [room for row in LAYERS for room in row]
-    return name if name in rooms else next((room for room in rooms if name.startswith(f"{room}_")), name)
+    """Return the first name below the package: `lesionsam.data.index` is in `data`."""
+    return module.split(".")[1]
+
+
+def is_in(module: str, places: tuple[str, ...]) -> bool:
+    """Return whether a module is one of the places (`export.onnx`) or lies in one of them (`models`)."""
+    name = module.removeprefix(f"{PACKAGE}.")
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 def layer(module: str) -> int:
-    """Index of the module's row in LAYERS."""
+    """Return the index of the module's row in LAYERS."""
     for index, row in enumerate(LAYERS):
         if part(module) in row:
             return index
-    pytest.fail(f"{module}: in no layer; give it one in LAYERS of tests/repo/test_architecture.py")
+    pytest.fail(f"{module}: in no layer; add it to LAYERS of tests/repo/test_architecture.py")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
-    wrong = []
-    for other in project_imports(module_files()[module]):
-        same_room = part(other) == part(module) or {part(other), part(module)} <= set(FREE_AMONG_THEMSELVES)
-        if not (layer(other) < layer(module) or (layer(other) == layer(module) and same_room)):
-            wrong.append(other)
+    wrong = [
+        other
+        for other in project_imports(module_files()[module])
+        if not (layer(other) < layer(module) or part(other) == part(module))
+    ]
     assert not wrong, f"{module} (layer {layer(module) + 1}) imports sideways or upwards: {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_configuration_stops_at_the_assembly(module: str) -> None:
+    taken = {other for other in project_imports(module_files()[module]) if part(other) == "config"}
+    assert not taken or is_in(module, TAKE_CONFIG), f"{module} imports {', '.join(sorted(taken))}"
 
 
 def test_no_import_cycles() -> None:
@@ -133,9 +124,7 @@ def test_foreign_libraries_have_one_place(library: str) -> None:
         for name, path in module_files().items()
         if any(imported == library or imported.startswith(f"{library}.") for imported in imported_names(path))
     }
-    strangers = {
-        name for name in importers if name == PACKAGE or not {part(name), name.split(".")[1]} & set(ONLY_IN[library])
-    }
+    strangers = {name for name in importers if not is_in(name, ONLY_IN[library])}
     assert not strangers, f"{library} is imported in {sorted(strangers)}; allowed only in {ONLY_IN[library]}"
     for script in SCRIPTS:
         tops = {name.split(".")[0] for name in imported_names(ROOT / script)}
@@ -144,7 +133,9 @@ def test_foreign_libraries_have_one_place(library: str) -> None:
 
 def test_lower_floors_work_without_mlflow_dvc_optuna() -> None:
     """A GPU host without those three can import, and so train and evaluate, everything below tracking and sweep."""
-    modules = [name for name in MODULES if part(name) not in NEEDS_TRACKING_OR_SWEEP]
+    modules = [
+        name for name in MODULES if not is_in(name, ("tracking", "sweep", "cli", "__main__", "export.mlflow_served"))
+    ]
     program = "\n".join(
         [
             "import importlib, sys",
@@ -160,7 +151,7 @@ def test_lower_floors_work_without_mlflow_dvc_optuna() -> None:
 def test_cli_help_is_quick_to_load() -> None:
     """The command line's own module pulls in neither torch nor mlflow, pandas or matplotlib."""
     program = (
-        "import sys; sys.path.insert(0, 'src'); import lesionsam.cli; "
+        "import sys; sys.path.insert(0, 'src'); import lesionsam.cli.app; "
         "print(*sorted({'torch', 'mlflow', 'pandas', 'matplotlib', 'optuna'} & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -268,6 +259,6 @@ def test_import_graph_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.M
         encoding="utf-8",
     )
     names = imported_names(source)
-    assert {"lesionsam.types", "lesionsam.pretraining.shapes", "numpy", "lesionsam.models.sam"} <= names
+    assert {"lesionsam.types", "lesionsam.data.shapes", "numpy", "lesionsam.models.sam"} <= names
     assert "mlflow" not in names
     assert "lesionsam.models.sam" not in imported_names(source, top_level_only=True)

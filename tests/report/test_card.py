@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.tiny import tiny_sam
 from ruamel.yaml import YAML
 
+from helpers.tiny import tiny_sam
 from lesionsam.config.load import default_text
 from lesionsam.errors import UserError
 from lesionsam.evaluation.columns import Evaluation

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.report import NUM_IMAGES, Page, lay_out
 
+from helpers.report import NUM_IMAGES, Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.overlays import write_png
 from lesionsam.report import page as report

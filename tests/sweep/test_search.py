@@ -17,8 +17,8 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
-from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 
+from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, to_values, validate
 from lesionsam.config.presets import upgrade
 from lesionsam.data.index import read_index

@@ -18,10 +18,10 @@ from typing import Any
 
 import optuna
 import pytest
-from helpers.postgres_server import postgres, why_not
-from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from optuna.trial import FrozenTrial, TrialState
 
+from helpers.postgres_server import postgres, why_not
+from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from lesionsam.errors import UserError
 from lesionsam.sweep import storage as sweep_storage
 from lesionsam.sweep import study as sweep_study
@@ -286,7 +286,7 @@ def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatc
 def test_without_an_mlflow_server_no_trial_is_lost(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stated fallback: runs wait on disk, each knowing its one parent (tests/tracking/test_tracker.py sends such runs)."""
+    """Runs wait on disk, each with its one parent (tests/tracking/test_tracker.py sends such runs)."""
     monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
     monkeypatch.setattr("lesionsam.sweep.search.SYNC_SECONDS", 0.5)
     set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")

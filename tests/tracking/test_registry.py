@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.registry import train
-from helpers.tiny import tiny_sam
 from typer.testing import CliRunner
 
+from helpers.registry import train
+from helpers.tiny import tiny_sam
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.methods import DEFAULT, options, supervised
 from helpers.tiny import tiny_data
 from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
-
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Term

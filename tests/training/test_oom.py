@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.tiny import tiny_data
 from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
-
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from helpers.methods import DEFAULT, options, supervised
 from helpers.tiny import tiny_data, tiny_sam
 from helpers.training import Mean, run, weights
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable, trained_parameters

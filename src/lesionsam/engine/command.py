@@ -1,25 +1,21 @@
-"""`lesionsam engine` and `python src/engine_trial.py`: what they are given, and what they say at the end."""
+"""Run one round of the data engine for `lesionsam engine`, and say what to do next."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.serve import default_table
-from lesionsam.config.load import Config, load_config, with_values
+from lesionsam.config.load import Config, load_config
 from lesionsam.engine.history import read_rounds
-from lesionsam.engine.report import CURVE, REPORT, curve, news, write_report
-from lesionsam.engine.round import Place, limit_threads, masks_of, pairs_of, quality_on, run_round
-from lesionsam.engine_trial import DRAW, Annotator, audit, drawn_only, trial
+from lesionsam.engine.report import CURVE, REPORT, news, write_report
+from lesionsam.engine.round import Place, limit_threads, run_round
 from lesionsam.tracking.registry import resolve_model
-from lesionsam.utils.files import write_bytes_atomic, write_json_atomic
 from lesionsam.utils.processes import only_one
 
 PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's published weights
-BUDGETS = (0.5, 1.0)  # of the engine's seconds at which drawing alone is measured, and all images after them
 
 
 def start_weights(config: Config, start: str | None) -> Path:
@@ -60,58 +56,3 @@ def run(
     weights = out / f"round-{len(rounds):02d}" / "model.safetensors" if training else place.start
     review = ["lesionsam", "annotate", *images, "--boxes", str(table), "--model", str(weights)]
     print(f"report: {out / REPORT}, {out / CURVE}\nreview: {shlex.join(review)}")
-
-
-def run_trial(
-    folder: Path,
-    *,
-    out: Path,
-    params: Path,
-    first: int,
-    each: int,
-    rounds: int,
-    auto_from: int,
-    share: float,
-    steps: int,
-    precision: str,
-) -> None:
-    """The engine with a simulated annotator on folder/images/train and its masks, measured on folder/images/val; and
-    drawing alone, for the same seconds and for all images."""
-    config = with_values(
-        load_config(params, check_files=False), {"train.precision": precision, "runtime.num_threads": 1}
-    )
-    limit_threads(config)
-    catalogue = Catalogue([folder / "images" / "train"])
-    masks = masks_of(folder / "masks" / "train")
-    annotator = Annotator(
-        {image_id: masks[image_id.lower()] for image_id in catalogue.by_id if image_id.lower() in masks}
-    )
-    start, test = start_weights(config, None), (folder / "images" / "val", folder / "masks" / "val")
-    if not (out / "start.json").exists():
-        write_json_atomic(out / "start.json", quality_on(pairs_of(*test), start, config))
-    places = {name: Place(catalogue, out / name / "boxes.csv", out / name, start, test) for name in ("engine", "drawn")}
-    reviewed = trial(
-        places["engine"],
-        annotator,
-        config,
-        first=first,
-        each=each,
-        rounds=rounds,
-        auto_from=auto_from,
-        share=share,
-        steps=steps,
-    )
-    write_report(out / "engine", reviewed)
-    budgets = [*(reviewed[-1].seconds * part for part in BUDGETS), DRAW * len(catalogue)]
-    drawn = drawn_only(places["drawn"], annotator, config, budgets, steps=steps)
-    write_report(out / "drawn", drawn)
-    before = (0.0, json.loads((out / "start.json").read_text(encoding="utf-8"))["objective"])
-    lines = {
-        name: [before, *((one.seconds, one.quality["objective"]) for one in ones)]
-        for name, ones in {"reviewing proposals": reviewed, "drawing alone": drawn}.items()
-    }
-    write_bytes_atomic(out / CURVE, curve(lines, "mean IoU on the test pairs (ring, centre, box)"))
-    taken, count = audit(places["engine"], annotator)
-    print(f"accepted automatically: {count}, of which the annotator would take {taken}")
-    for name, points in lines.items():
-        print(f"{name}: " + ", ".join(f"{seconds / 60:.0f} min {value:.3f}" for seconds, value in points))

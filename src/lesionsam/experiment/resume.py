@@ -20,20 +20,10 @@ ORIGIN = "origin.json"
 DONE = "done-"  # begins the name of a scratch folder that is being removed
 ANYWAY = "LESIONSAM_RESUME"  # environment variable: `anyway` goes on under code that has changed
 SECTIONS = ("model.", "method.", "train.")
-# First words of modules that run beside a training and change nothing of what it gives.
-BESIDE = ("tracking", "lineage", "registry", "errors", "guard", "progress", "cli", "experiment_origin")
+# Packages and modules that run beside a training and change nothing of its result.
+BESIDE = ("tracking", "errors", "utils", "cli", "experiment.resume")
 # Of the others those that no training loads.
-ELSEWHERE = (
-    "annotation",
-    "doctor",
-    "engine",
-    "evidence",
-    "export",
-    "foundation",
-    "inference",
-    "report",
-    "sweep_report",
-)
+ELSEWHERE = ("annotation", "engine", "export", "pretraining", "inference", "report", "sweep.report")
 SHOWN = 4  # of the names that a message could hold
 
 
@@ -68,7 +58,7 @@ def origin_of(
 def code_digest() -> str:
     """Of the source of every module of this package but those that change nothing of what a training gives, as it was
     when first asked for: a process does not change with its files."""
-    package = Path(__file__).parent
+    package = Path(__file__).resolve().parents[1]
     sources = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py")}
     text = "".join(
         f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"

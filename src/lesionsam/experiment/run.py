@@ -19,8 +19,8 @@ from lesionsam.config.schema_method import SupervisedMethod
 from lesionsam.data.dataset import Batches, LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
-from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS
 from lesionsam.evaluation.selection import quick_evaluate
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import build_method, how_to_train, learning_groups, num_steps, prepare_sam
 from lesionsam.experiment.caches import open_caches
 from lesionsam.experiment.resources import parts_that_fit

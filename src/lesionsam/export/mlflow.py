@@ -17,7 +17,7 @@ from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
 from lesionsam.tracking.shipper import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 
-SCRIPT = "tracking_served.py"
+SCRIPT = Path("export/mlflow_served.py")
 # What the code in the model imports; the lock file has the exact versions that were tested.
 REQUIREMENTS = (
     "mlflow>=3.5,<4",

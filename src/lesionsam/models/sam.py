@@ -14,25 +14,9 @@ from segment_anything import modeling, sam_model_registry
 
 from lesionsam.errors import UserError
 from lesionsam.models.attention import run_blocks
-from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_groups
-from lesionsam.models.transforms import model_frames, preprocess, resize_longest, upscale
 from lesionsam.types import Prompts, sent
-
-__all__ = [
-    "Sam",
-    "build_sam",
-    "decode",
-    "embed",
-    "encode",
-    "load_sam",
-    "model_frames",
-    "preprocess",
-    "resize_longest",
-    "save_sam",
-    "upscale",
-]
 
 Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens

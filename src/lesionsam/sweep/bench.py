@@ -18,8 +18,9 @@ from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
-from lesionsam.evaluation.evaluate import OBJECTIVE_PROMPTS, evaluate_model
+from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.selection import quick_evaluate
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import build_method, prepare_sam
 from lesionsam.experiment.resume import code_digest
 from lesionsam.experiment.run import Data, input_side, open_data, pretrained_weights

@@ -73,7 +73,7 @@ def num_cores() -> int:
 
 def start(plan: Plan) -> subprocess.Popen[str]:
     """A worker process in a session of its own: Ctrl-C reaches it once, through `crew`."""
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     if plan.threads:
         environment |= {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}

@@ -1,7 +1,7 @@
 """The process that ships journals to MLflow while training goes on.
 
-`python -m lesionsam.tracking_sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
-`python -m lesionsam.tracking_sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
+`python -m lesionsam.tracking.sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
+`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
 """
 
 from __future__ import annotations

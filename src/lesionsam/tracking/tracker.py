@@ -1,7 +1,7 @@
 """Experiment tracking that training never waits for: every call here appends a line to a file and returns.
 
 `metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking_spool`); a process of its own
-(`tracking_sender`) ships the journal to MLflow. A process, not a thread: importing mlflow
+(`tracking.sender`) ships the journal to MLflow. A process, not a thread: importing mlflow
 costs 3 s of CPU, sending competes for the interpreter's lock, and a loader worker forked during an import can hang.
 Whatever the server does, the journal is whole, and the next start of any run below the same root makes up the gap.
 
@@ -377,7 +377,7 @@ class Tracker(NullTracker):
 
 def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Start the sender, in a session of its own: after Ctrl-C in training `close` still needs it."""
-    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
     return subprocess.Popen(
         command,

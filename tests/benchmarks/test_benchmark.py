@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
 import cache
 import naive_step
 import record
 import step
-
 from lesionsam.losses import info_nce
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.prompts import ring_points

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from comparison.units import UNET, ZERO_SHOT, Row, configured
 from lesionsam.config.load import Config, to_values
-from lesionsam.evidence import UNET, ZERO_SHOT, Row, configured
 
 DEFAULT, SUPERVISED, ELLIPSE = "two boxes (default)", "supervised, tuned", "placebo: ellipse as target"
 WARPED, OTHER = "placebo: another image's target, warped", "placebo: another image's target"

@@ -11,17 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers.tiny import SIDE, tiny_data
 from PIL import Image
 
+from comparison.unet import Segmenter, build_unet, evaluate_unet, logits_of
+from comparison.units import UNET, Row, check_pairs, is_finished, run_unit, unit_path
+from helpers.tiny import SIDE, tiny_data
 from lesionsam.config.load import default_values, validate, with_values
 from lesionsam.data.index import read_index, write_index
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.evaluation.columns import ROW_COLUMNS
-from lesionsam.evidence import UNET, Row, check_pairs, is_finished, run_unit, unit_path
-from lesionsam.evidence_unet import Segmenter, build_unet, evaluate_unet, logits_of
 from lesionsam.types import Sample
 from lesionsam.utils.files import sha256_file
 

@@ -1,4 +1,4 @@
-"""The data engine on pairs with known masks: a simulated annotator reviews, and the curve is drawn.
+"""python benchmarks/engine_trial.py FOLDER: the data engine with a simulated annotator on real pairs; resumable.
 
 The annotator draws as `boxes.simulate_boxes`, and takes a proposal as it is where the whole lesion lies in the big box,
 that is not far too large, and the core lies on the lesion; corrects it where most of it is right; else rejects it and
@@ -9,26 +9,35 @@ look, and one box more, for a correction. The seconds of a look are an assumptio
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from lesionsam.annotation.catalogue import Entry
+from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
 from lesionsam.annotation.review import Proposals, proposals_path, usual_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
 from lesionsam.boxes.annotator import annotator_rng, simulate_boxes
-from lesionsam.config.load import Config
+from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.data.index import id_hash
+from lesionsam.engine.command import start_weights
 from lesionsam.engine.history import Round, count_sources, read_rounds
-from lesionsam.engine.round import SEED, SIMULATED, Place, run_round
+from lesionsam.engine.report import CURVE, curve, write_report
+from lesionsam.engine.round import SEED, SIMULATED, Place, limit_threads, masks_of, pairs_of, quality_on, run_round
+from lesionsam.errors import run_guarded
 from lesionsam.metrics import bounding_box
+from lesionsam.utils.files import write_bytes_atomic, write_json_atomic
 from lesionsam.utils.images import read_mask
 
+BUDGETS = (0.5, 1.0)  # of the engine's seconds at which drawing alone is measured, and all images after them
+ROOT = Path(__file__).resolve().parents[1]
 WHO = "simulated"
 BOX_SECONDS, LOOK_SECONDS = 7.0, 2.0
 DRAW, LOOK, CORRECT = 2 * BOX_SECONDS, LOOK_SECONDS, LOOK_SECONDS + BOX_SECONDS
@@ -208,3 +217,91 @@ def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
 def _num_labelled(place: Place) -> dict[str, int]:
     """Images with boxes, by where they come from."""
     return count_sources(Store(place.table_path, place.catalogue).all_states())
+
+
+def run_trial(
+    folder: Path,
+    *,
+    out: Path,
+    params: Path,
+    first: int,
+    each: int,
+    rounds: int,
+    auto_from: int,
+    share: float,
+    steps: int,
+    precision: str,
+) -> None:
+    """The engine with a simulated annotator on folder/images/train and its masks, measured on folder/images/val; and
+    drawing alone, for the same seconds and for all images."""
+    config = with_values(
+        load_config(params, check_files=False), {"train.precision": precision, "runtime.num_threads": 1}
+    )
+    limit_threads(config)
+    catalogue = Catalogue([folder / "images" / "train"])
+    masks = masks_of(folder / "masks" / "train")
+    annotator = Annotator(
+        {image_id: masks[image_id.lower()] for image_id in catalogue.by_id if image_id.lower() in masks}
+    )
+    start, test = start_weights(config, None), (folder / "images" / "val", folder / "masks" / "val")
+    if not (out / "start.json").exists():
+        write_json_atomic(out / "start.json", quality_on(pairs_of(*test), start, config))
+    places = {name: Place(catalogue, out / name / "boxes.csv", out / name, start, test) for name in ("engine", "drawn")}
+    reviewed = trial(
+        places["engine"],
+        annotator,
+        config,
+        first=first,
+        each=each,
+        rounds=rounds,
+        auto_from=auto_from,
+        share=share,
+        steps=steps,
+    )
+    write_report(out / "engine", reviewed)
+    budgets = [*(reviewed[-1].seconds * part for part in BUDGETS), DRAW * len(catalogue)]
+    drawn = drawn_only(places["drawn"], annotator, config, budgets, steps=steps)
+    write_report(out / "drawn", drawn)
+    before = (0.0, json.loads((out / "start.json").read_text(encoding="utf-8"))["objective"])
+    lines = {
+        name: [before, *((one.seconds, one.quality["objective"]) for one in ones)]
+        for name, ones in {"reviewing proposals": reviewed, "drawing alone": drawn}.items()
+    }
+    write_bytes_atomic(out / CURVE, curve(lines, "mean IoU on the test pairs (ring, centre, box)"))
+    taken, count = audit(places["engine"], annotator)
+    print(f"accepted automatically: {count}, of which the annotator would take {taken}")
+    for name, points in lines.items():
+        print(f"{name}: " + ", ".join(f"{seconds / 60:.0f} min {value:.3f}" for seconds, value in points))
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="holds images/{train,val} and masks/{train,val}")],
+    out: Annotated[Path, typer.Option(help="folder of the results; what is finished there is not run again")] = Path(
+        "engine-trial"
+    ),
+    params: Annotated[Path, typer.Option(help="parameter file of the training")] = ROOT / "params.yaml",
+    first: Annotated[int, typer.Option(help="images drawn before the first round")] = 60,
+    each: Annotated[int, typer.Option(help="images reviewed between two rounds")] = 100,
+    rounds: Annotated[int, typer.Option(help="how many")] = 5,
+    auto_from: Annotated[int, typer.Option(help="first round that may accept automatically")] = 4,
+    share: Annotated[float, typer.Option(help="of automatic ones that people would accept unchanged, at least")] = 0.8,
+    steps: Annotated[int, typer.Option(help="of every training, about: few labelled images get more epochs")] = 100,
+    precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "bf16",
+) -> None:
+    """Rounds with a simulated annotator, and drawing alone for the same seconds; mIoU on the val pairs."""
+    run_trial(
+        folder,
+        out=out,
+        params=params,
+        first=first,
+        each=each,
+        rounds=rounds,
+        auto_from=auto_from,
+        share=share,
+        steps=steps,
+        precision=precision,
+    )
+
+
+if __name__ == "__main__":
+    run_guarded(lambda: typer.run(main))

@@ -2,7 +2,7 @@
 
 A row is params.yaml with some keys changed; a unit is a row with a seed. Each unit trains on the `train` split, selects
 on `dev` and reads the `test` split once, at the end; its per-image figures are kept as one CSV, which is also how an
-interrupted campaign knows what is done. The rows themselves are in `lesionsam.evidence_rows`.
+interrupted campaign knows what is done. The rows themselves are in `comparison.rows`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from comparison.unet import evaluate_unet, train_unet
 from lesionsam.boxes.annotator import annotate
 from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
@@ -32,7 +33,6 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
-from lesionsam.evidence_unet import evaluate_unet, train_unet
 from lesionsam.experiment.auto import auto_options
 from lesionsam.experiment.build import trained_prompts
 from lesionsam.experiment.run import input_side, open_data, train

@@ -1,4 +1,4 @@
-"""python src/evidence.py FOLDER: the comparison on real pairs, row by row, resumable; writes tables to --out."""
+"""python benchmarks/comparison/run.py FOLDER: compare ways of training on real pairs, row by row; resumable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import typer
 
 from lesionsam.errors import run_guarded
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the modules of this folder import each other as `comparison.NAME`
 TEST_SPLIT, DEV_FRACTION = "val", 1 / 6  # 900 + 142 pairs: 750 to train, 150 to select on, 142 to report on
 
 
@@ -43,21 +44,12 @@ def main(
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
+    from comparison.rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
+    from comparison.units import check_pairs, costs, gap_closed, is_finished, read_units, run_unit, summarise, unit_path
     from lesionsam.config.load import load_config, with_values
     from lesionsam.data.index import read_index
     from lesionsam.data.sources.folder import index_folder
     from lesionsam.errors import UserError
-    from lesionsam.evidence import (
-        check_pairs,
-        costs,
-        gap_closed,
-        is_finished,
-        read_units,
-        run_unit,
-        summarise,
-        unit_path,
-    )
-    from lesionsam.evidence_rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
     from lesionsam.utils.files import sha256_file, write_text_atomic
 
     if which not in SETS:
@@ -138,7 +130,7 @@ def main(
                 + "\n"
             )
         if which == "labels" and {DEFAULT_BLIND, "supervised, all masks"} <= set(figures.get("model", [])):
-            from lesionsam.evidence_charts import draw_labels
+            from comparison.charts import draw_labels
 
             num_all = sum(row["split"] == "train" for row in read_index(index_path).values())
             worth = draw_labels(out / "labels.png", figures, DEFAULT_BLIND, num_all)

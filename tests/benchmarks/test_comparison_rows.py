@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from helpers.tiny import tiny_data
 from PIL import Image
 
+from comparison.charts import curve, draw_labels, masks_worth
+from comparison.rows import DEFAULT_BLIND, MASKS, SETS
+from comparison.units import Row, configured, costs, few, summarise, unit_path
+from helpers.tiny import tiny_data
 from lesionsam.config.load import default_values, validate
 from lesionsam.evaluation.statistics import LABEL_FREE, METRICS
-from lesionsam.evidence import Row, configured, costs, few, summarise, unit_path
-from lesionsam.evidence_charts import curve, draw_labels, masks_worth
-from lesionsam.evidence_rows import DEFAULT_BLIND, MASKS, SETS
 
 BASE = validate(default_values())
 
