@@ -28,7 +28,7 @@ from lesionsam.experiment.resume import begin, origin_of
 from lesionsam.tracking.tracker import Tracker
 from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.processes import only_one
+from lesionsam.utils.processes import file_lock
 from lesionsam.utils.progress import progress
 from record import Limits, interleaved, provenance, table
 
@@ -54,7 +54,7 @@ def unprotected() -> Iterator[None]:
             "LIVENESS_STEPS": range(0),
             "save_state": lambda *_: None,
             "load_state": lambda *_: None,
-            "told_later": lambda flag: lambda: True,
+            "async_flag": lambda flag: lambda: True,
         }.items():
             stack.enter_context(patch.object(training, name, value))
         stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
@@ -110,7 +110,7 @@ def main() -> int:
             """What a run does before its first step: its lock, and what it was begun with."""
             place = folder / "origin"
             place.mkdir(exist_ok=True)
-            with only_one(place / "lock", "training"):
+            with file_lock(place / "lock", "training"):
                 begin(place, origin_of(config, weights, weights, weights))
                 sha256_file(weights)
 

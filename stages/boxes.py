@@ -11,7 +11,7 @@ from lesionsam.config.schema import CsvBoxes
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.types import SPLITS
-from lesionsam.utils.processes import the_only
+from lesionsam.utils.processes import stage_lock
 
 
 def main() -> None:
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(the_only("boxes")(main))
+    run_guarded(stage_lock("boxes")(main))

@@ -13,7 +13,7 @@ from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.isic import fetch_isic
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import run_guarded
-from lesionsam.utils.processes import the_only
+from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import say
 
 RAW, ARCHIVES, LOCK = Path("data/raw"), Path(".archives"), Path("archives.lock.json")
@@ -63,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(the_only("download")(main))
+    run_guarded(stage_lock("download")(main))

@@ -29,7 +29,7 @@ from lesionsam.tracking.tracker import Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.images import read_image, read_mask
-from lesionsam.utils.processes import end_with_parent, only_one
+from lesionsam.utils.processes import exit_with_parent, file_lock
 
 ROOT = Path.cwd()
 OUTPUT, CACHE = Path("results"), Path(".scratch/evaluation")
@@ -59,8 +59,8 @@ def looseness(config: Config) -> float:
 
 def main() -> None:
     """One writer at a time, which ends with the `dvc repro` that started it."""
-    end_with_parent()
-    with only_one(CACHE / "lock", "the evaluation"):
+    exit_with_parent()
+    with file_lock(CACHE / "lock", "the evaluation"):
         evaluate(load_config())
 
 

@@ -8,7 +8,7 @@ from lesionsam.errors import run_guarded
 from lesionsam.report.card import build_card
 from lesionsam.report.page import build_report
 from lesionsam.tracking.lineage import lineage_tags
-from lesionsam.utils.processes import the_only
+from lesionsam.utils.processes import stage_lock
 
 
 def main() -> None:
@@ -23,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(the_only("report")(main))
+    run_guarded(stage_lock("report")(main))

@@ -28,7 +28,7 @@ from lesionsam.training.loop import OBJECTIVE
 from lesionsam.training.state import save_head
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic
-from lesionsam.utils.processes import end_with_parent, finishing_first, only_one
+from lesionsam.utils.processes import exit_with_parent, file_lock, graceful_stop
 
 ROOT = Path.cwd()
 OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")
@@ -38,12 +38,12 @@ BOARDS = Path("tensorboard")
 def main() -> None:
     """Train in a scratch folder keyed by parameters, data and weights; move the result into place when it is whole."""
     config = load_config()
-    end_with_parent()
+    exit_with_parent()
     index, boxes = Path("data/raw/index.csv"), Path("data/boxes.csv")
     weights = pretrained_weights(Path("models/pretrained"))
     samples = read_boxes(boxes, read_index(index), root=ROOT)
     folder = SCRATCH / run_key(config, boxes, weights)
-    with only_one(SCRATCH / "lock", "training"):
+    with file_lock(SCRATCH / "lock", "training"):
         masks = [sample.mask_path for sample in samples if sample.split != "test" and sample.mask_path]
         begin(folder, origin_of(config, index, boxes, weights, masks))
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
@@ -86,7 +86,7 @@ def main() -> None:
         status = "FAILED"
         try:
             shutil.rmtree(folder / "out", ignore_errors=True)
-            with finishing_first() as asked_to_end:
+            with graceful_stop() as stop_requested:
                 trained = train(
                     config,
                     data,
@@ -96,7 +96,7 @@ def main() -> None:
                     say=lambda line: print(line, flush=True),
                     after_epoch=after_epoch,
                     save_last=lambda sam: save_sam(sam, folder / "out" / "last.safetensors", name=config.model.name),
-                    asked_to_end=asked_to_end,
+                    stop_requested=stop_requested,
                 )
             write_outputs(folder / "out", folder, config, trained, weights)
             tracker.log_artifact(Path("params.yaml"), "config")

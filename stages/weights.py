@@ -12,7 +12,7 @@ from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
-from lesionsam.utils.processes import the_only
+from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import human_bytes, human_seconds, say
 
 OUTPUT, ARCHIVES = Path("models/pretrained"), Path(".archives/weights")
@@ -74,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_guarded(the_only("weights")(main))
+    run_guarded(stage_lock("weights")(main))

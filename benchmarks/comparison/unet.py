@@ -20,7 +20,7 @@ from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
-from lesionsam.experiment.build import how_to_train
+from lesionsam.experiment.build import fit_arguments
 from lesionsam.experiment.run import Data
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
@@ -94,7 +94,7 @@ def train_unet(
         method,
         loader(data.train),
         groups=[Group("network", list(method.model.parameters()), t.lr_decoder)],
-        **how_to_train(config, data.train),
+        **fit_arguments(config, data.train),
         device=device,
         evaluate=partial(_score, network=method.model, batches=loader(data.dev), size=config.evaluate.batch_size),
         log=log,

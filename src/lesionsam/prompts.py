@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lesionsam.types import Prompts, sent
+from lesionsam.types import Prompts, to_device
 
 KINDS = ("ring", "centre", "box", "core", "box+core")  # those that an annotator's boxes give
 NONE = "none"
@@ -93,7 +93,7 @@ def draw_prompts(
 ) -> Prompts:
     """One drawn prompt per image; the generator lives on the CPU so that every device draws the same."""
     uniforms = torch.rand(len(big), uniforms_needed(kind, num_points), generator=generator)
-    return prompts_from_uniforms(kind, big, small, sent(uniforms, big.device))
+    return prompts_from_uniforms(kind, big, small, to_device(uniforms, big.device))
 
 
 def seeded_prompts(
@@ -110,7 +110,7 @@ def seeded_prompts(
         digest = hashlib.sha256(f"{seed}|{kind}|{key}".encode()).digest()
         rows.append(np.random.default_rng(np.frombuffer(digest, np.uint64)).random(count, dtype=np.float32))
     uniforms = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count)
-    return prompts_from_uniforms(kind, big, small, sent(uniforms, big.device))
+    return prompts_from_uniforms(kind, big, small, to_device(uniforms, big.device))
 
 
 # ---- from masks ------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def prompts_from_masks(
     """
 
     def drawn(*shape: int) -> torch.Tensor:
-        return sent(torch.rand(len(masks), *shape, generator=generator), masks.device)
+        return to_device(torch.rand(len(masks), *shape, generator=generator), masks.device)
 
     empty, frame = ~masks.flatten(1).any(1, keepdim=True), sizes.flip(1).float()
     tight = torch.where(empty, fallback, tight_boxes(masks))
@@ -215,7 +215,7 @@ def with_correction(
     side = masks.shape[-1]
     answer = F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
     wrong = (answer != masks) & valid
-    uniforms = sent(torch.rand(len(masks), 1, generator=generator), masks.device)
+    uniforms = to_device(torch.rand(len(masks), 1, generator=generator), masks.device)
     click = points_in(wrong, uniforms)
     column, row = click[:, 0].long().unbind(1)
     truth = masks[torch.arange(len(masks), device=masks.device), row, column].long()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # stages that only read tables and pictures need not wait for
 SPLITS = ("train", "dev", "test")
 
 
-def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Values of the CPU on a device; a GPU is not waited for, as it is by `values.to(device)`."""
     held = values.pin_memory() if device.type == "cuda" else values  # page-locked; torch keeps it until it is copied
     return held.to(device, non_blocking=True)

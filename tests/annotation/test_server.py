@@ -550,7 +550,7 @@ def test_a_second_page_on_the_same_table_is_refused(folder: Path, monkeypatch: p
     from lesionsam.utils import processes as guard
 
     monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.1)
-    with guard.only_one(folder / ".boxes.csv.lock", "annotation"), pytest.raises(UserError, match="already running"):
+    with guard.file_lock(folder / ".boxes.csv.lock", "annotation"), pytest.raises(UserError, match="already running"):
         annotate([folder / "images"], browser=False)
 
 

@@ -116,9 +116,11 @@ class Campaign:
         if without:
             path = self.template / "src" / "lesionsam" / "guard.py"
             self.prepared = self.template  # its code has changed: nothing is prepared
-            text = path.read_text(encoding="utf-8").replace("def only_one(", "def _only_one(", 1)
-            text = text.replace("def end_with_parent(", "def _end_with_parent(", 1)
-            text += "\n\n@contextmanager\ndef only_one(path, what):\n    yield\n\n\ndef end_with_parent():\n    pass\n"
+            text = path.read_text(encoding="utf-8").replace("def file_lock(", "def _only_one(", 1)
+            text = text.replace("def exit_with_parent(", "def _end_with_parent(", 1)
+            text += (
+                "\n\n@contextmanager\ndef file_lock(path, what):\n    yield\n\n\ndef exit_with_parent():\n    pass\n"
+            )
             path.write_text(text, encoding="utf-8")
 
     def run(self, rng: random.Random, folder: Path) -> Run:

@@ -22,7 +22,7 @@ from lesionsam.tracking.spool import read_lines
 from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training import state as training_state
 from lesionsam.training.state import load_best
-from lesionsam.utils.processes import finishing_first
+from lesionsam.utils.processes import graceful_stop
 
 EPOCHS, SCORES = 3, (0.1, 0.3, 0.2)
 NUM_SAVES = 5  # of one run: the best weights of epochs 1 and 2, the state of each epoch
@@ -66,7 +66,7 @@ class Campaign:
         if self.without:
             training_state.write_tensors = in_place if self.without == "in-place" else direct
         tracker = NullTracker(folder)
-        with finishing_first() as asked_to_end:
+        with graceful_stop() as stop_requested:
             method: Any = contrastive()
             arm()
             run(
@@ -77,7 +77,7 @@ class Campaign:
                 evaluate=lambda epoch: {"objective": SCORES[epoch - 1]},
                 log=tracker.log,
                 say=print,
-                asked_to_end=asked_to_end,
+                stop_requested=stop_requested,
             )
         tracker.close()
         load_best(folder, method.model)

@@ -106,7 +106,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_goes_on_from_there(
                 data,
                 folder,
                 accumulate=accumulate,
-                asked_to_end=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0,
+                stop_requested=lambda number=number, taken=taken: signal.SIGTERM if taken.steps >= number else 0,
             )
         assert (ended.value.exit_code, taken.steps) == (143, number)
         newest = sorted(folder.glob("state-*.pt"))[-1]

@@ -24,8 +24,8 @@ from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.training.liveness import LIVENESS_STEPS
 from lesionsam.training.loop import FLUSH_STEPS, add_gradients, step_generator
-from lesionsam.training.optimizer import told_later
-from lesionsam.types import Batch, sent
+from lesionsam.training.optimizer import async_flag
+from lesionsam.types import Batch, to_device
 
 META = torch.device("meta")  # tensors without values: who asks for one gets an error, where a GPU would be waited for
 
@@ -107,7 +107,7 @@ def test_a_step_asks_the_device_for_nothing(make: Any, batch: Batch, monkeypatch
 def test_blocking_copies_are_counted() -> None:
     with Waiting() as waiting:
         torch.zeros(3).to(META)
-        sent(torch.zeros(3), META)
+        to_device(torch.zeros(3), META)
     assert waiting.counts["blocking copy"] == 1
 
 
@@ -150,7 +150,7 @@ def test_the_loop_asks_twice_a_batch_and_once_a_flush(tmp_path: Path, monkeypatc
 
 def test_a_flag_is_told_as_it_is() -> None:
     value = torch.tensor([1.0, float("nan")])
-    read: Iterator[bool] = (told_later(torch.isfinite(v))() for v in value)
+    read: Iterator[bool] = (async_flag(torch.isfinite(v))() for v in value)
     assert list(read) == [True, False]
 
 
@@ -165,7 +165,7 @@ def test_the_flag_is_asked_for_before_the_backward_pass_and_read_after_it(
         order.append("asked")
         return lambda: bool(order.append("read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training.loop.told_later", asked)
+    monkeypatch.setattr("lesionsam.training.loop.async_flag", asked)
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: order.append("backward") or backward(self))
     method: Any = Mean()
     run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
@@ -183,9 +183,9 @@ def test_a_gpu_that_is_working_on_the_backward_pass_is_not_asked_for_its_gradien
         order.append("gradient asked")
         return lambda: bool(order.append("gradient read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training.optimizer.told_later", asked)
+    monkeypatch.setattr("lesionsam.training.optimizer.async_flag", asked)
     monkeypatch.setattr(
-        "lesionsam.training.loop.told_later", lambda flag: lambda: bool(order.append("loss read")) or True
+        "lesionsam.training.loop.async_flag", lambda flag: lambda: bool(order.append("loss read")) or True
     )
     monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": True}))
     monkeypatch.setattr(plain, "step", lambda self: order.append("step") or step(self))

@@ -21,8 +21,8 @@ SOURCE = str(Path(guard.__file__).parents[2])
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lesionsam.guard import only_one
-with only_one(Path(sys.argv[1]), "training"):
+from lesionsam.guard import file_lock
+with file_lock(Path(sys.argv[1]), "training"):
     print("held", flush=True)
     time.sleep(300)
 """
@@ -32,7 +32,7 @@ import os, time
 from lesionsam import guard
 looks, sleep, guard.WATCH_SECONDS = [], time.sleep, 0.01
 time.sleep = lambda seconds: (looks.append(seconds), sleep(seconds))
-guard.end_with_parent()
+guard.exit_with_parent()
 print(os.getpid(), flush=True)
 terminal = int(os.environ["TERMINAL"])
 while os.path.exists(f"/proc/{terminal}"):
@@ -117,20 +117,20 @@ def test_a_second_writer_is_refused_with_the_firsts_pid_and_may_start_after_its_
         assert first_line(holder) == "held"
         with (
             pytest.raises(UserError, match=rf"training is already running as pid {holder.pid} since \d{{4}}-"),
-            guard.only_one(lock, "training"),
+            guard.file_lock(lock, "training"),
         ):
             pytest.fail("two at once")
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    with guard.only_one(lock, "training"):
+    with guard.file_lock(lock, "training"):
         assert lock.read_text().startswith(f"pid {os.getpid()} since ")
 
 
 def test_the_lock_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), guard.only_one(tmp_path / "lock", "training"):
+    with pytest.raises(ZeroDivisionError), guard.file_lock(tmp_path / "lock", "training"):
         raise ZeroDivisionError
-    with guard.only_one(tmp_path / "lock", "training"), guard.only_one(tmp_path / "another", "evaluation"):
+    with guard.file_lock(tmp_path / "lock", "training"), guard.file_lock(tmp_path / "another", "evaluation"):
         pass
 
 
@@ -149,7 +149,7 @@ def test_a_stage_ends_with_its_dvc_and_not_with_the_terminal_above_it(between: i
 def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_STAGE", raising=False)
     before = threading.active_count()
-    guard.end_with_parent()
+    guard.exit_with_parent()
     assert threading.active_count() == before
 
 
@@ -160,12 +160,12 @@ def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -
         pytest.param(
             """
 import os, time
-from lesionsam.guard import end_with_parent
+from lesionsam.guard import exit_with_parent
 parent = os.getppid()
 print(os.getpid(), flush=True)
 while os.getppid() == parent:
     time.sleep(0.01)
-end_with_parent()
+exit_with_parent()
 time.sleep(300)
 """,
             id="while it loaded its libraries",
@@ -208,15 +208,15 @@ def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.0)
     ran: list[str] = []
 
-    @guard.the_only("boxes")
+    @guard.stage_lock("boxes")
     def inner() -> None:
         ran.append("inner")
 
-    @guard.the_only("boxes")
+    @guard.stage_lock("boxes")
     def outer() -> None:
         with pytest.raises(UserError, match=rf"the stage boxes is already running as pid {os.getpid()} since"):
             inner()
-        guard.the_only("weights")(lambda: ran.append("another stage"))()
+        guard.stage_lock("weights")(lambda: ran.append("another stage"))()
 
     outer()
     inner()
@@ -225,7 +225,7 @@ def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: p
 
 def test_a_first_signal_waits_for_the_step_and_a_second_does_not(capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with guard.finishing_first() as asked:
+    with guard.graceful_stop() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == signal.SIGTERM

@@ -23,7 +23,7 @@ from lesionsam.annotation.records import MAX_NAME
 from lesionsam.annotation.server import Desk, create_app
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import only_one
+from lesionsam.utils.processes import file_lock
 
 FINISH_SECONDS = 10.0  # for masks that are still to be written when the page is closed; the rest at the next start
 PORT = 8350  # tried first; any free one where it is taken
@@ -57,7 +57,7 @@ def annotate(
     table = boxes or default_table(Path(images[0]))
     if table.is_dir():
         raise UserError(f"--boxes: {table} is a folder; expected a CSV file, such as {table / 'boxes.csv'}")
-    with only_one(table.parent / f".{table.name}.lock", f"annotation of {table}"):
+    with file_lock(table.parent / f".{table.name}.lock", f"annotation of {table}"):
         store, pictures = Store(table, catalogue), Pictures()
         desk = Desk(catalogue, store, pictures, None, who or login_name(), _title(images))
         if model is not None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lesionsam.data.activation_store import Store
-from lesionsam.types import Batch, sent
+from lesionsam.types import Batch, to_device
 
 NAMES = ("prefix", "reference")  # fields of a batch that are kept
 WAITING_BYTES = 1 << 30  # of new entries on their way to the disk; beyond that a slow disk leaves some out
@@ -238,7 +238,7 @@ class Activations:
 
 def rows_of(batch: Batch, rows: Sequence[int]) -> Batch:
     """Pixels and sizes of some rows of a batch: what activations are computed from."""
-    at = sent(torch.tensor(rows), batch.images.device)
+    at = to_device(torch.tensor(rows), batch.images.device)
     return Batch(
         ids=tuple(batch.ids[k] for k in rows),
         index=batch.index[at],

@@ -26,7 +26,7 @@ from lesionsam.errors import UserError
 from lesionsam.types import Sample
 from lesionsam.utils.files import free_disk_bytes
 from lesionsam.utils.images import read_image, read_mask
-from lesionsam.utils.processes import end_with, only_one
+from lesionsam.utils.processes import end_with, file_lock
 from lesionsam.utils.progress import progress, say
 
 VERSION = 2  # of decoding, resizing, box prior and storage: part of every key
@@ -174,7 +174,7 @@ def load_frames(
     folder = cache / _key(samples, side, threshold_masks)
     others = other_boxes(samples)
     if not (folder / INDEX_NAME).exists():
-        with only_one(cache.with_name(f".{cache.name}-{folder.name}.lock"), f"decoding {title}", waiting=say):
+        with file_lock(cache.with_name(f".{cache.name}-{folder.name}.lock"), f"decoding {title}", waiting=say):
             if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
                 _build(samples, others, side, folder, threshold_masks, num_workers, title)
     os.utime(folder)

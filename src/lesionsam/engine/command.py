@@ -13,7 +13,7 @@ from lesionsam.engine.history import read_rounds
 from lesionsam.engine.report import CURVE, REPORT, news, write_report
 from lesionsam.engine.round import Place, limit_threads, run_round
 from lesionsam.tracking.registry import resolve_model
-from lesionsam.utils.processes import only_one
+from lesionsam.utils.processes import file_lock
 
 PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's published weights
 
@@ -47,7 +47,7 @@ def run(
     place = Place(
         Catalogue(images), table, out, start_weights(config, start), (test / "images", test / "masks") if test else None
     )
-    with only_one(table.parent / f".{table.name}.lock", f"annotation of {table}"):
+    with file_lock(table.parent / f".{table.name}.lock", f"annotation of {table}"):
         run_round(place, config, training=training, auto=auto, share=share)
     rounds = read_rounds(out)
     write_report(out, rounds)

@@ -154,7 +154,7 @@ def num_steps(config: Config, data: LesionDataset) -> int:
     return t.epochs * -(-data.batches_per_epoch(t.batch_size) // t.accumulate)
 
 
-def how_to_train(config: Config, data: LesionDataset) -> dict[str, Any]:
+def fit_arguments(config: Config, data: LesionDataset) -> dict[str, Any]:
     """What section `train` says of a whole run on these samples, as arguments of `training.fit`."""
     t = config.train
     return {

@@ -21,7 +21,7 @@ from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.build import build_method, how_to_train, learning_groups, num_steps, prepare_sam
+from lesionsam.experiment.build import build_method, fit_arguments, learning_groups, num_steps, prepare_sam
 from lesionsam.experiment.caches import open_caches
 from lesionsam.experiment.resources import parts_that_fit
 from lesionsam.methods.base import Method
@@ -128,14 +128,14 @@ def train(
     say: Callable[[str], None] = print,
     after_epoch: Callable[[Sam, int], None] | None = None,
     save_last: Callable[[Sam], None] | None = None,
-    asked_to_end: Callable[[], int] = lambda: 0,
+    stop_requested: Callable[[], int] = lambda: 0,
 ) -> Trained:
     """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
 
     Args:
         weights: the pretrained checkpoint. folder: scratch of this very run; the caller keys it (see `run_key`).
         log: receives (values, step). after_epoch: is shown the model in eval mode after each epoch, for pictures.
-        save_last: is shown the model as the last epoch left it. asked_to_end: see `fit`.
+        save_last: is shown the model as the last epoch left it. stop_requested: see `fit`.
     Raises:
         UserError: too little disk for what this run will write, or as `fit`. Interrupted: as `fit`.
     """
@@ -176,14 +176,14 @@ def train(
             method,
             loader(data.train, cache=caches.train),
             groups=learning_groups(config, method),
-            **how_to_train(config, data.train),
+            **fit_arguments(config, data.train),
             device=device,
             evaluate=evaluate,
             log=log,
             folder=folder,
             parts=parts,
             say=say,
-            asked_to_end=asked_to_end,
+            stop_requested=stop_requested,
         )
     if save_last is not None:
         save_last(kept)

@@ -27,7 +27,7 @@ from lesionsam.models.sam import Sam, encode
 from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
-from lesionsam.utils.processes import only_one_in
+from lesionsam.utils.processes import folder_lock
 from lesionsam.utils.progress import progress
 
 VERSION = 6  # of what a row's key stands for
@@ -361,7 +361,7 @@ def predict_files(
     sam = load_sam(None, model)
     how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)), nearer)
     make_folder(out)
-    with only_one_in(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
+    with folder_lock(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
         folder = Folder(out, overlays=overlays, shapes=shapes)
         run = Run(sam, how, folder, device, batch_size)
         try:

@@ -36,7 +36,7 @@ from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Batch, Prompts, sent
+from lesionsam.types import Batch, Prompts, to_device
 
 LOWEST = -20.0  # logit of what is ruled out
 
@@ -257,7 +257,7 @@ class Contrastive(Method):
         anchors = (core if o.missed_core == "positive" else pseudo & core) & valid
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
         beyond = (~big if o.certain_background else pseudo & ~big) & valid
-        uniforms = sent(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
+        uniforms = to_device(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
         at, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
         half = o.neg_samples // 2 if o.missed_core == "negative" else o.neg_samples
         beyond_at, beyond_valid = sample_pixels(beyond.flatten(1), half, uniforms[1])

@@ -10,7 +10,7 @@ import torch
 from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Batch, sent
+from lesionsam.types import Batch, to_device
 
 
 def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generator) -> list[str]:
@@ -50,7 +50,7 @@ def decode_mixture(
     """
     groups = []
     for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
-        picked = sent(group, features.device)
+        picked = to_device(group, features.device)
         big, small = batch.big_boxes[picked], batch.small_boxes[picked]
         groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
     low_res, iou = decode_groups(sam, features, groups, slice(0, 1))

@@ -22,7 +22,7 @@ from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam
 from lesionsam.models.teacher import Teacher
 from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
-from lesionsam.types import Batch, Prompts, sent
+from lesionsam.types import Batch, Prompts, to_device
 
 LOG_WEIGHTS = "log_weights"  # in the name of the parameter that holds the learnt weights
 IOU_LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
@@ -135,7 +135,7 @@ class Supervised(Method):
         masks, valid = shares > 0.5, batch.valid & known[:, None, None]
         groups = []
         for kind, group in draw_groups(o.prompts, len(batch.ids), o.prompts_per_image, generator):
-            picked = sent(group, features.device)
+            picked = to_device(group, features.device)
             groups.append((picked, self.prompt(kind, batch, picked, masks, generator)))
         rows = torch.cat([picked for picked, _ in groups])
         answers = [decode_groups(self.sam, features, groups, tokens)]

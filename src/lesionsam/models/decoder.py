@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from lesionsam.types import Prompts, sent
+from lesionsam.types import Prompts, to_device
 
 ABSENT = -1  # label of the point that stands where a prompt has no box
 
@@ -64,7 +64,7 @@ def decode_groups(
     if any(one.shape[1] < longest for one in sparse):
         counts = [len(outputs) + one.shape[1] for one in sparse for _ in range(len(one))]
         number = torch.arange(tokens.shape[1], device=tokens.device)
-        present = number < sent(torch.tensor(counts), tokens.device)[:, None]
+        present = number < to_device(torch.tensor(counts), tokens.device)[:, None]
     image = features.flatten(2).transpose(1, 2).contiguous()  # (B, N, C)
     if any(prompts.masks is not None for _, prompts in groups):
         image = image if rows is None else image[rows]

@@ -16,7 +16,7 @@ from lesionsam.errors import UserError
 from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_groups
-from lesionsam.types import Prompts, sent
+from lesionsam.types import Prompts, to_device
 
 Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
@@ -95,5 +95,5 @@ def decode(
     Returns:
         low_res_masks (R, 1 or 3, 4H', 4W') logits and iou_predictions (R, 1 or 3).
     """
-    images = None if rows is None else sent(torch.tensor(rows, dtype=torch.int64), features.device)
+    images = None if rows is None else to_device(torch.tensor(rows, dtype=torch.int64), features.device)
     return decode_groups(sam, features, [(images, prompts)], slice(1, None) if multimask else slice(0, 1))

@@ -12,7 +12,7 @@ from PIL import Image
 from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.errors import UserError
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
-from lesionsam.types import sent
+from lesionsam.types import to_device
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -23,7 +23,7 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, 3, S, S) float32: (x - mean) / std inside the image part, 0 on the padding.
     """
-    mean, std = (sent(torch.tensor(v), images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = (to_device(torch.tensor(v), images.device).view(1, 3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     position = torch.arange(images.shape[-1], device=images.device)
     inside = (position < sizes[:, 0:1])[:, :, None] & (position < sizes[:, 1:2])[:, None]
     return (images.float() - mean) / std * inside[:, None]

@@ -19,7 +19,7 @@ from lesionsam.errors import Interrupted
 from lesionsam.methods.base import Method, Term
 from lesionsam.training.liveness import LIVENESS_STEPS, check_alive, note_alive
 from lesionsam.training.oom import Moment, in_parts, make_smaller
-from lesionsam.training.optimizer import Group, Steps, bad_terms, told_later
+from lesionsam.training.optimizer import Group, Steps, async_flag, nonfinite_terms
 from lesionsam.training.progress import Log, flush, progress_line
 from lesionsam.training.state import Progress, load_state, save_best, save_state
 from lesionsam.types import Batch
@@ -61,7 +61,7 @@ def fit(
     folder: Path,
     parts: int = 1,
     say: Callable[[str], None] = print,
-    asked_to_end: Callable[[], int] = lambda: 0,
+    stop_requested: Callable[[], int] = lambda: 0,
 ) -> Progress:
     """Train a method on a data set; resume where `folder` says a killed run stood.
 
@@ -74,7 +74,7 @@ def fit(
         log: receives (values, step); the loop knows nothing of where they go.
         folder: scratch of this run, of this configuration alone; holds the training states and best.pt.
         parts: that a new run makes each batch in, for the memory's sake; more when that turns out too small.
-        asked_to_end: the number of a signal that asks for it, else 0; asked after each step and each epoch.
+        stop_requested: the number of a signal that asks for it, else 0; asked after each step and each epoch.
     Raises:
         Interrupted: it was asked to end, and has saved its state.
         UserError: loss or gradient is not finite several times, or a term that is switched on has no gradient.
@@ -142,11 +142,11 @@ def fit(
                 continue
             terms, values = outcome
             ids += batch.ids
-            losses_finite = all(read() for read in finite)  # waits for forward passes alone, see `told_later`
+            losses_finite = all(read() for read in finite)  # waits for forward passes alone, see `async_flag`
             steps.settle()
             if not losses_finite:
                 is_finite = False
-                steps.skip(f"the loss ({bad_terms(terms, values)})", batch.ids, at.step)
+                steps.skip(f"the loss ({nonfinite_terms(terms, values)})", batch.ids, at.step)
             last = at.batch + 1 == num_batches
             if (at.batch + 1) % accumulate == 0 or last:
                 for group in optimizer.param_groups:
@@ -163,7 +163,7 @@ def fit(
             if (len(waiting) >= FLUSH_STEPS and (at.batch + 1) % accumulate == 0) or last:
                 flush(waiting, at, log, optimizer.param_groups[0]["lr"])
             at.batch += 1
-            due = bool(ending := asked_to_end()) or (time.monotonic() - saved > SAVE_SECONDS and not last)
+            due = bool(ending := stop_requested()) or (time.monotonic() - saved > SAVE_SECONDS and not last)
             if last or due:
                 steps.settle()
             if due and (last or at.batch % accumulate == 0):
@@ -192,7 +192,7 @@ def fit(
             check_alive(terms, method, at, say)
         save_state(folder, at, method, optimizer, scaler)
         saved = time.monotonic()
-        if ending := asked_to_end():
+        if ending := stop_requested():
             raise Interrupted(ending)
         spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
         say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
@@ -245,7 +245,7 @@ def add_gradients(
     total = sum_of(terms)
     if watched:
         note_alive(terms, watched, alive)
-    finite.append(told_later(torch.isfinite(total.detach())))  # asked for before the backward pass is queued
+    finite.append(async_flag(torch.isfinite(total.detach())))  # asked for before the backward pass is queued
     scaler.scale(total * share / group_size).backward()
     values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
     return terms, {"loss": total.detach(), **values}

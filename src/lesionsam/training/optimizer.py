@@ -49,7 +49,7 @@ class Steps:
         if self.optimizer.defaults["fused"]:
             setattr(self.optimizer, "found_inf", (~is_finite).float())  # noqa: B010 - no attribute that types know
             self.optimizer.step()
-            self._untold.append((told_later(is_finite), self.at.step, tuple(ids)))
+            self._untold.append((async_flag(is_finite), self.at.step, tuple(ids)))
             return True
         if not is_finite:
             self.skip("the gradient", ids, self.at.step)
@@ -87,7 +87,7 @@ class Steps:
         self.say(f"warning: {message}; this step is not taken")
 
 
-def told_later(flag: torch.Tensor) -> Callable[[], bool]:
+def async_flag(flag: torch.Tensor) -> Callable[[], bool]:
     """Begin to bring a flag to the host. What is returned waits for it, but for nothing that is queued after it.
 
     So a GPU that a loop asks once a batch, when the backward pass is queued, has that pass to work on while the host
@@ -105,7 +105,7 @@ def told_later(flag: torch.Tensor) -> Callable[[], bool]:
     return read
 
 
-def bad_terms(terms: Iterable[str], values: Mapping[str, torch.Tensor]) -> str:
+def nonfinite_terms(terms: Iterable[str], values: Mapping[str, torch.Tensor]) -> str:
     """The terms of a loss that are not finite, with their values."""
     found = {name: values[name].item() for name in terms}
     return ", ".join(f"{name}={value:g}" for name, value in found.items() if not math.isfinite(value))

@@ -24,19 +24,19 @@ SCRATCH = Path(".scratch")
 
 
 @contextmanager
-def the_only(stage: str) -> Iterator[None]:
+def stage_lock(stage: str) -> Iterator[None]:
     """Hold the lock of a stage of `dvc.yaml` while the block runs; end with the `dvc repro` that started it.
 
     Raises:
         UserError: another process runs this stage here.
     """
-    end_with_parent()
-    with only_one(SCRATCH / f"{stage}.lock", f"the stage {stage}"):
+    exit_with_parent()
+    with file_lock(SCRATCH / f"{stage}.lock", f"the stage {stage}"):
         yield
 
 
 @contextmanager
-def only_one(path: Path, what: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def file_lock(path: Path, what: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file while the block runs; the system frees it however the process ends.
 
     Args:
@@ -72,7 +72,7 @@ def only_one(path: Path, what: str, *, waiting: Callable[[str], None] | None = N
 
 
 @contextmanager
-def only_one_in(folder: Path, remedy: str) -> Iterator[None]:
+def folder_lock(folder: Path, remedy: str) -> Iterator[None]:
     """Hold a folder itself while the block runs, so that no lock file is left in what a user keeps.
 
     Args:
@@ -153,7 +153,7 @@ def _up_to_dvc() -> dict[int, int]:
     return parents
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Under DVC, end this process when DVC (or the shell between) is gone; elsewhere do nothing."""
     if "DVC_STAGE" not in os.environ or not sys.platform.startswith("linux"):
         return
@@ -226,7 +226,7 @@ def holding() -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def finishing_first() -> Iterator[Callable[[], int]]:
+def graceful_stop() -> Iterator[Callable[[], int]]:
     """While the block runs, a first Ctrl-C or SIGTERM is only noted, and a second one ends at once.
 
     Yields:

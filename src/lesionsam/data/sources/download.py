@@ -26,7 +26,7 @@ from typing import Any
 
 from lesionsam.errors import UserError
 from lesionsam.utils.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
-from lesionsam.utils.processes import only_one
+from lesionsam.utils.processes import file_lock
 from lesionsam.utils.progress import Meter, human_bytes, say
 
 TIMEOUT_SECONDS = 60.0  # of silence on the line
@@ -131,7 +131,7 @@ def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backof
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
-    with only_one(folder / f".{remote.name}.lock", remote.name, waiting=say):
+    with file_lock(folder / f".{remote.name}.lock", remote.name, waiting=say):
         remove_leftovers(folder)
         expected = remote.sha256 or (_recorded(lock_path).get(remote.urls[0], {}).get("sha256") if lock_path else None)
         if target.exists():
@@ -194,7 +194,7 @@ def _finish(remote: Remote, target: Path, digest: str, lock_path: Path | None) -
     state = target.stat()
     write_json_atomic(_seal(target), {"sha256": digest, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
     if remote.sha256 is None and lock_path is not None:
-        with only_one(target.parent / ".hashes.lock", lock_path.name, waiting=say):
+        with file_lock(target.parent / ".hashes.lock", lock_path.name, waiting=say):
             known = _recorded(lock_path)
             if remote.urls[0] not in known:
                 known[remote.urls[0]] = {"sha256": digest, "size": state.st_size}
