@@ -312,6 +312,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = [{source!r}, {tests!r}]
+from annotation.test_store import SIZE, change, lesion, open_store
 store = open_store(Path({folder!r}))
 size = (Path({folder!r}) / "boxes.journal.jsonl").stat().st_size
 import signal

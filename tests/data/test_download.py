@@ -226,7 +226,7 @@ def test_disk_too_small_is_found_at_once(site: Site, tmp_path: Path, monkeypatch
 PROGRAM = """
 import sys
 from pathlib import Path
-from lesionsam.data.download import Remote, fetch
+from lesionsam.data.sources.download import Remote, fetch
 url, folder, size, sha256 = sys.argv[1:]
 fetch(Remote("a.zip", (url,), int(size), sha256), Path(folder), backoff=0.01)
 """

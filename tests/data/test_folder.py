@@ -266,7 +266,7 @@ def stage(root: Path, name: str) -> ModuleType:
 
 def set_parameters(root: Path, changes: dict[str, dict[str, object]]) -> None:
     yaml = YAML()
-    params = yaml.load((root / "src" / "lesionsam" / "presets" / "demo.yaml").read_text(encoding="utf-8"))
+    params = yaml.load((root / "src" / "lesionsam" / "config" / "presets" / "demo.yaml").read_text(encoding="utf-8"))
     for section, values in changes.items():
         if "source" in values:
             params[section] = values

@@ -163,7 +163,7 @@ def test_the_code_that_gives_a_result_has_a_digest(tmp_path: Path) -> None:
     shutil.copytree(Path(losses.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
 
     def digest() -> str:
-        script = "from lesionsam.experiment_origin import code_digest; print(code_digest())"
+        script = "from lesionsam.experiment.resume import code_digest; print(code_digest())"
         return subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONPATH": str(tmp_path)},

@@ -15,7 +15,7 @@ from PIL import Image
 
 from helpers.tiny import tiny_sam
 from lesionsam.errors import UserError
-from lesionsam.inference import predictor as inference
+from lesionsam.inference import files as inference
 from lesionsam.inference.auto import AUTO
 from lesionsam.inference.files import predict_files
 from lesionsam.models.checkpoint import save_sam
@@ -28,8 +28,8 @@ BOX = "10,8,60,50\n"
 KILLED = """
 import os, sys
 from pathlib import Path
-from lesionsam.inference import predict_files
-from lesionsam.inference_outputs import Folder
+from lesionsam.inference.files import predict_files
+from lesionsam.inference.outputs import Folder
 case, save = Path(sys.argv[1]), Folder.save_table
 Folder.save_table = lambda self: os._exit(9) if (self.out / "masks" / "one.png").is_file() else save(self)
 predict_files([case / "one.png"], model=case / "weights.safetensors", boxes=case / "one.csv", out=case / "out",

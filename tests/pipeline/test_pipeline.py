@@ -31,7 +31,8 @@ def output_hashes(folder: Path) -> dict[str, str]:
 def runs_of(folder: Path) -> list[dict[str, str]]:
     """Parameters and status of every MLflow run in the copy's store, once what a slow machine left waiting is sent."""
     program = (
-        "import json, sys; sys.path.insert(0, 'src'); from pathlib import Path; from lesionsam.tracking import sync; "
+        "import json, sys; sys.path.insert(0, 'src'); from pathlib import Path; "
+        "from lesionsam.tracking.tracker import sync; "
         "from mlflow import MlflowClient; assert sync(Path.cwd()) == 0; c = MlflowClient(sys.argv[1]); "
         "ids = [e.experiment_id for e in c.search_experiments()]; "
         "print(json.dumps([{**r.data.params, 'status': r.info.status} for r in c.search_runs(ids)]))"

@@ -152,7 +152,7 @@ def test_make_targets_exist(document: str) -> None:
 def test_commands_exist(document: str) -> None:
     import typer.main
 
-    from lesionsam.cli import app
+    from lesionsam.cli.app import app
 
     group = typer.main.get_command(app)
     for name, *rest in filter(None, programs_of(document, "lesionsam")):

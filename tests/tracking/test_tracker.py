@@ -424,7 +424,7 @@ def test_a_store_whose_making_is_killed_is_made_again(number: str, tmp_path: Pat
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from lesionsam.tracking_store import make_store\n"
+        "from lesionsam.tracking.store import make_store\n"
         "if sys.argv[2] == 'kill': os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "beside = Path(sys.argv[1]) / 'beside'\n"
         "for left in beside.glob('store-*'):\n"  # as in a container, where each start has the same number
@@ -449,7 +449,7 @@ def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Serv
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from lesionsam.tracking import Tracker\n"
+        "from lesionsam.tracking.tracker import Tracker\n"
         "root = Path(sys.argv[1])\n"
         "t = Tracker.open(root / 'run', uri=sys.argv[2], experiment='tests', root=root, run_name='r', params={},\n"
         "                 tags={}, system_metrics=False)\n"

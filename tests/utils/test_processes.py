@@ -21,7 +21,7 @@ SOURCE = str(Path(guard.__file__).parents[2])
 HOLDER = """
 import sys, time
 from pathlib import Path
-from lesionsam.guard import file_lock
+from lesionsam.utils.processes import file_lock
 with file_lock(Path(sys.argv[1]), "training"):
     print("held", flush=True)
     time.sleep(300)
@@ -29,7 +29,7 @@ with file_lock(Path(sys.argv[1]), "training"):
 # Says so when it has looked for its parents some times more after the terminal above them was closed.
 STAGE = """
 import os, time
-from lesionsam import guard
+from lesionsam.utils import processes as guard
 looks, sleep, guard.WATCH_SECONDS = [], time.sleep, 0.01
 time.sleep = lambda seconds: (looks.append(seconds), sleep(seconds))
 guard.exit_with_parent()
@@ -160,7 +160,7 @@ def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -
         pytest.param(
             """
 import os, time
-from lesionsam.guard import exit_with_parent
+from lesionsam.utils.processes import exit_with_parent
 parent = os.getppid()
 print(os.getpid(), flush=True)
 while os.getppid() == parent:
@@ -173,7 +173,7 @@ time.sleep(300)
         pytest.param(
             """
 import os, time
-from lesionsam.guard import end_with
+from lesionsam.utils.processes import end_with
 end_with(os.getppid())
 print(os.getpid(), flush=True)
 time.sleep(300)

@@ -118,7 +118,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam.report.page") / "templates" / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.report") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 

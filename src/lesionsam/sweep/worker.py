@@ -1,6 +1,6 @@
 """A worker of a sweep: takes trials of the study until it has as many finished ones as it shall have.
 
-`python -m lesionsam.sweep_worker PARENT_PID` reads its plan from standard input and ends with its parent; with one
+`python -m lesionsam.sweep.worker PARENT_PID` reads its plan from standard input and ends with its parent; with one
 worker the sweep calls `run` itself.
 """
 
