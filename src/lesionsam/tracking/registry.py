@@ -1,8 +1,8 @@
-"""Models by name: a file, a run, or a version in MLflow's registry -> weights on this machine; and their promotion.
+"""Resolve a model name (file, folder, run or registry version) to local weights, and promote runs to registry versions.
 
-What `lesionsam promote` registers is the logged model that the training left in its run: one weights file with
-segment_anything's keys. The version carries where it comes from (tags) and its test table (description); an alias
-such as `champion` says which version is meant. See docs/decisions/0024-exports-that-prove-themselves.md.
+`lesionsam promote` registers the logged model of a training run: one weights file with segment_anything's keys. The
+version carries its origin (tags) and its test table (description); an alias such as `champion` points to one version.
+See docs/decisions/0024-exports-that-prove-themselves.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Promotion:
-    """What `promote` did.
+    """Result of `promote`.
 
     Attributes:
         version: of the registered model. previous: version that had the alias before, None where there was none.
@@ -65,7 +65,7 @@ class Promotion:
 
 
 def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
-    """A weights file on this machine for what a user calls a model.
+    """Return the local weights file that a model name refers to.
 
     Args:
         text: a weights file; a folder that holds one (models/adapted, models/pretrained, an export); an MLflow run id,
@@ -84,12 +84,12 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     if path.is_dir():
         return _weights_in(path)
     if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
-        with _answers(root) as (client, uri):
+        with _mlflow_client(root) as (client, uri):
             return _download(client, uri, _model_of_version(client, _version(client, uri, *match.groups()), text), text)
     if text.startswith("models:"):
         raise UserError(f"{text}: {EXPECTED}")
     if match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
-        with _answers(root) as (client, uri):
+        with _mlflow_client(root) as (client, uri):
             return _download(client, uri, _model_of_run(client, _find_run(client, uri, match[1])), text)
     remedy = "; `dvc repro` trains one" if path == TRAINED or TRAINED in path.parents else ""
     raise UserError(f"{text}: no such file, folder or run; {EXPECTED}{remedy}")
@@ -120,7 +120,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
         name = match[1]
     else:
         raise UserError(f"--run {run}: expected a folder with a run.json, such as {TRAINED}, or an MLflow run id")
-    with _answers(root) as (client, uri):
+    with _mlflow_client(root) as (client, uri):
         found = _find_run(client, uri, name)
         scores = {
             key.removeprefix("test/"): value for key, value in found.data.metrics.items() if key.startswith("test/")
@@ -151,7 +151,7 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
     Raises:
         UserError: no such run, or it was never evaluated.
     """
-    with _answers(root) as (client, uri):
+    with _mlflow_client(root) as (client, uri):
         found = _find_run(client, uri, name)
         there = {item.path for item in client.list_artifacts(found.info.run_id)}
         if "evaluation" not in there:  # it may be waiting to be sent
@@ -166,7 +166,7 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
 
 
 def tracking_uri(root: Path) -> str:
-    """Where the runs below a root are tracked: `tracking.uri` of its params.yaml, or the database beside it."""
+    """Return the tracking URI of a repository: `tracking.uri` of its params.yaml, or the SQLite database beside it."""
     params = root / "params.yaml"
     section = read_yaml(params).get("tracking") if params.is_file() else None
     uri = section.get("uri") if isinstance(section, Mapping) else None
@@ -174,7 +174,7 @@ def tracking_uri(root: Path) -> str:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The one weights file of a folder."""
+    """Return the single weights file of a folder."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -189,7 +189,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _recorded_run(folder: Path, root: Path) -> str:
-    """The local id that run.json of a training gives its run, once all that the run has logged is on the server."""
+    """Return the id of the run in a training folder's run.json, after sending its waiting entries."""
     record = read_record(folder)
     if not record:
         raise UserError(
@@ -208,8 +208,8 @@ def _recorded_run(folder: Path, root: Path) -> str:
 
 
 @contextmanager
-def _answers(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
-    """A client and its tracking URI; whatever MLflow raises becomes one line."""
+def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
+    """Yield an MLflow client and its tracking URI; turn MLflow's errors into one line."""
     root = repository_root(Path.cwd()) if root is None else root
     uri = tracking_uri(root)
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
@@ -227,8 +227,8 @@ def _answers(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
         raise UserError(f"MLflow at {uri}: {text}; look at tracking.uri in params.yaml") from None
 
 
-def _asked(call: Callable[[], Any], message: str) -> Any:
-    """What MLflow answers; where it says that there is no such thing, `message`."""
+def _lookup(call: Callable[[], Any], message: str) -> Any:
+    """Call MLflow; raise `UserError(message)` where the server does not know the entity."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -241,35 +241,35 @@ def _asked(call: Callable[[], Any], message: str) -> Any:
 
 
 def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:
-    registered = _asked(
+    registered = _lookup(
         lambda: client.get_registered_model(name),
         f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one",
     )
     aliases = ", ".join(sorted(registered.aliases)) or "none"
     if alias is not None:
-        return _asked(
+        return _lookup(
             lambda: client.get_model_version_by_alias(name, alias),
             f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias {alias}` sets it",
         )
-    return _asked(
+    return _lookup(
         lambda: client.get_model_version(name, str(number)),
         f"models:/{name}/{number}: no such version; aliases there are: {aliases}",
     )
 
 
 def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) -> LoggedModel:
-    """The logged model behind a version."""
+    """Return the logged model behind a registry version."""
     match = re.fullmatch(r"models:/(m-\w+)", version.source or "")
     if match is None:
         raise UserError(
             f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
             f"{version.source}; expected a logged model"
         )
-    return _asked(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
+    return _lookup(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
 
 
 def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
-    """A run by MLflow's id, or by the local id that every run has from its first moment."""
+    """Return a run by MLflow's id or by its local id (tag `lesionsam.local_id`)."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -285,7 +285,7 @@ def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
 
 
 def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
-    """The logged model that a training left in its run; the last one where it left several."""
+    """Return the logged model of a training run; the last one if there are several."""
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     models = [model for model in models if model.name == NAME]
     if not models:
@@ -297,7 +297,7 @@ def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
 
 
 def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> Path:
-    """The weights file of a logged model: where the store lies on this machine the file itself, else a copy of it."""
+    """Return the weights file of a logged model: the stored file itself if it is local, otherwise a cached copy."""
     from mlflow.artifacts import download_artifacts
 
     files = [item.path for item in client.list_logged_model_artifacts(model.model_id)]
@@ -322,7 +322,7 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
 
 
 def _description(client: MlflowClient, run: Run) -> str:
-    """The run's test table, cut by whole paragraphs to what MLflow takes."""
+    """Return the run's test table, cut at a paragraph to MLflow's limit."""
     text = _artifact_text(client, run, TABLE)
     paragraphs, kept = text.strip().split("\n\n"), ""
     for paragraph in paragraphs:
@@ -339,7 +339,7 @@ def _artifact_text(client: MlflowClient, run: Run, path: str) -> str:
 
 
 def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
-    """Where a version comes from and what it scored, as text."""
+    """Return the version's tags: origin and test scores as text."""
     kept = ("method", "model", "data", "data.digest", "mlflow.source.git.commit", "git.dirty")
     tags = {key.removeprefix("mlflow.source."): run.data.tags[key] for key in kept if key in run.data.tags}
     params = json.dumps(dict(sorted(run.data.params.items())))
@@ -350,7 +350,7 @@ def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
 def _register(
     client: MlflowClient, model: LoggedModel, run: Run, description: str, tags: Mapping[str, str], alias: str
 ) -> Promotion:
-    """Version and alias of a logged model."""
+    """Create or update the version of a logged model and set the alias."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -388,7 +388,10 @@ def _register(
 
 @contextmanager
 def _default_uri(uri: str) -> Iterator[None]:
-    """MLflow's process-wide server, for a call that looks a source up there, whatever the client's own is."""
+    """Set MLflow's process-wide tracking URI inside the block.
+
+    `create_model_version` looks the source up there, whatever URI the client was made with.
+    """
     import mlflow
 
     before = mlflow.get_tracking_uri()

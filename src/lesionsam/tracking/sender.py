@@ -1,7 +1,7 @@
-"""The process that ships journals to MLflow while training goes on.
+"""Send journals to MLflow while training goes on; runs as a process of its own.
 
 `python -m lesionsam.tracking.sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
-`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
+`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends the waiting entries of all runs below a root and exits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable.
+    """Send the waiting entries of runs below the root whose owners ended. Return False if a server was unreachable.
 
     but: a spool to leave alone. stop: asked between two operations whether there is something better to do.
     """
@@ -47,7 +47,10 @@ def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = la
 
 
 def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
-    """The owner's lock is not kept meanwhile: who takes the run up again does not wait, and sends what is left."""
+    """Send one spool's waiting entries; stop as soon as another process opens the run again.
+
+    The owner's lock is not held meanwhile, so that a process that resumes the run does not have to wait.
+    """
     if spool.has_owner() or (not spool.pending()[0] and spool.is_closed()):
         return
     shipper = Shipper(spool, replace_gone=False)
@@ -61,7 +64,7 @@ def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
 
 
 class SystemSampler:
-    """Samples of system metrics, written to the spool so that a dead server loses none."""
+    """Sample system metrics and append them to the spool, so that a dead server loses none."""
 
     def __init__(self, spool: Spool) -> None:
         self._monitors = system_monitors()
@@ -70,7 +73,7 @@ class SystemSampler:
         self._due = time.monotonic()
 
     def sample(self) -> None:
-        """Take a sample where one is due."""
+        """Take a sample if one is due."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + SAMPLE_SECONDS
@@ -94,14 +97,14 @@ class SystemSampler:
 
 
 def _end_with(parent: int) -> None:
-    """End this process as soon as its parent is gone: whatever it was sending is found by the next start."""
+    """Exit as soon as the parent is gone; the next start finds what was not sent."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(0)
 
 
 def serve(spool: Spool) -> int:
-    """Ship one run until its owner closes it. Returns the exit status: 3 where something is left."""
+    """Send one run's entries until its owner closes it. Return the exit status: 0, or 3 if entries are left."""
     lock = spool.lock("sender", wait=True)
     closing = spool.folder / "closing"
     shipper = Shipper(spool, replace_gone=True)
@@ -137,7 +140,7 @@ def serve(spool: Spool) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of the process, see the module's text."""
+    """Run the command of the module docstring and return its exit status."""
     threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
     os.nice(5)  # training goes first
     if arguments[1] == "--all":

@@ -1,8 +1,8 @@
-"""MLflow's own database file, made whole or not at all.
+"""Create MLflow's SQLite database atomically, and check that a database can be used.
 
-MLflow makes its tables in some fifty steps, which take seconds. A process that is killed among them leaves a file that
-MLflow can neither use nor finish ("table already exists"), and nothing would ever be sent to it. So the file is made
-beside its place and linked there when it is whole.
+MLflow creates its tables in some fifty steps, which take seconds. A process that is killed in between leaves a file
+that MLflow can neither use nor finish ("table already exists"). So the database is built under another name and linked
+to its place when it is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAKING = threading.Lock()  # what bears this process's number is left over wher
 
 
 def make_store(path: Path, beside: Path) -> None:
-    """Make the database, unless there is a file.
+    """Create the database if there is no file.
 
     Args:
         path: of the database. beside: folder on the same file system for the unfinished one; what killed processes

@@ -1,12 +1,9 @@
-"""Experiment tracking that training never waits for: every call here appends a line to a file and returns.
+"""Track experiments without waiting for a server: every call appends a line to a file and returns.
 
-`metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking_spool`); a process of its own
-(`tracking.sender`) ships the journal to MLflow. A process, not a thread: importing mlflow
-costs 3 s of CPU, sending competes for the interpreter's lock, and a loader worker forked during an import can hang.
-Whatever the server does, the journal is whole, and the next start of any run below the same root makes up the gap.
-
-A point is a (name, step). A resumed training repeats the steps after its checkpoint with the same values: those are
-already there and are not logged again.
+`metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking.spool`); a process of its own
+(`tracking.sender`) ships the journal to MLflow. It is a process and not a thread: importing mlflow costs 3 s of CPU,
+sending competes for the interpreter's lock, and a loader worker forked during an import can hang. Whatever the server
+does, the journal is complete, and the next start of any run below the same root sends what is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ def _now_ms() -> int:
 
 
 class NullTracker:
-    """Tracking switched off: the same interface. Metrics still go to `metrics.jsonl` in the run's folder, if any."""
+    """Same interface with tracking switched off. Metrics still go to `metrics.jsonl` in the run's folder, if any."""
 
     def __init__(self, folder: Path | None) -> None:
         self._seen: dict[str, dict[int, tuple[int, float]]] = {}  # name -> step -> (time in ms, value)
@@ -67,7 +64,7 @@ class NullTracker:
         return step not in self._seen.get(name, ())
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics of one step. A full disk or a dead server raises nothing; a value that is no number does."""
+        """Log the metrics of one step. A full disk or a dead server raises nothing; a value that is no number does."""
         values = {clean_name(name): float(value) for name, value in metrics.items()}
         values = {name: value for name, value in values.items() if self._is_new(name, step, value)}
         if not values:
@@ -100,16 +97,16 @@ class NullTracker:
             print(f"warning: the disk did not take {num_lost} tracking entries; they are lost", file=sys.stderr)
 
     def _journal(self, entry: Mapping[str, object]) -> None:
-        """Nothing: there is no server to tell."""
+        """Do nothing: without tracking there is no journal."""
 
     def set_tags(self, tags: Mapping[str, Scalar]) -> None:
         """Set tags of the run."""
 
     def log_picture(self, path: Path, name: str, step: int) -> None:
-        """Log a picture file under a name that MLflow's page shows with a step slider."""
+        """Log a picture file under a name; MLflow's page shows it with a step slider."""
 
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Log a data set input: its digest (SHA-256 or shorter), where it comes from, what it is used for."""
+        """Log a data set input: its digest (SHA-256 or shorter), source and use."""
 
     def log_checkpoint(self, path: Path, name: str, metrics: Mapping[str, float], step: int) -> None:
         """Log a weights file as a logged model with its metrics. The file may be replaced, but never written into."""
@@ -119,15 +116,15 @@ class NullTracker:
 
     @property
     def local_id(self) -> str | None:
-        """The id that the run has from its first moment, with or without a server; None without tracking."""
+        """Return the id that the run has from its first moment, with or without a server; None without tracking."""
         return None
 
     def run_id(self, timeout: float = 0.0) -> str | None:
-        """MLflow's id of the run, waiting for it at most `timeout` seconds; None while no server has answered."""
+        """Return MLflow's id of the run, waiting at most `timeout` seconds; None while no server has answered."""
         return None
 
     def close(self, status: str = "FINISHED") -> None:
-        """End of the run."""
+        """End the run with one of `STATUSES`."""
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
         if self._metrics is not None:
@@ -171,7 +168,7 @@ class Tracker(NullTracker):
         local_id: str | None = None,
         send: bool = True,
     ) -> Tracker:
-        """Start a run, or go on with the one whose run.json lies in the folder.
+        """Start a run, or continue the one whose run.json lies in the folder.
 
         Args:
             folder: of the run; gets metrics.jsonl and run.json. Close the tracker before the folder is moved.
@@ -255,7 +252,7 @@ class Tracker(NullTracker):
         self._add(kind, file=file, **content)
 
     def _is_repeated(self, kind: str, name: str, step: int) -> bool:
-        """Whether a picture or checkpoint of this step is there already; marks it otherwise."""
+        """Return whether a picture or checkpoint of this step is already logged; remember it otherwise."""
         steps = self._seen.setdefault(f"{kind}:{name}", {})
         if step in steps and not self._reopened:
             return True
@@ -310,7 +307,7 @@ class Tracker(NullTracker):
         return found
 
     def close(self, status: str = "FINISHED") -> None:
-        """End of the run: its status, and a last chance for the sender. What it cannot send stays for the next start.
+        """End the run: log its status and wait for the sender. What cannot be sent stays for the next start.
 
         A reopened run keeps the status it has; how its evaluation ended is the tag `evaluate.status`.
         """
@@ -346,7 +343,7 @@ class Tracker(NullTracker):
         self._sender = _start([str(self._spool.folder)], self._log_file)
 
     def _finish_sender(self) -> None:
-        """Wait for the sender while it gets on; stop it when it does not."""
+        """Wait for the sender while it makes progress; kill it when it stalls."""
         if self._sender is None:
             return
         (self._spool.folder / "closing").touch()
@@ -376,7 +373,7 @@ class Tracker(NullTracker):
 
 
 def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the sender, in a session of its own: after Ctrl-C in training `close` still needs it."""
+    """Start the sender in a session of its own, so that it survives Ctrl-C in training until `close`."""
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
     return subprocess.Popen(
@@ -390,8 +387,11 @@ def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:
-    """Send what earlier runs below the root could not, and close those whose process died; returns the number of
-    entries still waiting."""
+    """Send the waiting entries of earlier runs below the root and close runs whose process died.
+
+    Returns:
+        the number of entries still waiting.
+    """
     if any(spool.pending()[0] or spool.is_abandoned() for spool in Spool.all(root)):
         with (spool_root(root) / "sync.log").open("wb") as log:
             process = _start(["--all", str(root)], log)
