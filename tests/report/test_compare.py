@@ -14,8 +14,8 @@ import pytest
 from helpers.report import Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report.compare import compare, pictured, setting_cells, side_by_side
-from lesionsam.report.runs import Run, commit_of, in_folder, open_runs, short
+from lesionsam.report.compare import compare, setting_cells, shared_pictures, side_by_side
+from lesionsam.report.runs import EvaluatedRun, commit_of, in_folder, open_runs, short
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Pa
     return folder / "first", folder / "second"
 
 
-def runs_of(*folders: Path) -> list[Run]:
+def runs_of(*folders: Path) -> list[EvaluatedRun]:
     return [in_folder(folder, folder.name) for folder in folders]
 
 
@@ -90,10 +90,10 @@ def test_lesions_pictured_in_every_run_stand_side_by_side(pair: tuple[Path, Path
     overlays = tmp_path / "other" / "results" / "overlays"
     (overlays / "best_1_a.png").unlink()
     (overlays / "best_10_b.png").rename(overlays / "median_1_b.png")
-    (cases,) = pictured(runs_of(pair[0], tmp_path / "other"))
+    (cases,) = shared_pictures(runs_of(pair[0], tmp_path / "other"))
     assert [picture["name"] for picture in cases["pictures"]] == ["d", "c", "b", "e"]  # pyright: ignore
     shutil.rmtree(overlays)
-    assert pictured(runs_of(pair[0], tmp_path / "other")) == []
+    assert shared_pictures(runs_of(pair[0], tmp_path / "other")) == []
 
 
 def test_settings_that_differ_and_no_others(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model card of a run (Mitchell et al. 2019, arXiv:1810.03993): made from its files, so that it cannot drift."""
+"""Write the model card of a run (Mitchell et al. 2019, arXiv:1810.03993) from its files, so that it cannot go stale."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BASES = {"compact": "the compact SAM of this project, pretrained on generated sh
 
 
 def build_card(results: Path, training: Path, output: Path, *, commit: str | None = None) -> None:
-    """Write the card.
+    """Write the model card.
 
     Args:
         results: folder of the evaluate stage. training: folder of the train stage. output: Markdown file to write.
@@ -63,7 +63,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         "weights": f"`best.safetensors`, SHA-256 {sha256_file(weights)}",
         "method": f"{params['method']['name']}; trained: {trained_parts(params['model'])}",
         "labels": labels(params),
-        "prompt": prompted(prompts_in(table)),
+        "prompt": describe_prompts(prompts_in(table)),
         "data": LICENCES.get(source, source),
         "selection": selection(params, summary),
         "test": f"{summary['num_images']} images, {summary['num_lesions']} lesions, read by the last evaluation only",
@@ -103,15 +103,15 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
     write_text_atomic(output, text)
 
 
-def prompted(prompts: Sequence[str]) -> str:
-    """With which prompts the model was measured, and what it was not given."""
+def describe_prompts(prompts: Sequence[str]) -> str:
+    """Return the card's line about prompts: which ones were measured, and that the model does not draw them."""
     given = ", ".join(prompt for prompt in prompts if prompt != NONE)
     text = f"{given}, as measured below; these are not drawn by the model itself"
     return text + (f". Column `{NONE}`: no prompt, it looks for the lesion by itself" if NONE in prompts else "")
 
 
 def labels(params: Mapping[str, Any]) -> str:
-    """Which labels the training read."""
+    """Return the card's line about the labels that training read."""
     if params["method"]["name"] == "supervised":
         return "true masks"
     if params["boxes"]["source"] == "csv":
@@ -124,7 +124,7 @@ def labels(params: Mapping[str, Any]) -> str:
 
 
 def selection(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """How the best epoch was chosen."""
+    """Return the card's line about how the best epoch was chosen."""
     by = (
         "the mean IoU on development images with masks"
         if params["train"]["select"] == "objective" and summary["has_truth"]
@@ -134,7 +134,7 @@ def selection(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def figures(table: pd.DataFrame, summary: Mapping[str, Any]) -> str:
-    """The tables of results/table.md, and how to read them."""
+    """Return the tables of results/table.md with a sentence on how to read them."""
     against = pd.DataFrame(summary["against_baselines"])
     about = (
         f"Brackets are {summary['confidence']:.0%} bootstrap intervals over images ({summary['num_bootstrap']} "
@@ -144,7 +144,7 @@ def figures(table: pd.DataFrame, summary: Mapping[str, Any]) -> str:
 
 
 def limits(source: str, strata: pd.DataFrame, summary: Mapping[str, Any]) -> Sequence[str]:
-    """What is known, and what is not, about where the model is worse."""
+    """Return the lines about known and unknown limits: lesion size, skin tone, camera, label noise."""
     lines = []
     own = strata[strata["model"] == ADAPTED] if len(strata) else strata
     if len(own) and summary["has_truth"]:
