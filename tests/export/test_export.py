@@ -440,14 +440,14 @@ def test_a_missing_package_fails_its_format_alone(subject: Subject, tmp_path: Pa
 
 def test_a_check_sees_what_differs() -> None:
     low_res, mask = np.array([[3.0, -2.0]], np.float32), np.array([[True, False]])
-    ours = exporting.Answer(low_res, mask, 0.9)
-    cases: Sequence[tuple[exporting.Answer, str]] = [
-        (exporting.Answer(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
-        (exporting.Answer(low_res * np.nan, mask, 0.9), "logits differ by inf"),
-        (exporting.Answer(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
-        (exporting.Answer(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
-        (exporting.Answer(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
-        (exporting.Answer(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
+    ours = exporting.PromptOutput(low_res, mask, 0.9)
+    cases: Sequence[tuple[exporting.PromptOutput, str]] = [
+        (exporting.PromptOutput(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
+        (exporting.PromptOutput(low_res * np.nan, mask, 0.9), "logits differ by inf"),
+        (exporting.PromptOutput(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
+        (exporting.PromptOutput(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
+        (exporting.PromptOutput(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
+        (exporting.PromptOutput(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
     ]
     for theirs, words in cases:
         check = Check()
@@ -455,8 +455,8 @@ def test_a_check_sees_what_differs() -> None:
         assert check.faults == []
         check.add(ours, theirs)
         assert words in check.faults[0]
-    with pytest.raises(UserError, match="answers of shapes"):
-        Check().add(ours, exporting.Answer(low_res[:, :1], mask, 0.9))
+    with pytest.raises(UserError, match="outputs of shapes"):
+        Check().add(ours, exporting.PromptOutput(low_res[:, :1], mask, 0.9))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""SAM as two ONNX graphs, an encoder and a decoder with segment_anything's inputs; the only user of onnx(runtime).
+"""Export SAM as two ONNX graphs, an encoder and a decoder. Only this module imports onnx and onnxruntime.
 
-The decoder takes and gives what segment_anything's own ONNX export does (boxes are points with labels 2 and 3), and on
-top of that several prompts at once and several images at once. The encoder takes pixels: normalisation and padding are
-in the graph, so that a caller has only to resize.
+The decoder has the inputs and outputs of segment_anything's own ONNX export (boxes are points with labels 2 and 3); in
+addition it takes several prompts, and several images with one prompt each. The encoder takes pixels: normalisation and
+padding are in the graph, so that a caller only resizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import resize_longest
 
@@ -33,7 +33,7 @@ INLINE_BYTES = 1 << 30  # weights beyond this go into a file beside the graph: p
 
 
 class EncoderGraph(nn.Module):
-    """(B, 3, h, w) float32 RGB of 0..255, longest side S -> image_embeddings (B, C, H', W')."""
+    """SAM's image encoder: (B, 3, h, w) float32 RGB of 0..255, longest side S -> image_embeddings (B, C, H', W')."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class EncoderGraph(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Normalise, pad and encode the images."""
         frames = (images - self.mean) / self.std
         return self.encoder(F.pad(frames, (0, self.side - frames.shape[-1], 0, self.side - frames.shape[-2])))
 
@@ -72,7 +72,7 @@ class DecoderGraph(nn.Module):
         has_mask_input: torch.Tensor,
         orig_im_size: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See the class."""
+        """Decode the prompts; shapes as in the class docstring."""
         p, d, count = self.prompts, self.decoder, point_coords.shape[0]
         kinds = point_labels.to(torch.int64)
         table = torch.cat([p.not_a_point_embed.weight, *[kind.weight for kind in p.point_embeddings]])  # by kind + 1
@@ -90,7 +90,7 @@ class DecoderGraph(nn.Module):
         return self._enlarge(low_res, orig_im_size), d.iou_prediction_head(hidden[:, 0]), low_res
 
     def _enlarge(self, low_res: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-        """Sam.postprocess_masks with sizes that the graph is told as it runs."""
+        """Upscale as Sam.postprocess_masks, with sizes that are graph inputs."""
         masks = F.interpolate(low_res, (self.side, self.side), mode="bilinear", align_corners=False)
         scale = self.side / original.max().to(torch.float32)
         inside = torch.floor(original.to(torch.float32) * scale + 0.5).to(torch.int64)
@@ -101,12 +101,12 @@ class DecoderGraph(nn.Module):
 
 
 def _one_each(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """(1 or count, ...) -> (count, ...), also where the exporter does not know which of the two it is."""
+    """Expand (1 or count, ...) to (count, ...) without a branch: the exporter does not know which of the two it is."""
     return tensor[torch.minimum(torch.arange(count), torch.arange(tensor.shape[0])[-1])]
 
 
 def _size(value: torch.Tensor, limit: int) -> int:
-    """A size that is data; the exporter is told its bounds."""
+    """Return a size that is data, with bounds for the exporter."""
     number = value.item()  # no `int`, which would make it the example's
     torch._check(number >= 1)
     torch._check(number <= limit)
@@ -114,7 +114,7 @@ def _size(value: torch.Tensor, limit: int) -> int:
 
 
 def write(subject: Subject, folder: Path) -> None:
-    """encoder.onnx and decoder.onnx, opset `OPSET`; of large models the weights beside them (.onnx.data)."""
+    """Write encoder.onnx and decoder.onnx, opset `OPSET`; large weights go into files beside them (.onnx.data)."""
     import onnx  # noqa: F401  # torch.onnx finds it by itself: named here so that its lack is one clear line
     import onnxscript  # noqa: F401
 
@@ -185,7 +185,7 @@ def _export(
 
 
 def reload(subject: Subject, folder: Path) -> Segment:
-    """onnxruntime on both graphs, on the CPU, with nothing of torch or of SAM between picture and mask."""
+    """Load both graphs in onnxruntime on the CPU; neither torch nor SAM takes part."""
     import onnxruntime
 
     encoder, decoder = (
@@ -195,22 +195,22 @@ def reload(subject: Subject, folder: Path) -> Segment:
     side, grid = subject.side, subject.side // subject.numbers["patch_size"]
     no_mask = np.zeros((1, 1, 4 * grid, 4 * grid), np.float32)
 
-    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         size = image.shape[0], image.shape[1]
         pixels = resize_longest(image, side).astype(np.float32).transpose(2, 0, 1)[None]
         embeddings = encoder.run(None, {"images": pixels})[0]
-        answers = []
+        outputs = []
         for prompt in prompts:
             values = (embeddings, *prompt_points(prompt, size, side), no_mask, np.zeros(1, np.float32), np.array(size))
             masks, predicted, low_res = decoder.run(None, dict(zip(INPUTS, values, strict=True)))
-            answers.append(Answer(low_res[0, 0], masks[0, 0] > 0, float(predicted[0, 0])))
-        return answers
+            outputs.append(PromptOutput(low_res[0, 0], masks[0, 0] > 0, float(predicted[0, 0])))
+        return outputs
 
     return segment
 
 
 def prompt_points(prompt: Prompt, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt as the decoder takes it: (1, N, 2) float32 model frame, (1, N) float32 labels.
+    """Return a prompt as the decoder's inputs: (1, N, 2) float32 in the model frame and (1, N) float32 labels.
 
     A box is two points with labels 2 and 3; without one, as in segment_anything, a point of label -1 takes its place.
 
