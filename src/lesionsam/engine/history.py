@@ -1,10 +1,11 @@
-"""What the rounds of the data engine leave: counts, outcomes, thresholds, seconds; and how far a proposal is trusted.
+"""Record the rounds of the data engine, and calibrate which proposals may be accepted unseen.
 
-The threshold of automatic acceptance is calibrated on proposals that people have reviewed, and holds for the others of
-the same model. It rises from the calm end in groups of a fixed size, as long as the exact binomial bound of the share
-accepted unchanged stays above what is asked for; the first group that fails ends it (fixed-sequence testing, as in
-Angelopoulos et al. 2021, arXiv:2110.01052). The bound takes those reviewed below a doubt for a random draw of all below
-it, which the spot checks of the review queue are; what the queue's order adds leans to the doubtful side.
+The threshold of automatic acceptance is calibrated on reviewed proposals and holds for the other proposals of the same
+model. It rises from the least doubtful end in groups of a fixed size, as long as the exact binomial bound of the share
+accepted unchanged stays above the required share; the first group that fails ends it (fixed-sequence testing,
+Angelopoulos et al. 2021, arXiv:2110.01052). The bound treats the reviewed proposals below a doubt as a random draw of
+all below it. The spot checks of the review queue are such a draw; what the queue's order adds leans to the doubtful
+side.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lesionsam.utils.files import write_text_atomic
 
 ROUNDS = "rounds.jsonl"
 CONFIDENCE = 0.95  # of the bound, one-sided
-FIRST, STEP = 30, 10  # reviewed proposals of the first group, and by how many each next one is larger
+FIRST_GROUP, GROUP_STEP = 30, 10  # reviewed proposals of the first group, and by how many each next one is larger
 REJECTED = "rejected"
 OUTCOMES = (ACCEPTED, CORRECTED, REJECTED)
 STAGES = ("drawing", "assisted", "semi-automatic", "automatic")
@@ -64,7 +65,7 @@ class Round:
 
 
 def read_rounds(folder: Path) -> list[Round]:
-    """The complete rounds of a folder, in order.
+    """Read the complete rounds of a folder, in order.
 
     Raises:
         UserError: a file that is damaged.
@@ -79,14 +80,14 @@ def read_rounds(folder: Path) -> list[Round]:
 
 
 def write_rounds(folder: Path, rounds: Sequence[Round]) -> None:
-    """All of them, whole or not at all."""
+    """Write all rounds atomically."""
     lines = [json.dumps(asdict(each), ensure_ascii=False, allow_nan=False) for each in rounds]
     write_text_atomic(folder / ROUNDS, "\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
-class Reviewed:
-    """A proposal that somebody has decided on: its doubt, and what became of it."""
+class ReviewedProposal:
+    """A reviewed proposal: its doubt and its outcome."""
 
     image_id: str
     doubt: float
@@ -95,9 +96,10 @@ class Reviewed:
 
 def reviewed_since(
     states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
-) -> list[Reviewed]:
-    """What became of the proposals of one model; images that were drawn without one in sight or with another's, and
-    those whose rows were edited outside the page, say nothing of them.
+) -> list[ReviewedProposal]:
+    """Return the reviewed proposals of one model.
+
+    Left out are images that were drawn without this model's proposal in view, and rows edited outside the page.
 
     Args:
         states: of all images. usual: see `proposals.doubt`. since: when the proposals were there, ISO 8601: what people
@@ -117,24 +119,24 @@ def reviewed_since(
         if any(lesion.proposed not in (None, ours) for lesion in state.lesions):
             continue  # another proposal was looked at
         outcome = ACCEPTED if sources == {ACCEPTED} else CORRECTED if sources & {ACCEPTED, CORRECTED} else REJECTED
-        found.append(Reviewed(state.image_id, doubt(held.lesion, usual)[0], outcome))
+        found.append(ReviewedProposal(state.image_id, doubt(held.lesion, usual)[0], outcome))
     return found
 
 
 def lower_bound(successes: int, trials: int) -> float:
-    """Exact one-sided lower bound of a share (Clopper and Pearson 1934)."""
+    """Return the exact one-sided lower bound of a share (Clopper and Pearson 1934)."""
     return float(stats.beta.ppf(1 - CONFIDENCE, successes, trials - successes + 1)) if successes else 0.0
 
 
-def calibrated(reviewed: Sequence[Reviewed], share: float) -> float | None:
-    """The largest doubt up to which proposals may be accepted unseen; None where none may.
+def calibrate_threshold(reviewed: Sequence[ReviewedProposal], share: float) -> float | None:
+    """Return the largest doubt up to which proposals may be accepted unseen; None if none may.
 
     Args:
         share: of them that people would accept unchanged, at least, with `CONFIDENCE`.
     """
     ordered = sorted(reviewed, key=lambda each: each.doubt)
     threshold = None
-    for count in range(FIRST, len(ordered) + 1, STEP):
+    for count in range(FIRST_GROUP, len(ordered) + 1, GROUP_STEP):
         accepted = sum(each.outcome == ACCEPTED for each in ordered[:count])
         if lower_bound(accepted, count) < share:
             break
@@ -142,9 +144,11 @@ def calibrated(reviewed: Sequence[Reviewed], share: float) -> float | None:
     return threshold
 
 
-def stage_of(accepted_share: float | None, num_calm: int, num_open: int) -> str:
-    """drawing: no proposals judged yet; assisted: they are, most are changed; semi-automatic: at least half stand as
-    they are; automatic: the calibrated threshold takes at least half of what was to do.
+def reached_stage(accepted_share: float | None, num_calm: int, num_open: int) -> str:
+    """Return the stage of the engine, one of `STAGES`.
+
+    drawing: no proposals reviewed yet; assisted: most reviewed ones are changed; semi-automatic: at least half stand
+    unchanged; automatic: the calibrated threshold takes at least half of the images left.
 
     Args:
         num_calm: images of those to do that the threshold takes. num_open: images to do, before it took any.
@@ -157,6 +161,6 @@ def stage_of(accepted_share: float | None, num_calm: int, num_open: int) -> str:
 
 
 def count_sources(states: Sequence[ImageState]) -> dict[str, int]:
-    """Images with lesions by how the first of them came about."""
+    """Count the labelled images by the source of their first lesion."""
     counts = Counter(state.lesions[0].source for state in states if state.lesions)
     return {source: counts[source] for source in SOURCES}
