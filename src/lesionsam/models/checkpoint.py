@@ -16,13 +16,14 @@ from segment_anything import sam_model_registry
 from lesionsam.errors import UserError
 from lesionsam.models import adapters
 from lesionsam.models.compact import CompactArchitecture, build_compact
-from lesionsam.models.finetuned import apply_tuned, base_wanted, own_state
+from lesionsam.models.finetuned import apply_tuned, required_base
+from lesionsam.models.lora import merged_lora_state
 from lesionsam.models.sam import POSITION, SHOWN_KEYS, WIDTHS, Sam, at_size, patch_size
 from lesionsam.utils.files import whole_number, write_bytes_atomic
 
 
 def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: Path | None = None) -> Sam:
-    """A SAM with the weights of a file, on the CPU, in float32, in eval mode.
+    """Load a SAM with the weights of a file, on the CPU, in float32, in eval mode.
 
     Args:
         name: compact, vit_b, vit_l or vit_h; None = whichever the file holds.
@@ -34,7 +35,7 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
         UserError: no such file, an HTML page, a damaged file, weights of another model or values that are not finite.
     """
     state, metadata = read_weights(checkpoint)
-    if (wanted := base_wanted(metadata)) is not None:
+    if (wanted := required_base(metadata)) is not None:
         if base is None:
             raise UserError(
                 f"{checkpoint}: holds only what was trained, and needs the weights it was trained on: "
@@ -44,16 +45,16 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
         sam = load_sam(name or metadata.get("name"), base, image_size=size or 0)
         apply_tuned(sam, checkpoint, state, metadata, base)
         return at_size(sam, image_size).eval()
-    held = model_held(checkpoint, state, metadata)
+    held = detect_model(checkpoint, state, metadata)
     if name not in (None, held):
         raise UserError(
             f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or model.checkpoint"
         )
-    architecture = stated_architecture(checkpoint, metadata) if held == "compact" else None
+    architecture = read_architecture(checkpoint, metadata) if held == "compact" else None
     with torch.device("meta"):  # no time for random weights: every tensor comes from the file
         sam = build_compact(architecture) if architecture is not None else sam_model_registry[held]()
         sam = at_size(sam, state[POSITION].shape[1] * patch_size(sam))
-        if (bottleneck := adapters.adapters_held(state)) is not None:
+        if (bottleneck := adapters.adapter_shape(state)) is not None:
             dim, first = bottleneck
             depth = len(sam.image_encoder.blocks)
             adapters.insert_adapters(sam, dim=dim, last_k=max(depth - first, 0), seed=0)
@@ -77,8 +78,8 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     return at_size(sam, image_size).eval()
 
 
-def model_held(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """Which model these weights are: as the file says, or by the width of the encoder's tokens."""
+def detect_model(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Return the model that weights belong to: the file's own statement, or by the width of the encoder's tokens."""
     if POSITION not in state or state[POSITION].ndim != 4:
         keys = ", ".join(list(state)[:SHOWN_KEYS])
         raise UserError(
@@ -89,8 +90,8 @@ def model_held(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, s
     return stated if stated in (*WIDTHS.values(), "compact") else WIDTHS.get(state[POSITION].shape[-1], "compact")
 
 
-def stated_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitecture:
-    """The numbers of a compact SAM, from its file's metadata."""
+def read_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitecture:
+    """Return the architecture of a compact SAM from its file's metadata."""
     try:
         numbers = json.loads(metadata.get("architecture", ""))
     except json.JSONDecodeError:
@@ -104,7 +105,7 @@ def stated_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitec
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a weights file, on the CPU, and its metadata (empty for .pth)."""
+    """Read a weights file: its tensors on the CPU, and its metadata (empty for .pth)."""
     try:
         with path.open("rb") as file:
             head = file.read(64).lstrip()
@@ -150,7 +151,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def weights_metadata(path: Path) -> dict[str, str]:
-    """What a .safetensors file says of itself, its tensors unread; empty for any other file."""
+    """Return the metadata of a .safetensors file without reading its tensors; empty for any other file."""
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:
@@ -158,8 +159,8 @@ def weights_metadata(path: Path) -> dict[str, str]:
 
 
 def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None = None) -> None:
-    """Write plain segment_anything keys as safetensors, atomically; adapters, where there are any, under keys of
-    their own beside them, low-rank updates merged.
+    """Write segment_anything's keys as safetensors, atomically, low-rank updates merged; adapters keep keys of their
+    own.
 
     Args:
         name: compact, vit_b, vit_l or vit_h. metadata: further entries; the compact one's architecture is added.
@@ -179,5 +180,5 @@ def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None
             "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features,
         }
         notes["architecture"] = json.dumps(numbers)
-    state = {key: value.detach().cpu().contiguous() for key, value in own_state(sam).items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in merged_lora_state(sam).items()}
     write_bytes_atomic(path, save(state, notes))

@@ -1,11 +1,11 @@
-"""A fine-tuned SAM on disk: as plain segment_anything weights, or as a small file beside the pretrained ones.
+"""Store a fine-tuned SAM: as plain segment_anything weights, or as a small file beside the pretrained ones.
 
-What may be plain: low-rank updates are added to the weights that they update, and nothing remains of them. Bottleneck
-adapters hold a non-linearity and cannot be added to anything: their keys stay, and only this project reads them.
+Low-rank updates are added to the weights that they update and leave no trace. Bottleneck adapters hold a non-linearity
+and cannot be merged: they keep keys of their own, and only this project reads them.
 
-The small file (`tuned.safetensors`) holds what was trained and nothing else, under the model's own names (low-rank
-factors as peft names them in its files, `....qkv.lora_A.weight`), and in its metadata what it belongs to: `tuned`
-(none, blocks, adapter or lora), `name`, `image_size`, `base_sha256`, `base` and the strategy's numbers.
+The small file (`tuned.safetensors`) holds the trained parameters only, under the model's own names (low-rank factors as
+peft names them in its files, `....qkv.lora_A.weight`). Its metadata name the base: `tuned` (none, blocks, adapter or
+lora), `name`, `image_size`, `base_sha256`, `base`, `base_tensors_sha256` and the strategy's numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Strategy:
 
 
 def attach(sam: Sam, strategy: Strategy, *, seed: int = 0) -> None:
-    """Put adapters or low-rank updates into a SAM, in place; nothing for the other strategies.
+    """Insert adapters or low-rank updates into a SAM, in place; nothing for the other strategies.
 
     Args:
         seed: of what starts at random; the model's output is the same whatever it is.
@@ -65,13 +65,8 @@ def attach(sam: Sam, strategy: Strategy, *, seed: int = 0) -> None:
         )
 
 
-def own_state(sam: Sam) -> dict[str, torch.Tensor]:
-    """State dict with low-rank updates merged; adapters, where there are any, under keys of their own."""
-    return lora.merged_lora_state(sam)
-
-
 def merged_state(sam: Sam) -> dict[str, torch.Tensor]:
-    """State dict that loads into plain segment_anything: its keys, shapes and behaviour.
+    """Return a state dict that loads into plain segment_anything: its keys, shapes and behaviour.
 
     Raises:
         UserError: the model carries adapters, which no plain model can hold.
@@ -81,11 +76,11 @@ def merged_state(sam: Sam) -> dict[str, torch.Tensor]:
             "model.encoder: adapters cannot be merged into SAM's own weights (they hold a GELU of their own), so there "
             "is no plain segment_anything file of this model; train with lora, blocks or none to export one"
         )
-    return own_state(sam)
+    return lora.merged_lora_state(sam)
 
 
 def save_tuned(sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Path) -> None:
-    """Write what was trained, with what it belongs to, as one small file, atomically.
+    """Write the trained parameters with the identity of their base as one small file, atomically.
 
     Args:
         sam: with its adapters or updates attached; what requires a gradient is saved.
@@ -103,8 +98,8 @@ def save_tuned(sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Pat
     write_bytes_atomic(path, save(state, notes))
 
 
-def base_wanted(metadata: Mapping[str, str]) -> str | None:
-    """The base of a small file in words, None for any other weights file."""
+def required_base(metadata: Mapping[str, str]) -> str | None:
+    """Return a description of the base that a small file needs; None for any other weights file."""
     if TUNED not in metadata:
         return None
     return f"{metadata.get('base', 'its base')} of {metadata.get('name')} (SHA-256 {metadata.get('base_sha256')})"
@@ -113,7 +108,7 @@ def base_wanted(metadata: Mapping[str, str]) -> str | None:
 def apply_tuned(
     sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], base: Path
 ) -> None:
-    """Put a small file's weights into its base, in place; low-rank updates are merged.
+    """Load a small file's weights into its base, in place; low-rank updates are merged.
 
     Args:
         sam: loaded from `base`, at the size that the metadata names. state, metadata: of the small file `path`.
@@ -123,7 +118,7 @@ def apply_tuned(
     found = sha256_file(base)
     if found != metadata.get("base_sha256"):
         raise UserError(
-            f"{path}: belongs to {base_wanted(metadata)}, got {base} (SHA-256 {found}); name the file that "
+            f"{path}: belongs to {required_base(metadata)}, got {base} (SHA-256 {found}); name the file that "
             "was trained on"
         )
     try:
@@ -146,5 +141,5 @@ def apply_tuned(
 
 
 def _short(key: str) -> str:
-    """A key without peft's additions."""
+    """Return a key without peft's additions."""
     return key.replace(f".{lora.ADAPTER_NAME}.", ".").replace(".base_layer.", ".")

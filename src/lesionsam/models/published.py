@@ -1,4 +1,4 @@
-"""SAM's published checkpoints (Kirillov et al. 2023, Apache-2.0): where they are, how large, and their hashes."""
+"""SAM's published checkpoints (Kirillov et al. 2023, Apache-2.0): addresses, sizes and hashes."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ CHECKPOINTS = {
 }
 
 
-def published_as(sha256: str) -> str | None:
-    """Which model's published checkpoint has this hash; None where none has."""
+def published_name(sha256: str) -> str | None:
+    """Return the model whose published checkpoint has this hash; None if there is none."""
     return next((name for name, checkpoint in CHECKPOINTS.items() if checkpoint.sha256 == sha256), None)
