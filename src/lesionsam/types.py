@@ -1,4 +1,4 @@
-"""The values that pass between parts: frozen, with their shapes and frames stated.
+"""Frozen values that pass between packages, with their shapes and coordinate frames.
 
 Frames. *Original*: pixels of the image after EXIF transpose. *Model*: SAM's square input of side S, longest side
 resized to S, padded right and bottom. Boxes are XYXY, half-open, floats. Points are XY. Arrays are row, column.
@@ -19,7 +19,7 @@ SPLITS = ("train", "dev", "test")
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Values of the CPU on a device; a GPU is not waited for, as it is by `values.to(device)`."""
+    """Copy CPU values to a device without blocking: a GPU is not synchronised, as `values.to(device)` does."""
     held = values.pin_memory() if device.type == "cuda" else values  # page-locked; torch keeps it until it is copied
     return held.to(device, non_blocking=True)
 
@@ -66,12 +66,12 @@ class Prompts:
     masks: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Prompts:
-        """The same prompts on another device."""
+        """Return the prompts on another device."""
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 
     def __getitem__(self, index: slice | torch.Tensor) -> Prompts:
-        """The prompts of some of the images."""
+        """Return the prompts of some of the images."""
         picked = {f.name: value[index] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return replace(self, **picked)
 
@@ -111,7 +111,7 @@ class Batch:
     reference: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         import torch
 
         moved = {
@@ -122,7 +122,7 @@ class Batch:
         return replace(self, **moved)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of the lesions."""
+        """Return some of the lesions."""
         import torch
 
         picked = {
