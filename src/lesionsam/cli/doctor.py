@@ -243,12 +243,14 @@ def _raw_params(root: Path) -> dict[str, Any]:
 
 def _params(root: Path) -> Iterator[Finding]:
     from lesionsam.config.load import load_config
+    from lesionsam.models.published import check_image_size
 
     path = root / "params.yaml"
     if not path.is_file():
         yield Finding("params", NOTE, "no params.yaml here: not a working folder", "lesionsam preset demo writes one")
         return
     config = load_config(path)
+    check_image_size(config.model.name, config.model.image_size)
     yield Finding("params", OK, f"{config.data.source} data, {config.model.name}, method {config.method.name}")
     if config.runtime.device.startswith("cuda"):
         import torch
@@ -271,6 +273,7 @@ def without_password(uri: str) -> str:
 def _tracking(root: Path) -> Iterator[Finding]:
     from lesionsam.tracking.registry import tracking_uri
     from lesionsam.tracking.spool import Spool
+    from lesionsam.tracking.store import store_problem
 
     if _raw_params(root).get("tracking", {}).get("enabled") is False:
         yield Finding("tracking", NOTE, "switched off (tracking.enabled)")
@@ -280,6 +283,9 @@ def _tracking(root: Path) -> Iterator[Finding]:
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.is_file():
             yield Finding("tracking", NOTE, f"{shown}: not there yet; the first training makes it")
+        elif problem := store_problem(path):
+            text, _, remedy = problem.rpartition("; ")
+            yield Finding("tracking", PROBLEM, text, remedy)
         else:
             database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
             try:

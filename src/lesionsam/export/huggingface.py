@@ -192,11 +192,11 @@ def reload(subject: Subject, folder: Path) -> Segment:
 
 def _usage(subject: Subject) -> str:
     return """```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import SamModel, SamProcessor
 
 model, processor = SamModel.from_pretrained("."), SamProcessor.from_pretrained(".")  # this folder
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")  # upright, as boxes are drawn
 inputs = processor(image, input_boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")  # pixels of the image
 inputs["input_boxes"] = inputs["input_boxes"].float()
 outputs = model(**inputs, multimask_output=False)

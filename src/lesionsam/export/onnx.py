@@ -54,7 +54,7 @@ class DecoderGraph(nn.Module):
 
     `forward` takes image_embeddings (E, C, H', W'), E = 1 or B; point_coords (B, N, 2) XY in the model frame;
     point_labels (B, N): 1 foreground, 0 background, 2 and 3 corners of a box, -1 padding; mask_input (M, 1, 4H', 4W'),
-    M = 1 or B; has_mask_input (1,): 0 or 1; orig_im_size (2,): H, W. It gives masks (B, 4, H, W) logits,
+    M = 1 or B; has_mask_input (1,): 0 or 1; orig_im_size (2,) float32: H, W. It gives masks (B, 4, H, W) logits,
     iou_predictions (B, 4), low_res_masks (B, 4, 4H', 4W'); of the four, 0 is the single mask, 1 to 3 are the candidates
     of an ambiguous prompt.
     """
@@ -81,7 +81,7 @@ class DecoderGraph(nn.Module):
         masked = p.mask_downscaling(mask_input)
         dense = torch.where(has_mask_input.reshape(1, 1, 1, 1) > 0, masked, p.no_mask_embed.weight[:, :, None, None])
         tokens = torch.cat([d.iou_token.weight, d.mask_tokens.weight]).expand(count, -1, -1)
-        source = _one_each(image_embeddings, count) + _one_each(dense, count)
+        source = _one_each(image_embeddings, point_coords) + _one_each(dense, point_coords)
         position = p.get_dense_pe().expand(count, -1, -1, -1)
         hidden, image = d.transformer(source, position, torch.cat([tokens, sparse], dim=1))
         upscaled = d.output_upscaling(image.transpose(1, 2).reshape(source.shape))
@@ -94,15 +94,24 @@ class DecoderGraph(nn.Module):
         masks = F.interpolate(low_res, (self.side, self.side), mode="bilinear", align_corners=False)
         scale = self.side / original.max().to(torch.float32)
         inside = torch.floor(original.to(torch.float32) * scale + 0.5).to(torch.int64)
+        original = original.to(torch.int64)
         masks = masks[:, :, : _size(inside[0], self.side), : _size(inside[1], self.side)]
         return F.interpolate(
             masks, (_size(original[0], MAX_SIDE), _size(original[1], MAX_SIDE)), mode="bilinear", align_corners=False
         )
 
 
-def _one_each(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Expand (1 or count, ...) to (count, ...) without a branch: the exporter does not know which of the two it is."""
-    return tensor[torch.minimum(torch.arange(count), torch.arange(tensor.shape[0])[-1])]
+def _one_each(tensor: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """Expand (1 or B, ...) to (B, ...), B the number of prompts, without a branch in the graph.
+
+    Any other number makes the index run out of bounds, an error of onnxruntime: clamped, the last image would be used
+    for the prompts left over.
+    """
+    index = torch.arange(prompts.shape[0])
+    last = torch.arange(tensor.shape[0])[-1]
+    several = (last > 0).to(torch.int64)
+    wrong = several * (last != index[-1]).to(torch.int64)
+    return tensor[several * index + wrong * (last + 1)]
 
 
 def _size(value: torch.Tensor, limit: int) -> int:
@@ -138,7 +147,7 @@ def write(subject: Subject, folder: Path) -> None:
         torch.ones(3, 5),
         torch.zeros(2, 1, 4 * grid, 4 * grid),
         torch.zeros(1),
-        torch.tensor([side - 1, side + 1]),
+        torch.tensor([side - 1.0, side + 1.0]),
     )
     sizes = {
         "image_embeddings": {0: Dim("embeddings")},
@@ -201,7 +210,8 @@ def reload(subject: Subject, folder: Path) -> Segment:
         embeddings = encoder.run(None, {"images": pixels})[0]
         outputs = []
         for prompt in prompts:
-            values = (embeddings, *prompt_points(prompt, size, side), no_mask, np.zeros(1, np.float32), np.array(size))
+            points = prompt_points(prompt, size, side)
+            values = (embeddings, *points, no_mask, np.zeros(1, np.float32), np.array(size, np.float32))
             masks, predicted, low_res = decoder.run(None, dict(zip(INPUTS, values, strict=True)))
             outputs.append(PromptOutput(low_res[0, 0], masks[0, 0] > 0, float(predicted[0, 0])))
         return outputs
@@ -228,16 +238,16 @@ def prompt_points(prompt: Prompt, size: tuple[int, int], side: int) -> tuple[np.
 
 def _usage(subject: Subject) -> str:
     side, grid = subject.side, subject.side // subject.numbers["patch_size"]
-    return f"""Two graphs, opset {OPSET}. `{ENCODER}` takes pixels, `{DECODER}` has the inputs and outputs of
-segment_anything's own ONNX export.
+    return f"""Two graphs, opset {OPSET}. `{ENCODER}` takes pixels, `{DECODER}` has the inputs (names, shapes, float32)
+and outputs of segment_anything's own ONNX export.
 
 ```python
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 encoder, decoder = onnxruntime.InferenceSession("{ENCODER}"), onnxruntime.InferenceSession("{DECODER}")
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")  # upright, as boxes are drawn
 scale = {side} / max(image.size)
 small = image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR)
 pixels = np.asarray(small, np.float32).transpose(2, 0, 1)[None]  # (1, 3, h, w) RGB of 0..255
@@ -249,12 +259,17 @@ masks, predicted_iou, low_res = decoder.run(None, {{
     "point_coords": box[None],                               # (B, N, 2) XY, pixels of the resized image
     "point_labels": np.array([[2, 3]], np.float32),          # 2 and 3: corners of a box; 1, 0: points; -1: padding
     "mask_input": np.zeros((1, 1, {4 * grid}, {4 * grid}), np.float32), "has_mask_input": np.zeros(1, np.float32),
-    "orig_im_size": np.array([image.height, image.width])}})
+    "orig_im_size": np.array([image.height, image.width], np.float32)}})
 mask = masks[0, 0] > 0   # of the four masks: 0 for boxes and several points, 1 to 3 are a single point's candidates
 ```
 
 A prompt without a box needs one more point, (0, 0) with label -1. B prompts may go to one image, or one each to B
-images; all prompts of a call have as many points, and one original size.
+images; another number of images is an error. All prompts of a call have as many points, and one original size.
+
+Other tools: code written for segment_anything's ONNX decoder (its notebook `onnx_model_example`) takes `{DECODER}` as
+it is. samexporter and AnyLabeling feed an encoder of their own form (input `input_image`, height x width x 3), and
+CVAT's interactor expects a decoder with four more outputs and runs SAM's encoder in PyTorch: give those tools the
+weights of `--format pth` and let their exporter convert them.
 """
 
 

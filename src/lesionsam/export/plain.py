@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lesionsam.export import standalone as plain
 from lesionsam.export.base import Format, Segment, Subject, with_predictor
 from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
 from lesionsam.models.checkpoint import weights_metadata
+from lesionsam.models.finetuned import safetensors_bytes
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 
@@ -37,7 +37,7 @@ def write_safetensors(subject: Subject, folder: Path) -> None:
     if subject.name == "compact":
         keys = ("image_size", "patch_size", "width", "depth", "num_heads", "prompt_width", "decoder_mlp")
         notes["architecture"] = json.dumps({key: subject.numbers[key] for key in keys})
-    save_file(subject.state(), folder / SAFETENSORS, notes)
+    (folder / SAFETENSORS).write_bytes(safetensors_bytes(subject.state(), notes))
     _write_builder(subject, folder)
 
 
@@ -54,8 +54,8 @@ def reload_safetensors(subject: Subject, folder: Path) -> Segment:
 
 
 PTH_NOTE = f"""
-This form cannot say what the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict --auto` and
-`lesionsam annotate` ask it as they ask weights that were not adapted.
+This format cannot record which prompts the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict
+--auto` and `lesionsam annotate` treat it like weights that were not adapted.
 """
 
 
@@ -85,6 +85,9 @@ predictor = SamPredictor(load("{weights}"))
 then, in both cases:
 
 ```python
+import numpy as np
+from PIL import Image, ImageOps
+image = np.asarray(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))  # upright, as boxes are drawn
 predictor.set_image(image)  # (H, W, 3) uint8 RGB
 masks, predicted_iou, _ = predictor.predict(box=box, multimask_output=False)  # box: x0, y0, x1, y1 in pixels
 ```

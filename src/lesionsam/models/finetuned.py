@@ -10,7 +10,9 @@ lora), `name`, `image_size`, `base_sha256`, `base`, `base_tensors_sha256` and th
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,12 +81,40 @@ def merged_state(sam: Sam) -> dict[str, torch.Tensor]:
     return lora.merged_lora_state(sam)
 
 
-def save_tuned(sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Path) -> None:
+def safetensors_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Serialise tensors as safetensors; the same tensors and metadata always give the same bytes.
+
+    `safetensors.torch.save` writes the metadata in random order, so that hashes of equal files would differ. Sorting
+    keeps the header's length, and so the offsets and their alignment.
+    """
+    data = bytearray(save(dict(state), dict(metadata)))
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-max(len(text), size) // 8) * 8)
+    data[: 8 + size] = struct.pack("<Q", len(text)) + text
+    return bytes(data)
+
+
+def tensors_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and values of tensors, whatever file format holds them."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tuned(
+    sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Path, base_state: Mapping[str, torch.Tensor]
+) -> None:
     """Write the trained parameters with the identity of their base as one small file, atomically.
 
     Args:
         sam: with its adapters or updates attached; what requires a gradient is saved.
         name: compact, vit_b, vit_l or vit_h. base: the pretrained weights file that was trained on.
+        base_state: its tensors, see `checkpoint.read_weights`.
     """
     state = {_short(key): p.detach().cpu().contiguous() for key, p in sam.named_parameters() if p.requires_grad}
     notes = {
@@ -93,9 +123,10 @@ def save_tuned(sam: Sam, path: Path, *, name: str, strategy: Strategy, base: Pat
         "image_size": str(sam.image_encoder.img_size),
         "base": base.name,
         "base_sha256": sha256_file(base),
+        "base_tensors_sha256": tensors_sha256(base_state),
         "strategy": json.dumps(asdict(strategy)),
     }
-    write_bytes_atomic(path, save(state, notes))
+    write_bytes_atomic(path, safetensors_bytes(state, notes))
 
 
 def required_base(metadata: Mapping[str, str]) -> str | None:
@@ -106,17 +137,23 @@ def required_base(metadata: Mapping[str, str]) -> str | None:
 
 
 def apply_tuned(
-    sam: Sam, path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str], base: Path
+    sam: Sam,
+    path: Path,
+    state: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    base: Path,
+    base_state: Mapping[str, torch.Tensor],
 ) -> None:
     """Load a small file's weights into its base, in place; low-rank updates are merged.
 
     Args:
         sam: loaded from `base`, at the size that the metadata names. state, metadata: of the small file `path`.
+        base_state: the tensors of `base`; they decide where its file was rewritten since.
     Raises:
         UserError: another base, or keys that do not fit.
     """
     found = sha256_file(base)
-    if found != metadata.get("base_sha256"):
+    if found != metadata.get("base_sha256") and tensors_sha256(base_state) != metadata.get("base_tensors_sha256"):
         raise UserError(
             f"{path}: belongs to {required_base(metadata)}, got {base} (SHA-256 {found}); name the file that "
             "was trained on"
@@ -124,7 +161,7 @@ def apply_tuned(
     try:
         strategy = Strategy(**json.loads(metadata["strategy"]))
     except (KeyError, TypeError, json.JSONDecodeError):
-        raise UserError(f"{path}: its metadata says nothing readable of its strategy; the file is damaged") from None
+        raise UserError(f"{path}: metadata key `strategy` is missing or unreadable; copy the file again") from None
     attach(sam, strategy)
     names = {_short(key): key for key in sam.state_dict()}
     sizes = {_short(key): value.shape for key, value in sam.state_dict().items()}

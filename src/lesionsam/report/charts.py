@@ -153,7 +153,7 @@ def gate_chart(history: pd.DataFrame) -> Chart:
     return chart(draw, "How many targets the entropy gate let through, by size of the target in the model's frame.")
 
 
-def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Chart:
+def score_by_run(histories: Mapping[str, pd.DataFrame], column: str, label: str) -> Chart:
     """Draw one column of several runs' history.csv by epoch."""
 
     def draw(axes: Axes) -> None:
@@ -167,10 +167,10 @@ def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Char
                 label=name,
                 color=colour(name, list(histories)),
             )
-        axes.set(xlabel="epoch", ylabel="score on development images")
+        axes.set(xlabel="epoch", ylabel=f"{label} of development images")
         axes.legend(fontsize=9)
 
-    return chart(draw, f"Column {column} of each run's history.csv.")
+    return chart(draw, f"{label[:1].upper()}{label[1:]} by epoch: column {column} of each run's history.csv.")
 
 
 def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:

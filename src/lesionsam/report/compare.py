@@ -29,7 +29,7 @@ from lesionsam.evaluation.tables import (
 )
 from lesionsam.overlays import sheet
 from lesionsam.report import charts as charts
-from lesionsam.report.page import LINES, cost_cells, embedded, read_summary, write_page
+from lesionsam.report.page import LABEL_FREE, LINES, cost_cells, embedded, iou_columns, read_summary, write_page
 from lesionsam.report.runs import EvaluatedRun, open_runs
 
 COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
@@ -273,10 +273,7 @@ def chart_groups(
         for name, run in zip(names, runs, strict=True)
         if run.training is not None and (run.training / "history.csv").is_file()
     }
-    for column in ("objective", "label_free"):
-        if len(histories) > 1 and all(column in history for history in histories.values()):
-            add("Training", "each run's models/adapted/history.csv", [charts.objective_by_run(histories, column)])
-            break
+    add("Training", "each run's models/adapted/history.csv", score_charts(histories))
     took = [
         (name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
         for name, run in zip(names, runs, strict=True)
@@ -291,6 +288,25 @@ def chart_groups(
             grids=[{"title": "Training", "cells": cells, "main": None}],
         )
     return groups
+
+
+def score_charts(histories: Mapping[str, pd.DataFrame]) -> list[charts.Chart]:
+    """Return the development scores by epoch: mean IoU and label-free score in charts of their own.
+
+    The label-free score is drawn only if not every run has a mean IoU.
+    """
+    by_iou = {name: history for name, history in histories.items() if "objective" in iou_columns(history)}
+    by_label_free = {
+        name: history
+        for name, history in histories.items()
+        if LABEL_FREE in history and history[LABEL_FREE].notna().any()
+    }
+    drawn = []
+    if len(by_iou) > 1:
+        drawn.append(charts.score_by_run(by_iou, "objective", "mean IoU"))
+    if len(by_label_free) > 1 and len(by_iou) < len(histories):
+        drawn.append(charts.score_by_run(by_label_free, LABEL_FREE, "label-free score"))
+    return drawn
 
 
 def add_curves(add: Any, runs: Sequence[EvaluatedRun], main: str) -> None:

@@ -33,7 +33,8 @@ from lesionsam.utils.files import write_text_atomic
 
 MAX_BYTES = 15_000_000  # of the page
 JPEG_QUALITY = 82
-DEV_SCORES = ("objective", "ring", "centre", "box", "label_free")
+IOU_SCORES = ("objective", "ring", "centre", "box")  # columns of history.csv, mean IoU; needs masks
+LABEL_FREE = "label_free"  # needs none; on another scale, so never on one axis with an IoU
 NOT_LOSSES = ("epoch", "step", "lr", "seconds")
 GATE = "trusted"  # column of history.csv, and beginning of others
 MAX_CURVES = 8
@@ -118,7 +119,7 @@ def page() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam.report.page") / "templates" / "report.html").read_text(encoding="utf-8")
+    source = (resources.files("lesionsam.report") / "templates" / "report.html").read_text(encoding="utf-8")
     return environment.from_string(source)
 
 
@@ -303,27 +304,35 @@ def short_path(folder: Path) -> str:
 def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     """Return the charts of history.csv: loss terms, and development scores with one axis per kind of score."""
     numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
-    scores = [name for name in numeric if name.removeprefix("dev_") in DEV_SCORES]
+    groups = {"mean IoU": iou_columns(history), "label-free score": [name for name in numeric if name == LABEL_FREE]}
+    scores = (*IOU_SCORES, LABEL_FREE)
     losses = [
         name
         for name in numeric
-        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith(("dev_", GATE))
+        if name.removeprefix("dev_") not in scores
+        and name.removeprefix("train_") not in NOT_LOSSES
+        and not name.startswith(("dev_", GATE))
     ][:MAX_CURVES]
     out = []
     if losses:
         out.append(
             charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training.")
         )
-    if scores:
-        out.append(
-            charts.training_curves(
-                history,
-                scores,
-                "score on development images",
-                "Development images, on the model's frame (quick figures).",
-            )
-        )
+    for label, names in groups.items():
+        if names:
+            caption = f"Development images, {label}, on the model's frame (quick figures)."
+            out.append(charts.training_curves(history, names, f"{label} of development images", caption))
     return out
+
+
+def iou_columns(history: pd.DataFrame) -> list[str]:
+    """Return the columns of history.csv that hold a mean IoU.
+
+    Earlier versions wrote the label-free score under the name `objective` too where it selected; it is left out then.
+    """
+    known = [name for name in IOU_SCORES if name in history and history[name].notna().any()]
+    copied = LABEL_FREE in history and "objective" in known and history["objective"].equals(history[LABEL_FREE])
+    return [name for name in known if not (copied and name == "objective")]
 
 
 def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, object]]:

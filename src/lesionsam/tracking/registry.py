@@ -23,6 +23,7 @@ from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG
 from lesionsam.tracking.spool import Spool, read_record, spool_root
+from lesionsam.tracking.store import OUTDATED, schema_problem, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 
@@ -212,8 +213,12 @@ def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
     """Yield an MLflow client and its tracking URI; turn MLflow's errors into one line."""
     root = repository_root(Path.cwd()) if root is None else root
     uri = tracking_uri(root)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"{uri}: no such MLflow store, so no run or model is known here; `dvc repro` makes it")
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.is_file():
+            raise UserError(f"{uri}: no such MLflow database, so no run or model is known here; `dvc repro` makes it")
+        if problem := store_problem(path):
+            raise UserError(problem)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
@@ -224,6 +229,8 @@ def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
         yield MlflowClient(uri), uri
     except (MlflowException, RequestException) as error:
         text = " ".join(str(error).split())[:300]
+        if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
+            raise UserError(f"{uri}: {problem}") from None
         raise UserError(f"MLflow at {uri}: {text}; look at tracking.uri in params.yaml") from None
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lesionsam.tracking.spool import JOURNALS, Spool, read_lines, spool_root
-from lesionsam.tracking.store import make_store
+from lesionsam.tracking.store import OUTDATED, make_store, schema_problem, store_problem
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -87,7 +87,9 @@ class Shipper:
         if not self.meta["uri"]:
             with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # told by the first thing that is sent
                 make_store(root / "mlflow.db", spool_root(root))
-        self.client: MlflowClient = MlflowClient(self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}")
+        uri = self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}"
+        self._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        self.client: MlflowClient = MlflowClient(uri)
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
@@ -95,6 +97,8 @@ class Shipper:
 
     def ship(self) -> bool:
         """Send the next unit and return whether there was one. Raise `Unreachable` if it has to be repeated."""
+        if self._database is not None and (problem := store_problem(self._database)):
+            raise Unreachable(problem)
         for journal in JOURNALS:
             lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
             if (first := next(lines, None)) is not None:
@@ -382,6 +386,8 @@ class Shipper:
 def _reason(error: Exception) -> str:
     """Return an error as one short line; of a chain of connection errors the innermost."""
     text = " ".join(str(error).split())
+    if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
+        return problem
     _, chained, cause = text.rpartition("(Caused by ")
     return (cause.rstrip(")") + ")" if chained else text)[:300]
 

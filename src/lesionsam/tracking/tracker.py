@@ -32,6 +32,8 @@ from lesionsam.tracking.spool import (
 )
 
 Scalar = str | int | float | bool | None
+FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
+MAX_FAILURE_CHARS = 500
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 STALL_SECONDS = 60.0  # `close` gives up when the sender has neither ended nor got on for so long
 
@@ -123,8 +125,8 @@ class NullTracker:
         """Return MLflow's id of the run, waiting at most `timeout` seconds; None while no server has answered."""
         return None
 
-    def close(self, status: str = "FINISHED") -> None:
-        """End the run with one of `STATUSES`."""
+    def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
+        """End the run with one of `STATUSES`; `reason` is the error that ended it, if any."""
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
         if self._metrics is not None:
@@ -141,9 +143,12 @@ class Tracker(NullTracker):
         self._folder = folder
         self._reopened = folder is None
         self._closes_run = folder is not None
+        self._failure = ""  # of an earlier start of this run
         for entry, _ in read_lines(spool.path("journal")):
             if entry is not None:
                 self._remember(entry)
+                if entry["kind"] == "tags":
+                    self._failure = entry["values"].get(FAILURE_TAG, self._failure)
         self._owner = spool.lock("owner", shared=True, wait=True)
         self._log_file: IO[bytes] | None = None
         self._sender: subprocess.Popen[bytes] | None = None
@@ -306,7 +311,7 @@ class Tracker(NullTracker):
             time.sleep(0.1)
         return found
 
-    def close(self, status: str = "FINISHED") -> None:
+    def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
         """End the run: log its status and wait for the sender. What cannot be sent stays for the next start.
 
         A reopened run keeps the status it has; how its evaluation ended is the tag `evaluate.status`.
@@ -314,6 +319,11 @@ class Tracker(NullTracker):
         super().close(status)
         if self._owner is None:
             return
+        failure = "" if reason is None else " ".join(f"{type(reason).__name__}: {reason}".split()).rstrip(":")
+        failure = failure[:MAX_FAILURE_CHARS]
+        if failure != self._failure and not self._reopened:
+            description = f"{status}: {failure}" if failure else ""
+            self.set_tags({FAILURE_TAG: failure, DESCRIPTION_TAG: description})
         if self._reopened:
             self.set_tags({"evaluate.status": status})
         self._add("status", status=status, only_new=not self._closes_run)

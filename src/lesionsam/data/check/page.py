@@ -50,9 +50,7 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    source = (resources.files("lesionsam.data.check.checks") / "templates" / "data_check.html").read_text(
-        encoding="utf-8"
-    )
+    source = (resources.files("lesionsam.data.check") / "templates" / "data_check.html").read_text(encoding="utf-8")
     text = environment.from_string(source).render(
         name=report.name,
         lines=summary(report),
