@@ -31,7 +31,7 @@ class Sample:
     Attributes:
         image_id, lesion_id: key of the lesion; lesion ids count from 0 within an image unless the user names them.
         split: train, dev or test.
-        image_path: image file. mask_path: its mask file, or None where nobody drew one.
+        image_path: image file. mask_path: its mask file, or None without one.
         width, height: size of the image after EXIF transpose, pixels.
         big_box, small_box: (4,) float64 XYXY, original pixels.
         own_mask: whether the mask shows this lesion alone. Where it does not, and the image has several lesions, the
@@ -88,11 +88,11 @@ class Batch:
         big_boxes, small_boxes: (B, 4) float32 XYXY, model frame.
         valid: (B, S, S) bool, False on padding and inside other lesions' big boxes, True in the own small box.
         prior: (B, S, S) float32 logits of the box prior (without offset); None in batches put together by hand.
-        masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
-            wanted.
-        orientations: (B,) int64 from 0 (as it is) to 7, see `data.datasets.orient`, 8 to 15 the same of the widened
-            frame; None where nobody said, and where the images are distorted beside that.
-        prefix: what the encoder's frozen leading part makes of `images` (`models.trainable.encode_frozen`): tokens
+        masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None if no
+            masks were loaded.
+        orientations: (B,) int64 from 0 (as it is) to 7, see `data.dataset.orient`, 8 to 15 the same of the widened
+            frame; None if unknown, or if the images are distorted as well.
+        prefix: output of the encoder's frozen leading part (`models.prefix.encode_frozen`): tokens
             (B, H', W', width), or features (B, C, H', W') where nothing of the encoder trains; None if not yet made.
         reference: (B, C, H', W') features of the pretrained encoder, None if not yet made.
     """

@@ -108,7 +108,7 @@ def test_every_kind_of_data_has_its_licence_and_its_people(run: Path) -> None:
     assert "Skin tone: not known" in text
     assert "mostly fair skin" in text
     own = card(run, data={"source": "folder"}, boxes={"source": "csv"})
-    assert "whoever passes this model on states them" in own
+    assert "state them when you pass this model on" in own
     assert "two boxes per lesion, drawn by annotators; no mask" in own
     assert "true masks" in card(run, method={"name": "supervised"})
     assert "the last 2 encoder blocks" in card(run, model={"unfreeze_last_k": 2})

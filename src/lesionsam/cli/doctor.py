@@ -50,7 +50,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4e9, 2e9  # bytes; below them a line becomes a note
 # Bytes of the archives; they are unpacked, and DVC keeps a copy: three times that.
 ARCHIVES = {"isic2016": 0.84e9, "isic2017": 12.1e9, "isic2018": 13.6e9}
 SERVER_SECONDS, DVC_SECONDS = 3.0, 120.0
-# What a look may meet on a machine that is not set up; a fault of its own would still be raised.
+# Errors that a check may meet on a machine that is not set up; other errors are raised.
 HINDRANCES = (
     OSError,
     ImportError,

@@ -31,7 +31,7 @@ FIRST_GROUP, GROUP_STEP = 30, 10  # reviewed proposals of the first group, and b
 REJECTED = "rejected"
 OUTCOMES = (ACCEPTED, CORRECTED, REJECTED)
 STAGES = ("drawing", "assisted", "semi-automatic", "automatic")
-HALF = 0.5  # share accepted unchanged from which on reviewing replaces drawing
+HALF = 0.5  # share accepted unchanged from which reviewing replaces drawing
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Round:
 
     Attributes:
         number: from 1. at: when it ended, ISO 8601. model: digest and threshold of the proposals' name.
-        num_images: at hand. sources: how the lesions came about, image by image. seconds: of people, so far.
+        num_images: available. sources: images by source of their lesions. seconds: of people, so far.
         outcomes: of the last round's proposals: accepted, corrected, rejected. accepted_share: unchanged, of those
         reviewed since; None before any were. threshold: of doubt, up to which the last round's proposals may stand
         unseen; None: none. num_automatic: accepted so in this round. num_left: images to do. stage: of `STAGES`; that
@@ -102,8 +102,8 @@ def reviewed_since(
     Left out are images that were drawn without this model's proposal in view, and rows edited outside the page.
 
     Args:
-        states: of all images. usual: see `proposals.doubt`. since: when the proposals were there, ISO 8601: what people
-            did before is no answer to them.
+        states: of all images. usual: see `proposals.doubt`. since: time of the proposals, ISO 8601; earlier
+            reviews do not count.
     """
     found = []
     for state in states:
@@ -111,10 +111,10 @@ def reviewed_since(
         if held is None or held.lesion is None or state.changed_at <= since or state.status in (OPEN, CANNOT_TELL):
             continue
         if state.changed_by == OUTSIDE or state.shown != proposals.name:
-            continue  # whoever decided saw no such proposal
+            continue  # decided without this proposal in view
         sources = {lesion.source for lesion in state.lesions}
         if AUTOMATIC in sources:
-            continue  # nobody looked
+            continue  # accepted unseen
         ours = rounded(held.lesion.big), rounded(held.lesion.small)
         if any(lesion.proposed not in (None, ours) for lesion in state.lesions):
             continue  # another proposal was looked at

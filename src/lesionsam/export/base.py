@@ -32,11 +32,11 @@ from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.utils.progress import progress
 
 CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
-GENERATED = 4  # pictures of the check where nobody names a folder
+GENERATED = 4  # pictures of the check without --images
 GENERATED_SIDE = 320
 # Of the largest logit: float32 sums in another order differ by 1e-6 of it, a wrong weight by 1e-1.
 TOLERANCE = 1e-3
-# Of the whole way from file to mask by foreign means; pixels whose logit is next to 0 may fall to either side.
+# Of masks made entirely by the foreign library; pixels with a logit near 0 may fall to either side.
 LOWEST_IOU = 0.98
 SPARE_BYTES = 64 << 20
 
@@ -76,9 +76,8 @@ class Subject:
     """The model to export.
 
     Attributes:
-        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: the file it comes from.
-        sha256: of that file. numbers: see `models.plain.numbers_of`. registry: name under which segment_anything itself
-            builds it, None where it does not.
+        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: its file.
+        sha256: of that file. numbers: see `standalone.numbers_of`. registry: see `vanilla_sam.registry_name`.
     """
 
     sam: Sam
@@ -107,9 +106,9 @@ class Format:
     """A format that a foreign library reads.
 
     Attributes:
-        name: of `--format`, and of the folder. reader: what loads it back, in words. packages: whose versions matter.
+        name: of `--format` and folder. reader: name of the library that loads it. packages: whose versions matter.
         write: puts the model's files into an empty folder. reload: loads them from there by the foreign library.
-        usage: Markdown that tells a stranger how to load and ask the model.
+        usage: Markdown on how to load the model and predict.
     """
 
     name: str
@@ -175,7 +174,7 @@ class ExportResult:
     """Result of one format's export.
 
     Attributes:
-        folder: where it lies; None where it failed. num_bytes: of all its files. check: None where it came to none.
+        folder: None if it failed. num_bytes: of all its files. check: None if it was not reached.
         faults: why it failed, one line each.
     """
 
@@ -190,7 +189,7 @@ def open_subject(weights: Path) -> Subject:
     """Load a weights file for export.
 
     Raises:
-        UserError: see `models.sam.load_sam`.
+        UserError: see `models.checkpoint.load_sam`.
     """
     sam = load_sam(None, weights).requires_grad_(False)
     numbers = plain.numbers_of(sam)
@@ -273,11 +272,11 @@ def export(
     An earlier export of the same format is replaced only by one that passed its check.
 
     Args:
-        model_card: a run's card; goes along where it names the very weights that are given away.
+        model_card: a run's card; copied if it names these weights by their SHA-256.
     Returns:
-        one outcome per format, in order; those with faults have left no folder.
+        one result per format, in order; those with faults leave no folder.
     Raises:
-        UserError: nothing can be written there at all.
+        UserError: `out` cannot be written.
     """
     # An earlier export of a format goes only when the new one is done.
     prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)

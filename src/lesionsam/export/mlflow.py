@@ -53,7 +53,7 @@ def write(subject: Subject, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
-    # MLflow takes no whole number for a double inside a list, and JSON knows no difference: the model checks itself.
+    # MLflow rejects whole numbers for doubles inside lists, and JSON has one kind of number: the model checks itself.
     signature = ModelSignature(
         Schema(
             [
@@ -84,7 +84,7 @@ def write(subject: Subject, folder: Path) -> None:
             )
     finally:
         chatter.setLevel(level)
-    # MLflow notes where it copied from; what it loads are the copies, and the model is given away.
+    # MLflow records the source paths; only the copies are loaded, and the paths mean nothing elsewhere.
     text = (folder / "MLmodel").read_text(encoding="utf-8")
     for path in (package / SCRIPT, subject.weights.resolve()):
         text = text.replace(str(path), path.name)

@@ -83,7 +83,7 @@ def attend(attention: Any, tokens: torch.Tensor, window: int, backend: str) -> t
     """Apply SAM's attention with window partition, padding and adapter.
 
     Args:
-        attention: segment_anything's Attention, whatever its qkv and proj have been wrapped in.
+        attention: segment_anything's Attention; qkv and proj may be wrapped.
         tokens: (B, H, W, D), normalised. window: side of the windows in tokens; 0 = global attention.
         backend: one of `BACKENDS` but `original`, or `auto`.
     Returns:

@@ -56,7 +56,7 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     held = detect_model(checkpoint, state, metadata)
     if name not in (None, held):
         raise UserError(
-            f"{checkpoint}: holds weights of {held}, but {name} was asked for; change model.name or model.checkpoint"
+            f"{checkpoint}: holds weights of {held}, expected {name}; change model.name or model.checkpoint"
         )
     architecture = read_architecture(checkpoint, metadata) if held == "compact" else None
     with torch.device("meta"):  # no time for random weights: every tensor comes from the file

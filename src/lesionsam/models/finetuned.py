@@ -25,7 +25,7 @@ from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
 from lesionsam.utils.files import sha256_file, write_bytes_atomic
 
-TUNED = "tuned"  # key of the metadata that tells such a file
+TUNED = "tuned"  # metadata key that marks a small file
 SHOWN_KEYS = 3  # of those that a message could name
 
 
@@ -50,7 +50,7 @@ def attach(sam: Sam, strategy: Strategy, *, seed: int = 0) -> None:
     """Insert adapters or low-rank updates into a SAM, in place; nothing for the other strategies.
 
     Args:
-        seed: of what starts at random; the model's output is the same whatever it is.
+        seed: of the random initial values; the model's output does not depend on it.
     Raises:
         UserError: numbers that this model does not allow.
     """

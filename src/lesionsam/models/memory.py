@@ -23,9 +23,9 @@ from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam, patch_size
 
 R = 4
-SMALL = 1.08  # what is not counted by itself: head, losses, prompts
+SMALL = 1.08  # factor for head, losses and prompts, which are not counted separately
 MAPS = 12  # float maps of the model's input size that targets and losses hold per image
-CUDA_BYTES = 700 << 20  # context, cuBLAS and cuDNN workspaces; from others' reports, not measured here
+CUDA_BYTES = 700 << 20  # context, cuBLAS and cuDNN workspaces; from public reports, not measured here
 CUDA_SLACK = 1.06  # of the allocator's blocks that are split; likewise
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_OBJECTS = 2  # drawn per image, the second over the first
-MIN_AREA = 0.01  # an object that shows less of the frame, or
-MIN_VISIBLE = 0.6  # less of itself, is nobody's target
+MIN_AREA = 0.01  # least share of the frame that a target object covers
+MIN_VISIBLE = 0.6  # least share of a target object that is not hidden
 EXTENT = 0.5  # the outline lies this many border widths outside the half-way colour: the visible extent
 
 
@@ -27,7 +27,7 @@ class Shapes:
     Attributes:
         images: (B, 3, S, S) uint8 RGB.
         masks: (B, K, S, S) bool, the visible part of each object; they do not overlap.
-        usable: (B, K) bool, whether the object shows enough to be asked for.
+        usable: (B, K) bool, whether enough of the object is visible for a target.
     """
 
     images: Tensor

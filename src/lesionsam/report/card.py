@@ -25,8 +25,8 @@ LICENCES = {
     "isic2016": "ISIC 2016, arXiv:1605.01397; images CC-0",
     "isic2017": "ISIC 2017, arXiv:1710.05006; images CC-0",
     "isic2018": "ISIC 2018 Task 1, arXiv:1902.03368; images CC-0",
-    "folder": "images of whoever trained it. **Their licence and the patients' consent are not known here: whoever "
-    "passes this model on states them**",
+    "folder": "images of the person who trained it. **Their licence and the patients' consent are not known here; "
+    "state them when you pass this model on**",
 }
 PEOPLE = {
     "synthetic": "No person is in these images. Nothing can be said about any skin.",
@@ -88,7 +88,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
             "a point that a person has set,",
             "with a person looking at every outline. Not for: diagnosis, triage, measuring growth without a check by "
             "eye, other kinds of images, or images",
-            "without a lesion: it outlines whatever it is prompted with, and does not say that there is none.",
+            "without a lesion: it outlines what it is prompted with and cannot report that there is none.",
             "",
             "## Figures",
             "",
@@ -128,7 +128,7 @@ def selection(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     by = (
         "the mean IoU on development images with masks"
         if params["train"]["select"] == "objective" and summary["has_truth"]
-        else "what needs no mask, on development images"
+        else "a score that needs no mask, on development images"
     )
     return f"best of {params['train']['epochs']} epochs by {by}; seed {params['train']['seed']}"
 
@@ -173,8 +173,8 @@ def limits(source: str, strata: pd.DataFrame, summary: Mapping[str, Any]) -> Seq
     lines += [
         f"- {PEOPLE.get(source, ISIC_PEOPLE)}",
         "- Camera, body site, age and diagnosis: not known here, so nothing is said about them.",
-        "- Experts disagree about outlines (arXiv:2508.09381): a perfect score is not to be had, and a high one "
-        "is agreement with one of them.",
+        "- Experts disagree about outlines (arXiv:2508.09381): no score can be perfect, and a high one means "
+        "agreement with one of them.",
         "- Pale lesions, ink, hair, and lesions that fill the frame are the weak places of the colour prior that "
         "taught it.",
     ]

@@ -32,11 +32,11 @@ from lesionsam.report import charts as charts
 from lesionsam.report.page import LABEL_FREE, LINES, cost_cells, embedded, iou_columns, read_summary, write_page
 from lesionsam.report.runs import EvaluatedRun, open_runs
 
-COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
+COMMON = (*BASELINES, ZERO_SHOT)  # models that runs on one test split share
 SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure
 SAME = 2e-3  # IoU per lesion: another attention kernel may turn a pixel
 CHANGED = 0.01  # IoU; less is not listed
-MAX_PICTURED = 12  # lesions shown as every run answers them
+MAX_PICTURED = 12  # lesions shown with every run's mask
 MAX_CHANGED = 10  # lesions listed on either side
 KEYS = ["image_id", "lesion_id"]
 
@@ -57,7 +57,7 @@ def compare(texts: Sequence[str], output: Path, root: Path) -> int:
 def side_by_side(runs: Sequence[EvaluatedRun]) -> pd.DataFrame:
     """Join per_image.csv of all runs on their common lesions; adapted models get their runs' names.
 
-    What the runs share (zero-shot, baselines) stands once where its figures are equal in all of them, else per run.
+    Shared models (zero-shot, baselines) appear once if their figures are equal in all runs, otherwise per run.
 
     Raises:
         UserError: no lesion in common, or some have masks and others none.

@@ -150,7 +150,7 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     selection = (
         "by true masks of the development images"
         if params["train"]["select"] == "objective" and summary["has_truth"]
-        else "by what needs no mask"
+        else "by a score that needs no mask"
     )
     out = [
         f"{labels} What trains is {trained_parts(model)}, for {params['train']['epochs']} epochs; "

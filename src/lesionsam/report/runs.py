@@ -16,7 +16,7 @@ from lesionsam.tracking.registry import fetch_evaluation
 
 RESULTS, TRAINING = Path("results"), Path("models/adapted")
 NEEDED = ("summary.json", "per_image.csv", "table.csv", "strata.csv", "jitter.csv", "calibration.csv")
-OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # what is shown of it; the weights are not needed
+OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # shown on the page; the weights are not needed
 GET_SECONDS = 600.0
 EXPECTED = (
     "expected a folder with results/, a commit, branch or experiment (`dvc exp show` lists them), or an MLflow run id"
@@ -28,8 +28,8 @@ class EvaluatedRun:
     """A finished run on this machine.
 
     Attributes:
-        name: as shown, one of its kind among the runs compared. results: folder with `NEEDED`.
-        training: folder with some of `OF_TRAINING`, or None. found: where it was found, in words.
+        name: as shown, unique among the compared runs. results: folder with `NEEDED`.
+        training: folder with some of `OF_TRAINING`, or None. found: description of where it was found.
     """
 
     name: str
@@ -136,7 +136,7 @@ def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -
             "`dvc repro` in that commit makes them"
         )
     (scratch / TRAINING).mkdir(parents=True)
-    for file in OF_TRAINING:  # what an older run has not is left out of the page
+    for file in OF_TRAINING:  # a file that an older run lacks is left out of the page
         dvc_get(root, (TRAINING / file).as_posix(), commit, scratch / TRAINING / file)
     return EvaluatedRun(name, scratch / RESULTS, scratch / TRAINING, f"commit {commit[:10]}")
 

@@ -51,9 +51,9 @@ class Promotion:
 
     Attributes:
         version: of the registered model. previous: version that had the alias before, None where there was none.
-        is_new: the version was made now; otherwise only the alias moved. run_id: MLflow's.
+        is_new: the version was created now; otherwise only the alias moved. run_id: MLflow's.
         objective: mean IoU over ring, centre and box on the test images; None without masks.
-        previous_objective: of the previous version, None where there is none or it has none.
+        previous_objective: of the previous version; None if unknown.
     """
 
     alias: str
@@ -71,12 +71,12 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     Args:
         text: a weights file; a folder that holds one (models/adapted, models/pretrained, an export); an MLflow run id,
             with or without `runs:/`; `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml says
-            which MLflow server is asked, its mlflow.db is asked where that says nothing.
+        root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml names
+            the MLflow server; without one, its mlflow.db is used.
     Returns:
-        an existing file: SAM's .pth or .safetensors. Whether it holds a SAM, `models.sam.load_sam` says.
+        an existing .pth or .safetensors file; `models.checkpoint.load_sam` checks its content.
     Raises:
-        UserError: there is no such thing, or the server does not answer.
+        UserError: nothing of that name, or no answer from the server.
     """
     text = str(text)
     path = Path(text)
@@ -317,7 +317,7 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
     location = f"{model.artifact_location}/{weights[0]}"
     if location.startswith("file:"):
         return Path(download_artifacts(location))
-    target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a copy never grows old
+    target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a cached copy stays valid
     if not (target / weights[0]).is_file():
         target.mkdir(parents=True, exist_ok=True)
         building = target / f".{os.getpid()}"
@@ -374,7 +374,7 @@ def _register(
                     NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
                 ).version
             )
-    else:  # it may have been evaluated again since
+    else:  # the run may have been evaluated again since it was registered
         version = str(known.version)
         for key, value in tags.items():
             client.set_model_version_tag(NAME, version, key, value)

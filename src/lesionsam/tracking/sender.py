@@ -21,14 +21,15 @@ SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
 LAST_DELAY_SECONDS = 0.5  # between the two attempts that are left once the owner waits
 SAMPLE_SECONDS = 10.0  # between two samples of system metrics
-# What a spool that a bad disk or a person changed makes of sending it: no reason not to send the others.
+# Errors of a spool that a disk fault or a person damaged; the other spools are still sent.
 DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
     """Send the waiting entries of runs below the root whose owners ended. Return False if a server was unreachable.
 
-    but: a spool to leave alone. stop: asked between two operations whether there is something better to do.
+    Args:
+        but: a spool to skip. stop: polled between two operations; True ends the catching up.
     """
     complete = True
     for spool in Spool.all(root):

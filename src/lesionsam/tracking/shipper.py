@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1000  # of a batch, by MLflow's API
 MAX_PARAMS = 100
-PARENT_SECONDS = 90.0  # patience with a parent run that another machine is to make
+PARENT_SECONDS = 90.0  # to wait for a parent run that another machine creates
 LOCAL_ID_TAG = "lesionsam.local_id"
-# Nothing that the caller has set himself is overridden. One try and a short wait: repeating is this module's business.
+# Defaults; the caller's own values win. One try with a short timeout, since this module repeats by itself.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -43,10 +43,10 @@ ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# What no repetition cures. Everything else (no connection, 5xx, a locked database, a refused login) may pass.
+# Errors that repeating cannot fix. All others (no connection, 5xx, a locked database, a refused login) may pass.
 PERMANENT = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-# MLflow's BAD_REQUEST is whatever else its database raises, of a damaged file and of too many connections, which
-# may pass. These, named as SQLAlchemy writes them, are about the values.
+# MLflow's BAD_REQUEST covers all other database errors, such as a damaged file or too many connections, which may
+# pass. These, named as SQLAlchemy writes them, are about the values.
 REFUSED_VALUES = re.compile(r"\((?:\w+\.)+\w*(?:IntegrityError|DataError|Violation|OutOfRange|Truncation)\)")
 
 
@@ -85,7 +85,7 @@ class Shipper:
         self.state |= spool.read_json("state.json")
         root = Path(self.meta["root"])
         if not self.meta["uri"]:
-            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # told by the first thing that is sent
+            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # the first operation reports it
                 make_store(root / "mlflow.db", spool_root(root))
         uri = self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}"
         self._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
@@ -211,8 +211,8 @@ class Shipper:
     def _find_parent(self, experiment_id: str) -> str | None:
         """Return MLflow's id of the parent run, given by its local id in meta.json.
 
-        Where the parent's spool lies beside this one, its owner makes it, or this process where the owner is gone.
-        Elsewhere the server is asked, for a while: another machine's own store is never seen, and costs nobody a run.
+        If the parent's spool is on this machine, its owner creates the run, or this process if the owner has ended.
+        Otherwise the server is polled for `PARENT_SECONDS`; after that the run is sent without a parent.
         """
         if not (local_id := self.meta.get("parent")):
             return None

@@ -1,4 +1,4 @@
-"""What a run has logged, as files: the journal that the training process writes and the sender reads.
+"""Keep what a run logs as files: the training process writes the journal, the sender reads it.
 
 A spool is the folder `<root>/.scratch/tracking/<local id>/` of one run:
 

@@ -22,15 +22,15 @@ from pathlib import Path
 from lesionsam.utils.processes import is_left_by
 
 OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
-_MAKING = threading.Lock()  # what bears this process's number is left over where nothing is being made
+_MAKING = threading.Lock()  # while it is free, files with this process's number are leftovers
 
 
 def make_store(path: Path, beside: Path) -> None:
     """Create the database if there is no file.
 
     Args:
-        path: of the database. beside: folder on the same file system for the unfinished one; what killed processes
-            left there is removed.
+        path: of the database. beside: folder on the same file system for the unfinished one; leftovers of killed
+            processes there are removed.
     """
     if path.exists():
         return

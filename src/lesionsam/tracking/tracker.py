@@ -35,7 +35,7 @@ Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
 MAX_FAILURE_CHARS = 500
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-STALL_SECONDS = 60.0  # `close` gives up when the sender has neither ended nor got on for so long
+STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
 
 
 def _now_ms() -> int:
@@ -182,7 +182,7 @@ class Tracker(NullTracker):
             params: flat or nested. A parameter that was logged with another value before becomes a tag `changed.<key>`.
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
             parent: `local_id` of the run that this one belongs to, known before any server has answered.
-            local_id: of this run, where another process or machine knows it and run.json may be gone.
+            local_id: of this run, if another process or machine knows it and run.json may be missing.
             send: False leaves sending to the next start or to `sync`.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ class Tracker(NullTracker):
 
         A point logged before is logged again only with another value. Settings belong into tags: parameters are
         immutable. Where MLflow no longer has the run, a new one takes all that is known and names the old one. Where
-        the training was not tracked (no run.json), it is a run of its own.
+        the training was not tracked (no run.json), a new run is made.
         """
         record = read_record(folder)
         local_id = record.get("local_id") or uuid.uuid4().hex
@@ -284,7 +284,7 @@ class Tracker(NullTracker):
         if self._is_repeated("checkpoint", name, step):
             return
         points = {}
-        for key, value in metrics.items():  # the run's own point where it has one, or the curve would get it twice
+        for key, value in metrics.items():  # reuse the run's own point, or the curve would get it twice
             number, key = float(value), clean_name(key)
             when, known = self._seen.get(key, {}).get(step, (_now_ms(), number))
             points[key] = [encode_number(known), when]
@@ -314,7 +314,7 @@ class Tracker(NullTracker):
     def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
         """End the run: log its status and wait for the sender. What cannot be sent stays for the next start.
 
-        A reopened run keeps the status it has; how its evaluation ended is the tag `evaluate.status`.
+        A reopened run keeps its status; the tag `evaluate.status` holds that of the evaluation.
         """
         super().close(status)
         if self._owner is None:
