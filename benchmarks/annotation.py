@@ -1,4 +1,4 @@
-"""How fast the annotation page answers: `python benchmarks/annotation.py IMAGES [--model WEIGHTS]`; a minute.
+"""Time the annotation page: `python benchmarks/annotation.py IMAGES [--model WEIGHTS]`; a minute.
 
 A server of its own over real images: masks after drags with the next images encoded ahead, as the page asks for them;
 the next image; a save; and how soon a folder of many images is open. Prints a Markdown table by the clock and, since
@@ -46,7 +46,7 @@ class Server:
     late: int = 0
 
     def used(self) -> float:
-        """Processor seconds of the server so far."""
+        """Return the processor seconds that the server has used."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -58,14 +58,14 @@ class Server:
         self.note(kind, time.perf_counter() - begun, self.used() - used)
 
     def note(self, kind: str, seconds: float, processor: float) -> None:
-        """One more of a kind."""
+        """Count one more of a kind."""
         self.clock.setdefault(kind, []).append(seconds)
         self.processor[kind] = self.processor.get(kind, 0.0) + processor
 
 
 @contextmanager
 def serving(images: Path, table: Path, model: Path | None) -> Iterator[tuple[Server, float]]:
-    """The server, and how many seconds passed until it said where its page is."""
+    """Yield the server and the seconds until it printed its page's address."""
     command = [
         sys.executable,
         "-m",
@@ -124,7 +124,7 @@ def drag_about(server: Server, num_images: int, seed: int) -> None:
 
 
 def many(folder: Path, source: Path, count: int) -> Path:
-    """A folder of `count` names for one image."""
+    """Make a folder of `count` names for one image."""
     folder.mkdir()
     for k in range(count):
         os.link(source, folder / f"im{k:05d}{source.suffix}")

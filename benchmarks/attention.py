@@ -1,4 +1,4 @@
-"""Every way of running the encoder's attention, timed: `python benchmarks/attention.py`; minutes on one core.
+"""Time every attention backend: `python benchmarks/attention.py`; minutes on one core.
 
 Milliseconds of `relative_attention`, forward alone and forward with backward, for windows of 14 x 14 and whole maps, in
 float32 and bfloat16; the fastest is set off, and what `choose` takes is starred. Before a size is timed, every backend
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 def original(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], side: int
 ) -> torch.Tensor:
-    """segment_anything's Attention.forward between its projections: (B, N, hd) -> (B, N, hd)."""
+    """Apply segment_anything's Attention.forward between its projections, (B, N, hd) -> (B, N, hd)."""
     logits = (q * DEPTH**-0.5) @ k.transpose(-2, -1)
     logits = add_decomposed_rel_pos(logits, q, *tables, (side, side), (side, side))
     return logits.softmax(dim=-1) @ v
@@ -39,7 +39,7 @@ def original(
 def ways(
     side: int, count: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
-    """A call per backend, and what gradients are asked of."""
+    """Return a call per backend, and the tensors that need gradients."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(count, side * side, DEPTH, generator=draw).to(device, dtype).requires_grad_() for _ in range(3)
@@ -59,13 +59,13 @@ def ways(
 
 
 def both_ways(run: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Output, and the gradients of its sum of squares."""
+    """Return the output, and the gradients of its sum of squares."""
     out = run()
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
 
 
 def forward(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Output alone."""
+    """Return the output alone."""
     with torch.no_grad():
         return run()
 

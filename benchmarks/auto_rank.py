@@ -1,4 +1,4 @@
-"""Fits what `inference_rank` weighs by, on real pairs: `python benchmarks/auto_rank.py FOLDER --model W`.
+"""Fit the weights of `inference.rank` on real pairs: `python benchmarks/auto_rank.py FOLDER --model W`.
 
 FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a sixth of its train images, by hash of
 their names, are the development images; the val images are not touched. The weights are fitted on the other train
@@ -73,7 +73,7 @@ def further_answers(
     big: np.ndarray,
     truth: np.ndarray,
 ) -> dict[str, float]:
-    """Name -> IoU with the truth: looks from nearer at a mask, answers to the big box.
+    """Return name -> IoU with the true mask: second looks at a mask, and the prediction for the big box.
 
     Args:
         features: (1, C, H', W'). frames: (1, 3, S, S) uint8. size: (h, w) of the image part. mask, truth: (h', w')
@@ -100,7 +100,7 @@ def further_answers(
 
 
 def fitted(signs: list[np.ndarray], ious: list[np.ndarray]) -> np.ndarray:
-    """(D,) weights of the signs: ridge regression of the IoU on standardised signs."""
+    """Fit (D,) weights of the signs: ridge regression of the IoU on standardised signs."""
     x, y = np.concatenate(signs), np.concatenate(ious)
     spread = x.std(0) + 1e-9
     a = (x - x.mean(0)) / spread
@@ -108,7 +108,7 @@ def fitted(signs: list[np.ndarray], ious: list[np.ndarray]) -> np.ndarray:
 
 
 def main() -> int:
-    """Fit and print."""
+    """Fit and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "adapted" / "best.safetensors")
@@ -157,7 +157,7 @@ def main() -> int:
 
 
 def report(found: dict[str, list[Seen]], looseness: float | None) -> None:
-    """Fit, and print the tables.
+    """Fit and print the tables.
 
     Args:
         looseness: of the annotators' big boxes; None: nothing is fitted.

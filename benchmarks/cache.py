@@ -1,4 +1,5 @@
-"""What cached activations and the loader are worth: `python benchmarks/cache.py`; minutes on one core, no data needed.
+"""Measure what cached activations and the loader save: `python benchmarks/cache.py`; minutes on one core, no data
+needed.
 
 Prints a Markdown table of ratios, each beside the limit it is held to, and ends with an error where one is missed.
 Random weights: time does not depend on what the weights are. CPU time of one thread, or the time of day on a GPU.
@@ -67,7 +68,7 @@ class Bench:
         self.data: LesionDataset = open_dataset(samples, side, folder / "frames", with_masks=True)
 
     def config(self, **changes: Any) -> Config:
-        """The default parameters with these dotted keys (written with __) changed."""
+        """Return the default parameters with these dotted keys (written with __) changed."""
         values = {
             "train.precision": self.precision,
             "train.batch_size": self.batch_size,
@@ -137,7 +138,7 @@ class Clock:
         self._begun = self._spent = 0.0
 
     def now(self) -> float:
-        """Seconds."""
+        """Return the time in seconds."""
         return now(self.device)
 
     @contextmanager
@@ -173,16 +174,16 @@ class Clock:
             torch.Tensor.backward = backward  # type: ignore[method-assign]
 
     def epoch_ends(self) -> None:
-        """What follows up to the next step is no part of a step."""
+        """End an epoch: the time until the next step belongs to no step."""
         self._begun = 0.0
 
     def outside(self) -> float:
-        """Share of the steps, from one forward pass to the next of the same epoch, that was spent elsewhere."""
+        """Return the share of the steps, from one forward pass to the next of the same epoch, spent outside of them."""
         return 1 - self.inside / self.whole if self.whole else 0.0
 
 
 def loader_speed(bench: Bench, num_workers: int, cache: Path | None, config: Config, epochs: int = 3) -> float:
-    """Images per second, by the clock on the wall, that the loader makes for a step that takes no time."""
+    """Return the images per second of wall-clock time that the loader makes for a step that takes no time."""
     sam = prepare_sam(config, bench.weights, bench.device)
     method, _ = build_method(config, sam, bench.weights, bench.data, bench.device)
     with open_caches(config, cache, sam, method, bench.device, lambda line: None) as caches:
@@ -223,7 +224,7 @@ def main() -> int:
     limits = Limits()
 
     def row(what: str, value: float, limit: float | None = None, *, most: bool = True, form: str = ".2f") -> None:
-        rows.append((what, limits.told(what, value, limit, most=most, form=form)))
+        rows.append((what, limits.cell(what, value, limit, most=most, form=form)))
         print(": ".join(rows[-1]), file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory() as name:

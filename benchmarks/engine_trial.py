@@ -1,4 +1,4 @@
-"""python benchmarks/engine_trial.py FOLDER: the data engine with a simulated annotator on real pairs; resumable.
+"""Try the data engine with a simulated annotator on real pairs: `python benchmarks/engine_trial.py FOLDER`; resumable.
 
 The annotator draws as `boxes.simulate_boxes`, and takes a proposal as it is where the whole lesion lies in the big box,
 that is not far too large, and the core lies on the lesion; corrects it where most of it is right; else rejects it and
@@ -30,7 +30,16 @@ from lesionsam.data.index import id_hash
 from lesionsam.engine.command import start_weights
 from lesionsam.engine.history import Round, count_sources, read_rounds
 from lesionsam.engine.report import CURVE, curve, write_report
-from lesionsam.engine.round import SEED, SIMULATED, Place, limit_threads, masks_of, pairs_of, quality_on, run_round
+from lesionsam.engine.round import (
+    SEED,
+    SIMULATED,
+    EngineFolders,
+    mask_paths,
+    pairs_of,
+    quality_on,
+    run_round,
+    set_threads,
+)
 from lesionsam.errors import run_guarded
 from lesionsam.metrics import bounding_box
 from lesionsam.utils.files import write_bytes_atomic, write_json_atomic
@@ -49,7 +58,7 @@ NEAR = 0.5  # IoU of big boxes from which on a proposal is corrected rather than
 
 @dataclass(frozen=True)
 class Annotator:
-    """A person that is a mask: what they would draw, and what they think of a proposal.
+    """Simulated annotator with the true masks: draws boxes and reviews proposals.
 
     Attributes:
         masks: image id -> mask file.
@@ -58,12 +67,12 @@ class Annotator:
     masks: dict[str, Path]
 
     def boxes(self, image_id: str, size: tuple[int, int]) -> tuple[Box, Box] | None:
-        """What they draw; None where there is nothing to draw."""
+        """Return the boxes that the annotator draws; None if there is nothing to draw."""
         found = simulate_boxes(read_mask(self.masks[image_id], size), annotator_rng(SEED, image_id), **SIMULATED)
         return None if found is None else (rounded(found[0].tolist()), rounded(found[1].tolist()))
 
     def takes(self, image_id: str, size: tuple[int, int], big: Box, small: Box) -> bool:
-        """Whether they accept a proposal unchanged."""
+        """Return whether the annotator accepts a proposal unchanged."""
         mask = read_mask(self.masks[image_id], size)
         lesion = bounding_box(mask)
         if lesion is None:
@@ -80,14 +89,14 @@ def _cut(mask: np.ndarray, box: Box) -> np.ndarray:
 
 
 def overlap(first: Box, second: Box) -> float:
-    """IoU of two boxes."""
+    """Return the IoU of two boxes."""
     low, high = np.maximum(first[:2], second[:2]), np.minimum(first[2:], second[2:])
     common = float(np.prod(np.maximum(high - low, 0)))
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return common / (sum(areas) - common)
 
 
-def draw_some(place: Place, annotator: Annotator, count: int) -> None:
+def draw_some(place: EngineFolders, annotator: Annotator, count: int) -> None:
     """Draw the first images by hash, without any proposal."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     entries = sorted(place.catalogue.by_id.values(), key=lambda entry: id_hash(entry.image_id))
@@ -95,7 +104,7 @@ def draw_some(place: Place, annotator: Annotator, count: int) -> None:
         _draw(store, annotator, entry, pictures.size(entry))
 
 
-def review_some(place: Place, annotator: Annotator, last: Round, count: int) -> None:
+def review_some(place: EngineFolders, annotator: Annotator, last: Round, count: int) -> None:
     """Decide on the first images of the review queue."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     proposals = Proposals(proposals_path(place.table_path), last.model)
@@ -148,7 +157,7 @@ def _save(store: Store, entry: Entry, size: tuple[int, int], lesion: Lesion, sec
 
 
 def trial(
-    place: Place,
+    place: EngineFolders,
     annotator: Annotator,
     config: Config,
     *,
@@ -184,7 +193,7 @@ def trial(
 
 
 def drawn_only(
-    place: Place,
+    place: EngineFolders,
     annotator: Annotator,
     config: Config,
     budgets: Sequence[float],
@@ -192,7 +201,7 @@ def drawn_only(
     steps: int,
     say: Callable[[str], None] = print,
 ) -> list[Round]:
-    """Seconds spent on drawing alone: a round per budget, no proposal ever looked at."""
+    """Run rounds without proposals, one per time budget, and return the seconds spent on drawing."""
     done = read_rounds(place.out)
     for seconds in list(budgets)[len(done) :]:
         draw_some(place, annotator, round(seconds / DRAW) - sum(_num_labelled(place).values()))
@@ -201,9 +210,8 @@ def drawn_only(
     return done
 
 
-def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
-    """Of the lesions that were accepted automatically: how many the annotator would have taken, and how many there
-    are."""
+def audit(place: EngineFolders, annotator: Annotator) -> tuple[int, int]:
+    """Return how many automatically accepted lesions the annotator would accept, and how many there are."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     taken = [
         annotator.takes(state.image_id, pictures.size(place.catalogue.by_id[state.image_id]), *lesion.boxes)
@@ -214,8 +222,8 @@ def audit(place: Place, annotator: Annotator) -> tuple[int, int]:
     return sum(taken), len(taken)
 
 
-def _num_labelled(place: Place) -> dict[str, int]:
-    """Images with boxes, by where they come from."""
+def _num_labelled(place: EngineFolders) -> dict[str, int]:
+    """Count images with boxes by source."""
     return count_sources(Store(place.table_path, place.catalogue).all_states())
 
 
@@ -232,21 +240,25 @@ def run_trial(
     steps: int,
     precision: str,
 ) -> None:
-    """The engine with a simulated annotator on folder/images/train and its masks, measured on folder/images/val; and
-    drawing alone, for the same seconds and for all images."""
+    """Run the engine with a simulated annotator on folder/images/train and its masks, measured on folder/images/val;
+    and drawing alone, for the same seconds and for all images.
+    """
     config = with_values(
         load_config(params, check_files=False), {"train.precision": precision, "runtime.num_threads": 1}
     )
-    limit_threads(config)
+    set_threads(config)
     catalogue = Catalogue([folder / "images" / "train"])
-    masks = masks_of(folder / "masks" / "train")
+    masks = mask_paths(folder / "masks" / "train")
     annotator = Annotator(
         {image_id: masks[image_id.lower()] for image_id in catalogue.by_id if image_id.lower() in masks}
     )
     start, test = start_weights(config, None), (folder / "images" / "val", folder / "masks" / "val")
     if not (out / "start.json").exists():
         write_json_atomic(out / "start.json", quality_on(pairs_of(*test), start, config))
-    places = {name: Place(catalogue, out / name / "boxes.csv", out / name, start, test) for name in ("engine", "drawn")}
+    places = {
+        name: EngineFolders(catalogue, out / name / "boxes.csv", out / name, start, test)
+        for name in ("engine", "drawn")
+    }
     reviewed = trial(
         places["engine"],
         annotator,
@@ -288,7 +300,7 @@ def main(
     steps: Annotated[int, typer.Option(help="of every training, about: few labelled images get more epochs")] = 100,
     precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "bf16",
 ) -> None:
-    """Rounds with a simulated annotator, and drawing alone for the same seconds; mIoU on the val pairs."""
+    """Run rounds with a simulated annotator, and drawing alone for the same seconds; mIoU on the val pairs."""
     run_trial(
         folder,
         out=out,

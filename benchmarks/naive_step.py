@@ -1,4 +1,4 @@
-"""The published step as it is commonly written: the yardstick of `benchmarks/step.py`. Frozen: it is never made faster.
+"""The published step as it is commonly written, the yardstick of `benchmarks/step.py`. It is frozen: never made faster.
 
 docs/method.md, section 6, with the settings of the preset `published`. Every pass of the encoder is
 segment_anything's own and over all of its blocks: teacher, student, pretrained encoder, and the teacher once more for
@@ -27,7 +27,7 @@ EMA_DECAY, CLIP = 0.999, 1.0
 
 @dataclass(frozen=True)
 class Draws:
-    """What is drawn in a step: ring points (B, 10, 2), model frame; a key in [0, 1) per pixel (4, B, H' W')."""
+    """Random draws of a step: ring points (B, 10, 2), model frame; a key in [0, 1) per pixel (4, B, H' W')."""
 
     points: torch.Tensor
     keys: torch.Tensor
@@ -59,7 +59,7 @@ class NaiveStep:
         self.trusted = 0
 
     def losses(self, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-        """The weighted terms of a batch; `mask` and `iou` are monitors without gradient."""
+        """Return the weighted terms of a batch; `mask` and `iou` are monitors without gradient."""
         count, side = len(batch.ids), batch.images.shape[-1]
         images = torch.stack(
             [
@@ -91,7 +91,7 @@ class NaiveStep:
     def monitors(
         self, batch: Batch, f: torch.Tensor, pseudo: list[torch.Tensor], draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """BCE + Dice against the true masks, and squared error of the predicted IoU, means over images."""
+        """Return BCE + Dice against the true masks, and the squared error of the predicted IoU, means over images."""
         masks, errors = [], []
         for b in range(len(pseudo)):
             low_res, predicted = decode_one(self.student, f[b : b + 1], draws.points[b : b + 1])
@@ -119,7 +119,7 @@ class NaiveStep:
         trusted: list[bool],
         draws: Draws,
     ) -> torch.Tensor:
-        """InfoNCE of student pixels in the core against the teacher's, the teacher's features made anew."""
+        """Return InfoNCE of student pixels in the core against the teacher's, teacher features recomputed."""
         cells, side = f.shape[-1], images.shape[-1]
         z = self.head(f)  # over the batch, as its normalisation wants
         with torch.no_grad():
@@ -144,20 +144,20 @@ class NaiveStep:
         return torch.stack(losses).mean() if losses else z.sum() * 0
 
     def backward(self, batch: Batch, draws: Draws) -> dict[str, torch.Tensor]:
-        """Gradients of a step, and its terms."""
+        """Compute the gradients of a step; return its terms."""
         self.optimizer.zero_grad()
         terms = self.losses(batch, draws)
         torch.stack([term.float() for term in terms.values()]).sum().backward()
         return terms
 
     def update(self) -> None:
-        """Clip, step, and the teacher's average."""
+        """Clip, step, and update the teacher's average."""
         nn.utils.clip_grad_norm_(self.trained, CLIP)
         self.optimizer.step()
         average_each(self.teacher, self.student)
 
     def step(self, batch: Batch, draws: Draws) -> float:
-        """One whole training step; its loss."""
+        """Take one training step and return its loss."""
         loss = sum(term.item() for term in self.backward(batch, draws).values())
         self.update()
         return loss
@@ -167,7 +167,9 @@ class NaiveStep:
 
 
 def decode_one(sam: Sam, features: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image's features (1, C, H', W') and foreground points (1, N, 2) -> logits (1, 1, T, T), IoU (1, 1)."""
+    """Decode one image's features (1, C, H', W') with foreground points (1, N, 2) to logits (1, 1, T, T) and IoU (1,
+    1).
+    """
     labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     sparse, dense = sam.prompt_encoder(points=(points, labels), boxes=None, masks=None)
     return sam.mask_decoder(
@@ -180,13 +182,13 @@ def decode_one(sam: Sam, features: torch.Tensor, points: torch.Tensor) -> tuple[
 
 
 def binary_entropy(p: torch.Tensor) -> torch.Tensor:
-    """-p ln p - (1 - p) ln(1 - p), kept off the logarithm of 0."""
+    """Return -p ln p - (1 - p) ln(1 - p), clamped away from ln 0."""
     p = p.clamp(1e-6, 1 - 1e-6)
     return -(p * p.log() + (1 - p) * (1 - p).log())
 
 
 def cells_in(box: torch.Tensor, cells: int, side: int) -> torch.Tensor:
-    """(cells * cells,) bool: cells whose centre lies in a box, and the one that holds the box's centre."""
+    """Return (cells * cells,) bool: cells whose centre lies in a box, and the cell of the box's centre."""
     inside = torch.zeros(cells, cells, dtype=torch.bool, device=box.device)
     centres = (torch.arange(cells, device=box.device) + 0.5) * side / cells
     columns, rows = (centres >= box[0]) & (centres < box[2]), (centres >= box[1]) & (centres < box[3])
@@ -197,20 +199,20 @@ def cells_in(box: torch.Tensor, cells: int, side: int) -> torch.Tensor:
 
 
 def drawn(candidates: torch.Tensor, count: int, keys: torch.Tensor) -> torch.Tensor:
-    """Up to `count` of the candidates (N,), those with the greatest keys."""
+    """Return up to `count` of the candidates (N,), those with the greatest keys."""
     index = candidates.nonzero()[:, 0]
     return index[keys[index].argsort(descending=True)[:count]]
 
 
 def image_info_nce(anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """-log(e^(a.p/t) / (e^(a.p/t) + sum e^(a.n/t))), mean over an image's anchors; (P, D), (P, D), (N, D)."""
+    """Return -log(e^(a.p/t) / (e^(a.p/t) + sum e^(a.n/t))), mean over anchors; (P, D), (P, D), (N, D)."""
     positive = torch.exp((anchors * positives).sum(1) / TEMPERATURE)
     negative = torch.exp(anchors @ negatives.t() / TEMPERATURE).sum(1)
     return -torch.log(positive / (positive + negative)).mean()
 
 
 def info_nce_by_anchor(anchors: torch.Tensor, positives: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """The same, one anchor after the other, as the formula reads. Not used in the step: the yardstick is the faster."""
+    """Compute the same one anchor at a time, as the formula reads. The step uses the faster one."""
     losses = []
     for anchor, positive in zip(anchors, positives, strict=True):
         near = torch.exp(torch.dot(anchor, positive) / TEMPERATURE)
@@ -220,7 +222,7 @@ def info_nce_by_anchor(anchors: torch.Tensor, positives: torch.Tensor, negatives
 
 
 def ring_points_from_mask(big: torch.Tensor, small: torch.Tensor, side: int) -> torch.Tensor:
-    """(10, 2) XY: the ring drawn as a mask at full resolution, its pixels listed and shuffled, the first ten taken."""
+    """Draw (10, 2) XY ring points as published: list and shuffle the ring mask's pixels, take ten."""
     mask = torch.zeros(side, side, dtype=torch.bool, device=big.device)
     (x0, y0, x1, y1), (u0, v0, u1, v1) = (tuple(int(v) for v in box.round()) for box in (big, small))
     mask[y0:y1, x0:x1] = True
@@ -232,6 +234,6 @@ def ring_points_from_mask(big: torch.Tensor, small: torch.Tensor, side: int) -> 
 
 @torch.no_grad()
 def average_each(teacher: nn.Module, student: nn.Module) -> None:
-    """t <- d t + (1 - d) s for every parameter, trained or not, one at a time."""
+    """Update t <- d t + (1 - d) s for every parameter, trained or not, one at a time."""
     for average, source in zip(teacher.parameters(), student.parameters(), strict=True):
         average.data = EMA_DECAY * average.data + (1 - EMA_DECAY) * source.data

@@ -1,4 +1,4 @@
-"""Our prediction against a bare loop over segment_anything: `python benchmarks/predict.py`; minutes on one core.
+"""Time our prediction against a bare loop over segment_anything: `python benchmarks/predict.py`; minutes on one core.
 
 Same weights (the compact SAM), same generated images, same prompts, one thread. The two take turns, image by image, and
 CPU time is counted, so that another load on the machine touches both alike. Prints a Markdown table of ratios, images a
@@ -36,7 +36,7 @@ Work = Callable[[int], object]  # does one image, or one round of images
 
 
 def ratio(ours: Work, theirs: Work, rounds: int, clock: Callable[[], float]) -> tuple[float, float, float, float]:
-    """Ours against theirs, taking turns.
+    """Time ours against theirs in turns.
 
     Returns:
         median ratio of speed, its least and greatest over rounds, our median seconds.
@@ -56,14 +56,14 @@ def ratio(ours: Work, theirs: Work, rounds: int, clock: Callable[[], float]) -> 
 
 
 def boxes_of(width: int, height: int) -> np.ndarray:
-    """(NUM_SEVERAL, 4) XYXY: boxes about the middle, of growing size."""
+    """Return (NUM_SEVERAL, 4) XYXY boxes about the middle, of growing size."""
     shares = np.linspace(0.2, 0.45, NUM_SEVERAL)[:, None]
     middle = np.array([width, height]) / 2
     return np.concatenate([middle * (1 - 2 * shares), middle * (1 + 2 * shares)], 1).clip(0, [width, height] * 2)
 
 
 def write_images(folder: Path, images: Sequence[np.ndarray]) -> None:
-    """The images as files, and a CSV of one box each."""
+    """Write the images as files, and a CSV of one box each."""
     (folder / "images").mkdir()
     rows = ["image_id,big_x0,big_y0,big_x1,big_y1"]
     for k, image in enumerate(images):

@@ -1,4 +1,4 @@
-"""What prediction gives on the development images of real pairs: `python benchmarks/predict_quality.py FOLDER`.
+"""Measure prediction on the development images of real pairs: `python benchmarks/predict_quality.py FOLDER`.
 
 FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a sixth of its train images, by hash of
 their names, are the development images; the val images are not touched. Prints, as Markdown: the gain of an ensemble
@@ -40,14 +40,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def shown(values: np.ndarray, *, sign: bool = False) -> str:
-    """Mean and interval."""
+    """Return mean and interval as text."""
     low, high = interval(values, **INTERVAL)
     form = "+.4f" if sign else ".3f"
     return f"{values.mean():{form}} [{low:{form}}, {high:{form}}]"
 
 
 def kind_of(reason: str) -> str:
-    """A reason to look without its numbers."""
+    """Return a review reason without its numbers."""
     return " ".join(word for word in reason.split(" below")[0].split() if not any(c.isdigit() for c in word))
 
 
@@ -114,7 +114,7 @@ def main() -> int:
 def report(
     ious: dict[str, list[float]], seconds: dict[str, float], flags: list[tuple[float, tuple[str, ...]]], prompt: str
 ) -> None:
-    """The tables."""
+    """Print the tables."""
     first = np.array(ious["ensemble of 1"])
     print(f"{len(first)} development images, prompt {prompt}\n\n| | mean IoU | paired difference | failures | CPU ms |")
     print("|---|---|---|---|---|")

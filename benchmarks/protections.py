@@ -1,4 +1,4 @@
-"""What the protections cost: `python benchmarks/protections.py`; minutes on one core, no data needed.
+"""Measure the cost of the protections: `python benchmarks/protections.py`; minutes on one core, no data needed.
 
 An epoch as the demo has it, three ways in turn: the first of a run, in which each term is watched for gradient; a later
 one, with loss and gradient checked, a moment to go back to in each step, and a state saved; and one with none of that,
@@ -41,14 +41,14 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def straight(path: Path | str, mode: str = "wb") -> Iterator[Any]:
-    """`atomic_write` without its temporary file and without waiting for the disk."""
+    """Write as `atomic_write` does, without temporary file and fsync."""
     with Path(path).open(mode) as file:
         yield file
 
 
 @contextmanager
 def unprotected() -> Iterator[None]:
-    """No state to resume from, no moment to go back to, no look at the loss, at gradients or at the disk."""
+    """Switch off resume state, rewinding and the checks of loss, gradients and disk."""
     with ExitStack() as stack:
         for name, value in {
             "LIVENESS_STEPS": range(0),
@@ -107,7 +107,7 @@ def main() -> int:
                 )
 
         def once() -> None:
-            """What a run does before its first step: its lock, and what it was begun with."""
+            """Do what a run does before its first step: take its lock, store its initial state."""
             place = folder / "origin"
             place.mkdir(exist_ok=True)
             with file_lock(place / "lock", "training"):
@@ -115,7 +115,7 @@ def main() -> int:
                 sha256_file(weights)
 
         def tracked() -> None:
-            """The calls of a whole training to a tracker whose server is not there; it sends in another process."""
+            """Make the tracker calls of a whole training with a server that is down; another process sends."""
             nonlocal runs
             runs += 1
             with socket.socket() as nobody:
@@ -159,7 +159,7 @@ def main() -> int:
     whole = f"of the demo's training ({epochs} epochs of {STEPS} steps), %: "
     for name, each, limit in (("protections", per_round, LIMIT), ("tracking, its server dead", calls_of, DEAD_LIMIT)):
         mean, half = statistics.mean(each), T_95 * statistics.stdev(each) / len(each) ** 0.5
-        print(f"{name}, share {whole}" + limits.told(name, mean, limit, most=True, spread=(mean - half, mean + half)))
+        print(f"{name}, share {whole}" + limits.cell(name, mean, limit, most=True, spread=(mean - half, mean + half)))
     return limits.exit_code()
 
 

@@ -1,4 +1,4 @@
-"""Dated entries of benchmarks/results.md, newest on top, and what they are measured with."""
+"""Write dated entries of benchmarks/results.md, newest on top, and time calls."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def record(title: str, text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def provenance(device: torch.device) -> str:
-    """Command, commit, machine and library, in a line."""
+    """Return command, commit, machine and library in one line."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "src", "benchmarks/*.py"], cwd=ROOT, capture_output=True, text=True
@@ -51,12 +51,12 @@ def provenance(device: torch.device) -> str:
 
 
 class Limits:
-    """Figures beside the limits they are held to; `missed` names those that do not keep them."""
+    """Collect figures and their limits; `missed` names the limits that were missed."""
 
     def __init__(self) -> None:
         self.missed: list[str] = []
 
-    def told(
+    def cell(
         self,
         name: str,
         value: float,
@@ -66,7 +66,7 @@ class Limits:
         form: str = ".2f",
         spread: tuple[float, float] | None = None,
     ) -> str:
-        """A figure for a table, bold, with least and greatest where known, and its limit: a least one, or `most`."""
+        """Return a table cell: a figure, bold, with least and greatest if known, and its limit (`least` or `most`)."""
         text = f"**{value:{form}}**" + (f" ({spread[0]:{form}} to {spread[1]:{form}})" if spread else "")
         if limit is None:
             return text
@@ -77,14 +77,14 @@ class Limits:
         return f"{text}, {bound}, MISSED"
 
     def exit_code(self) -> int:
-        """Say on standard error what was missed; 1 where something was."""
+        """Print missed limits on standard error; return 1 if any was missed."""
         for line in self.missed:
             print(f"missed: {line}", file=sys.stderr)
         return 1 if self.missed else 0
 
 
 def multiplications(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products and convolutions of a call, by shape (torch's counter).
+    """Count the floating-point operations of a call's matrix products and convolutions (torch's counter).
 
     Ratios of these are the floor that a step's time would have if all arithmetic ran at one speed and nothing else
     took time.
@@ -95,8 +95,9 @@ def multiplications(run: Callable[[], object]) -> int:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on the clock that is measured with: CPU time of this process, which other processes disturb least; on a
-    GPU the time of day, once its queue is empty."""
+    """Return seconds: CPU time of this process, which other processes disturb least; on a GPU wall-clock time after
+    synchronising.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -104,7 +105,7 @@ def now(device: torch.device) -> float:
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """CPU time that a call takes, see `now`; GPU time by CUDA events."""
+    """Return the CPU time of a call, see `now`; GPU time by CUDA events."""
     if device.type == "cuda":
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record()
@@ -120,7 +121,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, *, warm: int = 1, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a round runs every one once (or `repeats` times, the mean counts)."""
+    """Return the seconds of each call in each round; a round runs every call once (or `repeats` times and takes the
+    mean).
+    """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(warm + rounds):
         for name, run in runs.items():
@@ -131,6 +134,6 @@ def interleaved(
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, float, float]:
-    """Median, least and greatest of the rounds' ratios."""
+    """Return median, least and greatest of the rounds' ratios."""
     each = [a / b for a, b in zip(slow, fast, strict=True)]
     return statistics.median(each), min(each), max(each)

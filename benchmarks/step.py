@@ -1,4 +1,5 @@
-"""Our training step beside the published one: `make benchmark`, or `python benchmarks/step.py`; minutes on one core.
+"""Time our training step against the published one: `make benchmark`, or `python benchmarks/step.py`; minutes on one
+core.
 
 Before anything is timed, both steps are run in float32 on the same batch with the same draws: their losses must agree
 to 1e-5 and their gradients to 1e-3. The gate is set so that every image is trusted, as the published step's work
@@ -61,7 +62,7 @@ COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring point
 
 
 def field_sam(side: int, width: int, depth: int) -> Sam:
-    """A SAM built as SAM's own sizes are, with windows of 14 and four global blocks, but of any width and side."""
+    """Build a SAM like SAM's own sizes, with windows of 14 and four global blocks, but of any width and side."""
     grid, quarter = side // 16, depth / 4
     encoder = ImageEncoderViT(
         img_size=side,
@@ -91,7 +92,7 @@ def field_sam(side: int, width: int, depth: int) -> Sam:
 
 
 def random_sam(name: str, side: int, width: int, depth: int) -> Sam:
-    """`field` or one of SAM's own names, with random weights, positions among them."""
+    """Build `field` or one of SAM's own models with random weights, positions included."""
     torch.manual_seed(SEED)
     sam = field_sam(side, width, depth) if name == "field" else build_sam(name)
     for key, p in sam.image_encoder.named_parameters():
@@ -101,7 +102,7 @@ def random_sam(name: str, side: int, width: int, depth: int) -> Sam:
 
 
 def generated_batch(side: int, count: int, device: torch.device) -> Batch:
-    """Generated lesions in the model frame, with masks."""
+    """Return generated lesions in the model frame, with masks."""
     with tempfile.TemporaryDirectory() as folder:
         samples = generated_samples(Path(folder) / "images", count, SEED)
         return open_dataset(samples, side, Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
@@ -147,7 +148,7 @@ class Pair:
         self.cached = self.with_activations()
 
     def drawn(self, generator: torch.Generator) -> Draws:
-        """What `Contrastive.losses` draws, in its order."""
+        """Draw what `Contrastive.losses` draws, in its order."""
         prompts = draw_prompts(
             "ring", self.batch.big_boxes, self.batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=generator
         )
@@ -159,7 +160,7 @@ class Pair:
 
     @torch.no_grad()
     def with_activations(self) -> Batch:
-        """The batch with what a cache holds of it."""
+        """Return the batch with the activations that a cache holds."""
         images, split = preprocess(self.batch.images, self.batch.sizes), self.method.frozen_blocks
         with autocast(self.device, self.precision):
             if split < 0:  # nothing is frozen but the pretrained model
@@ -170,7 +171,7 @@ class Pair:
         return replace(self.batch, prefix=tokens, reference=features)
 
     def ours(self, batch: Batch) -> Mapping[str, torch.Tensor]:
-        """Gradients of a step of ours, and its weighted terms."""
+        """Compute the gradients of our step; return its weighted terms."""
         self.optimizer.zero_grad()
         terms, _ = add_gradients(
             self.method,
@@ -187,24 +188,24 @@ class Pair:
         return {name: (sum_of({name: term})).detach() for name, term in terms.items()}
 
     def our_step(self, batch: Batch) -> None:
-        """One whole training step of ours, as `training.fit` makes it."""
+        """Take one training step as `training.loop.fit` does."""
         self.ours(batch)
         nn.utils.clip_grad_norm_(self.parameters, naive_step.CLIP)
         self.optimizer.step()
         self.method.after_step()
 
     def naive_backward(self) -> Mapping[str, torch.Tensor]:
-        """Gradients of the published step, and its weighted terms."""
+        """Compute the gradients of the published step; return its weighted terms."""
         with autocast(self.device, self.precision):
             return {name: term.detach() for name, term in self.naive.backward(self.batch, self.draws).items()}
 
     def naive_step(self) -> None:
-        """One whole published step."""
+        """Take one published step."""
         self.naive_backward()
         self.naive.update()
 
     def agreement(self, *batches: Batch) -> Agreement:
-        """How far ours is from the published step, at most, on one or several forms of the batch."""
+        """Return the largest difference of our step from the published one, over forms of the batch."""
         theirs = self.naive_backward()
         wanted = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.naive.trained]
         whole = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted))
@@ -232,7 +233,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Ours against the published step.
+    """Difference of our step from the published one.
 
     Attributes:
         trusted, naive_trusted: share of images. terms: the published step's. loss: greatest difference of a term,
@@ -261,14 +262,16 @@ class Agreement:
 
 
 def step_generator() -> torch.Generator:
-    """The draws of a step: the same in every one."""
+    """Return the generator of a step: the same in every step."""
     return torch.Generator().manual_seed(SEED)
 
 
 @torch.no_grad()
 def spread_masks(sam: Sam, batch: Batch) -> None:
-    """Scale the random masks' logits to a deviation of 3, so that the entropy is below its maximum, and turn their sign
-    where need be, so that most of each image lies in them and the contrast has anchors."""
+    """Scale the random masks' logits to a deviation of 3 and choose their sign.
+
+    The entropy is then below its maximum, and most of each image lies in its mask, so that the contrast has anchors.
+    """
     prompts = draw_prompts(
         "ring", batch.big_boxes, batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=step_generator()
     )
@@ -280,7 +283,7 @@ def spread_masks(sam: Sam, batch: Batch) -> None:
 
 
 def components(device: torch.device, sam: Sam, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Ratios of three parts, the published form to ours: K = 2; 4 images; 256 anchors, 1024 negatives; 1024 px."""
+    """Measure ratios of published form to ours: K = 2; 4 images; 256 anchors, 1024 negatives; 1024 px."""
     student = copy.deepcopy(sam)
     select_trainable(student, encoder="blocks", unfreeze_last_k=2, train_decoder=False)
     whole, teacher = copy.deepcopy(sam), Teacher(student, naive_step.EMA_DECAY)
@@ -356,8 +359,8 @@ def main() -> int:
     def make() -> Sam:
         return random_sam(a.model, side, a.width, a.blocks).to(device)
 
-    def told(name: str, value: tuple[float, float, float], limit: float | None) -> str:
-        return limits.told(name, value[0], limit, spread=value[1:])
+    def cell(name: str, value: tuple[float, float, float], limit: float | None) -> str:
+        return limits.cell(name, value[0], limit, spread=value[1:])
 
     for last_k in a.last:
         name = f"K = {last_k or 'all'}"
@@ -383,11 +386,11 @@ def main() -> int:
         asked = a.model != "field" or (side, a.width, a.blocks, a.batch_size) == (512, 192, 12, 2)
         wanted = LIMITS.get((a.model, a.precision), {}).get(last_k, (None, None)) if asked else (None, None)
         found = [
-            told(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
+            cell(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
             for form, limit in zip(("shared", "cached"), wanted, strict=True)
         ]
         if a.precision != "fp32":
-            found += [told(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
+            found += [cell(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
         later = ratio(spent["cached"], spent["shared"])[0]  # without what filling and reading the cache take
         floors = " / ".join(f"{work['published'] / work[form]:.2f}" for form in ("shared", "cached"))
         bound = LATER_LIMIT if last_k == LATER_K else None
@@ -396,7 +399,7 @@ def main() -> int:
                 name,
                 *found,
                 floors,
-                limits.told(f"{name}, cached / shared", later, bound, most=True),
+                limits.cell(f"{name}, cached / shared", later, bound, most=True),
                 f"{equal.trusted:.0%}",
                 f"{equal.loss:.0e}",
                 f"{equal.gradient:.0e}",
@@ -425,7 +428,7 @@ def main() -> int:
         parts = components(device, make(), 5)
         text += "\n\n" + table(
             ["part", "times faster than the published form"],
-            [[name, told(name, value, COMPONENT_LIMITS.get(name))] for name, value in parts.items()],
+            [[name, cell(name, value, COMPONENT_LIMITS.get(name))] for name, value in parts.items()],
         )
     print(f"\n{text}\n")
     if a.write:

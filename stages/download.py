@@ -13,6 +13,7 @@ from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.isic import fetch_isic
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import run_guarded
+from lesionsam.models.published import check_image_size
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import say
 
@@ -23,6 +24,7 @@ def main() -> None:
     """Write the index last: while it is missing, the stage has not ended."""
     config = load_config()
     data = config.data
+    check_image_size(config.model.name, config.model.image_size)  # before anything is downloaded
     if RAW.exists():
         shutil.rmtree(RAW)
     RAW.mkdir(parents=True)

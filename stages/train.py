@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +17,16 @@ from lesionsam.experiment.build import strategy_of, trained_prompts
 from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key
-from lesionsam.experiment.run import SELECTION_SEED, Trained, input_side, open_data, pretrained_weights, train
-from lesionsam.models.checkpoint import save_sam
+from lesionsam.experiment.run import (
+    SELECTION_SEED,
+    Trained,
+    input_side,
+    open_data,
+    pretrained_weights,
+    selection_key,
+    train,
+)
+from lesionsam.models.checkpoint import read_weights, save_sam
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import TRAINED_WITH
@@ -52,9 +61,12 @@ def main() -> None:
         for split, dataset in (("train", data.train), ("dev", data.dev)):
             tracker.log_dataset(f"{config.data.source}-{split}", sha256_file(boxes)[:16], str(boxes), split)
             print(f"{split}: {len(dataset)} lesions")
+        scored = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
         history: list[dict[str, float]] = read_history(folder / "history.csv")
 
         def log(values: Mapping[str, float], step: int) -> None:
+            if scored != OBJECTIVE:  # logged as dev_label_free already; it is no mean IoU
+                values = {name: value for name, value in values.items() if name != f"dev_{OBJECTIVE}"}
             tracker.log(values, step)
             if board is not None:
                 board.log(values, step)
@@ -103,7 +115,7 @@ def main() -> None:
             tracker.log_checkpoint(
                 folder / "out" / "best.safetensors",
                 "lesionsam",
-                {OBJECTIVE: trained.progress.best_score},
+                {scored: trained.progress.best_score},
                 trained.progress.step,
             )
             status = "FINISHED"
@@ -111,7 +123,7 @@ def main() -> None:
             status = "KILLED"
             raise
         finally:
-            tracker.close(status)
+            tracker.close(status, sys.exc_info()[1])
             if board is not None:
                 board.close()
         for name in ("run.json", "metrics.jsonl"):
@@ -121,9 +133,7 @@ def main() -> None:
         OUT.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder / "out", OUT)
         finish(folder)
-    print(
-        f"best {OBJECTIVE} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/"
-    )
+    print(f"best {scored} {trained.progress.best_score:.4f} at epoch {trained.progress.best_epoch}; weights in {OUT}/")
 
 
 def open_tracker(config: Config, folder: Path) -> NullTracker:
@@ -158,7 +168,14 @@ def write_outputs(out: Path, folder: Path, config: Config, trained: Trained, wei
     notes[TRAINED_WITH] = trained_prompts(config)
     save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
     if (strategy := strategy_of(config)).encoder != "blocks":
-        save_tuned(trained.sam, out / "tuned.safetensors", name=config.model.name, strategy=strategy, base=weights)
+        save_tuned(
+            trained.sam,
+            out / "tuned.safetensors",
+            name=config.model.name,
+            strategy=strategy,
+            base=weights,
+            base_state=read_weights(weights)[0],
+        )
     save_head(trained.method, out / "head.safetensors")
     write_json_atomic(out / "cost.json", cost(trained.progress, torch_device(config.runtime.device)))
     shutil.copy2("params.yaml", out / "params.yaml")
@@ -172,12 +189,14 @@ def read_history(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    # Whole numbers stay whole, so that a resumed run writes the same text as an uninterrupted one.
+    return [{k: int(v) if v.isdigit() else float(v) for k, v in row.items() if v} for row in rows]
 
 
 def write_history(path: Path, rows: list[dict[str, float]]) -> None:
     """One row per epoch, atomically."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys([*(name for row in rows for name in row), OBJECTIVE]))  # the plot of dvc.yaml reads it
     with atomic_write(path, "w") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()

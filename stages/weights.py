@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from lesionsam.config.load import load_config
 from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.models.published import BASE_URL, CHECKPOINTS
+from lesionsam.models.published import BASE_URL, CHECKPOINTS, check_image_size
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import human_bytes, human_seconds, say
@@ -47,7 +47,7 @@ def own(name: str, checkpoint: Path) -> dict[str, object]:
     if not checkpoint.is_file():
         raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
     notes = header(checkpoint)
-    if notes.get("name") == name and "image_size" in notes:
+    if notes.get("name") == name and "image_size" in notes and "tuned" not in notes:
         side = whole_number(notes["image_size"])
         if not side:
             raise UserError(
@@ -60,13 +60,16 @@ def own(name: str, checkpoint: Path) -> dict[str, object]:
         side = load_sam(name, checkpoint).image_encoder.img_size
     target = OUTPUT / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")
     copy_atomic(checkpoint, target)
+    if (architecture := checkpoint.with_name("architecture.json")).is_file():  # a compact SAM's exported .pth needs it
+        copy_atomic(architecture, OUTPUT / architecture.name)
     return {"name": name, "sha256": sha256_file(target), "source": checkpoint.as_posix(), "image_size": side}
 
 
 def main() -> None:
     """Write weights.json last: while it is missing, the stage has not ended."""
     model = load_config().model
-    for name in ("weights.json", "sam.pth", "sam.safetensors"):
+    check_image_size(model.name, model.image_size)
+    for name in ("weights.json", "sam.pth", "sam.safetensors", "architecture.json"):
         (OUTPUT / name).unlink(missing_ok=True)
     told = published(model.name) if model.checkpoint == "published" else own(model.name, Path(model.checkpoint))
     write_json_atomic(OUTPUT / "weights.json", told)

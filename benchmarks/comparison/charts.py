@@ -1,4 +1,4 @@
-"""The picture of the evidence: how many masks two boxes are worth."""
+"""Draw how many masks two boxes are worth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INTERVALS = {"num_bootstrap": 5000, "confidence": 0.95}
 
 
 def curve(figures: pd.DataFrame, num_all: int) -> pd.DataFrame:
-    """Rows of the supervised runs by number of masks: masks, prompt, miou, low, high.
+    """Return the rows of supervised runs by number of masks: masks, prompt, miou, low, high.
 
     Args:
         figures: long format, see `evidence.read_units`. num_all: masks of the row that has all of them.
@@ -43,7 +43,7 @@ def curve(figures: pd.DataFrame, num_all: int) -> pd.DataFrame:
 
 
 def masks_worth(supervised: pd.DataFrame, miou: float) -> str:
-    """How many masks reach a mIoU, read off the curve, linear in the logarithm of their number.
+    """Return how many masks reach a mIoU, interpolated on the curve linearly in the logarithm of their number.
 
     Args:
         supervised: rows of `curve` of one prompt.

@@ -1,5 +1,6 @@
-"""The rows of the evidence: ablation, placebo controls, published recipe, supervision, loose boxes; every way to
-fine-tune; use without a prompt; and what masks are worth."""
+"""Define the rows of the comparison: ablation, placebo controls, published recipe, supervision, loose boxes; every way
+to fine-tune; use without a prompt; and the worth of masks.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ PUBLISHED_RATE = 3e-4  # likewise (docs/log.md)
 
 
 def rate(value: float) -> dict[str, float]:
-    """The same learning rate for encoder, decoder and head."""
+    """Return changes that set one learning rate for encoder, decoder and head."""
     return {f"train.lr_{part}": value for part in ("encoder", "decoder", "head")}
 
 
 def rates(encoder: float, decoder: float) -> dict[str, float]:
-    """A learning rate for the encoder and one for the decoder."""
+    """Return changes that set one learning rate for the encoder and one for the decoder."""
     return {"train.lr_encoder": encoder, "train.lr_decoder": decoder}
 
 
 def budget(base: Config) -> dict[str, object]:
-    """The base's number of epochs and batch size, for a recipe that brings its own."""
+    """Return the base's number of epochs and batch size, for a recipe with values of its own."""
     return {
         "train.epochs": base.train.epochs,
         "train.batch_size": base.train.batch_size,
@@ -41,7 +42,7 @@ def budget(base: Config) -> dict[str, object]:
 
 
 def tuning(base: Config) -> list[Row]:
-    """Learning rates, on the development split alone."""
+    """Return the rows that choose learning rates, on the development split alone."""
     pairs = [
         (f"encoder {encoder:g} decoder {decoder:g}", rates(encoder, decoder))
         for encoder in ENCODER_RATES
@@ -58,7 +59,7 @@ def tuning(base: Config) -> list[Row]:
 
 
 def rows(base: Config) -> list[Row]:
-    """Every row that is reported, in the order of the table; the base is the default."""
+    """Return every reported row in the order of the table; the base is the default."""
     fused = dict(to_values(base)["method"]["target"])
     prior = {key: fused[key] for key in ("offset", "looseness", "softness", "placebo")} | {"kind": "prior"}
     teacher = {"method.target": {"kind": "teacher", "placebo": "none"}}
@@ -141,12 +142,12 @@ DEFAULT_BLIND = f"{DEFAULT}, no mask at all"
 
 
 def unet_changes(base: Config, value: float) -> dict[str, float]:
-    """A network that starts at random needs more steps than one that is pretrained."""
+    """Return the changes for a network that starts at random and needs more steps than a pretrained one."""
     return {"train.epochs": UNET_EPOCHS * base.train.epochs, **rate(value)}
 
 
 def strategies(base: Config) -> list[Row]:
-    """Every way to fine-tune in one table: no network, zero-shot, published, two boxes, supervised by what trains."""
+    """Return rows for every way to fine-tune: no network, zero-shot, published, two boxes, supervised."""
     return [
         Row(ZERO_SHOT, seeds=1, trains=False),
         Row(TUNED, budget(base) | rate(PUBLISHED_RATE), preset="published"),
@@ -161,7 +162,7 @@ def strategies(base: Config) -> list[Row]:
 
 
 def strategies_tuning(base: Config) -> list[Row]:
-    """Learning rates of the strategies, on the development split alone."""
+    """Return the rows that choose learning rates of the strategies, on the development split alone."""
     return [
         Row(
             f"tune supervised, {name}, encoder {pair[0]:g} decoder {pair[1]:g}",
@@ -186,7 +187,7 @@ def strategies_tuning(base: Config) -> list[Row]:
 
 
 def labels(base: Config) -> list[Row]:
-    """How many masks two boxes are worth: supervised on few masks, for as many steps, against two boxes and none."""
+    """Return rows for the worth of two boxes in masks: supervised on few masks against two boxes."""
     supervised = SUPERVISED_RATES | BLIND
     return [
         Row(ZERO_SHOT, seeds=1, trains=False),
@@ -203,7 +204,7 @@ UNPROMPTED, AS_LONG = "two boxes, preset no-prompt", f"{DEFAULT}, as long and as
 
 
 def unprompted(base: Config) -> list[Row]:
-    """What training without a prompt brings for use without one, beside the same training with prompts alone."""
+    """Return rows for training without a prompt, beside the same training with prompts alone."""
     budget_of_it = {"train.epochs": LONGER * base.train.epochs}
     distorted = to_values(configured(base, Row("", preset="no-prompt"), 0))["train"]["distort"]
     return [

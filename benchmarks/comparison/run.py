@@ -1,4 +1,4 @@
-"""python benchmarks/comparison/run.py FOLDER: compare ways of training on real pairs, row by row; resumable."""
+"""Compare ways of training on real pairs, row by row, resumable: `python benchmarks/comparison/run.py FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evidence: every row of the comparison as ordinary runs on a folder of real pairs, resumable, with intervals.
+"""Train and evaluate every row of the comparison as ordinary runs on a folder of real pairs, resumable.
 
 A row is params.yaml with some keys changed; a unit is a row with a seed. Each unit trains on the `train` split, selects
 on `dev` and reads the `test` split once, at the end; its per-image figures are kept as one CSV, which is also how an
@@ -76,7 +76,7 @@ class Row:
 
 
 def configured(base: Config, row: Row, seed: int) -> Config:
-    """The configuration of one unit: the base, the row's preset and changes, the seed and the boxes' looseness."""
+    """Return the configuration of one unit: base, preset and changes of the row, seed and looseness."""
     low, high = row.margin
     values = preset_values(row.preset, to_values(base)) if row.preset else to_values(base)
     values = fit(merge(values, unflatten(row.changes)))
@@ -88,19 +88,19 @@ def configured(base: Config, row: Row, seed: int) -> Config:
 
 
 def unit_path(out: Path, row: Row, seed: int) -> Path:
-    """Where a unit's per-image figures lie."""
+    """Return the file of a unit's per-image figures."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
     return out / "units" / f"{slug}.seed{seed}.csv"
 
 
 def unit_digest(config: Config, row: Row, weights_sha256: str) -> str:
-    """Of all that a unit's figures depend on but the pairs: configuration, number of masks, network, first weights."""
+    """Return a digest of what a unit's figures depend on except the pairs: configuration, masks, network, weights."""
     parts = (config_digest(config), row.masks, row.network, weights_sha256)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def is_finished(out: Path, base: Config, row: Row, seed: int, weights_sha256: str) -> bool:
-    """Whether a unit's figures are there.
+    """Return whether a unit's figures exist.
 
     Args:
         weights_sha256: of the pretrained weights.
@@ -140,17 +140,17 @@ def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
 
 
 def load_mask(sample: Sample) -> Any:
-    """(H, W) bool, or None where there is no mask."""
+    """Read a sample's mask, (H, W) bool, or None without a mask."""
     return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
 
 
 def load_image(sample: Sample) -> Any:
-    """(H, W, 3) uint8 RGB."""
+    """Read a sample's image, (H, W, 3) uint8 RGB."""
     return read_image(sample.image_path)
 
 
 def few(data: LesionDataset, count: int, seed: int) -> LesionDataset:
-    """`count` of a data set's lesions in its length, over and over: as many steps with fewer masks.
+    """Repeat `count` of a data set's lesions to its length: as many steps with fewer masks.
 
     Those of one seed contain those of a smaller count.
     """
@@ -168,7 +168,7 @@ def few(data: LesionDataset, count: int, seed: int) -> LesionDataset:
 
 
 def tracker_of(config: Config, row: Row, seed: int, folder: Path, root: Path | None) -> NullTracker:
-    """A run of its own in MLflow below `root`; None: no tracking."""
+    """Open a unit's own MLflow run below `root`; None: no tracking."""
     if root is None:
         return NullTracker(None)
     return Tracker.open(
@@ -272,7 +272,7 @@ def _run_unit(
 
 
 def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[Sample]) -> pd.DataFrame:
-    """A unit's figures on the test samples, columns `evaluation.ROW_COLUMNS`."""
+    """Return a unit's figures on the test samples, columns `evaluation.columns.ROW_COLUMNS`."""
     by_decoder = row.trains and "none" in trained_prompts(config).split()
     return evaluate_model(
         sam,
@@ -291,7 +291,7 @@ def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[S
 
 
 def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
-    """All finished units of some rows, long format, in the order of the rows."""
+    """Read all finished units of some rows, long format, in the order of the rows."""
     parts = [
         pd.read_csv(path, dtype={"run": str, "lesion_id": str, "image_id": str})
         for row in rows
@@ -303,7 +303,7 @@ def read_units(out: Path, rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def costs(out: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """Name of a row -> its trained parameters and its seconds per epoch (mean over seeds), as far as they are known."""
+    """Return name of a row -> its trained parameters and seconds per epoch (mean over seeds), if known."""
     found = {}
     for row in rows:
         paths = [unit_path(out, row, seed).with_suffix(".json") for seed in range(row.seeds)]
@@ -318,7 +318,7 @@ def costs(out: Path, rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
 def summarise(
     figures: pd.DataFrame, comparisons: Sequence[tuple[str, str]], cost: Mapping[str, tuple[str, str]] | None = None
 ) -> str:
-    """The campaign as Markdown: mIoU per row and prompt with intervals and seeds' sd, and paired differences.
+    """Return the campaign as Markdown: mIoU per row and prompt with intervals and seeds' sd, and paired differences.
 
     Args:
         comparisons: pairs of row names (first, second): first minus second, on the same images, seeds averaged first.
@@ -364,7 +364,7 @@ def summarise(
 
 
 def _difference(figures: pd.DataFrame, first: tuple[str, str], second: tuple[str, str]) -> str:
-    """First minus second, each a model and a prompt, paired, with its interval; empty where one is not there."""
+    """Return first minus second, each a model and a prompt, paired, with its interval; empty if one is missing."""
     parts = [figures[(figures["model"] == model) & (figures["prompt"] == prompt)] for model, prompt in (first, second)]
     if not all(map(len, parts)):
         return ""
@@ -373,7 +373,7 @@ def _difference(figures: pd.DataFrame, first: tuple[str, str], second: tuple[str
 
 
 def gap_closed(figures: pd.DataFrame, low: str, high: str, name: str) -> dict[str, float]:
-    """Share of what lies between two rows' mIoU that a third has gained, per prompt source."""
+    """Return the share of the gap between two rows' mIoU that a third has gained, per prompt source."""
     table = statistics.table(figures, reference=None, **INTERVALS).set_index(["model", "prompt"])["miou"]
     return {
         prompt: float((table[name, prompt] - table[low, prompt]) / (table[high, prompt] - table[low, prompt]))

@@ -1,4 +1,4 @@
-"""The exceptions that a user's mistake or wish ends in, and the guard that prints them as one line."""
+"""Exceptions for user errors and interruptions, and the guard that prints them as one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class UserError(Exception):
-    """What was expected, what came, where, and what to do: one line, no traceback.
+    """Error that the user can fix, printed as one line without a traceback.
 
     Args:
         message: names the file, row or key, what was expected, what came and the remedy.
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to end, by Ctrl-C or by SIGTERM; its exit status says by which: 130 or 143."""
+    """Ctrl-C or SIGTERM; `exit_code` is 130 or 143."""
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         super().__init__()
@@ -39,9 +39,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 def run_guarded(main: Callable[[], object]) -> None:
-    """Run a stage or command: what a user can mend becomes one line on stderr and a non-zero exit.
+    """Run a stage or command; print an error that the user can fix as one line on stderr and exit non-zero.
 
-    That is a `UserError`, a full disk, a place that cannot be written, too little memory; SIGTERM ends as Ctrl-C does.
+    These are `UserError`, a full disk, an unwritable path and too little memory. SIGTERM ends the process as Ctrl-C
+    does.
     """
     try:
         with _ended_like_ctrl_c():
@@ -76,7 +77,7 @@ def _end(line: str, exit_code: int) -> None:
 
 @contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM raises `Interrupted` while the block runs, unless somebody else handles or ignores it."""
+    """Raise `Interrupted` on SIGTERM inside the block, unless SIGTERM already has a handler or is ignored."""
     here = threading.current_thread() is threading.main_thread()
     if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

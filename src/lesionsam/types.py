@@ -1,4 +1,4 @@
-"""The values that pass between parts: frozen, with their shapes and frames stated.
+"""Frozen values that pass between packages, with their shapes and coordinate frames.
 
 Frames. *Original*: pixels of the image after EXIF transpose. *Model*: SAM's square input of side S, longest side
 resized to S, padded right and bottom. Boxes are XYXY, half-open, floats. Points are XY. Arrays are row, column.
@@ -19,7 +19,7 @@ SPLITS = ("train", "dev", "test")
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Values of the CPU on a device; a GPU is not waited for, as it is by `values.to(device)`."""
+    """Copy CPU values to a device without blocking: a GPU is not synchronised, as `values.to(device)` does."""
     held = values.pin_memory() if device.type == "cuda" else values  # page-locked; torch keeps it until it is copied
     return held.to(device, non_blocking=True)
 
@@ -31,7 +31,7 @@ class Sample:
     Attributes:
         image_id, lesion_id: key of the lesion; lesion ids count from 0 within an image unless the user names them.
         split: train, dev or test.
-        image_path: image file. mask_path: its mask file, or None where nobody drew one.
+        image_path: image file. mask_path: its mask file, or None without one.
         width, height: size of the image after EXIF transpose, pixels.
         big_box, small_box: (4,) float64 XYXY, original pixels.
         own_mask: whether the mask shows this lesion alone. Where it does not, and the image has several lesions, the
@@ -66,12 +66,12 @@ class Prompts:
     masks: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Prompts:
-        """The same prompts on another device."""
+        """Return the prompts on another device."""
         moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return replace(self, **moved)
 
     def __getitem__(self, index: slice | torch.Tensor) -> Prompts:
-        """The prompts of some of the images."""
+        """Return the prompts of some of the images."""
         picked = {f.name: value[index] for f in fields(self) if (value := getattr(self, f.name)) is not None}
         return replace(self, **picked)
 
@@ -88,11 +88,11 @@ class Batch:
         big_boxes, small_boxes: (B, 4) float32 XYXY, model frame.
         valid: (B, S, S) bool, False on padding and inside other lesions' big boxes, True in the own small box.
         prior: (B, S, S) float32 logits of the box prior (without offset); None in batches put together by hand.
-        masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None where no mask is
-            wanted.
-        orientations: (B,) int64 from 0 (as it is) to 7, see `data.datasets.orient`, 8 to 15 the same of the widened
-            frame; None where nobody said, and where the images are distorted beside that.
-        prefix: what the encoder's frozen leading part makes of `images` (`models.trainable.encode_frozen`): tokens
+        masks: (B, S, S) float32, 1 lesion, 0 not, NaN everywhere for an image without a mask; None if no
+            masks were loaded.
+        orientations: (B,) int64 from 0 (as it is) to 7, see `data.dataset.orient`, 8 to 15 the same of the widened
+            frame; None if unknown, or if the images are distorted as well.
+        prefix: output of the encoder's frozen leading part (`models.prefix.encode_frozen`): tokens
             (B, H', W', width), or features (B, C, H', W') where nothing of the encoder trains; None if not yet made.
         reference: (B, C, H', W') features of the pretrained encoder, None if not yet made.
     """
@@ -111,7 +111,7 @@ class Batch:
     reference: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         import torch
 
         moved = {
@@ -122,7 +122,7 @@ class Batch:
         return replace(self, **moved)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of the lesions."""
+        """Return some of the lesions."""
         import torch
 
         picked = {

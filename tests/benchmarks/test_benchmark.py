@@ -97,11 +97,11 @@ def test_entries_are_put_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_missed_limit_is_said_and_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     limits = record.Limits()
-    assert limits.told("a ratio", 3.0, 2.5, spread=(2.0, 4.0)) == "**3.00** (2.00 to 4.00), at least 2.5"
-    assert limits.told("a share", 0.5, 0.6, most=True) == "**0.50**, at most 0.6"
-    assert limits.told("free", 1.0, None) == "**1.00**"
+    assert limits.cell("a ratio", 3.0, 2.5, spread=(2.0, 4.0)) == "**3.00** (2.00 to 4.00), at least 2.5"
+    assert limits.cell("a share", 0.5, 0.6, most=True) == "**0.50**, at most 0.6"
+    assert limits.cell("free", 1.0, None) == "**1.00**"
     assert limits.exit_code() == 0
-    assert limits.told("another share", 0.7, 0.6, most=True) == "**0.70**, at most 0.6, MISSED"
+    assert limits.cell("another share", 0.7, 0.6, most=True) == "**0.70**, at most 0.6, MISSED"
     assert limits.exit_code() == 1
     assert capsys.readouterr().err == "missed: another share: 0.70, at most 0.6\n"
 

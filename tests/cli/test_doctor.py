@@ -134,6 +134,8 @@ def test_the_tracking_store_and_what_waits_for_it(tmp_path: Path) -> None:
     assert "the first training makes it" in found(root, "tracking")[0].text
     database = sqlite3.connect(root / "mlflow.db")
     database.execute("CREATE TABLE runs (a)")
+    database.execute("CREATE TABLE experiments (a)")
+    database.execute("CREATE TABLE alembic_version (version_num)")
     database.execute("INSERT INTO runs VALUES (1)")
     database.execute("CREATE TABLE registered_model_aliases (name, alias, version)")
     database.execute("INSERT INTO registered_model_aliases VALUES ('lesionsam', 'champion', 2)")
@@ -143,8 +145,21 @@ def test_the_tracking_store_and_what_waits_for_it(tmp_path: Path) -> None:
     first, second = found(root, "tracking")
     assert first.text.endswith("1 runs; models:/lesionsam@champion is version 2")
     assert second.text.endswith("of 1 runs are not sent yet")
-    (root / "mlflow.db").write_bytes(b"no database")
-    assert "cannot be looked at: DatabaseError" in found(root, "tracking")[0].text
+    database = sqlite3.connect(root / "mlflow.db")
+    database.execute("INSERT INTO alembic_version VALUES ('f4a9b2c7d1e6')")
+    database.commit()
+    database.close()
+    first = found(root, "tracking")[0]
+    assert (first.state, "made by a newer MLflow (schema revision f4a9b2c7d1e6" in first.text) == (PROBLEM, True)
+    assert first.remedy.startswith("install that MLflow")
+    (root / "mlflow.db").write_bytes(b"no database" * 20)
+    first = found(root, "tracking")[0]
+    assert (first.state, "is not an SQLite database" in first.text) == (PROBLEM, True)
+
+
+def test_an_input_side_that_the_patch_does_not_divide_is_a_problem(tmp_path: Path) -> None:
+    root = project(tmp_path, **{"model.name": "vit_b", "model.image_size": "1000"})
+    assert "expected 0 or a multiple of 16 (the patch of vit_b), got 1000" in found(root, "params")[0].text
 
 
 def test_a_dead_server_is_a_problem_and_its_password_a_secret(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def test_the_hash_says_whose_weights_they_are(tmp_path: Path, monkeypatch: pytes
 def test_published_checkpoints_are_stated_whole() -> None:
     for name, checkpoint in published.CHECKPOINTS.items():
         assert len(bytes.fromhex(checkpoint.sha256)) == 32
-        assert published.published_as(checkpoint.sha256) == name
-    assert published.published_as("0" * 64) is None
+        assert published.published_name(checkpoint.sha256) == name
+    assert published.published_name("0" * 64) is None
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

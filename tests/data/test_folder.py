@@ -358,7 +358,7 @@ def test_own_weights(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not Path("models/pretrained/weights.json").exists()
     Path("mine.safetensors").write_bytes(shipped)
     set_parameters(root, {"model": {"name": "vit_b", "checkpoint": "mine.safetensors"}})
-    with pytest.raises(UserError, match=r"mine\.safetensors: holds weights of compact, but vit_b was asked for"):
+    with pytest.raises(UserError, match=r"mine\.safetensors: holds weights of compact, expected vit_b"):
         module.main()
     set_parameters(root, {"model": {"name": "compact", "checkpoint": "mine.safetensors"}})
     module.main()

@@ -26,9 +26,17 @@ from lesionsam.annotation.store import Change, Store
 from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.engine import round as engine
 from lesionsam.engine.command import run
-from lesionsam.engine.history import Reviewed, Round, calibrated, lower_bound, read_rounds, reviewed_since, stage_of
-from lesionsam.engine.report import news
-from lesionsam.engine.round import Place, epochs_of, pairs_of, run_round
+from lesionsam.engine.history import (
+    ReviewedProposal,
+    Round,
+    calibrate_threshold,
+    lower_bound,
+    reached_stage,
+    read_rounds,
+    reviewed_since,
+)
+from lesionsam.engine.report import summary_sentences
+from lesionsam.engine.round import EngineFolders, epochs_of, pairs_of, run_round
 from lesionsam.errors import UserError
 from lesionsam.experiment.build import trained_prompts
 from lesionsam.models.checkpoint import read_weights, save_sam
@@ -48,8 +56,10 @@ BIG, CORE = (80.0, 60.0, 240.0, 180.0), (130.0, 100.0, 190.0, 140.0)
 # ------------------------------------------------------------------------------------------------------ calibration
 
 
-def reviews(*outcomes: bool) -> list[Reviewed]:
-    return [Reviewed(f"{k:03d}", k / 100, "accepted" if each else "corrected") for k, each in enumerate(outcomes)]
+def reviews(*outcomes: bool) -> list[ReviewedProposal]:
+    return [
+        ReviewedProposal(f"{k:03d}", k / 100, "accepted" if each else "corrected") for k, each in enumerate(outcomes)
+    ]
 
 
 def test_the_bound_is_clopper_and_pearsons() -> None:
@@ -61,11 +71,11 @@ def test_the_bound_is_clopper_and_pearsons() -> None:
 
 def test_the_threshold_stops_at_the_first_group_that_fails() -> None:
     good = reviews(*[True] * 50)
-    assert calibrated(good, 0.9) == 0.49
-    assert calibrated(good[:29], 0.9) is None  # too few to say anything
-    assert calibrated(reviews(*[True] * 40, *[False] * 10, *[True] * 100), 0.9) == 0.39
-    assert calibrated(reviews(*[False] * 10, *[True] * 400), 0.9) is None
-    assert calibrated(list(reversed(good)), 0.9) == 0.49  # by doubt, in whatever order they come
+    assert calibrate_threshold(good, 0.9) == 0.49
+    assert calibrate_threshold(good[:29], 0.9) is None  # too few to say anything
+    assert calibrate_threshold(reviews(*[True] * 40, *[False] * 10, *[True] * 100), 0.9) == 0.39
+    assert calibrate_threshold(reviews(*[False] * 10, *[True] * 400), 0.9) is None
+    assert calibrate_threshold(list(reversed(good)), 0.9) == 0.49  # by doubt, in whatever order they come
 
 
 def test_what_is_accepted_unseen_is_as_good_as_asked_for() -> None:
@@ -74,8 +84,10 @@ def test_what_is_accepted_unseen_is_as_good_as_asked_for() -> None:
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(200):
         doubts = rng.uniform(0, 1, 150)
-        kept = [Reviewed("", float(x), "accepted" if rng.random() < 1 - 0.4 * x else "rejected") for x in doubts]
-        limit = calibrated(kept, 0.85)
+        kept = [
+            ReviewedProposal("", float(x), "accepted" if rng.random() < 1 - 0.4 * x else "rejected") for x in doubts
+        ]
+        limit = calibrate_threshold(kept, 0.85)
         wrong += limit is not None and 1 - 0.2 * limit < 0.85  # mean chance below the limit
     assert wrong <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
@@ -91,7 +103,7 @@ def test_what_is_accepted_unseen_is_as_good_as_asked_for() -> None:
     ],
 )
 def test_stages(share: float | None, calm: int, left: int, expected: str) -> None:
-    assert stage_of(share, calm, left) == expected
+    assert reached_stage(share, calm, left) == expected
 
 
 # ------------------------------------------------------------------------------------------------------ rounds
@@ -127,11 +139,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(images: Path, tmp_path: Path, weights: Path) -> Place:
-    return Place(Catalogue([images]), tmp_path / "boxes.csv", tmp_path / "engine", weights)
+def place(images: Path, tmp_path: Path, weights: Path) -> EngineFolders:
+    return EngineFolders(Catalogue([images]), tmp_path / "boxes.csv", tmp_path / "engine", weights)
 
 
-def draw(place: Place, names: list[str]) -> None:
+def draw(place: EngineFolders, names: list[str]) -> None:
     store = Store(place.table_path, place.catalogue)
     for name in names:
         store.save(
@@ -139,7 +151,7 @@ def draw(place: Place, names: list[str]) -> None:
         )
 
 
-def accept(place: Place, name: str, label: str, narrower: float = 0.0) -> None:
+def accept(place: EngineFolders, name: str, label: str, narrower: float = 0.0) -> None:
     """As the page does with one key; a big box made narrower by so many pixels is a correction."""
     store, proposals = Store(place.table_path, place.catalogue), Proposals(proposals_path(place.table_path), label)
     lesion = proposals.found[name].lesion
@@ -149,7 +161,7 @@ def accept(place: Place, name: str, label: str, narrower: float = 0.0) -> None:
     store.save(name, Change(0, "ann", f"accept-{name}", lesions=(new,), seconds={"0": 2.0}, shown=label), (320, 240))
 
 
-def test_two_rounds_on_files(place: Place, config: Config) -> None:
+def test_two_rounds_on_files(place: EngineFolders, config: Config) -> None:
     """Train, propose, review, accept automatically below the calibrated doubt; killed in between, it goes on."""
     draw(place, NAMES[:8])
     said: list[str] = []
@@ -171,7 +183,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     for name in rest[1:]:
         accept(place, name, first.model)
     store = Store(place.table_path, place.catalogue)
-    assert engine.judge(place, store, first, 0.9).calm.keys() <= set(calm)
+    assert engine.summarise_reviews(place, store, first, 0.9).calm.keys() <= set(calm)
     said.clear()
     # 42 images have boxes, 36 of them train: one batch, two epochs for two steps. What is accepted makes two batches.
     config = with_values(config, {"train.batch_size": 36})
@@ -198,7 +210,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     sources = [each["attributes"]["source"] for each in coco["annotations"] if each["category_id"] == 3]
     assert sources.count("automatic") <= second.num_automatic
     assert set(sources) == {"drawn", "corrected", "accepted", "automatic"}
-    assert news(read_rounds(place.out))[0] == "Stage reached: automatic."
+    assert summary_sentences(read_rounds(place.out))[0] == "Stage reached: automatic."
 
     trained = (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns
     lines = (place.out / "rounds.jsonl").read_text().splitlines()
@@ -213,7 +225,7 @@ def test_two_rounds_on_files(place: Place, config: Config) -> None:
     assert again.model == second.model
 
 
-def test_what_became_of_a_proposal(place: Place) -> None:
+def test_what_became_of_a_proposal(place: EngineFolders) -> None:
     """Accepted, with one more lesion, corrected, drawn anew, no lesion; not what is unclear, open, older or was drawn
     without a proposal in sight."""
     lesion = Proposed(BIG, CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
@@ -251,7 +263,7 @@ def test_what_became_of_a_proposal(place: Place) -> None:
     }
 
 
-def test_only_what_was_seen_is_an_answer(place: Place) -> None:
+def test_only_what_was_seen_is_an_answer(place: EngineFolders) -> None:
     """Accepted from another model's proposal, or edited in the table: neither says anything of these proposals."""
     lesion = Proposed((80.004, 60, 240, 180), CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
     proposals = Proposals(proposals_path(place.table_path), "m@0.5")
@@ -279,7 +291,7 @@ def test_steps_make_epochs() -> None:
     assert [epochs_of([sample] * count + [dev] * 5, 20, 8) for count in (8, 9, 16, 400)] == [20, 10, 10, 1]
 
 
-def test_what_a_round_refuses(place: Place, images: Path, config: Config, tmp_path: Path) -> None:
+def test_what_a_round_refuses(place: EngineFolders, images: Path, config: Config, tmp_path: Path) -> None:
     draw(place, NAMES[:7])
     with pytest.raises(UserError, match="7 images with boxes; a round needs at least 8"):
         run_round(place, config)
@@ -310,7 +322,7 @@ def test_an_image_that_cannot_be_read_is_said_and_left(
     for name in NAMES[:2]:
         shutil.copy(images / f"{name}.png", tmp_path / "images")
     (tmp_path / "images" / "bad.png").write_bytes(b"<html>")
-    place = Place(Catalogue([tmp_path / "images"]), tmp_path / "boxes.csv", tmp_path / "engine", weights)
+    place = EngineFolders(Catalogue([tmp_path / "images"]), tmp_path / "boxes.csv", tmp_path / "engine", weights)
     said: list[str] = []
     found = run_round(place, config, training=False, say=said.append)
     assert said == ["1 images could not be read; each is named above"]
@@ -320,7 +332,7 @@ def test_an_image_that_cannot_be_read_is_said_and_left(
 
 
 def test_the_command_says_what_comes_next(
-    place: Place, images: Path, weights: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: EngineFolders, images: Path, weights: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw(place, NAMES[:8])
     some = [str(images / f"{name}.png") for name in NAMES[:10]]
@@ -347,22 +359,24 @@ def test_the_command_says_what_comes_next(
 def test_what_a_round_means_in_sentences() -> None:
     first = Round(1, "", "m@0.5", 50, {}, 60.0, {}, None, None, 0, 40, "drawing")
     judged = replace(first, number=2, accepted_share=0.75, outcomes={"accepted": 30, "corrected": 10, "rejected": 0})
-    assert news([]) == []
-    assert news([first]) == ["40 images are left to do."]
-    assert news([first, replace(first, number=2)])[0].startswith("No proposal of the round before has been reviewed")
+    assert summary_sentences([]) == []
+    assert summary_sentences([first]) == ["40 images are left to do."]
+    assert summary_sentences([first, replace(first, number=2)])[0].startswith(
+        "No proposal of the round before has been reviewed"
+    )
     calm = replace(judged, threshold=0.3, stage="semi-automatic")
-    assert news([first, calm])[:2] == [
+    assert summary_sentences([first, calm])[:2] == [
         "Stage reached: semi-automatic.",
         "75 % of 40 reviewed proposals were accepted unchanged.",
     ]
-    assert "could have been accepted unseen; a round with --auto" in news([first, calm])[2]
-    assert news([first, replace(calm, auto=True)])[2] == (
+    assert "could have been accepted unseen; a round with --auto" in summary_sentences([first, calm])[2]
+    assert summary_sentences([first, replace(calm, auto=True)])[2] == (
         "None of the others had a doubt up to 0.30, so none was accepted unseen."
     )
-    assert news([first, calm, replace(calm, number=3, num_automatic=7)])[1] == (
+    assert summary_sentences([first, calm, replace(calm, number=3, num_automatic=7)])[1] == (
         "7 more of a doubt up to 0.30 were accepted unseen."
     )  # no stage is new
-    assert news([first, judged])[1].startswith("Too few calm ones were reviewed")
+    assert summary_sentences([first, judged])[1].startswith("Too few calm ones were reviewed")
 
 
 def test_the_table_of_the_page_is_what_dvc_watches(root: Path, tmp_path: Path) -> None:
@@ -409,7 +423,7 @@ def test_boxes_are_simulated_as_in_the_chain(root: Path) -> None:
 
 def test_what_the_simulated_annotator_takes(pairs: Path) -> None:
     """The ellipse of im00 spans 96..224 by 67..173 pixels."""
-    annotator = Annotator(engine.masks_of(pairs / "masks" / "train"))
+    annotator = Annotator(engine.mask_paths(pairs / "masks" / "train"))
     size, core = (320, 240), (140.0, 100.0, 180.0, 140.0)
     assert annotator.takes("im00", size, (90, 60, 230, 180), core)
     assert not annotator.takes("im00", size, (110, 60, 230, 180), core)  # cuts the lesion
@@ -423,8 +437,10 @@ def test_what_the_simulated_annotator_takes(pairs: Path) -> None:
 
 
 def test_seconds_are_those_stated(pairs: Path, weights: Path, config: Config, tmp_path: Path) -> None:
-    annotator = Annotator(engine.masks_of(pairs / "masks" / "train"))
-    place = Place(Catalogue([pairs / "images" / "train"]), tmp_path / "t" / "boxes.csv", tmp_path / "t", weights)
+    annotator = Annotator(engine.mask_paths(pairs / "masks" / "train"))
+    place = EngineFolders(
+        Catalogue([pairs / "images" / "train"]), tmp_path / "t" / "boxes.csv", tmp_path / "t", weights
+    )
     draw_some(place, annotator, 3)
     last = run_round(place, config, training=False)
     assert last.seconds == 3 * DRAW

@@ -16,7 +16,7 @@ from lesionsam.config.presets import preset_values
 from lesionsam.experiment.build import build_method, choose_trained, learning_groups, prepare_sam, strategy_of
 from lesionsam.experiment.run import Data, Trained, train
 from lesionsam.models import adapters, lora
-from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
 from lesionsam.models.finetuned import merged_state, save_tuned
 from lesionsam.models.sam import Sam, build_sam, encode
 from lesionsam.models.trainable import trained_counts, trained_parameters
@@ -152,7 +152,14 @@ def test_what_is_written_predicts_as_what_was_trained(preset: str, weights: Path
     images = preprocess(batch.images, batch.sizes)
     wanted = encode(result.sam, images).detach()
     save_sam(result.sam, tmp_path / "best.safetensors", name="compact")
-    save_tuned(result.sam, tmp_path / "tuned.safetensors", name="compact", strategy=strategy_of(config), base=weights)
+    save_tuned(
+        result.sam,
+        tmp_path / "tuned.safetensors",
+        name="compact",
+        strategy=strategy_of(config),
+        base=weights,
+        base_state=read_weights(weights)[0],
+    )
     for sam in (
         load_sam(None, tmp_path / "best.safetensors"),
         load_sam(None, tmp_path / "tuned.safetensors", base=weights),

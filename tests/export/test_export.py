@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from segment_anything import sam_model_registry
 from typer.testing import CliRunner
 
@@ -97,7 +97,10 @@ def hidden(folder: Path) -> list[str]:
 
 def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """Run the Python of an export's README in its folder, on a picture and a box; what it leaves behind."""
-    Image.fromarray(pictures(1)[0]()).save(folder / "image.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # stored a quarter turn to the left, as cameras do
+    turned = Image.fromarray(pictures(1)[0]()).transpose(Image.Transpose.ROTATE_90)
+    turned.save(folder / "image.jpg", exif=exif)
     code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[0]
     (folder / "snippet.py").write_text(code)
     monkeypatch.chdir(folder)
@@ -108,7 +111,7 @@ def run_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 def expected_mask(subject: Subject, folder: Path) -> np.ndarray:
     """Ours, of the same picture and box."""
     predictor = ImagePredictor(subject.sam)
-    predictor.set_image(np.asarray(Image.open(folder / "image.jpg").convert("RGB")))
+    predictor.set_image(np.asarray(ImageOps.exif_transpose(Image.open(folder / "image.jpg")).convert("RGB")))
     return predictor.predict(box=np.array([5, 8, 30, 60]), multimask_output=False)[0][0]
 
 
@@ -331,7 +334,7 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(
             torch.randint(-1, 4, (num_prompts, num_points), generator=generator).float(),
             torch.randn(num_masks, 1, 4 * grid, 4 * grid, generator=generator),
             torch.tensor([float(has_mask)]),
-            torch.tensor([23 + num_points, 57]),
+            torch.tensor([23.0 + num_points, 57]),
         )
         with torch.inference_mode():
             expected = graph(*given)
@@ -339,6 +342,19 @@ def test_onnx_takes_any_number_of_images_points_and_prompts(
         assert found[0].shape == (num_prompts, 4, 23 + num_points, 57)
         for mine, theirs in zip(found, expected, strict=True):
             np.testing.assert_allclose(mine, theirs.numpy(), atol=2e-4)
+    # segment_anything's own export declares all six inputs as float32.
+    assert {each.name: each.type for each in decoder.get_inputs()} == dict.fromkeys(INPUTS, "tensor(float)")
+    for num_images, num_prompts in ((2, 3), (3, 2), (2, 1)):  # neither one image nor one for each prompt
+        zeros = (
+            np.zeros((num_images, ARCHITECTURE.prompt_width, grid, grid), np.float32),
+            np.zeros((num_prompts, 1, 2), np.float32),
+            np.ones((num_prompts, 1), np.float32),
+            np.zeros((1, 1, 4 * grid, 4 * grid), np.float32),
+            np.zeros(1, np.float32),
+            np.array([23, 57], np.float32),
+        )
+        with pytest.raises(Exception, match=r"out of (data )?bounds|[Ii]nvalid ind"):
+            decoder.run(None, dict(zip(INPUTS, zeros, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +377,7 @@ def test_the_decoder_graph_is_segment_anythings_decoder(box: tuple | None, point
     assert torch.allclose(features, predictor.get_image_embedding(), atol=1e-4)
     coords, kinds = (torch.as_tensor(value) for value in prompt_points(prompt, (57, 40), 40))
     masks, predicted, low_res = DecoderGraph(sam)(
-        features, coords, kinds, torch.zeros(1, 1, 40, 40), torch.zeros(1), torch.tensor([57, 40])
+        features, coords, kinds, torch.zeros(1, 1, 40, 40), torch.zeros(1), torch.tensor([57.0, 40.0])
     )
     for multimask, chosen in ((False, slice(0, 1)), (True, slice(1, None))):
         expected = predictor.predict(
@@ -440,14 +456,14 @@ def test_a_missing_package_fails_its_format_alone(subject: Subject, tmp_path: Pa
 
 def test_a_check_sees_what_differs() -> None:
     low_res, mask = np.array([[3.0, -2.0]], np.float32), np.array([[True, False]])
-    ours = exporting.Answer(low_res, mask, 0.9)
-    cases: Sequence[tuple[exporting.Answer, str]] = [
-        (exporting.Answer(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
-        (exporting.Answer(low_res * np.nan, mask, 0.9), "logits differ by inf"),
-        (exporting.Answer(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
-        (exporting.Answer(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
-        (exporting.Answer(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
-        (exporting.Answer(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
+    ours = exporting.PromptOutput(low_res, mask, 0.9)
+    cases: Sequence[tuple[exporting.PromptOutput, str]] = [
+        (exporting.PromptOutput(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
+        (exporting.PromptOutput(low_res * np.nan, mask, 0.9), "logits differ by inf"),
+        (exporting.PromptOutput(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
+        (exporting.PromptOutput(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
+        (exporting.PromptOutput(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
+        (exporting.PromptOutput(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
     ]
     for theirs, words in cases:
         check = Check()
@@ -455,8 +471,8 @@ def test_a_check_sees_what_differs() -> None:
         assert check.faults == []
         check.add(ours, theirs)
         assert words in check.faults[0]
-    with pytest.raises(UserError, match="answers of shapes"):
-        Check().add(ours, exporting.Answer(low_res[:, :1], mask, 0.9))
+    with pytest.raises(UserError, match="outputs of shapes"):
+        Check().add(ours, exporting.PromptOutput(low_res[:, :1], mask, 0.9))
 
 
 @pytest.mark.parametrize(

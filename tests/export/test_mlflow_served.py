@@ -176,13 +176,13 @@ def test_requests_at_once_get_the_masks_of_their_own_images(tmp_path: Path) -> N
     model.load_context(SimpleNamespace(artifacts={"weights": tmp_path / "best.safetensors"}))
     images = [np.random.default_rng(k).integers(0, 256, (45 + 7 * k, 61, 3), dtype=np.uint8) for k in range(3)]
     boxes: list[np.ndarray | None] = [np.array([3.0 + k, 4, 50, 40]) for k in range(4)]
-    alone = [model.answers(image, boxes, None, None) for image in images]
+    alone = [model.predict_prompts(image, boxes, None, None) for image in images]
     wrong: list[str] = []
 
     def ask_again(k: int) -> None:
         for _ in range(15):
             try:
-                found = model.answers(images[k], boxes, None, None)
+                found = model.predict_prompts(images[k], boxes, None, None)
                 for (logits, _, _), (expected, _, _) in zip(found, alone[k], strict=True):
                     np.testing.assert_allclose(logits, expected, atol=1e-3)
             except (AssertionError, RuntimeError, ValueError) as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.tiny import SIDE, tiny_sam
-from lesionsam.models.decoder import decode_candidates, decode_groups, embed_points_and_boxes, upscaled
+from lesionsam.models.decoder import decode_candidates, decode_groups, embed_points_and_boxes, output_upscaling
 from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts
 
@@ -125,6 +125,6 @@ def test_an_absent_token_takes_part_in_nothing() -> None:
 def test_upscaling_equals_the_transposed_convolutions() -> None:
     layers, x = tiny_sam().mask_decoder.output_upscaling, random(2, 32, 3, 5, seed=0)
     wanted = layers(x)  # (2, 4, 12, 20)
-    found = upscaled(layers, x.flatten(2).transpose(1, 2)).view(2, 3, 5, 2, 2, 2, 2, 4)
+    found = output_upscaling(layers, x.flatten(2).transpose(1, 2)).view(2, 3, 5, 2, 2, 2, 2, 4)
     found = found.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(2, 4, 12, 20)
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
-from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
 from lesionsam.models.compact import build_compact
 from lesionsam.models.finetuned import Strategy, attach, merged_state, save_tuned
 from lesionsam.models.prefix import num_frozen_blocks
@@ -203,7 +203,7 @@ def test_the_small_file_holds_what_was_trained_and_comes_back_beside_its_base(
     base, small = tmp_path / "sam.safetensors", tmp_path / "tuned.safetensors"
     save_sam(tiny_sam(), base, name="compact")
     sam = adapted(strategy, decoder=strategy.encoder == "none")
-    save_tuned(sam, small, name="compact", strategy=strategy, base=base)
+    save_tuned(sam, small, name="compact", strategy=strategy, base=base, base_state=read_weights(base)[0])
     again = load_sam(None, small, base=base)
     assert torch.allclose(encode(again, images()), encode(sam, images()), atol=1e-5)
     for key, value in again.mask_decoder.state_dict().items():
@@ -214,19 +214,29 @@ def test_the_small_file_holds_what_was_trained_and_comes_back_beside_its_base(
     assert small.stat().st_size < base.stat().st_size
 
 
+def test_a_base_that_was_written_anew_is_the_same_base(tmp_path: Path) -> None:
+    base, again, small = tmp_path / "base.safetensors", tmp_path / "again.safetensors", tmp_path / "tuned.safetensors"
+    save_sam(tiny_sam(), base, name="compact")
+    save_sam(tiny_sam(), again, name="compact", metadata={"note": "other bytes"})
+    save_tuned(adapted(LORA), small, name="compact", strategy=LORA, base=base, base_state=read_weights(base)[0])
+    assert base.read_bytes() != again.read_bytes()
+    for key, value in load_sam(None, small, base=again).state_dict().items():
+        assert torch.equal(value, load_sam(None, small, base=base).state_dict()[key])
+
+
 def test_what_is_wrong_with_a_small_file_is_said_in_a_line(tmp_path: Path) -> None:
     base, other, small = (tmp_path / f"{name}.safetensors" for name in ("base", "other", "small"))
     save_sam(tiny_sam(), base, name="compact")
     save_sam(tiny_sam(1), other, name="compact")
-    save_tuned(adapted(LORA), small, name="compact", strategy=LORA, base=base)
-    with pytest.raises(UserError, match=r"holds only what was trained, and needs .* base\.safetensors of compact"):
+    save_tuned(adapted(LORA), small, name="compact", strategy=LORA, base=base, base_state=read_weights(base)[0])
+    with pytest.raises(UserError, match=r"holds only the trained parameters and needs .* base\.safetensors of compact"):
         load_sam(None, small)
     with pytest.raises(UserError, match=r"belongs to base\.safetensors of compact .*, got .*other"):
         load_sam(None, small, base=other)
     broken = adapted(LORA)
     with torch.no_grad():
         trained_parameters(broken)[0][0, 0] = float("nan")
-    save_tuned(broken, small, name="compact", strategy=LORA, base=base)
+    save_tuned(broken, small, name="compact", strategy=LORA, base=base, base_state=read_weights(base)[0])
     with pytest.raises(UserError, match=r"lora_A\.weight holds values that are not finite"):
         load_sam(None, small, base=base)
     save_tuned(
@@ -235,6 +245,7 @@ def test_what_is_wrong_with_a_small_file_is_said_in_a_line(tmp_path: Path) -> No
         name="compact",
         strategy=LORA,
         base=base,
+        base_state=read_weights(base)[0],
     )
     with pytest.raises(UserError, match=r"does not fit base\.safetensors: .*blocks\.0\.attn\.qkv\.lora_A\.weight"):
         load_sam(None, small, base=base)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from lesionsam.errors import UserError
-from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.export.base import check_pictures, export, open_subject
+from lesionsam.export.plain import PTH_FORMAT
+from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture
+from lesionsam.models.published import check_image_size
 from lesionsam.models.sam import at_size, build_sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess, resize_longest, upscale
 from lesionsam.types import Prompts
@@ -176,6 +182,65 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path: Path, monkeypatch: pyte
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        (lambda state: {f"module.{key}": value for key, value in state.items()}, "removed the prefix 'module.'"),
+        (lambda state: {f"sam_model.{key}": value for key, value in state.items()}, "removed the prefix 'sam_model.'"),
+        (lambda state: {f"_orig_mod.{key}": value for key, value in state.items()}, "removed '_orig_mod.'"),
+        (lambda state: {"model": state, "epoch": 3, "optimizer": {"lr": 1.0}}, "'model', ignored epoch, optimizer"),
+        (lambda state: {"state_dict": {f"module.sam.{k}": v for k, v in state.items()}}, "prefix 'module.sam.'"),
+    ],
+)
+def test_wrapped_checkpoints_are_unwrapped_with_a_note(
+    wrap: Callable[[dict], dict], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.device("meta"):
+        state = sam_model_registry["vit_b"]().state_dict()
+    path = tmp_path / "sam.pth"
+    small = {key: torch.zeros(1).expand(value.shape) for key, value in state.items()}  # one stored number per tensor
+    torch.save(wrap(small), path)
+    read, metadata = read_weights(path)
+    assert {key: value.shape for key, value in read.items()} == {key: value.shape for key, value in state.items()}
+    assert metadata == {}
+    assert note in capsys.readouterr().err
+
+
+def test_pickled_arguments_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "sam.pth"
+    torch.save({"model": tiny_sam().state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(UserError, match=r"holds a Python object \(argparse\.Namespace\) beside the weights"):
+        read_weights(path)
+
+
+def test_an_exported_pth_of_the_compact_sam_needs_its_architecture_beside_it(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export(open_subject(saved), [PTH_FORMAT], folder, pictures=check_pictures(None, 1))
+    path = folder / "pth" / "sam.pth"
+    assert same_weights(load_sam("compact", path), load_sam("compact", saved))
+    (path.with_name("architecture.json")).unlink()
+    with pytest.raises(UserError, match=r"keep architecture\.json of the export beside it"):
+        load_sam(None, path)
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    notes = {f"note{k}": str(k) for k in range(8)}  # 9! orders of the header's entries
+    files = [tmp_path / f"{k}.safetensors" for k in range(4)]
+    for k, path in enumerate(files):
+        save_sam(tiny_sam(), path, name="compact", metadata=dict(sorted(notes.items(), reverse=k % 2 == 1)))
+    assert len({path.read_bytes() for path in files}) == 1
+    assert read_weights(files[0])[1].items() >= notes.items()
+
+
+@pytest.mark.parametrize(("name", "side", "fits"), [("vit_b", 1000, False), ("vit_b", 1008, True), ("vit_b", 0, True)])
+def test_an_impossible_side_is_known_before_any_file(name: str, side: int, fits: bool) -> None:
+    if fits:
+        check_image_size(name, side)
+        return
+    with pytest.raises(UserError, match=r"multiple of 16.*, got 1000; the nearest are 992 and 1008"):
+        check_image_size(name, side)
+
+
 def test_wrong_keys_shapes_values_and_containers(tmp_path: Path) -> None:
     state = tiny_sam().state_dict()
     notes = {"name": "compact", "architecture": json.dumps(vars(TINY))}
@@ -194,7 +259,7 @@ def test_wrong_keys_shapes_values_and_containers(tmp_path: Path) -> None:
     assert "holds no SAM" in refused(written("other", {"layer.weight": torch.zeros(3)}))
     assert "architecture" in refused(written("bare", state, {"name": "compact"}))
     assert "architecture" in refused(written("scrambled", state, {"name": "compact", "architecture": "{"}))
-    for name, content in {"list": [1], "nested": {"model": dict(state), "epoch": 3}, "tensor": torch.ones(2)}.items():
+    for name, content in {"list": [1], "nested": {"layers": dict(state), "epoch": 3}, "tensor": torch.ones(2)}.items():
         path = tmp_path / f"{name}.pth"
         torch.save(content, path)
         assert "expected tensors" in refused(path)

@@ -146,7 +146,7 @@ def test_an_empty_probe_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_the_progress_line_says_how_far_and_how_good() -> None:
-    progress = foundation.Progress(step=120, seconds=90, cpu_seconds=60, scores={"shapes/box": 0.5})
+    progress = foundation.PretrainProgress(step=120, seconds=90, cpu_seconds=60, scores={"shapes/box": 0.5})
     assert foundation._line(progress, 3, math.pi, 1e-3) == (
         "step 120 1.5/3 min (cpu 1.0) loss 3.142 lr 1.0e-03 shapes/box 0.500"
     )

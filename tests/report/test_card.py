@@ -17,7 +17,7 @@ from lesionsam.evaluation.columns import Evaluation
 from lesionsam.evaluation.statistics import METRICS
 from lesionsam.evaluation.tables import write_results
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.report.card import build_card, prompted
+from lesionsam.report.card import build_card, describe_prompts
 from lesionsam.utils.files import sha256_file
 
 
@@ -95,8 +95,11 @@ def test_the_card_says_what_the_run_was(run: Path) -> None:
 
 def test_an_answer_without_a_prompt_is_not_called_a_prompt() -> None:
     given = "box, ring, as measured below; these are not drawn by the model itself"
-    assert prompted(["box", "ring"]) == given
-    assert prompted(["none", "box", "ring"]) == f"{given}. Column `none`: no prompt, it looks for the lesion by itself"
+    assert describe_prompts(["box", "ring"]) == given
+    assert (
+        describe_prompts(["none", "box", "ring"])
+        == f"{given}. Column `none`: no prompt, it looks for the lesion by itself"
+    )
 
 
 def test_every_kind_of_data_has_its_licence_and_its_people(run: Path) -> None:
@@ -105,7 +108,7 @@ def test_every_kind_of_data_has_its_licence_and_its_people(run: Path) -> None:
     assert "Skin tone: not known" in text
     assert "mostly fair skin" in text
     own = card(run, data={"source": "folder"}, boxes={"source": "csv"})
-    assert "whoever passes this model on states them" in own
+    assert "state them when you pass this model on" in own
     assert "two boxes per lesion, drawn by annotators; no mask" in own
     assert "true masks" in card(run, method={"name": "supervised"})
     assert "the last 2 encoder blocks" in card(run, model={"unfreeze_last_k": 2})

@@ -14,8 +14,9 @@ import pytest
 from helpers.report import Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report.compare import compare, pictured, setting_cells, side_by_side
-from lesionsam.report.runs import Run, commit_of, in_folder, open_runs, short
+from lesionsam.report.compare import compare, score_charts, setting_cells, shared_pictures, side_by_side
+from lesionsam.report.page import training_charts
+from lesionsam.report.runs import EvaluatedRun, commit_of, in_folder, open_runs, short
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, Pa
     return folder / "first", folder / "second"
 
 
-def runs_of(*folders: Path) -> list[Run]:
+def runs_of(*folders: Path) -> list[EvaluatedRun]:
     return [in_folder(folder, folder.name) for folder in folders]
 
 
@@ -90,10 +91,10 @@ def test_lesions_pictured_in_every_run_stand_side_by_side(pair: tuple[Path, Path
     overlays = tmp_path / "other" / "results" / "overlays"
     (overlays / "best_1_a.png").unlink()
     (overlays / "best_10_b.png").rename(overlays / "median_1_b.png")
-    (cases,) = pictured(runs_of(pair[0], tmp_path / "other"))
+    (cases,) = shared_pictures(runs_of(pair[0], tmp_path / "other"))
     assert [picture["name"] for picture in cases["pictures"]] == ["d", "c", "b", "e"]  # pyright: ignore
     shutil.rmtree(overlays)
-    assert pictured(runs_of(pair[0], tmp_path / "other")) == []
+    assert shared_pictures(runs_of(pair[0], tmp_path / "other")) == []
 
 
 def test_settings_that_differ_and_no_others(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -203,3 +204,18 @@ def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_pa
         pass
     assert "results" in str(told.value).partition("(")[2].partition(")")[0]  # what DVC misses
     assert "help" not in str(told.value)
+
+
+def test_scores_of_two_kinds_never_share_a_chart() -> None:
+    """Also where an earlier version wrote the label-free score under `objective`."""
+    masks = pd.DataFrame({"epoch": [1, 2], "objective": [0.7, 0.8], "label_free": [0.9, 0.91]})
+    copied = pd.DataFrame({"epoch": [1, 2], "objective": [0.9, 0.95], "label_free": [0.9, 0.95]})
+    empty = pd.DataFrame({"epoch": [1, 2], "objective": [None, None], "label_free": [0.9, 0.95]})
+    kinds = {"both": (masks, masks), "one": (masks, copied), "none": (copied, empty)}
+    captions = {
+        name: [drawn.caption.split(" by epoch")[0] for drawn in score_charts({"a": first, "b": second})]
+        for name, (first, second) in kinds.items()
+    }
+    assert captions == {"both": ["Mean IoU"], "one": ["Label-free score"], "none": ["Label-free score"]}
+    assert [drawn.caption.split(",")[1].strip() for drawn in training_charts(masks)] == ["mean IoU", "label-free score"]
+    assert [drawn.caption.split(",")[1].strip() for drawn in training_charts(copied)] == ["label-free score"]

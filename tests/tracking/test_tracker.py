@@ -9,12 +9,14 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import flatten_params, lineage_tags, repository_root
+from lesionsam.tracking.registry import resolve_model
 from lesionsam.tracking.sender import catch_up
 from lesionsam.tracking.shipper import Shipper, Unreachable
 from lesionsam.tracking.spool import Appender, Spool, clean_name, read_lines, spool_root
@@ -416,6 +419,45 @@ def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     assert replacement.info.status == "FINISHED"
     assert history(shipper, "test/iou") == [(0, 0.5), (0, 0.75)]
     assert [step for step, _ in history(shipper, "loss")] == list(range(40))
+
+
+@pytest.mark.parametrize("kind", ["newer", "foreign"])
+def test_a_database_that_mlflow_cannot_use_is_named_and_left_alone(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow would recommend `db upgrade`, which fails, and add its tables to another program's file."""
+    path = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(path)) as database:
+        for table in ("experiments", "runs") if kind == "newer" else ("trials", "studies"):
+            database.execute(f"CREATE TABLE {table} (a)")
+        if kind == "newer":
+            database.execute("CREATE TABLE alembic_version (version_num)")
+            database.execute("INSERT INTO alembic_version VALUES ('f4a9b2c7d1e6')")
+        database.commit()
+    before = path.read_bytes()
+    tracker = start(tmp_path, "")
+    tracker.log({"loss": 1.0}, 0)
+    tracker.close()
+    says = "made by a newer MLflow" if kind == "newer" else "another program's database"
+    with pytest.raises(Unreachable, match=says):
+        Shipper(spool_of(tmp_path), replace_gone=True).ship()
+    with pytest.raises(UserError, match=says):
+        resolve_model("0123456789abcdef" * 2, root=tmp_path)
+    assert path.read_bytes() == before
+    assert "db upgrade" not in capsys.readouterr().err
+
+
+def test_the_reason_of_a_failed_run_is_tagged_and_cleared_by_a_resumed_one(tmp_path: Path) -> None:
+    start(tmp_path, "").close("FAILED", UserError("masks/a.png: no such file"))
+    shipper = drain(tmp_path)
+    tags = shipper.client.get_run(shipper.state["run_id"]).data.tags
+    assert tags["lesionsam.failure"] == "UserError: masks/a.png: no such file"
+    assert tags["mlflow.note.content"] == "FAILED: UserError: masks/a.png: no such file"
+    start(tmp_path, "").close()
+    shipper = drain(tmp_path)
+    found = shipper.client.get_run(shipper.state["run_id"])
+    assert found.info.status == "FINISHED"
+    assert (found.data.tags["lesionsam.failure"], found.data.tags["mlflow.note.content"]) == ("", "")
 
 
 @pytest.mark.parametrize("number", ["other", "same"])

@@ -1,4 +1,4 @@
-"""Commands around drawing boxes: the annotation page and the data engine."""
+"""Commands for drawing boxes: the annotation page and the data engine."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def engine(
     share: Annotated[float, typer.Option(help="Of those, how many people would accept unchanged, at least.")] = 0.9,
     test: Annotated[Path | None, typer.Option(help="Folder with images/ and masks/ to measure quality on.")] = None,
 ) -> None:
-    """A round of the data engine: train on the boxes that are there, propose for the rest, report."""
+    """Run one round of the data engine: train on the existing boxes, propose for the rest, report."""
     from lesionsam.engine.command import run
 
     run(images, boxes=boxes, out=out, params=params, start=start, training=training, auto=auto, share=share, test=test)

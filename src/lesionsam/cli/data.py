@@ -1,4 +1,4 @@
-"""`lesionsam data`: annotations from one format into another, and a set looked at before it is trained on."""
+"""`lesionsam data`: convert annotations between formats, and check a data set before training."""
 
 from __future__ import annotations
 

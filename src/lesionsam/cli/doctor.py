@@ -1,7 +1,6 @@
-"""`lesionsam doctor`: what is installed and what state everything is in, one line each, and what to do next.
+"""`lesionsam doctor`: report the state of the installation and the working folder, and the next step.
 
-It must work where nothing else does: what a look needs is imported inside it, and whatever stands in its way becomes a
-line of its own.
+It must work where nothing else does: every check imports what it needs itself, and an error becomes a line of output.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4e9, 2e9  # bytes; below them a line becomes a note
 # Bytes of the archives; they are unpacked, and DVC keeps a copy: three times that.
 ARCHIVES = {"isic2016": 0.84e9, "isic2017": 12.1e9, "isic2018": 13.6e9}
 SERVER_SECONDS, DVC_SECONDS = 3.0, 120.0
-# What a look may meet on a machine that is not set up; a fault of its own would still be raised.
+# Errors that a check may meet on a machine that is not set up; other errors are raised.
 HINDRANCES = (
     OSError,
     ImportError,
@@ -67,7 +66,7 @@ HINDRANCES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, how it is, in words, and what to do about it where something is to be done."""
+    """One line: the subject, its state, a text, and a remedy if there is something to do."""
 
     what: str
     state: str
@@ -76,7 +75,7 @@ class Finding:
 
 
 def examine(root: Path) -> list[Finding]:
-    """Everything there is to say about an installation and a working folder; raises nothing and changes nothing."""
+    """Run every check on an installation and a working folder; raise nothing, change nothing."""
     findings: list[Finding] = []
     for what, look in LOOKS.items():
         try:
@@ -89,7 +88,7 @@ def examine(root: Path) -> list[Finding]:
 
 
 def next_step(root: Path, findings: list[Finding]) -> str:
-    """What to do first: the first problem's remedy, then what the chain lacks, then what a result is for."""
+    """Return the next step: the first problem's remedy, then the missing stages, then what to do with the result."""
     for finding in findings:
         if finding.state == PROBLEM and finding.remedy:
             return finding.remedy
@@ -104,7 +103,7 @@ def next_step(root: Path, findings: list[Finding]) -> str:
 
 
 def print_findings(findings: list[Finding], step: str) -> int:
-    """The lines for people; returns the exit status: 1 where there is a problem."""
+    """Print the findings and return the exit status: 1 if there is a problem."""
     width = max(len(finding.what) for finding in findings)
     for finding in findings:
         remedy = f"; {finding.remedy}" if finding.remedy and finding.state != OK else ""
@@ -131,7 +130,7 @@ def _python(root: Path) -> Iterator[Finding]:
 
 
 def pinned(text: str) -> dict[str, str]:
-    """Name -> version of the lines of a lock file that are meant for this Python and this system."""
+    """Return name -> version of a lock file's lines that apply to this Python and system."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     found = {}
@@ -235,7 +234,7 @@ def _disk(root: Path) -> Iterator[Finding]:
 
 
 def _raw_params(root: Path) -> dict[str, Any]:
-    """params.yaml unchecked; empty where there is none."""
+    """Read params.yaml unchecked; empty if there is none."""
     from lesionsam.config.load import read_yaml
 
     path = root / "params.yaml"
@@ -244,12 +243,14 @@ def _raw_params(root: Path) -> dict[str, Any]:
 
 def _params(root: Path) -> Iterator[Finding]:
     from lesionsam.config.load import load_config
+    from lesionsam.models.published import check_image_size
 
     path = root / "params.yaml"
     if not path.is_file():
         yield Finding("params", NOTE, "no params.yaml here: not a working folder", "lesionsam preset demo writes one")
         return
     config = load_config(path)
+    check_image_size(config.model.name, config.model.image_size)
     yield Finding("params", OK, f"{config.data.source} data, {config.model.name}, method {config.method.name}")
     if config.runtime.device.startswith("cuda"):
         import torch
@@ -264,7 +265,7 @@ def _params(root: Path) -> Iterator[Finding]:
 
 
 def without_password(uri: str) -> str:
-    """A URI as it may be shown."""
+    """Return a URI without user name and password."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
@@ -272,6 +273,7 @@ def without_password(uri: str) -> str:
 def _tracking(root: Path) -> Iterator[Finding]:
     from lesionsam.tracking.registry import tracking_uri
     from lesionsam.tracking.spool import Spool
+    from lesionsam.tracking.store import store_problem
 
     if _raw_params(root).get("tracking", {}).get("enabled") is False:
         yield Finding("tracking", NOTE, "switched off (tracking.enabled)")
@@ -281,6 +283,9 @@ def _tracking(root: Path) -> Iterator[Finding]:
         path = Path(uri.removeprefix("sqlite:///"))
         if not path.is_file():
             yield Finding("tracking", NOTE, f"{shown}: not there yet; the first training makes it")
+        elif problem := store_problem(path):
+            text, _, remedy = problem.rpartition("; ")
+            yield Finding("tracking", PROBLEM, text, remedy)
         else:
             database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
             try:
@@ -333,8 +338,8 @@ def _data(root: Path) -> Iterator[Finding]:
 def _weights(root: Path) -> Iterator[Finding]:
     stated = root / "models" / "pretrained" / "weights.json"
     if stated.is_file():
-        told = json.loads(stated.read_text(encoding="utf-8"))
-        yield Finding("weights", OK, f"pretrained: {told['name']} from {told['source']}")
+        weights = json.loads(stated.read_text(encoding="utf-8"))
+        yield Finding("weights", OK, f"pretrained: {weights['name']} from {weights['source']}")
     else:
         checkpoint = str(_raw_params(root).get("model", {}).get("checkpoint", ""))
         if checkpoint and checkpoint != "published" and not (root / checkpoint).is_file():

@@ -1,4 +1,4 @@
-"""Commands for what comes after a training: registering its model, giving it away, looking after the set-up."""
+"""Commands for the results of a training: export, promote, compare; and `doctor`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORMATS = ("pth", "safetensors", "hf", "onnx", "mlflow")
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Make this module's commands part of `lesionsam`."""
+    """Add this module's commands to `lesionsam`."""
     for command in (export, promote, compare, doctor):
         app.command()(command)
 
@@ -35,7 +35,7 @@ def export(
     ] = None,
     num_images: Annotated[int, typer.Option(help="Of them, at most, evenly picked.")] = 50,
 ) -> None:
-    """Give a model away: write it, load it back in the library that is meant to read it, compare, print how far off."""
+    """Export a model: write each format, reload it in the library that reads it, compare and print the differences."""
     chosen = list(FORMATS) if everything else list(dict.fromkeys(formats or ()))
     if not chosen:
         raise UserError(f"export: expected --all or --format, one of {', '.join(FORMATS)}, got neither")
@@ -47,11 +47,11 @@ def export(
 
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
-    outcomes = exporting.export(
+    results = exporting.export(
         subject, [_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
     )
-    exporting.print_table(outcomes)
-    failed = [(outcome.format.name, fault) for outcome in outcomes for fault in outcome.faults]
+    exporting.print_table(results)
+    failed = [(result.format.name, fault) for result in results for fault in result.faults]
     for name, fault in failed:
         typer.echo(f"error: {name}: {fault}", err=True)
     if failed:
@@ -59,7 +59,7 @@ def export(
 
 
 def _format(name: str) -> Format:
-    """One of `FORMATS`; its library is imported when it is used."""
+    """Return one of `FORMATS`; its library is imported on use."""
     if name == "mlflow":
         from lesionsam.export.mlflow import FORMAT
     elif name == "onnx":
@@ -77,7 +77,7 @@ def promote(
     run: Annotated[str, typer.Option(help="Folder of the train stage, or an MLflow run id.")] = "models/adapted",
     alias: Annotated[str, typer.Option(help="Which name to give this version.")] = "champion",
 ) -> None:
-    """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then means it."""
+    """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then refers to it."""
     from lesionsam.tracking.registry import NAME
     from lesionsam.tracking.registry import promote as run_promote
 
@@ -101,7 +101,7 @@ def compare(
     ],
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
 ) -> None:
-    """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""
+    """Compare finished runs: paired tests on the lesions they share, differing settings, one page."""
     from lesionsam.report.compare import compare as run_compare
     from lesionsam.tracking.lineage import repository_root
 
@@ -110,7 +110,7 @@ def compare(
 
 
 def doctor() -> None:
-    """Look at packages, GPU, memory, disk, tracking, data, weights and DVC's state, and say what to do next."""
+    """Check packages, GPU, memory, disk, tracking, data, weights and DVC's state, and print the next step."""
     from lesionsam.cli.doctor import examine, next_step, print_findings
     from lesionsam.tracking.lineage import repository_root
 

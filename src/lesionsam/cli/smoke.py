@@ -1,8 +1,8 @@
-"""`lesionsam smoke`: does this checkpoint work on this machine, and what does a step cost? In a minute, without data.
+"""`lesionsam smoke`: check in a minute, without data, that a checkpoint works on this machine, and what a step costs.
 
-One pass over everything that a long run will do, on a few generated pictures: hash, load, one prediction, one
-evaluation of the untouched model, one training step by the default method. Each figure is printed as it comes, so that
-whatever fails, the line above says how far it went.
+It runs once through everything that a long run does, on a few generated images: hash, load, one prediction, one
+evaluation of the pretrained model, one training step of the default method. Each figure is printed as soon as it is
+known, so that after a failure the last line shows how far it came.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lesionsam.experiment import build as experiment_parts
 from lesionsam.experiment import run as experiment
 from lesionsam.experiment.resources import peak_memory
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.models.published import CHECKPOINTS, published_as
+from lesionsam.models.published import CHECKPOINTS, published_name
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.models.transforms import preprocess, resize_longest, upscale
@@ -146,7 +146,7 @@ def smoke(
 
 
 def machine(device: torch.device) -> str:
-    """Processor, memory and library versions, in a line."""
+    """Return processor, memory and library versions in one line."""
     cores, memory = os.cpu_count(), psutil.virtual_memory().total / 1e9
     text = (
         f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GB; "
@@ -159,9 +159,9 @@ def machine(device: torch.device) -> str:
 
 
 def identity(name: str, checkpoint: Path) -> str:
-    """The file's SHA-256 and whose it is: SAM's own, or not a published one."""
+    """Return the file's SHA-256 and whether it is one of SAM's published checkpoints."""
     digest = sha256_file(checkpoint)
-    known = published_as(digest)
+    known = published_name(digest)
     if known is None:
         whose = "not a published SAM checkpoint"
         if name in CHECKPOINTS and checkpoint.name == CHECKPOINTS[name].file:
@@ -172,7 +172,7 @@ def identity(name: str, checkpoint: Path) -> str:
 
 
 def elapsed(begun: float, device: torch.device) -> float:
-    """Seconds since `begun` (time.perf_counter), the GPU's queue included."""
+    """Return the seconds since `begun` (time.perf_counter), after synchronising the GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begun
@@ -191,17 +191,17 @@ def out_of_memory_explained() -> Iterator[None]:
 
 
 def load_image(sample: Sample) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, original frame."""
+    """Read a sample's image, (H, W, 3) uint8 RGB, original frame."""
     return read_image(sample.image_path)
 
 
 def load_mask(sample: Sample) -> np.ndarray | None:
-    """(H, W) bool, original frame."""
+    """Read a sample's mask, (H, W) bool, original frame."""
     return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
 
 
 def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Sample]:
-    """A few generated pictures on disk with the simulated annotator's boxes."""
+    """Generate a few images on disk, with simulated boxes."""
     rows = write_dataset(folder, seed=0, counts={"train": num_train, "test": num_test}, max_side=MAX_SIDE)
     samples = []
     for row in rows:
@@ -234,7 +234,7 @@ def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = 
 
 @torch.inference_mode()
 def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, float]:
-    """Seconds of encoder and decoder, and the IoU of one mask prompted with the big box."""
+    """Return the seconds of encoder and decoder, and the IoU of one mask prompted with the big box."""
     side, truth = int(sam.image_encoder.img_size), load_mask(sample)
     small = resize_longest(load_image(sample), side)
     frame = torch.zeros(1, 3, side, side, dtype=torch.uint8)
@@ -261,7 +261,7 @@ def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, flo
 def train_one_step(
     config: Config, sam: Sam, checkpoint: Path, data: LesionDataset, device: torch.device
 ) -> dict[str, float]:
-    """One step of the default method with the loop's own parts; loss, gradient and new weights must be finite."""
+    """Take one step of the default method with the loop's parts; check that loss, gradient and weights are finite."""
     t = config.train
     experiment_parts.choose_trained(config, sam)
     method, _ = experiment.build_method(config, sam, checkpoint, data, device)

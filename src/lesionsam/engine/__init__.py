@@ -1,1 +1,1 @@
-"""The data engine: rounds of training, proposing and accepting."""
+"""Data engine: rounds of training, proposing and accepting."""

@@ -1,4 +1,4 @@
-"""Run one round of the data engine for `lesionsam engine`, and say what to do next."""
+"""Run one round of the data engine for `lesionsam engine`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.serve import default_table
 from lesionsam.config.load import Config, load_config
 from lesionsam.engine.history import read_rounds
-from lesionsam.engine.report import CURVE, REPORT, news, write_report
-from lesionsam.engine.round import Place, limit_threads, run_round
+from lesionsam.engine.report import CURVE, REPORT, summary_sentences, write_report
+from lesionsam.engine.round import EngineFolders, run_round, set_threads
 from lesionsam.tracking.registry import resolve_model
 from lesionsam.utils.processes import file_lock
 
@@ -19,7 +19,7 @@ PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's p
 
 
 def start_weights(config: Config, start: str | None) -> Path:
-    """The weights that every round begins from.
+    """Return the weights that every round starts from.
 
     Raises:
         UserError: they are not there.
@@ -40,18 +40,18 @@ def run(
     share: float,
     test: Path | None,
 ) -> None:
-    """One round, its report, and what to do next."""
+    """Run one round, write its report and print the next step."""
     config = load_config(params, check_files=False)
-    limit_threads(config)
+    set_threads(config)
     table = boxes or default_table(Path(images[0]))
-    place = Place(
+    place = EngineFolders(
         Catalogue(images), table, out, start_weights(config, start), (test / "images", test / "masks") if test else None
     )
     with file_lock(table.parent / f".{table.name}.lock", f"annotation of {table}"):
         run_round(place, config, training=training, auto=auto, share=share)
     rounds = read_rounds(out)
     write_report(out, rounds)
-    for sentence in news(rounds):
+    for sentence in summary_sentences(rounds):
         print(sentence)
     weights = out / f"round-{len(rounds):02d}" / "model.safetensors" if training else place.start
     review = ["lesionsam", "annotate", *images, "--boxes", str(table), "--model", str(weights)]

@@ -1,10 +1,11 @@
-"""What the rounds of the data engine leave: counts, outcomes, thresholds, seconds; and how far a proposal is trusted.
+"""Record the rounds of the data engine, and calibrate which proposals may be accepted unseen.
 
-The threshold of automatic acceptance is calibrated on proposals that people have reviewed, and holds for the others of
-the same model. It rises from the calm end in groups of a fixed size, as long as the exact binomial bound of the share
-accepted unchanged stays above what is asked for; the first group that fails ends it (fixed-sequence testing, as in
-Angelopoulos et al. 2021, arXiv:2110.01052). The bound takes those reviewed below a doubt for a random draw of all below
-it, which the spot checks of the review queue are; what the queue's order adds leans to the doubtful side.
+The threshold of automatic acceptance is calibrated on reviewed proposals and holds for the other proposals of the same
+model. It rises from the least doubtful end in groups of a fixed size, as long as the exact binomial bound of the share
+accepted unchanged stays above the required share; the first group that fails ends it (fixed-sequence testing,
+Angelopoulos et al. 2021, arXiv:2110.01052). The bound treats the reviewed proposals below a doubt as a random draw of
+all below it. The spot checks of the review queue are such a draw; what the queue's order adds leans to the doubtful
+side.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from lesionsam.utils.files import write_text_atomic
 
 ROUNDS = "rounds.jsonl"
 CONFIDENCE = 0.95  # of the bound, one-sided
-FIRST, STEP = 30, 10  # reviewed proposals of the first group, and by how many each next one is larger
+FIRST_GROUP, GROUP_STEP = 30, 10  # reviewed proposals of the first group, and by how many each next one is larger
 REJECTED = "rejected"
 OUTCOMES = (ACCEPTED, CORRECTED, REJECTED)
 STAGES = ("drawing", "assisted", "semi-automatic", "automatic")
-HALF = 0.5  # share accepted unchanged from which on reviewing replaces drawing
+HALF = 0.5  # share accepted unchanged from which reviewing replaces drawing
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Round:
 
     Attributes:
         number: from 1. at: when it ended, ISO 8601. model: digest and threshold of the proposals' name.
-        num_images: at hand. sources: how the lesions came about, image by image. seconds: of people, so far.
+        num_images: available. sources: images by source of their lesions. seconds: of people, so far.
         outcomes: of the last round's proposals: accepted, corrected, rejected. accepted_share: unchanged, of those
         reviewed since; None before any were. threshold: of doubt, up to which the last round's proposals may stand
         unseen; None: none. num_automatic: accepted so in this round. num_left: images to do. stage: of `STAGES`; that
@@ -64,7 +65,7 @@ class Round:
 
 
 def read_rounds(folder: Path) -> list[Round]:
-    """The complete rounds of a folder, in order.
+    """Read the complete rounds of a folder, in order.
 
     Raises:
         UserError: a file that is damaged.
@@ -79,14 +80,14 @@ def read_rounds(folder: Path) -> list[Round]:
 
 
 def write_rounds(folder: Path, rounds: Sequence[Round]) -> None:
-    """All of them, whole or not at all."""
+    """Write all rounds atomically."""
     lines = [json.dumps(asdict(each), ensure_ascii=False, allow_nan=False) for each in rounds]
     write_text_atomic(folder / ROUNDS, "\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
-class Reviewed:
-    """A proposal that somebody has decided on: its doubt, and what became of it."""
+class ReviewedProposal:
+    """A reviewed proposal: its doubt and its outcome."""
 
     image_id: str
     doubt: float
@@ -95,13 +96,14 @@ class Reviewed:
 
 def reviewed_since(
     states: Sequence[ImageState], proposals: Proposals, usual: Sequence[float], since: str
-) -> list[Reviewed]:
-    """What became of the proposals of one model; images that were drawn without one in sight or with another's, and
-    those whose rows were edited outside the page, say nothing of them.
+) -> list[ReviewedProposal]:
+    """Return the reviewed proposals of one model.
+
+    Left out are images that were drawn without this model's proposal in view, and rows edited outside the page.
 
     Args:
-        states: of all images. usual: see `proposals.doubt`. since: when the proposals were there, ISO 8601: what people
-            did before is no answer to them.
+        states: of all images. usual: see `proposals.doubt`. since: time of the proposals, ISO 8601; earlier
+            reviews do not count.
     """
     found = []
     for state in states:
@@ -109,32 +111,32 @@ def reviewed_since(
         if held is None or held.lesion is None or state.changed_at <= since or state.status in (OPEN, CANNOT_TELL):
             continue
         if state.changed_by == OUTSIDE or state.shown != proposals.name:
-            continue  # whoever decided saw no such proposal
+            continue  # decided without this proposal in view
         sources = {lesion.source for lesion in state.lesions}
         if AUTOMATIC in sources:
-            continue  # nobody looked
+            continue  # accepted unseen
         ours = rounded(held.lesion.big), rounded(held.lesion.small)
         if any(lesion.proposed not in (None, ours) for lesion in state.lesions):
             continue  # another proposal was looked at
         outcome = ACCEPTED if sources == {ACCEPTED} else CORRECTED if sources & {ACCEPTED, CORRECTED} else REJECTED
-        found.append(Reviewed(state.image_id, doubt(held.lesion, usual)[0], outcome))
+        found.append(ReviewedProposal(state.image_id, doubt(held.lesion, usual)[0], outcome))
     return found
 
 
 def lower_bound(successes: int, trials: int) -> float:
-    """Exact one-sided lower bound of a share (Clopper and Pearson 1934)."""
+    """Return the exact one-sided lower bound of a share (Clopper and Pearson 1934)."""
     return float(stats.beta.ppf(1 - CONFIDENCE, successes, trials - successes + 1)) if successes else 0.0
 
 
-def calibrated(reviewed: Sequence[Reviewed], share: float) -> float | None:
-    """The largest doubt up to which proposals may be accepted unseen; None where none may.
+def calibrate_threshold(reviewed: Sequence[ReviewedProposal], share: float) -> float | None:
+    """Return the largest doubt up to which proposals may be accepted unseen; None if none may.
 
     Args:
         share: of them that people would accept unchanged, at least, with `CONFIDENCE`.
     """
     ordered = sorted(reviewed, key=lambda each: each.doubt)
     threshold = None
-    for count in range(FIRST, len(ordered) + 1, STEP):
+    for count in range(FIRST_GROUP, len(ordered) + 1, GROUP_STEP):
         accepted = sum(each.outcome == ACCEPTED for each in ordered[:count])
         if lower_bound(accepted, count) < share:
             break
@@ -142,9 +144,11 @@ def calibrated(reviewed: Sequence[Reviewed], share: float) -> float | None:
     return threshold
 
 
-def stage_of(accepted_share: float | None, num_calm: int, num_open: int) -> str:
-    """drawing: no proposals judged yet; assisted: they are, most are changed; semi-automatic: at least half stand as
-    they are; automatic: the calibrated threshold takes at least half of what was to do.
+def reached_stage(accepted_share: float | None, num_calm: int, num_open: int) -> str:
+    """Return the stage of the engine, one of `STAGES`.
+
+    drawing: no proposals reviewed yet; assisted: most reviewed ones are changed; semi-automatic: at least half stand
+    unchanged; automatic: the calibrated threshold takes at least half of the images left.
 
     Args:
         num_calm: images of those to do that the threshold takes. num_open: images to do, before it took any.
@@ -157,6 +161,6 @@ def stage_of(accepted_share: float | None, num_calm: int, num_open: int) -> str:
 
 
 def count_sources(states: Sequence[ImageState]) -> dict[str, int]:
-    """Images with lesions by how the first of them came about."""
+    """Count the labelled images by the source of their first lesion."""
     counts = Counter(state.lesions[0].source for state in states if state.lesions)
     return {source: counts[source] for source in SOURCES}

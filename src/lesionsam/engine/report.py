@@ -1,4 +1,4 @@
-"""What the data engine shows after a round: a page of Markdown and the curve of quality against people's time."""
+"""Write the data engine's report after a round: a Markdown page and the curve of quality against people's time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = "objective"  # mean of ring, centre and box prompts
 
 
 def write_report(folder: Path, rounds: Sequence[Round]) -> None:
-    """report.md and curve.png of the rounds."""
+    """Write report.md and curve.png of the rounds."""
     write_text_atomic(folder / REPORT, "\n".join([*_lines(rounds), ""]))
     points = {"rounds": [(each.seconds, height) for each in rounds if (height := _height(each)) is not None]}
     name = "mean IoU on the test pairs" if any(each.quality for each in rounds) else "proposals accepted unchanged"
@@ -40,7 +40,7 @@ def _height(one: Round) -> float | None:
 
 
 def curve(lines: Mapping[str, Sequence[tuple[float, float]]], name: str) -> bytes:
-    """A PNG of quality against people's hours.
+    """Return a PNG of quality against people's hours.
 
     Args:
         lines: legend -> (seconds, value) in order. name: of the value.
@@ -108,11 +108,11 @@ def _lines(rounds: Sequence[Round]) -> list[str]:
             quality,
         )
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return [*lines, "", *(f"- {sentence}" for sentence in news(rounds))]
+    return [*lines, "", *(f"- {sentence}" for sentence in summary_sentences(rounds))]
 
 
-def news(rounds: Sequence[Round]) -> list[str]:
-    """What the last round means, in sentences."""
+def summary_sentences(rounds: Sequence[Round]) -> list[str]:
+    """Return sentences about the last round."""
     if not rounds:
         return []
     last = rounds[-1]

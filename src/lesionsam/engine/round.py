@@ -1,7 +1,7 @@
-"""The data engine, `lesionsam engine`: a round trains on what is labelled, proposes for the rest, and reports.
+"""Run one round of the data engine: train on the labelled images, propose for the others, report.
 
-Between two rounds people review on the annotation page. Everything is files: the table of boxes that `dvc repro` reads
-too, the journal, the proposals, and per round the weights and the figures.
+People review on the annotation page between two rounds. All state is in files: the box table that `dvc repro` reads
+too, the journal, the proposals, and per round the weights and figures.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lesionsam.config.load import Config, with_values
 from lesionsam.data.index import dev_ids, id_hash
 from lesionsam.engine.history import (
     OUTCOMES,
-    Reviewed,
+    ReviewedProposal,
     Round,
-    calibrated,
+    calibrate_threshold,
     count_sources,
+    reached_stage,
     read_rounds,
     reviewed_since,
-    stage_of,
     write_rounds,
 )
 from lesionsam.errors import UserError
@@ -53,16 +53,16 @@ from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, image_size, read_image, read_mask
 from lesionsam.utils.progress import progress
 
-LEAST = 8  # images with boxes that a round needs
+MIN_LABELLED = 8  # images with boxes that a round needs
 DEV_SHARE = 0.15  # of the labelled images that select the best epoch
-WHO = "engine"
+ENGINE_NAME = "engine"
 SIMULATED: dict[str, Any] = {"margin": (0.10, 0.20), "core": (0.45, 0.55), "jitter": 0.03, "min_area": 16}
 SEED = 0  # of boxes simulated from masks, as in presets/demo.yaml and in the evidence, like `SIMULATED`
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a data engine works.
+class EngineFolders:
+    """Inputs and output folder of a data engine.
 
     Attributes:
         catalogue, table_path: images and their two-box CSV. out: folder of the rounds. start: weights that every round
@@ -77,7 +77,7 @@ class Place:
 
 
 def run_round(
-    place: Place,
+    place: EngineFolders,
     config: Config,
     *,
     training: bool = True,
@@ -87,10 +87,10 @@ def run_round(
     steps: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Round:
-    """One round, resumed where it broke off. The caller holds the lock of the table.
+    """Run one round; resume it if it was interrupted. The caller holds the lock of the table.
 
-    Order: what people made of the last round's proposals calibrates the doubt up to which the others of the same
-    proposals may stand; they are taken (`auto`); then train, propose for the rest, measure.
+    Order: the reviews of the last round's proposals calibrate the doubt up to which the other proposals may be
+    accepted; these are accepted (`auto`); then train, propose for the rest, measure.
 
     Args:
         config: sections model, method, train and evaluate are read. training: False proposes with `place.start` as it
@@ -107,16 +107,16 @@ def run_round(
     store, pictures, rounds = Store(place.table_path, place.catalogue), Pictures(), read_rounds(place.out)
     number = len(rounds) + 1
     folder = place.out / f"round-{number:02d}"
-    judged = judge(place, store, rounds[-1], share) if rounds else Judged()
-    if auto and judged.calm:
-        _accept(store, judged, pictures)
+    reviews = summarise_reviews(place, store, rounds[-1], share) if rounds else ReviewSummary()
+    if auto and reviews.calm:
+        _accept(store, reviews, pictures)
     weights = _weights(place, store, pictures, config, folder, steps, say) if training else place.start
     model = Model(weights, pictures, device=torch_device(config.runtime.device))
     if proposing:
         propose_all(model, store, pictures, place, say)
     states = store.all_states()
-    num_automatic = sum(_taken(state, rounds[-1].at) for state in states) if rounds else 0
-    accepted = [each.outcome == ACCEPTED for each in judged.reviewed]
+    num_automatic = sum(_accepted_since(state, rounds[-1].at) for state in states) if rounds else 0
+    accepted = [each.outcome == ACCEPTED for each in reviews.reviewed]
     accepted_share = float(np.mean(accepted)) if accepted else None
     found = Round(
         number,
@@ -125,14 +125,14 @@ def run_round(
         len(place.catalogue.by_id),
         count_sources(states),
         round(sum(state.all_seconds for state in states), 1),
-        {name: sum(each.outcome == name for each in judged.reviewed) for name in OUTCOMES},
+        {name: sum(each.outcome == name for each in reviews.reviewed) for name in OUTCOMES},
         accepted_share,
-        judged.limit,
+        reviews.limit,
         num_automatic,
         sum(store.state(image_id).status == OPEN for image_id in place.catalogue.by_id),
         rounds[-1].stage
         if rounds and accepted_share is None
-        else stage_of(accepted_share, len(judged.calm) + judged.num_taken, judged.num_open + judged.num_taken),
+        else reached_stage(accepted_share, len(reviews.calm) + reviews.num_taken, reviews.num_open + reviews.num_taken),
         quality_on(tests, weights, config) if tests else {},
         auto,
     )
@@ -149,8 +149,8 @@ def run_round(
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What the reviews since the last round say of its proposals.
+class ReviewSummary:
+    """What the reviews since the last round say about its proposals.
 
     Attributes:
         reviewed: decided by people. limit: doubt up to which the others may stand unseen; None: none may.
@@ -158,7 +158,7 @@ class Judged:
         num_taken: taken already, by a call that broke off. label: of the model that proposed.
     """
 
-    reviewed: Sequence[Reviewed] = ()
+    reviewed: Sequence[ReviewedProposal] = ()
     limit: float | None = None
     calm: Mapping[str, Found] = field(default_factory=dict)
     num_open: int = 0
@@ -166,47 +166,55 @@ class Judged:
     label: str = ""
 
 
-def judge(place: Place, store: Store, last: Round, share: float) -> Judged:
-    """Calibrate on what people have made of the last round's proposals; see `engine_rounds.calibrated`."""
+def summarise_reviews(place: EngineFolders, store: Store, last: Round, share: float) -> ReviewSummary:
+    """Calibrate on the reviews of the last round's proposals, see `history.calibrate_threshold`."""
     proposals = Proposals(proposals_path(place.table_path), last.model)
     states, usual = store.all_states(), usual_areas(store, proposals)
     reviewed = reviewed_since(states, proposals, usual, last.at)
-    limit = calibrated(reviewed, share)
+    limit = calibrate_threshold(reviewed, share)
     waiting = [image_id for image_id in place.catalogue.by_id if store.state(image_id).status == OPEN]
     calm = {}
     for image_id in sorted(waiting, key=id_hash):
         found = proposals.found.get(image_id)
         if limit is not None and found is not None and found.lesion and doubt(found.lesion, usual)[0] <= limit:
             calm[image_id] = found
-    return Judged(reviewed, limit, calm, len(waiting), sum(_taken(state, last.at) for state in states), last.model)
+    return ReviewSummary(
+        reviewed, limit, calm, len(waiting), sum(_accepted_since(state, last.at) for state in states), last.model
+    )
 
 
-def _taken(state: ImageState, since: str) -> bool:
-    """Whether the engine accepted a proposal for this image since then."""
+def _accepted_since(state: ImageState, since: str) -> bool:
+    """Return whether the engine has accepted a proposal for this image since then."""
     return (
-        state.changed_by == WHO
+        state.changed_by == ENGINE_NAME
         and state.changed_at > since
         and any(lesion.source == AUTOMATIC for lesion in state.lesions)
     )
 
 
-def _accept(store: Store, judged: Judged, pictures: Pictures) -> None:
-    """Take the calm proposals, as no person's; not where the image file has changed since."""
-    digest, _, threshold = judged.label.partition("@")
-    for image_id, found in judged.calm.items():
+def _accept(store: Store, reviews: ReviewSummary, pictures: Pictures) -> None:
+    """Accept the proposals below the threshold, except where the image file has changed since."""
+    digest, _, threshold = reviews.label.partition("@")
+    for image_id, found in reviews.calm.items():
         if found.lesion is None or pictures.stamp(store.catalogue.by_id[image_id]) != found.stamp:
             continue
         boxes = found.lesion.big, found.lesion.small
         lesion = Lesion("0", *boxes, proposed=boxes, model=digest, threshold=float(threshold))
         store.save(
             image_id,
-            Change(store.state(image_id).revision, WHO, f"{WHO}-{digest}", lesions=(lesion,), automatic=True),
+            Change(
+                store.state(image_id).revision,
+                ENGINE_NAME,
+                f"{ENGINE_NAME}-{digest}",
+                lesions=(lesion,),
+                automatic=True,
+            ),
             found.size,
         )
 
 
 def _weights(
-    place: Place,
+    place: EngineFolders,
     store: Store,
     pictures: Pictures,
     config: Config,
@@ -214,7 +222,7 @@ def _weights(
     steps: int | None,
     say: Callable[[str], None],
 ) -> Path:
-    """Train on what is labelled; resumed where it broke off, kept where it is done with the same boxes and values."""
+    """Train on the labelled images; resume an interrupted training, reuse one with the same boxes and values."""
     target, key_path = folder / "model.safetensors", folder / "model.key"
     samples = labelled_samples(place.catalogue, store, pictures)
     values: dict[str, object] = {"train.select": "label_free"}
@@ -240,21 +248,21 @@ def _weights(
 
 
 def epochs_of(samples: Sequence[Sample], steps: int, batch_size: int) -> int:
-    """As many epochs of the training samples as make about so many steps, at least one."""
+    """Return the number of epochs, at least one, that makes about so many steps."""
     batches = -(-sum(sample.split == "train" for sample in samples) // batch_size)
     return max(1, round(steps / max(1, batches)))
 
 
 def labelled_samples(catalogue: Catalogue, store: Store, pictures: Pictures) -> list[Sample]:
-    """Every lesion with boxes whose image is at hand, split by hash of the image's id.
+    """Return every lesion with boxes whose image is available, split by hash of the image id.
 
     Raises:
         UserError: too few, or boxes that lie outside their image.
     """
     states = [state for state in store.all_states() if state.lesions and state.image_id in catalogue.by_id]
-    if len(states) < LEAST:
+    if len(states) < MIN_LABELLED:
         raise UserError(
-            f"{store.path}: {len(states)} images with boxes; a round needs at least {LEAST}; draw some "
+            f"{store.path}: {len(states)} images with boxes; a round needs at least {MIN_LABELLED}; draw some "
             "with `lesionsam annotate`"
         )
     dev = dev_ids((state.image_id for state in states), max(DEV_SHARE, 2 / len(states)))
@@ -284,8 +292,10 @@ def labelled_samples(catalogue: Catalogue, store: Store, pictures: Pictures) -> 
     return samples
 
 
-def propose_all(model: Model, store: Store, pictures: Pictures, place: Place, say: Callable[[str], None]) -> None:
-    """Proposals for every image to do; those that are there are kept."""
+def propose_all(
+    model: Model, store: Store, pictures: Pictures, place: EngineFolders, say: Callable[[str], None]
+) -> None:
+    """Propose for every image without boxes that has no proposal of this model."""
     proposals = Proposals(proposals_path(place.table_path), model.label)
     waiting = [
         entry
@@ -312,7 +322,7 @@ def _look(model: Model, pictures: Pictures, entry: Entry) -> Found | None:
 
 
 def quality_on(samples: Sequence[Sample], weights: Path, config: Config) -> dict[str, float]:
-    """Mean IoU at original size on pairs of image and mask, by prompt, and `objective`, the mean of the prompts."""
+    """Return the mean IoU at original size by prompt, and `objective`, the mean over prompts."""
     figures = evaluate_model(
         load_sam(None, weights),
         samples,
@@ -331,12 +341,12 @@ def quality_on(samples: Sequence[Sample], weights: Path, config: Config) -> dict
 
 
 def pairs_of(images: Path, masks: Path) -> list[Sample]:
-    """Images and masks of the same names (folders in them included), boxes simulated from the masks.
+    """Pair images and masks by name (subfolders included); boxes are simulated from the masks.
 
     Raises:
         UserError: an image without a mask, or a mask without a lesion.
     """
-    found, index = masks_of(masks), {}
+    found, index = mask_paths(masks), {}
     for entry in Catalogue([images]).by_id.values():
         mask_path = found.get(entry.image_id.lower())
         if mask_path is None:
@@ -352,8 +362,8 @@ def pairs_of(images: Path, masks: Path) -> list[Sample]:
     return annotate(index, root=Path(), seed=SEED, **SIMULATED)
 
 
-def masks_of(folder: Path) -> dict[str, Path]:
-    """Image id in lower case -> mask file, folders in the folder included."""
+def mask_paths(folder: Path) -> dict[str, Path]:
+    """Return image id in lower case -> mask file, subfolders included."""
     return {
         path.stem.lower().removesuffix("_segmentation"): path
         for path in sorted(folder.rglob("*"))
@@ -361,7 +371,7 @@ def masks_of(folder: Path) -> dict[str, Path]:
     }
 
 
-def limit_threads(config: Config) -> None:
-    """Threads of torch, as params.yaml says."""
+def set_threads(config: Config) -> None:
+    """Set torch's number of threads from params.yaml."""
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)

@@ -1,1 +1,1 @@
-"""Weights for other tools; each export is read back and compared."""
+"""Export weights for other tools; each export is reloaded and compared."""

@@ -1,8 +1,8 @@
-"""Weights to give away: written in a foreign library's form, loaded back by that library, compared, only then kept.
+"""Export weights: write them in a foreign library's format, reload them with that library, compare, and only then keep.
 
-Every format is written into a folder beside its place, reloaded from there by the library that is meant to read it, and
-asked for the masks of some images under several prompts. Only a folder that gives the same logits and masks is moved to
-its place, with a card of what was compared: a half-written or a wrong export never looks done. See
+Every format is written into a folder beside its place, reloaded from there by the library that reads it, and compared
+on some images under several prompts. Only a folder that gives the same logits and masks is moved to its place, with a
+card of the comparison: a partial or wrong export never looks complete. See
 docs/decisions/0024-exports-that-prove-themselves.md.
 """
 
@@ -32,18 +32,18 @@ from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.utils.progress import progress
 
 CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
-GENERATED = 4  # pictures of the check where nobody names a folder
+GENERATED = 4  # pictures of the check without --images
 GENERATED_SIDE = 320
 # Of the largest logit: float32 sums in another order differ by 1e-6 of it, a wrong weight by 1e-1.
 TOLERANCE = 1e-3
-# Of the whole way from file to mask by foreign means; pixels whose logit is next to 0 may fall to either side.
+# Of masks made entirely by the foreign library; pixels with a logit near 0 may fall to either side.
 LOWEST_IOU = 0.98
 SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, original pixels.
+    """One prompt in original pixels.
 
     Attributes:
         box: (4,) XYXY, or None. points: (N, 2) XY, or None. labels: (N,), 1 foreground, 0 background; as many.
@@ -55,8 +55,8 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model says to one prompt.
+class PromptOutput:
+    """A model's output for one prompt.
 
     Attributes:
         low_res: (T, T) float32 logits of the single mask, model frame. mask: (H, W) bool, original frame.
@@ -68,17 +68,16 @@ class Answer:
     predicted_iou: float
 
 
-Segment = Callable[[np.ndarray, Sequence[Prompt]], list[Answer]]  # (H, W, 3) uint8 RGB and its prompts
+Segment = Callable[[np.ndarray, Sequence[Prompt]], list[PromptOutput]]  # (H, W, 3) uint8 RGB and its prompts
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is given away.
+    """The model to export.
 
     Attributes:
-        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: the file it comes from.
-        sha256: of that file. numbers: see `models.plain.numbers_of`. registry: name under which segment_anything itself
-            builds it, None where it does not.
+        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: its file.
+        sha256: of that file. numbers: see `standalone.numbers_of`. registry: see `vanilla_sam.registry_name`.
     """
 
     sam: Sam
@@ -90,26 +89,26 @@ class Subject:
 
     @property
     def side(self) -> int:
-        """S, side of the model's input, pixels."""
+        """Return S, the side of the model's input in pixels."""
         return int(self.numbers["image_size"])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """segment_anything's keys, see `models.foreign.plain_state`, which also says what cannot be plain."""
+        """Return the weights under segment_anything's keys, see `vanilla_sam.plain_state`."""
         return plain_state(self.sam)
 
     def num_bytes(self) -> int:
-        """Of the weights in float32."""
+        """Return the size of the weights in float32."""
         return 4 * sum(value.numel() for value in self.sam.state_dict().values())
 
 
 @dataclass(frozen=True)
 class Format:
-    """A form that a foreign library reads.
+    """A format that a foreign library reads.
 
     Attributes:
-        name: of `--format`, and of the folder. reader: what loads it back, in words. packages: whose versions matter.
+        name: of `--format` and folder. reader: name of the library that loads it. packages: whose versions matter.
         write: puts the model's files into an empty folder. reload: loads them from there by the foreign library.
-        usage: Markdown that tells a stranger how to load and ask the model.
+        usage: Markdown on how to load the model and predict.
     """
 
     name: str
@@ -122,7 +121,7 @@ class Format:
 
 @dataclass
 class Check:
-    """What the comparison of a reloaded model with ours found.
+    """Differences between a reloaded model and ours.
 
     Attributes:
         num_images, num_prompts: how many. largest_difference: of logits, in the low-resolution frame.
@@ -137,22 +136,22 @@ class Check:
     lowest_iou: float = 1.0
     iou_difference: float = 0.0
 
-    def add(self, ours: Answer, theirs: Answer) -> None:
-        """One more prompt."""
+    def add(self, ours: PromptOutput, theirs: PromptOutput) -> None:
+        """Add the outputs for one more prompt."""
         if ours.low_res.shape != theirs.low_res.shape or ours.mask.shape != theirs.mask.shape:
             raise UserError(
-                f"answers of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
+                f"outputs of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
                 f"{ours.low_res.shape} and {ours.mask.shape}"
             )
         self.num_prompts += 1
-        self.largest_difference = max(self.largest_difference, apart(ours.low_res, theirs.low_res))
+        self.largest_difference = max(self.largest_difference, max_difference(ours.low_res, theirs.low_res))
         self.largest_logit = max(self.largest_logit, float(np.abs(ours.low_res).max()))
         self.lowest_iou = min(self.lowest_iou, float(iou(ours.mask, theirs.mask)))
-        self.iou_difference = max(self.iou_difference, apart(ours.predicted_iou, theirs.predicted_iou))
+        self.iou_difference = max(self.iou_difference, max_difference(ours.predicted_iou, theirs.predicted_iou))
 
     @property
     def faults(self) -> list[str]:
-        """Why this is not the same model; nothing where it is."""
+        """Return why this is not the same model; empty if it is."""
         allowed = TOLERANCE * max(1.0, self.largest_logit)
         out = []
         if self.largest_difference > allowed:
@@ -164,18 +163,18 @@ class Check:
         return out
 
 
-def apart(ours: np.ndarray | float, theirs: np.ndarray | float) -> float:
-    """The largest absolute difference; infinite where there is none to be had (NaN)."""
+def max_difference(ours: np.ndarray | float, theirs: np.ndarray | float) -> float:
+    """Return the largest absolute difference; infinite if it is NaN."""
     difference = float(np.abs(np.subtract(ours, theirs)).max())
     return np.inf if np.isnan(difference) else difference
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One format's row of the table.
+class ExportResult:
+    """Result of one format's export.
 
     Attributes:
-        folder: where it lies; None where it failed. num_bytes: of all its files. check: None where it came to none.
+        folder: None if it failed. num_bytes: of all its files. check: None if it was not reached.
         faults: why it failed, one line each.
     """
 
@@ -187,10 +186,10 @@ class Outcome:
 
 
 def open_subject(weights: Path) -> Subject:
-    """The model of a weights file, with plain weights.
+    """Load a weights file for export.
 
     Raises:
-        UserError: see `models.sam.load_sam`.
+        UserError: see `models.checkpoint.load_sam`.
     """
     sam = load_sam(None, weights).requires_grad_(False)
     numbers = plain.numbers_of(sam)
@@ -200,7 +199,7 @@ def open_subject(weights: Path) -> Subject:
 
 
 def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np.ndarray]]:
-    """Pictures to compare on, read when called: of a folder (evenly picked), or generated ones.
+    """Return loaders of the images to compare on: of a folder (evenly picked), or generated ones.
 
     Raises:
         UserError: a folder without images, one of the picked that cannot be read, fewer than one wanted.
@@ -220,7 +219,7 @@ def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np
 
 
 def check_prompts(height: int, width: int) -> list[Prompt]:
-    """A box, a point, a box with a foreground and a background point, and two points; original pixels."""
+    """Return a box, a point, a box with a foreground and a background point, and two points; original pixels."""
     frame = np.array([width, height], float)
     box = np.concatenate([0.2 * frame, 0.8 * frame])
     both, labels = np.stack([0.45 * frame, 0.12 * frame]), np.array([1, 0])
@@ -233,23 +232,23 @@ def check_prompts(height: int, width: int) -> list[Prompt]:
 
 
 def with_predictor(predictor: Any) -> Segment:
-    """A segmenter from anything with the verbs of segment_anything's SamPredictor."""
+    """Return a segmenter that uses anything with the methods of segment_anything's SamPredictor."""
 
-    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         predictor.set_image(image)
-        answers = []
+        outputs = []
         for prompt in prompts:
             masks, predicted, low_res = predictor.predict(
                 point_coords=prompt.points, point_labels=prompt.labels, box=prompt.box, multimask_output=False
             )
-            answers.append(Answer(low_res[0], masks[0], float(predicted[0])))
-        return answers
+            outputs.append(PromptOutput(low_res[0], masks[0], float(predicted[0])))
+        return outputs
 
     return segment
 
 
 def compare(ours: Segment, theirs: Segment, pictures: Sequence[Callable[[], np.ndarray]], title: str) -> Check:
-    """Ask both the same and note how far apart the answers are."""
+    """Give both segmenters the same prompts and collect their differences."""
     check = Check()
     for read in progress(pictures, total=len(pictures), title=title):
         image = read()
@@ -267,51 +266,51 @@ def export(
     *,
     pictures: Sequence[Callable[[], np.ndarray]],
     model_card: Path | None = None,
-) -> list[Outcome]:
-    """Write the model in several formats below `out`, each in a folder of its name, each proved.
+) -> list[ExportResult]:
+    """Write the model in several formats below `out`, each verified and in a folder of its name.
 
-    What a format of that name left there before is replaced, but only by one that has passed its check.
+    An earlier export of the same format is replaced only by one that passed its check.
 
     Args:
-        model_card: a run's card; goes along where it names the very weights that are given away.
+        model_card: a run's card; copied if it names these weights by their SHA-256.
     Returns:
-        one outcome per format, in order; those with faults have left no folder.
+        one result per format, in order; those with faults leave no folder.
     Raises:
-        UserError: nothing can be written there at all.
+        UserError: `out` cannot be written.
     """
     # An earlier export of a format goes only when the new one is done.
     prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)
-    told = model_card.read_text(encoding="utf-8") if model_card is not None and model_card.is_file() else ""
+    card_text = model_card.read_text(encoding="utf-8") if model_card is not None and model_card.is_file() else ""
     ours = with_predictor(ImagePredictor(subject.sam, num_cached=1))
-    outcomes = []
+    results = []
     for form in formats:
         with building(out, form.name) as folder:
             try:
                 form.write(subject, folder)
                 check = compare(ours, form.reload(subject, folder), pictures, f"checking {form.name}")
             except UserError as error:
-                outcomes.append(Outcome(form, None, faults=[str(error)]))
+                results.append(ExportResult(form, None, faults=[str(error)]))
                 continue
             except ModuleNotFoundError as error:
                 fault = f"needs the package {error.name}; `make setup` installs it"
-                outcomes.append(Outcome(form, None, faults=[fault]))
+                results.append(ExportResult(form, None, faults=[fault]))
                 continue
             if check.faults:
-                outcomes.append(Outcome(form, None, check=check, faults=check.faults))
+                results.append(ExportResult(form, None, check=check, faults=check.faults))
                 continue
             tidy(folder)
-            if subject.sha256 in told:
-                write_text_atomic(folder / MODEL_CARD, told)
+            if subject.sha256 in card_text:
+                write_text_atomic(folder / MODEL_CARD, card_text)
             write_text_atomic(folder / README, readme(subject, form, check))
             write_json_atomic(folder / CARD, card(subject, form, check, folder))
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             replace(folder, out / form.name)
-            outcomes.append(Outcome(form, out / form.name, num_bytes, check))
-    return outcomes
+            results.append(ExportResult(form, out / form.name, num_bytes, check))
+    return results
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions of some packages; those that are not there are left out."""
+    """Return the installed versions of packages; missing ones are left out."""
     found = {}
     for name in packages:
         try:
@@ -322,7 +321,7 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def card(subject: Subject, form: Format, check: Check, folder: Path) -> dict[str, Any]:
-    """What card.json says: the model, its files, and what was compared."""
+    """Return the content of card.json: the model, its files and the comparison."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
     return {
         "format": form.name,
@@ -348,7 +347,9 @@ def card(subject: Subject, form: Format, check: Check, folder: Path) -> dict[str
 
 
 def readme(subject: Subject, form: Format, check: Check) -> str:
-    """README.md of a format's folder: how to load it, what it is, how it was checked. Hugging Face reads its head."""
+    """Return README.md of a format's folder: how to load it, what it is, how it was checked. Hugging Face reads its
+    header.
+    """
     head = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
     kind = "the compact SAM of LesionSAM" if subject.name == "compact" else f"SAM {subject.name} (Kirillov et al. 2023)"
     used = ", ".join(f"{name} {number}" for name, number in versions(("torch", *form.packages)).items())
@@ -367,8 +368,8 @@ size agree to an IoU of at least {check.lowest_iou:.5f}.
 """
 
 
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """Format, place, size, reader, differences; then why what failed did."""
+def print_table(results: Sequence[ExportResult]) -> None:
+    """Print format, folder, size, reader and differences of each export."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -383,7 +384,7 @@ def print_table(outcomes: Sequence[Outcome]) -> None:
         "lowest IoU of masks",
         box=box.SIMPLE_HEAD,
     )
-    for one in outcomes:
+    for one in results:
         figures = (
             ("", "") if one.check is None else (f"{one.check.largest_difference:.2g}", f"{one.check.lowest_iou:.5f}")
         )

@@ -1,4 +1,4 @@
-"""The folders of exports: built beside their place, moved there whole, cleared up after a kill."""
+"""Manage the folders of exports: build beside the place, move when complete, clean up after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lesionsam.utils.processes import is_left_by
 
 
 def prepare(out: Path, needed: int) -> None:
-    """Make the folder of all exports, and end what a killed one left there.
+    """Make the folder of all exports and clean up after a killed export.
 
     Args:
         needed: bytes that will be written.
@@ -37,7 +37,7 @@ def prepare(out: Path, needed: int) -> None:
 
 
 def _clear_up(out: Path) -> None:
-    """Finish what a killed export left: drop what it was building, put back what it had moved aside."""
+    """Delete folders that a killed export was building; restore a folder that it had moved aside."""
     for path in out.glob(".*-*"):
         match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
         if match is None or not is_left_by(int(match[3])):  # this process has not begun to build
@@ -50,7 +50,7 @@ def _clear_up(out: Path) -> None:
 
 @contextmanager
 def building(out: Path, name: str) -> Iterator[Path]:
-    """An empty folder beside a format's place, gone afterwards whatever happens."""
+    """Yield an empty folder beside a format's place; it is deleted on exit if it is still there."""
     folder = out / f".{name}.building-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -61,7 +61,7 @@ def building(out: Path, name: str) -> Iterator[Path]:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what the reload compiled, and let others read what a library wrote for its user alone."""
+    """Delete compiled files of the reload, and make the library's files readable to other users."""
     for compiled in list(folder.rglob("__pycache__")):
         shutil.rmtree(compiled)
     for path in folder.rglob("*"):
@@ -70,7 +70,7 @@ def tidy(folder: Path) -> None:
 
 
 def replace(folder: Path, place: Path) -> None:
-    """Move a folder to its place; between the two renames there is none, never a half one."""
+    """Move a folder to its place. Between the two renames there is no folder, but never a partial one."""
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
     if place.exists():
         os.replace(place, old)

@@ -1,7 +1,7 @@
-"""SAM as a Hugging Face `SamModel` directory with its processor; the only user of transformers.
+"""Export SAM as a Hugging Face `SamModel` directory with its processor. Only this module imports transformers.
 
-The two implementations hold the same weights under other names; the map below is complete, and every key of both sides
-is accounted for when it is used.
+The two implementations hold the same weights under other names. The map below is complete: loading is strict on both
+sides.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
 from lesionsam.models.transforms import resize_longest
 
 # segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.
-RENAMED = (
+KEY_MAP = (
     (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
     (r"image_encoder\.blocks\.(\d+)\.norm(\d)", r"vision_encoder.layers.\1.layer_norm\2"),
     (r"image_encoder\.blocks", "vision_encoder.layers"),
@@ -43,11 +43,11 @@ RENAMED = (
 )
 HEAD = re.compile(r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.")
 HEAD_DEPTH = 3  # of the heads that make a mask's weights, in both implementations
-SECOND_NAME = "prompt_encoder.shared_embedding.positional_embedding"  # transformers' second name of one tensor
+TIED_KEY = "prompt_encoder.shared_embedding.positional_embedding"  # transformers' second name of one tensor
 
 
 def renamed_state(state: Mapping[str, torch.Tensor], iou_head_depth: int) -> dict[str, torch.Tensor]:
-    """transformers' keys -> the same tensors.
+    """Return the tensors under transformers' keys.
 
     Args:
         state: segment_anything's keys. iou_head_depth: layers of the head that predicts IoUs.
@@ -60,14 +60,14 @@ def renamed_state(state: Mapping[str, torch.Tensor], iou_head_depth: int) -> dic
             place = "proj_in" if index == 0 else "proj_out" if index == depth - 1 else f"layers.{index - 1}"
             out[f"{match[1]}.{place}.{key[match.end() :]}"] = value
             continue
-        pattern, new = next(((old, new) for old, new in RENAMED if re.match(rf"{old}(?=\.|$)", key)), (None, ""))
+        pattern, new = next(((old, new) for old, new in KEY_MAP if re.match(rf"{old}(?=\.|$)", key)), (None, ""))
         out[key if pattern is None else re.sub(rf"^{pattern}", new, key)] = value
-    out[SECOND_NAME] = out["shared_image_embedding.positional_embedding"]
+    out[TIED_KEY] = out["shared_image_embedding.positional_embedding"]
     return out
 
 
 def config_of(numbers: Mapping[str, Any]) -> Any:
-    """A SamConfig of these numbers (see `models.plain.numbers_of`)."""
+    """Return the SamConfig of an architecture (see `standalone.numbers_of`)."""
     from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
 
     n = numbers
@@ -105,7 +105,7 @@ def config_of(numbers: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """transformers' own progress bars, which would break into ours, switched off for a while."""
+    """Disable transformers' progress bars inside the block; they would break into ours."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
@@ -118,7 +118,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def write(subject: Subject, folder: Path) -> None:
-    """config.json, model.safetensors, and the processor's settings for this input side."""
+    """Write config.json, model.safetensors and the processor's settings for this input side."""
     from transformers import SamImageProcessor, SamModel, SamProcessor
 
     state = renamed_state(subject.state(), subject.numbers["iou_head_depth"])
@@ -139,7 +139,7 @@ def write(subject: Subject, folder: Path) -> None:
 
 
 def reload(subject: Subject, folder: Path) -> Segment:
-    """`SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
+    """Load the folder with `SamModel.from_pretrained` and `SamProcessor.from_pretrained`.
 
     The logits are compared on pixels that were resized as segment_anything does (Pillow), so that they say whether the
     weights are right; the masks go the whole way, the processor's own resizing (torchvision) and its post-processing
@@ -154,7 +154,7 @@ def reload(subject: Subject, folder: Path) -> Segment:
 
     @torch.inference_mode()
     def ask(image: np.ndarray, prompt: Prompt, scale: np.ndarray, known: list[torch.Tensor]) -> tuple[Any, Any]:
-        """Outputs, and the sizes that the processor noted; `known` keeps the image's features for the next prompt."""
+        """Return the outputs and the processor's sizes; `known` caches the image's features for the next prompt."""
         given: dict[str, Any] = {}
         if prompt.box is not None:
             given["input_boxes"] = [[(np.asarray(prompt.box) * np.tile(scale, 2)).tolist()]]
@@ -172,31 +172,31 @@ def reload(subject: Subject, folder: Path) -> Segment:
             known.append(model.get_image_embeddings(pixels))
         return model(image_embeddings=known[0], **inputs, multimask_output=False), sizes
 
-    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         image, small = image.copy(), resize_longest(image, subject.side).copy()  # torch warns of what it may not write
         scale = np.array(small.shape[1::-1]) / np.array(image.shape[1::-1])
-        answers, small_features, features = [], [], []
+        outputs, small_features, features = [], [], []
         for prompt in prompts:
             same_pixels, _ = ask(small, prompt, scale, small_features)
             whole_way, sizes = ask(image, prompt, np.ones(2), features)
             mask = processor.image_processor.post_process_masks(whole_way.pred_masks, *sizes)[0]
-            answers.append(
-                Answer(
+            outputs.append(
+                PromptOutput(
                     same_pixels.pred_masks[0, 0, 0].numpy(), mask[0, 0].numpy(), float(same_pixels.iou_scores[0, 0, 0])
                 )
             )
-        return answers
+        return outputs
 
     return segment
 
 
 def _usage(subject: Subject) -> str:
     return """```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import SamModel, SamProcessor
 
 model, processor = SamModel.from_pretrained("."), SamProcessor.from_pretrained(".")  # this folder
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")  # upright, as boxes are drawn
 inputs = processor(image, input_boxes=[[[x0, y0, x1, y1]]], return_tensors="pt")  # pixels of the image
 inputs["input_boxes"] = inputs["input_boxes"].float()
 outputs = model(**inputs, multimask_output=False)

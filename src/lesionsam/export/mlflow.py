@@ -1,4 +1,4 @@
-"""The MLflow flavour of an exported model: a pyfunc from code, with signature, example and loosely pinned packages."""
+"""Export the model as an MLflow pyfunc with its code, signature, example and loosely pinned packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import lesionsam
-from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
 from lesionsam.tracking.shipper import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 
@@ -36,7 +36,7 @@ REQUIREMENTS = (
 
 
 def png_base64(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 -> PNG as base64: what the served model takes."""
+    """Encode an image, (H, W, 3) uint8, as a PNG in base64, the served model's input."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -45,7 +45,7 @@ def png_base64(image: np.ndarray) -> str:
 
 
 def write(subject: Subject, folder: Path) -> None:
-    """MLmodel, the weights file as it is, the package's code, and an example of a request."""
+    """Write MLmodel, the weights file as it is, the package's code and an example request."""
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import mlflow
@@ -53,7 +53,7 @@ def write(subject: Subject, folder: Path) -> None:
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
-    # MLflow takes no whole number for a double inside a list, and JSON knows no difference: the model checks itself.
+    # MLflow rejects whole numbers for doubles inside lists, and JSON has one kind of number: the model checks itself.
     signature = ModelSignature(
         Schema(
             [
@@ -84,15 +84,15 @@ def write(subject: Subject, folder: Path) -> None:
             )
     finally:
         chatter.setLevel(level)
-    # MLflow notes where it copied from; what it loads are the copies, and the model is given away.
-    told = (folder / "MLmodel").read_text(encoding="utf-8")
+    # MLflow records the source paths; only the copies are loaded, and the paths mean nothing elsewhere.
+    text = (folder / "MLmodel").read_text(encoding="utf-8")
     for path in (package / SCRIPT, subject.weights.resolve()):
-        told = told.replace(str(path), path.name)
-    write_text_atomic(folder / "MLmodel", told)
+        text = text.replace(str(path), path.name)
+    write_text_atomic(folder / "MLmodel", text)
 
 
 def reload(subject: Subject, folder: Path) -> Segment:
-    """`mlflow.pyfunc.load_model`: masks through the signature and the PNGs, logits from the loaded model beneath."""
+    """Load with `mlflow.pyfunc.load_model`; masks come through the signature and PNGs, logits from the inner model."""
     import mlflow
     import pandas as pd
     from PIL import Image
@@ -100,7 +100,7 @@ def reload(subject: Subject, folder: Path) -> Segment:
     model = mlflow.pyfunc.load_model(str(folder))
     inner = model.unwrap_python_model()
 
-    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         picture = png_base64(image)
         rows = [
             {"image": picture}
@@ -109,14 +109,14 @@ def reload(subject: Subject, folder: Path) -> Segment:
             | ({} if prompt.labels is None else {"labels": np.asarray(prompt.labels, float).tolist()})
             for prompt in prompts
         ]
-        answers = []
+        outputs = []
         for prompt, row in zip(prompts, rows, strict=True):
             found = model.predict(pd.DataFrame([row])).to_dict("records")[0]
             with Image.open(io.BytesIO(base64.b64decode(found["masks"][0]))) as png:
                 mask = np.asarray(png) > 0
-            ((_, low_res, _),) = inner.answers(image, [prompt.box], prompt.points, prompt.labels)
-            answers.append(Answer(low_res, mask, float(found["predicted_iou"][0])))
-        return answers
+            ((_, low_res, _),) = inner.predict_prompts(image, [prompt.box], prompt.points, prompt.labels)
+            outputs.append(PromptOutput(low_res, mask, float(found["predicted_iou"][0])))
+        return outputs
 
     return segment
 

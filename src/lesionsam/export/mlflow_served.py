@@ -1,9 +1,9 @@
-"""What `mlflow models serve` runs: an image and its prompts in, masks out. MLflow copies this file into the model.
+"""Serve SAM with `mlflow models serve`: an image and its prompts in, masks out. MLflow copies this file into the model.
 
-One row is one image. `image` holds the file (PNG, JPEG, ...) in base64; every box of `boxes` (x0, y0, x1, y1 in the
-image's pixels) is a prompt of its own and gives one mask. `points` (x, y) with `labels` (1 lesion, 0 not) are one
-prompt together, joined to the box where there is one. The answer has, per row, `masks` as PNG in base64 (0 and 255, the
-image's size) and `predicted_iou`, one each per prompt.
+One row is one image. `image` holds the file (PNG, JPEG, ...) in base64; every box of `boxes` (x0, y0, x1, y1 in pixels
+of the upright image) is one prompt and gives one mask. `points` (x, y) with `labels` (1 lesion, 0 not) form one prompt
+together, joined to the box if there is one. The output has, per row, `masks` as PNG in base64 (0 and 255, the image's
+size) and `predicted_iou`, one each per prompt.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
     """SAM behind MLflow's scoring protocol."""
 
     def load_context(self, context: Any) -> None:
-        """Load the weights that lie in the model's folder."""
+        """Load the weights from the model's folder."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predictor = ImagePredictor(load_sam(None, Path(context.artifacts["weights"])), device)
-        self.alone = threading.Lock()  # the server answers each request in a thread of its own
+        self.lock = threading.Lock()  # the server answers each request in a thread of its own
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """See the module's text.
+        """Predict masks for rows as the module docstring describes them.
 
         Raises:
             MlflowException: of kind INVALID_PARAMETER_VALUE, which the server answers as HTTP 400: what is wrong with
                 which row.
         """
-        answers = []
+        outputs = []
         for number, row in enumerate(model_input.to_dict("records")):
             try:
-                answers.append(self._answer(row))
+                outputs.append(self._predict_row(row))
             except (UserError, ValueError) as error:
                 raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from None
-        return pd.DataFrame(answers)
+        return pd.DataFrame(outputs)
 
-    def _answer(self, row: dict[str, Any]) -> dict[str, list[Any]]:
+    def _predict_row(self, row: dict[str, Any]) -> dict[str, list[Any]]:
         image = decode_image(row.get("image"))
         masks, predicted = [], []
-        for logits, _, quality in self.answers(image, *prompts_of(row, image.shape[1], image.shape[0])):
+        for logits, _, quality in self.predict_prompts(image, *prompts_of(row, image.shape[1], image.shape[0])):
             masks.append(encode_mask(logits > 0))
             predicted.append(quality)
         return {"masks": masks, "predicted_iou": predicted}
 
-    def answers(
+    def predict_prompts(
         self, image: np.ndarray, boxes: list[np.ndarray | None], points: np.ndarray | None, labels: np.ndarray | None
     ) -> list[tuple[np.ndarray, np.ndarray, float]]:
-        """Logits (H, W) and (T, T), and predicted IoU of every box (None: of the points alone)."""
+        """Return logits (H, W) and (T, T) and the predicted IoU of every box (None: of the points alone)."""
         found = []
-        with self.alone:  # the predictor holds one image
+        with self.lock:  # the predictor holds one image
             self.predictor.set_image(image)
             for box in boxes:
                 masks, quality, low_res = self.predictor.predict(
@@ -77,7 +77,7 @@ class PromptedSam(mlflow.pyfunc.PythonModel):
 
 
 def decode_image(text: object) -> np.ndarray:
-    """Base64 of an image file -> (H, W, 3) uint8 RGB.
+    """Decode an image file in base64 to (H, W, 3) uint8 RGB.
 
     Raises:
         UserError: no base64, or no readable image.
@@ -100,7 +100,7 @@ def decode_image(text: object) -> np.ndarray:
 def prompts_of(
     row: dict[str, Any], width: int, height: int
 ) -> tuple[list[np.ndarray | None], np.ndarray | None, np.ndarray | None]:
-    """Boxes, each (4,), or [None] where there is none; points (N, 2) and labels (N,), or None.
+    """Return a row's boxes, each (4,), or [None] without boxes; points (N, 2) and labels (N,), or None.
 
     Raises:
         ValueError: nothing to prompt with, or numbers that are no box or point of this image.
@@ -135,7 +135,7 @@ def prompts_of(
 
 
 def _array(name: str, value: Any) -> np.ndarray | None:
-    """Nested lists as numbers; what is missing, and pandas' way to say so, as None."""
+    """Convert nested lists to an array; return None for missing values, pandas' NaN among them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):  # a column that this row has no value for
         return None
     if not isinstance(value, (list, tuple, np.ndarray)):
@@ -148,7 +148,7 @@ def _array(name: str, value: Any) -> np.ndarray | None:
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """(H, W) bool -> PNG of 0 and 255 as base64."""
+    """Encode a mask, (H, W) bool, as a PNG of 0 and 255 in base64."""
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -1,8 +1,8 @@
-"""SAM as two ONNX graphs, an encoder and a decoder with segment_anything's inputs; the only user of onnx(runtime).
+"""Export SAM as two ONNX graphs, an encoder and a decoder. Only this module imports onnx and onnxruntime.
 
-The decoder takes and gives what segment_anything's own ONNX export does (boxes are points with labels 2 and 3), and on
-top of that several prompts at once and several images at once. The encoder takes pixels: normalisation and padding are
-in the graph, so that a caller has only to resize.
+The decoder has the inputs and outputs of segment_anything's own ONNX export (boxes are points with labels 2 and 3); in
+addition it takes several prompts, and several images with one prompt each. The encoder takes pixels: normalisation and
+padding are in the graph, so that a caller only resizes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.export.base import Answer, Format, Prompt, Segment, Subject
+from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import resize_longest
 
@@ -33,7 +33,7 @@ INLINE_BYTES = 1 << 30  # weights beyond this go into a file beside the graph: p
 
 
 class EncoderGraph(nn.Module):
-    """(B, 3, h, w) float32 RGB of 0..255, longest side S -> image_embeddings (B, C, H', W')."""
+    """SAM's image encoder: (B, 3, h, w) float32 RGB of 0..255, longest side S -> image_embeddings (B, C, H', W')."""
 
     def __init__(self, sam: Sam) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class EncoderGraph(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Normalise, pad and encode the images."""
         frames = (images - self.mean) / self.std
         return self.encoder(F.pad(frames, (0, self.side - frames.shape[-1], 0, self.side - frames.shape[-2])))
 
@@ -54,7 +54,7 @@ class DecoderGraph(nn.Module):
 
     `forward` takes image_embeddings (E, C, H', W'), E = 1 or B; point_coords (B, N, 2) XY in the model frame;
     point_labels (B, N): 1 foreground, 0 background, 2 and 3 corners of a box, -1 padding; mask_input (M, 1, 4H', 4W'),
-    M = 1 or B; has_mask_input (1,): 0 or 1; orig_im_size (2,): H, W. It gives masks (B, 4, H, W) logits,
+    M = 1 or B; has_mask_input (1,): 0 or 1; orig_im_size (2,) float32: H, W. It gives masks (B, 4, H, W) logits,
     iou_predictions (B, 4), low_res_masks (B, 4, 4H', 4W'); of the four, 0 is the single mask, 1 to 3 are the candidates
     of an ambiguous prompt.
     """
@@ -72,7 +72,7 @@ class DecoderGraph(nn.Module):
         has_mask_input: torch.Tensor,
         orig_im_size: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See the class."""
+        """Decode the prompts; shapes as in the class docstring."""
         p, d, count = self.prompts, self.decoder, point_coords.shape[0]
         kinds = point_labels.to(torch.int64)
         table = torch.cat([p.not_a_point_embed.weight, *[kind.weight for kind in p.point_embeddings]])  # by kind + 1
@@ -81,7 +81,7 @@ class DecoderGraph(nn.Module):
         masked = p.mask_downscaling(mask_input)
         dense = torch.where(has_mask_input.reshape(1, 1, 1, 1) > 0, masked, p.no_mask_embed.weight[:, :, None, None])
         tokens = torch.cat([d.iou_token.weight, d.mask_tokens.weight]).expand(count, -1, -1)
-        source = _one_each(image_embeddings, count) + _one_each(dense, count)
+        source = _one_each(image_embeddings, point_coords) + _one_each(dense, point_coords)
         position = p.get_dense_pe().expand(count, -1, -1, -1)
         hidden, image = d.transformer(source, position, torch.cat([tokens, sparse], dim=1))
         upscaled = d.output_upscaling(image.transpose(1, 2).reshape(source.shape))
@@ -90,23 +90,32 @@ class DecoderGraph(nn.Module):
         return self._enlarge(low_res, orig_im_size), d.iou_prediction_head(hidden[:, 0]), low_res
 
     def _enlarge(self, low_res: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
-        """Sam.postprocess_masks with sizes that the graph is told as it runs."""
+        """Upscale as Sam.postprocess_masks, with sizes that are graph inputs."""
         masks = F.interpolate(low_res, (self.side, self.side), mode="bilinear", align_corners=False)
         scale = self.side / original.max().to(torch.float32)
         inside = torch.floor(original.to(torch.float32) * scale + 0.5).to(torch.int64)
+        original = original.to(torch.int64)
         masks = masks[:, :, : _size(inside[0], self.side), : _size(inside[1], self.side)]
         return F.interpolate(
             masks, (_size(original[0], MAX_SIDE), _size(original[1], MAX_SIDE)), mode="bilinear", align_corners=False
         )
 
 
-def _one_each(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """(1 or count, ...) -> (count, ...), also where the exporter does not know which of the two it is."""
-    return tensor[torch.minimum(torch.arange(count), torch.arange(tensor.shape[0])[-1])]
+def _one_each(tensor: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """Expand (1 or B, ...) to (B, ...), B the number of prompts, without a branch in the graph.
+
+    Any other number makes the index run out of bounds, an error of onnxruntime: clamped, the last image would be used
+    for the prompts left over.
+    """
+    index = torch.arange(prompts.shape[0])
+    last = torch.arange(tensor.shape[0])[-1]
+    several = (last > 0).to(torch.int64)
+    wrong = several * (last != index[-1]).to(torch.int64)
+    return tensor[several * index + wrong * (last + 1)]
 
 
 def _size(value: torch.Tensor, limit: int) -> int:
-    """A size that is data; the exporter is told its bounds."""
+    """Return a size that is data, with bounds for the exporter."""
     number = value.item()  # no `int`, which would make it the example's
     torch._check(number >= 1)
     torch._check(number <= limit)
@@ -114,7 +123,7 @@ def _size(value: torch.Tensor, limit: int) -> int:
 
 
 def write(subject: Subject, folder: Path) -> None:
-    """encoder.onnx and decoder.onnx, opset `OPSET`; of large models the weights beside them (.onnx.data)."""
+    """Write encoder.onnx and decoder.onnx, opset `OPSET`; large weights go into files beside them (.onnx.data)."""
     import onnx  # noqa: F401  # torch.onnx finds it by itself: named here so that its lack is one clear line
     import onnxscript  # noqa: F401
 
@@ -138,7 +147,7 @@ def write(subject: Subject, folder: Path) -> None:
         torch.ones(3, 5),
         torch.zeros(2, 1, 4 * grid, 4 * grid),
         torch.zeros(1),
-        torch.tensor([side - 1, side + 1]),
+        torch.tensor([side - 1.0, side + 1.0]),
     )
     sizes = {
         "image_embeddings": {0: Dim("embeddings")},
@@ -185,7 +194,7 @@ def _export(
 
 
 def reload(subject: Subject, folder: Path) -> Segment:
-    """onnxruntime on both graphs, on the CPU, with nothing of torch or of SAM between picture and mask."""
+    """Load both graphs in onnxruntime on the CPU; neither torch nor SAM takes part."""
     import onnxruntime
 
     encoder, decoder = (
@@ -195,22 +204,23 @@ def reload(subject: Subject, folder: Path) -> Segment:
     side, grid = subject.side, subject.side // subject.numbers["patch_size"]
     no_mask = np.zeros((1, 1, 4 * grid, 4 * grid), np.float32)
 
-    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         size = image.shape[0], image.shape[1]
         pixels = resize_longest(image, side).astype(np.float32).transpose(2, 0, 1)[None]
         embeddings = encoder.run(None, {"images": pixels})[0]
-        answers = []
+        outputs = []
         for prompt in prompts:
-            values = (embeddings, *prompt_points(prompt, size, side), no_mask, np.zeros(1, np.float32), np.array(size))
+            points = prompt_points(prompt, size, side)
+            values = (embeddings, *points, no_mask, np.zeros(1, np.float32), np.array(size, np.float32))
             masks, predicted, low_res = decoder.run(None, dict(zip(INPUTS, values, strict=True)))
-            answers.append(Answer(low_res[0, 0], masks[0, 0] > 0, float(predicted[0, 0])))
-        return answers
+            outputs.append(PromptOutput(low_res[0, 0], masks[0, 0] > 0, float(predicted[0, 0])))
+        return outputs
 
     return segment
 
 
 def prompt_points(prompt: Prompt, size: tuple[int, int], side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt as the decoder takes it: (1, N, 2) float32 model frame, (1, N) float32 labels.
+    """Return a prompt as the decoder's inputs: (1, N, 2) float32 in the model frame and (1, N) float32 labels.
 
     A box is two points with labels 2 and 3; without one, as in segment_anything, a point of label -1 takes its place.
 
@@ -228,16 +238,16 @@ def prompt_points(prompt: Prompt, size: tuple[int, int], side: int) -> tuple[np.
 
 def _usage(subject: Subject) -> str:
     side, grid = subject.side, subject.side // subject.numbers["patch_size"]
-    return f"""Two graphs, opset {OPSET}. `{ENCODER}` takes pixels, `{DECODER}` has the inputs and outputs of
-segment_anything's own ONNX export.
+    return f"""Two graphs, opset {OPSET}. `{ENCODER}` takes pixels, `{DECODER}` has the inputs (names, shapes, float32)
+and outputs of segment_anything's own ONNX export.
 
 ```python
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 encoder, decoder = onnxruntime.InferenceSession("{ENCODER}"), onnxruntime.InferenceSession("{DECODER}")
-image = Image.open("image.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB")  # upright, as boxes are drawn
 scale = {side} / max(image.size)
 small = image.resize([int(side * scale + 0.5) for side in image.size], Image.Resampling.BILINEAR)
 pixels = np.asarray(small, np.float32).transpose(2, 0, 1)[None]  # (1, 3, h, w) RGB of 0..255
@@ -249,12 +259,17 @@ masks, predicted_iou, low_res = decoder.run(None, {{
     "point_coords": box[None],                               # (B, N, 2) XY, pixels of the resized image
     "point_labels": np.array([[2, 3]], np.float32),          # 2 and 3: corners of a box; 1, 0: points; -1: padding
     "mask_input": np.zeros((1, 1, {4 * grid}, {4 * grid}), np.float32), "has_mask_input": np.zeros(1, np.float32),
-    "orig_im_size": np.array([image.height, image.width])}})
+    "orig_im_size": np.array([image.height, image.width], np.float32)}})
 mask = masks[0, 0] > 0   # of the four masks: 0 for boxes and several points, 1 to 3 are a single point's candidates
 ```
 
 A prompt without a box needs one more point, (0, 0) with label -1. B prompts may go to one image, or one each to B
-images; all prompts of a call have as many points, and one original size.
+images; another number of images is an error. All prompts of a call have as many points, and one original size.
+
+Other tools: code written for segment_anything's ONNX decoder (its notebook `onnx_model_example`) takes `{DECODER}` as
+it is. samexporter and AnyLabeling feed an encoder of their own form (input `input_image`, height x width x 3), and
+CVAT's interactor expects a decoder with four more outputs and runs SAM's encoder in PyTorch: give those tools the
+weights of `--format pth` and let their exporter convert them.
 """
 
 

@@ -1,4 +1,4 @@
-"""Plain weights for segment_anything: .pth and .safetensors, with the builder for models that it has no name for."""
+"""Export plain weights for segment_anything: .pth and .safetensors, with a builder for other architectures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lesionsam.export import standalone as plain
 from lesionsam.export.base import Format, Segment, Subject, with_predictor
 from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
 from lesionsam.models.checkpoint import weights_metadata
+from lesionsam.models.finetuned import safetensors_bytes
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 
@@ -23,37 +23,39 @@ def _write_builder(subject: Subject, folder: Path) -> None:
 
 
 def write_pth(subject: Subject, folder: Path) -> None:
-    """sam.pth: tensors by segment_anything's keys and nothing else, so that `weights_only=True` reads it."""
+    """Write sam.pth: tensors under segment_anything's keys only, so that `weights_only=True` reads it."""
     torch.save(subject.state(), folder / PTH)
     _write_builder(subject, folder)
 
 
 def write_safetensors(subject: Subject, folder: Path) -> None:
-    """sam.safetensors: the same tensors; its metadata let `models.sam.load_sam` read it too, and keep what the weights
-    say of their training: it decides how they are asked without a prompt."""
+    """Write sam.safetensors: the same tensors, with the metadata that `load_sam` needs and that records the training.
+
+    The training's metadata decide how the model predicts without a prompt.
+    """
     notes = weights_metadata(subject.weights) | {"name": subject.name, "image_size": str(subject.side), "format": "pt"}
     if subject.name == "compact":
         keys = ("image_size", "patch_size", "width", "depth", "num_heads", "prompt_width", "decoder_mlp")
         notes["architecture"] = json.dumps({key: subject.numbers[key] for key in keys})
-    save_file(subject.state(), folder / SAFETENSORS, notes)
+    (folder / SAFETENSORS).write_bytes(safetensors_bytes(subject.state(), notes))
     _write_builder(subject, folder)
 
 
 def reload_pth(subject: Subject, folder: Path) -> Segment:
-    """By segment_anything's registry where it knows the model, else by the builder in the folder."""
+    """Load with segment_anything's registry if it knows the model, otherwise with the builder in the folder."""
     if subject.registry is not None:
         return with_predictor(sam_predictor(reload_registry(subject.registry, folder / PTH)))
     return with_predictor(sam_predictor(reload_copied(folder, PTH)))
 
 
 def reload_safetensors(subject: Subject, folder: Path) -> Segment:
-    """By safetensors and the builder in the folder."""
+    """Load with safetensors and the builder in the folder."""
     return with_predictor(sam_predictor(reload_copied(folder, SAFETENSORS)))
 
 
-UNTOLD = f"""
-This form cannot say what the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict --auto` and
-`lesionsam annotate` ask it as they ask weights that were not adapted.
+PTH_NOTE = f"""
+This format cannot record which prompts the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict
+--auto` and `lesionsam annotate` treat it like weights that were not adapted.
 """
 
 
@@ -83,10 +85,13 @@ predictor = SamPredictor(load("{weights}"))
 then, in both cases:
 
 ```python
+import numpy as np
+from PIL import Image, ImageOps
+image = np.asarray(ImageOps.exif_transpose(Image.open("image.jpg")).convert("RGB"))  # upright, as boxes are drawn
 predictor.set_image(image)  # (H, W, 3) uint8 RGB
 masks, predicted_iou, _ = predictor.predict(box=box, multimask_output=False)  # box: x0, y0, x1, y1 in pixels
 ```
-{UNTOLD if weights == PTH else ""}"""
+{PTH_NOTE if weights == PTH else ""}"""
 
 
 PTH_FORMAT = Format(

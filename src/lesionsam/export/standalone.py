@@ -25,7 +25,7 @@ PIXEL_MEAN, PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]  # of
 
 
 def build(numbers: dict) -> Sam:
-    """A Sam of these numbers (as `numbers_of` gives them) with random weights, in eval mode."""
+    """Build a Sam of these numbers (from `numbers_of`) with random weights, in eval mode."""
     n = numbers
     grid = n["image_size"] // n["patch_size"]
     encoder = ImageEncoderViT(
@@ -65,7 +65,7 @@ def build(numbers: dict) -> Sam:
 
 
 def load(path: str | Path) -> Sam:
-    """The Sam of a weights file (.pth or .safetensors) beside its architecture.json, on the CPU, in eval mode."""
+    """Load a weights file (.pth or .safetensors) beside its architecture.json as a Sam, on the CPU, in eval mode."""
     path = Path(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -79,7 +79,7 @@ def load(path: str | Path) -> Sam:
 
 
 def numbers_of(sam: Sam) -> dict:
-    """What `build` needs to make the like of a Sam: whole numbers, and the indexes of the blocks that see the grid."""
+    """Return the arguments that `build` needs to make the same architecture."""
     encoder, prompts, decoder = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
     tokens = encoder.patch_embed.proj.weight.shape  # (width, 3, patch, patch)
     windows = [int(block.window_size) for block in encoder.blocks]

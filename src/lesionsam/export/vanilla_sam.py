@@ -1,4 +1,4 @@
-"""SAM handed over to segment_anything: weights that its own constructors take, and its own predictor on them."""
+"""Convert SAM to weights for segment_anything's own constructors and predictor."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PUBLISHED_SIDE = 1024
 
 
 def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
-    """segment_anything's keys -> float32 tensors on the CPU, of the shapes that its constructors make.
+    """Return segment_anything's keys -> float32 tensors on the CPU, of the shapes that its constructors make.
 
-    A model whose input side was changed keeps the relative positions of the grid it was trained on, and SAM's blocks
-    interpolate them as they run. Here they are interpolated once, by the same rule (linear), so that a constructor that
-    was told the new side fits; the model computes the same. Low-rank updates are merged.
+    A model whose input side was changed keeps the relative positions of its training grid, and SAM's blocks interpolate
+    them at run time. Here they are interpolated once, by the same rule (linear), so that they fit a constructor with
+    the new side; the model computes the same. Low-rank updates are merged.
 
     Raises:
         UserError: the model carries adapters, which no plain weights can hold.
@@ -39,7 +39,7 @@ def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
 
 
 def registry_name(sam: Sam) -> str | None:
-    """Under which name `sam_model_registry` builds the like of this model; None where it does not."""
+    """Return the name under which `sam_model_registry` builds this architecture; None if it does not."""
     numbers = plain.numbers_of(sam)
     name = WIDTHS.get(numbers["width"])
     if name is None or numbers["image_size"] != PUBLISHED_SIDE:
@@ -49,12 +49,12 @@ def registry_name(sam: Sam) -> str | None:
 
 
 def reload_registry(name: str, path: Path) -> Sam:
-    """segment_anything's own way: `sam_model_registry[name](checkpoint=path)`."""
+    """Load as segment_anything does: `sam_model_registry[name](checkpoint=path)`."""
     return sam_model_registry[name](checkpoint=str(path)).eval()
 
 
 def reload_copied(folder: Path, weights: str) -> Sam:
-    """By the builder that lies beside the weights, run as the file it is."""
+    """Load with the builder file that lies beside the weights."""
     spec = importlib.util.spec_from_file_location("load_sam", folder / "load_sam.py")
     if spec is None or spec.loader is None:
         raise FileNotFoundError(folder / "load_sam.py")
@@ -64,5 +64,5 @@ def reload_copied(folder: Path, weights: str) -> Sam:
 
 
 def sam_predictor(sam: Sam) -> SamPredictor:
-    """segment_anything's predictor; `lesionsam.inference.Predictor` has the same verbs."""
+    """Return segment_anything's predictor."""
     return SamPredictor(sam)

@@ -1,1 +1,1 @@
-"""SAM: published and compact, which of its parts train, and what is added to it."""
+"""SAM, published and compact: loading, running, and selecting or adding trained parts."""

@@ -38,17 +38,17 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., width)."""
+        """Add the bottleneck's output to the tokens, (..., width) -> (..., width)."""
         return tokens + self.up(F.gelu(self.down(tokens)))
 
 
 def _adapt(part: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook of an attention or MLP that carries an adapter."""
+    """Apply the adapter to a part's output (forward hook)."""
     return part.get_submodule("adapter")(output)
 
 
 def chosen_blocks(sam: Sam, last_k: int, key: str) -> list[nn.Module]:
-    """The last K transformer blocks, 0 = all.
+    """Return the last K transformer blocks, 0 = all.
 
     Raises:
         UserError: K beyond the number of blocks; `key` is the parameter that it names.
@@ -60,7 +60,7 @@ def chosen_blocks(sam: Sam, last_k: int, key: str) -> list[nn.Module]:
 
 
 def insert_adapters(sam: Sam, *, dim: int, last_k: int, seed: int) -> None:
-    """Put adapters into the last K blocks, 0 = all, on the device of the weights.
+    """Insert adapters into the last K blocks, 0 = all, on the device of the weights.
 
     Args:
         dim: hidden units of each. seed: of `down`'s weights.
@@ -83,12 +83,12 @@ def insert_adapters(sam: Sam, *, dim: int, last_k: int, seed: int) -> None:
 
 
 def has_adapters(sam: nn.Module) -> bool:
-    """Whether a model, or part of one, carries adapters."""
+    """Return whether a model, or part of one, has adapters."""
     return any(MARK in name for name, _ in sam.named_parameters())
 
 
-def adapters_held(state: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
-    """Hidden units, and first block with adapters, of a state dict; None where it holds none."""
+def adapter_shape(state: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
+    """Return the hidden units and the first block with adapters of a state dict; None without adapters."""
     downs = {key: value for key, value in state.items() if key.endswith(f"{MARK}down.weight")}
     if not downs:
         return None

@@ -1,4 +1,4 @@
-"""SAM's transformer blocks, run in several exact ways over segment_anything's own, unmodified weights.
+"""Run SAM's transformer blocks in several exact ways over segment_anything's own, unmodified weights.
 
 The attention has decomposed relative positions (MViTv2, arXiv:2112.01526; Kirillov et al. 2023, arXiv:2304.02643): for
 query i in row y, column x and key j in row y', column x'
@@ -7,16 +7,16 @@ query i in row y, column x and key j in row y', column x'
 
 Backends, all exact up to rounding:
 
-- `original`: segment_anything's own modules, which write out the logits of all pairs several times over; the oracle.
+- `original`: segment_anything's own modules, which materialise the logits of all pairs several times; the oracle.
 - `sdpa`: torch's fused attention, the two position terms added up to a bias of all pairs.
 - the position terms as further channels, [scale q, q R_h, q R_w] . [k, 1_y', 1_x'] with one-hot rows and columns:
-  - `plain`: product, softmax, product; the logits of all pairs are written once.
+  - `plain`: product, softmax, product; the logits of all pairs are materialised once.
   - `chunked`: the same for a few queries at a time, in forward and backward; memory linear in the number of tokens.
-  - `folded`: torch's fused attention without a bias, which GPUs have the best kernels for (FlashAttention,
-    arXiv:2205.14135); nothing of all pairs is written.
+  - `folded`: torch's fused attention without a bias, for which GPUs have the best kernels (FlashAttention,
+    arXiv:2205.14135); nothing of all pairs is materialised.
 
-In windows only real tokens are projected. segment_anything pads the map with zeros, and these take part as keys; what
-a zero projects to is the same everywhere, so it is computed once and put where the padding is.
+In windows only real tokens are projected. segment_anything pads the map with zeros, and these take part as keys; the
+projection of a zero is the same everywhere, so it is computed once and placed on the padding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHUNK = {"cpu": 2**18, "cuda": 2**27}  # logits held at a time by `chunked`: wha
 
 @dataclass(frozen=True)
 class Execution:
-    """How an encoder's blocks are run; never what comes out beyond rounding.
+    """How an encoder's blocks are run; it changes results by rounding at most.
 
     Attributes:
         attention: one of `BACKENDS`, or `auto`: as `choose` has it.
@@ -50,12 +50,12 @@ class Execution:
 
 
 def set_execution(encoder: nn.Module, execution: Execution) -> None:
-    """Say how an image encoder is run from now on; copies of the encoder keep it."""
+    """Set how an image encoder is run; copies of the encoder keep it."""
     object.__setattr__(encoder, "execution", execution)
 
 
 def run_blocks(encoder: nn.Module, tokens: torch.Tensor, start: int, stop: int | None = None) -> torch.Tensor:
-    """(B, H, W, D) tokens through blocks `start` to `stop` (exclusive; None = all) of SAM's image encoder."""
+    """Run (B, H, W, D) tokens through blocks `start` to `stop` (exclusive; None = all) of SAM's image encoder."""
     execution: Execution = getattr(encoder, "execution", Execution())
     for block in encoder.get_submodule("blocks")[start:stop]:  # pyright: ignore[reportIndexIssue]
         run = _compiled(execution.compiler) if execution.compiler else run_block
@@ -72,7 +72,7 @@ def _compiled(compiler: str) -> Any:
 
 
 def run_block(block: Any, tokens: torch.Tensor, backend: str) -> torch.Tensor:
-    """(B, H, W, D) -> (B, H, W, D): one block of SAM's encoder, as Block.forward."""
+    """Run one block of SAM's encoder as Block.forward, (B, H, W, D) -> (B, H, W, D)."""
     if backend == "original":
         return block(tokens)
     tokens = tokens + attend(block.attn, block.norm1(tokens), block.window_size, backend)
@@ -80,10 +80,10 @@ def run_block(block: Any, tokens: torch.Tensor, backend: str) -> torch.Tensor:
 
 
 def attend(attention: Any, tokens: torch.Tensor, window: int, backend: str) -> torch.Tensor:
-    """SAM's attention with what stands around it in its block: window partition, padding, adapter.
+    """Apply SAM's attention with window partition, padding and adapter.
 
     Args:
-        attention: segment_anything's Attention, whatever its qkv and proj have been wrapped in.
+        attention: segment_anything's Attention; qkv and proj may be wrapped.
         tokens: (B, H, W, D), normalised. window: side of the windows in tokens; 0 = global attention.
         backend: one of `BACKENDS` but `original`, or `auto`.
     Returns:
@@ -114,7 +114,7 @@ def attend(attention: Any, tokens: torch.Tensor, window: int, backend: str) -> t
 
 
 def positions(table: torch.Tensor, size: int) -> torch.Tensor:
-    """Relative positions of one axis: R with R[y, :, y'] = table[y - y' + size - 1].
+    """Return the relative positions of one axis: R with R[y, :, y'] = table[y - y' + size - 1].
 
     Args:
         table: (L, hd); interpolated linearly to 2 size - 1 rows where it has another number, as SAM's get_rel_pos does.
@@ -129,7 +129,7 @@ def positions(table: torch.Tensor, size: int) -> torch.Tensor:
 def relative_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, r_h: torch.Tensor, r_w: torch.Tensor, scale: float, backend: str
 ) -> torch.Tensor:
-    """softmax(scale q k^T + q R_h + q R_w) v.
+    """Return softmax(scale q k^T + q R_h + q R_w) v.
 
     Args:
         q, k, v: (B, heads, N, hd), N = H W tokens row by row. r_h: (H, hd, H), r_w: (W, hd, W), see `positions`.
@@ -162,7 +162,7 @@ def relative_attention(
 
 
 def choose(device: str, dtype: torch.dtype, *, needs_grad: bool, num_tokens: int) -> str:
-    """The backend that `auto` stands for; measured on the CPU by `benchmarks/attention.py`, not on a GPU.
+    """Return the backend for `auto`; measured on the CPU by `benchmarks/attention.py`, not on a GPU.
 
     Args:
         device: `cpu` or `cuda`. dtype: of q. needs_grad: whether a backward pass follows. num_tokens: N of a window
@@ -180,19 +180,19 @@ def choose(device: str, dtype: torch.dtype, *, needs_grad: bool, num_tokens: int
 
 
 def one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """(H W, H + W): ones in each token's row and, after H channels, in its column; dtype and device of `like`."""
+    """Return (H W, H + W): ones in each token's row and, after H channels, its column; dtype and device of `like`."""
     number = torch.arange(height * width, device=like.device)[:, None]
     rows, columns = (torch.arange(size, device=like.device) for size in (height, width))
     return torch.cat([number // width == rows, number % width == columns], 1).to(like.dtype)
 
 
 def widened(k: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(..., N, hd) keys and (N, H + W) -> (..., N, hd + H + W)."""
+    """Append the one-hot places to the keys, (..., N, hd) and (N, H + W) -> (..., N, hd + H + W)."""
     return torch.cat([k, places.expand(*k.shape[:-2], -1, -1)], -1)
 
 
 def folded(wide_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Torch's fused attention on widened q and k, without a bias; v is filled up with zeros to the same width.
+    """Apply torch's fused attention to widened q and k, without a bias; v is padded with zeros to the same width.
 
     Args:
         wide_q: (B, heads, N, hd + H + W), scaled q and the position terms. k, v: (B, heads, N, hd).
@@ -206,14 +206,14 @@ def folded(wide_q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: torch
 
 
 class Chunked(torch.autograd.Function):
-    """The attention for some heads and queries at a time: keeps its inputs, its output and one number per query.
+    """Compute the attention for some heads and queries at a time; keep inputs, output and one number per query.
 
-    Forward and backward as in FlashAttention (arXiv:2205.14135, algorithms 1 and 4), in pieces that torch multiplies.
+    Forward and backward follow FlashAttention (arXiv:2205.14135, algorithms 1 and 4), in pieces that torch multiplies.
     """
 
     @staticmethod
     def pieces(wide_q: torch.Tensor) -> list[tuple[slice, slice]]:
-        """Heads and queries of each piece."""
+        """Return the heads and queries of each piece."""
         budget, (batch, count, _) = CHUNK["cuda" if wide_q.is_cuda else "cpu"], wide_q.shape
         rows = max(1, min(count, budget // count))
         group = max(1, budget // (rows * count))
@@ -222,7 +222,9 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, wide_q, k, v, places):
-        """wide_q (B', N, hd + H + W), k, v (B', N, hd), places (N, H + W) -> (B', N, hd); sums in float32 or better."""
+        """Attend, wide_q (B', N, hd + H + W), k, v (B', N, hd), places (N, H + W) -> (B', N, hd); sums in float32 or
+        better.
+        """
         exact = torch.promote_types(v.dtype, torch.float32)
         out, total = torch.empty_like(v), v.new_empty(v.shape[:2], dtype=exact)
         for b, s in Chunked.pieces(wide_q):
@@ -237,7 +239,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad):
-        """Gradients of wide_q, k and v."""
+        """Return the gradients of wide_q, k and v."""
         wide_q, k, v, places, out, total = ctx.saved_tensors
         exact = total.dtype
         d_q, d_k, d_v = torch.empty_like(wide_q), torch.zeros_like(k), torch.zeros_like(v)

@@ -1,7 +1,7 @@
-"""The compact SAM: segment_anything's own modules, unmodified, with small numbers.
+"""Build the compact SAM: segment_anything's own modules, unmodified, with small numbers.
 
-The stand-in for SAM where published weights cannot be fetched, where tests run and where a first try takes a minute.
-Kirillov et al. 2023, arXiv:2304.02643, built as in segment_anything.build_sam.
+It replaces SAM where published weights cannot be fetched, in tests, and for a first try within a minute. Kirillov et
+al. 2023, arXiv:2304.02643, built as in segment_anything.build_sam.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_STATED = 16_384  # of any number in a file's metadata: beyond it a model wou
 
 @dataclass(frozen=True)
 class CompactArchitecture:
-    """The numbers of a compact SAM.
+    """Architecture of a compact SAM.
 
     Attributes:
         image_size: side S of the square input, pixels; a multiple of patch_size.
@@ -55,12 +55,12 @@ class CompactArchitecture:
 
     @property
     def grid(self) -> int:
-        """Side H' = W' of the feature grid, cells."""
+        """Return the side H' = W' of the feature grid, cells."""
         return self.image_size // self.patch_size
 
     @classmethod
     def from_mapping(cls, numbers: Mapping[str, int], source: str) -> CompactArchitecture:
-        """The architecture that a weights file states; `source` names the file in the error."""
+        """Return the architecture that a weights file states; `source` names the file in errors."""
         expected = set(cls.__dataclass_fields__)
         if set(numbers) != expected:
             raise UserError(
@@ -77,7 +77,7 @@ class CompactArchitecture:
 
 
 def build_compact(architecture: CompactArchitecture) -> Sam:
-    """A segment_anything Sam of these numbers with random weights (torch's global generator), in eval mode."""
+    """Build a Sam of this architecture with random weights (torch's global generator), in eval mode."""
     a = architecture
     encoder = ImageEncoderViT(
         img_size=a.image_size,

@@ -1,9 +1,9 @@
-"""SAM's prompt encoder and mask decoder for batches of images under prompts of their own; segment_anything's weights.
+"""Run SAM's prompt encoder and mask decoder on batches of images with prompts of their own; segment_anything's weights.
 
 MaskDecoder.forward takes one image and repeats it for every prompt. Here images and prompts are batched, prompts of
-different lengths go through the decoder together (what a shorter one lacks takes part in nothing), what depends on the
-image alone is computed once for all of its prompts, and the transposed convolutions, whose kernels do not overlap, are
-products on the tokens. Kirillov et al. 2023, arXiv:2304.02643, section 3 and appendix A.
+different lengths are decoded together (shorter ones are padded and masked), what depends on the image alone is computed
+once for all of its prompts, and the transposed convolutions, whose kernels do not overlap, are products on the tokens.
+Kirillov et al. 2023, arXiv:2304.02643, section 3 and appendix A.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ABSENT = -1  # label of the point that stands where a prompt has no box
 def decode_candidates(
     sam: Sam, features: Tensor, prompts: Prompts, chosen: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """`decode_groups` for one prompt set of each image.
+    """Run `decode_groups` with one prompt set for each image.
 
     Args:
         features: (B, C, H', W'). prompts: of the same B images, model frame; none at all is one too.
@@ -35,7 +35,7 @@ def decode_candidates(
 def decode_groups(
     sam: Sam, features: Tensor, groups: Sequence[tuple[Tensor | None, Prompts]], chosen: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
-    """Mask tokens of SAM's decoder for groups of prompts of one kind each, all in one pass.
+    """Decode groups of prompts, each group of one kind, in one pass.
 
     The prompt encoder runs in full precision even under autocast: in bfloat16 a coordinate is off by a pixel.
 
@@ -78,7 +78,7 @@ def decode_groups(
     hidden, keys = two_way(decoder.transformer, image, position, tokens, rows, present)
     heads = list(enumerate(decoder.output_hypernetworks_mlps))[chosen]
     weights = torch.stack([head(hidden[:, 1 + k]) for k, head in heads], dim=2)  # (R, C / 8, K)
-    logits = upscaled(decoder.output_upscaling, keys) @ weights  # (R, N 4 4, K)
+    logits = output_upscaling(decoder.output_upscaling, keys) @ weights  # (R, N 4 4, K)
     logits = logits.view(len(tokens), height, width, 2, 2, 2, 2, -1).permute(0, 7, 1, 3, 5, 2, 4, 6)
     return (
         logits.reshape(len(tokens), -1, 4 * height, 4 * width),
@@ -87,7 +87,8 @@ def decode_groups(
 
 
 def embed_points_and_boxes(encoder: Any, prompts: Prompts) -> Tensor:
-    """PromptEncoder's sparse embeddings of one kind of prompt, without its indexing by masks, for which a GPU waits.
+    """Return PromptEncoder's sparse embeddings of one kind of prompt, without its boolean indexing, which blocks on a
+    GPU.
 
     Returns:
         (B, T, C): points, then the point that stands for a missing box or the box's two corners; (1, 0, C) of neither.
@@ -107,7 +108,7 @@ def embed_points_and_boxes(encoder: Any, prompts: Prompts) -> Tensor:
 
 
 def dense_of(encoder: Any, prompts: Prompts) -> Tensor:
-    """(G, N, C) PromptEncoder's dense embeddings of G prompt sets; (1, N, C) where there is no mask prompt."""
+    """Return PromptEncoder's dense embeddings of G prompt sets, (G, N, C); (1, N, C) without a mask prompt."""
     if prompts.masks is not None:
         with torch.autocast(prompts.masks.device.type, enabled=False):
             return encoder.mask_downscaling(prompts.masks).flatten(2).transpose(1, 2)
@@ -118,7 +119,7 @@ def dense_of(encoder: Any, prompts: Prompts) -> Tensor:
 def two_way(
     transformer: Any, image: Tensor, position: Tensor, tokens: Tensor, rows: Tensor | None, present: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """TwoWayTransformer.forward for tokens of several lengths, several of them for an image.
+    """Run TwoWayTransformer.forward for tokens of several lengths, several of them for an image.
 
     Args:
         image: (B, N, C). position: (1, N, C). tokens: (R, T, C). rows: (R,) image of each, None where R = B in order.
@@ -136,11 +137,13 @@ def two_way(
             queries = queries + attend(layer.self_attn, with_place, with_place, queries, present)
         queries = layer.norm1(queries)
         placed = keys + position
-        looked = attend(layer.cross_attn_token_to_image, queries + tokens, placed, keys, key_rows=one_each)
-        queries = layer.norm2(queries + looked)
+        from_image = attend(layer.cross_attn_token_to_image, queries + tokens, placed, keys, key_rows=one_each)
+        queries = layer.norm2(queries + from_image)
         queries = layer.norm3(queries + layer.mlp(queries))
-        told = attend(layer.cross_attn_image_to_token, placed, queries + tokens, queries, present, query_rows=one_each)
-        keys = layer.norm4((keys if one_each is None else keys.index_select(0, one_each)) + told)
+        from_tokens = attend(
+            layer.cross_attn_image_to_token, placed, queries + tokens, queries, present, query_rows=one_each
+        )
+        keys = layer.norm4((keys if one_each is None else keys.index_select(0, one_each)) + from_tokens)
     final = attend(transformer.final_attn_token_to_image, queries + tokens, keys + position, keys)
     return transformer.norm_final_attn(queries + final), keys
 
@@ -155,7 +158,7 @@ def attend(
     query_rows: Tensor | None = None,
     key_rows: Tensor | None = None,
 ) -> Tensor:
-    """The decoder's Attention.forward; written out, as torch's fused kernels are slow backward on so few tokens.
+    """Apply the decoder's Attention; written out, as torch's fused kernels are slow backward on so few tokens.
 
     Args:
         q: (R, Q, C), k and v: (R, T, C). present: (R, T) bool, keys that take part; None = all.
@@ -177,8 +180,8 @@ def attend(
     return attention.out_proj((logits.softmax(-1) @ parts[2]).transpose(1, 2).flatten(2))
 
 
-def upscaled(layers: Any, tokens: Tensor) -> Tensor:
-    """MaskDecoder.output_upscaling: two transposed convolutions of stride and kernel 2, a norm between them.
+def output_upscaling(layers: Any, tokens: Tensor) -> Tensor:
+    """Apply MaskDecoder.output_upscaling: two transposed convolutions of stride and kernel 2 with a norm in between.
 
     Args:
         tokens: (R, N, C), the feature grid row by row.
@@ -186,12 +189,12 @@ def upscaled(layers: Any, tokens: Tensor) -> Tensor:
         (R, N 4 4, C / 8): for each token its four quarters row by row, for each of these its four.
     """
     first, norm, activation, second, last = layers
-    tokens = stretched(first, tokens)
+    tokens = transposed_convolution(first, tokens)
     tokens = F.layer_norm(tokens, tokens.shape[-1:], norm.weight, norm.bias, norm.eps)
-    return last(stretched(second, activation(tokens)))
+    return last(transposed_convolution(second, activation(tokens)))
 
 
-def stretched(convolution: Any, tokens: Tensor) -> Tensor:
-    """(R, N, C) -> (R, 4 N, C'): a ConvTranspose2d of kernel and stride 2, whose outputs see one token each."""
+def transposed_convolution(convolution: Any, tokens: Tensor) -> Tensor:
+    """Apply a ConvTranspose2d of kernel and stride 2 to tokens, (R, N, C) -> (R, 4 N, C')."""
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 2 C', C)
     return F.linear(tokens, weight, convolution.bias.repeat(4)).view(len(tokens), 4 * tokens.shape[1], -1)

@@ -1,7 +1,8 @@
-"""Low-rank updates of the attention's qkv and proj (LoRA, Hu et al. 2021, arXiv:2106.09685), by peft; only here.
+"""Low-rank updates of the attention's qkv and proj (LoRA, Hu et al. 2021, arXiv:2106.09685). Only this module imports
+peft.
 
 W x becomes W x + (alpha / rank) B A dropout(x) with A (rank, in) random and B (out, rank) zero, so that the model
-begins as the pretrained one. peft wraps each layer: its weight is then called `qkv.base_layer.weight` and the factors
+starts as the pretrained one. peft wraps each layer: its weight is then called `qkv.base_layer.weight` and the factors
 `qkv.lora_A.default.weight`, `qkv.lora_B.default.weight`.
 """
 
@@ -22,7 +23,7 @@ ADAPTER_NAME = "default"  # peft's
 
 
 def attach_lora(sam: Sam, *, rank: int, alpha: float, dropout: float, last_k: int, seed: int) -> None:
-    """Put low-rank updates on qkv and proj of the last K blocks, 0 = all; everything else is left as it is.
+    """Attach low-rank updates to qkv and proj of the last K blocks, 0 = all; nothing else changes.
 
     Args:
         rank: of the update. alpha: the update counts alpha / rank times. dropout: of the update's input, in training.
@@ -54,12 +55,12 @@ def attach_lora(sam: Sam, *, rank: int, alpha: float, dropout: float, last_k: in
 
 
 def has_lora(sam: nn.Module) -> bool:
-    """Whether a model, or part of one, carries low-rank updates."""
+    """Return whether a model, or part of one, has low-rank updates."""
     return any(MARK in name for name, _ in sam.named_parameters())
 
 
 def lora_layers(sam: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every layer that carries an update."""
+    """Yield name and module of every layer with an update."""
     if has_lora(sam):
         from peft.tuners.lora import Linear
 
@@ -67,15 +68,15 @@ def lora_layers(sam: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def update_of(layer: nn.Module) -> torch.Tensor:
-    """(alpha / rank) B A of a layer, (out, in), as peft computes it."""
+    """Return (alpha / rank) B A of a layer, (out, in), as peft computes it."""
     return layer.get_delta_weight(ADAPTER_NAME)  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
 def merged_lora_state(sam: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict under the keys that the model had before `attach_lora`, updates added to the weights; a copy of those.
+    """Return the state dict with updates added to the weights, under the keys from before `attach_lora`.
 
-    A model without updates gives its state dict as it is.
+    Updated weights are copies; a model without updates gives its state dict as it is. Adapters keep keys of their own.
     """
     state = {k.replace(".base_layer.", "."): v for k, v in sam.state_dict().items() if MARK not in k}
     for name, layer in lora_layers(sam):
@@ -85,7 +86,7 @@ def merged_lora_state(sam: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def merge_lora(sam: Sam) -> None:
-    """Add the updates to the weights in place and take peft's layers out again."""
+    """Add the updates to the weights in place and remove peft's layers."""
     for name, layer in list(lora_layers(sam)):
         linear = layer.get_submodule("base_layer")
         linear.weight.add_(update_of(layer))  # pyright: ignore[reportCallIssue]

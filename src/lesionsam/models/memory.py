@@ -1,9 +1,9 @@
-"""What a training step takes of the memory, before it is made: counted from the model's shapes.
+"""Predict the memory of a training step from the model's shapes.
 
-Four parts. What the method holds: weights, and for what trains gradients, two moments of AdamW and the teacher's
-average. What autograd keeps of the forward pass for the backward pass, which is most of it: `block_bytes`,
-`neck_bytes` and `decoder_bytes` count the tensors that torch saves, layer by layer. What comes and goes meanwhile: the
-teacher's pass over the batch. And what is the device's own: context, workspaces, what the allocator cannot use.
+Four parts. What the method holds: weights, and for trained parameters gradients, two moments of AdamW and the teacher's
+average. What autograd saves in the forward pass, which is most of it: `block_bytes`, `neck_bytes` and `decoder_bytes`
+count the tensors that torch saves, layer by layer. What exists only during the step: the teacher's pass over the batch.
+And the device's own: context, workspaces, fragmentation.
 
 In the formulas N = H' W' tokens, D their width, h heads, C channels of the features, a bytes of a number in a matrix
 product (2 under half precision), r = 4 bytes of one in the residual stream, norms and losses.
@@ -23,15 +23,15 @@ from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam, patch_size
 
 R = 4
-SMALL = 1.08  # what is not counted by itself: head, losses, prompts
+SMALL = 1.08  # factor for head, losses and prompts, which are not counted separately
 MAPS = 12  # float maps of the model's input size that targets and losses hold per image
-CUDA_BYTES = 700 << 20  # context, cuBLAS and cuDNN workspaces; from others' reports, not measured here
+CUDA_BYTES = 700 << 20  # context, cuBLAS and cuDNN workspaces; from public reports, not measured here
 CUDA_SLACK = 1.06  # of the allocator's blocks that are split; likewise
 
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes of a training step, by what they are for.
+    """Bytes of a training step by purpose.
 
     Attributes:
         held: weights and what is kept per trained parameter. saved: for the backward pass. passing: at the peak beside
@@ -45,14 +45,14 @@ class Step:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Return the peak."""
         return self.held + self.saved + self.passing + self.overhead
 
 
 def predict_step(
     sam: Sam, *, held: int, batch_size: int, answers: int, precision: str, device: str, teacher: bool
 ) -> Step:
-    """The peak of a step.
+    """Predict the peak memory of a training step.
 
     Args:
         sam: the student, what trains selected; shapes alone are read. held: bytes, see `held_bytes`.
@@ -86,8 +86,10 @@ def predict_step(
 
 
 def held_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes that some modules hold through a training: storage shared among them once; trained parameters four times,
-    for gradient and AdamW's moments."""
+    """Return the bytes that modules hold through a training.
+
+    Shared storage counts once; trained parameters count four times, for gradient and AdamW's moments.
+    """
     storages: dict[int, int] = {}
     trained = 0
     for module in modules:
@@ -100,7 +102,7 @@ def held_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def block_bytes(block: Any, grid: int, a: int, attention: str, device: str) -> int:
-    """What torch saves of one image in one block of the encoder.
+    """Return the bytes that torch saves of one image in one block of the encoder.
 
     Args:
         grid: H' = W'. a: bytes of a number in a matrix product. attention: a backend of `attention`, or auto.
@@ -126,11 +128,14 @@ def block_bytes(block: Any, grid: int, a: int, attention: str, device: str) -> i
 
 
 def neck_bytes(grid: int, channels: int, a: int) -> int:
-    """What torch saves of one image in the neck: two convolutions, each with a norm written out."""
+    """Return the bytes that torch saves of one image in the neck: two convolutions, each with a norm written out."""
     return 8 * grid * grid * channels * a
 
 
 def decoder_bytes(grid: int, channels: int, a: int) -> int:
-    """What torch saves of one answer in the prompt-conditioned decoder: two layers of attention over the features, and
-    the upscaling to four times the grid. Fitted to what it saves at C = 128 and 256, within 5 %."""
+    """Return the bytes that torch saves of one prompt in the decoder.
+
+    Two layers of attention over the features, and the upscaling to four times the grid; fitted at C = 128 and 256,
+    within 5 %.
+    """
     return grid * grid * channels * (16 + 21 * a)

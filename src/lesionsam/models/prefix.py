@@ -1,4 +1,4 @@
-"""The frozen leading part of the encoder and what follows it."""
+"""Split the encoder into its frozen leading part and the rest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lesionsam.types import Batch
 
 
 def num_frozen_blocks(sam: Sam) -> int:
-    """Number of leading blocks that, with the patch embedding, train nothing; -1 if the embedding trains.
+    """Return the number of frozen leading blocks (with the patch embedding); -1 if the embedding trains.
 
     The neck counts as one block more: blocks + 1 where nothing of the encoder trains.
     """
@@ -27,7 +27,7 @@ def num_frozen_blocks(sam: Sam) -> int:
 
 
 def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """The encoder's leading part.
+    """Run the encoder's leading part.
 
     Args:
         images: (B, 3, S, S) preprocessed. num_blocks: as `num_frozen_blocks` counts them, the neck as the last.
@@ -40,7 +40,7 @@ def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tens
 
 
 def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """What `encode_prefix` left of the encoder: tokens after `num_blocks` blocks -> features (B, C, H', W').
+    """Run the rest of the encoder: tokens after `num_blocks` blocks -> features (B, C, H', W').
 
     Tokens in half precision are continued in the precision of the weights, as the encoder's residual stream is.
     """
@@ -54,11 +54,11 @@ def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tens
 def encode_frozen(
     sam: Sam, images: torch.Tensor, num_blocks: int, reference: Sam | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The frozen prefix of a batch, and the pretrained model's features from the same pass.
+    """Return the frozen prefix of a batch, and the pretrained model's features from the same pass.
 
-    Image by image, so that what comes out for an image depends on that image alone, to the last bit: a kernel may add
-    up in another order for a batch of another size. So a value may be kept and used again beside any other images.
-    Under bfloat16 autocast both are rounded to bfloat16 (the features after they were computed from exact tokens).
+    It runs image by image, so that an image's output depends on that image alone, to the last bit: a kernel may sum in
+    another order for another batch size. So a value may be cached and reused beside any other images. Under bfloat16
+    autocast both are rounded to bfloat16 (the features after they were computed from exact tokens).
 
     Args:
         images: (B, 3, S, S) preprocessed. num_blocks: from 0, see `num_frozen_blocks`.
@@ -69,14 +69,14 @@ def encode_frozen(
     tokens, features = [], []
     for image in images.contiguous().split(1):  # one layout: kernels, and so last bits, may differ by it
         exact = encode_prefix(sam, image, num_blocks)
-        tokens.append(as_kept(exact))
+        tokens.append(to_cache_form(exact))
         if reference is not None:
-            features.append(as_kept(encode_suffix(reference, exact, num_blocks)))
+            features.append(to_cache_form(encode_suffix(reference, exact, num_blocks)))
     return torch.cat(tokens), torch.cat(features) if features else None
 
 
-def as_kept(values: torch.Tensor) -> torch.Tensor:
-    """Values in the layout and precision in which they are used and kept: contiguous, bfloat16 under its autocast."""
+def to_cache_form(values: torch.Tensor) -> torch.Tensor:
+    """Return values in the layout and precision of the cache: contiguous, bfloat16 under bfloat16 autocast."""
     device = values.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
         values = values.to(torch.bfloat16)
@@ -86,14 +86,14 @@ def as_kept(values: torch.Tensor) -> torch.Tensor:
 def frozen_part(
     sam: Sam, batch: Batch, num_blocks: int, reference: Sam | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`encode_frozen` of a batch, or what the batch already carries of it."""
+    """Return `encode_frozen` of a batch, or the values that the batch carries from a cache."""
     if batch.prefix is not None and (batch.reference is not None or reference is None):
         return batch.prefix, batch.reference
     return encode_frozen(sam, preprocess(batch.images, batch.sizes), num_blocks, reference)
 
 
 def encode_batch(sam: Sam, batch: Batch) -> torch.Tensor:
-    """(B, C, H', W') features of a batch, its frozen part as `frozen_part` has it."""
+    """Return the features (B, C, H', W') of a batch; its frozen part comes from `frozen_part`."""
     split = num_frozen_blocks(sam)
     if split < 0:
         return encode(sam, preprocess(batch.images, batch.sizes))

@@ -1,4 +1,4 @@
-"""The pixel projection head of the contrastive method, and the test that it has not collapsed."""
+"""Pixel projection head of the contrastive method, and a measure of its collapse."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class ProjectionHead(nn.Module):
         self.embed = nn.Conv2d(channels, PROJECTED_CHANNELS, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, C, H', W') -> (B, 64, H', W'), unit length along the channels."""
+        """Project features, (B, C, H', W') -> (B, 64, H', W'), unit length along the channels."""
         return F.normalize(self.embed(F.gelu(self.norm(self.project(features)))).float(), dim=1)
 
 
 def spread(embeddings: torch.Tensor) -> dict[str, float]:
-    """How far a head is from collapse.
+    """Return how far a head's embeddings are from collapse.
 
     Args:
         embeddings: (B, 64, H', W') unit vectors.

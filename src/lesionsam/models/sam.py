@@ -1,4 +1,4 @@
-"""SAM as this project uses it: segment_anything's own modules, loaded, fed and decoded in batches.
+"""Build, encode and decode SAM in batches, with segment_anything's own modules.
 
 Nothing of segment_anything is changed: `models.attention` and `models.decoder` run its modules' weights.
 """
@@ -25,7 +25,7 @@ SHOWN_KEYS = 3  # of those that a message could name
 
 
 def build_sam(name: str, *, image_size: int = 0, architecture: CompactArchitecture | None = None) -> Sam:
-    """A SAM with random weights, in eval mode.
+    """Build a SAM with random weights, in eval mode.
 
     Args:
         name: compact, vit_b, vit_l or vit_h. image_size: side S of the input, pixels; 0 = the model's own.
@@ -67,18 +67,18 @@ def at_size(sam: Sam, image_size: int) -> Sam:
 
 
 def patch_size(sam: Sam) -> int:
-    """Side of a patch, pixels."""
+    """Return the side of a patch, pixels."""
     return sam.image_encoder.get_parameter("patch_embed.proj.weight").shape[-1]
 
 
 def encode(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) preprocessed -> features (B, C, H', W'); its blocks as `attention.Execution` has them."""
+    """Encode preprocessed images, (B, 3, S, S) -> (B, C, H', W'); blocks run as set by `attention.set_execution`."""
     encoder = sam.image_encoder
     return encoder.neck(run_blocks(encoder, embed(sam, images), 0).permute(0, 3, 1, 2))
 
 
 def embed(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, S, S) preprocessed -> (B, H', W', width) tokens with their positions, before the first block."""
+    """Return the tokens before the first block, (B, 3, S, S) preprocessed -> (B, H', W', width), positions added."""
     tokens, position = sam.image_encoder.patch_embed(images), sam.image_encoder.pos_embed
     return tokens if position is None else tokens + position
 

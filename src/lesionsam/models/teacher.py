@@ -1,4 +1,4 @@
-"""Teacher: the exponential moving average of what trains."""
+"""Teacher: exponential moving average of the trained parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def copy_trained(module: nn.Module) -> nn.Module:
-    """A copy that shares storage with the original where it is frozen; its own where it trains."""
+    """Return a copy that shares the storage of frozen parameters and owns the trained ones."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, dict(shared))
 
@@ -38,7 +38,7 @@ class Teacher:
 
     @torch.no_grad()
     def update(self) -> None:
-        """One averaging step, after the student's optimiser step."""
+        """Take one averaging step, after the student's optimiser step."""
         torch._foreach_lerp_(self._averages, [p.detach() for p in self._sources], 1 - self.decay)
         for average, source in self._buffers:
             if average.is_floating_point():

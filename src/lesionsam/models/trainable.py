@@ -1,4 +1,4 @@
-"""Which parameters of a SAM train, and the encoder split at the first of them."""
+"""Select which parameters of a SAM train."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def select_trainable(
 
 
 def trained_counts(module: nn.Module) -> dict[str, int]:
-    """Number of trained parameters by part: encoder, adapters, lora, decoder, prompt_encoder, head, other; no zeros."""
+    """Return the number of trained parameters by part: encoder, adapters, lora, decoder, prompt_encoder, head, other.
+
+    Parts without trained parameters are left out.
+    """
     marks = {
         "adapters": adapters.MARK,
         "lora": lora.MARK,
@@ -67,5 +70,5 @@ def trained_counts(module: nn.Module) -> dict[str, int]:
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Parameters that require a gradient."""
+    """Return the parameters that require a gradient."""
     return [p for p in module.parameters() if p.requires_grad]

@@ -1,1 +1,1 @@
-"""The compact SAM, trained from scratch on generated shapes."""
+"""Pretraining of the compact SAM on generated shapes."""

@@ -1,4 +1,4 @@
-"""The card beside the compact SAM's weights: what made them, and how good they are."""
+"""Write the card of the compact SAM: how the weights were made and how good they are."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def card_text(
     images: str,
     num_parameters: int,
 ) -> str:
-    """Markdown of the card; scores are keyed "set/prompt" as `foundation.measure` gives them; images: key of SEEN."""
+    """Return the card as Markdown; scores are keyed "set/prompt" as `pretrain.measure` returns them; images: key of
+    SEEN.
+    """
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())
     table = "\n".join(
         f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |"
@@ -75,13 +77,13 @@ were measured on, never trained or selected on: the run ends by the clock.
 """
 
 
-def machine_in_words(threads: int) -> str:
-    """Cores and kind of processor, and how many threads of it were used."""
+def describe_machine(threads: int) -> str:
+    """Return cores and kind of processor, and the number of threads used."""
     return f"{os.cpu_count()}-core {platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def current_commit(folder: Path) -> str:
-    """Commit of the source tree, "unknown" outside a Git clone, with a note where files differ from it."""
+    """Return the commit of the source tree, with a note if files differ; "unknown" outside a Git clone."""
 
     def git(*words: str) -> str | None:
         try:

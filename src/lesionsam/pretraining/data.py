@@ -1,4 +1,4 @@
-"""What a compact SAM is trained from scratch on beside generated shapes: the images and masks of section `data`."""
+"""Provide a data set's images and masks (section `data`) for pretraining a compact SAM."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_MEASURED = 100  # development images that progress is measured on, at most
 
 
 class DataPool:
-    """Training targets of a data set, each in an orientation drawn anew; every other one is widened.
+    """Draw training targets of a data set, each in a random orientation; every other one is widened.
 
     Args:
         data: samples with masks. grid: side T of the low-resolution grid, cells.
@@ -33,17 +33,17 @@ class DataPool:
         self.data, self.grid = data, grid
 
     def refresh(self) -> None:
-        """Nothing: the images are what they are."""
+        """Do nothing: the images are fixed."""
 
     def draw(self, num: int, generator: torch.Generator) -> Targets:
-        """`num` targets, drawn with replacement."""
+        """Draw `num` targets with replacement."""
         index = torch.randint(len(self.data), (num,), generator=generator).numpy()
         variants = torch.randint(2 * NUM_ORIENTATIONS, (num,), generator=generator).numpy()
         return targets_of(self.data, index, self.grid, variants)
 
 
 def targets_of(data: LesionDataset, index: np.ndarray, grid: int, variants: np.ndarray | None = None) -> Targets:
-    """Samples of a data set as targets; `variants` as `LesionDataset.batch` takes them."""
+    """Return samples of a data set as targets; `variants` as in `LesionDataset.batch`."""
     batch = data.batch(index, variants)
     if batch.masks is None or batch.prior is None:
         raise ValueError("targets need masks and priors")
@@ -58,7 +58,7 @@ def targets_of(data: LesionDataset, index: np.ndarray, grid: int, variants: np.n
 
 
 def open_pool(config: Config, side: int, grid: int, root: Path) -> tuple[DataPool, Targets]:
-    """The training images as a pool, and some development images to measure on.
+    """Open the training images as a pool, and some development images to measure on.
 
     Args:
         side: S. grid: T. root: folder in which the stages download and boxes have run.

@@ -1,9 +1,9 @@
-"""Train a compact SAM from scratch: `lesionsam foundation`; section `foundation` of params.yaml says of what sizes.
+"""Train a compact SAM from scratch: `lesionsam foundation`, sizes from section `foundation` of params.yaml.
 
-By default it sees shapes of lesionsam.data.shapes only, or else the images and masks of section `data` (a folder, COCO,
-any other source); either way prompted with boxes, points and mask prompts. Each step encodes a batch
-once and decodes it three times: a loose box, points alone, and a refinement of a given mask (the box prior or the
-model's own earlier logits). The learning rate follows the clock, so that the run fits the time there is.
+It trains on the generated shapes of `pretraining.shapes`, or on the images and masks of section `data` (a folder, COCO,
+any other source), prompted with boxes, points and mask prompts. Each step encodes a batch once and decodes it three
+times: a loose box, points alone, and a refinement of a given mask (the box prior or the model's own earlier logits).
+The learning rate follows the clock, so that the run fits the given time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import preprocess, resize_longest
 from lesionsam.pretraining import shape_prompts
-from lesionsam.pretraining.card import card_text, current_commit, machine_in_words
+from lesionsam.pretraining.card import card_text, current_commit, describe_machine
 from lesionsam.pretraining.data import DataPool, open_pool
 from lesionsam.pretraining.shape_prompts import Targets, make_targets
 from lesionsam.prompts import draw_prompts
@@ -60,8 +60,8 @@ CARDS = {"compact.safetensors": "card.md"}  # the shipped weights' card; any oth
 
 
 @dataclass
-class Progress:
-    """Where a run stands: steps done, seconds on the clock and of the processor, the last measured scores."""
+class PretrainProgress:
+    """State of a run: steps, chunks, wall-clock and processor seconds, last measured scores."""
 
     step: int = 0
     chunks: int = 0
@@ -81,7 +81,7 @@ def pretrain(
     probe: Path | None = None,
     images: tuple[DataPool, Targets] | None = None,
     log: Callable[[str], None] = print,
-) -> tuple[Sam, Progress]:
+) -> tuple[Sam, PretrainProgress]:
     """Train a compact SAM from scratch for `minutes` of running time.
 
     Args:
@@ -104,7 +104,7 @@ def pretrain(
     average = copy.deepcopy(sam).requires_grad_(False).eval()
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
-    progress = Progress()
+    progress = PretrainProgress()
     run = {**asdict(architecture), "seed": seed, "images": "shapes" if images is None else "data"}
     if resume and state_path.is_file():
         progress = _restore(state_path, run, sam, average, optimiser, generator)
@@ -150,7 +150,7 @@ def pretrain(
 
 
 def step_loss(sam: Sam, batch: Targets, generator: torch.Generator) -> Tensor:
-    """Sum over three decodings of 2 BCE + Dice on the low-resolution grid, and of the IoU head's squared error."""
+    """Return the loss of three decodings: 2 BCE + Dice on the low-resolution grid, and the IoU head's squared error."""
     features = encode(sam, preprocess(batch.images, batch.sizes))
     targets = F.adaptive_avg_pool2d(batch.masks.float(), batch.priors.shape[-1])
     boxed = shape_prompts.box_prompts(batch, generator)
@@ -168,7 +168,7 @@ def step_loss(sam: Sam, batch: Targets, generator: torch.Generator) -> Tensor:
 
 
 def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Scalar loss, and the single mask's logits (B, 1, T, T) without gradient.
+    """Return the scalar loss, and the single mask's logits (B, 1, T, T) without gradient.
 
     A single point without mask is ambiguous: there the best of the three candidates is trained too.
     """
@@ -187,13 +187,13 @@ def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor
 
 
 def held_out_shapes(architecture: CompactArchitecture) -> Targets:
-    """About 140 objects that no run trains on."""
+    """Return about 140 objects that no run trains on."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
 
 
 def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int = 100) -> Targets:
-    """The first images of a folder in the model's frame, with simulated boxes 10 to 20 % too large."""
+    """Read the first images of a folder into the model frame, with simulated boxes 10 to 20 % too large."""
     side, rng = architecture.image_size, np.random.default_rng(0)
     rows: list[tuple[Tensor, ...]] = []
     for path in sorted((folder / "images" / "train").glob("*.jpg"))[:num_images]:
@@ -229,7 +229,7 @@ def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int 
 
 @torch.no_grad()
 def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
-    """Mean zero-shot IoU in the model's frame, "set/prompt" -> value.
+    """Return the mean zero-shot IoU in the model's frame, "set/prompt" -> value.
 
     `prior` is the box prior itself; `box+prior` is the model given it as mask prompt beside the big box.
     """
@@ -254,7 +254,7 @@ def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
 
 
 class _Pool:
-    """The newest POOL_CHUNKS chunks of generated targets; chunk k of a run is always the same."""
+    """Keep the newest POOL_CHUNKS chunks of generated targets; chunk k of a run is always the same."""
 
     def __init__(self, architecture: CompactArchitecture, seed: int, chunks: int) -> None:
         self.architecture, self.seed = architecture, seed
@@ -264,13 +264,13 @@ class _Pool:
             self.refresh()
 
     def refresh(self) -> None:
-        """Add a chunk, and let the oldest go."""
+        """Add a chunk and drop the oldest."""
         generator = torch.Generator().manual_seed(self.seed * CHUNK_SEED_STRIDE + self.chunks)
         self.chunks += 1
         self.parts.append(make_targets(self.architecture.image_size, 4 * self.architecture.grid, generator))
 
     def draw(self, num: int, generator: torch.Generator) -> Targets:
-        """`num` targets, each from a chunk drawn anew, augmented together."""
+        """Draw `num` targets, each from a random chunk, and augment them together."""
         drawn = []
         for index in torch.randint(len(self.parts), (num,), generator=generator).tolist():
             part = self.parts[index]
@@ -283,7 +283,7 @@ def _update_average(average: Sam, sam: Sam, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(sam.parameters()), 1 - decay)
 
 
-def _line(progress: Progress, minutes: float, loss: float, rate: float) -> str:
+def _line(progress: PretrainProgress, minutes: float, loss: float, rate: float) -> str:
     scores = " ".join(f"{name} {value:.3f}" for name, value in progress.scores.items())
     return (
         f"step {progress.step} {progress.seconds / 60:.1f}/{minutes:.0f} min (cpu {progress.cpu_seconds / 60:.1f}) "
@@ -298,7 +298,7 @@ def _save_state(
     average: Sam,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-    progress: Progress,
+    progress: PretrainProgress,
 ) -> None:
     buffer = io.BytesIO()
     torch.save(
@@ -322,7 +322,7 @@ def _restore(
     average: Sam,
     optimiser: torch.optim.Optimizer,
     generator: torch.Generator,
-) -> Progress:
+) -> PretrainProgress:
     state = torch.load(path, weights_only=True)
     held = {"images": "shapes"} | state.get("run", {})
     if held != dict(run):
@@ -334,11 +334,11 @@ def _restore(
     average.load_state_dict(state["average"])
     optimiser.load_state_dict(state["optimiser"])
     generator.set_state(state["generator"])
-    return Progress(**state["progress"])
+    return PretrainProgress(**state["progress"])
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; what is not said comes from section `foundation` of the parameter file."""
+    """Run the command; options that are not given come from section `foundation` of the parameter file."""
     parser = argparse.ArgumentParser(
         prog="lesionsam foundation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -392,7 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
         command=" ".join(["lesionsam foundation", *words]),
         commit=commit,
         seed=f.seed,
-        machine=machine_in_words(options.threads),
+        machine=describe_machine(options.threads),
         steps=progress.step,
         minutes=progress.seconds / 60,
         cpu_minutes=progress.cpu_seconds / 60,

@@ -1,4 +1,4 @@
-"""What the compact SAM is asked about generated shapes: targets with boxes and priors, and prompts drawn from them.
+"""Make training targets from generated shapes (boxes, priors), and draw prompts from them.
 
 Boxes are XYXY, points XY, both float32 in pixels of the S x S image; mask prompts are logits on the 4H' x 4W' grid.
 """
@@ -25,7 +25,7 @@ OUTSIDE_LOGIT = -3.0  # the box prior's value where it is certain of background
 
 @dataclass(frozen=True)
 class Targets:
-    """B objects to be asked for, one image each.
+    """B target objects, one image each.
 
     Attributes:
         images: (B, 3, S, S) uint8 RGB. sizes: (B, 2) int64, height and width of the part that is image.
@@ -48,7 +48,7 @@ class Targets:
 
     @staticmethod
     def join(parts: list[Targets]) -> Targets:
-        """All objects of all parts, in order."""
+        """Concatenate all objects of all parts in order."""
         return Targets(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Targets)})
 
 
@@ -80,7 +80,9 @@ def make_targets(side: int, grid: int, generator: torch.Generator, num_images: i
 
 
 def loosen(boxes: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Boxes as people draw them: half of them 5-25 % too large, half anything from tight to 50 %; cut at the frame."""
+    """Return boxes as people draw them: half of them 5 to 25 % too large, half from tight to 50 %; clipped to the
+    frame.
+    """
     num = len(boxes)
     usual = torch.rand(num, 1, generator=generator) < 0.5
     draw = torch.rand(num, 2, generator=generator)
@@ -91,7 +93,7 @@ def loosen(boxes: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 def core_boxes(masks: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, S, S) bool -> (B, 4): around each deepest point, the largest of some boxes that lies wholly inside.
+    """Return a box inside each mask, (B, S, S) bool -> (B, 4): the largest of some that fits around the deepest point.
 
     An object too thin for the smallest gets a box without area.
     """
@@ -121,7 +123,7 @@ def core_boxes(masks: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def augment(batch: Targets, generator: torch.Generator) -> Targets:
-    """One flip or quarter turn and one order of the colour channels for the batch; some images padded as SAM pads."""
+    """Apply one flip or quarter turn and one order of colour channels to the batch; pad some images as SAM pads."""
     side = batch.images.shape[-1]
     flip_x, flip_y, swap = torch.rand(3, generator=generator) < 0.5
     images, masks, priors = batch.images, batch.masks, batch.priors
@@ -163,20 +165,20 @@ def pad(batch: Targets, generator: torch.Generator) -> Targets:
 
 
 def points_in(regions: Tensor, num_points: int, generator: torch.Generator) -> Tensor:
-    """(B, S, S) bool -> (B, N, 2) float32 XY, uniform over each region; over the frame where it is empty."""
+    """Draw points uniformly over each region, (B, S, S) bool -> (B, N, 2) float32 XY; over the frame if it is empty."""
     side = regions.shape[-1]
     index = torch.multinomial(regions.flatten(1).float() + 1e-9, num_points, replacement=True, generator=generator)
     return torch.stack([index % side, index // side], -1).float()
 
 
 def points_in_boxes(boxes: Tensor, num_points: int, generator: torch.Generator) -> Tensor:
-    """(B, 4) -> (B, N, 2) float32 XY, uniform over each box."""
+    """Draw points uniformly over each box, (B, 4) -> (B, N, 2) float32 XY."""
     share = torch.rand(len(boxes), num_points, 2, generator=generator)
     return boxes[:, None, :2] + share * (boxes[:, None, 2:] - boxes[:, None, :2])
 
 
 def box_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
-    """A loose box, in a third of the calls with 1 to 5 points in the core."""
+    """Draw a loose box, in a third of the calls with 1 to 5 points in the core."""
     boxes = torch.minimum(
         loosen(tight_boxes(batch.masks), batch.masks.shape[-1], generator), batch.sizes.flip(1).repeat(1, 2)
     )
@@ -187,7 +189,7 @@ def box_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
 
 
 def point_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
-    """Points alone: one in the core (40 %), one anywhere on the object, several, or several with background."""
+    """Draw points alone: one in the core (40 %), one anywhere on the object, several, or several with background."""
     kind = torch.rand((), generator=generator)
     if kind < 0.4:
         points = points_in_boxes(batch.small, 1, generator)
@@ -204,7 +206,7 @@ def point_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
 
 
 def prior_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
-    """The box prior as mask prompt, its slope varied, with its big box, core points or both."""
+    """Return the box prior as mask prompt, its slope varied, with its big box, core points or both."""
     num = len(batch)
     slope = torch.exp(torch.rand(num, 1, 1, 1, generator=generator) * 1.5 - 0.4)  # 0.67 to 3
     masks = batch.priors[:, None] * slope
@@ -217,7 +219,7 @@ def prior_prompts(batch: Targets, generator: torch.Generator) -> Prompts:
 
 
 def correction_prompts(batch: Targets, earlier: Tensor, boxes: Tensor | None, generator: torch.Generator) -> Prompts:
-    """SAM's second round: the earlier logits (B, 1, T, T) as mask prompt and one point where they are wrong.
+    """Return SAM's second round: the earlier logits (B, 1, T, T) as mask prompt and one point where they are wrong.
 
     An image without an error gets a point in its core.
     """

@@ -1,8 +1,8 @@
-"""Generated shapes: what the compact SAM is pretrained on. Generic objects on varied backgrounds, batched and seeded.
+"""Generate shapes to pretrain the compact SAM on: generic objects on varied backgrounds, batched and seeded.
 
-Nothing here knows of lesions or skin: colours, sizes, borders and clutter are drawn from wide, neutral ranges. Every
-object is an implicit function f, roughly the distance to its outline in sides of the image, negative inside.
-All arrays are (B, channels, row, column); x runs along columns; coordinates are shares of the side.
+Colours, sizes, borders and clutter are drawn from wide, neutral ranges; nothing is specific to lesions or skin. Every
+object is an implicit function f, roughly the distance to its outline in sides of the image, negative inside. All arrays
+are (B, channels, row, column); x runs along columns; coordinates are shares of the side.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NUM_OBJECTS = 2  # drawn per image, the second over the first
-MIN_AREA = 0.01  # an object that shows less of the frame, or
-MIN_VISIBLE = 0.6  # less of itself, is nobody's target
+MIN_AREA = 0.01  # least share of the frame that a target object covers
+MIN_VISIBLE = 0.6  # least share of a target object that is not hidden
 EXTENT = 0.5  # the outline lies this many border widths outside the half-way colour: the visible extent
 
 
@@ -27,7 +27,7 @@ class Shapes:
     Attributes:
         images: (B, 3, S, S) uint8 RGB.
         masks: (B, K, S, S) bool, the visible part of each object; they do not overlap.
-        usable: (B, K) bool, whether the object shows enough to be asked for.
+        usable: (B, K) bool, whether enough of the object is visible for a target.
     """
 
     images: Tensor
@@ -60,7 +60,7 @@ def generate_shapes(num: int, side: int, generator: torch.Generator) -> Shapes:
 
 
 class _Draw:
-    """Random quantities of one batch: scalars per image are (B, 1, 1), fields are (B, C, S, S)."""
+    """Draw random quantities of one batch: scalars per image are (B, 1, 1), fields are (B, C, S, S)."""
 
     def __init__(self, num: int, side: int, generator: torch.Generator) -> None:
         self.num, self.side, self.generator = num, side, generator
@@ -68,7 +68,7 @@ class _Draw:
         self.y, self.x = torch.meshgrid(axis, axis, indexing="ij")
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """(B, *shape), (B, 1, 1) when no shape is given."""
+        """Return uniform values (B, *shape); (B, 1, 1) if no shape is given."""
         return torch.rand(self.num, *(shape or (1, 1)), generator=self.generator) * (high - low) + low
 
     def log_uniform(self, low: float, high: float, *shape: int) -> Tensor:
@@ -78,33 +78,33 @@ class _Draw:
         return torch.randn(self.num, *(shape or (1, 1)), generator=self.generator)
 
     def chance(self, probability: float, *shape: int) -> Tensor:
-        """Bool of the same shapes as `uniform`."""
+        """Return booleans that are true with a probability; shapes as in `uniform`."""
         return self.uniform(0, 1, *shape) < probability
 
     def field(self, channels: int, cells: int) -> Tensor:
-        """Smooth noise of about unit variance with `cells` bumps a side."""
+        """Return smooth noise of about unit variance with `cells` bumps a side."""
         coarse = self.normal(channels, cells, cells)
         return F.interpolate(coarse, size=(self.side, self.side), mode="bicubic", align_corners=False)
 
     def fractal(self, channels: int, cells: tuple[int, ...], falloff: float = 0.6) -> Tensor:
-        """Sum of smooth noises, each finer one `falloff` times as strong."""
+        """Return a sum of smooth noises, each finer one `falloff` times as strong."""
         total = torch.zeros(())
         for octave, count in enumerate(cells):
             total = total + falloff**octave * self.field(channels, count)
         return total
 
     def mottling(self, cells: tuple[int, ...], falloff: float = 0.6) -> Tensor:
-        """(B, 3, S, S) fractal noise, more of lightness than of colour."""
+        """Return fractal noise (B, 3, S, S), stronger in lightness than in colour."""
         return self.fractal(1, cells, falloff) + 0.45 * self.fractal(3, cells, falloff)
 
     def colour(self) -> Tensor:
-        """(B, 3, 1, 1): grey level with a saturation that is low more often than high."""
+        """Return colours (B, 3, 1, 1): a grey level with a saturation that is more often low than high."""
         grey = self.uniform(0.04, 0.96, 1, 1, 1)
         tint = self.normal(3, 1, 1)
         return (grey + self.uniform(0, 1, 1, 1, 1) ** 2 * 0.25 * tint).clamp(0.02, 0.98)
 
     def texture(self) -> Tensor:
-        """(B, 1, S, S) in about -1 to 1: stripes, grids or speckle, each image its own; many have none."""
+        """Return textures (B, 1, S, S) in about -1 to 1: stripes, grids, speckle or none per image."""
         angle, frequency = self.uniform(0, math.pi), self.log_uniform(5, 28)
         bend = self.fractal(2, (4, 9)) * self.uniform(0, 0.03, 1, 1, 1)
         x, y = self.x + bend[:, 0], self.y + bend[:, 1]
@@ -118,7 +118,7 @@ class _Draw:
 
 
 def _background(draw: _Draw) -> Tensor:
-    """(B, 3, S, S): a colour with gradients, mottling, texture and sometimes a second region."""
+    """Return backgrounds (B, 3, S, S): a colour with gradients, mottling, texture and sometimes a second region."""
     image = draw.colour() + draw.uniform(0, 0.25, 1, 1, 1) ** 2 * draw.mottling((2, 5, 12, 30))
     image = image + draw.uniform(0, 0.15, 1, 1, 1) * draw.field(1, 2)
     image = image + draw.uniform(0, 0.1, 1, 1, 1) * draw.texture()
@@ -128,7 +128,7 @@ def _background(draw: _Draw) -> Tensor:
 
 
 def _outline(draw: _Draw, smaller: bool) -> Tensor:
-    """(B, S, S): implicit function of one object per image, of one of five families."""
+    """Return the implicit function (B, S, S) of one object per image, of one of five families."""
     radius = draw.log_uniform(0.06, 0.5) * (0.6 if smaller else 1.0)
     spread = draw.uniform(0, 1) ** 0.7  # near the middle more often than at the frame
     centre_x = 0.5 + 0.5 * spread * draw.uniform(-1, 1)
@@ -169,7 +169,7 @@ def _outline(draw: _Draw, smaller: bool) -> Tensor:
 
 
 def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay one object over the image; (B, 3, S, S) and its (B, S, S) bool mask, the visible extent."""
+    """Paint one object; return the image (B, 3, S, S) and the object's visible extent (B, S, S) bool."""
     inside = torch.sigmoid(-outline * 200)[:, None]
     weight = inside / inside.sum((2, 3), keepdim=True).clamp(min=1)
     under = (image * weight).sum((2, 3), keepdim=True)
@@ -209,7 +209,7 @@ def _paint(draw: _Draw, image: Tensor, outline: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _clutter(draw: _Draw, image: Tensor) -> Tensor:
-    """Thin curves, straight lines, dots and highlights over everything; none is ever a target."""
+    """Draw thin curves, straight lines, dots and highlights over everything; none is ever a target."""
     count = torch.randint(1, 10, (draw.num, 1, 1), generator=draw.generator) * draw.chance(0.4)
     angle, colour = draw.uniform(0, math.pi), draw.colour()
     cover = torch.zeros(draw.num, draw.side, draw.side)
@@ -232,7 +232,7 @@ def _clutter(draw: _Draw, image: Tensor) -> Tensor:
 
 
 def _camera(draw: _Draw, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Uneven light, vignette, dark or bright frames, blur, block compression and noise.
+    """Apply uneven light, vignette, dark or bright frames, blur, block compression and noise.
 
     Returns the image and (B, S, S) bool, what a frame hides.
     """
@@ -260,13 +260,13 @@ def _camera(draw: _Draw, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gaussian(sigma: float) -> Tensor:
-    """(1, 1, 5, 5) kernel of sum 1."""
+    """Return a (1, 1, 5, 5) Gaussian kernel of sum 1."""
     line = torch.exp(-((torch.arange(5) - 2.0) ** 2) / (2 * sigma**2))
     return (line[:, None] * line / line.sum() ** 2)[None, None]
 
 
 def _block_compress(image: Tensor, step: Tensor) -> Tensor:
-    """JPEG-like: round the cosine coefficients of 8 x 8 blocks, higher frequencies more coarsely.
+    """Imitate JPEG: round the cosine coefficients of 8 x 8 blocks, higher frequencies more coarsely.
 
     image (B, 3, S, S) in 0 to 1; step (B, 1, 1, 1), the coarsest rounding, of the orthonormal coefficients.
     Sides that 8 does not divide are left as they are.

@@ -1,1 +1,1 @@
-"""The HTML report, the model card and the comparison of runs."""
+"""HTML report, model card and comparison of runs."""

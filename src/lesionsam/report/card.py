@@ -1,4 +1,4 @@
-"""The model card of a run (Mitchell et al. 2019, arXiv:1810.03993): made from its files, so that it cannot drift."""
+"""Write the model card of a run (Mitchell et al. 2019, arXiv:1810.03993) from its files, so that it cannot go stale."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ LICENCES = {
     "isic2016": "ISIC 2016, arXiv:1605.01397; images CC-0",
     "isic2017": "ISIC 2017, arXiv:1710.05006; images CC-0",
     "isic2018": "ISIC 2018 Task 1, arXiv:1902.03368; images CC-0",
-    "folder": "images of whoever trained it. **Their licence and the patients' consent are not known here: whoever "
-    "passes this model on states them**",
+    "folder": "images of the person who trained it. **Their licence and the patients' consent are not known here; "
+    "state them when you pass this model on**",
 }
 PEOPLE = {
     "synthetic": "No person is in these images. Nothing can be said about any skin.",
@@ -40,7 +40,7 @@ BASES = {"compact": "the compact SAM of this project, pretrained on generated sh
 
 
 def build_card(results: Path, training: Path, output: Path, *, commit: str | None = None) -> None:
-    """Write the card.
+    """Write the model card.
 
     Args:
         results: folder of the evaluate stage. training: folder of the train stage. output: Markdown file to write.
@@ -63,7 +63,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
         "weights": f"`best.safetensors`, SHA-256 {sha256_file(weights)}",
         "method": f"{params['method']['name']}; trained: {trained_parts(params['model'])}",
         "labels": labels(params),
-        "prompt": prompted(prompts_in(table)),
+        "prompt": describe_prompts(prompts_in(table)),
         "data": LICENCES.get(source, source),
         "selection": selection(params, summary),
         "test": f"{summary['num_images']} images, {summary['num_lesions']} lesions, read by the last evaluation only",
@@ -88,7 +88,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
             "a point that a person has set,",
             "with a person looking at every outline. Not for: diagnosis, triage, measuring growth without a check by "
             "eye, other kinds of images, or images",
-            "without a lesion: it outlines whatever it is prompted with, and does not say that there is none.",
+            "without a lesion: it outlines what it is prompted with and cannot report that there is none.",
             "",
             "## Figures",
             "",
@@ -103,15 +103,15 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
     write_text_atomic(output, text)
 
 
-def prompted(prompts: Sequence[str]) -> str:
-    """With which prompts the model was measured, and what it was not given."""
+def describe_prompts(prompts: Sequence[str]) -> str:
+    """Return the card's line about prompts: which ones were measured, and that the model does not draw them."""
     given = ", ".join(prompt for prompt in prompts if prompt != NONE)
     text = f"{given}, as measured below; these are not drawn by the model itself"
     return text + (f". Column `{NONE}`: no prompt, it looks for the lesion by itself" if NONE in prompts else "")
 
 
 def labels(params: Mapping[str, Any]) -> str:
-    """Which labels the training read."""
+    """Return the card's line about the labels that training read."""
     if params["method"]["name"] == "supervised":
         return "true masks"
     if params["boxes"]["source"] == "csv":
@@ -124,17 +124,17 @@ def labels(params: Mapping[str, Any]) -> str:
 
 
 def selection(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """How the best epoch was chosen."""
+    """Return the card's line about how the best epoch was chosen."""
     by = (
         "the mean IoU on development images with masks"
         if params["train"]["select"] == "objective" and summary["has_truth"]
-        else "what needs no mask, on development images"
+        else "a score that needs no mask, on development images"
     )
     return f"best of {params['train']['epochs']} epochs by {by}; seed {params['train']['seed']}"
 
 
 def figures(table: pd.DataFrame, summary: Mapping[str, Any]) -> str:
-    """The tables of results/table.md, and how to read them."""
+    """Return the tables of results/table.md with a sentence on how to read them."""
     against = pd.DataFrame(summary["against_baselines"])
     about = (
         f"Brackets are {summary['confidence']:.0%} bootstrap intervals over images ({summary['num_bootstrap']} "
@@ -144,7 +144,7 @@ def figures(table: pd.DataFrame, summary: Mapping[str, Any]) -> str:
 
 
 def limits(source: str, strata: pd.DataFrame, summary: Mapping[str, Any]) -> Sequence[str]:
-    """What is known, and what is not, about where the model is worse."""
+    """Return the lines about known and unknown limits: lesion size, skin tone, camera, label noise."""
     lines = []
     own = strata[strata["model"] == ADAPTED] if len(strata) else strata
     if len(own) and summary["has_truth"]:
@@ -173,8 +173,8 @@ def limits(source: str, strata: pd.DataFrame, summary: Mapping[str, Any]) -> Seq
     lines += [
         f"- {PEOPLE.get(source, ISIC_PEOPLE)}",
         "- Camera, body site, age and diagnosis: not known here, so nothing is said about them.",
-        "- Experts disagree about outlines (arXiv:2508.09381): a perfect score is not to be had, and a high one "
-        "is agreement with one of them.",
+        "- Experts disagree about outlines (arXiv:2508.09381): no score can be perfect, and a high one means "
+        "agreement with one of them.",
         "- Pale lesions, ink, hair, and lesions that fill the frame are the weak places of the colour prior that "
         "taught it.",
     ]

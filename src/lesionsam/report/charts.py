@@ -1,4 +1,4 @@
-"""The report's charts, each from one CSV of the results: SVG text that stands in the page."""
+"""Draw the report's charts, each from one CSV of the results, as SVG inside the page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CHANCE = "#9aa1ad"  # of reference lines
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture for the page: a data URI, what it shows for who cannot see it, and its caption."""
+    """A picture for the page: data URI, alternative text and caption."""
 
     uri: str
     alt: str
@@ -52,7 +52,7 @@ class Chart:
 
 
 def chart(draw: Callable[[Axes], None], caption: str, *, width: float = 5.4, height: float = 3.6) -> Chart:
-    """Run `draw(axes)` and keep the figure as SVG; no global matplotlib state is touched."""
+    """Run `draw(axes)` and return the figure as SVG; no global matplotlib state is touched."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots())
@@ -62,12 +62,12 @@ def chart(draw: Callable[[Axes], None], caption: str, *, width: float = 5.4, hei
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes as an address that needs no file."""
+    """Return bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def colour(name: str, others: Sequence[str] = ()) -> str:
-    """A model's colour: its own, or one by its place among those that have none."""
+    """Return a model's colour: its fixed one, or one by its position among the models without."""
     if name in COLOURS:
         return COLOURS[name]
     strangers = [other for other in others if other not in COLOURS]
@@ -75,7 +75,7 @@ def colour(name: str, others: Sequence[str] = ()) -> str:
 
 
 def miou_by_prompt(table: pd.DataFrame, prompts: Sequence[str]) -> Chart:
-    """Mean IoU with interval, one row per prompt source, one mark per model."""
+    """Draw the mean IoU with interval, one row per prompt source, one mark per model."""
     models = list(table["model"].drop_duplicates())
 
     def draw(axes: Axes) -> None:
@@ -99,7 +99,7 @@ def miou_by_prompt(table: pd.DataFrame, prompts: Sequence[str]) -> Chart:
 
 
 def paired_scatter(rows: pd.DataFrame, prompt: str, first: str, second: str) -> Chart:
-    """Each image's IoU by two models with the same prompt."""
+    """Draw each lesion's IoU of two models with the same prompt."""
     wide = rows[rows["prompt"] == prompt].pivot_table(index=["image_id", "lesion_id"], columns="model", values="iou")
 
     def draw(axes: Axes) -> None:
@@ -114,7 +114,7 @@ def paired_scatter(rows: pd.DataFrame, prompt: str, first: str, second: str) -> 
 
 
 def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, caption: str) -> Chart:
-    """Columns of history.csv by epoch."""
+    """Draw columns of history.csv by epoch."""
 
     def draw(axes: Axes) -> None:
         for k, name in enumerate(names):
@@ -134,7 +134,7 @@ def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, cap
 
 
 def gate_chart(history: pd.DataFrame) -> Chart:
-    """Share of training images whose target was trusted, by epoch: all of them, and by the target's size."""
+    """Draw the share of training images that the gate trusts by epoch, in all and by size of the target."""
     sizes = {
         "trusted": "all",
         "trusted_small": "small (up to 5 % of the frame)",
@@ -153,8 +153,8 @@ def gate_chart(history: pd.DataFrame) -> Chart:
     return chart(draw, "How many targets the entropy gate let through, by size of the target in the model's frame.")
 
 
-def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Chart:
-    """One column of several runs' history.csv by epoch."""
+def score_by_run(histories: Mapping[str, pd.DataFrame], column: str, label: str) -> Chart:
+    """Draw one column of several runs' history.csv by epoch."""
 
     def draw(axes: Axes) -> None:
         for name, history in histories.items():
@@ -167,14 +167,14 @@ def objective_by_run(histories: Mapping[str, pd.DataFrame], column: str) -> Char
                 label=name,
                 color=colour(name, list(histories)),
             )
-        axes.set(xlabel="epoch", ylabel="score on development images")
+        axes.set(xlabel="epoch", ylabel=f"{label} of development images")
         axes.legend(fontsize=9)
 
-    return chart(draw, f"Column {column} of each run's history.csv.")
+    return chart(draw, f"{label[:1].upper()}{label[1:]} by epoch: column {column} of each run's history.csv.")
 
 
 def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:
-    """Mean IoU by lesion size for one prompt source."""
+    """Draw the mean IoU by lesion size for one prompt source."""
     part = strata[strata["prompt"] == prompt]
     models, names = list(part["model"].drop_duplicates()), list(part["stratum"].drop_duplicates())
 
@@ -192,7 +192,7 @@ def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:
 
 
 def jitter_chart(jitter: pd.DataFrame) -> Chart:
-    """Mean IoU as the boxes grow sloppier."""
+    """Draw the mean IoU against the imprecision of the boxes."""
     models = list(jitter["model"].drop_duplicates())
 
     def draw(axes: Axes) -> None:
@@ -220,7 +220,7 @@ def jitter_chart(jitter: pd.DataFrame) -> Chart:
 
 
 def calibration_chart(calibration: pd.DataFrame, prompt: str, scores: dict[str, float]) -> Chart:
-    """Reliability inside the big box: how often a pixel given probability p is lesion."""
+    """Draw the reliability inside the big box: share of lesion pixels against predicted probability."""
     part = calibration[(calibration["prompt"] == prompt) & (calibration["region"] == "big_box")]
     models = list(part["model"].drop_duplicates())
 

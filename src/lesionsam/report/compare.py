@@ -1,4 +1,4 @@
-"""Runs side by side on one page, on the lesions that all of them were evaluated on, tested in pairs with the first."""
+"""Compare runs on one page, on the lesions that all of them were evaluated on, in paired tests with the first run."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from lesionsam.evaluation.tables import (
 )
 from lesionsam.overlays import sheet
 from lesionsam.report import charts as charts
-from lesionsam.report.page import LINES, cost_cells, embedded, read_summary, write_page
-from lesionsam.report.runs import Run, open_runs
+from lesionsam.report.page import LABEL_FREE, LINES, cost_cells, embedded, iou_columns, read_summary, write_page
+from lesionsam.report.runs import EvaluatedRun, open_runs
 
-COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
+COMMON = (*BASELINES, ZERO_SHOT)  # models that runs on one test split share
 SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure
 SAME = 2e-3  # IoU per lesion: another attention kernel may turn a pixel
 CHANGED = 0.01  # IoU; less is not listed
-MAX_PICTURED = 12  # lesions shown as every run answers them
+MAX_PICTURED = 12  # lesions shown with every run's mask
 MAX_CHANGED = 10  # lesions listed on either side
 KEYS = ["image_id", "lesion_id"]
 
 
 def compare(texts: Sequence[str], output: Path, root: Path) -> int:
-    """`lesionsam compare`: find the runs, print the tables, write the page; returns its size, bytes."""
+    """Find the runs, print the tables and write the page. Return the page's size in bytes."""
     with open_runs(texts, root) as runs:
         summaries = [read_summary(run.results) for run in runs]
         rows = side_by_side(runs)
@@ -54,10 +54,10 @@ def compare(texts: Sequence[str], output: Path, root: Path) -> int:
     return output.stat().st_size
 
 
-def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
-    """per_image.csv of all runs as one, the adapted models under their runs' names, on the lesions that all have.
+def side_by_side(runs: Sequence[EvaluatedRun]) -> pd.DataFrame:
+    """Join per_image.csv of all runs on their common lesions; adapted models get their runs' names.
 
-    What the runs share (zero-shot, baselines) stands once where its figures are equal in all of them, else per run.
+    Shared models (zero-shot, baselines) appear once if their figures are equal in all runs, otherwise per run.
 
     Raises:
         UserError: no lesion in common, or some have masks and others none.
@@ -88,7 +88,7 @@ def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """per_image.csv, as the evaluation writes it.
+    """Read the evaluation's per_image.csv.
 
     Raises:
         UserError: it is another file, or an empty one.
@@ -102,13 +102,13 @@ def read_rows(path: Path) -> pd.DataFrame:
     return rows
 
 
-def name_of(run: Run) -> str:
-    """A run's name in tables; never that of a baseline."""
+def name_of(run: EvaluatedRun) -> str:
+    """Return a run's name in tables; never that of a baseline."""
     return f"run {run.name}" if run.name in COMMON else run.name
 
 
 def equal(first: pd.DataFrame, second: pd.DataFrame) -> bool:
-    """Whether two evaluations of a model give the same figures, whatever the order of their rows."""
+    """Return whether two evaluations of a model give the same figures in any order of rows."""
     columns = ["prompt", *KEYS, "iou", "core_coverage", "leakage"]
     a, b = (frame[columns].sort_values(columns[:3]).reset_index(drop=True) for frame in (first, second))
     return (
@@ -119,16 +119,16 @@ def equal(first: pd.DataFrame, second: pd.DataFrame) -> bool:
 
 
 def tabulated(rows: pd.DataFrame, reference: str, summary: Mapping[str, Any]) -> pd.DataFrame:
-    """`statistics.table` against the first run, with the number of resamples and confidence of its evaluation."""
+    """Return `statistics.table` against the first run, with its evaluation's resamples and confidence."""
     return statistics.table(
         rows, reference=reference, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"]
     )
 
 
 def content(
-    runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame, table: pd.DataFrame
+    runs: Sequence[EvaluatedRun], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame, table: pd.DataFrame
 ) -> dict[str, object]:
-    """What the template is filled with, the command aside."""
+    """Return the template's variables, except the command."""
     names, first = [name_of(run) for run in runs], name_of(runs[0])
     tables = [{"title": title, "cells": cells, "main": first} for title, cells in sections(table, first)]
     if differing := setting_cells(runs):
@@ -144,7 +144,7 @@ def content(
             "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml.",
         ],
         "chart_groups": chart_groups(runs, summaries[0], rows, table),
-        "cases": pictured(runs),
+        "cases": shared_pictures(runs),
         "reproduce": "The same page from the same runs:",
         "details": [
             (f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
@@ -154,8 +154,8 @@ def content(
     }
 
 
-def story(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[str]:
-    """What is compared, and what a reader must beware of."""
+def story(runs: Sequence[EvaluatedRun], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[str]:
+    """Return the introduction: what is compared, and the caveats."""
     lesions, first = rows[KEYS].drop_duplicates(), name_of(runs[0])
     out = [
         f"{len(lesions)} test lesions on {lesions['image_id'].nunique()} images, answered by every run. Differences "
@@ -182,7 +182,7 @@ def story(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.
 
 
 def headline(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
-    """Mean IoU over the prompts of the objective, or agreement between prompts, for each run."""
+    """Return each run's headline figure: mean IoU over the objective's prompts, or agreement between prompts."""
     out = []
     for name in names:
         own = table[table["model"] == name].set_index("prompt")
@@ -196,8 +196,8 @@ def headline(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
     return out
 
 
-def settings(run: Run) -> dict[str, str]:
-    """The parameters of a run that decide its figures, dotted; none where they are not known."""
+def settings(run: EvaluatedRun) -> dict[str, str]:
+    """Return the parameters of a run that affect its figures, dotted keys; empty if unknown."""
     if run.training is None or not (run.training / "params.yaml").is_file():
         return {}
 
@@ -210,8 +210,8 @@ def settings(run: Run) -> dict[str, str]:
     return {k: v for section in SECTIONS if section in values for k, v in flat(values[section], section).items()}
 
 
-def setting_cells(runs: Sequence[Run]) -> list[list[str]]:
-    """One row per parameter that is not the same in all runs; empty where all are."""
+def setting_cells(runs: Sequence[EvaluatedRun]) -> list[list[str]]:
+    """Return one row per parameter that differs between runs, with a header; empty if none does."""
     known = [settings(run) for run in runs]
     keys = list(dict.fromkeys(key for values in known for key in values))
     rows = [
@@ -223,9 +223,9 @@ def setting_cells(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def chart_groups(
-    runs: Sequence[Run], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
+    runs: Sequence[EvaluatedRun], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
 ) -> list[dict[str, Any]]:
-    """Sections with charts; one without data is left out."""
+    """Return the sections with charts; a section without data is left out."""
     prompts, names = prompts_in(table), [name_of(run) for run in runs]
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
@@ -273,10 +273,7 @@ def chart_groups(
         for name, run in zip(names, runs, strict=True)
         if run.training is not None and (run.training / "history.csv").is_file()
     }
-    for column in ("objective", "label_free"):
-        if len(histories) > 1 and all(column in history for history in histories.values()):
-            add("Training", "each run's models/adapted/history.csv", [charts.objective_by_run(histories, column)])
-            break
+    add("Training", "each run's models/adapted/history.csv", score_charts(histories))
     took = [
         (name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
         for name, run in zip(names, runs, strict=True)
@@ -293,8 +290,27 @@ def chart_groups(
     return groups
 
 
-def add_curves(add: Any, runs: Sequence[Run], main: str) -> None:
-    """The jitter and reliability curves of the adapted models, as each run's evaluation wrote them."""
+def score_charts(histories: Mapping[str, pd.DataFrame]) -> list[charts.Chart]:
+    """Return the development scores by epoch: mean IoU and label-free score in charts of their own.
+
+    The label-free score is drawn only if not every run has a mean IoU.
+    """
+    by_iou = {name: history for name, history in histories.items() if "objective" in iou_columns(history)}
+    by_label_free = {
+        name: history
+        for name, history in histories.items()
+        if LABEL_FREE in history and history[LABEL_FREE].notna().any()
+    }
+    drawn = []
+    if len(by_iou) > 1:
+        drawn.append(charts.score_by_run(by_iou, "objective", "mean IoU"))
+    if len(by_label_free) > 1 and len(by_iou) < len(histories):
+        drawn.append(charts.score_by_run(by_label_free, LABEL_FREE, "label-free score"))
+    return drawn
+
+
+def add_curves(add: Any, runs: Sequence[EvaluatedRun], main: str) -> None:
+    """Add the jitter and reliability curves of the adapted models, from each run's evaluation."""
     jitter, calibration, scores = [], [], {}
     for run in runs:
         for name, kept in (("jitter", jitter), ("calibration", calibration)):
@@ -319,7 +335,7 @@ def add_curves(add: Any, runs: Sequence[Run], main: str) -> None:
 
 
 def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]]:
-    """The lesions that gained and lost most from the first run to the second, with a header."""
+    """Return the lesions that gained and lost most from the first run to the second, with a header."""
     known = rows[rows["model"].isin([first, second]) & (rows["prompt"] != LEAKING)].dropna(subset=["iou"])
     wide = known.pivot_table(index=KEYS, columns="model", values="iou").dropna()
     wide = wide.assign(change=wide[second] - wide[first]).sort_values("change", ascending=False, kind="stable")
@@ -335,8 +351,8 @@ def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]
     ]
 
 
-def pictured(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """Lesions of which every run's evaluation drew a picture, each run's beside the others'; worst cases first."""
+def shared_pictures(runs: Sequence[EvaluatedRun]) -> list[dict[str, object]]:
+    """Return pictures of lesions that every run's evaluation drew, runs beside each other; worst cases first."""
     drawn = [drawn_lesions(run.results / "overlays") for run in runs]
     common = [name for name in drawn[0] if all(name in other for other in drawn[1:])][:MAX_PICTURED]
     pictures = []
@@ -352,7 +368,7 @@ def pictured(runs: Sequence[Run]) -> list[dict[str, object]]:
 
 
 def drawn_lesions(folder: Path) -> dict[str, Path]:
-    """Lesion, as file names have it, -> its picture; see `evaluation_pictures.Pick.file_name`. Worst cases first."""
+    """Return lesion (as in file names, see `evaluation.picks.Pick.file_name`) -> its picture, worst cases first."""
     groups = (*reversed(GROUPS), DISPUTED)
     found: dict[str, Path] = {}
     for group in groups:

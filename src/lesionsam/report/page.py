@@ -1,4 +1,4 @@
-"""One HTML file with everything a run gave: opens offline, pictures inside, every figure named with its file."""
+"""Write a run's results as one HTML file: it opens offline, holds its pictures and names the file of every figure."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from lesionsam.utils.files import write_text_atomic
 
 MAX_BYTES = 15_000_000  # of the page
 JPEG_QUALITY = 82
-DEV_SCORES = ("objective", "ring", "centre", "box", "label_free")
+IOU_SCORES = ("objective", "ring", "centre", "box")  # columns of history.csv, mean IoU; needs masks
+LABEL_FREE = "label_free"  # needs none; on another scale, so never on one axis with an IoU
 NOT_LOSSES = ("epoch", "step", "lr", "seconds")
 GATE = "trusted"  # column of history.csv, and beginning of others
 MAX_CURVES = 8
@@ -70,7 +71,7 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
         chart_groups=chart_groups(results, training, table),
         cases=[
             *cases(results / "overlays", training / "overlays", summary["has_truth"]),
-            *doubts(results, summary["has_truth"]),
+            *label_issues(results, summary["has_truth"]),
         ],
         reproduce="In the repository, at this commit and with these parameters in params.yaml:",
         commands="\n".join([f"git checkout {commit}"] * bool(commit) + ["dvc repro", "dvc metrics show"]),
@@ -80,7 +81,7 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
 
 
 def read_summary(results: Path) -> dict[str, Any]:
-    """summary.json of an evaluation.
+    """Read summary.json of an evaluation.
 
     Raises:
         UserError: there is none, or none that can be read.
@@ -95,7 +96,7 @@ def read_summary(results: Path) -> dict[str, Any]:
 
 
 def write_page(output: Path, **content: object) -> None:
-    """Fill the template and write it, complete or not at all.
+    """Fill the template and write it atomically.
 
     Raises:
         UserError: a page over `MAX_BYTES`, or a place that cannot be written.
@@ -114,7 +115,7 @@ def write_page(output: Path, **content: object) -> None:
 
 
 def page() -> jinja2.Template:
-    """The page's template."""
+    """Return the page's template."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -123,7 +124,7 @@ def page() -> jinja2.Template:
 
 
 def subtitle(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """One line: data, model, method, size of the test."""
+    """Return one line: data, model, method, size of the test set."""
     return (
         f"{params['data']['source']} data · model {params['model']['name']} · method {params['method']['name']} · "
         f"{summary['num_images']} test images, {summary['num_lesions']} lesions"
@@ -131,7 +132,7 @@ def subtitle(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
 
 
 def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
-    """What was done, in sentences."""
+    """Return the introduction: labels, what trained, how it was selected and measured."""
     method, model, boxes = params["method"], params["model"], params["boxes"]
     drawn = (
         "simulated from the masks (which the method itself never sees)"
@@ -149,7 +150,7 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     selection = (
         "by true masks of the development images"
         if params["train"]["select"] == "objective" and summary["has_truth"]
-        else "by what needs no mask"
+        else "by a score that needs no mask"
     )
     out = [
         f"{labels} What trains is {trained_parts(model)}, for {params['train']['epochs']} epochs; "
@@ -172,7 +173,7 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
 
 
 def headline(table: pd.DataFrame) -> list[dict[str, str]]:
-    """The few figures that stand at the top."""
+    """Return the figures at the top of the page."""
     own = table[table["model"] == ADAPTED].set_index("prompt")
     if "miou" not in table:
         return [
@@ -197,7 +198,7 @@ def headline(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, object]]:
-    """Main tables, with the comparison to the baselines."""
+    """Return the main tables and the comparison with the baselines."""
     out = [{"title": title, "cells": cells, "main": ADAPTED} for title, cells in sections(table)]
     if summary["against_baselines"]:
         out.append(
@@ -211,7 +212,7 @@ def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, ob
 
 
 def notes(table: pd.DataFrame) -> list[str]:
-    """What the reader must know to read the tables right."""
+    """Return the notes needed to read the tables."""
     shown = {*prompts_in(table), *table["model"]}
     return [note for name, note in NOTES.items() if name in shown] + [
         "From results/table.csv and results/summary.json."
@@ -219,7 +220,7 @@ def notes(table: pd.DataFrame) -> list[str]:
 
 
 def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Sections with charts; a section without data is left out."""
+    """Return the sections with charts; a section without data is left out."""
     prompts = prompts_in(table)
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
@@ -244,14 +245,14 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
         add("By prompt and by image", "results/table.csv and results/per_image.csv", drawn)
     if (training / "history.csv").exists():
         history = pd.read_csv(training / "history.csv")
-        add("Training", f"{named(training)}/history.csv", training_charts(history))
+        add("Training", f"{short_path(training)}/history.csv", training_charts(history))
         if GATE in history and history[GATE].notna().any():
-            add("What the gate let through", f"{named(training)}/history.csv", [charts.gate_chart(history)])
+            add("What the gate let through", f"{short_path(training)}/history.csv", [charts.gate_chart(history)])
     if (training / "cost.json").exists():
         took = cost_cells(json.loads((training / "cost.json").read_text(encoding="utf-8")))
         add(
             "Time and memory",
-            f"{named(training)}/cost.json",
+            f"{short_path(training)}/cost.json",
             [],
             grids=[{"title": "Training", "cells": took, "main": None}],
         )
@@ -295,39 +296,47 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
     return groups
 
 
-def named(folder: Path) -> str:
-    """A folder as the reader finds it: its last two parts."""
+def short_path(folder: Path) -> str:
+    """Return the last two parts of a folder's path."""
     return f"{folder.parent.name}/{folder.name}"
 
 
 def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
-    """Loss terms and development scores by epoch, as far as the file holds them."""
+    """Return the charts of history.csv: loss terms, and development scores with one axis per kind of score."""
     numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
-    scores = [name for name in numeric if name.removeprefix("dev_") in DEV_SCORES]
+    groups = {"mean IoU": iou_columns(history), "label-free score": [name for name in numeric if name == LABEL_FREE]}
+    scores = (*IOU_SCORES, LABEL_FREE)
     losses = [
         name
         for name in numeric
-        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith(("dev_", GATE))
+        if name.removeprefix("dev_") not in scores
+        and name.removeprefix("train_") not in NOT_LOSSES
+        and not name.startswith(("dev_", GATE))
     ][:MAX_CURVES]
     out = []
     if losses:
         out.append(
             charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training.")
         )
-    if scores:
-        out.append(
-            charts.training_curves(
-                history,
-                scores,
-                "score on development images",
-                "Development images, on the model's frame (quick figures).",
-            )
-        )
+    for label, names in groups.items():
+        if names:
+            caption = f"Development images, {label}, on the model's frame (quick figures)."
+            out.append(charts.training_curves(history, names, f"{label} of development images", caption))
     return out
 
 
+def iou_columns(history: pd.DataFrame) -> list[str]:
+    """Return the columns of history.csv that hold a mean IoU.
+
+    Earlier versions wrote the label-free score under the name `objective` too where it selected; it is left out then.
+    """
+    known = [name for name in IOU_SCORES if name in history and history[name].notna().any()]
+    copied = LABEL_FREE in history and "objective" in known and history["objective"].equals(history[LABEL_FREE])
+    return [name for name in known if not (copied and name == "objective")]
+
+
 def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, object]]:
-    """Best, median and worst cases, and the last epoch's development pictures."""
+    """Return the best, median and worst cases and the last epoch's development pictures."""
     by = "IoU" if has_truth else "agreement between prompts"
     out: list[dict[str, object]] = []
     for group in GROUPS:
@@ -347,7 +356,7 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
         out.append(
             {
                 "title": "Development images, last epoch",
-                "text": f"From {named(epochs)}.",
+                "text": f"From {short_path(epochs)}.",
                 "tables": [],
                 "pictures": [picture(path) for path in last],
             }
@@ -355,8 +364,8 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
     return out
 
 
-def doubts(results: Path, has_truth: bool) -> list[dict[str, object]]:
-    """Lesions whose mask deserves a second look, with what pictures there are; nothing without masks."""
+def label_issues(results: Path, has_truth: bool) -> list[dict[str, object]]:
+    """Return the lesions whose mask should be checked, with their pictures; empty without masks."""
     if not has_truth:
         return []
     rows = read_csv(results / "per_image.csv")
@@ -381,7 +390,7 @@ def doubts(results: Path, has_truth: bool) -> list[dict[str, object]]:
 
 
 def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
-    """cost.json in words."""
+    """Return the table of cost.json."""
     seconds, steps = float(took["seconds"]), max(1, int(took["steps"]))
     return [
         ["steps", "in all", "per step", f"peak memory of the {took['memory_of']}", "on"],
@@ -396,13 +405,13 @@ def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
 
 
 def picture(path: Path) -> dict[str, str]:
-    """A PNG as a JPEG inside the page."""
+    """Return a PNG file as a JPEG inside the page."""
     with Image.open(path) as image:
         return embedded(image, path.stem)
 
 
 def embedded(image: Image.Image, name: str) -> dict[str, str]:
-    """A picture as a JPEG inside the page."""
+    """Return an image as a JPEG inside the page."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
     safe = "".join(c if c.isalnum() else "-" for c in name)

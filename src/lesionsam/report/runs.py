@@ -1,4 +1,4 @@
-"""Finished runs by name, for comparing them: a folder, a commit or experiment of DVC, or a run of MLflow."""
+"""Find finished runs by name for a comparison: a folder, a commit or experiment of DVC, or an MLflow run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lesionsam.tracking.registry import fetch_evaluation
 
 RESULTS, TRAINING = Path("results"), Path("models/adapted")
 NEEDED = ("summary.json", "per_image.csv", "table.csv", "strata.csv", "jitter.csv", "calibration.csv")
-OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # what is shown of it; the weights are not needed
+OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # shown on the page; the weights are not needed
 GET_SECONDS = 600.0
 EXPECTED = (
     "expected a folder with results/, a commit, branch or experiment (`dvc exp show` lists them), or an MLflow run id"
@@ -24,12 +24,12 @@ EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Run:
+class EvaluatedRun:
     """A finished run on this machine.
 
     Attributes:
-        name: as shown, one of its kind among the runs compared. results: folder with `NEEDED`.
-        training: folder with some of `OF_TRAINING`, or None. found: where it was found, in words.
+        name: as shown, unique among the compared runs. results: folder with `NEEDED`.
+        training: folder with some of `OF_TRAINING`, or None. found: description of where it was found.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Run:
 
 
 @contextmanager
-def open_runs(texts: Sequence[str], root: Path) -> Iterator[list[Run]]:
-    """Find runs, fetching what is not in the working folder into a temporary one.
+def open_runs(texts: Sequence[str], root: Path) -> Iterator[list[EvaluatedRun]]:
+    """Find the runs; fetch into a temporary folder what is not in the working folder.
 
     Args:
         texts: as a user names them, two or more. root: of the repository whose commits and experiments are meant.
@@ -70,21 +70,21 @@ def open_runs(texts: Sequence[str], root: Path) -> Iterator[list[Run]]:
 
 
 def short(text: str) -> str:
-    """A run's name on the page: a folder's last part, the first figures of an id, else what the user typed."""
+    """Return a run's name on the page: a folder's last part, the first digits of an id, or the text as given."""
     if Path(text).is_dir():
         return Path(text).resolve().name
     text = text.removeprefix("runs:/")
     return text[:8] if re.fullmatch(r"[0-9a-f]{32,40}", text) else text
 
 
-def open_run(text: str, name: str, root: Path, scratch: Path) -> Run:
-    """One run; see `open_runs`. What is fetched goes into `scratch`, which need not exist."""
+def open_run(text: str, name: str, root: Path, scratch: Path) -> EvaluatedRun:
+    """Find one run, see `open_runs`. Fetched files go into `scratch`, which need not exist."""
     path = Path(text)
     if path.is_dir():
         run = in_folder(path, name)
     elif match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
         fetch_evaluation(match[1], scratch, root=root)
-        run = Run(name, scratch / "evaluation", scratch / "config", f"MLflow run {match[1]}")
+        run = EvaluatedRun(name, scratch / "evaluation", scratch / "config", f"MLflow run {match[1]}")
     elif commit := commit_of(text, root):
         run = fetch_commit(text, commit, name, root, scratch)
     else:
@@ -96,19 +96,19 @@ def open_run(text: str, name: str, root: Path, scratch: Path) -> Run:
     return run
 
 
-def in_folder(path: Path, name: str) -> Run:
-    """A run whose results lie in a folder: the root of a project, or its results alone."""
+def in_folder(path: Path, name: str) -> EvaluatedRun:
+    """Return the run of a folder: the root of a project, or its results alone."""
     for results, training in ((path / RESULTS, path / TRAINING), (path, path.resolve().parent / TRAINING)):
         if (results / NEEDED[0]).is_file():
             beside = training if (training / OF_TRAINING[0]).is_file() else None
-            return Run(name, results, beside, f"folder {path}")
+            return EvaluatedRun(name, results, beside, f"folder {path}")
     raise UserError(
         f"{path}: no evaluation in it, neither {RESULTS / NEEDED[0]} nor {NEEDED[0]}; run `dvc repro evaluate` there"
     )
 
 
 def commit_of(text: str, root: Path) -> str | None:
-    """The commit that a revision or an experiment's name means in a repository, or None."""
+    """Return the commit of a revision or experiment name in a repository, or None."""
     if text.startswith("-") or not re.fullmatch(r"[\w./@^~{}-]+", text):
         return None
     git = ["git", "-C", str(root)]
@@ -127,8 +127,8 @@ def commit_of(text: str, root: Path) -> str | None:
     return next((commit for commit, ref in known if ref.rsplit("/", 1)[-1] == text), None)
 
 
-def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -> Run:
-    """A run's results as DVC has them for a commit."""
+def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -> EvaluatedRun:
+    """Fetch a run's results for a commit from DVC."""
     scratch.mkdir(parents=True)
     if problem := dvc_get(root, RESULTS.as_posix(), commit, scratch / RESULTS):
         raise UserError(
@@ -136,13 +136,13 @@ def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -
             "`dvc repro` in that commit makes them"
         )
     (scratch / TRAINING).mkdir(parents=True)
-    for file in OF_TRAINING:  # what an older run has not is left out of the page
+    for file in OF_TRAINING:  # a file that an older run lacks is left out of the page
         dvc_get(root, (TRAINING / file).as_posix(), commit, scratch / TRAINING / file)
-    return Run(name, scratch / RESULTS, scratch / TRAINING, f"commit {commit[:10]}")
+    return EvaluatedRun(name, scratch / RESULTS, scratch / TRAINING, f"commit {commit[:10]}")
 
 
 def dvc_get(root: Path, path: str, commit: str, target: Path) -> str:
-    """`dvc get`; returns what went wrong in a line, empty where nothing did."""
+    """Run `dvc get`. Return the error in one line, empty on success."""
     program = [sys.executable, "-P", "-m", "dvc"]  # -P: modules of the current folder do not stand in for others
     command = [*program, "get", str(root), path, "--rev", commit, "--out", str(target), "--force"]
     try:

@@ -1,1 +1,1 @@
-"""MLflow: values go to a journal first, a process of its own sends them."""
+"""Track runs in MLflow: values go to a journal, and a separate process sends them."""

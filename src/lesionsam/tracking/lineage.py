@@ -16,7 +16,9 @@ MAX_PARAM_CHARS = 500
 
 
 def repository_root(start: Path) -> Path:
-    """The root that tracking is anchored on: DVC's, which outlives the copies of `dvc exp run --temp`, or git's."""
+    """Return the root that tracking is anchored on: DVC's root, which outlives the copies of `dvc exp run --temp`, or
+    git's, or `start`.
+    """
     if root := os.environ.get("DVC_ROOT"):
         return Path(root).resolve()
     start = start.resolve()
@@ -24,7 +26,7 @@ def repository_root(start: Path) -> Path:
 
 
 def flatten_params(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: keys joined by dots, lists as JSON, values of at most 500 characters."""
+    """Flatten nested settings into MLflow parameters: keys joined by dots, lists as JSON, values of 500 characters."""
     flat: dict[str, str] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
@@ -36,7 +38,7 @@ def flatten_params(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str
 
 
 def lineage_tags(root: Path) -> dict[str, str]:
-    """Where a run comes from: git commit and dirty flag, DVC experiment and root."""
+    """Return the tags that identify the code of a run: git commit, dirty flag, DVC experiment and DVC root."""
     tags = {
         variable.lower(): value
         for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")

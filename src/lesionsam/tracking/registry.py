@@ -1,8 +1,8 @@
-"""Models by name: a file, a run, or a version in MLflow's registry -> weights on this machine; and their promotion.
+"""Resolve a model name (file, folder, run or registry version) to local weights, and promote runs to registry versions.
 
-What `lesionsam promote` registers is the logged model that the training left in its run: one weights file with
-segment_anything's keys. The version carries where it comes from (tags) and its test table (description); an alias
-such as `champion` says which version is meant. See docs/decisions/0024-exports-that-prove-themselves.md.
+`lesionsam promote` registers the logged model of a training run: one weights file with segment_anything's keys. The
+version carries its origin (tags) and its test table (description); an alias such as `champion` points to one version.
+See docs/decisions/0024-exports-that-prove-themselves.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG
 from lesionsam.tracking.spool import Spool, read_record, spool_root
+from lesionsam.tracking.store import OUTDATED, schema_problem, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 
@@ -46,13 +47,13 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Promotion:
-    """What `promote` did.
+    """Result of `promote`.
 
     Attributes:
         version: of the registered model. previous: version that had the alias before, None where there was none.
-        is_new: the version was made now; otherwise only the alias moved. run_id: MLflow's.
+        is_new: the version was created now; otherwise only the alias moved. run_id: MLflow's.
         objective: mean IoU over ring, centre and box on the test images; None without masks.
-        previous_objective: of the previous version, None where there is none or it has none.
+        previous_objective: of the previous version; None if unknown.
     """
 
     alias: str
@@ -65,17 +66,17 @@ class Promotion:
 
 
 def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
-    """A weights file on this machine for what a user calls a model.
+    """Return the local weights file that a model name refers to.
 
     Args:
         text: a weights file; a folder that holds one (models/adapted, models/pretrained, an export); an MLflow run id,
             with or without `runs:/`; `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml says
-            which MLflow server is asked, its mlflow.db is asked where that says nothing.
+        root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml names
+            the MLflow server; without one, its mlflow.db is used.
     Returns:
-        an existing file: SAM's .pth or .safetensors. Whether it holds a SAM, `models.sam.load_sam` says.
+        an existing .pth or .safetensors file; `models.checkpoint.load_sam` checks its content.
     Raises:
-        UserError: there is no such thing, or the server does not answer.
+        UserError: nothing of that name, or no answer from the server.
     """
     text = str(text)
     path = Path(text)
@@ -84,12 +85,12 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     if path.is_dir():
         return _weights_in(path)
     if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
-        with _answers(root) as (client, uri):
+        with _mlflow_client(root) as (client, uri):
             return _download(client, uri, _model_of_version(client, _version(client, uri, *match.groups()), text), text)
     if text.startswith("models:"):
         raise UserError(f"{text}: {EXPECTED}")
     if match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
-        with _answers(root) as (client, uri):
+        with _mlflow_client(root) as (client, uri):
             return _download(client, uri, _model_of_run(client, _find_run(client, uri, match[1])), text)
     remedy = "; `dvc repro` trains one" if path == TRAINED or TRAINED in path.parents else ""
     raise UserError(f"{text}: no such file, folder or run; {EXPECTED}{remedy}")
@@ -120,7 +121,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
         name = match[1]
     else:
         raise UserError(f"--run {run}: expected a folder with a run.json, such as {TRAINED}, or an MLflow run id")
-    with _answers(root) as (client, uri):
+    with _mlflow_client(root) as (client, uri):
         found = _find_run(client, uri, name)
         scores = {
             key.removeprefix("test/"): value for key, value in found.data.metrics.items() if key.startswith("test/")
@@ -151,7 +152,7 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
     Raises:
         UserError: no such run, or it was never evaluated.
     """
-    with _answers(root) as (client, uri):
+    with _mlflow_client(root) as (client, uri):
         found = _find_run(client, uri, name)
         there = {item.path for item in client.list_artifacts(found.info.run_id)}
         if "evaluation" not in there:  # it may be waiting to be sent
@@ -166,7 +167,7 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
 
 
 def tracking_uri(root: Path) -> str:
-    """Where the runs below a root are tracked: `tracking.uri` of its params.yaml, or the database beside it."""
+    """Return the tracking URI of a repository: `tracking.uri` of its params.yaml, or the SQLite database beside it."""
     params = root / "params.yaml"
     section = read_yaml(params).get("tracking") if params.is_file() else None
     uri = section.get("uri") if isinstance(section, Mapping) else None
@@ -174,7 +175,7 @@ def tracking_uri(root: Path) -> str:
 
 
 def _weights_in(folder: Path) -> Path:
-    """The one weights file of a folder."""
+    """Return the single weights file of a folder."""
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -189,7 +190,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _recorded_run(folder: Path, root: Path) -> str:
-    """The local id that run.json of a training gives its run, once all that the run has logged is on the server."""
+    """Return the id of the run in a training folder's run.json, after sending its waiting entries."""
     record = read_record(folder)
     if not record:
         raise UserError(
@@ -208,12 +209,16 @@ def _recorded_run(folder: Path, root: Path) -> str:
 
 
 @contextmanager
-def _answers(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
-    """A client and its tracking URI; whatever MLflow raises becomes one line."""
+def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
+    """Yield an MLflow client and its tracking URI; turn MLflow's errors into one line."""
     root = repository_root(Path.cwd()) if root is None else root
     uri = tracking_uri(root)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
-        raise UserError(f"{uri}: no such MLflow store, so no run or model is known here; `dvc repro` makes it")
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        if not path.is_file():
+            raise UserError(f"{uri}: no such MLflow database, so no run or model is known here; `dvc repro` makes it")
+        if problem := store_problem(path):
+            raise UserError(problem)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from mlflow import MlflowClient
@@ -224,11 +229,13 @@ def _answers(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
         yield MlflowClient(uri), uri
     except (MlflowException, RequestException) as error:
         text = " ".join(str(error).split())[:300]
+        if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
+            raise UserError(f"{uri}: {problem}") from None
         raise UserError(f"MLflow at {uri}: {text}; look at tracking.uri in params.yaml") from None
 
 
-def _asked(call: Callable[[], Any], message: str) -> Any:
-    """What MLflow answers; where it says that there is no such thing, `message`."""
+def _lookup(call: Callable[[], Any], message: str) -> Any:
+    """Call MLflow; raise `UserError(message)` where the server does not know the entity."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -241,35 +248,35 @@ def _asked(call: Callable[[], Any], message: str) -> Any:
 
 
 def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:
-    registered = _asked(
+    registered = _lookup(
         lambda: client.get_registered_model(name),
         f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one",
     )
     aliases = ", ".join(sorted(registered.aliases)) or "none"
     if alias is not None:
-        return _asked(
+        return _lookup(
             lambda: client.get_model_version_by_alias(name, alias),
             f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias {alias}` sets it",
         )
-    return _asked(
+    return _lookup(
         lambda: client.get_model_version(name, str(number)),
         f"models:/{name}/{number}: no such version; aliases there are: {aliases}",
     )
 
 
 def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) -> LoggedModel:
-    """The logged model behind a version."""
+    """Return the logged model behind a registry version."""
     match = re.fullmatch(r"models:/(m-\w+)", version.source or "")
     if match is None:
         raise UserError(
             f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
             f"{version.source}; expected a logged model"
         )
-    return _asked(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
+    return _lookup(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
 
 
 def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
-    """A run by MLflow's id, or by the local id that every run has from its first moment."""
+    """Return a run by MLflow's id or by its local id (tag `lesionsam.local_id`)."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -285,7 +292,7 @@ def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
 
 
 def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
-    """The logged model that a training left in its run; the last one where it left several."""
+    """Return the logged model of a training run; the last one if there are several."""
     models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
     models = [model for model in models if model.name == NAME]
     if not models:
@@ -297,7 +304,7 @@ def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
 
 
 def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> Path:
-    """The weights file of a logged model: where the store lies on this machine the file itself, else a copy of it."""
+    """Return the weights file of a logged model: the stored file itself if it is local, otherwise a cached copy."""
     from mlflow.artifacts import download_artifacts
 
     files = [item.path for item in client.list_logged_model_artifacts(model.model_id)]
@@ -310,7 +317,7 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
     location = f"{model.artifact_location}/{weights[0]}"
     if location.startswith("file:"):
         return Path(download_artifacts(location))
-    target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a copy never grows old
+    target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a cached copy stays valid
     if not (target / weights[0]).is_file():
         target.mkdir(parents=True, exist_ok=True)
         building = target / f".{os.getpid()}"
@@ -322,7 +329,7 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
 
 
 def _description(client: MlflowClient, run: Run) -> str:
-    """The run's test table, cut by whole paragraphs to what MLflow takes."""
+    """Return the run's test table, cut at a paragraph to MLflow's limit."""
     text = _artifact_text(client, run, TABLE)
     paragraphs, kept = text.strip().split("\n\n"), ""
     for paragraph in paragraphs:
@@ -339,7 +346,7 @@ def _artifact_text(client: MlflowClient, run: Run, path: str) -> str:
 
 
 def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
-    """Where a version comes from and what it scored, as text."""
+    """Return the version's tags: origin and test scores as text."""
     kept = ("method", "model", "data", "data.digest", "mlflow.source.git.commit", "git.dirty")
     tags = {key.removeprefix("mlflow.source."): run.data.tags[key] for key in kept if key in run.data.tags}
     params = json.dumps(dict(sorted(run.data.params.items())))
@@ -350,7 +357,7 @@ def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
 def _register(
     client: MlflowClient, model: LoggedModel, run: Run, description: str, tags: Mapping[str, str], alias: str
 ) -> Promotion:
-    """Version and alias of a logged model."""
+    """Create or update the version of a logged model and set the alias."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -367,7 +374,7 @@ def _register(
                     NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
                 ).version
             )
-    else:  # it may have been evaluated again since
+    else:  # the run may have been evaluated again since it was registered
         version = str(known.version)
         for key, value in tags.items():
             client.set_model_version_tag(NAME, version, key, value)
@@ -388,7 +395,10 @@ def _register(
 
 @contextmanager
 def _default_uri(uri: str) -> Iterator[None]:
-    """MLflow's process-wide server, for a call that looks a source up there, whatever the client's own is."""
+    """Set MLflow's process-wide tracking URI inside the block.
+
+    `create_model_version` looks the source up there, whatever URI the client was made with.
+    """
     import mlflow
 
     before = mlflow.get_tracking_uri()

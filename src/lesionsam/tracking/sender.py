@@ -1,7 +1,7 @@
-"""The process that ships journals to MLflow while training goes on.
+"""Send journals to MLflow while training goes on; runs as a process of its own.
 
 `python -m lesionsam.tracking.sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
-`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
+`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends the waiting entries of all runs below a root and exits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
 LAST_DELAY_SECONDS = 0.5  # between the two attempts that are left once the owner waits
 SAMPLE_SECONDS = 10.0  # between two samples of system metrics
-# What a spool that a bad disk or a person changed makes of sending it: no reason not to send the others.
+# Errors of a spool that a disk fault or a person damaged; the other spools are still sent.
 DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
 
 def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
-    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable.
+    """Send the waiting entries of runs below the root whose owners ended. Return False if a server was unreachable.
 
-    but: a spool to leave alone. stop: asked between two operations whether there is something better to do.
+    Args:
+        but: a spool to skip. stop: polled between two operations; True ends the catching up.
     """
     complete = True
     for spool in Spool.all(root):
@@ -47,7 +48,10 @@ def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = la
 
 
 def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
-    """The owner's lock is not kept meanwhile: who takes the run up again does not wait, and sends what is left."""
+    """Send one spool's waiting entries; stop as soon as another process opens the run again.
+
+    The owner's lock is not held meanwhile, so that a process that resumes the run does not have to wait.
+    """
     if spool.has_owner() or (not spool.pending()[0] and spool.is_closed()):
         return
     shipper = Shipper(spool, replace_gone=False)
@@ -61,7 +65,7 @@ def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
 
 
 class SystemSampler:
-    """Samples of system metrics, written to the spool so that a dead server loses none."""
+    """Sample system metrics and append them to the spool, so that a dead server loses none."""
 
     def __init__(self, spool: Spool) -> None:
         self._monitors = system_monitors()
@@ -70,7 +74,7 @@ class SystemSampler:
         self._due = time.monotonic()
 
     def sample(self) -> None:
-        """Take a sample where one is due."""
+        """Take a sample if one is due."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + SAMPLE_SECONDS
@@ -94,14 +98,14 @@ class SystemSampler:
 
 
 def _end_with(parent: int) -> None:
-    """End this process as soon as its parent is gone: whatever it was sending is found by the next start."""
+    """Exit as soon as the parent is gone; the next start finds what was not sent."""
     while os.getppid() == parent:
         time.sleep(0.2)
     os._exit(0)
 
 
 def serve(spool: Spool) -> int:
-    """Ship one run until its owner closes it. Returns the exit status: 3 where something is left."""
+    """Send one run's entries until its owner closes it. Return the exit status: 0, or 3 if entries are left."""
     lock = spool.lock("sender", wait=True)
     closing = spool.folder / "closing"
     shipper = Shipper(spool, replace_gone=True)
@@ -137,7 +141,7 @@ def serve(spool: Spool) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of the process, see the module's text."""
+    """Run the command of the module docstring and return its exit status."""
     threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
     os.nice(5)  # training goes first
     if arguments[1] == "--all":

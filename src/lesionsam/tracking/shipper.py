@@ -1,9 +1,9 @@
-"""From a spool's journal to MLflow, each point exactly once.
+"""Send a spool's journal to MLflow, each point exactly once.
 
-An operation counts as sent when the server has answered, and only then does `state.json` move past it. After a failure,
-and at every start, it is unknown whether the next operation arrived (the server may have died between storing and
-answering). Then the server is asked first: metric points are compared with the history by (name, step, time), runs and
-models are looked up by a tag, pictures by their file name. Everything else can be repeated safely.
+An operation counts as sent once the server has answered; only then does `state.json` move past it. After a failure, and
+at every start, it is unknown whether the next operation arrived (the server may have died between storing and
+answering). The server is then queried first: metric points are compared with the history by (name, step, time), runs
+and models are found by a tag, pictures by their file name. Everything else can be repeated safely.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lesionsam.tracking.spool import JOURNALS, Spool, read_lines, spool_root
-from lesionsam.tracking.store import make_store
+from lesionsam.tracking.store import OUTDATED, make_store, schema_problem, store_problem
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1000  # of a batch, by MLflow's API
 MAX_PARAMS = 100
-PARENT_SECONDS = 90.0  # patience with a parent run that another machine is to make
+PARENT_SECONDS = 90.0  # to wait for a parent run that another machine creates
 LOCAL_ID_TAG = "lesionsam.local_id"
-# Nothing that the caller has set himself is overridden. One try and a short wait: repeating is this module's business.
+# Defaults; the caller's own values win. One try with a short timeout, since this module repeats by itself.
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -43,15 +43,15 @@ ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# What no repetition cures. Everything else (no connection, 5xx, a locked database, a refused login) may pass.
+# Errors that repeating cannot fix. All others (no connection, 5xx, a locked database, a refused login) may pass.
 PERMANENT = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-# MLflow's BAD_REQUEST is whatever else its database raises, of a damaged file and of too many connections, which
-# may pass. These, named as SQLAlchemy writes them, are about the values.
+# MLflow's BAD_REQUEST covers all other database errors, such as a damaged file or too many connections, which may
+# pass. These, named as SQLAlchemy writes them, are about the values.
 REFUSED_VALUES = re.compile(r"\((?:\w+\.)+\w*(?:IntegrityError|DataError|Violation|OutOfRange|Truncation)\)")
 
 
 class Unreachable(Exception):
-    """The server did not answer, or not with an answer: try again later."""
+    """The server did not give a usable answer; try again later."""
 
 
 class Rejected(Exception):
@@ -59,14 +59,20 @@ class Rejected(Exception):
 
 
 class RunGone(Exception):
-    """The server says that the run does not exist (any more)."""
+    """The run no longer exists on the server."""
 
 
 class Shipper:
-    """Ships one spool. `ship` does one unit of work: a batch of points, or one other operation."""
+    """Send one spool. `ship` does one unit of work: a batch of points, or one other operation.
+
+    Args:
+        spool: of the run. replace_gone: give a run that was deleted on the server a successor; otherwise drop its
+        waiting
+        entries.
+    """
 
     def __init__(self, spool: Spool, *, replace_gone: bool) -> None:
-        """replace_gone: give a run that was deleted on the server a successor; otherwise drop what waits for it."""
+        """Connect to the run's MLflow server."""
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         from mlflow import MlflowClient
@@ -79,16 +85,20 @@ class Shipper:
         self.state |= spool.read_json("state.json")
         root = Path(self.meta["root"])
         if not self.meta["uri"]:
-            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # told by the first thing that is sent
+            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # the first operation reports it
                 make_store(root / "mlflow.db", spool_root(root))
-        self.client: MlflowClient = MlflowClient(self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}")
+        uri = self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}"
+        self._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        self.client: MlflowClient = MlflowClient(uri)
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
         self._patience = time.monotonic() + PARENT_SECONDS
 
     def ship(self) -> bool:
-        """Send the next unit, and say whether there was one. Raises `Unreachable` where it has to be tried again."""
+        """Send the next unit and return whether there was one. Raise `Unreachable` if it has to be repeated."""
+        if self._database is not None and (problem := store_problem(self._database)):
+            raise Unreachable(problem)
         for journal in JOURNALS:
             lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
             if (first := next(lines, None)) is not None:
@@ -125,7 +135,9 @@ class Shipper:
             self.spool.drop(entry["file"])
 
     def _attempt(self, call: Callable[[], Any], *, needed: bool = False) -> Any:
-        """Make a call. What the server rejects is noted and passed over unless needed; all else is `Unreachable`."""
+        """Make a call. Count and skip what the server rejects unless `needed`; raise `Unreachable` for all other
+        errors.
+        """
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
 
@@ -155,7 +167,7 @@ class Shipper:
             return True
 
     def _start_over(self) -> None:
-        """The run was deleted: send everything that is known to a new one that names it, or let it go."""
+        """Handle a run that was deleted on the server: send everything again to a successor, or drop what waits."""
         if self._replace_gone:
             self.state |= {"replaces": self.state["run_id"], "run_id": None, "sent": {}, "models": {}}
         else:
@@ -168,14 +180,14 @@ class Shipper:
         self.spool.write_json("state.json", self.state)
 
     def note(self, problem: str) -> None:
-        """Remember why nothing could be sent, for the owner's message."""
+        """Store why nothing could be sent; the owner prints it."""
         self.state["problem"] = problem
         self._save()
 
     # The run
 
     def _find_run(self) -> str:
-        """MLflow's id of the run: known, found by its tag after an unanswered creation, or created now."""
+        """Return MLflow's id of the run: known, found by its tag after an unanswered creation, or created now."""
         if self.state["run_id"]:
             if self._uncertain and self._run_is_gone():
                 raise RunGone
@@ -197,10 +209,10 @@ class Shipper:
         return run_id
 
     def _find_parent(self, experiment_id: str) -> str | None:
-        """MLflow's id of the run that this one belongs to, known here by its local id.
+        """Return MLflow's id of the parent run, given by its local id in meta.json.
 
-        Where the parent's spool lies beside this one, its owner makes it, or this process where the owner is gone.
-        Elsewhere the server is asked, for a while: another machine's own store is never seen, and costs nobody a run.
+        If the parent's spool is on this machine, its owner creates the run, or this process if the owner has ended.
+        Otherwise the server is polled for `PARENT_SECONDS`; after that the run is sent without a parent.
         """
         if not (local_id := self.meta.get("parent")):
             return None
@@ -251,7 +263,7 @@ class Shipper:
             self.client.log_batch(run_id, metrics=metrics)
 
     def _send_params(self, run_id: str, entry: dict[str, Any]) -> None:
-        """Parameters that are not there yet; one that changed since becomes a tag, because MLflow refuses it."""
+        """Send parameters that the run lacks; a changed one becomes a tag: MLflow's are immutable."""
         from mlflow.entities import Param
 
         known = self.client.get_run(run_id).data.params
@@ -281,11 +293,11 @@ class Shipper:
         self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", entry["context"])])])
 
     def _send_artifact(self, run_id: str, entry: dict[str, Any]) -> None:
-        if file := self._stashed(entry):
+        if file := self._waiting_file(entry):
             self.client.log_artifact(run_id, str(file), entry["folder"] or None)
 
     def _send_picture(self, run_id: str, entry: dict[str, Any]) -> None:
-        file = self._stashed(entry)
+        file = self._waiting_file(entry)
         if file is None:
             return
         name, step, time_ms = entry["name"], entry["step"], entry["time"]
@@ -301,7 +313,7 @@ class Shipper:
         self.client.log_image(run_id, _read_picture(file), key=name, step=step, timestamp=time_ms, synchronous=True)
 
     def _upload_thumbnail(self, run_id: str, file: Path, full: str) -> None:
-        """The small copy that a kill between MLflow's two uploads left out."""
+        """Upload the small copy that is missing after a kill between MLflow's two uploads."""
         with tempfile.TemporaryDirectory() as folder:
             separator = "%" if "%step%" in full else "+"
             small = Path(folder) / f"{Path(full).stem}{separator}compressed.webp"
@@ -311,10 +323,13 @@ class Shipper:
             self.client.log_artifact(run_id, str(small), "images")
 
     def _send_checkpoint(self, run_id: str, entry: dict[str, Any]) -> None:
-        """A logged model with the file and its metrics. Serialising through mlflow.pytorch would not give SAM back."""
+        """Send a checkpoint as a logged model with its file and metrics.
+
+        The plain file is uploaded: a model serialised by mlflow.pytorch would not load back into SAM.
+        """
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
 
-        file = self._stashed(entry)
+        file = self._waiting_file(entry)
         if file is None:
             return
         key = str(entry["seq"])
@@ -350,13 +365,13 @@ class Shipper:
         elif not entry.get("only_new") or self.client.get_run(run_id).info.status == "RUNNING":
             self.client.set_terminated(run_id, entry["status"], entry["time"])
 
-    def _stashed(self, entry: dict[str, Any]) -> Path | None:
-        """The waiting file; None where it went to a run that was deleted since."""
+    def _waiting_file(self, entry: dict[str, Any]) -> Path | None:
+        """Return the waiting file; None if it was already sent to a run that has been deleted since."""
         file = self.spool.folder / entry["file"]
         return file if file.exists() else None
 
     def mark_killed(self) -> None:
-        """Close a run whose owner died without doing so."""
+        """Set the status KILLED for a run whose owner died without closing it."""
         last = None
         for entry, _ in read_lines(self.spool.path("journal")):
             if entry is not None and entry["kind"] == "status":
@@ -369,14 +384,16 @@ class Shipper:
 
 
 def _reason(error: Exception) -> str:
-    """One short line: of a chain of connection errors only the innermost."""
+    """Return an error as one short line; of a chain of connection errors the innermost."""
     text = " ".join(str(error).split())
+    if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
+        return problem
     _, chained, cause = text.rpartition("(Caused by ")
     return (cause.rstrip(")") + ")" if chained else text)[:300]
 
 
 def _read_picture(path: Path) -> Image.Image:
-    """A picture of this project's own making, (H, W, 3)."""
+    """Read a logged picture as RGB, (H, W, 3)."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
@@ -385,7 +402,7 @@ def _read_picture(path: Path) -> Image.Image:
 
 
 def system_monitors() -> list[Any]:
-    """MLflow's own collectors: processor and memory, disk, network, and the GPU where there is one."""
+    """Return MLflow's collectors: processor and memory, disk, network, and the GPU if there is one."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -1,4 +1,4 @@
-"""What a run has logged, as files: the journal that the training process writes and the sender reads.
+"""Keep what a run logs as files: the training process writes the journal, the sender reads it.
 
 A spool is the folder `<root>/.scratch/tracking/<local id>/` of one run:
 
@@ -36,23 +36,23 @@ JOURNALS = ("journal", "system")
 
 
 def clean_name(name: str) -> str:
-    """A metric, tag or picture name that MLflow takes: `box+core` becomes `box_core`, `a//b` becomes `a/b`."""
+    """Return a metric, tag or picture name that MLflow accepts: `box+core` becomes `box_core`, `a//b` becomes `a/b`."""
     parts = re.sub(r"[^\w\-./ ]", "_", name, flags=re.ASCII).split("/")
     return "/".join(part for part in parts if part.strip(". "))[:250]
 
 
 def encode_number(value: float) -> float | str:
-    """A float as valid JSON: NaN and the infinities become strings, which `float` reads back."""
+    """Return a float as valid JSON: NaN and infinities become strings, which `float` reads back."""
     return value if math.isfinite(value) else str(value)
 
 
 def encode_line(entry: Mapping[str, object]) -> bytes:
-    """One line of a journal."""
+    """Encode one line of a journal."""
     return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """The complete lines of a journal from byte `offset` on, each with the offset after it; None for a torn one."""
+    """Yield the complete lines of a journal from byte `offset` on, each with its end offset; None for a torn line."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | N
 
 
 class Appender:
-    """An append-only file of lines. One `write` call a line, so that a kill tears at most the last one.
+    """Append lines to a file, one `write` call a line, so that a kill tears at most the last line.
 
     What a full disk does not take is kept in memory and written before the next line.
     """
@@ -84,7 +84,7 @@ class Appender:
             self._torn = size > 0 and file.read(1) != b"\n"
 
     def append(self, entry: Mapping[str, object]) -> None:
-        """Append one line; raises OSError when the disk does not take it yet."""
+        """Append one line; raise OSError while the disk does not take it."""
         self._waiting.append(encode_line(entry))
         self._write()
 
@@ -98,7 +98,7 @@ class Appender:
             self._waiting.popleft()
 
     def close(self) -> int:
-        """Close the file; returns the number of lines that the disk did not take to the end."""
+        """Close the file and return the number of lines that the disk never took."""
         with contextlib.suppress(OSError):
             self._write()
         self._file.close()
@@ -106,28 +106,28 @@ class Appender:
 
 
 class Spool:
-    """The folder of one run, see the module's text. Holds no open file except its locks."""
+    """Folder of one run, see the module docstring. Holds no open file except its locks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @classmethod
     def all(cls, root: Path) -> list[Spool]:
-        """Every spool below the repository root, oldest first."""
+        """Return every spool below the repository root, oldest first."""
         folders = [path.parent for path in spool_root(root).glob("*/meta.json")]
         return [cls(folder) for folder in sorted(folders, key=lambda path: path.stat().st_mtime)]
 
     @property
     def local_id(self) -> str:
-        """The id that the run has from its first moment, with or without a server."""
+        """Return the id that the run has from its first moment, with or without a server."""
         return self.folder.name
 
     def path(self, journal: str) -> Path:
-        """File of one of `JOURNALS`."""
+        """Return the file of one of `JOURNALS`."""
         return self.folder / f"{journal}.jsonl"
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """meta.json or state.json; empty where it is missing or unreadable (then the server is asked what it has)."""
+        """Read meta.json or state.json; empty if it is missing or unreadable (the server is then queried)."""
         try:
             content = json.loads((self.folder / name).read_bytes())
         except (FileNotFoundError, ValueError):
@@ -141,7 +141,7 @@ class Spool:
             file.write(json.dumps(content, indent=1).encode())
 
     def pending(self) -> tuple[int, int]:
-        """Number of operations and of files that the server has not answered for."""
+        """Return the number of operations and of files that the server has not confirmed."""
         sent = self.read_json("state.json").get("sent", {})
         num_lines = num_files = 0
         for journal in JOURNALS:
@@ -151,7 +151,7 @@ class Spool:
         return num_lines, num_files
 
     def is_closed(self) -> bool:
-        """Whether the owner said how the run ended, or the server was told that it was killed."""
+        """Return whether the owner logged the run's end, or the server knows that it was killed."""
         statuses = [
             entry["status"]
             for entry, _ in read_lines(self.path("journal"))
@@ -160,20 +160,21 @@ class Spool:
         return bool(statuses and statuses[-1] != "RUNNING") or bool(self.read_json("state.json").get("killed"))
 
     def is_abandoned(self) -> bool:
-        """Whether the owner died without closing the run."""
+        """Return whether the owner died without closing the run."""
         return not self.is_closed() and not self.has_owner()
 
     def has_owner(self) -> bool:
-        """Whether a process has the run open."""
+        """Return whether a process has the run open."""
         if (lock := self.lock("owner")) is None:
             return True
         lock.close()
         return False
 
     def stash(self, source: Path, sequence: int) -> str:
-        """Keep a file as it is now; returns its path below the spool. A hard link, or a copy across file systems.
+        """Keep a file's current content for upload and return its path below the spool.
 
-        The link stays the old content because every file here is replaced, never written into.
+        Uses a hard link, or a copy across file systems. The link keeps the old content because every file here is
+        replaced, never written into.
         """
         target = self.folder / "files" / f"{sequence:06d}" / source.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -187,14 +188,14 @@ class Spool:
         return target.relative_to(self.folder).as_posix()
 
     def drop(self, file: str) -> None:
-        """Forget a stashed file that the server has."""
+        """Delete a stashed file that the server has."""
         target = self.folder / file
         target.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             target.parent.rmdir()
 
     def lock(self, name: str, *, shared: bool = False, wait: bool = False) -> IO[bytes] | None:
-        """The lock `owner` or `sender` of this spool, or None where another process has it. Close it to release it."""
+        """Take the lock `owner` or `sender` of this spool; None if another process holds it. Close it to release it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / f"{name}.lock").open("ab")
         mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -207,12 +208,12 @@ class Spool:
 
 
 def spool_root(root: Path) -> Path:
-    """Folder of all spools: in the repository root, outside every stage's outputs."""
+    """Return the folder of all spools: in the repository root, outside every stage's outputs."""
     return root / ".scratch" / "tracking"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """run.json of a folder; empty where there is none."""
+    """Read run.json of a folder; empty if there is none."""
     path = folder / "run.json"
     try:
         record = json.loads(path.read_bytes())
@@ -227,13 +228,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(folder: Path, local_id: str, run_id: str | None, experiment: str) -> None:
-    """run.json: what finds the run again, here by its local id and on the server by its run id."""
+    """Write run.json, which identifies the run: by its local id here and by its run id on the server."""
     with atomic_write(folder / "run.json") as file:
         file.write(json.dumps({"local_id": local_id, "run_id": run_id, "experiment": experiment}, indent=1).encode())
 
 
 def prepare_spool(root: Path, local_id: str, meta: Mapping[str, object], run_id: str | None) -> Spool:
-    """The spool of a run, made again where somebody cleaned it away."""
+    """Create the spool of a run, or recreate it if it was deleted."""
     spool = Spool(spool_root(root) / local_id)
     spool.folder.mkdir(parents=True, exist_ok=True)
     known = spool.read_json("meta.json")
@@ -244,7 +245,9 @@ def prepare_spool(root: Path, local_id: str, meta: Mapping[str, object], run_id:
 
 
 def repair_journal(spool: Spool, folder: Path) -> None:
-    """Add what metrics.jsonl has and the journal lacks: a kill between the two writes, or a spool cleaned away."""
+    """Append the points of metrics.jsonl that the journal lacks, after a kill between the two writes or a deleted
+    spool.
+    """
     known = {entry["seq"] for entry, _ in read_lines(spool.path("journal")) if entry is not None}
     points = [entry for entry, _ in read_lines(folder / "metrics.jsonl") if entry is not None]
     missing = [entry for entry in points if entry["seq"] not in known]

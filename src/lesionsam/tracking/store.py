@@ -1,31 +1,36 @@
-"""MLflow's own database file, made whole or not at all.
+"""Create MLflow's SQLite database atomically, and check that a database can be used.
 
-MLflow makes its tables in some fifty steps, which take seconds. A process that is killed among them leaves a file that
-MLflow can neither use nor finish ("table already exists"), and nothing would ever be sent to it. So the file is made
-beside its place and linked there when it is whole.
+MLflow creates its tables in some fifty steps, which take seconds. A process that is killed in between leaves a file
+that MLflow can neither use nor finish ("table already exists"). So the database is built under another name and linked
+to its place when it is complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 import re
 import secrets
 import shutil
+import sqlite3
 import threading
+from importlib.metadata import version
 from pathlib import Path
 
 from lesionsam.utils.processes import is_left_by
 
-_MAKING = threading.Lock()  # what bears this process's number is left over where nothing is being made
+OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
+_MAKING = threading.Lock()  # while it is free, files with this process's number are leftovers
 
 
 def make_store(path: Path, beside: Path) -> None:
-    """Make the database, unless there is a file.
+    """Create the database if there is no file.
 
     Args:
-        path: of the database. beside: folder on the same file system for the unfinished one; what killed processes
-            left there is removed.
+        path: of the database. beside: folder on the same file system for the unfinished one; leftovers of killed
+            processes there are removed.
     """
     if path.exists():
         return
@@ -49,3 +54,44 @@ def make_store(path: Path, beside: Path) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
             whole.unlink(missing_ok=True)
+
+
+def store_problem(path: Path) -> str:
+    """Return why MLflow cannot use an SQLite file; empty if it can, or if there is no file.
+
+    MLflow itself would add its tables to another program's database, and for the database of a newer release it
+    recommends `mlflow db upgrade`, which fails.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return ""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if not tables:
+                return ""
+            if not {"alembic_version", "experiments", "runs"} <= tables:
+                shown = ", ".join(sorted(tables)[:3])
+                return (
+                    f"{path} is another program's database (tables {shown}, ...); set tracking.uri to a file of its own"
+                )
+            revisions = [revision for (revision,) in database.execute("SELECT version_num FROM alembic_version")]
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # locked, for instance: MLflow tries again
+            return ""
+        return f"{path} is not an SQLite database ({error}); move it away, or set tracking.uri to another file"
+    return next((problem for revision in revisions if (problem := schema_problem(revision))), "")
+
+
+@functools.cache
+def schema_problem(revision: str) -> str:
+    """Return what to do if the installed MLflow does not know a database's schema revision; empty if it does."""
+    found = importlib.util.find_spec("mlflow")
+    if found is None or found.origin is None:
+        return ""
+    versions = Path(found.origin).parent / "store" / "db_migrations" / "versions"
+    if not versions.is_dir() or any(versions.glob(f"{revision}_*.py")):
+        return ""
+    return (
+        f"the MLflow database was made by a newer MLflow (schema revision {revision} is unknown to the installed "
+        f"{version('mlflow')}); install that MLflow, or set tracking.uri to another database"
+    )

@@ -1,4 +1,4 @@
-"""TensorBoard as a second sink of a run's values, where `tracking.tensorboard` asks for it. The package is optional."""
+"""Write a run's values to TensorBoard as well (`tracking.tensorboard`). The package is optional."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Board:
-    """Scalars of one run as TensorBoard event files.
+    """Write the scalars of one run as TensorBoard event files.
 
     A resumed run repeats the steps after its checkpoint: what was written for those before is dropped.
 
@@ -35,13 +35,13 @@ class Board:
         self._writer: SummaryWriter | None = None
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write values of a step."""
+        """Write the values of a step."""
         if self._writer is None:
             self._writer = self._open(str(self.folder), purge_step=step)
         for name, value in values.items():
             self._writer.add_scalar(name, float(value), step)
 
     def close(self) -> None:
-        """Write out what is waiting."""
+        """Flush and close the event file."""
         if self._writer is not None:
             self._writer.close()

@@ -1,12 +1,9 @@
-"""Experiment tracking that training never waits for: every call here appends a line to a file and returns.
+"""Track experiments without waiting for a server: every call appends a line to a file and returns.
 
-`metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking_spool`); a process of its own
-(`tracking.sender`) ships the journal to MLflow. A process, not a thread: importing mlflow
-costs 3 s of CPU, sending competes for the interpreter's lock, and a loader worker forked during an import can hang.
-Whatever the server does, the journal is whole, and the next start of any run below the same root makes up the gap.
-
-A point is a (name, step). A resumed training repeats the steps after its checkpoint with the same values: those are
-already there and are not logged again.
+`metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking.spool`); a process of its own
+(`tracking.sender`) ships the journal to MLflow. It is a process and not a thread: importing mlflow costs 3 s of CPU,
+sending competes for the interpreter's lock, and a loader worker forked during an import can hang. Whatever the server
+does, the journal is complete, and the next start of any run below the same root sends what is missing.
 """
 
 from __future__ import annotations
@@ -35,8 +32,10 @@ from lesionsam.tracking.spool import (
 )
 
 Scalar = str | int | float | bool | None
+FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
+MAX_FAILURE_CHARS = 500
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-STALL_SECONDS = 60.0  # `close` gives up when the sender has neither ended nor got on for so long
+STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
 
 
 def _now_ms() -> int:
@@ -44,7 +43,7 @@ def _now_ms() -> int:
 
 
 class NullTracker:
-    """Tracking switched off: the same interface. Metrics still go to `metrics.jsonl` in the run's folder, if any."""
+    """Same interface with tracking switched off. Metrics still go to `metrics.jsonl` in the run's folder, if any."""
 
     def __init__(self, folder: Path | None) -> None:
         self._seen: dict[str, dict[int, tuple[int, float]]] = {}  # name -> step -> (time in ms, value)
@@ -67,7 +66,7 @@ class NullTracker:
         return step not in self._seen.get(name, ())
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics of one step. A full disk or a dead server raises nothing; a value that is no number does."""
+        """Log the metrics of one step. A full disk or a dead server raises nothing; a value that is no number does."""
         values = {clean_name(name): float(value) for name, value in metrics.items()}
         values = {name: value for name, value in values.items() if self._is_new(name, step, value)}
         if not values:
@@ -100,16 +99,16 @@ class NullTracker:
             print(f"warning: the disk did not take {num_lost} tracking entries; they are lost", file=sys.stderr)
 
     def _journal(self, entry: Mapping[str, object]) -> None:
-        """Nothing: there is no server to tell."""
+        """Do nothing: without tracking there is no journal."""
 
     def set_tags(self, tags: Mapping[str, Scalar]) -> None:
         """Set tags of the run."""
 
     def log_picture(self, path: Path, name: str, step: int) -> None:
-        """Log a picture file under a name that MLflow's page shows with a step slider."""
+        """Log a picture file under a name; MLflow's page shows it with a step slider."""
 
     def log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        """Log a data set input: its digest (SHA-256 or shorter), where it comes from, what it is used for."""
+        """Log a data set input: its digest (SHA-256 or shorter), source and use."""
 
     def log_checkpoint(self, path: Path, name: str, metrics: Mapping[str, float], step: int) -> None:
         """Log a weights file as a logged model with its metrics. The file may be replaced, but never written into."""
@@ -119,15 +118,15 @@ class NullTracker:
 
     @property
     def local_id(self) -> str | None:
-        """The id that the run has from its first moment, with or without a server; None without tracking."""
+        """Return the id that the run has from its first moment, with or without a server; None without tracking."""
         return None
 
     def run_id(self, timeout: float = 0.0) -> str | None:
-        """MLflow's id of the run, waiting for it at most `timeout` seconds; None while no server has answered."""
+        """Return MLflow's id of the run, waiting at most `timeout` seconds; None while no server has answered."""
         return None
 
-    def close(self, status: str = "FINISHED") -> None:
-        """End of the run."""
+    def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
+        """End the run with one of `STATUSES`; `reason` is the error that ended it, if any."""
         if status not in STATUSES:
             raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
         if self._metrics is not None:
@@ -144,9 +143,12 @@ class Tracker(NullTracker):
         self._folder = folder
         self._reopened = folder is None
         self._closes_run = folder is not None
+        self._failure = ""  # of an earlier start of this run
         for entry, _ in read_lines(spool.path("journal")):
             if entry is not None:
                 self._remember(entry)
+                if entry["kind"] == "tags":
+                    self._failure = entry["values"].get(FAILURE_TAG, self._failure)
         self._owner = spool.lock("owner", shared=True, wait=True)
         self._log_file: IO[bytes] | None = None
         self._sender: subprocess.Popen[bytes] | None = None
@@ -171,7 +173,7 @@ class Tracker(NullTracker):
         local_id: str | None = None,
         send: bool = True,
     ) -> Tracker:
-        """Start a run, or go on with the one whose run.json lies in the folder.
+        """Start a run, or continue the one whose run.json lies in the folder.
 
         Args:
             folder: of the run; gets metrics.jsonl and run.json. Close the tracker before the folder is moved.
@@ -180,7 +182,7 @@ class Tracker(NullTracker):
             params: flat or nested. A parameter that was logged with another value before becomes a tag `changed.<key>`.
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
             parent: `local_id` of the run that this one belongs to, known before any server has answered.
-            local_id: of this run, where another process or machine knows it and run.json may be gone.
+            local_id: of this run, if another process or machine knows it and run.json may be missing.
             send: False leaves sending to the next start or to `sync`.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,7 @@ class Tracker(NullTracker):
 
         A point logged before is logged again only with another value. Settings belong into tags: parameters are
         immutable. Where MLflow no longer has the run, a new one takes all that is known and names the old one. Where
-        the training was not tracked (no run.json), it is a run of its own.
+        the training was not tracked (no run.json), a new run is made.
         """
         record = read_record(folder)
         local_id = record.get("local_id") or uuid.uuid4().hex
@@ -255,7 +257,7 @@ class Tracker(NullTracker):
         self._add(kind, file=file, **content)
 
     def _is_repeated(self, kind: str, name: str, step: int) -> bool:
-        """Whether a picture or checkpoint of this step is there already; marks it otherwise."""
+        """Return whether a picture or checkpoint of this step is already logged; remember it otherwise."""
         steps = self._seen.setdefault(f"{kind}:{name}", {})
         if step in steps and not self._reopened:
             return True
@@ -282,7 +284,7 @@ class Tracker(NullTracker):
         if self._is_repeated("checkpoint", name, step):
             return
         points = {}
-        for key, value in metrics.items():  # the run's own point where it has one, or the curve would get it twice
+        for key, value in metrics.items():  # reuse the run's own point, or the curve would get it twice
             number, key = float(value), clean_name(key)
             when, known = self._seen.get(key, {}).get(step, (_now_ms(), number))
             points[key] = [encode_number(known), when]
@@ -309,14 +311,19 @@ class Tracker(NullTracker):
             time.sleep(0.1)
         return found
 
-    def close(self, status: str = "FINISHED") -> None:
-        """End of the run: its status, and a last chance for the sender. What it cannot send stays for the next start.
+    def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
+        """End the run: log its status and wait for the sender. What cannot be sent stays for the next start.
 
-        A reopened run keeps the status it has; how its evaluation ended is the tag `evaluate.status`.
+        A reopened run keeps its status; the tag `evaluate.status` holds that of the evaluation.
         """
         super().close(status)
         if self._owner is None:
             return
+        failure = "" if reason is None else " ".join(f"{type(reason).__name__}: {reason}".split()).rstrip(":")
+        failure = failure[:MAX_FAILURE_CHARS]
+        if failure != self._failure and not self._reopened:
+            description = f"{status}: {failure}" if failure else ""
+            self.set_tags({FAILURE_TAG: failure, DESCRIPTION_TAG: description})
         if self._reopened:
             self.set_tags({"evaluate.status": status})
         self._add("status", status=status, only_new=not self._closes_run)
@@ -346,7 +353,7 @@ class Tracker(NullTracker):
         self._sender = _start([str(self._spool.folder)], self._log_file)
 
     def _finish_sender(self) -> None:
-        """Wait for the sender while it gets on; stop it when it does not."""
+        """Wait for the sender while it makes progress; kill it when it stalls."""
         if self._sender is None:
             return
         (self._spool.folder / "closing").touch()
@@ -376,7 +383,7 @@ class Tracker(NullTracker):
 
 
 def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the sender, in a session of its own: after Ctrl-C in training `close` still needs it."""
+    """Start the sender in a session of its own, so that it survives Ctrl-C in training until `close`."""
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
     return subprocess.Popen(
@@ -390,8 +397,11 @@ def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:
-    """Send what earlier runs below the root could not, and close those whose process died; returns the number of
-    entries still waiting."""
+    """Send the waiting entries of earlier runs below the root and close runs whose process died.
+
+    Returns:
+        the number of entries still waiting.
+    """
     if any(spool.pending()[0] or spool.is_abandoned() for spool in Spool.all(root)):
         with (spool_root(root) / "sync.log").open("wb") as log:
             process = _start(["--all", str(root)], log)
