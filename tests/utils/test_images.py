@@ -439,20 +439,22 @@ def test_reduced_copies_are_turned_and_name_the_whole_size(tmp_path: Path, orien
 
 
 PEAK = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from lesionsam.utils import images
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 path = Path(sys.argv[2])
 images.image_size(path)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-getattr(images, sys.argv[1])(path, *map(int, sys.argv[3:]))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+before = peak()
+getattr(images, sys.argv[1])(path)
+print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize(
     ("read", "mode", "per_pixel"),
-    [("read_image", "RGB", 9), ("read_image", "L", 6), ("read_mask", "L", 4), ("read_mask", "P", 4)],
+    [("read_image", "RGB", 9), ("read_image", "L", 6), ("read_mask", "L", 4), ("read_mask", "P", 7)],
 )
 def test_peak_memory_per_pixel(tmp_path: Path, read: str, mode: str, per_pixel: float) -> None:
     """Pillow holds an RGB pixel in 4 bytes and a grey one in 1; the array takes 3 or 1 more, a strip the rest."""
