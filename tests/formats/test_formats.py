@@ -25,15 +25,8 @@ from pycocotools.coco import COCO
 from lesionsam.errors import UserError
 from lesionsam.formats import rle
 from lesionsam.formats.convert import FORMATS, WRITERS, convert, guess_format, read_annotations
-from lesionsam.formats.records import (
-    Annotations,
-    Labels,
-    Lesion,
-    Picture,
-    find_pictures,
-    from_samples,
-    with_small_boxes,
-)
+from lesionsam.formats.gather import find_pictures
+from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, from_samples, with_small_boxes
 from lesionsam.types import Sample
 
 # pycocotools 2.0.11 decodes through an array class that numpy 2 finds old-fashioned.
@@ -211,7 +204,9 @@ def test_cvat_export(tmp_path: Path) -> None:
             ),
         ),
     )
-    assert found.notes == ("1 shapes other than boxes, polygons and masks were left out",)
+    assert found.notes == (
+        "1 shapes other than boxes, polygons and masks were left out: image 'folder/a.jpg' points 6",
+    )
 
 
 def test_cvat_masks_run_along_rows(tmp_path: Path) -> None:
@@ -293,7 +288,7 @@ def test_label_studio_labels_beside_the_rectangle(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", [studio_task(big, place, word, polygon)])
     found = read_annotations(path, "label-studio")
     same(found, Annotations((), (lesion("a", "0", [0, 0, 200, 100], [10, 20, 110, 80]),)))
-    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out",)
+    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out: image 'a' region p",)
     alone = read_annotations(written(tmp_path / "b.json", [studio_task(polygon)]), "label-studio")
     assert alone.lesions[0].big_box.tolist() == [20, 10, 120, 90]
 
@@ -321,7 +316,7 @@ def test_yolo_folder(tmp_path: Path, images: Path, name: str, content: str) -> N
     ]
     found = read_annotations(labels, "yolo", pictures=find_pictures(images), classes=["other", "big"])
     assert [one.lesion_id for one in found.lesions] == ["0"]
-    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out",)
+    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out: image 'a' a.txt line 2",)
 
 
 def test_coco_without_boxes(tmp_path: Path) -> None:
@@ -340,7 +335,7 @@ def test_coco_without_boxes(tmp_path: Path) -> None:
     found = read_annotations(written(tmp_path / "a.json", document), "coco")
     assert [each.big_box.tolist() for each in found.lesions] == [[10, 20, 110, 80]] * 3
     assert [each.lesion_id for each in found.lesions] == ["0", "1", "2"]
-    assert found.notes == ("1 crowd annotations (iscrowd) were left out",)
+    assert found.notes == ("1 crowd annotations (iscrowd) were left out: annotation 3",)
 
 
 def test_coco_categories(tmp_path: Path) -> None:
@@ -771,7 +766,7 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "other size": (
         lambda tmp, images: convert(tmp / "d.json", tmp / "c.xml", images=images),
-        "the annotations say 300x100 px, the file has 200x100 px",
+        r"d\.json says 300x100 px, the file has 200x100 px; annotate the images as they are",
     ),
     "image missing": (lambda tmp, images: convert(tmp / "e.json", tmp / "c.xml", images=images), "no such image among"),
     "no boxes": (lambda tmp, images: convert(tmp / "f.json", tmp / "c.xml"), "no boxes in it"),

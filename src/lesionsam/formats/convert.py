@@ -10,8 +10,9 @@ from lesionsam.boxes.geometry import inside
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
+from lesionsam.formats.gather import find_pictures
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
-from lesionsam.formats.records import CORE, Annotations, Labels, Picture, find_pictures, with_pictures, with_small_boxes
+from lesionsam.formats.records import CORE, Annotations, Labels, Picture, lesion_mask, with_small_boxes
 from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
@@ -72,14 +73,12 @@ def read_annotations(
             raise UserError(f"{path}: YOLO files hold no sizes of images; give the folder of images (--images)")
         return read_yolo(path, pictures, labels, classes)
     if form == "coco":
-        found = read_coco(path, labels, categories)
-    elif form == "cvat":
-        found = read_cvat(path, labels)
-    elif form == "label-studio":
-        found = read_label_studio(path, pictures, labels)
-    else:
-        raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
-    return with_pictures(found, pictures) if pictures is not None else found
+        return read_coco(path, labels, categories, pictures)
+    if form == "cvat":
+        return read_cvat(path, labels, pictures)
+    if form == "label-studio":
+        return read_label_studio(path, pictures, labels)
+    raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
 
 
 def with_masks(annotations: Annotations, folder: Path) -> Annotations:
@@ -156,7 +155,13 @@ def convert(
     found = with_small_boxes(found, core)
     if masks is not None:
         found = with_masks(found, masks)
-    for place, part in _parts(target, found):
+    parts = _parts(target, found)
+    if to_form in HOLDS_MASKS:  # before the first of several files is written
+        by_id = {picture.image_id: picture for picture in found.pictures}
+        for lesion in found.lesions:
+            if lesion.segmentation is not None:
+                lesion_mask(lesion, by_id[lesion.image_id], str(source))
+    for place, part in parts:
         WRITERS[to_form](place, part)
     return Annotations(found.pictures, found.lesions, (*found.notes, *_lost(found, to_form)))
 

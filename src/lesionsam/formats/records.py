@@ -8,7 +8,7 @@ labels holds one box per lesion: it is taken as the big one, and `with_small_box
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,8 +17,8 @@ import numpy as np
 
 from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
-from lesionsam.types import SPLITS, Sample
-from lesionsam.utils.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size
+from lesionsam.formats.rle import decode
+from lesionsam.types import Sample
 
 BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
 CORE = 0.45  # boxes.core_low of the default: the least share that the simulated annotator draws
@@ -31,6 +31,7 @@ class Picture:
     Attributes:
         image_id: name without ending. file_name: path below the folder of the images, with "/"; "" where unknown.
         width, height: pixels, after EXIF transpose. split: train, dev, test or "" where unknown.
+        path: of the image file where it is at hand.
     """
 
     image_id: str
@@ -38,6 +39,7 @@ class Picture:
     width: int
     height: int
     split: str = ""
+    path: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Lesion:
     Attributes:
         lesion_id: unique within the picture.
         big_box, small_box: (4,) float64 XYXY, half-open, original pixels; small_box is None until one is made.
-        segmentation: COCO's polygons or RLE of the lesion, or None.
+        segmentation: COCO's polygons or RLE of the lesion, or None. place: where a file holds it, for messages.
     """
 
     image_id: str
@@ -55,6 +57,7 @@ class Lesion:
     big_box: np.ndarray
     small_box: np.ndarray | None = None
     segmentation: Any = None
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -100,70 +103,6 @@ class Shape:
     group: str = ""
 
 
-@dataclass
-class Gathered:
-    """Pictures with their shapes while a file is being read."""
-
-    source: str
-    pictures: dict[str, Picture] = field(default_factory=dict)
-    shapes: dict[str, list[Shape]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, file_name: str, width: object, height: object, split: str = "") -> str:
-        """Take up a picture; its image_id.
-
-        Raises:
-            UserError: a size that is none, a name that leaves the folder, or two pictures of the same id.
-        """
-        path = checked_name(file_name, self.source)
-        name = path.as_posix()
-        sides = _side(width), _side(height)
-        if not 0 < sides[0] * sides[1] <= MAX_PIXELS:
-            raise UserError(
-                f"{self.source}: image {name!r}: expected width and height in pixels, at most "
-                f"{MAX_PIXELS / 1e6:.0f} megapixels, got {str(width)[:20]} and {str(height)[:20]}"
-            )
-        if path.stem in self.pictures:
-            other = self.pictures[path.stem].file_name
-            raise UserError(
-                f"{self.source}: images {other!r} and {name!r} have the same id {path.stem!r}; rename one, "
-                "as boxes are found by id"
-            )
-        split = split.lower() if split.lower() in SPLITS else ""
-        self.pictures[path.stem] = Picture(path.stem, name, *sides, split)
-        self.shapes[path.stem] = []
-        return path.stem
-
-    def finish(self, labels: Labels) -> Annotations:
-        """Tie the shapes to lesions and check every box.
-
-        Raises:
-            UserError: names file, picture and shape.
-        """
-        big, small = labels.big.lower(), labels.small.lower()
-        two = any(shape.label.lower() in (big, small) for shapes in self.shapes.values() for shape in shapes)
-        lesions, others = [], 0
-        for image_id, shapes in self.shapes.items():
-            try:
-                found = _pair(image_id, shapes, big, small) if two else _single(image_id, shapes)
-            except ValueError as error:
-                raise UserError(f"{self.source}: image {image_id!r}: {error}") from None
-            used = sum((lesion.small_box is not None) + 1 + (lesion.segmentation is not None) for lesion in found)
-            others += len(shapes) - used if two else 0
-            lesions += found
-        notes = list(self.notes)
-        if others:
-            notes.append(f"{others} shapes with other labels than {labels.big!r} and {labels.small!r} were left out")
-        return checked(Annotations(tuple(self.pictures.values()), tuple(lesions), tuple(notes)), self.source)
-
-
-def _side(value: object) -> int:
-    """A whole number of pixels, also where a tool wrote it as 512.0; 0 for anything else."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PIXELS else 0
-
-
 def checked_name(file_name: object, place: str) -> PurePosixPath:
     """A file name out of annotations, below the folder of the images; `place` begins the UserError otherwise."""
     path = PurePosixPath(file_name.replace("\\", "/")) if isinstance(file_name, str) else PurePosixPath()
@@ -171,88 +110,6 @@ def checked_name(file_name: object, place: str) -> PurePosixPath:
     if not path.stem or unfit:
         raise UserError(f"{place}: expected a file name below the folder of images, got {str(file_name)[:80]!r}")
     return path
-
-
-def _single(image_id: str, shapes: Sequence[Shape]) -> list[Lesion]:
-    names = _names([shape.lesion_id for shape in shapes])
-    return [
-        Lesion(image_id, name, shape.box, None, shape.segmentation) for name, shape in zip(names, shapes, strict=True)
-    ]
-
-
-def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[Lesion]:
-    """Lesions of one picture; other labels only count as the mask of a lesion whose id they carry."""
-    bigs = [k for k, shape in enumerate(shapes) if shape.label.lower() == big]
-    smalls = [k for k, shape in enumerate(shapes) if shape.label.lower() == small]
-    owner: dict[int, int] = {}  # big -> small
-    loose = []
-    for k in smalls:
-        home = _home(shapes, k, bigs)
-        if home is None:
-            loose.append(k)
-        elif home in owner:
-            raise ValueError(f"{shapes[k].place}: a second small box of the lesion of {shapes[home].place}; keep one")
-        else:
-            owner[home] = k
-    fits = {
-        k: [b for b in bigs if b not in owner and _excess(shapes[k].box, shapes[b].box) <= TOLERANCE] for k in loose
-    }
-    for k in sorted(loose, key=lambda k: len(fits[k])):
-        free = [b for b in fits[k] if b not in owner]
-        if not free:
-            raise ValueError(
-                f"{shapes[k].place}: the small box {show(shapes[k].box)} lies inside no big box that has "
-                "none yet; draw its big box or remove it"
-            )
-        before = [b for b in free if b == k - 1]
-        owner[before[0] if before else min(free, key=lambda b: _area(shapes[b].box))] = k
-    masks = {
-        shape.lesion_id: shape.segmentation
-        for shape in shapes
-        if shape.label.lower() not in (big, small) and shape.lesion_id and shape.segmentation is not None
-    }
-    names = _names([shapes[b].lesion_id for b in bigs])
-    return [
-        Lesion(
-            image_id, name, shapes[b].box, shapes[owner[b]].box if b in owner else None, masks.get(shapes[b].lesion_id)
-        )
-        for name, b in zip(names, bigs, strict=True)
-    ]
-
-
-def _home(shapes: Sequence[Shape], small: int, bigs: Sequence[int]) -> int | None:
-    """The one big box with the lesion id, or else the group, of a small one."""
-    for key in ("lesion_id", "group"):
-        tie = getattr(shapes[small], key)
-        same = [b for b in bigs if getattr(shapes[b], key) == tie] if tie else []
-        if len(same) == 1:
-            return same[0]
-    return None
-
-
-def _names(wanted: Sequence[str]) -> list[str]:
-    """Lesion ids: those given, and numbers from 0 for the rest."""
-    taken = {name for name in wanted if name}
-    if len(taken) < sum(bool(name) for name in wanted):
-        twice = next(name for k, name in enumerate(wanted) if name and name in wanted[:k])
-        raise ValueError(f"two lesions have the id {twice!r}; give each lesion of an image its own")
-    names, number = [], 0
-    for name in wanted:
-        if not name:
-            while str(number) in taken:
-                number += 1
-            name = str(number)
-            taken.add(name)
-        names.append(name)
-    return names
-
-
-def _excess(inner: np.ndarray, outer: np.ndarray) -> float:
-    return float(np.maximum(outer[:2] - inner[:2], inner[2:] - outer[2:]).max())
-
-
-def _area(box: np.ndarray) -> float:
-    return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def show(box: Iterable[float]) -> str:
@@ -277,7 +134,10 @@ def checked(annotations: Annotations, source: str) -> Annotations:
                 small = check_box(lesion.small_box, SMALL, picture.width, picture.height, lesion.image_id)
                 small = check_small(big, small, lesion.image_id)
         except ValueError as error:
-            raise UserError(f"{source}: lesion {lesion.lesion_id!r}, {error}") from None
+            limits = np.array([picture.width, picture.height] * 2) + TOLERANCE
+            is_exchanged = bool((lesion.big_box <= limits[[1, 0, 1, 0]]).all() and (lesion.big_box > limits).any())
+            hint = "; are the image's width and height exchanged (an EXIF orientation)?" if is_exchanged else ""
+            raise UserError(f"{source}: lesion {lesion.lesion_id!r}, {error}{hint}") from None
         lesions.append(replace(lesion, big_box=big, small_box=small))
     return replace(annotations, lesions=tuple(lesions))
 
@@ -317,44 +177,22 @@ def from_samples(samples: Sequence[Sample], images: Path | None = None) -> Annot
     return Annotations(tuple(pictures.values()), lesions)
 
 
-def find_pictures(folder: Path) -> dict[str, Picture]:
-    """image_id -> picture of every image in a folder and those within it, sizes read from the headers.
+def lesion_mask(lesion: Lesion, picture: Picture, source: str = "") -> np.ndarray:
+    """Return the mask of a lesion's segmentation, (H, W) bool with at least one pixel.
 
     Raises:
-        UserError: no folder, no images, or two images of the same id.
+        UserError: names image and place: a segmentation that is faulty, leaves the image or has no pixel.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected the images")
-    found = Gathered(str(folder))
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            found.add(path.relative_to(folder).as_posix(), *image_size(path))
-    if not found.pictures:
-        raise UserError(f"{folder}: no images in it; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-    return found.pictures
-
-
-def with_pictures(annotations: Annotations, known: Mapping[str, Picture]) -> Annotations:
-    """The same with file names taken from the images at hand, which must have the sizes that the annotations say.
-
-    Raises:
-        UserError: an image that is not there, or has another size.
-    """
-    pictures = []
-    for picture in annotations.pictures:
-        if picture.image_id not in known:
-            raise UserError(
-                f"image {picture.file_name or picture.image_id!r}: no such image among the {len(known)} "
-                "given; add it or remove its annotations"
-            )
-        held = known[picture.image_id]
-        if (held.width, held.height) != (picture.width, picture.height):
-            raise UserError(
-                f"image {held.file_name!r}: the annotations say {picture.width}x{picture.height} px, the "
-                f"file has {held.width}x{held.height} px; annotate the images as they are"
-            )
-        pictures.append(replace(picture, file_name=held.file_name))
-    return replace(annotations, pictures=tuple(pictures))
+    try:
+        mask = decode(lesion.segmentation, picture.height, picture.width)
+    except ValueError as error:
+        problem = str(error)
+    else:
+        if mask.any():
+            return mask
+        problem = "its segmentation has no pixel; remove it or draw it again"
+    where = lesion.place or f"lesion {lesion.lesion_id!r}"
+    raise UserError(f"{source + ': ' if source else ''}image {picture.image_id!r}, {where}: {problem}")
 
 
 def need_names(annotations: Annotations, form: str) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 
 from lesionsam.boxes.table import BIG, REQUIRED, SMALL, read_rows
 from lesionsam.errors import UserError
-from lesionsam.formats.records import Annotations, Gathered, Lesion, Picture, checked
+from lesionsam.formats.gather import Gathered
+from lesionsam.formats.records import Annotations, Lesion, Picture, checked
 from lesionsam.formats.safe import number
 from lesionsam.utils.files import atomic_write, whole_number
 

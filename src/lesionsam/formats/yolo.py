@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Gathered, Labels, Picture, Shape, need_names
+from lesionsam.formats.gather import Gathered
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape, need_names
 from lesionsam.formats.safe import number, read_bytes
 from lesionsam.utils.files import whole_number, write_text_atomic
 

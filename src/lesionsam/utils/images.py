@@ -79,6 +79,27 @@ def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
+def size_mismatch(path: Path, stated: object, place: str) -> str:
+    """Describe that annotations state another size than an image has, and what to do about it.
+
+    Args:
+        path: of the image, readable. stated: (width, height) as `place`, the annotations, gives them.
+    """
+    width, height = image_size(path)
+    with _open(path, MAX_PIXELS) as image:
+        is_turned = TURNS.get(_orientation(image)) in SIDEWAYS
+    stated_width, stated_height = tuple(stated) if isinstance(stated, tuple | list) else ("?", "?")
+    text = f"{place} says {stated_width}x{stated_height} px, the file has {width}x{height} px"
+    if (stated_width, stated_height) != (height, width):
+        return f"{text}; annotate the images as they are"
+    if is_turned:
+        return (
+            f"{text} as viewers show it: its EXIF orientation turns it. Boxes are pixels of the upright image: "
+            f"exchange width and height in {place} if they were drawn on it, else draw them again"
+        )
+    return f"{text}: width and height are exchanged; correct them in {place}"
+
+
 def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a small copy of an image, for display and not for measuring.
 
