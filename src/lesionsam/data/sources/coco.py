@@ -25,7 +25,7 @@ from lesionsam.formats.coco import Instances, load_instances
 from lesionsam.formats.records import checked_name
 from lesionsam.formats.rle import decode
 from lesionsam.utils.files import atomic_write, sha256_file
-from lesionsam.utils.images import check_image
+from lesionsam.utils.images import check_image, size_mismatch
 from lesionsam.utils.progress import say
 
 SPLIT = "{split}"  # what the patterns replace
@@ -117,13 +117,9 @@ def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
     if not picture.path.is_file():
         raise UserError(f"{picture.place}: no such file: {picture.path}; add it or remove it from the JSON")
     width, height = check_image(picture.path)
-    said = image.get("width"), image.get("height")
-    if said != (width, height):
-        turned = "; its EXIF turns it: annotate images as a viewer shows them" if said == (height, width) else ""
-        raise UserError(
-            f"{picture.place}: the JSON says {said[0]}x{said[1]} px, the file has {width}x{height} px"
-            f"{turned or '; annotate the images as they are'}"
-        )
+    stated = image.get("width"), image.get("height")
+    if stated != (width, height):
+        raise UserError(f"{picture.place}: {size_mismatch(picture.path, stated, 'the JSON')}")
     image_id = picture.path.stem
     masks = [
         object_mask(entry, height, width, f"{picture.source.path}: annotation {entry['id']}")
