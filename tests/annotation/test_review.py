@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -280,20 +281,27 @@ def test_what_nobody_has_seen_is_shown_as_that(served: Served) -> None:
     assert (state["status"], state["lesions"][0]["source"], status()) == ("done", "accepted", "done")
 
 
-def test_proposals_are_kept_and_a_changed_image_gets_none(tmp_path: Path, weights: Path) -> None:
+def test_proposals_are_kept_and_a_changed_image_gets_a_new_one(tmp_path: Path, weights: Path) -> None:
     draw_images(tmp_path / "images", NAMES[:2])
-    with serving(tmp_path, weights=weights) as served:
+
+    def settled(served: Served) -> dict[str, Any]:
         until(lambda: served.client.get("/api/queue").json()["left"] == 0)
-        first = served.client.get(f"/api/images/{served.key('one')}").json()["proposal"]
-    size = (tmp_path / "boxes.proposals.jsonl").stat().st_size
+        return {name: served.client.get(f"/api/images/{served.key(name)}").json()["proposal"] for name in NAMES[:2]}
+
+    with serving(tmp_path, weights=weights) as served:
+        first = settled(served)
+    kept = (tmp_path / "boxes.proposals.jsonl").read_text()
     with (tmp_path / "boxes.proposals.jsonl").open("a") as file:
         file.write('{"image_id": "two", "model": "cut sho')
-    draw_images(tmp_path / "images", ["two"], (300, 240))
+    draw_images(tmp_path / "images", ["two"], (200, 150))
     with serving(tmp_path, weights=weights) as served:
-        assert served.client.get("/api/queue").json()["left"] == 0
-        assert served.client.get(f"/api/images/{served.key('one')}").json()["proposal"] == first
-        assert served.client.get(f"/api/images/{served.key('two')}").json()["proposal"] is None
-    assert (tmp_path / "boxes.proposals.jsonl").stat().st_size < size + 60
+        until(lambda: settled(served)["two"] not in (first["two"], None))
+        again = settled(served)
+    assert again["one"] == first["one"]
+    assert max(again["two"]["lesions"][0]["big"]) <= 200
+    lines = (tmp_path / "boxes.proposals.jsonl").read_text().splitlines()
+    assert "\n".join(lines[:2]) + "\n" == kept
+    assert [json.loads(line)["image_id"] for line in lines[3:]] == ["two"]
 
 
 def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path, weights: Path) -> None:

@@ -14,12 +14,14 @@ from PIL import Image
 
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.errors import UserError
-from lesionsam.utils.images import read_reduced
+from lesionsam.utils.images import image_size, read_reduced
 
 LEVELS = {"thumb": 160, "view": 1600, "full": 4800}  # longer side, pixels
 QUALITY = 92
 CACHE_BYTES = 256 << 20
 AT_ONCE = {"thumb": 1, "view": 2, "full": 1}  # decoders at work: previews of masks must not wait for thumbnails
+
+Stamp = tuple[int, ...]  # of a file: modification time, size, inode, change time
 
 
 class Cache:
@@ -67,11 +69,11 @@ class Pictures:
     def __init__(self) -> None:
         self._jpegs = Cache(CACHE_BYTES)
         self._arrays = Cache(CACHE_BYTES // 4)
-        self._sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._sizes: dict[str, tuple[Stamp, tuple[int, int]]] = {}
         self._turns = {level: threading.Semaphore(count) for level, count in AT_ONCE.items()}
 
-    def stamp(self, entry: Entry) -> tuple[int, int]:
-        """What tells that a file has changed.
+    def stamp(self, entry: Entry) -> Stamp:
+        """Return what changes with a file: a copy that keeps time and size still has another inode or change time.
 
         Raises:
             UserError: the file is gone or cannot be read.
@@ -80,12 +82,10 @@ class Pictures:
             found = os.stat(entry.path)
         except OSError as error:
             raise UserError(f"{entry.path.name}: cannot be read: {error.strerror}; was it moved or renamed?") from None
-        return found.st_mtime_ns, found.st_size
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def size(self, entry: Entry) -> tuple[int, int]:
         """(width, height) after EXIF transpose, from the header; read once."""
-        from lesionsam.utils.images import image_size
-
         stamp = self.stamp(entry)
         known = self._sizes.get(entry.key)
         if known is None or known[0] != stamp:

@@ -21,6 +21,7 @@ from PIL import Image
 
 from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
+from lesionsam.annotation.pictures import Stamp
 from lesionsam.annotation.records import ImageState, Lesion
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
@@ -161,7 +162,7 @@ class Products:
         parts = (lesion.boxes, lesion.source, self.model.digest, self.model.threshold, self._stamp(entry))
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
-    def _stamp(self, entry: Entry) -> tuple[int, int] | None:
+    def _stamp(self, entry: Entry) -> Stamp | None:
         try:
             return self.model.pictures.stamp(entry)
         except UserError:
@@ -173,11 +174,11 @@ class Products:
         for lesion in state.lesions:
             mask = self.model.full_mask(image, f"{entry.image_id}/{lesion.lesion_id}", lesion.big, lesion.small)
             with atomic_write(self.folder / names[lesion.lesion_id]) as file:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+                Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, "PNG")
             lesions[lesion.lesion_id] = {
                 "key": keys[lesion.lesion_id],
                 "file_name": names[lesion.lesion_id],
-                "area": int(mask.sum()),
+                "area": int(np.count_nonzero(mask)),
                 "segmentation": encode(mask),
                 "bbox": _bounds(mask),
                 "big": lesion.big,

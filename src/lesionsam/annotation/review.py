@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
-from lesionsam.annotation.pictures import Pictures
+from lesionsam.annotation.pictures import Pictures, Stamp
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
 from lesionsam.annotation.records import AUTOMATIC, OPEN, Box, rounded
 from lesionsam.annotation.store import Store
@@ -37,7 +38,7 @@ class Found:
     """
 
     image_id: str
-    stamp: tuple[int, int]
+    stamp: Stamp
     size: tuple[int, int]
     lesion: Proposed | None
 
@@ -53,9 +54,10 @@ def look(model: Model, pictures: Pictures, entry: Entry) -> Found:
     Raises:
         UserError: an image that cannot be read.
     """
+    stamp = pictures.stamp(entry)  # before anything is read: a file replaced meanwhile is proposed for again
     size = pictures.size(entry)
     lesion = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), size, entry.image_id)
-    return Found(entry.image_id, pictures.stamp(entry), size, lesion)
+    return Found(entry.image_id, stamp, size, lesion)
 
 
 class Proposals:
@@ -68,7 +70,9 @@ class Proposals:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self.found: dict[str, Found] = {}
+        self.version = 0  # grows with every change of `found`
         self._lock = threading.Lock()
+        self._is_cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a crash
         for values in _lines(path):
             if values.get("model") == self.name:
                 numbers: dict[str, Any] = dict(values["lesion"] or {})
@@ -93,8 +97,16 @@ class Proposals:
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(("\n" if self._is_cut else "") + line + "\n")
+            self._is_cut = False
             self.found[found.image_id] = found
+            self.version += 1
+
+    def discard(self, image_id: str) -> None:
+        """Forget the proposal for an image; its line stays in the file until one follows it."""
+        with self._lock:
+            if self.found.pop(image_id, None) is not None:
+                self.version += 1
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -164,7 +176,7 @@ class Review:
 
     @property
     def count(self) -> int:
-        """Grows with every proposal."""
+        """Number of images with a proposal."""
         return len(self.proposals.found)
 
     def busy(self) -> None:
@@ -188,11 +200,14 @@ class Review:
 
     def _lesion(self, entry: Entry) -> Proposed | None:
         found = self.proposals.found.get(entry.image_id)
-        return None if found is None or found.stamp != self.pictures.stamp(entry) else found.lesion
+        if found is not None and found.stamp != self.pictures.stamp(entry):
+            self.proposals.discard(entry.image_id)
+            return None
+        return None if found is None else found.lesion
 
     def usual(self) -> list[float]:
         """`usual_areas`, read again only where something has changed."""
-        now = (self.count, self.store.clock)
+        now = (self.proposals.version, self.store.clock)
         if self._areas[0] != now:
             self._areas = now, usual_areas(self.store, self.proposals)
         return self._areas[1]
@@ -204,7 +219,7 @@ class Review:
 
     def queue(self) -> list[tuple[str, float]]:
         """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""
-        now = (self.count, self.store.clock)
+        now = (self.proposals.version, self.store.clock)
         if self._ordered[0] != now:
             usual = self.usual()
             known = [
@@ -232,6 +247,9 @@ class Review:
         )
 
     def _work(self) -> None:
+        for entry in self.catalogue.by_id.values():
+            with suppress(UserError):  # a file that is gone is said when it is opened
+                self._lesion(entry)  # discards what was proposed for another file
         ahead = iter(self.catalogue.by_id.values())
         while not self._end.is_set():
             if time.monotonic() < self._busy_until:

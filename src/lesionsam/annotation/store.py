@@ -93,7 +93,7 @@ class Store:
         self._gone: dict[tuple[str, str], Lesion] = {}  # lesions that an undo may bring back
         self._touched: dict[str, int] = {}  # image_id -> clock of its last change
         self.clock = 0
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._digest = ""
         self._table = Table()
         with self._lock:
@@ -222,12 +222,12 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- the file
 
-    def _stat(self) -> tuple[int, int, int] | None:
+    def _stat(self) -> tuple[int, ...] | None:
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def _bytes(self) -> bytes | None:
         try:
