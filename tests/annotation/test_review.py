@@ -34,7 +34,7 @@ from lesionsam.annotation.proposals import (
     propose,
 )
 from lesionsam.annotation.records import Lesion
-from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_checks
+from lesionsam.annotation.review import ImageProposal, Review, confirmed_log_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
@@ -212,9 +212,9 @@ def test_sizes_that_nobody_saw_are_not_the_usual_ones(tmp_path: Path, weights: P
     lesion = Lesion("0", big, small, proposed=(big, small))
     review = Review(catalogue, store, pictures, Model(weights, pictures))
     for name in NAMES[:2]:
-        review.proposals.add(Found(name, (0, 0), SIZE, proposed()))
+        review.proposals.add(ImageProposal(name, (0, 0), SIZE, proposed()))
     store.save("one", Change(0, "engine", "a", lesions=(lesion,), automatic=True), SIZE)
-    assert usual_areas(store, review.proposals) == []
+    assert confirmed_log_areas(store, review.proposals) == []
     store.save("two", Change(0, "ann", "b", lesions=(lesion,)), SIZE)
     usual = review.usual()
     assert usual == pytest.approx([np.log(np.pi / 4 / 1.25**2 * 160 * 120 / (SIZE[0] * SIZE[1]))])

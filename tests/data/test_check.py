@@ -436,7 +436,7 @@ def test_faulty_boxes_are_all_told(own: Path) -> None:
         )
     ] == [True, True]
     assert re.search(rf"{names[0]}': \d+% of the lesion in the mask lies outside the big box", "\n".join(warnings))
-    assert re.search(rf"{names[1]}': \d+% of the small box is not lesion", "\n".join(warnings))
+    assert re.search(rf"{names[1]}': \d+% of the core is not lesion", "\n".join(warnings))
     assert texts(report, "note")[0] == "boxes.csv: 2 of 12 images have no row"
 
 

@@ -373,13 +373,13 @@ def test_small_box_from_the_big_one(tmp_path: Path) -> None:
     found = convert(path, tmp_path / "c.csv", core=0.2)
     assert found.lesions[0].small_box is not None
     assert found.lesions[0].small_box.tolist() == pytest.approx([50, 44, 70, 56])
-    assert found.notes[0].startswith("1 of 1 small boxes were made from the one box given: 0.2 of its sides")
+    assert found.notes[0].startswith("1 of 1 cores were made from the one box given: 0.2 of its sides")
     with pytest.raises(UserError, match="expected a number between 0 and 1, got 1"):
         convert(path, tmp_path / "d.csv", core=1)
 
 
 def test_small_box_lies_in_an_ellipse_drawn_too_large() -> None:
-    """The rule's own claim: corners of the small box, in an ellipse whose bounding box was drawn 57 % too large."""
+    """The rule's own claim: corners of the core, in an ellipse whose bounding box was drawn 57 % too large."""
     made = with_small_boxes(Annotations((), (lesion("a", "0", [0, 0, 157, 157], None),))).lesions[0].small_box
     assert made is not None
     assert math.hypot(*(made[2:] - 78.5)) < 50
@@ -601,7 +601,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "cvat: no big": (
         "cvat",
         cvat('<box label="small" xtl="1" ytl="1" xbr="2" ybr="2"/>'),
-        r"image 'a': box 1: the small box \[1, 1, 2, 2\] lies inside no big box",
+        r"image 'a': box 1: the core \[1, 1, 2, 2\] lies inside no big box",
     ),
     "studio: object": ("label-studio", {}, "expected Label Studio JSON"),
     "studio: min": ("label-studio", [{"image": "a.jpg", "label": []}], "task 1: expected data and annotations"),
@@ -631,7 +631,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
                 )
             )
         ],
-        "region small2: a second small box of the lesion of region big1",
+        "region small2: a second core of the lesion of region big1",
     ),
     "studio: one id twice": (
         "label-studio",

@@ -1,4 +1,4 @@
-"""Pictures for the page: images decoded small, kept for a while, encoded as JPEG; for looking at, not for measuring."""
+"""Decode images to small copies for display, encode them as JPEG, and cache both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Stamp = tuple[int, ...]  # of a file: modification time, size, inode, change tim
 
 
 class Cache:
-    """Values by key, the oldest thrown out above a number of bytes; a value is made once, however many ask for it."""
+    """A thread-safe LRU cache bounded in bytes; concurrent requests for one key compute its value once."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._bytes = max_bytes, 0
@@ -34,12 +34,12 @@ class Cache:
         self._lock = threading.Lock()
 
     def peek(self, key: Any) -> Any | None:
-        """The value, or None where it is not there."""
+        """Return the cached value, or None."""
         with self._lock:
             return self._held[key][0] if key in self._held else None
 
     def get(self, key: Any, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value, made by `make() -> (value, bytes)` where it is not there."""
+        """Return the cached value, or that of `make() -> (value, bytes)`."""
         while True:
             with self._lock:
                 if key in self._held:
@@ -64,7 +64,7 @@ class Cache:
 
 
 class Pictures:
-    """The images of a catalogue as JPEGs of three sizes, as small arrays, and their sizes."""
+    """The images of a catalogue as JPEGs of three sizes and as small arrays, and their sizes."""
 
     def __init__(self) -> None:
         self._jpegs = Cache(CACHE_BYTES)
@@ -85,7 +85,7 @@ class Pictures:
         return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def size(self, entry: Entry) -> tuple[int, int]:
-        """(width, height) after EXIF transpose, from the header; read once."""
+        """Return (width, height) after EXIF transpose, read from the header and cached."""
         stamp = self.stamp(entry)
         known = self._sizes.get(entry.key)
         if known is None or known[0] != stamp:
@@ -93,7 +93,7 @@ class Pictures:
         return known[1]
 
     def jpeg(self, entry: Entry, level: str) -> bytes:
-        """The picture at a level of `LEVELS`, as JPEG.
+        """Return the picture at a level of `LEVELS` as JPEG.
 
         Raises:
             UserError: a file that is no image, damaged, or too large.
@@ -110,7 +110,7 @@ class Pictures:
         return self._jpegs.get((entry.key, level, self.stamp(entry)), make)
 
     def small(self, entry: Entry, longest: int) -> np.ndarray:
-        """(h, w, 3) uint8 RGB with its longer side at most `longest`."""
+        """Return a copy, (h, w, 3) uint8 RGB, whose longer side is at most `longest`."""
 
         def make() -> tuple[np.ndarray, int]:
             pixels, _ = read_reduced(entry.path, longest)

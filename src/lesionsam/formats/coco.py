@@ -1,4 +1,4 @@
-"""COCO instances JSON: images, categories, and an annotation per object with a box, polygons or run lengths.
+"""Read and write COCO instances JSON: images, categories, and an annotation per object with box, polygons or RLE.
 
 Two boxes are two annotations of the categories "big" and "small"; attributes.lesion_id, which CVAT too reads and
 writes, ties them together, and ties the mask of a third category, "lesion", to them. COCO's boxes are x, y, width,
@@ -148,7 +148,7 @@ def read_coco(
 
 
 def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.ndarray:
-    """(4,) XYXY of an annotation: its bbox, or what surrounds its segmentation."""
+    """Return the box of an annotation, (4,) XYXY: its bbox, or the bounding box of its segmentation."""
     box, segmentation = entry.get("bbox"), entry.get("segmentation")
     if isinstance(box, list) and len(box) == 4:
         x, y, w, h = (number(value, f"{place}, bbox") for value in box)
@@ -171,7 +171,7 @@ def write_coco(path: Path, annotations: Annotations) -> None:
 
 
 def coco_document(annotations: Annotations) -> dict[str, Any]:
-    """The same as a value for JSON."""
+    """Return the document of `write_coco` as a value for JSON."""
     need_names(annotations, "COCO")
     images, entries = [], []
     pictures = {picture.image_id: picture for picture in annotations.pictures}

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: an XML file with an element per image and, inside it, per shape.
+"""Read and write CVAT for images 1.1: an XML file with an element per image and, inside it, per shape.
 
 Two boxes are two <box> elements labelled "big" and "small"; the attribute lesion_id, or else CVAT's group, ties them
 together. A mask is a <mask> or <polygon> of any other label with the same lesion_id. Tracks of CVAT for video and
@@ -98,7 +98,7 @@ def _shape(element: Element, where: str, picture: Picture) -> Shape:
 
 
 def _read_mask(held: dict[str, str], where: str, picture: Picture) -> np.ndarray:
-    """CVAT's runs go along the rows of the rectangle that the mask stands in."""
+    """Decode a mask, (H, W) bool; CVAT's runs go along the rows of the mask's rectangle."""
     left, top, width, height = (
         int(number(held.get(name), f"{where}: {name}")) for name in ("left", "top", "width", "height")
     )

@@ -1,6 +1,6 @@
 """Collect the labelled shapes of a file while it is read, and join them to lesions of two boxes each.
 
-Where a file names lesions or groups, these tie a small box to its big one. Elsewhere a small box belongs to the big one
+Where a file names lesions or groups, these tie a core to its big one. Elsewhere a core belongs to the big one
 that contains it: to the one written just before it if that does, else to the smallest.
 """
 
@@ -21,7 +21,7 @@ from lesionsam.utils.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size, size_
 
 @dataclass
 class Gathered:
-    """Pictures with their shapes while a file is being read.
+    """The pictures and shapes read so far from a file.
 
     Attributes:
         source: names the file in messages. known: images at hand by id, whose sizes and names hold; None: none given.
@@ -75,7 +75,7 @@ class Gathered:
         return path.stem
 
     def finish(self, labels: Labels) -> Annotations:
-        """Tie the shapes to lesions and check every box.
+        """Pair the shapes to lesions and check every box.
 
         Raises:
             UserError: names file, picture and shape.
@@ -109,7 +109,7 @@ def listed(places: Sequence[str], most: int = 5) -> str:
 
 
 def _side(value: object) -> int:
-    """A whole number of pixels, also where a tool wrote it as 512.0; 0 for anything else."""
+    """Return a whole number of pixels, also where a tool wrote it as 512.0; 0 for anything else."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_PIXELS else 0
@@ -124,7 +124,7 @@ def _single(image_id: str, shapes: Sequence[Shape]) -> list[Lesion]:
 
 
 def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[Lesion]:
-    """Lesions of one picture; other labels only count as the mask of a lesion whose id they carry."""
+    """Pair the boxes of one picture; shapes with other labels count as the mask of the lesion whose id they carry."""
     bigs = [k for k, shape in enumerate(shapes) if shape.label.lower() == big]
     smalls = [k for k, shape in enumerate(shapes) if shape.label.lower() == small]
     owner: dict[int, int] = {}  # big -> small
@@ -134,7 +134,7 @@ def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[
         if home is None:
             loose.append(k)
         elif home in owner:
-            raise ValueError(f"{shapes[k].place}: a second small box of the lesion of {shapes[home].place}; keep one")
+            raise ValueError(f"{shapes[k].place}: a second core of the lesion of {shapes[home].place}; keep one")
         else:
             owner[home] = k
     fits = {
@@ -144,7 +144,7 @@ def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[
         free = [b for b in fits[k] if b not in owner]
         if not free:
             raise ValueError(
-                f"{shapes[k].place}: the small box {show(shapes[k].box)} lies inside no big box that has "
+                f"{shapes[k].place}: the core {show(shapes[k].box)} lies inside no big box that has "
                 "none yet; draw its big box or remove it"
             )
         before = [b for b in free if b == k - 1]
@@ -165,7 +165,7 @@ def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[
 
 
 def _home(shapes: Sequence[Shape], small: int, bigs: Sequence[int]) -> int | None:
-    """The one big box with the lesion id, or else the group, of a small one."""
+    """Return the big box that has the lesion id, or else the group, of a core; None where there is not exactly one."""
     for key in ("lesion_id", "group"):
         tie = getattr(shapes[small], key)
         same = [b for b in bigs if getattr(shapes[b], key) == tie] if tie else []
@@ -175,7 +175,7 @@ def _home(shapes: Sequence[Shape], small: int, bigs: Sequence[int]) -> int | Non
 
 
 def _names(wanted: Sequence[str]) -> list[str]:
-    """Lesion ids: those given, and numbers from 0 for the rest."""
+    """Return lesion ids: those given, and numbers from 0 for the rest."""
     taken = {name for name in wanted if name}
     if len(taken) < sum(bool(name) for name in wanted):
         twice = next(name for k, name in enumerate(wanted) if name and name in wanted[:k])
@@ -200,7 +200,7 @@ def _area(box: np.ndarray) -> float:
 
 
 def find_pictures(folder: Path) -> dict[str, Picture]:
-    """image_id -> picture of every image in a folder and those within it, sizes read from the headers.
+    """Find every image in a folder and its subfolders, by image id; sizes are read from the headers.
 
     Raises:
         UserError: no folder, no images, or two images of the same id.

@@ -1,4 +1,4 @@
-"""Label Studio's JSON: a list of tasks, each an image with annotations of rectangles in percent of its sides.
+"""Read and write Label Studio's JSON: a list of tasks, each an image with regions in percent of its sides.
 
 Two boxes are two rectangles labelled "big" and "small". A relation between them, or the note "lesion_id: NAME" of the
 regions, ties them together. Polygons count with the box around them; turned rectangles are refused. Export as JSON, not
@@ -175,7 +175,7 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
 
 
 def _relations(regions: list[dict[str, Any]]) -> dict[str, str]:
-    """Region id -> a name shared by the two regions of a relation."""
+    """Return region id -> a name shared by the two regions of a relation."""
     ties: dict[str, str] = {}
     for region in regions:
         if region.get("type") == "relation":

@@ -1,7 +1,7 @@
-"""What every format is read into and written from, how two boxes find each other, and what one box alone becomes.
+"""Define the records that every format is read into and written from, check them, and add missing cores.
 
 A lesion has a big box and a small one. Tools that know one box per object hold them as two, labelled "big" and "small",
-tied together by the lesion's id where the format has a place for it. Where it has none, a small box belongs to the big
+tied together by the lesion's id where the format has a place for it. Where it has none, a core belongs to the big
 one that contains it: to the one written just before it if that does, else to the smallest. A file without those two
 labels holds one box per lesion: it is taken as the big one, and `with_small_boxes` makes the other.
 """
@@ -26,7 +26,7 @@ CORE = 0.45  # boxes.core_low of the default: the least share that the simulated
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that a file of annotations speaks of.
+    """An image that a file of annotations names.
 
     Attributes:
         image_id: name without ending. file_name: path below the folder of the images, with "/"; "" where unknown.
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Lesion:
-    """A lesion of a picture.
+    """One lesion of a picture.
 
     Attributes:
         lesion_id: unique within the picture.
@@ -62,14 +62,14 @@ class Lesion:
 
 @dataclass(frozen=True)
 class Annotations:
-    """Pictures, those without lesions included, their lesions, and what the reader left out or assumed, in words."""
+    """Pictures, those without lesions included, their lesions, and notes on what the reader left out or assumed."""
 
     pictures: tuple[Picture, ...]
     lesions: tuple[Lesion, ...]
     notes: tuple[str, ...] = ()
 
     def by_picture(self) -> dict[str, list[Lesion]]:
-        """image_id -> its lesions, in the order of the pictures."""
+        """Return image_id -> its lesions, in the order of the pictures."""
         found: dict[str, list[Lesion]] = {picture.image_id: [] for picture in self.pictures}
         for lesion in self.lesions:
             found[lesion.image_id].append(lesion)
@@ -78,7 +78,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Labels:
-    """The words a file uses for the two boxes; upper and lower case do not matter."""
+    """The labels a file uses for the two boxes; case does not matter."""
 
     big: str = BIG_LABEL
     small: str = SMALL_LABEL
@@ -86,7 +86,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Shape:
-    """One labelled shape as it stands in a file.
+    """One labelled shape as a file holds it.
 
     Attributes:
         box: (4,) float64 XYXY, original pixels; the bounding box of a polygon or mask.
@@ -104,7 +104,7 @@ class Shape:
 
 
 def checked_name(file_name: object, place: str) -> PurePosixPath:
-    """A file name out of annotations, below the folder of the images; `place` begins the UserError otherwise."""
+    """Check that a file name lies below the folder of images; `place` begins the UserError otherwise."""
     path = PurePosixPath(file_name.replace("\\", "/")) if isinstance(file_name, str) else PurePosixPath()
     unfit = path.is_absolute() or any(part == ".." or "\0" in part or len(part.encode()) > 255 for part in path.parts)
     if not path.stem or unfit:
@@ -113,15 +113,15 @@ def checked_name(file_name: object, place: str) -> PurePosixPath:
 
 
 def show(box: Iterable[float]) -> str:
-    """A box in a message."""
+    """Format a box for a message."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
 def checked(annotations: Annotations, source: str) -> Annotations:
-    """The same with boxes cut at the frame and at each other, where they stick out by rounding alone.
+    """Clip boxes that exceed the frame, or a core its big box, by rounding alone.
 
     Raises:
-        UserError: a box that is no box, or lies outside, or a small box outside its big one.
+        UserError: a box that is no box, or lies outside, or a core outside its big one.
     """
     pictures = {picture.image_id: picture for picture in annotations.pictures}
     lesions = []
@@ -143,14 +143,14 @@ def checked(annotations: Annotations, source: str) -> Annotations:
 
 
 def with_small_boxes(annotations: Annotations, core: float = CORE) -> Annotations:
-    """Every lesion with a small box: where none was drawn, `core` times the big one's sides about its centre.
+    """Add missing cores: `core` times the big box's sides, about its centre.
 
     A centred box of share s lies inside an ellipse whose own bounding box was drawn x larger while s (1 + x) is below
     1 / sqrt(2): 0.45 allows a big box up to 57 % too large. A lesion of another form, or off the middle, may hold less:
-    draw small boxes where the middle of the big one is not the lesion.
+    draw cores where the middle of the big one is not the lesion.
     """
     if not 0 < core < 1:
-        raise UserError(f"share of the small box: expected a number between 0 and 1, got {core:g}")
+        raise UserError(f"share of the core: expected a number between 0 and 1, got {core:g}")
     made, lesions = 0, []
     for lesion in annotations.lesions:
         if lesion.small_box is None:
@@ -161,14 +161,14 @@ def with_small_boxes(annotations: Annotations, core: float = CORE) -> Annotation
     if not made:
         return annotations
     note = (
-        f"{made} of {len(lesions)} small boxes were made from the one box given: {core:g} of its sides, same "
+        f"{made} of {len(lesions)} cores were made from the one box given: {core:g} of its sides, same "
         "centre; set method.target.looseness to how much the given boxes exceed the lesion (0: they are tight)"
     )
     return replace(annotations, lesions=tuple(lesions), notes=(*annotations.notes, note))
 
 
 def from_samples(samples: Sequence[Sample], images: Path | None = None) -> Annotations:
-    """Annotations of samples, in their order; file names are relative to `images`, or the bare names."""
+    """Convert samples to annotations, in their order; file names are relative to `images`, or the bare names."""
     pictures: dict[str, Picture] = {}
     for s in samples:
         name = s.image_path.relative_to(images).as_posix() if images is not None else s.image_path.name

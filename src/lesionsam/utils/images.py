@@ -57,7 +57,7 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
+    """Return (width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
     path = Path(path)
     with _open(path, max_pixels) as image:
         width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
@@ -65,7 +65,7 @@ def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 
 def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF transpose of an image that decodes to its end.
+    """Decode an image to its end and return its (width, height) after EXIF transpose.
 
     JPEGs are decoded at an eighth of their size, which reads every byte at a quarter of the time or less.
     """
@@ -220,7 +220,7 @@ def num_pages(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings about damaged metadata: they name no file, and what matters is raised."""
+    """Silence Pillow's warnings about damaged metadata, which name no file; faults that matter are raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

@@ -1,4 +1,4 @@
-"""`lesionsam data check`: what is wrong with a set, or would make a wrong number later, before anything is trained.
+"""Check a data set before training: what is wrong with it, or would lead to a wrong result.
 
 Every image and mask is decoded; pictures are compared by bytes, pixels and looks; boxes are held against masks. Errors
 are what training would stop at or what would flatter the results; warnings want a look; notes only tell.
@@ -28,7 +28,7 @@ from lesionsam.utils.files import whole_number
 from lesionsam.utils.progress import progress
 
 ISIC_ID = re.compile(r"ISIC_(\d{7})(?!\d)", re.IGNORECASE)
-OUTSIDE, BACKGROUND = 0.02, 0.1  # share of a lesion outside its big box, of a small box on background: worth a look
+OUTSIDE, BACKGROUND = 0.02, 0.1  # share of a lesion outside its big box, of a core on background: worth a look
 SAME_FILE, SAME_PIXELS, NEAR = "same file", "same pixels", "near-duplicate"
 SEVERITIES = (ERROR, WARNING, NOTE)
 
@@ -45,7 +45,7 @@ class Match:
 
 @dataclass
 class Report:
-    """All that was found.
+    """The result of a check.
 
     Attributes:
         inspections: one per image, in order. num_own: from here on they belong to sets only compared with.
@@ -63,15 +63,15 @@ class Report:
 
     @property
     def own(self) -> list[Inspection]:
-        """The images of the set itself."""
+        """Return the images of the set itself."""
         return self.inspections[: self.num_own]
 
     def count(self, severity: str) -> int:
-        """Number of issues of a severity."""
+        """Return the number of issues of a severity."""
         return sum(issue.severity == severity for issue in self.issues)
 
     def splits(self) -> list[str]:
-        """Names of the splits, in the order of training."""
+        """Return the names of the splits, train first."""
         found = {seen.item.split for seen in self.own}
         return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
@@ -79,7 +79,7 @@ class Report:
 def check(
     found: ImageSet, *, against: Sequence[ImageSet] = (), boxes: Path | None = None, num_threads: int = 4
 ) -> Report:
-    """Look at a set.
+    """Check a set.
 
     Args:
         against: other sets, only compared with: no picture of theirs should be in this one.
@@ -109,7 +109,7 @@ def _where(seen: Inspection) -> str:
 
 
 def _compare(report: Report) -> None:
-    """The same pictures under two names: by bytes, then by pixels, then by what they show.
+    """Find equal pictures under two names: by bytes, then by pixels, then by appearance.
 
     Of several equal ones each is told with the first alone, and only that is compared by looks.
     """
@@ -153,13 +153,13 @@ def _across(report: Report, first: int, second: int) -> bool:
 
 
 def _isic(seen: Inspection) -> str:
-    """ISIC_NNNNNNN where the id holds one, else empty."""
+    """Return the ISIC_NNNNNNN that an image id contains, or an empty text."""
     number = ISIC_ID.search(seen.item.image_id)
     return number[0].upper() if number else ""
 
 
 def _names(report: Report) -> None:
-    """One id in two places: boxes are found by id, and ISIC's numbers stay the same over its editions."""
+    """Find ids that occur twice: boxes are found by id, and ISIC's numbers stay the same over its editions."""
     held: dict[str, int] = {}
     matched = {(match.first, match.second) for match in report.matches}
     for k, seen in enumerate(report.inspections):
@@ -188,7 +188,7 @@ def _names(report: Report) -> None:
 
 
 def _boxes(report: Report, path: Path) -> None:
-    """The two-box CSV: every faulty row, and boxes that do not fit the masks."""
+    """Check the two-box CSV: every faulty row, and boxes that do not fit the masks."""
     inspections = {seen.item.image_id: seen for seen in report.own if seen.is_read}
     try:
         report.samples, problems = sound_boxes(report.own, path)
@@ -207,12 +207,12 @@ def _boxes(report: Report, path: Path) -> None:
 
 
 def sound_boxes(inspections: Sequence[Inspection], path: Path) -> tuple[list[Sample], list[str]]:
-    """Rows of a two-box CSV that fit the images, and a line of text for each that does not."""
+    """Return the rows of a two-box CSV that fit the images, and a line of text for each that does not."""
     return scan_boxes(path, {seen.item.image_id: _entry(seen) for seen in inspections if seen.is_read}, root=Path())
 
 
 def _entry(seen: Inspection) -> dict[str, Any]:
-    """The image's row as the index would have it, as far as boxes are checked against it."""
+    """Return the image's row of an index, as far as boxes are checked against it."""
     item = seen.item
     lesions = {"lesions": {str(k): "" for k in range(len(item.objects))}} if item.objects else {}
     return {
@@ -242,8 +242,7 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
                 Issue(
                     WARNING,
                     "boxes",
-                    f"{place}: {background:.0%} of the small box is not lesion in "
-                    "the mask; it should lie inside the lesion",
+                    f"{place}: {background:.0%} of the core is not lesion in the mask; it should lie inside the lesion",
                     sample.image_id,
                 )
             )
@@ -268,7 +267,7 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
 
 
 def _cut(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The pixels of a mask whose centres lie in a box; a view."""
+    """Return the pixels of a mask whose centres lie in a box; a view."""
     x0, y0, x1, y1 = (max(0, int(value)) for value in np.ceil(box - 0.5))
     return mask[y0:y1, x0:x1]
 
@@ -298,7 +297,7 @@ def _about_the_whole(report: Report) -> Iterator[Issue]:
 
 
 def summary(report: Report) -> list[str]:
-    """The set in a few lines."""
+    """Summarise the set in a few lines."""
     read = [seen for seen in report.own if seen.is_read]
     counts = Counter(seen.item.split for seen in report.own)
     splits = ", ".join(f"{name or 'no split'} {counts[name]}" for name in report.splits())

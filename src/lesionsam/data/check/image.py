@@ -46,7 +46,7 @@ class Inspection:
 
     @property
     def is_read(self) -> bool:
-        """Whether the image decodes."""
+        """Return whether the image decodes."""
         return self.width > 0
 
 

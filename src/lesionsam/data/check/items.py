@@ -1,4 +1,4 @@
-"""What `lesionsam data check` and `data show` look at: the images of a folder, of COCO files, or of params.yaml.
+"""List the images for `data check` and `data show`: of a folder, of COCO files, or of params.yaml.
 
 Unlike the sources that training reads from, nothing here stops at the first fault: each becomes an `Issue`.
 """
@@ -29,7 +29,7 @@ INDEX, BOXES = Path("data/raw/index.csv"), Path("data/boxes.csv")
 
 @dataclass(frozen=True)
 class Issue:
-    """Something found, of severity error, warning or note; `kind` groups those of a sort."""
+    """A problem, of severity error, warning or note; `kind` groups similar ones."""
 
     severity: str
     kind: str
@@ -39,7 +39,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class Item:
-    """An image of the set, with what is known of its lesions.
+    """An image of the set with its masks or annotations.
 
     Attributes:
         masks: files that each show a lesion, or one that shows all. threshold: whether grey ones are cut.
@@ -58,15 +58,15 @@ class Item:
 
     @property
     def has_truth(self) -> bool:
-        """Whether anybody drew the lesion."""
+        """Return whether the image has a mask or an annotation."""
         return bool(self.masks or self.objects)
 
     def lesion_masks(self, width: int, height: int) -> list[np.ndarray]:
-        """(H, W) bool of each mask file or object; raises UserError at the first that is faulty."""
+        """Return (H, W) bool of each mask file or object; UserError at the first that is faulty."""
         return [self.lesion_mask(k, width, height) for k in range(len(self.masks) + len(self.objects))]
 
     def lesion_mask(self, number: int, width: int, height: int) -> np.ndarray:
-        """(H, W) bool of one of them."""
+        """Return (H, W) bool of one mask file or object."""
         if number < len(self.masks):
             return read_mask(self.masks[number], (width, height), threshold=self.threshold)
         entry = self.objects[number - len(self.masks)]
@@ -75,7 +75,7 @@ class Item:
 
 @dataclass
 class ImageSet:
-    """A set to look at: its images, what was noticed on the way, and the two-box CSV that belongs to it, if any."""
+    """The images of a set, the issues met while listing them, and its two-box CSV, if any."""
 
     name: str
     items: list[Item] = field(default_factory=list)
@@ -83,14 +83,14 @@ class ImageSet:
     boxes: Path | None = None
 
     def note(self, severity: str, kind: str, text: str) -> None:
-        """Take down something that was noticed."""
+        """Add an issue."""
         self.issues.append(Issue(severity, kind, text))
 
 
 def find_items(
     target: Path, *, images: Path | None = None, categories: Sequence[str] = (), threshold: bool = False
 ) -> ImageSet:
-    """The images of a folder, of a COCO file, or of a parameter file.
+    """List the images of a folder, of a COCO file, or of a parameter file.
 
     Args:
         target: a folder with images/ and perhaps masks/, each with a folder per split, or without such folders; a
@@ -148,7 +148,7 @@ def _split(found: ImageSet, place: Path, masks: Path, split: str, threshold: boo
 
 
 def _stems(found: ImageSet, folder: Path) -> dict[str, Path]:
-    """Stem in lower case -> image file."""
+    """Return stem in lower case -> image file."""
     stems: dict[str, Path] = {}
     others = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -227,7 +227,7 @@ def _parameters(path: Path) -> ImageSet:
 
 
 def _index(root: Path, config: Config) -> ImageSet:
-    """What the download stage left of a generated or downloaded set, with the boxes drawn on it, if any."""
+    """List a generated or downloaded set from its index, with its boxes, if any."""
     found = ImageSet(f"{config.data.source} ({INDEX})", boxes=root / BOXES if (root / BOXES).is_file() else None)
     for image_id, row in read_index(root / INDEX).items():
         own = row.get("lesions") or ({"0": row["mask_path"]} if row["mask_path"] else {})

@@ -1,4 +1,4 @@
-"""What `data check` found as one HTML page that opens offline, and `data show`'s sheet of pictures."""
+"""Write the result of `data check` as one HTML page that opens offline, and `data show`'s contact sheet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BARS = 20
 
 
 def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
-    """Write the page; its size, bytes.
+    """Write the page and return its size in bytes.
 
     Args:
         num_pictures: images shown, those with errors and warnings first, the rest spread over the splits.
@@ -70,7 +70,7 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
 
 
 def pick(report: Report, count: int) -> list[Inspection]:
-    """Readable images to show: those with errors, then warnings, then others in an order that no name decides."""
+    """Select readable images to show: those with errors, then warnings, then others ordered by hash."""
     severity: dict[str, int] = {}
     for issue in report.issues:
         rank = SEVERITIES.index(issue.severity)
@@ -109,7 +109,7 @@ def _figure(
 
 
 def draw(item: Item, samples: Sequence[Sample], side: int, caption: str | None = None) -> np.ndarray:
-    """(h, w, 3) uint8: the image with the masks and boxes that are sound drawn on it."""
+    """Draw the valid masks and boxes on an image; (h, w, 3) uint8."""
     image = read_image(item.path)
     height, width = image.shape[:2]
     truth = None
@@ -130,7 +130,7 @@ def _uri(picture: np.ndarray) -> str:
 
 
 def _table(report: Report) -> list[list[str]]:
-    """A row per split: images, with masks, lesions, cut, pieces, sizes."""
+    """Return a table with a row per split: images, with masks, lesions, cut, pieces, sizes."""
     rows = [
         [
             "split",
@@ -166,7 +166,7 @@ def _table(report: Report) -> list[list[str]]:
 
 
 def _charts(report: Report) -> Iterable[dict[str, Any]]:
-    """Histograms as bars of heights in percent of the highest."""
+    """Yield histograms as bars of heights in percent of the highest."""
     shares = [share for seen in report.own for share in seen.shares]
     sides = [max(seen.width, seen.height) for seen in report.own if seen.is_read]
     for title, values, unit in (
@@ -194,7 +194,7 @@ def _charts(report: Report) -> Iterable[dict[str, Any]]:
 def write_sheet(
     found: ImageSet, path: Path, *, ids: Sequence[str], boxes: Path | None, count: int, columns: int
 ) -> int:
-    """Write a contact sheet of some images with masks and boxes; how many are on it.
+    """Write a contact sheet of some images with masks and boxes; return their number.
 
     Args:
         ids: those wanted, in this order; none: `count` of all, in an order that no name decides.
