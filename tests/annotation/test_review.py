@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -33,7 +34,7 @@ from lesionsam.annotation.proposals import (
     propose,
 )
 from lesionsam.annotation.records import Lesion
-from lesionsam.annotation.review import Found, Review, usual_areas, with_spot_checks
+from lesionsam.annotation.review import ImageProposal, Review, confirmed_log_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
 from lesionsam.formats.convert import read_annotations
 from lesionsam.formats.rle import decode
@@ -211,9 +212,9 @@ def test_sizes_that_nobody_saw_are_not_the_usual_ones(tmp_path: Path, weights: P
     lesion = Lesion("0", big, small, proposed=(big, small))
     review = Review(catalogue, store, pictures, Model(weights, pictures))
     for name in NAMES[:2]:
-        review.proposals.add(Found(name, (0, 0), SIZE, proposed()))
+        review.proposals.add(ImageProposal(name, (0, 0), SIZE, proposed()))
     store.save("one", Change(0, "engine", "a", lesions=(lesion,), automatic=True), SIZE)
-    assert usual_areas(store, review.proposals) == []
+    assert confirmed_log_areas(store, review.proposals) == []
     store.save("two", Change(0, "ann", "b", lesions=(lesion,)), SIZE)
     usual = review.usual()
     assert usual == pytest.approx([np.log(np.pi / 4 / 1.25**2 * 160 * 120 / (SIZE[0] * SIZE[1]))])
@@ -280,20 +281,27 @@ def test_what_nobody_has_seen_is_shown_as_that(served: Served) -> None:
     assert (state["status"], state["lesions"][0]["source"], status()) == ("done", "accepted", "done")
 
 
-def test_proposals_are_kept_and_a_changed_image_gets_none(tmp_path: Path, weights: Path) -> None:
+def test_proposals_are_kept_and_a_changed_image_gets_a_new_one(tmp_path: Path, weights: Path) -> None:
     draw_images(tmp_path / "images", NAMES[:2])
-    with serving(tmp_path, weights=weights) as served:
+
+    def settled(served: Served) -> dict[str, Any]:
         until(lambda: served.client.get("/api/queue").json()["left"] == 0)
-        first = served.client.get(f"/api/images/{served.key('one')}").json()["proposal"]
-    size = (tmp_path / "boxes.proposals.jsonl").stat().st_size
+        return {name: served.client.get(f"/api/images/{served.key(name)}").json()["proposal"] for name in NAMES[:2]}
+
+    with serving(tmp_path, weights=weights) as served:
+        first = settled(served)
+    kept = (tmp_path / "boxes.proposals.jsonl").read_text()
     with (tmp_path / "boxes.proposals.jsonl").open("a") as file:
         file.write('{"image_id": "two", "model": "cut sho')
-    draw_images(tmp_path / "images", ["two"], (300, 240))
+    draw_images(tmp_path / "images", ["two"], (200, 150))
     with serving(tmp_path, weights=weights) as served:
-        assert served.client.get("/api/queue").json()["left"] == 0
-        assert served.client.get(f"/api/images/{served.key('one')}").json()["proposal"] == first
-        assert served.client.get(f"/api/images/{served.key('two')}").json()["proposal"] is None
-    assert (tmp_path / "boxes.proposals.jsonl").stat().st_size < size + 60
+        until(lambda: settled(served)["two"] not in (first["two"], None))
+        again = settled(served)
+    assert again["one"] == first["one"]
+    assert max(again["two"]["lesions"][0]["big"]) <= 200
+    lines = (tmp_path / "boxes.proposals.jsonl").read_text().splitlines()
+    assert "\n".join(lines[:2]) + "\n" == kept
+    assert [json.loads(line)["image_id"] for line in lines[3:]] == ["two"]
 
 
 def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path, weights: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import random
 import signal
 import socket
@@ -76,6 +78,26 @@ def rows(folder: Path) -> dict[tuple[str, str], list[float]]:
 
 
 # ------------------------------------------------------------------------------------------------------ the page
+
+
+@pytest.mark.parametrize("is_moved", [True, False])
+def test_an_image_replaced_with_its_time_and_size_kept_is_shown_anew(folder: Path, is_moved: bool) -> None:
+    """As `cp -p` and archives with fixed times leave it; uncompressed formats keep the size."""
+    path = folder / "images" / "replaced.bmp"
+    Image.new("RGB", (64, 48), (250, 10, 10)).save(path)
+    before = path.stat()
+    with serving(folder) as served:
+        address = f"/api/images/{served.key('replaced')}/picture?level=thumb"
+        first = served.client.get(address).content
+        other = path.with_suffix(".tmp") if is_moved else path
+        Image.new("RGB", (64, 48), (10, 10, 250)).save(other, "BMP")
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.replace(path)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        second = served.client.get(address).content
+    red, blue = (np.asarray(Image.open(io.BytesIO(data))).mean((0, 1)) for data in (first, second))
+    assert red[0] > 200 > red[2]
+    assert blue[2] > 200 > blue[0]
 
 
 def test_every_answer_has_its_kind_and_its_guards(fort: Served) -> None:

@@ -20,7 +20,7 @@ import torch
 
 from helpers.activations import GB, SHAPE, filled, found, keys, open_store, values
 from helpers.methods import DEFAULT, SUPERVISED, options
-from helpers.tiny import SIDE, tiny_data, tiny_sam
+from helpers.tiny import tiny_data, tiny_sam
 from helpers.training import CPU, Stop, differing, run, stop_at, weights
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
@@ -166,7 +166,7 @@ def test_every_orientation_is_an_entry_of_its_own(data: LesionDataset, tmp_path:
     store = Store(tmp_path / "cache", trained.caches.train.stores["prefix"].space, Budget(tmp_path, 0, print))  # type: ignore[union-attr]
     batches = [batch for epoch in range(3) for batch in data.epoch(4, seed=0, epoch=epoch, augment=True)]
     shown = {key for batch in [*batches, *data.batches(8)] for key in keys_of(batch)}
-    assert set(store._held) == shown, "those of training, and as they are for the evaluation, which shares the space"
+    assert set(store._slots) == shown, "those of training, and as they are for the evaluation, which shares the space"
     assert len(shown) > 2 * 8
     store.close()
 
@@ -403,8 +403,8 @@ def test_writers_that_are_killed_or_write_at_once_leave_only_whole_entries(tmp_p
     store, into = open_store(tmp_path), torch.empty(64, 1024)
     there = len(store)
     assert there > 10
-    assert set(store._held) == {
-        key for key in store._held if store.read(key, into) and bool((into == key[0] + 256 * key[1]).all())
+    assert set(store._slots) == {
+        key for key in store._slots if store.read(key, into) and bool((into == key[0] + 256 * key[1]).all())
     }
     store.write([b"x" * 16], torch.zeros(1, 64, 1024))
     assert len(store) == there + 1
@@ -445,7 +445,7 @@ def test_the_space_unused_longest_goes_first_and_one_in_use_never(tmp_path: Path
 
 def test_a_cache_too_small_for_a_run_serves_what_fits(data: LesionDataset, tmp_path: Path) -> None:
     plain = Trained(contrastive(), data, tmp_path / "plain", None)
-    small = config(runtime__cache_gb=60_000 / GB, runtime__cache_memory_gb=20_000 / GB)
+    small = config(runtime__cache_gb=60_000 / GB)
     runs = [Trained(contrastive(), data, tmp_path / f"{k}", tmp_path / "cache", settings=small) for k in range(2)]
     assert 0 < runs[1].share < 0.9
     assert all(differing(r.weights, plain.weights) == [] for r in runs)
@@ -502,38 +502,19 @@ def test_a_folder_that_cannot_be_made_is_no_obstacle(data: LesionDataset, tmp_pa
     assert differing(trained.weights, plain.weights) == []
 
 
-# ---- memory above the disk -------------------------------------------------------------------------------------------
+# ---- what is computed ------------------------------------------------------------------------------------------------
 
 
-def activations(method: Contrastive, root: Path, memory: int) -> Activations:
+def activations(method: Contrastive, root: Path) -> Activations:
     stores = {name: open_store(root, part=name) for name in ("prefix", "reference")}
-    return Activations(stores, computing(method.sam, method.reference, CPU, "fp32"), device=CPU, memory=memory)
-
-
-def test_memory_holds_what_came_first_and_serves_it_without_the_disk(data: LesionDataset, tmp_path: Path) -> None:
-    method = contrastive()
-    entry = SIDE // 4 * SIDE // 4 * 32 * 4
-    cache = activations(method, tmp_path, memory=2 * 3 * entry)  # prefix and reference of three images
-    batch, images = data.batch(range(5)), keys_of(data.batch(range(5)))
-    first = cache.complete(cache.fetch(batch, images), batch)
-    cache.flush()
-    cache.complete(cache.fetch(batch, images), batch)  # from disk into memory
-    for store in cache.stores.values():
-        os.truncate(store.folder / ENTRIES, 0)
-    rows = cache.fetch(batch, images).rows
-    assert rows["prefix"].found.tolist() == [True] * 5
-    assert rows["reference"].found.tolist() == [True] + [False] * 4
-    again = cache.complete(cache.fetch(batch, images), batch)
-    for name in ("prefix", "reference"):
-        assert torch.equal(getattr(again, name), getattr(first, name))
-    cache.close()
+    return Activations(stores, computing(method.sam, method.reference, CPU, "fp32"), device=CPU)
 
 
 def test_only_what_is_missing_is_computed_and_prefix_and_reference_share_a_pass(
     data: LesionDataset, tmp_path: Path
 ) -> None:
     method, asked = contrastive(), []
-    cache = activations(method, tmp_path, memory=0)
+    cache = activations(method, tmp_path)
     compute = cache.compute
 
     def spy(batch: Any, names: Any) -> Any:
@@ -565,7 +546,7 @@ def test_only_what_is_missing_is_computed_and_prefix_and_reference_share_a_pass(
 
 def test_a_batch_of_unknown_orientation_is_left_to_the_method(data: LesionDataset, tmp_path: Path) -> None:
     method = contrastive()
-    cache = activations(method, tmp_path, memory=0)
+    cache = activations(method, tmp_path)
     loader = Loader(data, device=CPU, cache=cache)
     plain = data.packed
     data_batch = lambda *part: replace(plain(*part), orientations=None)  # noqa: E731

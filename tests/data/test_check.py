@@ -148,16 +148,16 @@ def test_likeness_on_real_images(isic_sample: Path) -> None:
 def test_a_sound_set(own: Path) -> None:
     report = check(find_items(own))
     assert texts(report, "error") == texts(report, "warning") == []
-    assert [len([look for look in report.own if look.item.split == split]) for split in SPLITS] == [6, 3, 3]
+    assert [len([seen for seen in report.own if seen.item.split == split]) for split in SPLITS] == [6, 3, 3]
     assert report.splits() == ["train", "val", "test"]
     assert summary(report)[0] == "images    12 (train 6, val 3, test 3), 12 of them readable"
-    for look in report.own:
-        mask = read_mask(look.item.masks[0])
-        assert look.shares == (mask.mean(),)
-        assert look.extent is not None
-        x0, y0, x1, y1 = look.extent.astype(int)
+    for seen in report.own:
+        mask = read_mask(seen.item.masks[0])
+        assert seen.shares == (mask.mean(),)
+        assert seen.extent is not None
+        x0, y0, x1, y1 = seen.extent.astype(int)
         assert mask.sum() == mask[y0:y1, x0:x1].sum()
-        assert look.cut == bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
+        assert seen.cut == bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
 
 
 def test_manifest_of_real_images_agrees(isic_sample: Path) -> None:
@@ -165,10 +165,10 @@ def test_manifest_of_real_images_agrees(isic_sample: Path) -> None:
     with (isic_sample / "manifest.csv").open(encoding="utf-8", newline="") as file:
         listed = {row["id"]: row for row in csv.DictReader(file)}
     for item in find_items(isic_sample).items[::40]:
-        look, known = inspect(item), listed[item.image_id]
-        assert look.sha256 == known["image_sha256"]
-        assert look.shares[0] == pytest.approx(float(known["fg_fraction"]), abs=1e-5)
-        assert look.cut == (known["touches_border"] == "1")
+        seen, known = inspect(item), listed[item.image_id]
+        assert seen.sha256 == known["image_sha256"]
+        assert seen.shares[0] == pytest.approx(float(known["fg_fraction"]), abs=1e-5)
+        assert seen.cut == (known["touches_border"] == "1")
 
 
 def test_pieces_count_from_sixteen_pixels(own: Path) -> None:
@@ -176,9 +176,9 @@ def test_pieces_count_from_sixteen_pixels(own: Path) -> None:
     mask[2:12, 2:12] = mask[20:24, 2:6] = 255  # 100 and 16 pixels
     mask[30:33, 2:7] = 255  # 15
     Image.fromarray(mask).save(mask_of(own, "train"))
-    look = next(look for look in map(inspect, find_items(own).items) if look.item.masks[0] == mask_of(own, "train"))
-    assert look.pieces == 2
-    assert not look.cut
+    seen = next(seen for seen in map(inspect, find_items(own).items) if seen.item.masks[0] == mask_of(own, "train"))
+    assert seen.pieces == 2
+    assert not seen.cut
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
@@ -186,6 +186,13 @@ def test_pieces_count_from_sixteen_pixels(own: Path) -> None:
 
 def save_copy(source: Path, target: Path, change: Callable[[Image.Image], Image.Image], **options: Any) -> None:
     change(Image.open(source).convert("RGB")).save(target, **options)
+
+
+def top(own: Path) -> np.ndarray:
+    """A second label along the upper edge of a mask's frame."""
+    label = np.zeros(read_mask(mask_of(own, "val")).shape, np.uint8)
+    label[:8] = 50
+    return label
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
@@ -265,6 +272,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "warning",
         r"the lesion covers 100\.00% of the image",
     ),
+    "mask inverted": (
+        lambda own: Image.fromarray(~read_mask(mask_of(own, "val"))).save(mask_of(own, "val")),
+        "warning",
+        r"the lesion covers [5-9]\d\.\d\d% of the image .* and touches all four sides; is the mask inverted\?",
+    ),
+    "mask of labels": (
+        lambda own: Image.fromarray(read_mask(mask_of(own, "val")).astype(np.uint8) * 100 + top(own)).save(
+            mask_of(own, "val")
+        ),
+        "error",
+        "mask has 3 grey levels .*several labels; expected one lesion on a black background",
+    ),
+    "image of two pages": (
+        lambda own: Image.effect_noise((90, 80), 50).save(
+            own / "images/train/z.tif", save_all=True, append_images=[Image.effect_noise((90, 80), 50)]
+        ),
+        "warning",
+        r"z\.tif: 2 pages, of which the first alone is read",
+    ),
     "mask missing": (lambda own: mask_of(own, "val").unlink(), "warning", "own/masks/val: 1 of 3 images have no mask"),
     "mask stray": (
         lambda own: shutil.copy(mask_of(own, "val"), own / "masks/val/stray.png"),
@@ -337,7 +363,7 @@ def test_against_another_set(own: Path) -> None:
     for name in ("ISIC_0000007.jpg", "again.jpg"):
         save_copy(image_of(own, "test"), other / name, COPIES["JPEG"])
     report = check(find_items(own), against=[find_items(Path("other"))])
-    assert report.foreign == len(report.own) == 12
+    assert report.num_own == len(report.own) == 12
     found = texts(report, "error") + texts(report, "warning")
     assert any(re.search(r"other/images/ISIC_0000007\.jpg: same ISIC number", text) for text in found)
     assert any(re.search(r"other/images/ISIC_0000008\.jpg: nearly the same picture", text) for text in found)
@@ -410,7 +436,7 @@ def test_faulty_boxes_are_all_told(own: Path) -> None:
         )
     ] == [True, True]
     assert re.search(rf"{names[0]}': \d+% of the lesion in the mask lies outside the big box", "\n".join(warnings))
-    assert re.search(rf"{names[1]}': \d+% of the small box is not lesion", "\n".join(warnings))
+    assert re.search(rf"{names[1]}': \d+% of the core is not lesion", "\n".join(warnings))
     assert texts(report, "note")[0] == "boxes.csv: 2 of 12 images have no row"
 
 
@@ -478,7 +504,7 @@ def test_what_parameters_name(own: Path) -> None:
         coco_file(own, split)
     Path("params.yaml").write_text(apply_preset("coco", default_text())[0])
     report = check(find_items(Path("params.yaml")))
-    assert [look.item.split for look in report.own] == ["train", "test", "dev"]
+    assert [seen.item.split for seen in report.own] == ["train", "test", "dev"]
     assert len(texts(report, "error")) == 6
     Path("params.yaml").write_text(default_text())
     with pytest.raises(UserError, match=r"data/raw/index\.csv: no such file; run `dvc repro download`"):

@@ -20,7 +20,7 @@ from helpers.annotating import draw_images
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.proposals import Proposed
 from lesionsam.annotation.records import Lesion
-from lesionsam.annotation.review import Found, Proposals, proposals_path
+from lesionsam.annotation.review import ImageProposal, Proposals, proposals_path
 from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
 from lesionsam.config.load import Config, load_config, with_values
@@ -231,9 +231,9 @@ def test_what_became_of_a_proposal(place: EngineFolders) -> None:
     lesion = Proposed(BIG, CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
     proposals = Proposals(proposals_path(place.table_path), "m@0.5")
     for name in NAMES[:8]:
-        proposals.add(Found(name, (0, 0), (320, 240), lesion))
-    proposals.add(Found(NAMES[8], (0, 0), (320, 240), None))
-    proposals.add(Found(NAMES[9], (0, 0), (320, 240), lesion))
+        proposals.add(ImageProposal(name, (0, 0), (320, 240), lesion))
+    proposals.add(ImageProposal(NAMES[8], (0, 0), (320, 240), None))
+    proposals.add(ImageProposal(NAMES[9], (0, 0), (320, 240), lesion))
     moved = (81.0, *BIG[1:])
     kept = Lesion("0", BIG, CORE, proposed=(BIG, CORE))
     made = {
@@ -268,7 +268,7 @@ def test_only_what_was_seen_is_an_answer(place: EngineFolders) -> None:
     lesion = Proposed((80.004, 60, 240, 180), CORE, 0.9, 0.1, 0.9, 0.1, 0.5)
     proposals = Proposals(proposals_path(place.table_path), "m@0.5")
     for name in NAMES[:3]:
-        proposals.add(Found(name, (0, 0), (320, 240), lesion))
+        proposals.add(ImageProposal(name, (0, 0), (320, 240), lesion))
     store = Store(place.table_path, place.catalogue)
     other = (70.0, 50.0, 250.0, 190.0)
     for name, big in ((NAMES[0], BIG), (NAMES[1], other)):

@@ -25,15 +25,8 @@ from pycocotools.coco import COCO
 from lesionsam.errors import UserError
 from lesionsam.formats import rle
 from lesionsam.formats.convert import FORMATS, WRITERS, convert, guess_format, read_annotations
-from lesionsam.formats.records import (
-    Annotations,
-    Labels,
-    Lesion,
-    Picture,
-    find_pictures,
-    from_samples,
-    with_small_boxes,
-)
+from lesionsam.formats.gather import find_pictures
+from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, from_samples, with_small_boxes
 from lesionsam.types import Sample
 
 # pycocotools 2.0.11 decodes through an array class that numpy 2 finds old-fashioned.
@@ -211,7 +204,9 @@ def test_cvat_export(tmp_path: Path) -> None:
             ),
         ),
     )
-    assert found.notes == ("1 shapes other than boxes, polygons and masks were left out",)
+    assert found.notes == (
+        "1 shapes other than boxes, polygons and masks were left out: image 'folder/a.jpg' points 6",
+    )
 
 
 def test_cvat_masks_run_along_rows(tmp_path: Path) -> None:
@@ -293,7 +288,7 @@ def test_label_studio_labels_beside_the_rectangle(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", [studio_task(big, place, word, polygon)])
     found = read_annotations(path, "label-studio")
     same(found, Annotations((), (lesion("a", "0", [0, 0, 200, 100], [10, 20, 110, 80]),)))
-    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out",)
+    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out: image 'a' region p",)
     alone = read_annotations(written(tmp_path / "b.json", [studio_task(polygon)]), "label-studio")
     assert alone.lesions[0].big_box.tolist() == [20, 10, 120, 90]
 
@@ -321,7 +316,7 @@ def test_yolo_folder(tmp_path: Path, images: Path, name: str, content: str) -> N
     ]
     found = read_annotations(labels, "yolo", pictures=find_pictures(images), classes=["other", "big"])
     assert [one.lesion_id for one in found.lesions] == ["0"]
-    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out",)
+    assert found.notes == ("1 shapes with other labels than 'big' and 'small' were left out: image 'a' a.txt line 2",)
 
 
 def test_coco_without_boxes(tmp_path: Path) -> None:
@@ -340,7 +335,7 @@ def test_coco_without_boxes(tmp_path: Path) -> None:
     found = read_annotations(written(tmp_path / "a.json", document), "coco")
     assert [each.big_box.tolist() for each in found.lesions] == [[10, 20, 110, 80]] * 3
     assert [each.lesion_id for each in found.lesions] == ["0", "1", "2"]
-    assert found.notes == ("1 crowd annotations (iscrowd) were left out",)
+    assert found.notes == ("1 crowd annotations (iscrowd) were left out: annotation 3",)
 
 
 def test_coco_categories(tmp_path: Path) -> None:
@@ -378,13 +373,13 @@ def test_small_box_from_the_big_one(tmp_path: Path) -> None:
     found = convert(path, tmp_path / "c.csv", core=0.2)
     assert found.lesions[0].small_box is not None
     assert found.lesions[0].small_box.tolist() == pytest.approx([50, 44, 70, 56])
-    assert found.notes[0].startswith("1 of 1 small boxes were made from the one box given: 0.2 of its sides")
+    assert found.notes[0].startswith("1 of 1 cores were made from the one box given: 0.2 of its sides")
     with pytest.raises(UserError, match="expected a number between 0 and 1, got 1"):
         convert(path, tmp_path / "d.csv", core=1)
 
 
 def test_small_box_lies_in_an_ellipse_drawn_too_large() -> None:
-    """The rule's own claim: corners of the small box, in an ellipse whose bounding box was drawn 57 % too large."""
+    """The rule's own claim: corners of the core, in an ellipse whose bounding box was drawn 57 % too large."""
     made = with_small_boxes(Annotations((), (lesion("a", "0", [0, 0, 157, 157], None),))).lesions[0].small_box
     assert made is not None
     assert math.hypot(*(made[2:] - 78.5)) < 50
@@ -606,7 +601,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "cvat: no big": (
         "cvat",
         cvat('<box label="small" xtl="1" ytl="1" xbr="2" ybr="2"/>'),
-        r"image 'a': box 1: the small box \[1, 1, 2, 2\] lies inside no big box",
+        r"image 'a': box 1: the core \[1, 1, 2, 2\] lies inside no big box",
     ),
     "studio: object": ("label-studio", {}, "expected Label Studio JSON"),
     "studio: min": ("label-studio", [{"image": "a.jpg", "label": []}], "task 1: expected data and annotations"),
@@ -636,7 +631,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
                 )
             )
         ],
-        "region small2: a second small box of the lesion of region big1",
+        "region small2: a second core of the lesion of region big1",
     ),
     "studio: one id twice": (
         "label-studio",
@@ -771,7 +766,7 @@ OTHER_FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "other size": (
         lambda tmp, images: convert(tmp / "d.json", tmp / "c.xml", images=images),
-        "the annotations say 300x100 px, the file has 200x100 px",
+        r"d\.json says 300x100 px, the file has 200x100 px; annotate the images as they are",
     ),
     "image missing": (lambda tmp, images: convert(tmp / "e.json", tmp / "c.xml", images=images), "no such image among"),
     "no boxes": (lambda tmp, images: convert(tmp / "f.json", tmp / "c.xml"), "no boxes in it"),

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import tifffile
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.utils.images import check_image, image_size, read_image, read_mask
+from lesionsam.utils.images import check_image, image_size, num_pages, read_image, read_mask, read_reduced
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
 DEEP = np.linspace(0, 65535, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint16)
@@ -318,3 +320,145 @@ def test_jpeg_masks_need_the_threshold(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"grey levels \(.*\), as JPEG changes them; expected 0 and 255"):
         read_mask(path)
     assert (read_mask(path, threshold=True) != BLOB).mean() < 0.02
+
+
+def two_ellipses() -> tuple[np.ndarray, np.ndarray]:
+    """(60, 90) bool twice: two lesions apart from each other, several pixels wide each."""
+    rows, columns = np.mgrid[:60, :90]
+    return tuple(((columns - x) / 14) ** 2 + ((rows - 30) / 10) ** 2 <= 1 for x in (22, 66))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("entries", [(0, 255), (0, 86), (100, 255), (86, 171)])
+def test_palettes_without_black_keep_their_first_entry_as_background(tmp_path: Path, entries: tuple[int, int]) -> None:
+    """Three times an entry of 86 and more exceeds a uint8: 3 * 86 = 258 would read as place 2 of the palette."""
+    one, _ = two_ellipses()
+    image = Image.fromarray(np.where(one, entries[1], entries[0]).astype(np.uint8), "P")
+    image.putpalette([channel for v in range(256) for channel in (68 + 185 * v // 255, 1 + 230 * v // 255, 84)])
+    if entries[0]:  # without black and entry 0, the colours decide, and both of these are bright
+        with pytest.raises(UserError, match="2 colours"):
+            read_mask(save(tmp_path / "p.png", image))
+    else:
+        assert np.array_equal(read_mask(save(tmp_path / "p.png", image)), one)
+
+
+def label_masks() -> dict[str, Image.Image]:
+    one, two = two_ellipses()
+    labels = (one + 2 * two).astype(np.uint8)
+    voc = Image.fromarray(labels, "P")
+    voc.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    colours = np.where((one | two)[..., None], [255, 0, 0], [255, 255, 255]).astype(np.uint8)
+    return {
+        "0, 1, 2": Image.fromarray(labels),
+        "grey of VOC": Image.fromarray((38 * one + 75 * two).astype(np.uint8)),
+        "a label beside white": Image.fromarray((1 * one + 255 * two).astype(np.uint8)),
+        "half and full": Image.fromarray((128 * one + 255 * two).astype(np.uint8)),
+        "16 bit": Image.fromarray((one * 1 + two * 2).astype(np.uint16)),
+        "voc": voc,
+        "red and green": Image.fromarray(np.stack([one * 255, two * 255, one * 0], 2).astype(np.uint8)),
+        "red on white": Image.fromarray(colours),
+    }
+
+
+@pytest.mark.parametrize("kind", label_masks())
+@pytest.mark.parametrize("threshold", [False, True])
+def test_masks_of_several_labels_are_never_cut(tmp_path: Path, kind: str, threshold: bool) -> None:
+    path = save(tmp_path / "labels.png", label_masks()[kind])
+    with pytest.raises(UserError, match=r"labels\.png: mask has .*several labels") as caught:
+        read_mask(path, threshold=threshold)
+    assert "threshold_masks" not in str(caught.value)
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (255, 0, 0), (0, 200, 0)])
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_soft_edges_of_any_colour_are_cut(tmp_path: Path, colour: tuple[int, int, int], suffix: str) -> None:
+    one, _ = two_ellipses()
+    large = Image.fromarray(np.where(one[..., None], colour, 0).astype(np.uint8)).resize((270, 180), 0)
+    soft = large.resize((90, 60), Image.Resampling.LANCZOS).resize((180, 120), Image.Resampling.BILINEAR)
+    path = save(tmp_path / f"soft.{suffix}", soft)
+    with pytest.raises(UserError, match=r"where only its edges are soft, set data\.threshold_masks to true"):
+        read_mask(path)
+    truth = np.repeat(np.repeat(one, 2, 0), 2, 1)
+    assert (read_mask(path, threshold=True) != truth).sum() < 0.1 * truth.sum()
+
+
+def test_a_second_page_of_a_mask_is_said(tmp_path: Path) -> None:
+    one, two = (Image.fromarray(mask.astype(np.uint8) * 255) for mask in two_ellipses())
+    path = save(tmp_path / "pages.tif", one, save_all=True, append_images=[two])
+    with pytest.raises(UserError, match=r"pages\.tif: mask has 2 pages; expected one"):
+        read_mask(path)
+    assert num_pages(path) == 2
+    assert num_pages(save(tmp_path / "one.tif", one)) == 1
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:  # a reduced copy is no second page
+        writer.write(np.asarray(one))
+        writer.write(np.asarray(one)[::2, ::2], subfiletype=1)
+    assert np.array_equal(read_mask(tmp_path / "pyramid.tif"), two_ellipses()[0])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_a_black_lesion_on_transparency_is_said(tmp_path: Path, mode: str) -> None:
+    one, _ = two_ellipses()
+    alpha = Image.fromarray(one.astype(np.uint8) * 255)
+    options: dict[str, Any] = {}
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode[:-1], alpha.size, 0).convert(mode)
+        image.putalpha(alpha)
+    else:
+        image = Image.fromarray(np.where(one, 0, 255).astype(np.uint8), mode)
+        options["transparency"] = 255
+        if mode == "P":
+            image.putpalette([0, 0, 0] * 256)
+    path = save(tmp_path / "black.png", image, **options)
+    with pytest.raises(UserError, match=r"black\.png: mask is black wherever it is not transparent"):
+        read_mask(path)
+    white = Image.new("RGBA", alpha.size, (255, 255, 255, 0))
+    white.putalpha(alpha)
+    assert np.array_equal(read_mask(save(tmp_path / "white.png", white)), one)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_masks_of_any_mode_are_turned_once(tmp_path: Path, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.rot90(BLOB).astype(np.uint8) * 255).convert(mode)
+    assert np.array_equal(read_mask(save(tmp_path / "t.png", stored, exif=exif)), BLOB)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_reduced_copies_are_turned_and_name_the_whole_size(tmp_path: Path, orientation: int, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = Image.fromarray(RAMP).resize((240, 160), Image.Resampling.BILINEAR)
+    path = save(tmp_path / "a", smooth, format=kind, exif=exif, **({"quality": 100} if kind == "JPEG" else {}))
+    whole = read_image(path)
+    small, size = read_reduced(path, 60)
+    assert size == (whole.shape[1], whole.shape[0]) == image_size(path)
+    assert small.shape == (whole.shape[0] // 4, whole.shape[1] // 4, 3)
+    means = whole.reshape(small.shape[0], 4, small.shape[1], 4, 3).mean((1, 3))
+    assert np.abs(small - means).mean() < 4
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from lesionsam.utils import images
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+path = Path(sys.argv[2])
+images.image_size(path)
+before = peak()
+getattr(images, sys.argv[1])(path)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize(
+    ("read", "mode", "per_pixel"),
+    [("read_image", "RGB", 9), ("read_image", "L", 6), ("read_mask", "L", 4), ("read_mask", "P", 7)],
+)
+def test_peak_memory_per_pixel(tmp_path: Path, read: str, mode: str, per_pixel: float) -> None:
+    """Pillow holds an RGB pixel in 4 bytes and a grey one in 1; the array takes 3 or 1 more, a strip the rest."""
+    side = 5000
+    path = save(tmp_path / "large.png", Image.new(mode, (side, side), 255 if mode == "L" else 0), compress_level=1)
+    done = subprocess.run([sys.executable, "-c", PEAK, read, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) / side**2 < per_pixel

@@ -1,4 +1,4 @@
-"""Help while drawing, without a network: the box prior's mask and a core to begin with, as outlines for the page."""
+"""Compute what helps while drawing, without a network: outlines of the box prior's mask and a suggested core."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 0.15  # by which an outline is simplified, pixels of the grid it is 
 def rings(
     logits: np.ndarray, step: tuple[float, float], size: tuple[int, int], level: float = 0.0
 ) -> list[list[float]]:
-    """Outlines of logits above a level.
+    """Return the outlines of logits above a level.
 
     Args:
         logits: (h, w), the whole image from its upper left corner. step: pixels of the image per column and per row.
@@ -48,7 +48,7 @@ def prior_logits(
     small: Sequence[float] | np.ndarray,
     others: Sequence[Box] = (),
 ) -> np.ndarray:
-    """The box prior on a small copy of an image.
+    """Compute the box prior on a small copy of an image.
 
     Args:
         image: (h, w, 3) uint8, longer side at most `PRIOR_SIDE`. size: (width, height) of the image itself.
@@ -63,14 +63,14 @@ def prior_logits(
 
 
 def on_grid(logits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(t, u) -> (h, w), bilinear between pixel centres."""
+    """Resample (t, u) logits to (h, w), bilinear between pixel centres."""
     rows = (np.arange(shape[0]) + 0.5) * logits.shape[0] / shape[0] - 0.5
     columns = (np.arange(shape[1]) + 0.5) * logits.shape[1] / shape[1] - 0.5
     return ndimage.map_coordinates(logits, np.meshgrid(rows, columns, indexing="ij"), order=1, mode="nearest")
 
 
 def agreement(logits: np.ndarray, level: float, prior: np.ndarray) -> float:
-    """IoU of the mask where a model's logits lie above `level` and of the box prior's, on the prior's grid.
+    """Return the IoU of the model's mask (logits above `level`) and the box prior's, on the prior's grid.
 
     Args:
         logits: (t, u), the whole image. prior: (h, w) logits of the same image.
@@ -79,7 +79,7 @@ def agreement(logits: np.ndarray, level: float, prior: np.ndarray) -> float:
 
 
 def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float], others: Sequence[Box] = ()) -> Box:
-    """A core for a big box: around the deepest point of what the colours call lesion, beginning from the middle.
+    """Suggest a core for a big one: around the deepest point of the box prior's mask, starting from the middle.
 
     Args:
         as `prior_logits`.
@@ -109,7 +109,7 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
 
 
 def logit(probability: float) -> float:
-    """ln(p / (1 - p))."""
+    """Return ln(p / (1 - p))."""
     return math.log(probability / (1 - probability))
 
 

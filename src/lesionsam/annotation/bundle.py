@@ -1,4 +1,4 @@
-"""The page's JavaScript from its TypeScript: `make web`. What is shipped names the sources it was made from."""
+"""Build the page's JavaScript from its TypeScript (`make web`); the bundle's first line names its sources by hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BUNDLE = "annotate.js"
 
 
 def sources_digest(folder: Path = WEB) -> str:
-    """SHA-256 over names and contents of the TypeScript files and their settings, in the order of their names."""
+    """Return the SHA-256 over names and contents of the TypeScript files and their settings, by name."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.ts"), folder / "tsconfig.json"]):
         digest.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
@@ -23,7 +23,7 @@ def sources_digest(folder: Path = WEB) -> str:
 
 
 def banner(digest: str) -> str:
-    """First line of the bundle."""
+    """Return the first line of the bundle."""
     return f'// Made by "make web" from the TypeScript files beside it, of SHA-256 {digest}; change those, not this.'
 
 
@@ -59,7 +59,7 @@ def compile_page(tools: Path, folder: Path = WEB) -> bytes:
 
 
 def main() -> None:
-    """`python -m lesionsam.annotation.bundle TOOLS`."""
+    """Run `python -m lesionsam.annotation.bundle TOOLS`."""
     if len(sys.argv) != 2:
         raise UserError("expected the folder whose node_modules hold typescript and esbuild")
     made = compile_page(Path(sys.argv[1]))

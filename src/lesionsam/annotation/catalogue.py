@@ -1,4 +1,4 @@
-"""The images to annotate: found by name alone, so that a folder of any size opens at once; headers are read later."""
+"""Find the images to annotate by name alone, so that a folder of any size opens at once; headers are read later."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Entry:
 
 
 def key_of(image_id: str) -> str:
-    """16 hex digits that stand for an image id: the same whenever the page is opened."""
+    """Return the key of an image id in addresses: 16 hex digits, the same in every session."""
     return hashlib.blake2b(image_id.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
@@ -84,7 +84,7 @@ class Catalogue:
 
 
 def name_fault(image_id: str) -> str:
-    """Why an image of this name cannot stand in the table of boxes, or nothing."""
+    """Return why an image of this name cannot be in the table of boxes, or an empty text."""
     shown = ascii(image_id)
     try:
         image_id.encode()
@@ -111,7 +111,7 @@ def _find(argument: str) -> Iterator[str]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Image files of a folder and the folders in it, by name; links to folders are not followed."""
+    """Yield the image files of a folder and its subfolders, by name; links to folders are not followed."""
     try:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)

@@ -1,4 +1,4 @@
-"""Who may speak to the page's server: Host, Origin, token, kinds and sizes of requests; headers of every answer.
+"""Guard the page's server: Host, Origin, token, kinds and sizes of requests; security headers of every response.
 
 A browser lets any page send requests to 127.0.0.1. So a request must name this server as its Host (a name that an
 attacker's server resolves to 127.0.0.1 does not), and must come from a page of this server (Origin, Sec-Fetch-Site).
@@ -29,7 +29,7 @@ HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server at this address."""
+    """Return whether only this machine can reach a server at this address."""
     if host == "localhost":
         return True
     try:
@@ -134,7 +134,7 @@ class Gate:
         return hmac.compare_digest(shown.encode(), (self.token or "").encode())
 
     async def _admit(self, scope: Any, send: Any) -> None:
-        """Trade the token in the address for a cookie, so that it does not stay in the address."""
+        """Exchange the token in the address for a cookie, so that it does not stay in the address bar."""
         shown = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         if scope["path"] != "/" or not hmac.compare_digest(shown.encode(), (self.token or "").encode()):
             await _answer(
@@ -153,7 +153,7 @@ class Gate:
 
 
 async def _body(receive: Any) -> bytes | None:
-    """The whole body, or None where it is larger than allowed."""
+    """Return the whole body, or None where it exceeds `MAX_BODY`."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -1,4 +1,4 @@
-"""Every change of every image, one JSON line each, appended and on disk before the table is replaced.
+"""Append every change of every image to a file, one JSON line each, on disk before the table is replaced.
 
 A line begins with the image's id and holds the image's whole state, so that the last line of an image is all that is
 needed of it. `before` and `after` name the table's content around the change: a crash between journal and table is told
@@ -65,7 +65,7 @@ class Journal:
         return entry
 
     def states(self) -> dict[str, ImageState]:
-        """The last state of each image, in the order of its first change."""
+        """Return the last state of each image, in the order of its first change."""
         found = {}
         for line in self._last_lines.values():
             entry = self._parse(line)
@@ -108,7 +108,7 @@ class Journal:
         return size
 
     def cut_back(self, size: int) -> None:
-        """Take back what `append` wrote, because the table could not be replaced."""
+        """Remove what `append` wrote, as the table could not be replaced."""
         os.truncate(self.path, size)
         self._size = size
 

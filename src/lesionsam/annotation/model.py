@@ -1,4 +1,4 @@
-"""A SAM behind the page: images encoded ahead, the mask of two boxes in milliseconds."""
+"""Run a SAM for the page: encode images ahead, decode the mask of two boxes in milliseconds."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The mask of two boxes.
+class BoxMask:
+    """The decoded mask of two boxes.
 
     Attributes:
         low_res: (t, u) float32 logits, the image part alone. step: pixels of the image per column and row of it.
@@ -60,7 +60,7 @@ class Answer:
 
 
 class Model:
-    """A loaded SAM, its features of recent images, and, once asked for, a thread that encodes those that come next.
+    """A loaded SAM, the cached features of recent images, and a thread that encodes images ahead (`prepare`).
 
     Args:
         weights: file of any SAM this project reads. threshold: probability above which a pixel is lesion.
@@ -84,11 +84,11 @@ class Model:
 
     @property
     def label(self) -> str:
-        """Names the proposals of these weights at this threshold."""
+        """Return the name of these weights at this threshold, under which proposals are kept."""
         return f"{self.digest}@{self.threshold:g}"
 
     def prepare(self, entry: Entry) -> None:
-        """Encode an image when there is time; forgotten where too many wait."""
+        """Queue an image for encoding; dropped where `MAX_AHEAD` images wait."""
         with self._start:
             if not self._has_thread:  # only now: a thread keeps its model for as long as the process lives
                 threading.Thread(target=self._work, daemon=True, name="encoding ahead").start()
@@ -99,7 +99,7 @@ class Model:
             return
 
     def features_soon(self, entry: Entry, seconds: float) -> Features | None:
-        """Of an image, if it is encoded within so many seconds; it is encoded in any case."""
+        """Return the features of an image if they are ready within `seconds`, else None; encoding goes on."""
         key, deadline = (entry.key, self.pictures.stamp(entry)), time.monotonic() + seconds
         if (found := self._features.peek(key)) is None:
             self.prepare(entry)
@@ -109,7 +109,7 @@ class Model:
         return found
 
     def features(self, entry: Entry) -> Features:
-        """Of an image, encoded now where it is not yet; from a picture decoded small, for speed."""
+        """Return the features of an image, encoded now if they are not cached; from a reduced copy, for speed."""
 
         def make() -> tuple[Features, int]:
             found = self.encoded(self.pictures.small(entry, DETAIL * self.side))
@@ -119,7 +119,7 @@ class Model:
 
     @torch.inference_mode()
     def encoded(self, image: np.ndarray) -> Features:
-        """Features of an image, (h, w, 3) uint8."""
+        """Return the features of an image, (h, w, 3) uint8."""
         frames, sizes = model_frames([image], self.side)
         values = encode(self.sam, preprocess(frames.to(self.device), sizes.to(self.device)))
         return Features(values, frames, (int(sizes[0, 0]), int(sizes[0, 1])))
@@ -127,8 +127,8 @@ class Model:
     @torch.inference_mode()
     def answer(
         self, features: Features, size: tuple[int, int], key: str, big: Sequence[float], small: Sequence[float]
-    ) -> Answer:
-        """The mask of two boxes.
+    ) -> BoxMask:
+        """Decode the mask of two boxes.
 
         Args:
             size: (width, height) of the image. key: "image_id/lesion_id", which draws the points in the core.
@@ -145,16 +145,16 @@ class Model:
 
     def _answer(
         self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int], big: Sequence[float]
-    ) -> Answer:
+    ) -> BoxMask:
         kept = self._part(low_res, part)
         cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
         step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
         x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
         inner = kept[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
-        return Answer(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
+        return BoxMask(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
 
     def lesion(self, features: Features) -> np.ndarray:
-        """(t, u) float32 logits of the image part: what `lesionsam predict --auto` finds, no prompt given."""
+        """Return (t, u) float32 logits of the image part without a prompt, as `lesionsam predict --auto` finds them."""
         ((low_res, _, _),) = find_lesions(
             self.sam, features.values, features.frame.to(self.device), [features.size], by=self._way, options=AUTO
         )
@@ -162,7 +162,7 @@ class Model:
 
     @torch.inference_mode()
     def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Three masks for each of N points.
+        """Decode three masks for each of N points.
 
         Args:
             places: (N, 2) XY, shares of the image.
@@ -181,13 +181,13 @@ class Model:
         return self._part(low_res, features.size), predicted
 
     def _part(self, low_res: np.ndarray, part: tuple[int, int]) -> np.ndarray:
-        """Of (..., T, T) logits those of the image part, a frame of size (h, w)."""
+        """Return the image part, a frame of size (h, w), of (..., T, T) logits."""
         rows, columns = (max(1, round(length * low_res.shape[-1] / self.side)) for length in part)
         return low_res[..., :rows, :columns]
 
     @torch.inference_mode()
     def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:
-        """The mask at the image's own size, from the image as it is: what `lesionsam predict` would write.
+        """Return the mask at the image's own size, from the full image, as `lesionsam predict` writes it.
 
         Args:
             image: (H, W, 3) uint8.

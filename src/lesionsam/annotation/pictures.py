@@ -1,4 +1,4 @@
-"""Pictures for the page: images decoded small, kept for a while, encoded as JPEG; for looking at, not for measuring."""
+"""Decode images to small copies for display, encode them as JPEG, and cache both."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from PIL import Image
 
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.errors import UserError
-from lesionsam.utils.images import read_reduced
+from lesionsam.utils.images import image_size, read_reduced
 
 LEVELS = {"thumb": 160, "view": 1600, "full": 4800}  # longer side, pixels
 QUALITY = 92
 CACHE_BYTES = 256 << 20
 AT_ONCE = {"thumb": 1, "view": 2, "full": 1}  # decoders at work: previews of masks must not wait for thumbnails
 
+Stamp = tuple[int, ...]  # of a file: modification time, size, inode, change time
+
 
 class Cache:
-    """Values by key, the oldest thrown out above a number of bytes; a value is made once, however many ask for it."""
+    """A thread-safe LRU cache bounded in bytes; concurrent requests for one key compute its value once."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self._bytes = max_bytes, 0
@@ -32,12 +34,12 @@ class Cache:
         self._lock = threading.Lock()
 
     def peek(self, key: Any) -> Any | None:
-        """The value, or None where it is not there."""
+        """Return the cached value, or None."""
         with self._lock:
             return self._held[key][0] if key in self._held else None
 
     def get(self, key: Any, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value, made by `make() -> (value, bytes)` where it is not there."""
+        """Return the cached value, or that of `make() -> (value, bytes)`."""
         while True:
             with self._lock:
                 if key in self._held:
@@ -62,16 +64,16 @@ class Cache:
 
 
 class Pictures:
-    """The images of a catalogue as JPEGs of three sizes, as small arrays, and their sizes."""
+    """The images of a catalogue as JPEGs of three sizes and as small arrays, and their sizes."""
 
     def __init__(self) -> None:
         self._jpegs = Cache(CACHE_BYTES)
         self._arrays = Cache(CACHE_BYTES // 4)
-        self._sizes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._sizes: dict[str, tuple[Stamp, tuple[int, int]]] = {}
         self._turns = {level: threading.Semaphore(count) for level, count in AT_ONCE.items()}
 
-    def stamp(self, entry: Entry) -> tuple[int, int]:
-        """What tells that a file has changed.
+    def stamp(self, entry: Entry) -> Stamp:
+        """Return what changes with a file: a copy that keeps time and size still has another inode or change time.
 
         Raises:
             UserError: the file is gone or cannot be read.
@@ -80,12 +82,10 @@ class Pictures:
             found = os.stat(entry.path)
         except OSError as error:
             raise UserError(f"{entry.path.name}: cannot be read: {error.strerror}; was it moved or renamed?") from None
-        return found.st_mtime_ns, found.st_size
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def size(self, entry: Entry) -> tuple[int, int]:
-        """(width, height) after EXIF transpose, from the header; read once."""
-        from lesionsam.utils.images import image_size
-
+        """Return (width, height) after EXIF transpose, read from the header and cached."""
         stamp = self.stamp(entry)
         known = self._sizes.get(entry.key)
         if known is None or known[0] != stamp:
@@ -93,7 +93,7 @@ class Pictures:
         return known[1]
 
     def jpeg(self, entry: Entry, level: str) -> bytes:
-        """The picture at a level of `LEVELS`, as JPEG.
+        """Return the picture at a level of `LEVELS` as JPEG.
 
         Raises:
             UserError: a file that is no image, damaged, or too large.
@@ -110,7 +110,7 @@ class Pictures:
         return self._jpegs.get((entry.key, level, self.stamp(entry)), make)
 
     def small(self, entry: Entry, longest: int) -> np.ndarray:
-        """(h, w, 3) uint8 RGB with its longer side at most `longest`."""
+        """Return a copy, (h, w, 3) uint8 RGB, whose longer side is at most `longest`."""
 
         def make() -> tuple[np.ndarray, int]:
             pixels, _ = read_reduced(entry.path, longest)

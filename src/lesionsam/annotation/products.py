@@ -1,4 +1,4 @@
-"""Masks of the lesions that people have drawn or agreed with: PNG files and one COCO file, with where each comes from.
+"""Write the masks of annotated lesions as PNG files and one COCO file, with the origin of each.
 
 They follow the table: made in quiet moments from the image as it is, made again when the boxes change, removed with
 their lesion, and made up for at the next start. The COCO file is what `lesionsam data convert` reads: categories big,
@@ -21,6 +21,7 @@ from PIL import Image
 
 from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
+from lesionsam.annotation.pictures import Stamp
 from lesionsam.annotation.records import ImageState, Lesion
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
@@ -37,19 +38,19 @@ COCO = "coco.json"
 
 
 def masks_folder(table_path: Path) -> Path:
-    """boxes.csv -> boxes.masks/."""
+    """Return the folder of masks beside a table: boxes.csv -> boxes.masks/."""
     return table_path.with_name(f"{table_path.stem}.masks")
 
 
 def mask_name(image_id: str, lesion_id: str, *, is_only: bool) -> str:
-    """File name of a mask, safe on every system and different for different lesions."""
+    """Return the file name of a mask, valid on every system and unique per lesion."""
     label = image_id if is_only else f"{image_id}_{lesion_id}"
     clean = re.sub(r"[^\w.-]+", "_", label)
     return clean + ("" if clean == label else f"-{hashlib.blake2b(label.encode(), digest_size=4).hexdigest()}") + ".png"
 
 
 class Products:
-    """Writes masks of a store's lesions with a model: in a thread of its own (`start`), or at once (`write_all`).
+    """Write the masks of a store's lesions, in a thread of its own (`start`) or at once (`write_all`).
 
     Args:
         folder: for the PNG files and the COCO file.
@@ -68,11 +69,11 @@ class Products:
         self._thread = threading.Thread(target=self._work, daemon=True, name="writing masks")
 
     def start(self) -> None:
-        """Begin to write, in quiet moments, until `finish`."""
+        """Start the thread, which writes while no annotator is drawing, until `finish`."""
         self._thread.start()
 
     def write_all(self) -> None:
-        """Write everything that is to be written, now; `start` was not called.
+        """Write all missing and outdated masks now, without the thread.
 
         Raises:
             OSError: it cannot be written.
@@ -82,17 +83,17 @@ class Products:
         self.write_coco()
 
     def note(self, image_id: str) -> None:
-        """An image has changed."""
+        """Queue an image whose lesions have changed."""
         with self._lock:
             if image_id not in self._waiting:
                 self._waiting.append(image_id)
 
     def busy(self) -> None:
-        """Somebody is drawing: wait a little."""
+        """Pause the thread for `QUIET` seconds, as an annotator is drawing."""
         self._busy_until = time.monotonic() + QUIET
 
     def finish(self, seconds: float) -> None:
-        """Write what is still to be written, for at most so long, and end."""
+        """Write what is queued, for at most `seconds`, and stop the thread."""
         self._busy_until = 0.0
         self._closing.set()
         self._thread.join(seconds)
@@ -128,7 +129,7 @@ class Products:
                 self._end.wait(PAUSE)
 
     def bring_up_to_date(self, image_id: str) -> bool:
-        """Make the masks of an image that are missing or outdated, remove those of lesions that are gone; an image that
+        """Write the masks of an image that are missing or outdated, remove those of deleted lesions; an image that
         cannot be read now keeps what it has.
 
         Returns:
@@ -157,11 +158,11 @@ class Products:
         return True
 
     def _key(self, entry: Entry, lesion: Lesion) -> str:
-        """Hash of what a mask and its provenance depend on."""
+        """Return a hash of all that a mask and its origin depend on."""
         parts = (lesion.boxes, lesion.source, self.model.digest, self.model.threshold, self._stamp(entry))
         return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
 
-    def _stamp(self, entry: Entry) -> tuple[int, int] | None:
+    def _stamp(self, entry: Entry) -> Stamp | None:
         try:
             return self.model.pictures.stamp(entry)
         except UserError:
@@ -173,11 +174,11 @@ class Products:
         for lesion in state.lesions:
             mask = self.model.full_mask(image, f"{entry.image_id}/{lesion.lesion_id}", lesion.big, lesion.small)
             with atomic_write(self.folder / names[lesion.lesion_id]) as file:
-                Image.fromarray(mask.astype(np.uint8) * 255).save(file, "PNG")
+                Image.fromarray(mask.view(np.uint8) * np.uint8(255)).save(file, "PNG")
             lesions[lesion.lesion_id] = {
                 "key": keys[lesion.lesion_id],
                 "file_name": names[lesion.lesion_id],
-                "area": int(mask.sum()),
+                "area": int(np.count_nonzero(mask)),
                 "segmentation": encode(mask),
                 "bbox": _bounds(mask),
                 "big": lesion.big,
@@ -244,13 +245,13 @@ class Products:
 
 
 def _bounds(mask: np.ndarray) -> list[float]:
-    """x, y, width, height; zeros where the mask is empty."""
+    """Return the bounding box as x, y, width, height; zeros where the mask is empty."""
     box = bounding_box(mask)
     return [0.0] * 4 if box is None else [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier visit made, by image id; nothing where the file is missing or another program's."""
+    """Read what an earlier session wrote, by image id; empty where the file is missing or another program's."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: {**image, "lesions": {}} for image in document["images"]}

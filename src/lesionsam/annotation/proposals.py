@@ -1,4 +1,4 @@
-"""What a model proposes for an image that nobody has drawn on: a mask without a prompt, its two boxes, and a doubt.
+"""Propose a lesion for an image without boxes: a mask from no prompt, its two boxes, and a doubt from 0 to 1.
 
 Masks: a model that was adapted here is asked as `lesionsam predict --auto` asks it. Any other is asked at a grid of
 points for three candidates each (as segment-anything's automatic masks, Kirillov et al. 2023, section 7), one more
@@ -17,7 +17,7 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 
 from lesionsam.annotation.assist import agreement, on_grid, prior_logits
-from lesionsam.annotation.model import Answer, Features, Model
+from lesionsam.annotation.model import BoxMask, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.inference.rank import colour_candidate
@@ -57,7 +57,7 @@ class Proposed:
 
 
 def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[int, int], key: str) -> Proposed | None:
-    """The most likely lesion of an image.
+    """Return the most likely lesion of an image.
 
     Args:
         features: of the image. picture: (h, w, 3) uint8, the image small, for its colours.
@@ -90,13 +90,13 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
     )
 
 
-def fused(model: Model, answer: Answer, prior: np.ndarray) -> np.ndarray:
-    """Mask where model and box prior together say lesion; (h, w) bool on the prior's grid."""
+def fused(model: Model, answer: BoxMask, prior: np.ndarray) -> np.ndarray:
+    """Return the mask of the summed logits of model and box prior, (h, w) bool on the prior's grid."""
     return on_grid(answer.low_res, prior.shape) - model.level + prior > 0
 
 
 def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | None:
-    """Two boxes as an annotator would draw them around and inside the largest part of a mask.
+    """Return two boxes as an annotator would draw them around and inside the largest part of a mask.
 
     Args:
         mask: (h, w) bool, the whole image. size: (width, height) of the image.
@@ -116,7 +116,7 @@ def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | 
 
 
 def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """The candidate that looks most like one lesion on skin: (h, w) bool on the model's grid, and how it stands out."""
+    """Return the candidate most like a lesion, (h, w) bool on the model's grid, and its colour contrast, 0 to 1."""
     lab = ndimage.gaussian_filter(rgb2lab(picture), (COLOUR_BLUR, COLOUR_BLUR, 0))
     best = model.lesion(features) > model.level if model.is_adapted else best_of_grid(model, features, picture, lab)
     if best is None or not best.any():
@@ -126,7 +126,7 @@ def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tup
 
 
 def best_of_grid(model: Model, features: Features, picture: np.ndarray, lab: np.ndarray) -> np.ndarray | None:
-    """Of the masks of a grid of points and one by colour, on the model's grid, that of the best `lesion_score`.
+    """Return the mask of the best `lesion_score`, of those from a grid of points and one by colour.
 
     Args:
         lab: the picture in CIELAB, smoothed.
@@ -150,18 +150,18 @@ def best_of_grid(model: Model, features: Features, picture: np.ndarray, lab: np.
 
 
 def grid_points() -> np.ndarray:
-    """(GRID ** 2, 2) XY in shares of the image."""
+    """Return the grid of points, (GRID ** 2, 2) XY in shares of the image."""
     line = np.linspace(MARGIN, 1 - MARGIN, GRID)
     return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
 
 
 def on_rim(masks: np.ndarray) -> np.ndarray:
-    """(N, h, w) bool -> (N,), the share of the frame's outermost pixels that each takes."""
+    """Return the share of the frame's outermost pixels that each mask covers, (N, h, w) bool -> (N,)."""
     return np.concatenate([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]], 1).mean(1)
 
 
 def distinct(masks: np.ndarray, quality: np.ndarray) -> list[int]:
-    """Indices of the best masks that differ from each other."""
+    """Return the indices of the best masks whose pairwise IoU is below `SAME`."""
     kept: list[int] = []
     for k in np.argsort(-quality):
         if quality[k] <= 0 or len(kept) == KEPT:
@@ -173,7 +173,7 @@ def distinct(masks: np.ndarray, quality: np.ndarray) -> list[int]:
 
 
 def lesion_score(picture: np.ndarray, lab: np.ndarray, mask: np.ndarray) -> float:
-    """How much a mask looks like the lesion of a dermoscopic picture; only the order of scores means something.
+    """Score how much a mask looks like the lesion of a dermoscopic picture; scores are comparable within one image.
 
     Central, off the frame, of another colour than its surroundings, not tiny, and such that the box prior of its own
     boxes finds it again. The product was chosen on real training images (docs/log.md).
@@ -193,7 +193,7 @@ def lesion_score(picture: np.ndarray, lab: np.ndarray, mask: np.ndarray) -> floa
 
 
 def colour_contrast(lab: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
-    """Between a mask and the band around it: the difference of mean colours over the spread along it, and the
+    """Return two contrasts of a mask with the band around it: the difference of mean colours over their spread, and the
     difference itself, CIELAB units; zeros where there is no band."""
     inside = ndimage.zoom(mask.astype(np.float32), np.array(lab.shape[:2]) / mask.shape, order=1) > 0.5
     reach = max(3, round(BAND * max(lab.shape)))
@@ -209,7 +209,7 @@ def colour_contrast(lab: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
 
 
 def doubt(found: Proposed, usual: Sequence[float]) -> tuple[float, list[str]]:
-    """How much a proposal needs a look, 0 to 1, and why, in words.
+    """Return how doubtful a proposal is, 0 to 1, and up to two reasons as text.
 
     Args:
         usual: log of the areas (share of the image) of lesions that people have confirmed.
@@ -228,7 +228,7 @@ def doubt(found: Proposed, usual: Sequence[float]) -> tuple[float, list[str]]:
 
 
 def oddness(area: float, usual: Sequence[float]) -> float:
-    """0 for a lesion of a usual size, 1 for one far from all; sizes that nobody has seen yet are not odd."""
+    """Return how unusual an area is, 0 to 1; 0 while fewer than ten areas are confirmed."""
     if len(usual) < 10:
         return 0.0
     middle = float(np.median(usual))

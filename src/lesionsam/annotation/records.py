@@ -1,4 +1,4 @@
-"""What an annotator leaves: lesions with their two boxes, marks, who and when; and the checks of what a page sends."""
+"""Define annotations (lesions with two boxes, marks, author and time) and check what a page sends."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MIN_SIDE = 1.0  # of a box, pixels
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion as it stands.
+    """One annotated lesion.
 
     Attributes:
         lesion_id: unique within its image. big, small: the two boxes, to a hundredth of a pixel.
-        source: of `SOURCES`. core: "drawn", or "suggested" while nobody has touched the small box.
+        source: of `SOURCES`. core: "drawn", or "suggested" while nobody has touched the core.
         proposed: the boxes that a model proposed, (big, small), where the lesion began as a proposal.
         model: which weights proposed, first 12 digits of their SHA-256. threshold: probability of the proposed mask.
         seconds: a person's time spent on it. made_by, made_at, changed_by, changed_at: who and when (UTC, ISO 8601).
@@ -51,13 +51,13 @@ class Lesion:
 
     @property
     def boxes(self) -> tuple[Box, Box]:
-        """Big and small box."""
+        """Return the big and the core."""
         return self.big, self.small
 
 
 @dataclass(frozen=True)
 class ImageState:
-    """All that is known of one image.
+    """The annotations of one image.
 
     Attributes:
         revision: grows by one with every change; 0 = as the table was found. mark: of `MARKS`.
@@ -78,23 +78,23 @@ class ImageState:
 
     @property
     def status(self) -> str:
-        """done where there are lesions, unseen where no person has seen one of them; else the mark, else open."""
+        """Return done where there are lesions, unseen where no person has seen one; else the mark, else open."""
         if any(lesion.source == AUTOMATIC for lesion in self.lesions):
             return UNSEEN
         return DONE if self.lesions else self.mark or OPEN
 
     @property
     def all_seconds(self) -> float:
-        """A person's time spent on the image and its lesions."""
+        """Return the seconds that annotators spent on the image and its lesions."""
         return self.seconds + sum(lesion.seconds for lesion in self.lesions)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the journal and the page; `from_dict` reads it back."""
+        """Return the state as JSON values for the journal; `state_from_dict` reads them back."""
         return asdict(self)
 
 
 def state_from_dict(values: Mapping[str, Any]) -> ImageState:
-    """Reads what `ImageState.as_dict` wrote; keys that are not known are left out."""
+    """Read what `ImageState.as_dict` wrote; unknown keys are ignored."""
     lesions = tuple(_lesion_from_dict(each) for each in values.get("lesions", ()))
     known = {name: values[name] for name in ImageState.__dataclass_fields__ if name in values and name != "lesions"}
     return ImageState(**known, lesions=lesions)
@@ -109,13 +109,13 @@ def _lesion_from_dict(values: Mapping[str, Any]) -> Lesion:
 
 
 def rounded(box: Sequence[float]) -> Box:
-    """To a hundredth of a pixel, as the table holds it."""
+    """Round a box to a hundredth of a pixel, as the table holds it."""
     x0, y0, x1, y1 = (round(float(value), 2) + 0.0 for value in box)
     return x0, y0, x1, y1
 
 
 def checked_boxes(big: Sequence[float], small: Sequence[float], width: int, height: int) -> tuple[Box, Box]:
-    """Two boxes that a page sent: finite, in order, cut at the frame, the small one at the big one.
+    """Check two boxes that a page sent and clip them: the big one to the frame, the small one to the big one.
 
     Raises:
         UserError: what is wrong with them.
@@ -141,7 +141,7 @@ def checked_boxes(big: Sequence[float], small: Sequence[float], width: int, heig
 
 
 def merged(old: Lesion | None, new: Lesion, who: str, when: str, seconds: float, *, automatic: bool = False) -> Lesion:
-    """A lesion as it is wanted, with what is known of it from before.
+    """Merge a lesion that a page sent with its earlier record.
 
     Args:
         old: the same lesion as last seen, or None where it is new.

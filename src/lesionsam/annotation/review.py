@@ -1,4 +1,4 @@
-"""The review queue: what the model proposes for images without boxes, made ahead, kept in a file, ordered by doubt."""
+"""Compute and store the model's proposals for images without boxes, and queue these images by doubt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
-from lesionsam.annotation.pictures import Pictures
+from lesionsam.annotation.pictures import Pictures, Stamp
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
 from lesionsam.annotation.records import AUTOMATIC, OPEN, Box, rounded
 from lesionsam.annotation.store import Store
@@ -28,8 +29,8 @@ RETRY = 5.0  # seconds after which an empty list of work is looked at again
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was proposed for one image.
+class ImageProposal:
+    """The proposal for one image.
 
     Attributes:
         stamp: of the image file, see `Pictures.stamp`. size: (width, height) of the image.
@@ -37,29 +38,30 @@ class Found:
     """
 
     image_id: str
-    stamp: tuple[int, int]
+    stamp: Stamp
     size: tuple[int, int]
     lesion: Proposed | None
 
 
 def proposals_path(table_path: Path) -> Path:
-    """boxes.csv -> boxes.proposals.jsonl."""
+    """Return the file of proposals beside a table: boxes.csv -> boxes.proposals.jsonl."""
     return table_path.with_name(f"{table_path.stem}.proposals.jsonl")
 
 
-def look(model: Model, pictures: Pictures, entry: Entry) -> Found:
-    """Propose for one image.
+def propose_for_image(model: Model, pictures: Pictures, entry: Entry) -> ImageProposal:
+    """Compute the proposal for one image.
 
     Raises:
         UserError: an image that cannot be read.
     """
+    stamp = pictures.stamp(entry)  # before anything is read: a file replaced meanwhile is proposed for again
     size = pictures.size(entry)
     lesion = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), size, entry.image_id)
-    return Found(entry.image_id, pictures.stamp(entry), size, lesion)
+    return ImageProposal(entry.image_id, stamp, size, lesion)
 
 
 class Proposals:
-    """Everything that one model has proposed, in a file of one JSON line each; lines of other models are left alone.
+    """The proposals of one model, kept in a file with one JSON line each; lines of other models are left unchanged.
 
     Args:
         name: label of the model, which names the lines that are read.
@@ -67,19 +69,21 @@ class Proposals:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self.found: dict[str, Found] = {}
+        self.found: dict[str, ImageProposal] = {}
+        self.version = 0  # grows with every change of `found`
         self._lock = threading.Lock()
+        self._is_cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a crash
         for values in _lines(path):
             if values.get("model") == self.name:
                 numbers: dict[str, Any] = dict(values["lesion"] or {})
                 numbers |= {key: tuple(numbers[key]) for key in ("big", "small") if key in numbers}
                 lesion = Proposed(**numbers) if numbers else None
-                self.found[values["image_id"]] = Found(
+                self.found[values["image_id"]] = ImageProposal(
                     values["image_id"], tuple(values["stamp"]), tuple(values["size"]), lesion
                 )
 
-    def add(self, found: Found) -> None:
-        """Keep one more; a line that a crash cuts short is made again, so nothing waits for the disk."""
+    def add(self, found: ImageProposal) -> None:
+        """Add a proposal and append it to the file, without fsync: a line cut by a crash is computed again."""
         line = json.dumps(
             {
                 "image_id": found.image_id,
@@ -93,8 +97,16 @@ class Proposals:
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(("\n" if self._is_cut else "") + line + "\n")
+            self._is_cut = False
             self.found[found.image_id] = found
+            self.version += 1
+
+    def discard(self, image_id: str) -> None:
+        """Forget the proposal for an image; its line stays in the file until one follows it."""
+        with self._lock:
+            if self.found.pop(image_id, None) is not None:
+                self.version += 1
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -111,8 +123,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield values
 
 
-def usual_areas(store: Store, proposals: Proposals) -> list[float]:
-    """Log of the shares of the image that lesions take, from their boxes, where sizes are known; only of lesions that a
+def confirmed_log_areas(store: Store, proposals: Proposals) -> list[float]:
+    """Return the log area of each lesion, as a share of its image, estimated from its boxes; only of lesions that a
     person has seen: those accepted unseen are of usual sizes because they had to be."""
     areas = []
     for state in store.all_states():
@@ -126,7 +138,7 @@ def usual_areas(store: Store, proposals: Proposals) -> list[float]:
 
 
 def with_spot_checks(doubts: Sequence[tuple[str, float]], done: int = 0) -> list[tuple[str, float]]:
-    """By falling doubt, but every fourth drawn from all by hash: what nobody ever looks at could not be trusted.
+    """Sort by falling doubt, but draw every fourth image from all by hash: confident proposals are checked too.
 
     Args:
         doubts: (key, doubt) of what waits. done: how many were decided before, so that the order of the rest stays.
@@ -146,7 +158,7 @@ def _area(box: Box) -> float:
 
 
 class Review:
-    """Proposals of the images to do, and the thread that makes them while nobody is busy (`start`)."""
+    """The proposals for open images, and the thread that computes them while no annotator is drawing (`start`)."""
 
     def __init__(self, catalogue: Catalogue, store: Store, pictures: Pictures, model: Model) -> None:
         self.catalogue, self.store, self.pictures, self.model = catalogue, store, pictures, model
@@ -159,28 +171,28 @@ class Review:
         self._end = threading.Event()
 
     def start(self) -> None:
-        """Begin to propose, until `stop`."""
+        """Start the thread, which runs until `stop`."""
         threading.Thread(target=self._work, daemon=True, name="proposing").start()
 
     @property
     def count(self) -> int:
-        """Grows with every proposal."""
+        """Number of images with a proposal."""
         return len(self.proposals.found)
 
     def busy(self) -> None:
-        """Somebody is drawing: wait a little."""
+        """Pause the thread for `QUIET` seconds, as an annotator is drawing."""
         self._busy_until = time.monotonic() + QUIET
 
     def soon(self, entries: Sequence[Entry]) -> None:
-        """These images will be looked at next."""
+        """Compute the proposals for these images first."""
         self._first = list(entries)
 
     def stop(self) -> None:
-        """End the thread after the image it is at."""
+        """Stop the thread after its current image."""
         self._end.set()
 
     def proposal(self, entry: Entry) -> dict[str, Any] | None:
-        """For the page: lesions, doubt and why; None where there is none or the file has changed since."""
+        """Return lesions, doubt and reasons for the page; None where there is no proposal for the file as it is now."""
         if (lesion := self._lesion(entry)) is None:
             return None
         value, why = doubt(lesion, self.usual())
@@ -188,23 +200,26 @@ class Review:
 
     def _lesion(self, entry: Entry) -> Proposed | None:
         found = self.proposals.found.get(entry.image_id)
-        return None if found is None or found.stamp != self.pictures.stamp(entry) else found.lesion
+        if found is not None and found.stamp != self.pictures.stamp(entry):
+            self.proposals.discard(entry.image_id)
+            return None
+        return None if found is None else found.lesion
 
     def usual(self) -> list[float]:
-        """`usual_areas`, read again only where something has changed."""
-        now = (self.count, self.store.clock)
+        """Return `confirmed_log_areas`, computed again after a change."""
+        now = (self.proposals.version, self.store.clock)
         if self._areas[0] != now:
-            self._areas = now, usual_areas(self.store, self.proposals)
+            self._areas = now, confirmed_log_areas(self.store, self.proposals)
         return self._areas[1]
 
     def boxes(self, entry: Entry) -> tuple[Box, Box] | None:
-        """What is proposed for an image as it is now."""
+        """Return the two proposed boxes for an image as it is now, or None."""
         lesion = self._lesion(entry)
         return None if lesion is None else (rounded(lesion.big), rounded(lesion.small))
 
     def queue(self) -> list[tuple[str, float]]:
-        """(key, doubt) of the images to do that have a proposal, the most doubtful first, with spot checks between."""
-        now = (self.count, self.store.clock)
+        """Return (key, doubt) of the open images with a proposal, see `with_spot_checks`."""
+        now = (self.proposals.version, self.store.clock)
         if self._ordered[0] != now:
             usual = self.usual()
             known = [
@@ -221,7 +236,7 @@ class Review:
         return self._ordered[1]
 
     def left(self) -> int:
-        """Images to do that nothing has been proposed for yet."""
+        """Return the number of open images without a proposal."""
         return sum(1 for entry in self.catalogue.by_id.values() if self._needs(entry))
 
     def _needs(self, entry: Entry) -> bool:
@@ -232,6 +247,9 @@ class Review:
         )
 
     def _work(self) -> None:
+        for entry in self.catalogue.by_id.values():
+            with suppress(UserError):  # a file that is gone is said when it is opened
+                self._lesion(entry)  # discards what was proposed for another file
         ahead = iter(self.catalogue.by_id.values())
         while not self._end.is_set():
             if time.monotonic() < self._busy_until:
@@ -245,6 +263,6 @@ class Review:
                 self._end.wait(RETRY)
                 continue
             try:
-                self.proposals.add(look(self.model, self.pictures, entry))
+                self.proposals.add(propose_for_image(self.model, self.pictures, entry))
             except (UserError, OSError):
                 self._failed.add(entry.key)  # said when the image itself is opened

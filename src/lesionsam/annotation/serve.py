@@ -1,4 +1,4 @@
-"""`lesionsam annotate`: the page from start to end; one process per table of boxes."""
+"""Run `lesionsam annotate`: open the table, serve the page, close; one process per table of boxes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def annotate(
 
 
 def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") -> None:
-    """Give a desk a model, the proposals it makes and the masks it writes; only now torch is loaded."""
+    """Load a model and start its proposals and masks; imports torch, which a page without a model does not need."""
     from lesionsam.annotation.model import Model
     from lesionsam.annotation.products import Products, masks_folder
     from lesionsam.annotation.review import Review
@@ -85,19 +85,19 @@ def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") 
 
 
 def default_table(images: Path) -> Path:
-    """boxes.csv beside a folder of images (own/images -> own/boxes.csv), or beside a file."""
+    """Return boxes.csv beside a folder of images (own/images -> own/boxes.csv), or beside a file."""
     folder = images if images.is_dir() else Path(str(images).split("*")[0] + "x").parent
     return folder.resolve().parent / "boxes.csv" if images.is_dir() else folder / "boxes.csv"
 
 
 def _title(images: Sequence[str | Path]) -> str:
-    """What the page calls the images: the end of the first path."""
+    """Return the page's title: the end of the first path."""
     name = "/".join(Path(images[0]).resolve().parts[-2:])
     return name if len(images) == 1 else f"{name} and {len(images) - 1} more"
 
 
 def login_name() -> str:
-    """Of the person at this machine, as far as it is known."""
+    """Return the user's login name, or "annotator"."""
     try:
         return getpass.getuser()[:MAX_NAME]
     except (OSError, KeyError, ImportError):
@@ -105,7 +105,7 @@ def login_name() -> str:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket at the asked port, or, where none was asked for, at `PORT` or any free one.
+    """Open a socket at `port`, or, if that is None, at `PORT` or any free port.
 
     Raises:
         UserError: the port is taken, not allowed, or the address is not this machine's.
@@ -178,7 +178,7 @@ def _serve(desk: Desk, host: str, port: int | None, browser: bool) -> None:
 
 
 def _address(host: str) -> str:
-    """What to type on another machine for a server that listens on all addresses."""
+    """Return the host to type on another machine, also for a server that listens on all addresses."""
     try:
         return socket.gethostname() if ipaddress.ip_address(host).is_unspecified else host
     except ValueError:
@@ -186,5 +186,5 @@ def _address(host: str) -> str:
 
 
 def _has_screen() -> bool:
-    """Whether a browser can open a window; a text browser in the terminal would take it over."""
+    """Return whether a browser can open a window; a text browser would take over the terminal."""
     return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))

@@ -1,4 +1,4 @@
-"""The page's server: addresses, what they take, what they answer. Images go by keys; no address holds a path."""
+"""Serve the page's HTTP API. Addresses name images by key and hold no path."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ Name = Annotated[str, Field(max_length=MAX_NAME)]
 
 
 class Strict(BaseModel):
-    """What a page sends: nothing unknown."""
+    """A request body; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class SentLesion(Strict):
-    """A lesion as the page has it; `proposed` where it began as a proposal of the model."""
+    """A lesion of the page; `proposed` where it began as a proposal of the model."""
 
     id: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     big: Four
@@ -75,7 +75,7 @@ class SentChange(Strict):
 
 
 class SentBoxes(Strict):
-    """Boxes whose masks are wanted; without a small box, a core is wanted."""
+    """Boxes to preview; without a core, one is suggested."""
 
     id: Name = "0"
     big: Four
@@ -84,14 +84,14 @@ class SentBoxes(Strict):
 
 
 class SentKeys(Strict):
-    """Images that will be looked at next."""
+    """Images to prepare, as they will be opened next."""
 
     keys: Annotated[list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]], Field(max_length=8)]
 
 
 @dataclass
 class Desk:
-    """Everything that the addresses speak of.
+    """The state that the handlers share.
 
     Attributes:
         who: name of the annotator until the page says another. title: of the page.
@@ -108,13 +108,13 @@ class Desk:
     products: Products | None = None
 
     def busy(self) -> None:
-        """Somebody is drawing: what can wait waits."""
+        """Pause background work, as an annotator is drawing."""
         for part in (self.review, self.products):
             if part is not None:
                 part.busy()
 
     def entry(self, key: str) -> Entry:
-        """The image of a key.
+        """Return the image of a key.
 
         Raises:
             HTTPException: there is none, or one that cannot be annotated.
@@ -127,13 +127,13 @@ class Desk:
         return entry
 
     def summary(self, image_id: str) -> list[Any]:
-        """What the list shows of an image: status, number of lesions, revision."""
+        """Return what the list shows of an image: status, number of lesions, revision."""
         state = self.store.state(image_id)
         return [state.status, len(state.lesions), state.revision]
 
 
 def shown(error: UserError | OSError, path: FilePath | None = None) -> str:
-    """An error as a sentence without the folders of this machine in it.
+    """Return an error's message without the server's folders.
 
     Args:
         path: of the file that it may name.
@@ -147,7 +147,7 @@ def shown(error: UserError | OSError, path: FilePath | None = None) -> str:
 
 
 def create_app(desk: Desk) -> FastAPI:
-    """The application; who may speak to it is `gate.Gate`'s business."""
+    """Build the application; `gate.Gate` guards access to it."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(UserError)
@@ -190,7 +190,7 @@ def _file_answer(address: str) -> Callable[[], Response]:
 
 
 def _add_images(app: FastAPI, desk: Desk) -> None:
-    """Listing, looking, saving."""
+    """Add the routes that list, show and save images."""
 
     @app.get("/api/session")
     def session() -> Response:
@@ -275,7 +275,7 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
 
 
 def _table_problem(store: Store) -> str:
-    """What is wrong with the table as it was edited by hand, or nothing."""
+    """Return what is wrong with the table after an edit by hand, or an empty text."""
     try:
         store.refresh()
     except (UserError, OSError) as error:
@@ -284,7 +284,7 @@ def _table_problem(store: Store) -> str:
 
 
 def _as_sent(state: ImageState) -> dict[str, Any]:
-    """A state as the page gets it."""
+    """Return a state as the page receives it."""
     return {
         "revision": state.revision,
         "mark": state.mark,
@@ -310,7 +310,7 @@ def _as_sent(state: ImageState) -> dict[str, Any]:
 
 
 def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
-    """What a page sent, as the store takes it; a lesion is a proposal's only where that was really proposed."""
+    """Convert a request to a change of the store; `proposed` is kept only where it equals the model's proposal."""
     known = desk.review.boxes(entry) if desk.review else None
     lesions = []
     for each in sent.lesions:
@@ -357,7 +357,7 @@ def _box(values: list[float]) -> tuple[float, float, float, float]:
 
 
 def _add_help(app: FastAPI, desk: Desk) -> None:
-    """Masks that follow the boxes, cores to begin with, images made ready ahead."""
+    """Add the routes that preview masks, suggest cores and prepare images."""
 
     @app.post("/api/images/{key}/preview")
     def preview(key: Key, sent: SentBoxes) -> Response:
@@ -388,7 +388,7 @@ def _check_order(box: tuple[float, float, float, float]) -> None:
 
 
 def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tuple, others: list) -> dict[str, Any]:
-    """Outlines of the box prior and of the model for two boxes, and how far they agree."""
+    """Return outlines of the box prior's and the model's mask for two boxes, and their IoU."""
     size = desk.pictures.size(entry)
     picture = desk.pictures.small(entry, PRIOR_SIDE)
     prior = prior_logits(picture, size, big, small, others)

@@ -1,4 +1,4 @@
-"""The state of all images: every change goes to the journal and into the table before it counts as saved.
+"""Store the state of all images: a change is saved once it is in the journal and in the table.
 
 One process owns a table (a lock says so); within it one change at a time. Every image has a revision: whoever changes
 it says which revision was looked at, and is refused where that is no longer the last one. The table may be edited by
@@ -31,7 +31,7 @@ class EditedMeanwhile(Exception):
 
 
 class Conflict(Exception):
-    """Somebody else changed the image meanwhile.
+    """Another page changed the image since `base`.
 
     Attributes:
         state: what stands there now.
@@ -45,7 +45,7 @@ class Conflict(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """What a page wants an image to be.
+    """The state that a page asks an image to have.
 
     Attributes:
         base: revision that the page had before it. lesions: boxes, core and proposal; the rest is known here.
@@ -65,12 +65,12 @@ class Change:
 
 
 def journal_path(table_path: Path) -> Path:
-    """boxes.csv -> boxes.journal.jsonl."""
+    """Return the journal beside a table: boxes.csv -> boxes.journal.jsonl."""
     return table_path.with_name(f"{table_path.stem}.journal.jsonl")
 
 
 def utc_now() -> str:
-    """Now, to the millisecond, ISO 8601."""
+    """Return the current UTC time, ISO 8601 to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -93,7 +93,7 @@ class Store:
         self._gone: dict[tuple[str, str], Lesion] = {}  # lesions that an undo may bring back
         self._touched: dict[str, int] = {}  # image_id -> clock of its last change
         self.clock = 0
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._digest = ""
         self._table = Table()
         with self._lock:
@@ -103,21 +103,21 @@ class Store:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def state(self, image_id: str) -> ImageState:
-        """What is known of an image now."""
+        """Return the current state of an image."""
         return self._states.get(image_id) or ImageState(image_id)
 
     def all_states(self) -> list[ImageState]:
-        """Of every image of which something is known."""
+        """Return the states of all images that have one."""
         with self._lock:
             return list(self._states.values())
 
     def changes_since(self, clock: int) -> tuple[int, list[str]]:
-        """The clock now, and the ids of images that changed after it stood at `clock`."""
+        """Return the current clock and the ids of images that changed after `clock`."""
         with self._lock:
             return self.clock, [image_id for image_id, when in self._touched.items() if when > clock]
 
     def refresh(self) -> None:
-        """Take over what was edited in the table by hand.
+        """Read the table again if it was edited by hand.
 
         Raises:
             UserError: the table cannot be read as it is now; nothing is written until it can.
@@ -129,7 +129,7 @@ class Store:
     # ------------------------------------------------------------------------------------------------------- changing
 
     def save(self, image_id: str, change: Change, size: tuple[int, int]) -> ImageState:
-        """Change an image; it is on disk, in journal and table, when this returns.
+        """Save a change of an image; journal and table are on disk when this returns.
 
         Args:
             size: (width, height) of the image.
@@ -185,7 +185,7 @@ class Store:
         )
 
     def _commit(self, state: ImageState, size: tuple[int, int]) -> None:
-        """Journal first, then the table: a crash between the two is rolled forward when the table is opened next."""
+        """Write the journal, then the table; a crash in between is rolled forward when the table is next opened."""
         if boxes_of(state) == self._table.boxes.get(state.image_id, {}):
             self.journal.append([state], self._digest, self._digest)
             self._note([state])
@@ -222,12 +222,12 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- the file
 
-    def _stat(self) -> tuple[int, int, int] | None:
+    def _stat(self) -> tuple[int, ...] | None:
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def _bytes(self) -> bytes | None:
         try:
@@ -260,7 +260,7 @@ class Store:
         return image_size(entry.path)
 
     def _read(self, data: bytes | None) -> Table:
-        """The table as it is, unless it is gone although there were boxes in it."""
+        """Read the table; refuse one that is gone although it held boxes."""
         known = sum(1 for state in self._states.values() if state.lesions)
         if (data is None or not data.strip()) and known:
             raise UserError(
@@ -271,7 +271,7 @@ class Store:
         return read_table(self.path) if data is not None else Table()
 
     def _reread(self, *, first: bool = False) -> None:
-        """Read the table and take over what differs from what is known."""
+        """Read the table and apply rows that differ from the known state."""
         seen, data = self._stat(), self._bytes()
         digest = digest_of(data) if data is not None else ""
         if digest == self._digest and not first:
@@ -284,9 +284,9 @@ class Store:
             if boxes_of(old) == rows:
                 continue
             if first and image_id not in self._states:  # nothing is known of it but its rows: no change
-                found[image_id] = taken_over(old, rows, 0, "", "")
+                found[image_id] = with_rows(old, rows, 0, "", "")
             else:
-                edited.append(taken_over(old, rows, old.revision + 1, OUTSIDE, self.now()))
+                edited.append(with_rows(old, rows, old.revision + 1, OUTSIDE, self.now()))
         if edited:
             self.journal.append(edited, digest, digest)
         self._states |= found
@@ -296,12 +296,12 @@ class Store:
 
 
 def boxes_of(state: ImageState) -> dict[str, tuple[Box, Box]]:
-    """lesion_id -> (big, small), as a table has them."""
+    """Return lesion_id -> (big, small), as the table holds them."""
     return {lesion.lesion_id: lesion.boxes for lesion in state.lesions}
 
 
-def taken_over(old: ImageState, rows: Mapping[str, tuple[Box, Box]], revision: int, who: str, when: str) -> ImageState:
-    """The state that the rows of a table say."""
+def with_rows(old: ImageState, rows: Mapping[str, tuple[Box, Box]], revision: int, who: str, when: str) -> ImageState:
+    """Return the state of an image with its lesions replaced by the rows of a table."""
     known = {lesion.lesion_id: lesion for lesion in old.lesions}
     lesions = []
     for lesion_id, (big, small) in rows.items():

@@ -1,4 +1,4 @@
-"""The two-box CSV as the page keeps it: rows that nobody touched keep their text, also those of images not at hand.
+"""Read and write the page's two-box CSV; unchanged rows keep their text, also those of images not given.
 
 What is written is what `boxes.source: csv` and `lesionsam predict` read: see `lesionsam.boxes`.
 """
@@ -23,7 +23,7 @@ COORDINATES = (*BIG, *SMALL)
 
 
 def columns(with_split: bool) -> tuple[str, ...]:
-    """The header; `split` is kept where a table has it."""
+    """Return the header; `split` is kept where a table has it."""
     return ("image_id", "lesion_id", *(("split",) if with_split else ()), "width", "height", *COORDINATES)
 
 
@@ -43,12 +43,12 @@ class Table:
     splits: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The whole file."""
+        """Return the text of the file."""
         head = ",".join(columns(self.with_split))
         return "\n".join([head, *(line for lines in self.lines.values() for line in lines)]) + "\n"
 
     def with_image(self, image_id: str, lesions: Sequence[Lesion], size: tuple[int, int]) -> Table:
-        """The table with these lesions as the rows of one image; rows whose boxes are as before keep their text.
+        """Return the table with these lesions as the rows of one image; rows with unchanged boxes keep their text.
 
         Args:
             size: (width, height) of the image.
@@ -89,7 +89,7 @@ def _csv_line(values: Iterable[str]) -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """Names the content of the table in the journal."""
+    """Return a hash of the table's content, as the journal records it."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -125,7 +125,7 @@ def read_table(path: Path) -> Table:
 
 
 def _plain_rows(rows: Sequence[Mapping[str, str]]) -> list[tuple[Box, Box] | None]:
-    """Boxes of the rows that are right beyond doubt; None for those that need a closer look."""
+    """Return the boxes of rows that are plainly valid; None for rows that need the full check."""
     found: list[tuple[Box, Box] | None] = []
     for row in rows:
         try:
@@ -140,7 +140,7 @@ def _plain_rows(rows: Sequence[Mapping[str, str]]) -> list[tuple[Box, Box] | Non
 
 
 def _careful(path: Path, line: int, row: Mapping[str, str]) -> tuple[Box, Box]:
-    """Boxes of a row that sticks out a little, cut as the reader of the chain cuts them."""
+    """Return the boxes of a row that exceeds its frame by rounding, clipped as `boxes.table` clips them."""
     sizes = [whole_number(row.get(name, "")) or 10**6 for name in ("width", "height")]
     try:
         big, small = parse_boxes(row, *sizes)
@@ -150,6 +150,6 @@ def _careful(path: Path, line: int, row: Mapping[str, str]) -> tuple[Box, Box]:
 
 
 def outside(boxes: tuple[Box, Box], width: int, height: int) -> bool:
-    """Whether a lesion's big box leaves its image by more than a hand-drawn one may."""
+    """Return whether a lesion's big box leaves its image by more than rounding."""
     x0, y0, x1, y1 = boxes[0]
     return min(x0, y0) < -TOLERANCE or x1 > width + TOLERANCE or y1 > height + TOLERANCE

@@ -90,10 +90,10 @@ def cache(context: typer.Context) -> None:
 @cache_app.command("clear")
 def clear_cache() -> None:
     """Remove all of it; what is needed is made again. A training that runs goes on with what it has open."""
-    from lesionsam.data.caches import clear, in_words
+    from lesionsam.data.caches import clear, format_bytes
 
     removed, left = clear(CACHE)
-    print(f"removed {in_words(removed)} from {CACHE}" + "".join(f"; left {folder}, in use" for folder in left))
+    print(f"removed {format_bytes(removed)} from {CACHE}" + "".join(f"; left {folder}, in use" for folder in left))
 
 
 @app.command()

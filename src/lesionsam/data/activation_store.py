@@ -1,9 +1,9 @@
-"""Activations on disk: one flat file of equal entries and an index, shared by runs, trials and processes.
+"""Store activations on disk: one flat file of equal entries and an index, shared by runs, trials and processes.
 
-A folder per space (whatever the values depend on beside the image: see `Store`), in it `entries.bin`, entry after
-entry; `index.bin`, one record per entry, written after it; and `space.json`, what the values are. Nothing is trusted:
-a record has a checksum of its own and one of its entry, looked at on every read, so that what a killed writer, a full
-disk or a bad sector left behind is a miss and nothing worse. Several processes may read and write at once.
+There is a folder per space (everything that the values depend on beside the image: see `Store`). It holds
+`entries.bin`, entry after entry; `index.bin`, one record per entry, written after it; and `space.json`, which describes
+the values. A record has a checksum of its own and one of its entry, verified on every read, so that what a killed
+writer, a full disk or a bad sector left behind is a cache miss. Several processes may read and write at once.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from lesionsam.utils.files import free_disk_bytes, write_json_atomic
 VERSION = 1  # of the files' form: part of every space
 ENTRIES, INDEX, SPACE, IN_USE = "entries.bin", "index.bin", "space.json", "in-use"
 RECORD = struct.Struct("<16sIQI")  # key, slot of its entry, the entry's checksum, CRC of what precedes
-GRANT = 64 << 20  # bytes written between two looks at the disk
+GRANT = 64 << 20  # bytes written between two checks of the disk
 RESERVE = 1 << 30  # bytes of the disk that are left to others
 PAGE = 512  # 8-byte words that a checksum adds up
 
 
-class Held(NamedTuple):
-    """Where an entry lies and what it must add up to."""
+class Slot(NamedTuple):
+    """The place of an entry in `entries.bin`, counted in entries, and its checksum."""
 
-    slot: int
+    number: int
     checksum: int
 
 
 def checksum(data: np.ndarray) -> int:
-    """Of bytes, (N,) uint8: a CRC over the sums of its 4 KiB pages, several times as fast as one over all of it.
+    """Return a CRC over the sums of the 4 KiB pages of (N,) uint8, several times as fast as one over all bytes.
 
     A damaged word, a lost page or a cut changes it; an exchange of words within a page does not.
     """
@@ -54,18 +54,18 @@ def checksum(data: np.ndarray) -> int:
     return zlib.crc32(data[whole * 8 :].data, zlib.crc32(sums.data))
 
 
-def as_bytes(values: torch.Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor on the CPU, (N,) uint8, shared."""
+def byte_view(values: torch.Tensor) -> np.ndarray:
+    """Return the memory of a contiguous tensor on the CPU as (N,) uint8; no copy."""
     return values.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 class Budget:
-    """How much all spaces of a folder may hold together; the space that was used least recently goes first.
+    """Limit of the bytes that all spaces of a folder hold together; the least recently used space is removed first.
 
-    A space that some process has open is never removed: of what is in use, the last comers are not kept.
+    A space that a process has open is never removed; where those fill the limit, new entries are not stored.
 
     Args:
-        root: folder of the spaces. limit: bytes. say: receives a line when there is something to tell.
+        root: folder of the spaces. limit: bytes. say: called with a line of text on a fault.
     """
 
     def __init__(self, root: Path, limit: int, say: Callable[[str], None]) -> None:
@@ -73,16 +73,17 @@ class Budget:
         self._granted, self._said = 0, set()
 
     def grant(self, size: int) -> bool:
-        """Whether `size` bytes more may be written."""
+        """Return whether `size` more bytes may be written."""
         if self._granted < size:
-            self._granted = self._look(size)
+            self._granted = self._make_room(size)
         if self._granted < size:
             self._granted = 0
             return False
         self._granted -= size
         return True
 
-    def _look(self, size: int) -> int:
+    def _make_room(self, size: int) -> int:
+        """Remove old spaces and return how many bytes may be written, at least `size` if there is room."""
         spaces = sorted(space_folders(self.root), key=used_at)
         held = {folder: stored_bytes(folder) for folder in spaces}
         for folder in spaces:
@@ -98,11 +99,11 @@ class Budget:
                 if free < size
                 else f"{self.root} holds as much as it may, {self.limit / 1e9:.1f} GB (runtime.cache_gb)"
             )
-            self.tell(f"activation cache: {reason}; what is not in it is computed in every epoch")
+            self.warn_once(f"activation cache: {reason}; what is not in it is computed in every epoch")
         return min(left, max(GRANT, size))
 
-    def tell(self, line: str) -> None:
-        """Say a line, once."""
+    def warn_once(self, line: str) -> None:
+        """Report a line, the first time only."""
         if line not in self._said:
             self._said.add(line)
             self.say(line)
@@ -125,15 +126,15 @@ class Store:
         self.shape: tuple[int, ...] | None = None  # of an entry, known once there is one
         self.dtype: torch.dtype | None = None
         self.writable = True
-        self._held: dict[bytes, Held] = {}
-        self._read_to, self._slots = 0, 0
+        self._slots: dict[bytes, Slot] = {}
+        self._read_to, self._num_slots = 0, 0
         self._files: tuple[int, int, int] | None = None  # of entries, index and use
         self._lock = threading.RLock()
         with self._faults("opened"):
             self._open_existing()
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._slots)
 
     @property
     def entry_bytes(self) -> int:
@@ -143,7 +144,7 @@ class Store:
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Take notice of what other processes have added."""
+        """Read the index records that other processes have added."""
         with self._lock, self._faults("read"):
             self._open_existing()
             if self._files is not None:
@@ -155,28 +156,30 @@ class Store:
         Args:
             key: 16 bytes, see `activations.image_key`. into: contiguous tensor on the CPU, of the entries' shape.
         Returns:
-            Whether it was there, whole and undamaged; if not, `into` holds nothing of use.
+            Whether it was there and undamaged; if not, the content of `into` is undefined.
         """
-        held = self._held.get(key)
-        if held is None or self._files is None:
+        slot = self._slots.get(key)
+        if slot is None or self._files is None:
             return False
-        data = as_bytes(into)
+        data = byte_view(into)
         try:
-            done = os.preadv(self._files[0], [data.data], held.slot * self.entry_bytes)
+            done = os.preadv(self._files[0], [data.data], slot.number * self.entry_bytes)
         except OSError:  # a sector that cannot be read
             done = 0
-        if done == len(data) and checksum(data) == held.checksum:
+        if done == len(data) and checksum(data) == slot.checksum:
             return True
         with self._lock:
-            if self._held.get(key) == held:  # not merely rewritten meanwhile
-                del self._held[key]
-        self.budget.tell(f"activation cache: {self.folder / ENTRIES} is damaged; what is bad in it is computed again")
+            if self._slots.get(key) == slot:  # not merely rewritten meanwhile
+                del self._slots[key]
+        self.budget.warn_once(
+            f"activation cache: {self.folder / ENTRIES} is damaged; what is bad in it is computed again"
+        )
         return False
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, keys: Sequence[bytes], values: torch.Tensor) -> None:
-        """Add entries that are not there yet; what does not fit is left out, and a disk that fails is left alone.
+        """Add entries that are not stored yet; those that do not fit are left out, and a failing disk ends writing.
 
         Args:
             values: (n, *shape) contiguous tensor on the CPU.
@@ -194,29 +197,29 @@ class Store:
                 self._read_index()
                 os.ftruncate(index, self._read_to)  # a record that a killed writer left half
                 for key, value in zip(keys, values, strict=True):
-                    if key in self._held:
+                    if key in self._slots:
                         continue
                     if not self.budget.grant(self.entry_bytes):
                         break
-                    data = as_bytes(value)
-                    write_at(entries, data.data, self._slots * self.entry_bytes)
-                    body = RECORD.pack(key, self._slots, checksum(data), 0)[:-4]
+                    data = byte_view(value)
+                    write_at(entries, data.data, self._num_slots * self.entry_bytes)
+                    body = RECORD.pack(key, self._num_slots, checksum(data), 0)[:-4]
                     write_at(index, body + struct.pack("<I", zlib.crc32(body)), self._read_to)
                     self._read_index()
 
     def close(self) -> None:
-        """Let go of the files; the space may be removed then."""
+        """Close the files; the space may be removed then."""
         with self._lock:
             for descriptor in self._files or ():
                 os.close(descriptor)
-            self._files, self._held = None, {}
+            self._files, self._slots = None, {}
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def _open_existing(self) -> None:
         if self._files is not None or not (self.folder / SPACE).exists():
             return
-        use = hold(self.folder)
+        use = lock_shared(self.folder)
         if use is None:
             return
         try:
@@ -225,14 +228,14 @@ class Store:
                 raise ValueError("another space")
             self.shape, self.dtype = tuple(note["shape"]), getattr(torch, note["dtype"])
             self._open_files(use)
-        except (ValueError, KeyError, TypeError, AttributeError):  # not whole, or of something else: build it anew
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another space: start anew
             os.close(use)
             remove_space(self.folder)
 
     def _open_files(self, use: int) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._files = (os.open(self.folder / ENTRIES, flags, 0o666), os.open(self.folder / INDEX, flags, 0o666), use)
-        self._held, self._read_to, self._slots = {}, 0, 0
+        self._slots, self._read_to, self._num_slots = {}, 0, 0
         os.utime(self.folder)
         self._read_index()
 
@@ -245,7 +248,7 @@ class Store:
         self.shape, self.dtype = shape, dtype
         note = {"space": self.space, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
         write_json_atomic(self.folder / SPACE, note)
-        use = hold(self.folder)
+        use = lock_shared(self.folder)
         if use is not None:
             self._open_files(use)
 
@@ -255,25 +258,25 @@ class Store:
         index = self._files[1]
         size = os.fstat(index).st_size // RECORD.size * RECORD.size
         if size < self._read_to:  # cut by something else
-            self._held, self._read_to, self._slots = {}, 0, 0
+            self._slots, self._read_to, self._num_slots = {}, 0, 0
         data = os.pread(index, size - self._read_to, self._read_to)
         for start in range(0, len(data) // RECORD.size * RECORD.size, RECORD.size):
             key, slot, total, crc = RECORD.unpack_from(data, start)
-            self._slots += 1  # one record, one slot, whether it can be read or not
+            self._num_slots += 1  # one record, one slot, whether it can be read or not
             if zlib.crc32(data[start : start + RECORD.size - 4]) == crc:
-                self._held[key] = Held(slot, total)
+                self._slots[key] = Slot(slot, total)
         self._read_to += len(data)
 
     @contextmanager
     def _faults(self, what: str) -> Iterator[None]:
-        """A disk that fails ends the cache, never the training."""
+        """Turn a disk fault into a warning: it ends the cache, not the training."""
         try:
             yield
         except OSError as error:
             self.writable = False
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             reason = "the disk is full" if full else error.strerror or str(error)
-            self.budget.tell(
+            self.budget.warn_once(
                 f"activation cache: {self.folder} cannot be {what} ({reason}); training goes on without it"
                 + (", or free some space" if full else "")
             )
@@ -284,7 +287,7 @@ class Store:
 
 @contextmanager
 def locked(descriptor: int) -> Iterator[None]:
-    """Hold a file against other processes."""
+    """Lock a file exclusively."""
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
@@ -293,15 +296,15 @@ def locked(descriptor: int) -> Iterator[None]:
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """All of the bytes, however many calls that takes."""
+    """Write all bytes, in as many calls as needed."""
     view = memoryview(data).cast("B")
     while view:
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done
 
 
-def hold(folder: Path) -> int | None:
-    """Mark a space as in use: a descriptor that frees it when closed; None where it was just removed."""
+def lock_shared(folder: Path) -> int | None:
+    """Mark a space as in use; return a descriptor that ends it when closed, None where the space was just removed."""
     path = folder / IN_USE
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -316,19 +319,19 @@ def hold(folder: Path) -> int | None:
 
 
 def remove_space(folder: Path, *, force: bool = False) -> bool:
-    """Delete a space unless a process has it open (`force`: even then; what that process has open stays readable)."""
+    """Delete a space unless a process has it open (`force`: even then; open files stay readable)."""
     with suppress(FileNotFoundError):
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if force or held_alone(descriptor):
+            if force or try_lock_exclusive(descriptor):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
     return not folder.exists()
 
 
-def held_alone(descriptor: int) -> bool:
-    """Whether nobody else holds the file of this descriptor, which is then held."""
+def try_lock_exclusive(descriptor: int) -> bool:
+    """Lock a file exclusively if no other process has locked it; return whether that succeeded."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -337,12 +340,12 @@ def held_alone(descriptor: int) -> bool:
 
 
 def space_folders(root: Path) -> list[Path]:
-    """The folders that hold a space."""
+    """Return the folders that hold a space."""
     return [path for path in root.iterdir() if (path / ENTRIES).exists()] if root.is_dir() else []
 
 
 def used_at(folder: Path) -> float:
-    """When a space was last opened, seconds since the epoch."""
+    """Return when a space was last opened, seconds since the epoch."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -350,7 +353,7 @@ def used_at(folder: Path) -> float:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Bytes of a space's files."""
+    """Return the bytes of a space's files."""
     total = 0
     for name in (ENTRIES, INDEX):
         with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's 
 
 @dataclass(frozen=True)
 class Distortion:
-    """Greatest distortions; section `train.distort` of params.yaml documents each."""
+    """Upper limits of the distortions; section `train.distort` of params.yaml documents each."""
 
     scale: float
     brightness: float
@@ -66,9 +66,11 @@ def distort(
 
 
 def recoloured(image: np.ndarray, *, brightness: float, contrast: float, hue: float, blur: float) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same size: colours times `brightness`, their distance from the mean grey times `contrast`,
-    hues turned by `hue` of the circle, then a Gaussian of standard deviation `blur` pixels. Nothing changes where these
-    are 1, 1, 0 and 0."""
+    """Change the colours of an image, (H, W, 3) uint8.
+
+    Colours are multiplied by `brightness`, their distance from the mean grey by `contrast`, hues turned by `hue` of the
+    circle, then blurred by a Gaussian of standard deviation `blur` pixels. The values 1, 1, 0 and 0 change nothing.
+    """
     if brightness != 1 or contrast != 1:
         bright = image.astype(np.float32) * brightness
         grey = float((bright.mean((0, 1)) * GREY).sum())
@@ -110,12 +112,12 @@ def _scaled(
 
 
 def _between(low: float, high: float, share: float) -> float:
-    """A number between two; the lower one where they cross by a rounding."""
+    """Interpolate between two numbers; return the lower one where rounding makes them cross."""
     return low + max(0.0, high - low) * share
 
 
 def _resampled(grid: np.ndarray, window: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """A window (XYXY, pixels) of a grid at another size, antialiased bilinear; two-valued grids stay two-valued."""
+    """Resample a window (XYXY, pixels) of a grid, antialiased bilinear; two-valued grids stay two-valued."""
     box, shape = window, (size[1], size[0])
     if grid.dtype == np.uint8 and grid.ndim == 3:
         return np.asarray(Image.fromarray(grid).resize(shape, Image.Resampling.BILINEAR, box))
@@ -130,7 +132,7 @@ EXTENSION = 0.5  # share by which the shorter side grows: a square becomes the 3
 
 
 def resize(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) -> (height, width[, 3]), antialiased bilinear, in grid's dtype (integers are rounded)."""
+    """Resize (H, W) or (H, W, 3) to (height, width[, 3]), antialiased bilinear; integers are rounded."""
     if grid.dtype == np.uint8:
         return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR))
     large = Image.fromarray(grid.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The project's caches as a whole: what they hold, and their removal. Whatever is removed is made again when needed."""
+"""List and clear the project's caches. Removed entries are computed again when needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUSY_SECONDS = 600.0  # a build whose files were written to so recently is under
 
 
 class Cached(NamedTuple):
-    """One folder of a cache: what it holds in words, its bytes, and when it was last used (seconds since the epoch)."""
+    """A cache folder: a description of its content, its bytes, and when it was last used (seconds since the epoch)."""
 
     folder: Path
     holds: str
@@ -26,7 +26,7 @@ class Cached(NamedTuple):
 
 
 def cached(root: Path) -> list[Cached]:
-    """Everything under a cache folder, the most recently used first."""
+    """Return the folders of a cache, the most recently used first."""
     found = [Cached(folder, holds, folder_bytes(folder), used_at(folder)) for folder, holds in _folders(root)]
     return sorted(found, key=lambda item: item.used, reverse=True)
 
@@ -35,7 +35,10 @@ def _folders(root: Path) -> Iterator[tuple[Path, str]]:
     frames = root / FRAMES
     for folder in sorted(frames.iterdir()) if frames.is_dir() else ():
         if folder.name.startswith(BUILDING):
-            yield folder, "images that are being decoded" if busy(folder) else "left by a decoding that was killed"
+            yield (
+                folder,
+                "images that are being decoded" if is_building(folder) else "left by a decoding that was killed",
+            )
         elif (folder / INDEX_NAME).exists():
             note = read_note(folder / INDEX_NAME)
             yield folder, f"{note.get('count', '?')} decoded images, {note.get('side', '?')} px"
@@ -47,14 +50,14 @@ def _folders(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def clear(root: Path) -> tuple[int, list[Path]]:
-    """Remove everything but what is being decoded at this moment.
+    """Remove all cache folders except those being decoded right now.
 
     Returns:
-        bytes removed (of what a running training has open the disk gets them back when that ends), and what was left.
+        bytes removed (the disk frees files that a running training has open when it ends), and the folders left.
     """
     removed, left = 0, []
     for item in cached(root):
-        if item.folder.name.startswith(BUILDING) and busy(item.folder):
+        if item.folder.name.startswith(BUILDING) and is_building(item.folder):
             left.append(item.folder)
             continue
         if item.folder.parent.name == ACTIVATIONS:
@@ -73,37 +76,37 @@ def clear(root: Path) -> tuple[int, list[Path]]:
 
 
 def report(root: Path) -> list[str]:
-    """The caches as lines for people."""
+    """Return a table of the caches, a line each."""
     items = cached(root)
     if not items:
         return [f"nothing is cached in {root}"]
     width = max(len(item.holds) for item in items)
     lines = [
-        f"{item.holds:<{width}}  {in_words(item.size):>9}  "
+        f"{item.holds:<{width}}  {format_bytes(item.size):>9}  "
         f"used {time.strftime('%Y-%m-%d %H:%M', time.localtime(item.used))}  {item.folder}"
         for item in items
     ]
-    return [*lines, f"together {in_words(sum(item.size for item in items))}; `lesionsam cache clear` removes them"]
+    return [*lines, f"together {format_bytes(sum(item.size for item in items))}; `lesionsam cache clear` removes them"]
 
 
-def in_words(size: int) -> str:
-    """Bytes as MB or GB."""
+def format_bytes(size: int) -> str:
+    """Return a number of bytes as text in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of a folder's files."""
+    """Return the bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def busy(folder: Path) -> bool:
-    """Whether a build's files were written to a short while ago."""
+def is_building(folder: Path) -> bool:
+    """Return whether a build's files were written to within `BUSY_SECONDS`."""
     times = [path.stat().st_mtime for path in folder.rglob("*") if path.is_file()]
     return time.time() - max(times, default=folder.stat().st_mtime) < BUSY_SECONDS
 
 
 def read_note(path: Path) -> dict:
-    """A cache's own description; empty where it cannot be read."""
+    """Return a cache's JSON description; empty where it cannot be read."""
     try:
         note = json.loads(path.read_text())
     except (OSError, ValueError):

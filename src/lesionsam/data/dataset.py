@@ -29,10 +29,10 @@ class Part(NamedTuple):
 
 
 class Batches(Protocol):
-    """Where batches come from: a `LesionDataset`, or a `loader.Loader` around one."""
+    """A source of batches: a `LesionDataset`, or a `loader.Loader` around one."""
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples in order, once, as they are."""
+        """Yield batches of all samples in order, once, without augmentation."""
         ...
 
     def epoch(
@@ -46,16 +46,16 @@ class Batches(Protocol):
         distort: Distortion | None = None,
         start: int = 0,
     ) -> Iterator[Batch]:
-        """Batches of one epoch from batch number `start` on, a function of (seed, epoch)."""
+        """Yield the batches of one epoch from number `start` on, a function of (seed, epoch)."""
         ...
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        """Number of batches that cover the set once."""
+        """Return the number of batches that cover the set once."""
         ...
 
 
 class LesionDataset:
-    """Samples of one split with their decoded frames.
+    """The samples of one split with their decoded frames.
 
     Args:
         samples: in a fixed order. frames: the same samples in the model frame.
@@ -72,7 +72,7 @@ class LesionDataset:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every sample has a true mask."""
+        """Return whether every sample has a true mask."""
         return all(s.mask_path is not None for s in self.samples)
 
     def batch(
@@ -97,7 +97,7 @@ class LesionDataset:
         limits: Distortion | None = None,
         seed: Sequence[int] = (),
     ) -> Batch:
-        """The same with prior (int8) and masks (uint8) as they are stored, a quarter of the bytes; see `expanded`."""
+        """Collate as `batch`, with prior (int8) and masks (uint8) as stored, a quarter of the bytes; see `expanded`."""
         variants = variants if variants is not None else [0] * len(index)
         parts = [
             self._one(int(k), int(v), limits, np.random.default_rng([*seed, int(k)]) if limits else None)
@@ -148,7 +148,7 @@ class LesionDataset:
         )
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples in order, once, as they are."""
+        """Yield batches of all samples in order, once, without augmentation."""
         for part in self.plan_in_order(batch_size):
             yield self.batch(*part)
 
@@ -163,7 +163,7 @@ class LesionDataset:
         distort: Distortion | None = None,
         start: int = 0,
     ) -> Iterator[Batch]:
-        """Batches of one epoch from batch number `start` on; the last batch is filled from the epoch's beginning.
+        """Yield the batches of one epoch from number `start` on; the last is filled from the epoch's beginning.
 
         The order is a permutation, the variants and distortions are draws, all functions of (seed, epoch) alone.
 
@@ -176,7 +176,7 @@ class LesionDataset:
             yield self.batch(*part)
 
     def plan_in_order(self, batch_size: int) -> list[Part]:
-        """What `batches` hands to `batch`."""
+        """Return the arguments of `batch` for `batches`."""
         starts = range(0, len(self), batch_size)
         return [Part(np.arange(k, min(k + batch_size, len(self))), None) for k in starts]
 
@@ -191,7 +191,7 @@ class LesionDataset:
         distort: Distortion | None = None,
         start: int = 0,
     ) -> list[Part]:
-        """What `epoch` hands to `batch`."""
+        """Return the arguments of `batch` for `epoch`."""
         rng = np.random.default_rng([seed, epoch])
         order, variants = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
         if not augment:
@@ -204,12 +204,12 @@ class LesionDataset:
         return parts
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        """Number of batches that cover the set once."""
+        """Return the number of batches that cover the set once."""
         return -(-len(self) // batch_size)
 
 
 def expanded(batch: Batch) -> Batch:
-    """A batch of `LesionDataset.packed` with prior and masks as `types.Batch` wants them, on whatever device it is."""
+    """Convert a batch of `LesionDataset.packed` to the dtypes of `types.Batch`, on its device."""
     masks, prior = batch.masks, batch.prior
     if masks is not None:
         masks = masks.float().masked_fill_(masks == UNKNOWN, float("nan"))
@@ -232,7 +232,7 @@ def open_dataset(
 
 
 def oriented_size(size: tuple[int, int], orientation: int) -> np.ndarray:
-    """(2,) int64 height and width after `orient`."""
+    """Return the (2,) int64 height and width after `orient`."""
     return np.array(size if orientation < 4 else (size[1], size[0]), np.int64)
 
 
@@ -265,7 +265,7 @@ def orient(grid: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndar
 
 
 def orient_box(box: np.ndarray, size: tuple[int, int], orientation: int) -> np.ndarray:
-    """The same for a box (4,) XYXY of a frame part of (height, width) pixels."""
+    """Apply `orient` to a box (4,) XYXY of a frame part of (height, width) pixels."""
     height, width = size
     x0, y0, x1, y1 = box
     if orientation & 1:

@@ -39,7 +39,7 @@ BUILDING = "building-"  # begins the name of a folder that is not whole yet
 
 @dataclass(frozen=True)
 class Frames:
-    """N samples in the model frame of side S; images, priors and masks are memory-mapped from the cache.
+    """The N samples in the model frame of side S; images, priors and masks are memory-mapped from the cache.
 
     Attributes:
         images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom.
@@ -59,14 +59,14 @@ class Frames:
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8, Pillow's antialiased bilinear as SAM's ResizeLongestSide uses."""
+    """Resize (H, W, 3) uint8 to (height, width, 3), Pillow's antialiased bilinear as in SAM's ResizeLongestSide."""
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def prior_at(
     image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
-    """The box prior, computed on the image at `PRIOR_SIDE` and enlarged.
+    """Compute the box prior on the image at `PRIOR_SIDE` and enlarge it.
 
     Args:
         image: (H, W, 3) uint8. big, small: (4,); others: (M, 4) XYXY, pixels of this image.
@@ -92,7 +92,7 @@ def prior_at(
 def prepare(
     sample: Sample, others: np.ndarray, side: int, threshold_masks: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
+    """Return one sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
     image = read_image(sample.image_path)
     if image.shape[:2] != (sample.height, sample.width):
         raise UserError(
@@ -124,7 +124,7 @@ def prepare(
 
 
 def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
-    """For each sample, (M, 4) big boxes of the other lesions of its image, original pixels."""
+    """Return for each sample the (M, 4) big boxes of the other lesions of its image, original pixels."""
     by_image: dict[str, list[int]] = {}
     for k, sample in enumerate(samples):
         by_image.setdefault(sample.image_id, []).append(k)
@@ -235,7 +235,7 @@ def _build(
 
 
 def _prepared(arguments: Sequence[tuple], num_workers: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """What `prepare` gives for each, in order, from processes beside this one; where one of them is killed, as the
+    """Yield the results of `prepare` in order, from worker processes; where one of them is killed, as the
     system does when memory runs out, the rest is decoded here."""
     done = 0
     if num_workers:

@@ -1,4 +1,4 @@
-"""Batches ready for a step: collated ahead by threads, on the device, with what is cached of their activations.
+"""Prepare batches for a step: collate them ahead in threads, move them to the device, add cached activations.
 
 Threads, not processes: collating is copying, which runs beside the step, and what comes out is a function of (seed,
 epoch) alone, however many there are.
@@ -41,7 +41,7 @@ class Loader:
         return len(self.data)
 
     def batches_per_epoch(self, batch_size: int) -> int:
-        """Number of batches that cover the set once."""
+        """Return the number of batches that cover the set once."""
         return self.data.batches_per_epoch(batch_size)
 
     def epoch(
@@ -55,12 +55,12 @@ class Loader:
         distort: Distortion | None = None,
         start: int = 0,
     ) -> Iterator[Batch]:
-        """The batches of `LesionDataset.epoch`."""
+        """Yield the batches of `LesionDataset.epoch`."""
         drawn = {"augment": augment, "widen": widen, "distort": distort}
         return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All samples in order, once, as they are."""
+        """Yield batches of all samples in order, once, without augmentation."""
         return self._load(self.data.plan_in_order(batch_size))
 
     def _load(self, parts: Sequence[Part]) -> Iterator[Batch]:
@@ -87,7 +87,7 @@ class Loader:
 
 
 def ahead(make: Callable[[Part], Item], parts: Sequence[Part], num_workers: int) -> Iterator[Item]:
-    """`map(make, parts)`, with threads that work ahead; order and results are the same with any number of them."""
+    """Yield `map(make, parts)` with threads that work ahead; order and results do not depend on their number."""
     if not num_workers:
         yield from map(make, parts)
         return
@@ -105,7 +105,7 @@ def ahead(make: Callable[[Part], Item], parts: Sequence[Part], num_workers: int)
 
 
 def pinned(batch: Batch) -> Batch:
-    """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+    """Copy a batch to page-locked memory, from which copies to a GPU run asynchronously."""
     held = {
         f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)
     }

@@ -22,7 +22,7 @@ from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.products import Products, masks_folder
 from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, OPEN, ImageState, Lesion
-from lesionsam.annotation.review import Found, Proposals, look, proposals_path, usual_areas
+from lesionsam.annotation.review import ImageProposal, Proposals, confirmed_log_areas, proposals_path, propose_for_image
 from lesionsam.annotation.store import Change, Store, utc_now
 from lesionsam.annotation.table import outside
 from lesionsam.boxes.annotator import annotate
@@ -160,7 +160,7 @@ class ReviewSummary:
 
     reviewed: Sequence[ReviewedProposal] = ()
     limit: float | None = None
-    calm: Mapping[str, Found] = field(default_factory=dict)
+    calm: Mapping[str, ImageProposal] = field(default_factory=dict)
     num_open: int = 0
     num_taken: int = 0
     label: str = ""
@@ -169,7 +169,7 @@ class ReviewSummary:
 def summarise_reviews(place: EngineFolders, store: Store, last: Round, share: float) -> ReviewSummary:
     """Calibrate on the reviews of the last round's proposals, see `history.calibrate_threshold`."""
     proposals = Proposals(proposals_path(place.table_path), last.model)
-    states, usual = store.all_states(), usual_areas(store, proposals)
+    states, usual = store.all_states(), confirmed_log_areas(store, proposals)
     reviewed = reviewed_since(states, proposals, usual, last.at)
     limit = calibrate_threshold(reviewed, share)
     waiting = [image_id for image_id in place.catalogue.by_id if store.state(image_id).status == OPEN]
@@ -313,9 +313,9 @@ def propose_all(
         say(f"{faults} images could not be read; each is named above")
 
 
-def _look(model: Model, pictures: Pictures, entry: Entry) -> Found | None:
+def _look(model: Model, pictures: Pictures, entry: Entry) -> ImageProposal | None:
     try:
-        return look(model, pictures, entry)
+        return propose_for_image(model, pictures, entry)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return None

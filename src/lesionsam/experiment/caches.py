@@ -69,13 +69,7 @@ def open_caches(
         dev = Activations({"prefix": store(sam, split, "fp32")}, computing(sam, None, device, "fp32"), device=device)
     if reference is not None:
         stores["reference"] = store(reference, num_frozen_blocks(reference), config.train.precision)
-    train = Activations(
-        stores,
-        computing(sam, reference, device, config.train.precision),
-        device=device,
-        memory=int(runtime.cache_memory_gb * GB),
-        near=int(runtime.cache_gpu_gb * GB),
-    )
+    train = Activations(stores, computing(sam, reference, device, config.train.precision), device=device)
     say("activation cache: " + "; ".join(f"{s.space['part']}, {len(s)} held" for s in stores.values()) + f"; in {root}")
     try:
         yield Caches(train, dev)

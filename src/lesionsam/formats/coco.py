@@ -1,4 +1,4 @@
-"""COCO instances JSON: images, categories, and an annotation per object with a box, polygons or run lengths.
+"""Read and write COCO instances JSON: images, categories, and an annotation per object with box, polygons or RLE.
 
 Two boxes are two annotations of the categories "big" and "small"; attributes.lesion_id, which CVAT too reads and
 writes, ties them together, and ties the mask of a third category, "lesion", to them. COCO's boxes are x, y, width,
@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
+from lesionsam.formats.gather import Gathered
 from lesionsam.formats.records import (
     BIG_LABEL,
     MASK_LABEL,
     SMALL_LABEL,
     Annotations,
-    Gathered,
     Labels,
+    Picture,
     Shape,
+    lesion_mask,
     need_names,
 )
 from lesionsam.formats.rle import decode, mask_box, polygon_box
@@ -99,46 +101,54 @@ def _by_id(entries: object, path: Path, kind: str) -> dict[int, dict[str, Any]]:
     return found
 
 
-def read_coco(path: Path, labels: Labels | None = None, categories: Sequence[str] = ()) -> Annotations:
-    """Boxes of a COCO file; where an annotation has none, those around its polygons or mask. Crowds are left out.
+def read_coco(
+    path: Path,
+    labels: Labels | None = None,
+    categories: Sequence[str] = (),
+    pictures: Mapping[str, Picture] | None = None,
+) -> Annotations:
+    """Read the boxes of a COCO file; where an annotation has none, those around its polygons or mask.
 
+    Crowds are left out, and said.
+
+    Args:
+        pictures: the images at hand, whose sizes are compared.
     Raises:
         UserError: names file and annotation.
     """
     instances = load_instances(path, categories)
-    gathered = Gathered(str(path))
+    gathered = Gathered(str(path), known=pictures)
     ids = {
         key: gathered.add(
             image.get("file_name", ""), image.get("width"), image.get("height"), str(image.get("split", ""))
         )
         for key, image in instances.images.items()
     }
-    crowds = 0
     for entry in instances.annotations:
+        place = f"annotation {entry['id']}"
         if entry.get("iscrowd"):
-            crowds += 1
+            gathered.leave_out("crowd annotations (iscrowd)", place)
             continue
         image = instances.images[entry["image_id"]]
-        place = f"annotation {entry['id']}"
-        held = entry.get("attributes")
-        lesion_id = held.get("lesion_id", "") if isinstance(held, dict) else ""
+        attributes = entry.get("attributes")
+        attributes = attributes if isinstance(attributes, dict) else {}
+        if not entry.get("segmentation") and (turn := attributes.get("rotation")):
+            raise UserError(f"{path}: {place}: a box turned by {str(turn)[:20]} degrees; expected an upright box")
         box = shape_box(entry, image["height"], image["width"], f"{path}: {place}")
         gathered.shapes[ids[entry["image_id"]]].append(
             Shape(
                 instances.categories[entry["category_id"]],
                 box,
                 place,
-                str(lesion_id),
+                str(attributes.get("lesion_id", "")),
                 entry.get("segmentation") or None,
             )
         )
-    if crowds:
-        gathered.notes.append(f"{crowds} crowd annotations (iscrowd) were left out")
     return gathered.finish(labels or Labels())
 
 
 def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.ndarray:
-    """(4,) XYXY of an annotation: its bbox, or what surrounds its segmentation."""
+    """Return the box of an annotation, (4,) XYXY: its bbox, or the bounding box of its segmentation."""
     box, segmentation = entry.get("bbox"), entry.get("segmentation")
     if isinstance(box, list) and len(box) == 4:
         x, y, w, h = (number(value, f"{place}, bbox") for value in box)
@@ -161,10 +171,10 @@ def write_coco(path: Path, annotations: Annotations) -> None:
 
 
 def coco_document(annotations: Annotations) -> dict[str, Any]:
-    """The same as a value for JSON."""
+    """Return the document of `write_coco` as a value for JSON."""
     need_names(annotations, "COCO")
     images, entries = [], []
-    sizes = {picture.image_id: (picture.height, picture.width) for picture in annotations.pictures}
+    pictures = {picture.image_id: picture for picture in annotations.pictures}
     numbers = {}
     for number_, picture in enumerate(annotations.pictures, 1):
         numbers[picture.image_id] = number_
@@ -193,7 +203,7 @@ def coco_document(annotations: Annotations) -> dict[str, Any]:
             if box is not None:
                 add(lesion.image_id, lesion.lesion_id, category, box, float(np.prod(box[2:] - box[:2])), [])
         if lesion.segmentation is not None:
-            mask = decode(lesion.segmentation, *sizes[lesion.image_id])
+            mask = lesion_mask(lesion, pictures[lesion.image_id])
             add(lesion.image_id, lesion.lesion_id, 3, mask_box(mask), int(mask.sum()), lesion.segmentation)
     names = [BIG_LABEL, SMALL_LABEL, MASK_LABEL]
     categories = [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(names, 1)]

@@ -1,4 +1,4 @@
-"""Reading and writing annotations by the name of their format, and from one to another."""
+"""Read and write annotations by the name of their format, and convert one to another."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from lesionsam.boxes.geometry import inside
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
+from lesionsam.formats.gather import find_pictures
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
-from lesionsam.formats.records import CORE, Annotations, Labels, Picture, find_pictures, with_pictures, with_small_boxes
+from lesionsam.formats.records import CORE, Annotations, Labels, Picture, lesion_mask, with_small_boxes
 from lesionsam.formats.rle import encode
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
@@ -32,7 +33,7 @@ HOLDS_MASKS = ("coco", "cvat")
 
 
 def guess_format(path: Path, *, reading: bool) -> str:
-    """The format of a path by its ending; of a JSON file that is read, by what it begins with.
+    """Return the format of a path by its ending; of a JSON file that is read, by its first character.
 
     Raises:
         UserError: the ending says nothing.
@@ -57,7 +58,7 @@ def read_annotations(
     categories: Sequence[str] = (),
     classes: Sequence[str] | None = None,
 ) -> Annotations:
-    """Annotations of any format.
+    """Read annotations of any format.
 
     Args:
         form: one of `FORMATS`. pictures: the images at hand (`find_pictures`); YOLO needs them; sizes are compared.
@@ -72,18 +73,16 @@ def read_annotations(
             raise UserError(f"{path}: YOLO files hold no sizes of images; give the folder of images (--images)")
         return read_yolo(path, pictures, labels, classes)
     if form == "coco":
-        found = read_coco(path, labels, categories)
-    elif form == "cvat":
-        found = read_cvat(path, labels)
-    elif form == "label-studio":
-        found = read_label_studio(path, pictures, labels)
-    else:
-        raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
-    return with_pictures(found, pictures) if pictures is not None else found
+        return read_coco(path, labels, categories, pictures)
+    if form == "cvat":
+        return read_cvat(path, labels, pictures)
+    if form == "label-studio":
+        return read_label_studio(path, pictures, labels)
+    raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {form!r}")
 
 
 def with_masks(annotations: Annotations, folder: Path) -> Annotations:
-    """The same with the masks of a folder and those within it as run lengths, by the name of the image.
+    """Add the masks of a folder and its subfolders as run lengths, by the name of the image.
 
     A mask is called as its image, or with _segmentation added. Of several lesions in an image each gets the part of the
     mask inside its big box. A lesion whose part is empty, or whose image has no mask, stays as it is.
@@ -130,13 +129,13 @@ def convert(
     core: float = CORE,
     overwrite: bool = False,
 ) -> Annotations:
-    """Read annotations, make the small boxes that are missing, and write them; what was written, with notes.
+    """Read annotations, add missing cores, and write them; return what was written, with notes.
 
     Args:
         target: {split} in it stands for train, val and test, a file for each.
         from_form, to_form: of `FORMATS`; "" = by the paths' endings. images: folder of the images, where needed.
         masks: folder of masks to take along, see `with_masks`.
-        core: share of a made small box, see `with_small_boxes`. overwrite: whether a file at `target` may go.
+        core: share of a made core, see `with_small_boxes`. overwrite: whether a file at `target` may go.
     Raises:
         UserError: nothing is written.
     """
@@ -156,20 +155,26 @@ def convert(
     found = with_small_boxes(found, core)
     if masks is not None:
         found = with_masks(found, masks)
-    for place, part in _parts(target, found):
+    parts = _parts(target, found)
+    if to_form in HOLDS_MASKS:  # before the first of several files is written
+        by_id = {picture.image_id: picture for picture in found.pictures}
+        for lesion in found.lesions:
+            if lesion.segmentation is not None:
+                lesion_mask(lesion, by_id[lesion.image_id], str(source))
+    for place, part in parts:
         WRITERS[to_form](place, part)
     return Annotations(found.pictures, found.lesions, (*found.notes, *_lost(found, to_form)))
 
 
 def _places(target: Path) -> list[Path]:
-    """The files that a target stands for: itself, or one per split."""
+    """Return the files that a target stands for: itself, or one per split."""
     if SPLIT not in str(target):
         return [target]
     return [Path(str(target).replace(SPLIT, name)) for name in SPLIT_FILES.values()]
 
 
 def _parts(target: Path, annotations: Annotations) -> list[tuple[Path, Annotations]]:
-    """What goes where.
+    """Return the annotations for each file of a target.
 
     Raises:
         UserError: files per split are asked for, and a picture's split is unknown.
@@ -192,7 +197,7 @@ def _parts(target: Path, annotations: Annotations) -> list[tuple[Path, Annotatio
 
 
 def _lost(annotations: Annotations, form: str) -> Iterator[str]:
-    """What a format has no place for."""
+    """Yield a note for each kind of data that a format cannot hold."""
     if form not in HOLDS_MASKS and any(lesion.segmentation is not None for lesion in annotations.lesions):
         yield f"{form} holds no masks: only the boxes were written"
     if form == "yolo":

@@ -1,4 +1,4 @@
-"""CVAT for images 1.1: an XML file with an element per image and, inside it, per shape.
+"""Read and write CVAT for images 1.1: an XML file with an element per image and, inside it, per shape.
 
 Two boxes are two <box> elements labelled "big" and "small"; the attribute lesion_id, or else CVAT's group, ties them
 together. A mask is a <mask> or <polygon> of any other label with the same lesion_id. Tracks of CVAT for video and
@@ -7,7 +7,7 @@ turned boxes are refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
+from lesionsam.formats.gather import Gathered
 from lesionsam.formats.records import (
     BIG_LABEL,
     MASK_LABEL,
     SMALL_LABEL,
     Annotations,
-    Gathered,
     Labels,
     Lesion,
     Picture,
     Shape,
+    lesion_mask,
     need_names,
 )
 from lesionsam.formats.rle import decode, encode, mask_box, polygon_box, runs_of
@@ -34,9 +35,11 @@ from lesionsam.utils.files import whole_number, write_text_atomic
 EXPECTED = "CVAT for images 1.1 XML"
 
 
-def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
-    """Boxes, and the boxes around polygons and masks, of a CVAT file; other shapes are left out.
+def read_cvat(path: Path, labels: Labels | None = None, pictures: Mapping[str, Picture] | None = None) -> Annotations:
+    """Read the boxes, and the boxes around polygons and masks, of a CVAT file; other shapes are left out, and said.
 
+    Args:
+        pictures: the images at hand, whose sizes are compared.
     Raises:
         UserError: names file, image and shape.
     """
@@ -46,7 +49,7 @@ def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
             f"{path}: <{'track' if root.tag == 'annotations' else root.tag}>: expected {EXPECTED}, with an "
             "<image> per image (export as 'CVAT for images 1.1')"
         )
-    gathered, left_out = Gathered(str(path)), 0
+    gathered = Gathered(str(path), known=pictures)
     for image in root.all("image"):
         held = image.attributes
         image_id = gathered.add(
@@ -55,7 +58,9 @@ def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
         picture = gathered.pictures[image_id]
         for place, element in enumerate(image.children, 1):
             if element.tag not in ("box", "polygon", "mask"):
-                left_out += element.tag != "tag"
+                if element.tag != "tag":
+                    where = f"image {picture.file_name!r} {element.tag} {place}"
+                    gathered.leave_out("shapes other than boxes, polygons and masks", where)
                 continue
             where = f"{element.tag} {place}"
             try:
@@ -63,8 +68,6 @@ def read_cvat(path: Path, labels: Labels | None = None) -> Annotations:
             except (UserError, ValueError) as error:
                 message = str(error).removeprefix(f"{where}: ")
                 raise UserError(f"{path}: image {picture.file_name!r}, {where}: {message}") from None
-    if left_out:
-        gathered.notes.append(f"{left_out} shapes other than boxes, polygons and masks were left out")
     return gathered.finish(labels or Labels())
 
 
@@ -95,7 +98,7 @@ def _shape(element: Element, where: str, picture: Picture) -> Shape:
 
 
 def _read_mask(held: dict[str, str], where: str, picture: Picture) -> np.ndarray:
-    """CVAT's runs go along the rows of the rectangle that the mask stands in."""
+    """Decode a mask, (H, W) bool; CVAT's runs go along the rows of the mask's rectangle."""
     left, top, width, height = (
         int(number(held.get(name), f"{where}: {name}")) for name in ("left", "top", "width", "height")
     )
@@ -155,7 +158,7 @@ def _shapes(lesion: Lesion, group: int, picture: Picture) -> Iterator[str]:
             )
             yield f'    <box label="{label}" {corners} {common}>{name}</box>'
     if lesion.segmentation is not None:
-        mask = decode(lesion.segmentation, picture.height, picture.width)
+        mask = lesion_mask(lesion, picture)
         x0, y0, x1, y1 = (int(value) for value in mask_box(mask))
         runs = ", ".join(map(str, runs_of(mask[y0:y1, x0:x1].T)))
         yield (

@@ -1,4 +1,4 @@
-"""Masks as polygons: rings with their holes, and GeoJSON features of them (RFC 7946), in pixels with y downwards."""
+"""Convert masks to polygons with holes and to GeoJSON features (RFC 7946), in pixels with y downwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Polygon = list[Ring]  # the outer ring, then its holes
 
 
 def polygons_of(mask: np.ndarray) -> list[Polygon]:
-    """Polygons of a mask, the largest first; along the frame where it is cut there.
+    """Return the polygons of a mask, the largest first; they follow the frame where it cuts the mask.
 
     The outline runs midway between pixels of the mask and others, so that a lone pixel is a small diamond.
 
@@ -45,13 +45,13 @@ def polygons_of(mask: np.ndarray) -> list[Polygon]:
 
 
 def signed_area(ring: Ring) -> float:
-    """Of a closed ring, pixels squared; positive where it runs clockwise on a screen whose y points down."""
+    """Return the area of a closed ring, pixels squared; positive if it runs clockwise with y pointing down."""
     x, y = ring[:, 0], ring[:, 1]
     return float(np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2)
 
 
 def feature(mask: np.ndarray, properties: Mapping[str, Any]) -> dict[str, Any]:
-    """A GeoJSON feature of a mask: a MultiPolygon, to a tenth of a pixel."""
+    """Return a mask as a GeoJSON feature: a MultiPolygon, to a tenth of a pixel."""
     coordinates = [[np.round(ring, 1).tolist() for ring in polygon] for polygon in polygons_of(mask)]
     return {
         "type": "Feature",
@@ -61,5 +61,5 @@ def feature(mask: np.ndarray, properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def coco_polygons(coordinates: list[list[list[list[float]]]]) -> list[list[float]]:
-    """The outer rings of a MultiPolygon as COCO has polygons: x0, y0, x1, y1, ... without holes, not closed."""
+    """Return the outer rings of a MultiPolygon as COCO polygons: x0, y0, x1, y1, ... without holes, not closed."""
     return [[value for point in polygon[0][:-1] for value in point] for polygon in coordinates]

@@ -1,4 +1,4 @@
-"""Label Studio's JSON: a list of tasks, each an image with annotations of rectangles in percent of its sides.
+"""Read and write Label Studio's JSON: a list of tasks, each an image with regions in percent of its sides.
 
 Two boxes are two rectangles labelled "big" and "small". A relation between them, or the note "lesion_id: NAME" of the
 regions, ties them together. Polygons count with the box around them; turned rectangles are refused. Export as JSON, not
@@ -17,25 +17,18 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.formats.records import (
-    BIG_LABEL,
-    SMALL_LABEL,
-    Annotations,
-    Gathered,
-    Labels,
-    Lesion,
-    Picture,
-    Shape,
-    need_names,
-)
+from lesionsam.formats.gather import Gathered, listed
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape, need_names
 from lesionsam.formats.rle import polygon_box
 from lesionsam.formats.safe import number, read_json
 from lesionsam.utils.files import write_json_atomic
+from lesionsam.utils.images import IMAGE_SUFFIXES
 
 EXPECTED = "Label Studio JSON (a list of tasks with data and annotations)"
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file
 NOTE = "lesion_id: "
 LOCAL = "/data/local-files/?d="
+GEOMETRY = ("x", "points", "rle", "vertices", "imageDataURL")  # what a region's value has where it is a shape
 CONFIG = """<View>
   <Image name="image" value="$image"/>
   <RectangleLabels name="box" toName="image"><Label value="big"/><Label value="small"/></RectangleLabels>
@@ -45,57 +38,92 @@ CONFIG = """<View>
 def read_label_studio(
     path: Path, pictures: Mapping[str, Picture] | None = None, labels: Labels | None = None
 ) -> Annotations:
-    """Rectangles, and the boxes around polygons, of the first annotation of each task that was not cancelled.
+    """Read the rectangles, and the boxes around polygons, of the first annotation of each task that was not cancelled.
+
+    Other shapes (ellipses, brushes, key points) are left out, and said.
 
     Args:
-        pictures: the images at hand, for the sizes of those without any region; they are left out otherwise.
+        pictures: the images at hand, for the sizes of those without any region, which are left out otherwise, and to
+            compare the other sizes.
     Raises:
         UserError: names file, task and region.
     """
     tasks = read_json(path, EXPECTED)
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise UserError(f"{path}: expected {EXPECTED}")
-    gathered = Gathered(str(path))
-    several = sizeless = 0
+    gathered = Gathered(str(path), known=pictures)
+    several, sizeless = [], []
     for place, task in enumerate(tasks, 1):
-        where = f"{path}: task {task.get('id', place)}"
+        task_name = f"task {task.get('id', place)}"
+        where = f"{path}: {task_name}"
         data, annotations = task.get("data"), task.get("annotations")
         if not isinstance(data, dict) or not isinstance(annotations, list):
             raise UserError(f"{where}: expected data and annotations (export as JSON, not as JSON-MIN)")
         name = file_name(data, where)
         drawn = [each for each in annotations if isinstance(each, dict) and not each.get("was_cancelled")]
-        several += len(drawn) > 1
+        several += [task_name] if len(drawn) > 1 else []
         regions = drawn[0].get("result", []) if drawn else []
         if not isinstance(regions, list) or not all(isinstance(region, dict) for region in regions):
             raise UserError(f"{where}: expected a list of regions as result")
         known = (pictures or {}).get(PurePosixPath(name).stem)
         size = _size(regions, data, known)
         if size is None:
-            sizeless += 1
+            sizeless.append(task_name)
             continue
         image_id = gathered.add(name, *size, str(data.get("split", "")))
+        for place, region in enumerate(regions, 1):
+            if _is_other_shape(region):
+                at = f"{task_name} region {region.get('id') or place} ({_kind(region) or 'no type'})"
+                gathered.leave_out("shapes other than rectangles and polygons", at)
         gathered.shapes[image_id] = _shapes(regions, *size, where)
     if several:
-        gathered.notes.append(f"{several} tasks hold several annotations; the first of each was read")
+        gathered.notes.append(
+            f"{len(several)} tasks hold several annotations; the first of each was read: {listed(several)}"
+        )
     if sizeless:
-        gathered.notes.append(f"{sizeless} images without any region were left out, as nothing tells their size")
+        gathered.notes.append(
+            f"{len(sizeless)} images without any region were left out, as nothing tells their size: {listed(sizeless)}"
+        )
     return gathered.finish(labels or Labels())
 
 
+def _kind(region: Mapping[str, Any]) -> str:
+    """Return the kind of a region: rectangle, polygon, ellipse, brush, ..."""
+    return str(region.get("type", "")).removesuffix("labels")
+
+
+def _is_other_shape(region: Mapping[str, Any]) -> bool:
+    value = region.get("value")
+    is_shape = isinstance(value, dict) and any(name in value for name in GEOMETRY)
+    return _kind(region) not in ("rectangle", "polygon", "labels", "") and is_shape
+
+
 def file_name(data: Mapping[str, Any], where: str) -> str:
-    """The image's file name out of a task's data: what an upload was called, or a path below the local storage."""
+    """Return the image's file name out of a task's data: an upload's own name, or a path below the local storage.
+
+    Label Studio does not escape names everywhere, so that "#" and "?" may belong to one: the address is cut at the
+    first of them before which an image's ending stands.
+    """
     address = data.get("image", data.get("img"))
     if not isinstance(address, str) or not address:
         texts = [value for value in data.values() if isinstance(value, str) and "." in value]
         if len(texts) != 1:
             raise UserError(f"{where}: expected data.image with the image's address")
         address = texts[0]
-    parts = urllib.parse.urlsplit(address)
-    local = urllib.parse.parse_qs(parts.query).get("d")
-    if local:
-        return local[0].lstrip("/")
-    name = PurePosixPath(urllib.parse.unquote(parts.path)).name
-    return UPLOADED.sub("", name) if "/upload/" in parts.path else name
+    if LOCAL in address:
+        return urllib.parse.unquote(_without_query(address.partition(LOCAL)[2])).lstrip("/")
+    path = urllib.parse.unquote(_without_query(address.split("://", 1)[-1]))
+    name = PurePosixPath(path).name
+    return UPLOADED.sub("", name) if "/upload/" in path else name
+
+
+def _without_query(address: str) -> str:
+    """Return an address up to the query or fragment behind an image's ending; up to the first of them without one."""
+    cuts = [match.start() for match in re.finditer("[?#&]", address)]
+    for end in [*cuts, len(address)]:
+        if address[:end].lower().endswith(IMAGE_SUFFIXES):
+            return address[:end]
+    return re.split("[?#]", address, maxsplit=1)[0]
 
 
 def _size(regions: list[dict[str, Any]], data: Mapping[str, Any], known: Picture | None) -> tuple[Any, Any] | None:
@@ -117,7 +145,7 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
                 words[str(region.get("id", ""))] = str(value[kind][0])
     shapes = []
     for place, region in enumerate(regions, 1):
-        kind = str(region.get("type", "")).removesuffix("labels")
+        kind = _kind(region)
         if kind not in ("rectangle", "polygon"):
             continue
         key, value = str(region.get("id", "")), region.get("value")
@@ -125,9 +153,10 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
         if not isinstance(value, dict):
             raise UserError(f"{where}, {at}: expected a value with the place of the {kind}")
         scale, segmentation = np.array([width, height]) / 100, None
+        turns = value.get("rotation", 0), region.get("image_rotation") or 0
+        if any(number(turn, f"{where}, {at}, rotation") for turn in turns):
+            raise UserError(f"{where}, {at}: turned; expected an upright {kind} on an image as it lies")
         if kind == "rectangle":
-            if number(value.get("rotation", 0), f"{where}, {at}, rotation") or region.get("image_rotation"):
-                raise UserError(f"{where}, {at}: turned; expected an upright rectangle on an image as it lies")
             x, y, w, h = (number(value.get(name), f"{where}, {at}, {name}") for name in ("x", "y", "width", "height"))
             with np.errstate(over="ignore"):  # an infinite box is refused with the other wrong ones
                 box = np.array([x, y, x + w, y + h]) * np.tile(scale, 2)
@@ -146,7 +175,7 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
 
 
 def _relations(regions: list[dict[str, Any]]) -> dict[str, str]:
-    """Region id -> a name shared by the two regions of a relation."""
+    """Return region id -> a name shared by the two regions of a relation."""
     ties: dict[str, str] = {}
     for region in regions:
         if region.get("type") == "relation":

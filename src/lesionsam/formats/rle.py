@@ -1,4 +1,4 @@
-"""Masks as COCO holds them: polygons, run lengths as a list, run lengths as text. The only room of pycocotools.
+"""Decode and encode masks as COCO holds them: polygons, run lengths as a list or as text. Wraps pycocotools.
 
 Runs count background and lesion in turn, beginning with background, down each column from the left one on. As text
 each run is written in 5 bits a character (from "0" on, bit 6 says that more follow), from the fourth run on as the
@@ -19,7 +19,7 @@ POLYGON_TOLERANCE = 1.0  # pixels by which a polygon may leave the image; tools 
 
 
 def decode(segmentation: object, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation as (H, W) bool.
+    """Decode a COCO segmentation to (H, W) bool.
 
     Args:
         segmentation: a list of polygons [x0, y0, x1, y1, ...], or {"size": [height, width], "counts": list or text}.
@@ -34,15 +34,17 @@ def decode(segmentation: object, height: int, width: int) -> np.ndarray:
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:
-    """(H, W) bool as run lengths in text form, as COCO's own results have them; ready for JSON."""
+    """Return (H, W) bool as run lengths in text form, as COCO's own results have them; ready for JSON."""
     from pycocotools import mask as coco
 
-    encoded: Any = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    height, width = mask.shape
+    # `coco.encode` would allocate four bytes a pixel for the runs.
+    encoded: Any = coco.frPyObjects({"size": [height, width], "counts": runs_of(mask)}, height, width)
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 
 def runs_of(mask: np.ndarray) -> list[int]:
-    """(H, W) bool as a list of run lengths."""
+    """Return (H, W) bool as a list of run lengths."""
     flat = np.asarray(mask, bool).ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
@@ -132,7 +134,7 @@ def _points(polygon: Any) -> np.ndarray:
 
 
 def mask_box(mask: np.ndarray) -> np.ndarray:
-    """(4,) float64 XYXY, half-open, of an (H, W) bool mask; raises ValueError where it is empty."""
+    """Return the bounding box of an (H, W) bool mask, (4,) float64 XYXY, half-open; ValueError if it is empty."""
     box = bounding_box(mask)
     if box is None:
         raise ValueError("its mask is empty; remove it")
@@ -140,6 +142,6 @@ def mask_box(mask: np.ndarray) -> np.ndarray:
 
 
 def polygon_box(polygons: Sequence[Any]) -> np.ndarray:
-    """(4,) float64 XYXY around polygons [x0, y0, ...]; raises ValueError where they are none."""
+    """Return the bounding box of polygons [x0, y0, ...], (4,) float64 XYXY; ValueError if they are malformed."""
     points = np.concatenate([_points(polygon) for polygon in polygons])
     return np.concatenate([points.min(0), points.max(0)])

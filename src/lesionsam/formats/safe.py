@@ -1,4 +1,4 @@
-"""JSON and XML from elsewhere: of bounded size and depth, without entities, with one clear line for what is wrong."""
+"""Read untrusted JSON and XML: bounded size and depth, no entities, one clear line for a fault."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_DEPTH = 32
 
 
 def read_bytes(path: Path, expected: str) -> bytes:
-    """A file's content.
+    """Read a file.
 
     Raises:
         UserError: missing, a folder, empty, or above `MAX_BYTES`.
@@ -40,7 +40,7 @@ def read_bytes(path: Path, expected: str) -> bytes:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """A JSON document; NaN and infinity, which JSON does not know, are refused."""
+    """Read a JSON document; NaN and infinity are refused."""
     data = read_bytes(path, expected)
 
     def refuse(name: str) -> None:
@@ -60,7 +60,7 @@ def read_json(path: Path, expected: str) -> Any:
 
 @dataclass
 class Element:
-    """An XML element: its attributes, its own text, and the elements inside it."""
+    """An XML element: its attributes, its text, and its children."""
 
     tag: str
     attributes: dict[str, str]
@@ -68,11 +68,11 @@ class Element:
     children: list[Element] = field(default_factory=list)
 
     def all(self, tag: str) -> Iterator[Element]:
-        """The direct children of a tag."""
+        """Yield the direct children with a tag."""
         return (child for child in self.children if child.tag == tag)
 
     def first(self, *path: str) -> Element | None:
-        """The first element at a path of tags below this one."""
+        """Return the first element at a path of tags below this one, or None."""
         found: Element | None = self
         for tag in path:
             found = next(found.all(tag), None) if found is not None else None
@@ -80,7 +80,7 @@ class Element:
 
 
 def read_xml(path: Path, expected: str) -> Element:
-    """The root of an XML document.
+    """Read an XML document and return its root.
 
     Raises:
         UserError: not XML, deeper than `MAX_DEPTH`, or with a document type or entities of its own, which are never
@@ -127,7 +127,7 @@ def read_xml(path: Path, expected: str) -> Element:
 
 
 def number(value: object, place: str) -> float:
-    """A finite number out of JSON or of an attribute's text; `place` begins the UserError otherwise."""
+    """Return a finite number from JSON or from an attribute's text; `place` begins the UserError otherwise."""
     try:
         found = math.nan
         if isinstance(value, str):

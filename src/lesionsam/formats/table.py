@@ -1,4 +1,4 @@
-"""The two-box CSV on its own, without an index: for conversion from and to what other tools write."""
+"""Read and write the two-box CSV on its own, without an index, for conversion."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from lesionsam.boxes.table import BIG, REQUIRED, SMALL, read_rows
 from lesionsam.errors import UserError
-from lesionsam.formats.records import Annotations, Gathered, Lesion, Picture, checked
+from lesionsam.formats.gather import Gathered
+from lesionsam.formats.records import Annotations, Lesion, Picture, checked
 from lesionsam.formats.safe import number
 from lesionsam.utils.files import atomic_write, whole_number
 
@@ -19,7 +20,7 @@ COLUMNS = ("image_id", "lesion_id")
 
 
 def read_table(path: Path, pictures: Mapping[str, Picture] | None = None) -> Annotations:
-    """Read a two-box CSV; the columns of the small box may be missing, or empty in a row.
+    """Read a two-box CSV; the columns of the core may be missing, or empty in a row.
 
     Args:
         pictures: the images at hand; without them the columns width and height are needed, and file names unknown.
@@ -45,7 +46,7 @@ def read_table(path: Path, pictures: Mapping[str, Picture] | None = None) -> Ann
         given = [name for name in SMALL if row.get(name)]
         if given and len(given) < len(SMALL):
             missing = next(name for name in SMALL if name not in given)
-            raise UserError(f"{place}, {missing}: expected all four numbers of the small box, or none")
+            raise UserError(f"{place}, {missing}: expected all four numbers of the core, or none")
         small = np.array([number(row[name], f"{place}, {name}") for name in SMALL]) if given else None
         lesions.append(Lesion(image_id, lesion_id, big, small))
     return checked(Annotations(tuple(gathered.pictures.values()), tuple(lesions)), str(path))
@@ -71,7 +72,7 @@ def write_table(path: Path, annotations: Annotations) -> None:
     """Write the two-box CSV, coordinates to a hundredth of a pixel; the column split only where all splits are known.
 
     Raises:
-        UserError: a lesion without a small box.
+        UserError: a lesion without a core.
     """
     pictures = {picture.image_id: picture for picture in annotations.pictures}
     with_split = all(pictures[lesion.image_id].split for lesion in annotations.lesions)
@@ -81,7 +82,7 @@ def write_table(path: Path, annotations: Annotations) -> None:
         for lesion in annotations.lesions:
             if lesion.small_box is None:
                 raise UserError(
-                    f"lesion {lesion.lesion_id!r} of image {lesion.image_id!r} has no small box; the CSV "
+                    f"lesion {lesion.lesion_id!r} of image {lesion.image_id!r} has no core; the CSV "
                     f"needs {', '.join(REQUIRED)}"
                 )
             picture = pictures[lesion.image_id]

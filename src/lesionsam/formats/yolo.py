@@ -1,4 +1,4 @@
-"""YOLO's text files: one per image, a line per object: class, centre and size as shares of the image's sides.
+"""Read and write YOLO's text files: one per image, a line per object with class, centre and size in shares.
 
 A folder holds the files at the places of the images (images/train/a.jpg, labels/train/a.txt), and the names of the
 classes in classes.txt, obj.names or data.yaml. The format knows neither sizes of images nor lesion ids: sizes come from
@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Gathered, Labels, Picture, Shape, need_names
+from lesionsam.formats.gather import Gathered
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape, need_names
 from lesionsam.formats.safe import number, read_bytes
 from lesionsam.utils.files import whole_number, write_text_atomic
 
@@ -28,7 +29,7 @@ EXPECTED = "YOLO label text"
 def read_yolo(
     folder: Path, pictures: Mapping[str, Picture], labels: Labels | None = None, classes: Sequence[str] | None = None
 ) -> Annotations:
-    """Boxes of a folder of YOLO files.
+    """Read the boxes of a folder of YOLO files.
 
     Args:
         folder: searched with the folders in it. pictures: the images, by id.
@@ -115,7 +116,7 @@ def _from_yaml(path: Path) -> list[str]:
 
 
 def write_yolo(folder: Path, annotations: Annotations) -> None:
-    """Write one file per image, big box then small box of each lesion, and classes.txt with "big" and "small".
+    """Write one file per image, big box then core of each lesion, and classes.txt with "big" and "small".
 
     Raises:
         UserError: the folder already holds files.

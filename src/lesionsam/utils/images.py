@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lesionsam.errors import UserError
+from lesionsam.utils.mask_levels import cut_colours, cut_levels
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
 TURNS = {  # EXIF orientation -> what shows the picture upright
@@ -26,8 +27,13 @@ TURNS = {  # EXIF orientation -> what shows the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")  # of Pillow
+DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
+LOSSY = ("JPEG", "MPO")
+STRIP_PIXELS = 1 << 22  # converted at once
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # in any case
+SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # these exchange width and height
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -47,11 +53,11 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     path = Path(path)
     with _open(path, max_pixels) as image:
         _load(image, path)
-        return np.ascontiguousarray(_to_rgb(image, path))
+        return _to_rgb(_upright(image), path)
 
 
 def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
+    """Return (width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
     path = Path(path)
     with _open(path, max_pixels) as image:
         width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
@@ -59,7 +65,7 @@ def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
 
 
 def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) after EXIF transpose of an image that decodes to its end.
+    """Decode an image to its end and return its (width, height) after EXIF transpose.
 
     JPEGs are decoded at an eighth of their size, which reads every byte at a quarter of the time or less.
     """
@@ -68,16 +74,39 @@ def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
         width, height = image.size
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         _load(image, path)
-        if image.format not in ("JPEG", "MPO"):
+        if image.format not in LOSSY:
             width, height = image.size  # Pillow turns a TIFF while loading it, and draft made a JPEG smaller
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture to look at, not to measure on: JPEGs are decoded at a half, a quarter or an eighth where that suffices.
+def size_mismatch(path: Path, stated: object, place: str) -> str:
+    """Describe that annotations state another size than an image has, and what to do about it.
 
     Args:
-        longest: longer side of the picture, pixels; never more than its own.
+        path: of the image, readable. stated: (width, height) as `place`, the annotations, gives them.
+    """
+    width, height = image_size(path)
+    with _open(path, MAX_PIXELS) as image:
+        is_turned = TURNS.get(_orientation(image)) in SIDEWAYS
+    stated_width, stated_height = tuple(stated) if isinstance(stated, tuple | list) else ("?", "?")
+    text = f"{place} says {stated_width}x{stated_height} px, the file has {width}x{height} px"
+    if (stated_width, stated_height) != (height, width):
+        return f"{text}; annotate the images as they are"
+    if is_turned:
+        return (
+            f"{text} as viewers show it: its EXIF orientation turns it. Boxes are pixels of the upright image: "
+            f"exchange width and height in {place} if they were drawn on it, else draw them again"
+        )
+    return f"{text}: width and height are exchanged; correct them in {place}"
+
+
+def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a small copy of an image, for display and not for measuring.
+
+    JPEGs are decoded at a half, a quarter or an eighth where that suffices.
+
+    Args:
+        longest: longer side of the copy, pixels; an image that is smaller keeps its size.
     Returns:
         (h, w, 3) uint8 RGB, EXIF orientation applied, and (width, height) of the whole image after EXIF transpose.
     Raises:
@@ -85,19 +114,21 @@ def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
-        width, height = image.size
+        whole = image.size
         image.draft("RGB", (longest, longest))
         _load(image, path)
-        if image.format not in ("JPEG", "MPO"):
-            width, height = image.size  # as in `check_image`
-        if _orientation(image) >= 5:
-            width, height = height, width
-        pixels = _to_rgb(image, path)
-    scale = min(1.0, longest / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    if pixels.shape[:2] != (size[1], size[0]):
-        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0))
-    return np.ascontiguousarray(pixels), (width, height)
+        if image.format not in LOSSY:
+            whole = image.size  # as in `check_image`
+        scale = min(1.0, longest / max(whole))
+        size = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
+        turn = TURNS.get(_orientation(image))
+        small = image
+        if image.size != size:
+            plain = image.mode in ("RGB", "L") and "transparency" not in image.info
+            small = image if plain else Image.fromarray(_to_rgb(image, path))
+            small = small.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        pixels = _to_rgb(small if turn is None else small.transpose(turn), path)
+    return pixels, (whole[1], whole[0]) if turn in SIDEWAYS else whole
 
 
 def read_mask(
@@ -106,51 +137,90 @@ def read_mask(
     """Decode a lesion mask.
 
     Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion; two colours of which one is black; or two
-    entries of a palette: black is background, else the palette's first.
+    palette entries: black is background, else the palette's first entry.
 
     Args:
         size: (width, height) that the mask must have, or None.
-        threshold: also accept other grey levels and colours; lesion is what exceeds half of the range in brightness.
+        threshold: also accept soft edges; a pixel is lesion where its brightest channel exceeds half of the range.
     Returns:
         (H, W) bool, True on the lesion. It may be empty: the caller knows whether that is an error.
     Raises:
-        UserError: not a readable image, another size, or more than two levels without `threshold`.
+        UserError: not a readable image, another size, several pages, several labels, more than two levels without
+            `threshold`, or a shape that only the transparency holds.
     """
     path = Path(path)
     with _open(path, max_pixels) as image:
-        _load(image, path)
-        levels = np.asarray(_upright(image)) if image.mode in ("L", "1") else _mask_levels(image, path, threshold)
         form = image.format
-    if size is not None and levels.shape != (size[1], size[0]):
-        raise UserError(
-            f"{path}: mask is {levels.shape[1]}x{levels.shape[0]} px; expected {size[0]}x{size[1]} as its "
-            "image; export the mask at the image's own size"
-        )
-    if levels.dtype == bool:
-        return levels
-    counts = np.bincount(levels.ravel(), minlength=256)
-    found = np.flatnonzero(counts)
-    full = 255 if len(counts) <= 256 else 65535
-    lesion = found[found > 0]
-    if len(lesion) == 0 or (len(lesion) == 1 and lesion[0] in (1, 255, 65535)):
-        return levels > 0
-    if threshold:
-        return levels > full // 2
-    why = ", as JPEG changes them" if form in ("JPEG", "MPO") else ""
-    raise UserError(
-        f"{path}: mask has {len(found)} grey levels ({_listed(found)}){why}; expected 0 and 255 (or 0 and "
-        "1); save it as PNG with two levels, or set data.threshold_masks to true with data.source folder"
-    )
+        if (pages := _num_pages(image)) > 1:
+            raise UserError(f"{path}: mask has {pages} pages; expected one; join the lesions in one page of 0 and 255")
+        _load(image, path)
+        image = _upright(image)
+        width, height = image.size
+        if size is not None and (width, height) != tuple(size):
+            raise UserError(
+                f"{path}: mask is {width}x{height} px; expected {size[0]}x{size[1]} as its "
+                "image; export the mask at the image's own size"
+            )
+        has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
+        if image.mode == "P" and not has_alpha and (mask := _two_entries(image)) is not None:
+            return mask
+        if image.mode in DEEP_MODES:
+            return cut_levels(_deep_levels(image, path), path, threshold=threshold, lossy=False)
+        if image.mode in ("L", "1") and not has_alpha:
+            levels = np.asarray(image)
+            return (
+                levels if levels.dtype == bool else cut_levels(levels, path, threshold=threshold, lossy=form in LOSSY)
+            )
+        pixels = _to_rgb(image, path)
+        if has_alpha and not pixels.any() and np.ptp(image.convert("RGBA").getchannel("A").getextrema()):
+            raise UserError(
+                f"{path}: mask is black wherever it is not transparent, so no lesion can be told from it; save it "
+                "without transparency, lesion white on black"
+            )
+    if (pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 0] == pixels[..., 2]).all():
+        return cut_levels(pixels[..., 0], path, threshold=threshold, lossy=form in LOSSY)
+    return cut_colours(pixels, path, threshold=threshold)
 
 
-def _listed(values: Iterable[object], most: int = 8) -> str:
-    texts = [str(value) for value in values]
-    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
+def _two_entries(image: Image.Image) -> np.ndarray | None:
+    """Return the (H, W) bool mask of a palette image that uses two entries, None where that does not settle it."""
+    used = np.flatnonzero(image.histogram()).tolist()  # Python integers: 3 * entry would overflow uint8
+    palette = image.getpalette() or []
+    black = [entry for entry in used if not any(palette[3 * entry : 3 * entry + 3])]
+    if len(used) != 2 or (len(black) != 1 and used[0] != 0):
+        return None
+    return np.asarray(image) != (black[0] if len(black) == 1 else 0)
+
+
+def _num_pages(image: Image.Image) -> int:
+    """Return the number of pages of a TIFF, reduced copies of a page left out; 1 for any other file."""
+    if image.format != "TIFF":
+        return 1
+    try:
+        with _quiet():
+            pages = 0
+            for number in range(image.n_frames):  # type: ignore[attr-defined]
+                image.seek(number)
+                pages += not image.tag_v2.get(254, 0) & 1  # type: ignore[attr-defined]
+            image.seek(0)
+    except (OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError, KeyError):
+        return 1  # damaged: reading the first page says so
+    return max(1, pages)
+
+
+def num_pages(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Return the number of pages of an image file, of which `read_image` reads the first.
+
+    Raises:
+        UserError: as `read_image`, from the header alone.
+    """
+    with _open(Path(path), max_pixels) as image:
+        return _num_pages(image)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's warnings about damaged metadata: they name no file, and what matters is raised."""
+    """Silence Pillow's warnings about damaged metadata, which name no file; faults that matter are raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
@@ -223,10 +293,19 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    image = _upright(image)
-    if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
+    """Return (H, W, 3) uint8 of a decoded image, converted strip by strip to save memory."""
+    width, height = image.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        pixels[top : top + rows] = _strip_to_rgb(image.crop((0, top, width, min(height, top + rows))), path)
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    if image.mode in (*DEEP_MODES, "F"):
         return np.repeat(_deep_grey(image, path)[:, :, None], 3, axis=2)
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ALPHA_MODES or "transparency" in image.info:
         layered = image.convert("RGBA")
         black = Image.new("RGBA", layered.size, (0, 0, 0, 255))
         return np.asarray(Image.alpha_composite(black, layered).convert("RGB"))
@@ -246,30 +325,8 @@ def _deep_grey(image: Image.Image, path: Path) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 257 = 255
 
 
-def _mask_levels(image: Image.Image, path: Path, threshold: bool) -> np.ndarray:
-    image = _upright(image)
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path}: mask values of {values.min()}..{values.max()}; expected 0 and 255 (or 0 and 1)")
-        return values.astype(np.uint16)
-    if image.mode == "P" and "transparency" not in image.info:
-        entries = np.asarray(image)
-        used = np.unique(entries)
-        black = [entry for entry in used if not any(image.getpalette()[3 * entry : 3 * entry + 3])]  # type: ignore[index]
-        if len(used) == 2 and (len(black) == 1 or used[0] == 0):
-            return entries != (black[0] if len(black) == 1 else 0)
-    colours = _to_rgb(image, path)
-    packed = (colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)).ravel()
-    if (colours[..., 0] == colours[..., 1]).all() and (colours[..., 0] == colours[..., 2]).all():
-        return colours[..., 0]
-    found = np.unique(packed)
-    if len(found) <= 2 and found[0] == 0:
-        return packed.reshape(colours.shape[:2]) > 0
-    if threshold:
-        return np.asarray(Image.fromarray(colours).convert("L"))
-    names = _listed(f"#{value:06x}" for value in found)
-    raise UserError(
-        f"{path}: mask has {len(found)} colours ({names}); expected black and one other, or grey 0 and "
-        "255; save it as PNG with two levels, or set data.threshold_masks to true with data.source folder"
-    )
+def _deep_levels(image: Image.Image, path: Path) -> np.ndarray:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path}: mask values of {values.min()}..{values.max()}; expected 0 and 255 (or 0 and 1)")
+    return values.astype(np.uint16, copy=False)

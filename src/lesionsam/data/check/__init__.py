@@ -1,1 +1,1 @@
-"""`lesionsam data check`: find items, look at each, write a page."""
+"""`lesionsam data check`: list images, inspect each, write a page."""

@@ -1,4 +1,4 @@
-"""`lesionsam data check`: what is wrong with a set, or would make a wrong number later, before anything is trained.
+"""Check a data set before training: what is wrong with it, or would lead to a wrong result.
 
 Every image and mask is decoded; pictures are compared by bytes, pixels and looks; boxes are held against masks. Errors
 are what training would stop at or what would flatter the results; warnings want a look; notes only tell.
@@ -18,8 +18,8 @@ import numpy as np
 
 from lesionsam.boxes.table import scan_boxes
 from lesionsam.data.check.duplicates import near_pairs
-from lesionsam.data.check.image import Look, inspect
-from lesionsam.data.check.items import ERROR, NOTE, ORDER, WARNING, Found, Issue, Item
+from lesionsam.data.check.image import Inspection, inspect
+from lesionsam.data.check.items import ERROR, NOTE, ORDER, WARNING, ImageSet, Issue, Item
 from lesionsam.data.sources.isic import EDITIONS
 from lesionsam.data.sources.parallel import outcomes
 from lesionsam.errors import UserError
@@ -28,14 +28,14 @@ from lesionsam.utils.files import whole_number
 from lesionsam.utils.progress import progress
 
 ISIC_ID = re.compile(r"ISIC_(\d{7})(?!\d)", re.IGNORECASE)
-OUTSIDE, BACKGROUND = 0.02, 0.1  # share of a lesion outside its big box, of a small box on background: worth a look
+OUTSIDE, BACKGROUND = 0.02, 0.1  # share of a lesion outside its big box, of a core on background: worth a look
 SAME_FILE, SAME_PIXELS, NEAR = "same file", "same pixels", "near-duplicate"
 SEVERITIES = (ERROR, WARNING, NOTE)
 
 
 @dataclass(frozen=True)
 class Match:
-    """Two images that are the same picture, positions in `Report.looks`; `kind` says how that was seen."""
+    """Two images that are the same picture, positions in `Report.inspections`; `kind` says how that was seen."""
 
     first: int
     second: int
@@ -45,39 +45,41 @@ class Match:
 
 @dataclass
 class Report:
-    """All that was found.
+    """The result of a check.
 
     Attributes:
-        looks: one per image, in order. foreign: from here on they belong to sets only compared with.
+        inspections: one per image, in order. num_own: from here on they belong to sets only compared with.
         samples: rows of the two-box CSV. looseness: of each lesion with mask and big box, by how much the mean of
             width and height of the box exceeds the lesion's.
     """
 
     name: str
-    looks: list[Look]
-    foreign: int
+    inspections: list[Inspection]
+    num_own: int
     issues: list[Issue] = field(default_factory=list)
     matches: list[Match] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     looseness: list[float] = field(default_factory=list)
 
     @property
-    def own(self) -> list[Look]:
-        """The images of the set itself."""
-        return self.looks[: self.foreign]
+    def own(self) -> list[Inspection]:
+        """Return the images of the set itself."""
+        return self.inspections[: self.num_own]
 
     def count(self, severity: str) -> int:
-        """Number of issues of a severity."""
+        """Return the number of issues of a severity."""
         return sum(issue.severity == severity for issue in self.issues)
 
     def splits(self) -> list[str]:
-        """Names of the splits, in the order of training."""
-        found = {look.item.split for look in self.own}
+        """Return the names of the splits, train first."""
+        found = {seen.item.split for seen in self.own}
         return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
-def check(found: Found, *, against: Sequence[Found] = (), boxes: Path | None = None, num_threads: int = 4) -> Report:
-    """Look at a set.
+def check(
+    found: ImageSet, *, against: Sequence[ImageSet] = (), boxes: Path | None = None, num_threads: int = 4
+) -> Report:
+    """Check a set.
 
     Args:
         against: other sets, only compared with: no picture of theirs should be in this one.
@@ -85,14 +87,14 @@ def check(found: Found, *, against: Sequence[Found] = (), boxes: Path | None = N
     """
     items = [*found.items, *(item for other in against for item in other.items)]
     jobs = [partial(inspect, item) for item in items]
-    looks = [
-        look
-        for look in outcomes(jobs, title="looking at images", num_threads=num_threads)
-        if not isinstance(look, UserError)
+    inspections = [
+        seen
+        for seen in outcomes(jobs, title="looking at images", num_threads=num_threads)
+        if not isinstance(seen, UserError)
     ]
-    report = Report(found.name, looks, len(found.items), list(found.issues))
-    for look in report.own:
-        report.issues += look.issues
+    report = Report(found.name, inspections, len(found.items), list(found.issues))
+    for seen in report.own:
+        report.issues += seen.issues
     _compare(report)
     _names(report)
     if (path := boxes or found.boxes) is not None:
@@ -102,33 +104,33 @@ def check(found: Found, *, against: Sequence[Found] = (), boxes: Path | None = N
     return report
 
 
-def _where(look: Look) -> str:
-    return look.item.split or "the set"
+def _where(seen: Inspection) -> str:
+    return seen.item.split or "the set"
 
 
 def _compare(report: Report) -> None:
-    """The same pictures under two names: by bytes, then by pixels, then by what they show.
+    """Find equal pictures under two names: by bytes, then by pixels, then by appearance.
 
     Of several equal ones each is told with the first alone, and only that is compared by looks.
     """
     first_file: dict[str, int] = {}
     first_pixels: dict[str, int] = {}
-    for k, look in enumerate(report.looks):
-        if look.mark is None:
+    for k, seen in enumerate(report.inspections):
+        if seen.fingerprint is None:
             continue
-        same_pixels = first_pixels.setdefault(look.mark.pixels, k)
-        same_file = first_file.setdefault(look.sha256, k)
+        same_pixels = first_pixels.setdefault(seen.fingerprint.pixels, k)
+        same_file = first_file.setdefault(seen.sha256, k)
         if same_file != k:
             report.matches.append(Match(same_file, k, SAME_FILE))
         elif same_pixels != k:
             report.matches.append(Match(same_pixels, k, SAME_PIXELS))
     different = sorted(first_pixels.values())
-    for pair in near_pairs([mark for k in different if (mark := report.looks[k].mark) is not None]):
+    for pair in near_pairs([mark for k in different if (mark := report.inspections[k].fingerprint) is not None]):
         report.matches.append(Match(different[pair.first], different[pair.second], NEAR, pair.correlation))
-    report.matches = [match for match in report.matches if match.first < report.foreign]
+    report.matches = [match for match in report.matches if match.first < report.num_own]
     report.matches.sort(key=lambda match: not _across(report, match.first, match.second))
     for match in report.matches:
-        one, other = report.looks[match.first], report.looks[match.second]
+        one, other = report.inspections[match.first], report.inspections[match.second]
         across, number = _across(report, match.first, match.second), _isic(one)
         certain = match.kind != NEAR or (number != "" and number == _isic(other))
         how = match.kind if match.kind != NEAR else f"nearly the same picture (correlation {match.correlation:.2f})"
@@ -147,27 +149,27 @@ def _compare(report: Report) -> None:
 
 
 def _across(report: Report, first: int, second: int) -> bool:
-    return report.looks[first].item.split != report.looks[second].item.split or second >= report.foreign
+    return report.inspections[first].item.split != report.inspections[second].item.split or second >= report.num_own
 
 
-def _isic(look: Look) -> str:
-    """ISIC_NNNNNNN where the id holds one, else empty."""
-    number = ISIC_ID.search(look.item.image_id)
+def _isic(seen: Inspection) -> str:
+    """Return the ISIC_NNNNNNN that an image id contains, or an empty text."""
+    number = ISIC_ID.search(seen.item.image_id)
     return number[0].upper() if number else ""
 
 
 def _names(report: Report) -> None:
-    """One id in two places: boxes are found by id, and ISIC's numbers stay the same over its editions."""
+    """Find ids that occur twice: boxes are found by id, and ISIC's numbers stay the same over its editions."""
     held: dict[str, int] = {}
     matched = {(match.first, match.second) for match in report.matches}
-    for k, look in enumerate(report.looks):
-        number = _isic(look)
-        name = number or look.item.image_id.lower()
+    for k, seen in enumerate(report.inspections):
+        number = _isic(seen)
+        name = number or seen.item.image_id.lower()
         first = held.setdefault(name, k)
-        if first == k or first >= report.foreign or (first, k) in matched:
+        if first == k or first >= report.num_own or (first, k) in matched:
             continue
-        one = report.looks[first]
-        if k >= report.foreign and not number:
+        one = report.inspections[first]
+        if k >= report.num_own and not number:
             continue  # another set's image of that name need not be the same
         remedy = (
             "the same lesion, so results would be flattered; remove one"
@@ -178,16 +180,16 @@ def _names(report: Report) -> None:
             Issue(
                 ERROR if not number or _across(report, first, k) else WARNING,
                 "id",
-                f"{look.item.path}: same {'ISIC number' if number else 'id'} as {one.item.path} (one in {_where(one)}, "
-                f"the other in {_where(look)}): {remedy}",
+                f"{seen.item.path}: same {'ISIC number' if number else 'id'} as {one.item.path} (one in {_where(one)}, "
+                f"the other in {_where(seen)}): {remedy}",
                 one.item.image_id,
             )
         )
 
 
 def _boxes(report: Report, path: Path) -> None:
-    """The two-box CSV: every faulty row, and boxes that do not fit the masks."""
-    looks = {look.item.image_id: look for look in report.own if look.is_read}
+    """Check the two-box CSV: every faulty row, and boxes that do not fit the masks."""
+    inspections = {seen.item.image_id: seen for seen in report.own if seen.is_read}
     try:
         report.samples, problems = sound_boxes(report.own, path)
     except UserError as error:
@@ -197,28 +199,28 @@ def _boxes(report: Report, path: Path) -> None:
     by_image: dict[str, list[Sample]] = {}
     for sample in report.samples:
         by_image.setdefault(sample.image_id, []).append(sample)
-    if without := len(looks) - len(by_image):
-        report.issues.append(Issue(NOTE, "boxes", f"{path}: {without} of {len(looks)} images have no row"))
+    if without := len(inspections) - len(by_image):
+        report.issues.append(Issue(NOTE, "boxes", f"{path}: {without} of {len(inspections)} images have no row"))
     for image_id, samples in progress(by_image.items(), total=len(by_image), title="comparing boxes and masks"):
-        if looks[image_id].shares:
-            _against_masks(report, path, looks[image_id].item, samples)
+        if inspections[image_id].shares:
+            _against_masks(report, path, inspections[image_id].item, samples)
 
 
-def sound_boxes(looks: Sequence[Look], path: Path) -> tuple[list[Sample], list[str]]:
-    """Rows of a two-box CSV that fit the images, and a line of text for each that does not."""
-    return scan_boxes(path, {look.item.image_id: _entry(look) for look in looks if look.is_read}, root=Path())
+def sound_boxes(inspections: Sequence[Inspection], path: Path) -> tuple[list[Sample], list[str]]:
+    """Return the rows of a two-box CSV that fit the images, and a line of text for each that does not."""
+    return scan_boxes(path, {seen.item.image_id: _entry(seen) for seen in inspections if seen.is_read}, root=Path())
 
 
-def _entry(look: Look) -> dict[str, Any]:
-    """The image's row as the index would have it, as far as boxes are checked against it."""
-    item = look.item
+def _entry(seen: Inspection) -> dict[str, Any]:
+    """Return the image's row of an index, as far as boxes are checked against it."""
+    item = seen.item
     lesions = {"lesions": {str(k): "" for k in range(len(item.objects))}} if item.objects else {}
     return {
         "split": {"val": "dev"}.get(item.split, item.split),
         "image_path": item.path.as_posix(),
         "mask_path": "",
-        "width": look.width,
-        "height": look.height,
+        "width": seen.width,
+        "height": seen.height,
     } | lesions
 
 
@@ -240,8 +242,7 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
                 Issue(
                     WARNING,
                     "boxes",
-                    f"{place}: {background:.0%} of the small box is not lesion in "
-                    "the mask; it should lie inside the lesion",
+                    f"{place}: {background:.0%} of the core is not lesion in the mask; it should lie inside the lesion",
                     sample.image_id,
                 )
             )
@@ -266,14 +267,14 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
 
 
 def _cut(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """The pixels of a mask whose centres lie in a box; a view."""
+    """Return the pixels of a mask whose centres lie in a box; a view."""
     x0, y0, x1, y1 = (max(0, int(value)) for value in np.ceil(box - 0.5))
     return mask[y0:y1, x0:x1]
 
 
 def _about_the_whole(report: Report) -> Iterator[Issue]:
-    numbered = sum(bool(_isic(look)) for look in report.own)
-    if numbered and report.foreign == len(report.looks):
+    numbered = sum(bool(_isic(seen)) for seen in report.own)
+    if numbered and report.num_own == len(report.inspections):
         yield Issue(
             NOTE,
             "id",
@@ -281,28 +282,28 @@ def _about_the_whole(report: Report) -> Iterator[Issue]:
             "images, so compare with another edition you report on (--against FOLDER)",
         )
     for edition in EDITIONS.values():
-        for look in report.own:
-            if _isic(look) in edition.overlap:
+        for seen in report.own:
+            if _isic(seen) in edition.overlap:
                 yield Issue(
                     NOTE,
                     "id",
-                    f"{look.item.path}: {_isic(look)} is a training and a test image of ISIC "
+                    f"{seen.item.path}: {_isic(seen)} is a training and a test image of ISIC "
                     f"{edition.year}; never train on it and report on that edition",
-                    look.item.image_id,
+                    seen.item.image_id,
                 )
-    masked = sum(bool(look.shares) for look in report.own)
+    masked = sum(bool(seen.shares) for seen in report.own)
     if masked == 0 and not report.samples:
         yield Issue(NOTE, "mask", "no masks and no boxes: training needs one or the other")
 
 
 def summary(report: Report) -> list[str]:
-    """The set in a few lines."""
-    read = [look for look in report.own if look.is_read]
-    counts = Counter(look.item.split for look in report.own)
+    """Summarise the set in a few lines."""
+    read = [seen for seen in report.own if seen.is_read]
+    counts = Counter(seen.item.split for seen in report.own)
     splits = ", ".join(f"{name or 'no split'} {counts[name]}" for name in report.splits())
     lines = [f"images    {len(report.own)} ({splits}), {len(read)} of them readable"]
     if read:
-        sides = sorted((look.width * look.height, look.width, look.height) for look in read)
+        sides = sorted((seen.width * seen.height, seen.width, seen.height) for seen in read)
         lines.append(
             "sizes     "
             + ", ".join(
@@ -311,15 +312,15 @@ def summary(report: Report) -> list[str]:
             )
             + " px"
         )
-    shares = np.array([share for look in read for share in look.shares])
+    shares = np.array([share for seen in read for share in seen.shares])
     if len(shares):
-        masked = [look for look in read if look.shares]
+        masked = [seen for seen in read if seen.shares]
         lines.append(
             f"masks     {len(masked)} images with {len(shares)} masks; a lesion covers {shares.min():.1%} to "
             f"{shares.max():.1%} of the image, median {np.median(shares):.1%}"
         )
-        several = sum(look.pieces > len(look.shares) for look in masked)
-        lines.append(f"          {sum(look.cut for look in masked)} cut by the frame, {several} in several pieces")
+        several = sum(seen.pieces > len(seen.shares) for seen in masked)
+        lines.append(f"          {sum(seen.cut for seen in masked)} cut by the frame, {several} in several pieces")
     else:
         lines.append("masks     none")
     if report.samples:

@@ -1,4 +1,4 @@
-"""Which images of a set are the same picture: by their bytes, by their decoded pixels, and by what they show.
+"""Find images that show the same picture: by bytes, by decoded pixels, and by appearance.
 
 What they show: a perceptual hash of 64 bits, each saying whether a low frequency of the picture (DCT of 32 x 32 grey
 pixels) is above their median (Zauner 2010, "Implementation and benchmarking of perceptual image hash functions"), names
@@ -31,7 +31,7 @@ BLOCK = 256  # images compared with all others at once
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of an image to compare it.
+    """The features by which an image is compared.
 
     Attributes:
         pixels: SHA-256 of the size and the decoded RGB pixels. frequencies: (8, 8) float32, of the DCT.
@@ -54,7 +54,7 @@ class Pair:
 
 
 def fingerprint(image: np.ndarray) -> Fingerprint:
-    """Of an image (H, W, 3) uint8 RGB."""
+    """Compute the fingerprint of an image (H, W, 3) uint8 RGB."""
     digest = hashlib.sha256(f"{image.shape}".encode())
     digest.update(np.ascontiguousarray(image).data)
     grey = Image.fromarray(image).convert("L")
@@ -71,12 +71,12 @@ def fingerprint(image: np.ndarray) -> Fingerprint:
 
 
 def _shrunk(grey: Image.Image, side: int) -> np.ndarray:
-    """(side, side) float32; a large picture is first reduced by whole factors, which is much quicker."""
+    """Resize to (side, side) float32; a large picture is first reduced by whole factors, for speed."""
     return np.asarray(grey.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=3.0), np.float32)
 
 
 def hashes(frequencies: np.ndarray, orientation: int = 0) -> np.ndarray:
-    """(N, 8, 8) -> (N,) uint64 perceptual hashes of the images in an orientation as `datasets.orient` counts them.
+    """Return (N,) uint64 perceptual hashes of (N, 8, 8) frequencies in an orientation as `dataset.orient` counts them.
 
     A flip changes the sign of the odd frequencies along its axis, exchanging rows and columns transposes them, so that
     turned images need no decoding.
@@ -91,7 +91,7 @@ def hashes(frequencies: np.ndarray, orientation: int = 0) -> np.ndarray:
 
 
 def oriented(detail: np.ndarray, orientation: int) -> np.ndarray:
-    """(..., S, S) in an orientation: bit 0 mirrors columns, bit 1 rows, bit 2 then exchanges rows and columns."""
+    """Orient (..., S, S): bit 0 mirrors columns, bit 1 rows, bit 2 then exchanges rows and columns."""
     if orientation & 1:
         detail = detail[..., :, ::-1]
     if orientation & 2:
@@ -102,7 +102,7 @@ def oriented(detail: np.ndarray, orientation: int) -> np.ndarray:
 def near_pairs(
     prints: Sequence[Fingerprint], *, max_distance: int = MAX_DISTANCE, min_correlation: float = MIN_CORRELATION
 ) -> list[Pair]:
-    """Every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
+    """Return every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
 
     All pairs are compared, 8 times: at 10,000 images about 400 million Hamming distances.
 

@@ -1,4 +1,4 @@
-"""What `lesionsam data check` and `data show` look at: the images of a folder, of COCO files, or of params.yaml.
+"""List the images for `data check` and `data show`: of a folder, of COCO files, or of params.yaml.
 
 Unlike the sources that training reads from, nothing here stops at the first fault: each becomes an `Issue`.
 """
@@ -29,7 +29,7 @@ INDEX, BOXES = Path("data/raw/index.csv"), Path("data/boxes.csv")
 
 @dataclass(frozen=True)
 class Issue:
-    """Something found, of severity error, warning or note; `kind` groups those of a sort."""
+    """A problem, of severity error, warning or note; `kind` groups similar ones."""
 
     severity: str
     kind: str
@@ -39,12 +39,12 @@ class Issue:
 
 @dataclass(frozen=True)
 class Item:
-    """An image of the set, with what is known of its lesions.
+    """An image of the set with its masks or annotations.
 
     Attributes:
         masks: files that each show a lesion, or one that shows all. threshold: whether grey ones are cut.
         objects: annotations of a COCO file, named in `place`, in place of mask files.
-        said: (width, height) that annotations give, or None.
+        stated_size: (width, height) that annotations give, or None.
     """
 
     image_id: str
@@ -54,19 +54,19 @@ class Item:
     threshold: bool = False
     objects: tuple[dict[str, Any], ...] = ()
     place: str = ""
-    said: tuple[Any, Any] | None = None
+    stated_size: tuple[Any, Any] | None = None
 
     @property
     def has_truth(self) -> bool:
-        """Whether anybody drew the lesion."""
+        """Return whether the image has a mask or an annotation."""
         return bool(self.masks or self.objects)
 
     def lesion_masks(self, width: int, height: int) -> list[np.ndarray]:
-        """(H, W) bool of each mask file or object; raises UserError at the first that is faulty."""
+        """Return (H, W) bool of each mask file or object; UserError at the first that is faulty."""
         return [self.lesion_mask(k, width, height) for k in range(len(self.masks) + len(self.objects))]
 
     def lesion_mask(self, number: int, width: int, height: int) -> np.ndarray:
-        """(H, W) bool of one of them."""
+        """Return (H, W) bool of one mask file or object."""
         if number < len(self.masks):
             return read_mask(self.masks[number], (width, height), threshold=self.threshold)
         entry = self.objects[number - len(self.masks)]
@@ -74,8 +74,8 @@ class Item:
 
 
 @dataclass
-class Found:
-    """A set to look at: its images, what was noticed on the way, and the two-box CSV that belongs to it, if any."""
+class ImageSet:
+    """The images of a set, the issues met while listing them, and its two-box CSV, if any."""
 
     name: str
     items: list[Item] = field(default_factory=list)
@@ -83,14 +83,14 @@ class Found:
     boxes: Path | None = None
 
     def note(self, severity: str, kind: str, text: str) -> None:
-        """Take down something that was noticed."""
+        """Add an issue."""
         self.issues.append(Issue(severity, kind, text))
 
 
 def find_items(
     target: Path, *, images: Path | None = None, categories: Sequence[str] = (), threshold: bool = False
-) -> Found:
-    """The images of a folder, of a COCO file, or of a parameter file.
+) -> ImageSet:
+    """List the images of a folder, of a COCO file, or of a parameter file.
 
     Args:
         target: a folder with images/ and perhaps masks/, each with a folder per split, or without such folders; a
@@ -103,7 +103,7 @@ def find_items(
     if target.is_dir():
         found = _folder(target, threshold)
     elif target.suffix.lower() == ".json":
-        found = Found(str(target))
+        found = ImageSet(str(target))
         _coco(found, target, images or target.parent, "", categories)
     elif target.is_file():
         found = _parameters(target)
@@ -114,8 +114,8 @@ def find_items(
     return found
 
 
-def _folder(folder: Path, threshold: bool) -> Found:
-    found = Found(str(folder))
+def _folder(folder: Path, threshold: bool) -> ImageSet:
+    found = ImageSet(str(folder))
     base = folder / "images" if (folder / "images").is_dir() else folder
     masks = folder / "masks"
     places = [path for path in base.iterdir() if path.is_dir() and path.name != "masks" and path.name[0] != "."]
@@ -126,7 +126,7 @@ def _folder(folder: Path, threshold: bool) -> Found:
     return found
 
 
-def _split(found: Found, place: Path, masks: Path, split: str, threshold: bool) -> list[Item]:
+def _split(found: ImageSet, place: Path, masks: Path, split: str, threshold: bool) -> list[Item]:
     images = _stems(found, place)
     drawn: dict[str, Path] = {}
     if images and masks.is_dir():
@@ -147,8 +147,8 @@ def _split(found: Found, place: Path, masks: Path, split: str, threshold: bool) 
     ]
 
 
-def _stems(found: Found, folder: Path) -> dict[str, Path]:
-    """Stem in lower case -> image file."""
+def _stems(found: ImageSet, folder: Path) -> dict[str, Path]:
+    """Return stem in lower case -> image file."""
     stems: dict[str, Path] = {}
     others = 0
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -163,7 +163,7 @@ def _stems(found: Found, folder: Path) -> dict[str, Path]:
     return stems
 
 
-def _coco(found: Found, file: Path, images: Path, split: str, categories: Sequence[str]) -> None:
+def _coco(found: ImageSet, file: Path, images: Path, split: str, categories: Sequence[str]) -> None:
     try:
         source = load_instances(file, categories)
     except UserError as error:
@@ -184,7 +184,14 @@ def _coco(found: Found, file: Path, images: Path, split: str, categories: Sequen
             continue
         held = tuple(sorted(objects.get(key, ()), key=lambda entry: entry["id"]))
         found.items.append(
-            Item(path.stem, split, path, objects=held, place=str(file), said=(image.get("width"), image.get("height")))
+            Item(
+                path.stem,
+                split,
+                path,
+                objects=held,
+                place=str(file),
+                stated_size=(image.get("width"), image.get("height")),
+            )
         )
     if crowds:
         found.note(NOTE, "annotations", f"{file}: {crowds} crowd annotations (iscrowd) are left out")
@@ -192,12 +199,12 @@ def _coco(found: Found, file: Path, images: Path, split: str, categories: Sequen
         found.note(NOTE, "annotations", f"{file}: {empty} of {len(source.images)} images have no object")
 
 
-def _parameters(path: Path) -> Found:
+def _parameters(path: Path) -> ImageSet:
     config = load_config(path, check_files=False)
     root, data = path.parent, config.data
     if isinstance(data, FolderData | CocoData):
         folder = root / config.inputs.folder
-        found = Found(f"{config.inputs.folder} ({data.source}, {path.name})")
+        found = ImageSet(f"{config.inputs.folder} ({data.source}, {path.name})")
         splits = {"train": "train", data.test_split: "test"} | ({} if data.dev_fraction else {"val": "dev"})
         for name, split in splits.items():
             if isinstance(data, CocoData):
@@ -219,9 +226,9 @@ def _parameters(path: Path) -> Found:
     return found
 
 
-def _index(root: Path, config: Config) -> Found:
-    """What the download stage left of a generated or downloaded set, with the boxes drawn on it, if any."""
-    found = Found(f"{config.data.source} ({INDEX})", boxes=root / BOXES if (root / BOXES).is_file() else None)
+def _index(root: Path, config: Config) -> ImageSet:
+    """List a generated or downloaded set from its index, with its boxes, if any."""
+    found = ImageSet(f"{config.data.source} ({INDEX})", boxes=root / BOXES if (root / BOXES).is_file() else None)
     for image_id, row in read_index(root / INDEX).items():
         own = row.get("lesions") or ({"0": row["mask_path"]} if row["mask_path"] else {})
         found.items.append(

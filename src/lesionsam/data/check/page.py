@@ -1,4 +1,4 @@
-"""What `data check` found as one HTML page that opens offline, and `data show`'s sheet of pictures."""
+"""Write the result of `data check` as one HTML page that opens offline, and `data show`'s contact sheet."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from lesionsam.data.check.checks import NEAR, SEVERITIES, Report, sound_boxes, summary
-from lesionsam.data.check.image import Look, inspect
-from lesionsam.data.check.items import Found, Item
+from lesionsam.data.check.image import Inspection, inspect
+from lesionsam.data.check.items import ImageSet, Item
 from lesionsam.data.index import id_hash
 from lesionsam.errors import UserError
 from lesionsam.overlays import overlay, sheet, write_png
@@ -30,19 +30,19 @@ BARS = 20
 
 
 def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
-    """Write the page; its size, bytes.
+    """Write the page and return its size in bytes.
 
     Args:
         num_pictures: images shown, those with errors and warnings first, the rest spread over the splits.
     """
     boxes = _boxes_of(report.samples)
     shown = pick(report, num_pictures)
-    pictures = [_figure(look, boxes, report) for look in progress(shown, total=len(shown), title="drawing pictures")]
+    pictures = [_figure(seen, boxes, report) for seen in progress(shown, total=len(shown), title="drawing pictures")]
     pairs = [
         {
             "title": f"{match.kind}, correlation {match.correlation:.2f}" if match.kind == NEAR else match.kind,
             "pictures": [
-                _figure(report.looks[k], boxes, report, with_issues=False) for k in (match.first, match.second)
+                _figure(report.inspections[k], boxes, report, with_issues=False) for k in (match.first, match.second)
             ],
         }
         for match in report.matches[:MAX_PAIRS]
@@ -69,15 +69,15 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     return len(text.encode())
 
 
-def pick(report: Report, count: int) -> list[Look]:
-    """Readable images to show: those with errors, then warnings, then others in an order that no name decides."""
+def pick(report: Report, count: int) -> list[Inspection]:
+    """Select readable images to show: those with errors, then warnings, then others ordered by hash."""
     severity: dict[str, int] = {}
     for issue in report.issues:
         rank = SEVERITIES.index(issue.severity)
         severity[issue.image_id] = min(rank, severity.get(issue.image_id, rank))
-    seen = [look for look in report.own if look.is_read]
+    readable = [seen for seen in report.own if seen.is_read]
     return sorted(
-        seen, key=lambda look: (severity.get(look.item.image_id, len(SEVERITIES)), id_hash(look.item.image_id))
+        readable, key=lambda seen: (severity.get(seen.item.image_id, len(SEVERITIES)), id_hash(seen.item.image_id))
     )[:count]
 
 
@@ -88,14 +88,16 @@ def _boxes_of(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     return found
 
 
-def _figure(look: Look, boxes: dict[str, list[Sample]], report: Report, *, with_issues: bool = True) -> dict[str, Any]:
-    item = look.item
+def _figure(
+    seen: Inspection, boxes: dict[str, list[Sample]], report: Report, *, with_issues: bool = True
+) -> dict[str, Any]:
+    item = seen.item
     issues = [issue for issue in report.issues if issue.image_id == item.image_id] if with_issues else []
     facts = [
-        f"{look.width}x{look.height} px",
-        *(f"{share:.1%}" for share in look.shares[:3]),
-        *(["cut by the frame"] if look.cut else []),
-        *([f"{look.pieces} pieces"] if look.pieces > max(1, len(look.shares)) else []),
+        f"{seen.width}x{seen.height} px",
+        *(f"{share:.1%}" for share in seen.shares[:3]),
+        *(["cut by the frame"] if seen.cut else []),
+        *([f"{seen.pieces} pieces"] if seen.pieces > max(1, len(seen.shares)) else []),
     ]
     return {
         "uri": _uri(draw(item, boxes.get(item.image_id, []), SIDE)),
@@ -107,7 +109,7 @@ def _figure(look: Look, boxes: dict[str, list[Sample]], report: Report, *, with_
 
 
 def draw(item: Item, samples: Sequence[Sample], side: int, caption: str | None = None) -> np.ndarray:
-    """(h, w, 3) uint8: the image with the masks and boxes that are sound drawn on it."""
+    """Draw the valid masks and boxes on an image; (h, w, 3) uint8."""
     image = read_image(item.path)
     height, width = image.shape[:2]
     truth = None
@@ -128,7 +130,7 @@ def _uri(picture: np.ndarray) -> str:
 
 
 def _table(report: Report) -> list[list[str]]:
-    """A row per split: images, with masks, lesions, cut, pieces, sizes."""
+    """Return a table with a row per split: images, with masks, lesions, cut, pieces, sizes."""
     rows = [
         [
             "split",
@@ -143,20 +145,20 @@ def _table(report: Report) -> list[list[str]]:
         ]
     ]
     for split in report.splits():
-        looks = [look for look in report.own if look.item.split == split]
-        read = [look for look in looks if look.is_read]
-        shares = [share for look in read for share in look.shares]
-        middle = sorted((look.width * look.height, look.width, look.height) for look in read)[len(read) // 2 :][:1]
+        inspections = [seen for seen in report.own if seen.item.split == split]
+        read = [seen for seen in inspections if seen.is_read]
+        shares = [share for seen in read for share in seen.shares]
+        middle = sorted((seen.width * seen.height, seen.width, seen.height) for seen in read)[len(read) // 2 :][:1]
         rows.append(
             [
                 split or "(none)",
-                str(len(looks)),
+                str(len(inspections)),
                 str(len(read)),
-                str(sum(bool(look.shares) for look in read)),
+                str(sum(bool(seen.shares) for seen in read)),
                 str(len(shares)),
                 f"{np.median(shares):.1%}" if shares else "",
-                str(sum(look.cut for look in read)),
-                str(sum(look.pieces > max(1, len(look.shares)) for look in read)),
+                str(sum(seen.cut for seen in read)),
+                str(sum(seen.pieces > max(1, len(seen.shares)) for seen in read)),
                 *(f"{width}x{height}" for _, width, height in middle),
             ]
         )
@@ -164,9 +166,9 @@ def _table(report: Report) -> list[list[str]]:
 
 
 def _charts(report: Report) -> Iterable[dict[str, Any]]:
-    """Histograms as bars of heights in percent of the highest."""
-    shares = [share for look in report.own for share in look.shares]
-    sides = [max(look.width, look.height) for look in report.own if look.is_read]
+    """Yield histograms as bars of heights in percent of the highest."""
+    shares = [share for seen in report.own for share in seen.shares]
+    sides = [max(seen.width, seen.height) for seen in report.own if seen.is_read]
     for title, values, unit in (
         ("Share of the image that a lesion covers", np.array(shares) * 100, "%"),
         ("Longer side of the images", np.array(sides, float), "px"),
@@ -189,8 +191,10 @@ def _charts(report: Report) -> Iterable[dict[str, Any]]:
             }
 
 
-def write_sheet(found: Found, path: Path, *, ids: Sequence[str], boxes: Path | None, count: int, columns: int) -> int:
-    """Write a contact sheet of some images with masks and boxes; how many are on it.
+def write_sheet(
+    found: ImageSet, path: Path, *, ids: Sequence[str], boxes: Path | None, count: int, columns: int
+) -> int:
+    """Write a contact sheet of some images with masks and boxes; return their number.
 
     Args:
         ids: those wanted, in this order; none: `count` of all, in an order that no name decides.
@@ -202,15 +206,15 @@ def write_sheet(found: Found, path: Path, *, ids: Sequence[str], boxes: Path | N
     if missing := [name for name in ids if name not in known]:
         raise UserError(f"{found.name}: no image {missing[0]!r} among its {len(known)}")
     chosen = [known[name] for name in ids] or sorted(found.items, key=lambda item: id_hash(item.image_id))[:count]
-    looks = [inspect(item) for item in progress(chosen, total=len(chosen), title="reading images")]
-    if unread := [look for look in looks if not look.is_read]:
+    inspections = [inspect(item) for item in progress(chosen, total=len(chosen), title="reading images")]
+    if unread := [seen for seen in inspections if not seen.is_read]:
         raise UserError(unread[0].issues[0].text)
     table = boxes or found.boxes
-    held = _boxes_of(sound_boxes(looks, table)[0]) if table is not None else {}
+    held = _boxes_of(sound_boxes(inspections, table)[0]) if table is not None else {}
     pictures = []
-    for look in progress(looks, total=len(looks), title="drawing pictures"):
-        facts = [look.item.split or "no split", f"{look.width}x{look.height}", *(f"{s:.1%}" for s in look.shares[:3])]
-        lines = [look.item.image_id, " · ".join(facts), *(issue.text.partition(": ")[2] for issue in look.issues[:1])]
-        pictures.append(draw(look.item, held.get(look.item.image_id, []), SIDE, "\n".join(lines)))
+    for seen in progress(inspections, total=len(inspections), title="drawing pictures"):
+        facts = [seen.item.split or "no split", f"{seen.width}x{seen.height}", *(f"{s:.1%}" for s in seen.shares[:3])]
+        lines = [seen.item.image_id, " · ".join(facts), *(issue.text.partition(": ")[2] for issue in seen.issues[:1])]
+        pictures.append(draw(seen.item, held.get(seen.item.image_id, []), SIDE, "\n".join(lines)))
     write_png(path, sheet(pictures, columns, f"{found.name}: {len(pictures)} of {len(known)} images", prediction=False))
     return len(pictures)

@@ -1,1 +1,1 @@
-"""Where images come from: ISIC archives, a folder, COCO, generated lesions."""
+"""Sources of images: ISIC archives, a folder, COCO, generated lesions."""

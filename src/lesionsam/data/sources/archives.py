@@ -1,4 +1,4 @@
-"""Members of zip archives, on this disk or on a server, read one by one and with suspicion.
+"""Read single members of zip archives, on disk or on a server, and validate them.
 
 Nothing is ever extracted by the path that an archive gives: callers ask for members by a strict pattern on the base
 name and write them where they like. A remote archive is read by HTTP Range: first its directory (zip64 as well), then
@@ -36,7 +36,7 @@ class Archive(Protocol):
     infos: list[zipfile.ZipInfo]
 
     def read(self, info: zipfile.ZipInfo) -> bytes:
-        """One member, unpacked, its CRC-32 checked."""
+        """Return one member, unpacked, its CRC-32 checked."""
         ...
 
 
@@ -104,7 +104,7 @@ class RemoteArchive:
         return self._span(0, 0)[1]
 
     def range(self, first: int, last: int) -> bytes:
-        """Bytes first..last, both included."""
+        """Fetch the bytes first..last, both included."""
         return self._span(first, last)[0]
 
     def _span(self, first: int, last: int) -> tuple[bytes, int]:
@@ -176,7 +176,7 @@ class _Reader(io.RawIOBase):
 
 
 def _unpack(block: bytes, info: zipfile.ZipInfo, where: str) -> bytes:
-    """A member from its local header on (APPNOTE 4.3.7: 30 bytes, name, extra field, data)."""
+    """Unpack a member from its local header on (APPNOTE 4.3.7: 30 bytes, name, extra field, data)."""
     if len(block) < 30 or block[:4] != b"PK\x03\x04":
         raise UserError(f"{where} is damaged (no local header where the directory says); try again later")
     name_length, extra_length = struct.unpack("<HH", block[26:30])
@@ -197,7 +197,7 @@ def _unpack(block: bytes, info: zipfile.ZipInfo, where: str) -> bytes:
 
 
 def find_members(archive: Archive, pattern: re.Pattern[str]) -> dict[str, zipfile.ZipInfo]:
-    """Key -> member, for the members whose base name matches; the pattern's first group is the key.
+    """Return key -> member for members whose base name matches; the pattern's first group is the key.
 
     Extras (other names, folders, `__MACOSX/`, `._` files) are left out. An archive with any path that climbs out of it,
     a link, a locked or an implausibly large member is refused as a whole.

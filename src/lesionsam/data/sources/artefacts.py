@@ -1,4 +1,4 @@
-"""What lies over the skin in a dermoscopic photograph: hair, gel bubbles, glints, rulers, ink, stickers, the lens.
+"""Draw artefacts of dermoscopic photographs: hair, gel bubbles, glints, rulers, ink, stickers, the lens.
 
 Every function takes the picture so far, (H, W, 3) float32 RGB in about 0..1, draws on it with the generator it is
 given, and returns a new picture of the same shape. Lengths are shares of the longer side. None of them moves the

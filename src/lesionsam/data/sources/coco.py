@@ -1,4 +1,4 @@
-"""COCO instances of a user's own: a JSON and images per split, each object a lesion with its own mask and prompts.
+"""Index a user's COCO instances: a JSON and images per split, each object a lesion with its own mask and prompts.
 
 FOLDER holds JSON files and images at the places that two patterns name, {split} standing for train, val and test. The
 images stay where they are. Masks are written as PNG: ID.png for the objects of an image together, and ID.0.png,
@@ -25,7 +25,7 @@ from lesionsam.formats.coco import Instances, load_instances
 from lesionsam.formats.records import checked_name
 from lesionsam.formats.rle import decode
 from lesionsam.utils.files import atomic_write, sha256_file
-from lesionsam.utils.images import check_image
+from lesionsam.utils.images import check_image, size_mismatch
 from lesionsam.utils.progress import say
 
 SPLIT = "{split}"  # what the patterns replace
@@ -55,7 +55,7 @@ def index_coco(
     test_split: str,
     raw: Path,
 ) -> list[Row]:
-    """Rows of index.csv for COCO files; every image and object is decoded once, so that a fault is found now.
+    """Return the rows of index.csv for COCO files; every image and object is decoded once, to find faults now.
 
     Args:
         folder: what the patterns are relative to; paths of images in the rows begin with it.
@@ -112,18 +112,14 @@ def _pictures(folder: Path, split: str, annotations: str, images: str, categorie
 
 
 def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
-    """The image's row of the index, and a row of lesions.csv for each of its objects; writes the masks."""
+    """Write the masks of an image; return its row of the index and a row of lesions.csv for each object."""
     image = picture.source.images[picture.key]
     if not picture.path.is_file():
         raise UserError(f"{picture.place}: no such file: {picture.path}; add it or remove it from the JSON")
     width, height = check_image(picture.path)
-    said = image.get("width"), image.get("height")
-    if said != (width, height):
-        turned = "; its EXIF turns it: annotate images as a viewer shows them" if said == (height, width) else ""
-        raise UserError(
-            f"{picture.place}: the JSON says {said[0]}x{said[1]} px, the file has {width}x{height} px"
-            f"{turned or '; annotate the images as they are'}"
-        )
+    stated = image.get("width"), image.get("height")
+    if stated != (width, height):
+        raise UserError(f"{picture.place}: {size_mismatch(picture.path, stated, 'the JSON')}")
     image_id = picture.path.stem
     masks = [
         object_mask(entry, height, width, f"{picture.source.path}: annotation {entry['id']}")
@@ -160,7 +156,7 @@ def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
 
 
 def object_mask(entry: dict[str, Any], height: int, width: int, place: str) -> np.ndarray:
-    """(H, W) bool of an annotation's object.
+    """Decode an annotation's object to (H, W) bool.
 
     Raises:
         UserError: begins with `place`: no segmentation, one that is faulty or leaves the image, or one without a pixel.

@@ -53,11 +53,11 @@ class Remote:
 
 
 class Refused(Exception):
-    """This address will not give the file, however often it is asked."""
+    """A permanent refusal: another request to this address will not yield the file."""
 
 
 class Dropped(Exception):
-    """The line broke or the server is busy: worth another attempt, `wait` seconds from now at the earliest."""
+    """A temporary fault: worth another attempt, `wait` seconds from now at the earliest."""
 
     def __init__(self, message: str, *, unreachable: bool = False, wait: float = 0.0) -> None:
         super().__init__(message)
@@ -92,7 +92,7 @@ def _opener() -> urllib.request.OpenerDirector:
 def request(
     url: str, *, method: str = "GET", headers: dict[str, str] | None = None
 ) -> Iterator[http.client.HTTPResponse]:
-    """An open answer (status 200 or 206); everything that can go wrong is `Refused` or `Dropped`.
+    """Open a response (status 200 or 206); every fault becomes `Refused` or `Dropped`.
 
     Plain http is accepted from this very machine only, and from nowhere after a redirect.
     """
@@ -120,7 +120,7 @@ def request(
 
 
 def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backoff: float = 1.0) -> Path:
-    """The verified file `folder/NAME`, downloaded unless it is already there.
+    """Return the verified file `folder/NAME`, downloaded unless it is already there.
 
     Args:
         folder: made where missing; partial downloads stay in it.
@@ -181,7 +181,7 @@ def _hash_existing(path: Path) -> str:
 
 
 def _still_verified(target: Path, expected: str | None) -> bool:
-    """True when the file is, by size and time, the one that was hashed before; spares hashing 11 GB each time."""
+    """Return whether the file is, by size and time, the one hashed before; saves hashing 11 GB each time."""
     try:
         seal = json.loads(_seal(target).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -251,7 +251,7 @@ def _discard(target: Path) -> None:
 
 
 def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tuple[bool, str]:
-    """One request; (whether it went on from an earlier part, SHA-256 of the complete part file)."""
+    """Make one request; return whether it resumed an earlier part, and the SHA-256 of the complete part file."""
     part = _part(target)
     note: dict[str, Any] = {}
     with suppress(FileNotFoundError, ValueError):
@@ -291,13 +291,13 @@ def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tu
 
 
 def validator(answer: http.client.HTTPResponse) -> str | None:
-    """What If-Range may hold (RFC 9110, 13.1.5): a strong ETag, or else the date of the last change."""
+    """Return the value for If-Range (RFC 9110, 13.1.5): a strong ETag, or else the date of the last change."""
     etag = answer.headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified")
 
 
 def _check_answer(remote: Remote, answer: http.client.HTTPResponse, have: int) -> tuple[int, int]:
-    """(first byte that will come, size of the whole file); anything that cannot be the file is `Refused`."""
+    """Return (first byte of the response, size of the whole file); a response that cannot be the file is `Refused`."""
     kind = answer.headers.get("Content-Type", "")
     if "html" in kind.lower():
         raise Refused(f"sends a page ({kind}) instead of the file")

@@ -1,4 +1,4 @@
-"""A user's own images: FOLDER/images/{train,val,test}/* and, where there are any, FOLDER/masks/{train,val,test}/*.
+"""Index a user's own images: FOLDER/images/{train,val,test}/* and, if any, FOLDER/masks/{train,val,test}/*.
 
 Only an index is written; the files stay where they are. A mask belongs to the image of the same stem, or is called
 STEM_segmentation; upper and lower case do not matter.
@@ -26,7 +26,7 @@ MASK_ENDING = "_segmentation"
 def index_folder(
     folder: Path, *, dev_fraction: float, test_split: str, threshold_masks: bool = False, masks_out: Path | None = None
 ) -> list[Row]:
-    """Rows of index.csv for a folder; every image and mask is decoded once, so that a bad file is found now.
+    """Return the rows of index.csv for a folder; every image and mask is decoded once, to find faults now.
 
     Args:
         folder: holds images/ and perhaps masks/; paths in the rows begin with it as it is given.
@@ -60,7 +60,7 @@ def index_folder(
 
 
 def _stems(folder: Path) -> dict[str, Path]:
-    """Stem in lower case -> image file; hidden files and other kinds are left out."""
+    """Return stem in lower case -> image file; hidden files and other kinds are left out."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
     found: dict[str, Path] = {}
@@ -80,7 +80,7 @@ def _stems(folder: Path) -> dict[str, Path]:
 
 
 def _match_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
-    """Stem of the image in lower case -> mask file."""
+    """Return stem of the image in lower case -> mask file."""
     if not folder.is_dir():
         return {}
     masks: dict[str, Path] = {}

@@ -222,7 +222,7 @@ def _remote(part: Part, year: int, base_url: str) -> Remote:
 
 
 def _open_some(remote: Remote, folder: Path, stack: ExitStack, backoff: float) -> Archive:
-    """The whole archive where it is already here, else its members by Range."""
+    """Open the whole archive where it is on disk, else its members by Range requests."""
     if (folder / remote.name).exists():
         return stack.enter_context(LocalArchive(folder / remote.name))
     return RemoteArchive(remote.name, remote.urls, backoff)
@@ -231,7 +231,7 @@ def _open_some(remote: Remote, folder: Path, stack: ExitStack, backoff: float) -
 def _pairs(
     splits: dict[str, Split], opened: dict[str, Archive], subset: int
 ) -> dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]]:
-    """Split -> image id -> (image member, mask member)."""
+    """Return split -> image id -> (image member, mask member)."""
     pairs = {}
     for name, split in splits.items():
         images = find_members(opened[split.images.name], IMAGE)
@@ -253,7 +253,7 @@ def _pairs(
 
 
 def _leave_out(edition: Edition, pairs: dict[str, dict]) -> set[str]:
-    """Training and dev ids that are in test too, or known to be; one line says which."""
+    """Return training and dev ids that are also in test, or known to be, and report them in one line."""
     selected_on = set().union(*(pairs[name] for name in pairs if name != "test"))
     doubled = selected_on & (edition.overlap | pairs["test"].keys())
     if "dev" in pairs:
@@ -350,7 +350,7 @@ def _kept(job: _Job, cache: Path) -> Path:
 
 
 def _without_copies(rows: Iterable[Row]) -> list[Row]:
-    """Rows without those of train and dev whose image has the same bytes as one of a split that is reported on."""
+    """Drop rows of train and dev whose image has the same bytes as one of a split that is reported on."""
     kept: dict[str, Row] = {}
     copies = []
     for row in sorted(rows, key=lambda row: ("test", "dev", "train").index(row["split"])):
@@ -370,7 +370,7 @@ def _without_copies(rows: Iterable[Row]) -> list[Row]:
 def _plan(
     source: str, parts: list[Part], remotes: dict[str, Remote], folder: Path, raw: Path, *, known_sizes: bool
 ) -> None:
-    """Say what is about to be fetched and how long it will take; refuse if the disk has no room for it."""
+    """Report what will be fetched and how long it will take; refuse if the disk has no room for it."""
     sizes = {part.name: part.bytes if known_sizes else _served_size(remotes[part.name]) for part in parts}
     here = sum(_length(folder / name) or _length(folder / f"{name}.part") for name in sizes)
     total = sum(sizes.values())

@@ -1,4 +1,4 @@
-"""Many files read at once, the faulty ones told together."""
+"""Run jobs in threads and report all faults together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_THREADS = 4  # Pillow decodes outside Python's lock
 def run_jobs(
     jobs: Sequence[Callable[[], Result]], *, title: str = "reading images", fault: str = "faulty files"
 ) -> list[Result]:
-    """Results in the order of the jobs.
+    """Return the results in the order of the jobs.
 
     Args:
         fault: what is counted in the message.
@@ -34,7 +34,7 @@ def run_jobs(
 def outcomes(
     jobs: Sequence[Callable[[], Result]], *, title: str, num_threads: int = NUM_THREADS
 ) -> Iterator[Result | UserError]:
-    """What each job gives, or the fault it ends in, in order, with a progress bar."""
+    """Yield the result of each job, or its UserError, in order, with a progress bar."""
 
     def guarded(job: Callable[[], Result]) -> Result | UserError:
         try:

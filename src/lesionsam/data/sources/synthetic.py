@@ -1,4 +1,4 @@
-"""Generated dermoscopy: pictures of skin lesions with their masks, for a demo and tests without any download.
+"""Generate dermoscopic pictures of skin lesions with their masks, for a demo and tests without a download.
 
 Colour comes from two chromophores, as in real skin (Tsumura et al. 1999, independent components of skin colour;
 Claridge et al. 2003, dermoscopy): a pixel reflects tissue x exp(-(melanin M + blood B)), with M and B maps over the
@@ -239,7 +239,7 @@ def satellites(rng: np.random.Generator, lesion: Shape) -> np.ndarray:
 
 
 def generate(seed: int, index: int, max_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """One picture and the mask of its lesion.
+    """Generate one picture and the mask of its lesion.
 
     Args:
         seed: of the data set. index: of the picture within it; the result depends on no other picture.
