@@ -8,7 +8,7 @@ own one) are then left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -134,7 +134,10 @@ def predict_cases(
             chunk = images[start : start + batch_size]
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
             rows = [k for k, lesions in enumerate(chunk) for _ in lesions]
-            encoded = EncodedImages.of([load_checked(lesions[0], load_image) for lesions in chunk], side).encoded(sam)
+            framed = EncodedImages.of([load_checked(lesions[0], load_image) for lesions in chunk], side)
+            # Memory layout of the training's batches: convolutions of another one differ in the last bit.
+            frames = framed.frames.contiguous(memory_format=torch.channels_last)
+            encoded = replace(framed, frames=frames).encoded(sam)
             for low in range(0, len(cases), batch_size):
                 part = slice(low, low + batch_size)
                 masks = _decode_requests(

@@ -46,6 +46,7 @@ MEASURES = (  # modules whose change makes an evaluation that was kept a differe
     "boxes.geometry",
     "boxes.table",
     "utils.images",
+    "utils.random",
     "data.frames",
     "models.sam",
     "models.checkpoint",
@@ -133,7 +134,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 
 
 def calibration_curve(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Return the reliability curve, with columns count, confidence (mean probability) and accuracy (true share) per bin."""
+    """Return the reliability curve: count, confidence (mean probability) and accuracy (true share) per bin."""
     keys = ["model", "prompt", "region", "bin"]
     sums = calibration.groupby(keys, sort=False)[["count", "probability_sum", "truth_sum"]].sum().reset_index()
     sums = sums[sums["count"] > 0]

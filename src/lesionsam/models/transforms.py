@@ -62,14 +62,14 @@ def model_frames(images: Sequence[np.ndarray], side: int) -> tuple[torch.Tensor,
     Raises:
         UserError: as of `resize_longest`.
     """
-    frames = np.zeros((len(images), side, side, 3), np.uint8)
-    sizes = np.zeros((len(images), 2), np.int64)
+    frames = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
+    sizes = torch.zeros(len(images), 2, dtype=torch.int64)
     for k, image in enumerate(images):
         small = resize_longest(image, side)
-        sizes[k] = small.shape[:2]
-        frames[k, : small.shape[0], : small.shape[1]] = small
-    # Channels last in memory, as training has them: convolutions sum in the order of the layout, to the last bit.
-    return torch.from_numpy(frames).permute(0, 3, 1, 2), torch.from_numpy(sizes)
+        height, width = small.shape[:2]
+        frames[k, :, :height, :width] = torch.tensor(small).permute(2, 0, 1)
+        sizes[k] = torch.tensor([height, width])
+    return frames, sizes
 
 
 def image_part(low_res: Array, size: tuple[int, int], side: int) -> Array:
