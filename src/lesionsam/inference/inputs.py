@@ -96,7 +96,7 @@ def check_options(source: Source, *, threshold: float, ensemble: int, zoom: bool
         )
     if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
         raise UserError(
-            f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with --{source.kind}"
+            f"--ensemble: expected 1 (none) or more, with --boxes only, got {ensemble} with --{source.kind}"
         )
     if zoom and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
         raise UserError(
