@@ -290,7 +290,7 @@ def predict_files(
 ) -> int:
     """Segment the lesions of image files from boxes, points or without a prompt.
 
-    Writes, each file completely or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png where an image has several
+    Writes, each file completely or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png if an image has several
     rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
     (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all rows of that table. Masks
     of an earlier call with the same model, prompts, threshold and image are kept; its other masks of these images are
