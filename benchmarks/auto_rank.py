@@ -4,9 +4,9 @@ FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a s
 their names, are the development images; the val images are not touched. The weights are fitted on the other train
 images, every second one seen from farther away as in training (`data.widening`), without any mask: ridge regression of
 a candidate's IoU with the thresholded box prior of that image's two boxes, offset found from the boxes. The true masks
-of the development images say what the fit is worth, and from how near the last look should be taken. Prints, as
+of the development images say what the fit is worth, and how far the last decoding should zoom. Prints, as
 Markdown, on the development images as they are and from farther away: the mean IoU of each rule on the comparing grid,
-of looks from nearer at what `SIGNS` choose, of the big box, and what each gains over `SIGNS` alone, paired; and the
+of zooms on what `SIGNS` choose, of the big box, and what each gains over `SIGNS` alone, paired; and the
 weights for `SIGNS`. `--no-fit` leaves out the train images and what is fitted on them.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.annotator import annotate
-from lesionsam.boxes.geometry import largest_piece_box
+from lesionsam.boxes.geometry import largest_component_box
 from lesionsam.boxes.prior import box_prior, outline_offset
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import SimulatedBoxes
@@ -32,12 +32,13 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
 from lesionsam.experiment.auto import auto_options
 from lesionsam.inference.image import FeatureCache
-from lesionsam.inference.lesion import candidates, look_from_nearer, way
-from lesionsam.inference.rank import SIGNS, lesion_scores, overlaps, small_picture
-from lesionsam.metrics import failure_rate
+from lesionsam.inference.lesion import LesionSearch, candidates, trained_without_prompt
+from lesionsam.inference.rank import SIGNS, lesion_scores, small_picture
+from lesionsam.inference.zoom import decode_zoomed
+from lesionsam.metrics import failure_rate, iou_matrix
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam, decode
-from lesionsam.models.transforms import model_frames, upscale
+from lesionsam.models.transforms import upscale
 from lesionsam.types import Prompts
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.progress import progress
@@ -47,8 +48,8 @@ DEV_FRACTION, RIDGE = 1 / 6, 10.0
 VIEWS = ("dev", "dev, widened")
 INTERVAL = {"num_bootstrap": 5000, "confidence": 0.95}
 KEPT = "SIGNS as they are"  # what the others are compared with
-NEARER = ((0.15, 1.75), (0.2, 1.5), (0.2, 1.75), (0.2, 2.5), (0.25, 1.75), (0.35, 1.75))  # looseness, surroundings
-NEARER_BOX = (0.0, 1.75)  # the same of the annotator's big box, which is loose as it is
+ZOOMS = ((0.15, 1.75), (0.2, 1.5), (0.2, 1.75), (0.2, 2.5), (0.25, 1.75), (0.35, 1.75))  # looseness, surroundings
+ZOOMED_BOX = (0.0, 1.75)  # the same of the annotator's big box, which is loose as it is
 
 
 @dataclass(frozen=True)
@@ -73,30 +74,28 @@ def further_answers(
     big: np.ndarray,
     truth: np.ndarray,
 ) -> dict[str, float]:
-    """Return name -> IoU with the true mask: second looks at a mask, and the prediction for the big box.
+    """Return name -> IoU with the true mask: zooms on a mask, and the prediction for the big box.
 
     Args:
         features: (1, C, H', W'). frames: (1, 3, S, S) uint8. size: (h, w) of the image part. mask, truth: (h', w')
             bool, comparing grid. big: (4,) XYXY, model frame.
     """
-    side, found = int(sam.image_encoder.img_size), largest_piece_box(mask)
+    side, found = int(sam.image_encoder.img_size), largest_component_box(mask)
     if found is None:
         raise ValueError("mask: expected one that is not empty")
     around = found * np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
 
     def held(logits: torch.Tensor) -> float:
         shown = upscale(logits, size, (truth.shape[0], truth.shape[1]), side) > sam.mask_threshold
-        return float(overlaps(shown.numpy()[None], truth[None])[0, 0])
+        return float(iou_matrix(shown.numpy()[None], truth[None])[0, 0])
 
-    def nearer(box: np.ndarray, looseness: float, surroundings: float) -> float:
-        return held(
-            look_from_nearer(sam, frames, [size], box[None], looseness=looseness, surroundings=surroundings)[0][0]
-        )
+    def zoomed(box: np.ndarray, looseness: float, surroundings: float) -> float:
+        return held(decode_zoomed(sam, frames, [size], box[None], looseness=looseness, surroundings=surroundings)[0][0])
 
-    answers = {f"SIGNS, then from nearer ({loose:g}, {near:g})": nearer(around, loose, near) for loose, near in NEARER}
+    answers = {f"SIGNS, then zoomed ({loose:g}, {near:g})": zoomed(around, loose, near) for loose, near in ZOOMS}
     with torch.inference_mode():
         boxed, _ = decode(sam, features, Prompts(boxes=torch.tensor(big[None], dtype=torch.float32)))
-    return answers | {"big box": held(boxed[0, 0]), "big box, from nearer": nearer(big, *NEARER_BOX)}
+    return answers | {"big box": held(boxed[0, 0]), "big box, zoomed": zoomed(big, *ZOOMED_BOX)}
 
 
 def fitted(signs: list[np.ndarray], ious: list[np.ndarray]) -> np.ndarray:
@@ -124,8 +123,9 @@ def main() -> int:
     splits = ("dev",) if arguments.no_fit else ("train", "dev")
     index = {row["image_id"]: row for row in rows if row["split"] in splits}
     samples = annotate(index, root=Path(), **b.annotator())
-    sam, by = load_sam(None, arguments.model), way(weights_metadata(arguments.model))
-    cache, side = FeatureCache(sam, "cpu", 1), int(sam.image_encoder.img_size)
+    sam = load_sam(None, arguments.model)
+    search = LesionSearch(trained_without_prompt(weights_metadata(arguments.model)), options)
+    cache = FeatureCache(sam, "cpu", 1)
     found: dict[str, list[Seen]] = {"train": [], **{view: [] for view in VIEWS}}
     jobs = [
         (s, widened)
@@ -138,8 +138,9 @@ def main() -> int:
         columns, rows_added = around if widened else (0, 0)
         edges = ((rows_added, rows_added), (columns, columns))
         image, mask = np.pad(image, (*edges, (0, 0)), mode="reflect"), np.pad(mask, edges)
-        (frames, _), (features, size) = model_frames([image], side), cache.features(image)
-        one = candidates(sam, features, frames[0].numpy(), size, by=by, options=options)
+        images = cache.encode(image)
+        frames, features, size = images.frames, images.known_features, images.input_sizes[0]
+        one = candidates(sam, features, frames[0].numpy(), size, search=search)
         if one is None:
             continue
         picture = small_picture(frames[0].numpy(), size)
@@ -163,7 +164,7 @@ def report(found: dict[str, list[Seen]], looseness: float | None) -> None:
         looseness: of the annotators' big boxes; None: nothing is fitted.
     """
     rules: dict[str, Callable[[Seen], np.ndarray]] = {
-        "the best of the candidates": lambda one: overlaps(one.masks, one.truth[None])[:, 0],
+        "the best of the candidates": lambda one: iou_matrix(one.masks, one.truth[None])[:, 0],
         "the most plausible automatic mask": lambda one: -np.arange(len(one.signs)),
         KEPT: lambda one: lesion_scores(one.signs),
     }
@@ -172,9 +173,9 @@ def report(found: dict[str, list[Seen]], looseness: float | None) -> None:
         train = found["train"]
         offset = outline_offset([one.prior for one in train], [one.big for one in train], looseness)
         weights = by_boxes = fitted(
-            [one.signs for one in train], [overlaps(one.masks, (one.prior + offset > 0)[None])[:, 0] for one in train]
+            [one.signs for one in train], [iou_matrix(one.masks, (one.prior + offset > 0)[None])[:, 0] for one in train]
         )
-        by_masks = fitted([one.signs for one in train], [overlaps(one.masks, one.truth[None])[:, 0] for one in train])
+        by_masks = fitted([one.signs for one in train], [iou_matrix(one.masks, one.truth[None])[:, 0] for one in train])
         rules |= {
             "fitted here, boxes alone": lambda one: one.signs @ by_boxes,
             "fitted here, true masks": lambda one: one.signs @ by_masks,
@@ -182,7 +183,7 @@ def report(found: dict[str, list[Seen]], looseness: float | None) -> None:
         print(f"{len(train)} images to fit on, outline offset {offset:+.2f}")
     values = {
         (name, view): np.array(
-            [overlaps(one.masks[int(np.argmax(rule(one)))][None], one.truth[None])[0, 0] for one in found[view]]
+            [iou_matrix(one.masks[int(np.argmax(rule(one)))][None], one.truth[None])[0, 0] for one in found[view]]
         )
         for name, rule in rules.items()
         for view in VIEWS

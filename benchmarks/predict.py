@@ -24,7 +24,7 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from lesionsam.data.sources.synthetic import generate
-from lesionsam.inference.auto import AUTO, automatic_masks
+from lesionsam.inference.auto import AUTO_DEFAULTS, automatic_masks
 from lesionsam.inference.files import predict_files
 from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import load_sam
@@ -154,15 +154,15 @@ def main() -> int:
         )
     generator = SamAutomaticMaskGenerator(
         sam,
-        points_per_side=AUTO.points_per_side,
-        pred_iou_thresh=AUTO.pred_iou_thresh,
-        stability_score_thresh=AUTO.stability_score_thresh,
+        points_per_side=AUTO_DEFAULTS.points_per_side,
+        pred_iou_thresh=AUTO_DEFAULTS.pred_iou_thresh,
+        stability_score_thresh=AUTO_DEFAULTS.stability_score_thresh,
     )
     rows.append(
         (
-            f"all automatic masks, {AUTO.points_per_side} points a side",
+            f"all automatic masks, {AUTO_DEFAULTS.points_per_side} points a side",
             ratio(
-                lambda k: automatic_masks(sam, images[k % len(images)], AUTO, device=device),
+                lambda k: automatic_masks(sam, images[k % len(images)], AUTO_DEFAULTS, device=device),
                 lambda k: generator.generate(images[k % len(images)]),
                 max(4, arguments.rounds // 8),
                 clock,

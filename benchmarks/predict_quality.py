@@ -2,8 +2,8 @@
 
 FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a sixth of its train images, by hash of
 their names, are the development images; the val images are not touched. Prints, as Markdown: the gain of an ensemble
-over jittered boxes, and of a look from nearer; the lesion without a prompt, by decoder and by automatic masks; what the
-flag `look` finds.
+over jittered boxes, and of the zoom; the lesion without a prompt, by decoder and by automatic masks; what the
+`review_reasons` find.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
 from lesionsam.experiment.auto import auto_options
-from lesionsam.inference.decode import Answer, Asked, answers, prediction
+from lesionsam.inference.decode import DecodeOptions, decode_lesions
 from lesionsam.inference.image import FeatureCache
-from lesionsam.inference.lesion import DECODER, MASKS, find_lesions, from_nearer
+from lesionsam.inference.lesion import LesionSearch
+from lesionsam.inference.prediction import LesionPrompt, to_prediction
 from lesionsam.metrics import FAILURE, failure_rate, iou
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.models.transforms import model_frames
+from lesionsam.prompts import NONE, ZOOM
 from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.progress import progress
 
 DEV_FRACTION, INTERVAL = 1 / 6, {"num_bootstrap": 5000, "confidence": 0.95}
 MEMBERS = (1, 2, 4, 8)
-FLAGGED = ("ensemble of 1", "ensemble of 4", f"no prompt, by {MASKS}")  # of which the flag `look` is held to the truth
+FLAGGED = (
+    "ensemble of 1",
+    "ensemble of 4",
+    "no prompt, by masks",
+)  # whose `review_reasons` are compared with the truth
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,45 +73,36 @@ def main() -> int:
     index = {row["image_id"]: row for row in every if row["split"] == "dev"}
     samples = annotate(index, root=Path(), **b.annotator())
     sam = load_sam(None, arguments.model)
-    cache, side = FeatureCache(sam, "cpu", 1), int(sam.image_encoder.img_size)
+    cache = FeatureCache(sam, "cpu", 1)
     ious: dict[str, list[float]] = {}
     seconds: dict[str, float] = {}
     flags: list[tuple[float, tuple[str, ...]]] = []
     for s in progress(samples, total=len(samples), title="development images"):
         image, truth = read_image(s.image_path), read_mask(s.mask_path or "", (s.width, s.height))
-        features, input_size = cache.features(image)
-        shape, asked = (s.height, s.width), Asked(s.big_box, s.small_box)
-
-        def keep(name: str, answer: Answer, asked: Asked, begun: float) -> None:
-            one = prediction(
-                answer,
-                asked,
-                image_id=s.image_id,  # noqa: B023
+        images, boxes = cache.encode(image), LesionPrompt(s.big_box, s.small_box)
+        by_masks, by_decoder = (LesionSearch(by_decoder, options) for by_decoder in (False, True))
+        ways = {f"ensemble of {count}": DecodeOptions(arguments.prompt, num_members=count) for count in MEMBERS}
+        if arguments.prompt == "box":
+            ways["zoom"] = DecodeOptions(ZOOM)
+        ways |= {"no prompt, by decoder": DecodeOptions(NONE, search=by_decoder)}
+        ways |= {"no prompt, by masks": DecodeOptions(NONE, search=by_masks)}
+        for name, how in ways.items():
+            begun = time.process_time()
+            prompt = LesionPrompt() if how.kind == NONE else boxes
+            (decoded,) = decode_lesions(sam, images, [prompt], [0], [f"{s.image_id}/0"], how)
+            one = to_prediction(
+                decoded,
+                prompt,
+                image_id=s.image_id,
                 lesion_id="0",
-                shape=shape,  # noqa: B023
-                input_size=input_size,  # noqa: B023
-                side=side,
+                shape=images.shapes[0],
+                input_size=images.input_sizes[0],
+                side=images.side,
             )
             seconds[name] = seconds.get(name, 0.0) + time.process_time() - begun
-            ious.setdefault(name, []).append(iou(one.mask, truth))  # noqa: B023
+            ious.setdefault(name, []).append(iou(one.mask, truth))
             if name in FLAGGED:
-                flags.append((ious[name][-1], (name, *(kind_of(reason) for reason in one.look))))
-
-        for count in MEMBERS:
-            begun = time.process_time()
-            (answer,) = answers(
-                sam, features, [shape], [asked], [f"{s.image_id}/0"], prompt=arguments.prompt, num_members=count
-            )
-            keep(f"ensemble of {count}", answer, asked, begun)
-        frames = model_frames([image], side)[0]
-        if arguments.prompt == "box":
-            begun = time.process_time()
-            (answer,) = from_nearer(sam, frames, [input_size], [shape], [asked])
-            keep("from nearer", answer, asked, begun)
-        for way in (DECODER, MASKS):
-            begun = time.process_time()
-            ((logits, quality, agreement),) = find_lesions(sam, features, frames, [input_size], by=way, options=options)
-            keep(f"no prompt, by {way}", Answer(logits, quality, agreement), Asked(), begun)
+                flags.append((ious[name][-1], (name, *(kind_of(reason) for reason in one.review_reasons))))
     report(ious, seconds, flags, arguments.prompt)
     return 0
 
@@ -127,7 +123,7 @@ def report(
         values, flagged = np.array([value for value, _ in own]), np.array([bool(names) for _, names in own])
         failed = values < FAILURE
         print(
-            f"\nLook, {kind}: {flagged.mean():.1%} flagged; they hold {(flagged & failed).sum()} of {failed.sum()} "
+            f"\nReview, {kind}: {flagged.mean():.1%} flagged; they hold {(flagged & failed).sum()} of {failed.sum()} "
             f"failures; mean IoU flagged {values[flagged].mean() if flagged.any() else float('nan'):.3f}, "
             f"others {values[~flagged].mean():.3f}"
         )

@@ -19,9 +19,8 @@ from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.columns import LEAKING, concat
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.pictures import write_pictures
-from lesionsam.experiment.auto import lesion_finder
+from lesionsam.experiment.auto import lesion_search
 from lesionsam.experiment.run import pretrained_weights
-from lesionsam.inference.lesion import look_at_boxes
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.prompts import NONE
 from lesionsam.tracking.lineage import repository_root
@@ -103,7 +102,6 @@ def evaluate(config: Config) -> None:
         prompts=prompts,
         boundary_tolerance=e.boundary_tolerance,
         jitter=e.jitter,
-        look=look_at_boxes,
         **drawing,
     )
     auto = config.auto.model_dump() if NONE in prompts else {}
@@ -115,12 +113,12 @@ def evaluate(config: Config) -> None:
         baselines, offset = evaluate_baselines(
             samples, load_image, masks, looseness=looseness(config), boundary_tolerance=e.boundary_tolerance
         )
-        zero_shot = measured(unadapted, model=results.ZERO_SHOT, find=lesion_finder(config, pretrained))
+        zero_shot = measured(unadapted, model=results.ZERO_SHOT, search=lesion_search(config, pretrained))
         known = concat([zero_shot, baselines]), {"outline_offset": offset}
         results.save_evaluation(place, *known)
     before, extra = known
     adapted = load_sam(config.model.name, BEST, image_size=config.model.image_size)
-    after = measured(adapted, model=results.ADAPTED, find=lesion_finder(config, BEST))
+    after = measured(adapted, model=results.ADAPTED, search=lesion_search(config, BEST))
 
     everything = results.arranged(concat([before, after]))
     table, numbers = results.write_results(

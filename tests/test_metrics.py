@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -147,3 +148,24 @@ def test_boundary_scores_of_a_large_image_take_milliseconds():
         metrics.hd95(prediction, truth)
         best = min(best, time.perf_counter() - begun)
     assert best < 0.05  # 3 ms on an idle core; a distance transform takes 100
+
+
+def test_batched_ious_are_those_of_the_masks_one_by_one():
+    rng = np.random.default_rng(0)
+    first, second = rng.random((2, 6, 5, 7)) < 0.4
+    first[0] = second[0] = False
+    expected = [metrics.iou(a, b) for a, b in zip(first, second, strict=True)]
+    assert expected[0] == 1
+    np.testing.assert_allclose(metrics.batch_iou(first, second), expected)
+    both = (torch.from_numpy(masks) for masks in (first, second))
+    np.testing.assert_allclose(metrics.batch_iou(*both).numpy(), expected, rtol=1e-6)
+    matrix = metrics.iou_matrix(first, second)
+    np.testing.assert_allclose(matrix.diagonal()[1:], expected[1:], rtol=1e-6)
+    assert matrix[0, 0] == 0
+    assert matrix[2, 4] == np.float32(metrics.iou(first[2], second[4]))
+
+
+def test_the_mean_entropy_is_that_of_all_pixels_at_any_magnitude():
+    logits = np.array([[0.0, 3.0], [-40.0, 800.0]])
+    expected = metrics.probabilities_and_entropy(logits)[1].mean()
+    assert metrics.mean_entropy(logits) == pytest.approx(expected, abs=1e-12)

@@ -19,13 +19,13 @@ from lesionsam import metrics
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
-from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, frames_of, measure, upscaled
+from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, load_checked, measure, upscaled
 from lesionsam.experiment.build import fit_arguments
 from lesionsam.experiment.run import Data
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import known_masks, mean_over
-from lesionsam.models.transforms import preprocess
+from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.training.loop import OBJECTIVE, fit
 from lesionsam.training.optimizer import Group
 from lesionsam.training.progress import Log
@@ -143,8 +143,8 @@ def evaluate_unet(
     for start in progress(starts, total=len(starts), title=f"evaluating {model}"):
         chunk = images[start : start + batch_size]
         with torch.inference_mode():
-            frames, sizes = frames_of([lesions[0] for lesions in chunk], load_image, side, device)
-            answers = network(preprocess(frames, sizes))[:, 0].float()
+            frames, sizes = model_frames([load_checked(lesions[0], load_image) for lesions in chunk], side)
+            answers = network(preprocess(frames.to(device), sizes.to(device)))[:, 0].float()
         for lesions, answer in zip(chunk, answers, strict=True):
             for case in build_cases(lesions, load_mask):
                 whole = upscaled(answer, case, side)

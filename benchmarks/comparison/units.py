@@ -36,7 +36,7 @@ from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.experiment.auto import auto_options
 from lesionsam.experiment.build import trained_prompts
 from lesionsam.experiment.run import input_side, open_data, train
-from lesionsam.inference.lesion import DECODER, MASKS, find_lesions
+from lesionsam.inference.lesion import LesionSearch
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.tracking.tracker import NullTracker, Tracker
@@ -280,7 +280,7 @@ def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[S
         load_image,
         load_mask,
         prompts=PROMPTS,
-        find=partial(find_lesions, by=DECODER if by_decoder else MASKS, options=auto_options(config)),
+        search=LesionSearch(by_decoder, auto_options(config)),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
         num_points=config.method.num_points,

@@ -44,7 +44,7 @@ def overlay(
     caption: str | None = None,
     max_side: int = 512,
 ) -> np.ndarray:
-    """The picture with what is given drawn on it.
+    """Draw outlines, boxes and points on a picture, with a caption below it.
 
     Args:
         image: (H, W, 3) uint8 RGB. truth, prediction: (H, W) bool. points: (N, 2) XY.
@@ -83,7 +83,7 @@ def overlay(
 
 
 def outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Outlines of a mask as closed rings of XY points (N, 2) in its pixels; along the frame where it is cut there."""
+    """Return the outlines of an (H, W) bool mask, closed rings of XY points (N, 2), along the frame where it is cut."""
     padded = np.pad(mask.astype(np.float32), 1)
     rings = [approximate_polygon(ring, 0.35) for ring in find_contours(padded, 0.5)]
     limits = np.array([mask.shape[1], mask.shape[0]], float)
@@ -93,7 +93,7 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
 def _lines(
     canvas: ImageDraw.ImageDraw, paths: Sequence[np.ndarray], width: float, colour: tuple[int, int, int]
 ) -> None:
-    """Open or closed paths (N, 2) over one dark rim."""
+    """Draw open or closed paths (N, 2) over a dark rim."""
     for extra, paint in ((1.7, (*RIM, 150)), (1.0, (*colour, 255))):
         for path in paths:
             points = [(float(x), float(y)) for x, y in path]
@@ -103,7 +103,7 @@ def _lines(
 
 
 def _box(canvas: ImageDraw.ImageDraw, corners: np.ndarray, line: float, size: tuple[int, int], *, dashed: bool) -> None:
-    """A rectangle from corners (2, 2), kept inside the canvas so that a box at the frame's rim can be seen."""
+    """Draw a rectangle from corners (2, 2), kept inside the canvas so that a box at the frame's rim is visible."""
     low = np.clip(corners[0], line / 2, np.array(size) - line / 2)
     high = np.clip(corners[1], low, np.array(size) - line / 2)
     ring = np.array([low, (high[0], low[1]), high, (low[0], high[1]), low])
@@ -112,7 +112,7 @@ def _box(canvas: ImageDraw.ImageDraw, corners: np.ndarray, line: float, size: tu
 
 
 def _dashes(ring: np.ndarray, dash: float, gap: float) -> Iterator[np.ndarray]:
-    """Straight dashes along each edge of a ring; every edge begins and ends with one."""
+    """Yield straight dashes along each edge of a ring; every edge begins and ends with one."""
     for start, end in pairwise(ring):
         length = float(np.hypot(*(end - start)))
         if length < 1:
@@ -125,7 +125,7 @@ def _dashes(ring: np.ndarray, dash: float, gap: float) -> Iterator[np.ndarray]:
 
 
 def _point(canvas: ImageDraw.ImageDraw, x: float, y: float, line: float, *, foreground: bool) -> None:
-    """A disc with a white rim for foreground, a cross for background."""
+    """Draw a disc with a white rim for foreground, a cross for background."""
     if foreground:
         for radius, paint in ((2.7, RIM), (2.3, BOX), (1.6, FOREGROUND)):
             reach = radius * line
@@ -138,7 +138,7 @@ def _point(canvas: ImageDraw.ImageDraw, x: float, y: float, line: float, *, fore
 
 
 def text_bar(text: str, width: int, *, font_size: int | None = None) -> np.ndarray:
-    """Lines of text on a white bar: (h, width, 3) uint8. Words that do not fit are cut with an ellipsis."""
+    """Return lines of text on a white bar, (h, width, 3) uint8; lines that do not fit end with an ellipsis."""
     size = font_size or round(min(20, max(11, width / 22)))
     font = ImageFont.load_default(size)
     pad = round(size * 0.4)
@@ -152,7 +152,7 @@ def text_bar(text: str, width: int, *, font_size: int | None = None) -> np.ndarr
 
 
 def _fit(line: str, font: Any, width: int) -> str:
-    """The line, or its beginning and "..." where it is wider than `width` pixels."""
+    """Return the line, or its beginning and "..." if it is wider than `width` pixels."""
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(line + "...") > width:
@@ -163,7 +163,7 @@ def _fit(line: str, font: Any, width: int) -> str:
 def legend(
     width: int, *, truth: bool = True, prediction: bool = True, boxes: bool = True, points: bool = False
 ) -> np.ndarray:
-    """What the lines mean: (h, width, 3) uint8, wrapped to the width."""
+    """Return the legend of the lines, (h, width, 3) uint8, wrapped to the width."""
     size = round(min(18, max(12, width / 45)))
     font = ImageFont.load_default(size)
     entries = [
@@ -218,7 +218,7 @@ def sheet(
     points: bool = False,
     prediction: bool = True,
 ) -> np.ndarray:
-    """Pictures of any size on one white page: a title, rows of `columns`, and the legend at the foot.
+    """Arrange pictures of any size on one white page: a title, rows of `columns`, and the legend at the foot.
 
     Args:
         pictures: (h, w, 3) uint8 each, as `overlay` returns them; each stands in the middle of its column, rows are as

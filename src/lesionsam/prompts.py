@@ -1,14 +1,14 @@
-"""SAM prompts from two boxes, for a batch of images, in the model frame.
+"""SAM prompts from two boxes or from masks, for a batch of images, in the model frame.
 
 Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
 (the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and
-3 core points as ONE prompt). `none` is no prompt at all: the decoder finds the lesion by itself, once it has been
-trained to. `tight`, the box of a true mask, is for evaluation alone: it leaks the label.
+3 core points as ONE prompt). `none` is no prompt at all: a decoder that was trained so finds the lesion by itself.
+`zoom` is the big box on an enlarged crop, see `inference.zoom`. `tight`, the box of a true mask, is for evaluation
+alone: it leaks the label.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,16 +16,19 @@ import torch
 import torch.nn.functional as F
 
 from lesionsam.types import Prompts, to_device
+from lesionsam.utils.random import keyed_rng
 
 KINDS = ("ring", "centre", "box", "core", "box+core")  # those that an annotator's boxes give
 NONE = "none"
+POINTS = "points"  # points of the user's own
+ZOOM = "zoom"  # the big box, its surroundings enlarged to the whole model frame; evaluation and prediction
 TRAINED_WITH = "prompts"  # metadata of a weights file: the kinds it was trained with, parted by blanks
 NUM_CORE_POINTS = 5  # of the kind `core`
 NUM_JOINT_POINTS = 3  # of the kind `box+core`
 
 
 def uniforms_needed(kind: str, num_points: int) -> int:
-    """How many uniform numbers per image a kind of prompt consumes."""
+    """Return how many uniform numbers per image a kind of prompt consumes."""
     return {
         "ring": 3 * num_points,
         NONE: 0,
@@ -65,7 +68,7 @@ def prompts_from_uniforms(kind: str, big: torch.Tensor, small: torch.Tensor, uni
 
 
 def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Points uniform over the area of big box minus small box, in closed form: no rejection, no mask.
+    """Place points uniformly over big box minus small box, in closed form: no rejection, no mask.
 
     The ring is cut into four rectangles (left and right of the small box over the full height, above and below it over
     its width); one uniform number picks a rectangle by area, two place the point.
@@ -91,7 +94,7 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
 def draw_prompts(
     kind: str, big: torch.Tensor, small: torch.Tensor, *, num_points: int, generator: torch.Generator
 ) -> Prompts:
-    """One drawn prompt per image; the generator lives on the CPU so that every device draws the same."""
+    """Draw one prompt per image; the generator is on the CPU, so that every device draws the same."""
     uniforms = torch.rand(len(big), uniforms_needed(kind, num_points), generator=generator)
     return prompts_from_uniforms(kind, big, small, to_device(uniforms, big.device))
 
@@ -99,27 +102,24 @@ def draw_prompts(
 def seeded_prompts(
     kind: str, big: torch.Tensor, small: torch.Tensor, ids: Sequence[str], *, num_points: int, seed: int
 ) -> Prompts:
-    """Prompts that depend on (seed, id, kind) alone, never on the order or size of the batch; for evaluation.
+    """Draw prompts that depend on (seed, id, kind) alone, not on the order or size of the batch; for evaluation.
 
     Args:
         ids: B keys "image_id/lesion_id".
     """
     count = uniforms_needed(kind, num_points)
-    rows = []
-    for key in ids:
-        digest = hashlib.sha256(f"{seed}|{kind}|{key}".encode()).digest()
-        rows.append(np.random.default_rng(np.frombuffer(digest, np.uint64)).random(count, dtype=np.float32))
+    rows = [keyed_rng(f"{seed}|{kind}|{key}").random(count, dtype=np.float32) for key in ids]
     uniforms = torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count)
     return prompts_from_uniforms(kind, big, small, to_device(uniforms, big.device))
 
 
 # ---- from masks ------------------------------------------------------------------------------------------------------
 
-PADDING = -1  # label of a point that is none, as segment_anything pads: every image of a batch keeps its own number
+PADDING = -1  # label of a padding point, as in segment_anything: every image of a batch keeps its own number of points
 
 
 def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """(B, S, S) bool -> (B, 4) float32 XYXY bounding boxes, half-open; an empty mask gives the whole frame."""
+    """Return bounding boxes, (B, S, S) bool -> (B, 4) float32 XYXY, half-open; the whole frame for an empty mask."""
     side = masks.shape[-1]
     axis = torch.arange(side, device=masks.device)
     edges = []
@@ -133,7 +133,7 @@ def tight_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def points_in(regions: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Pixels uniform over a region, without rejection.
+    """Draw pixels uniformly over a region, without rejection.
 
     Args:
         regions: (B, S, S) bool. uniforms: (B, N) in [0, 1).
@@ -141,7 +141,7 @@ def points_in(regions: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         (B, N, 2) float32 XY of pixels, whole numbers; (0, 0) where a region is empty.
     """
     side = regions.shape[-1]
-    before = regions.flatten(1).cumsum(1)  # of the region's pixels, how many lie up to here
+    before = regions.flatten(1).cumsum(1)  # number of the region's pixels up to and with this one
     wanted = (uniforms * before[:, -1:]).long() + 1
     index = torch.searchsorted(before, wanted.minimum(before[:, -1:])).clamp(max=side * side - 1)
     return torch.stack([index % side, index // side], -1).float()
@@ -160,7 +160,7 @@ def prompts_from_masks(
     negative: float,
     generator: torch.Generator,
 ) -> Prompts:
-    """Draw one prompt per image from its true mask, as a person who sees the lesion might.
+    """Draw one prompt per image from its true mask, as a person who sees the lesion might give it.
 
     Args:
         kind: `box` (the mask's bounding box, each side moved), `points` (1 to `max_points` in the mask, each moved, and
@@ -190,10 +190,10 @@ def prompts_from_masks(
     number = torch.where(empty, 1, (drawn(1) * max_points).long() + 1)
     labels = torch.where(torch.arange(max_points, device=masks.device) < number, 1, PADDING)
     background = valid & ~masks
-    asked = (drawn(1) < negative) & background.flatten(1).any(1, keepdim=True) & ~empty
+    has_negative = (drawn(1) < negative) & background.flatten(1).any(1, keepdim=True) & ~empty
     points = torch.cat([points, points_in(background, drawn(1))], 1)
-    labels = torch.cat([labels, torch.where(asked, 0, PADDING)], 1)
-    used = (labels != PADDING).any(0)  # a GPU is waited for here: points that are none would count in the attention
+    labels = torch.cat([labels, torch.where(has_negative, 0, PADDING)], 1)
+    used = (labels != PADDING).any(0)  # waits for a GPU; but padding points would take part in the attention
     points = torch.minimum(points.clamp(min=0), frame[:, None] - 1)
     return Prompts(points[:, used], labels[:, used], boxes)
 
@@ -201,20 +201,20 @@ def prompts_from_masks(
 def with_correction(
     prompts: Prompts, logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
 ) -> Prompts:
-    """The same prompts with one more click where the answer is wrong, and the answer itself as mask prompt.
+    """Add one click where the predicted mask is wrong, and its logits as mask prompt.
 
     SAM's interactive training (Kirillov et al. 2023, arXiv:2304.02643, appendix A): the click is uniform over the error
     region, foreground where the lesion was missed, background where it was left.
 
     Args:
-        logits: (B, T, T) of the answer so far. masks, valid: (B, S, S) bool, model frame; beyond `valid` nothing is
-            wrong.
+        logits: (B, T, T) of the mask so far. masks, valid: (B, S, S) bool, model frame; nothing outside `valid` counts
+            as wrong.
     Returns:
         Prompts of B images; an image without an error gets a point of label -1.
     """
     side = masks.shape[-1]
-    answer = F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
-    wrong = (answer != masks) & valid
+    mask = F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
+    wrong = (mask != masks) & valid
     uniforms = to_device(torch.rand(len(masks), 1, generator=generator), masks.device)
     click = points_in(wrong, uniforms)
     column, row = click[:, 0].long().unbind(1)

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.tiny import LESION, SKIN, Lesion, draw_lesion, iou
 from lesionsam.boxes.annotator import simulate_boxes
-from lesionsam.boxes.geometry import inside, model_frame_size
+from lesionsam.boxes.geometry import model_frame_size, pixels_inside
 from lesionsam.boxes.prior import (
     COLOUR_CLIP,
     CORE,
@@ -48,9 +48,9 @@ def shape_term(big: np.ndarray, small: np.ndarray, shape: tuple[int, int]) -> np
 
 
 def test_a_pixel_is_inside_where_its_centre_is() -> None:
-    found = inside(np.array([1.5, 0.6, 3.5, 2.5]), (4, 5))
+    found = pixels_inside(np.array([1.5, 0.6, 3.5, 2.5]), (4, 5))
     assert found.tolist() == [[False] * 5, [False, True, True, False, False], [False] * 5, [False] * 5]
-    assert not inside(np.array([2.0, 2.0, 2.0, 3.0]), (4, 5)).any()
+    assert not pixels_inside(np.array([2.0, 2.0, 2.0, 3.0]), (4, 5)).any()
 
 
 def test_the_elliptical_radius_is_one_on_the_inscribed_ellipse() -> None:
@@ -72,7 +72,7 @@ def test_the_ellipse_is_zero_on_its_outline() -> None:
     assert [columns.max() + 1 - columns.min(), rows.max() + 1 - rows.min()] == pytest.approx(
         [80 / 1.15, 60 / 1.15], abs=1.5
     )
-    assert (default[~inside(BIG, SHAPE)] == OUTSIDE).all()
+    assert (default[~pixels_inside(BIG, SHAPE)] == OUTSIDE).all()
     assert (default > 0).sum() == pytest.approx(np.pi / 4 * 80 * 60 / 1.15**2, rel=0.01)
 
 
@@ -154,8 +154,8 @@ def test_its_values_keep_their_promises() -> None:
         prior = box_prior(lesion.image, lesion.big, lesion.small)
         assert prior.dtype == np.float32
         assert prior.shape == SHAPE
-        assert (prior[inside(lesion.small, SHAPE)] >= CORE).all()
-        assert (prior[~inside(lesion.big, SHAPE)] == OUTSIDE).all()
+        assert (prior[pixels_inside(lesion.small, SHAPE)] >= CORE).all()
+        assert (prior[~pixels_inside(lesion.big, SHAPE)] == OUTSIDE).all()
         assert prior.max() <= SHAPE_WEIGHT + COLOUR_CLIP
 
 
@@ -163,7 +163,7 @@ def test_it_is_the_shape_term_plus_the_colour_score() -> None:
     lesion = lesion_at(1)
     prior = box_prior(lesion.image, lesion.big, lesion.small)
     score = prior - shape_term(lesion.big, lesion.small, SHAPE)
-    free = inside(lesion.big, SHAPE) & ~inside(lesion.small, SHAPE)
+    free = pixels_inside(lesion.big, SHAPE) & ~pixels_inside(lesion.small, SHAPE)
     well_inside = free & (elliptical_radius(lesion.big, SHAPE) < 0.6)
     well_outside = free & (elliptical_radius(lesion.big, SHAPE) > 1.1)
     assert np.median(score[well_inside]) == pytest.approx(1, abs=0.1)
@@ -302,7 +302,7 @@ def test_on_real_images_the_prior_beats_the_ellipse_and_the_offset_does_not_hurt
         for predictions in (
             ellipses,
             [p > 0 for p in priors],
-            [(p + offset > 0) & inside(b, p.shape) for p, b in zip(priors, boxes, strict=True)],
+            [(p + offset > 0) & pixels_inside(b, p.shape) for p, b in zip(priors, boxes, strict=True)],
         )
     ]
     ellipse, plain, shifted = found

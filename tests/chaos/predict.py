@@ -61,7 +61,7 @@ class Campaign:
             return drawn | {"auto": True}
         drawn["prompt"] = rng.choice(("box", "box", "centre", "box+core"))
         if drawn["prompt"] == "box":
-            drawn |= {"nearer": rng.random() < 0.5}
+            drawn |= {"zoom": rng.random() < 0.5}
         return drawn | {"boxes": self.case / "boxes.csv"}
 
     def call(self, out: Path, options: dict[str, Any], fatal: tuple[int, int] | None = None) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
-from lesionsam.boxes.geometry import inside, model_frame_size
+from lesionsam.boxes.geometry import model_frame_size, pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
@@ -69,10 +69,10 @@ def assert_equal(one: Batch, other: Batch) -> None:
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (24, SIDE), (SIDE, 20)])
 def test_a_box_drawn_into_a_grid_moves_with_it(size: tuple[int, int], orientation: int) -> None:
     box = np.array([3.0, 5.0, 14.0, 21.0], np.float32)
-    grid = inside(box, (SIDE, SIDE)).astype(np.uint8)
+    grid = pixels_inside(box, (SIDE, SIDE)).astype(np.uint8)
     moved = orient(grid, size, orientation)
     turned = orient_box(box, size, orientation)
-    assert np.array_equal(moved, inside(turned, (SIDE, SIDE)))
+    assert np.array_equal(moved, pixels_inside(turned, (SIDE, SIDE)))
     height, width = oriented_size(size, orientation)
     assert turned[2] <= width
     assert turned[3] <= height
@@ -102,7 +102,7 @@ def test_image_prior_mask_boxes_and_padding_move_together(orientation: int) -> N
         mask = batch.masks[k].numpy() > 0.5
         small, big = batch.small_boxes[k].numpy(), batch.big_boxes[k].numpy()
         assert is_inside(small, mask)
-        assert not mask[~inside(big, mask.shape)].any()
+        assert not mask[~pixels_inside(big, mask.shape)].any()
         assert mask.sum() == plain.masks[k].sum()
         red = batch.images[k, 0].numpy().astype(float)
         image_part = np.zeros_like(mask)
@@ -110,8 +110,10 @@ def test_image_prior_mask_boxes_and_padding_move_together(orientation: int) -> N
         assert red[mask].mean() < 150 < red[image_part & ~mask].mean(), "the lesion is dark in the image"
         assert (batch.images[k].numpy()[:, ~image_part] == 0).all()
         assert iou(batch.prior[k].numpy() > 0, mask) > 0.75
-        assert (batch.prior[k].numpy()[~inside(big, mask.shape)] == OUTSIDE).all()
-        corner = inside(orient_box(np.array([0, 0, 6, 5]), tuple(plain.sizes[k].tolist()), orientation), mask.shape)
+        assert (batch.prior[k].numpy()[~pixels_inside(big, mask.shape)] == OUTSIDE).all()
+        corner = pixels_inside(
+            orient_box(np.array([0, 0, 6, 5]), tuple(plain.sizes[k].tolist()), orientation), mask.shape
+        )
         assert np.array_equal(batch.valid[k].numpy(), image_part & ~corner)
 
 
@@ -134,7 +136,7 @@ def test_the_small_box_stays_valid_within_another_lesions_big_box() -> None:
     data = LesionDataset(
         data.samples, replace(data.frames, others=(np.array([[0, 0, SIDE, SIDE]], np.float32),)), with_masks=True
     )
-    assert np.array_equal(data.batch([0]).valid[0].numpy(), inside(small, (SIDE, SIDE)))
+    assert np.array_equal(data.batch([0]).valid[0].numpy(), pixels_inside(small, (SIDE, SIDE)))
 
 
 # ---- order -----------------------------------------------------------------------------------------------------------
@@ -212,7 +214,7 @@ def test_frames_hold_what_the_files_hold(tmp_path: Path) -> None:
         assert found.big_boxes[k][0] <= columns.min() + 0.5
         assert found.big_boxes[k][3] >= rows.max() + 0.5
         assert iou(prior > 0, mask) > 0.7
-        assert (prior[~inside(found.big_boxes[k], mask.shape)] == OUTSIDE).all()
+        assert (prior[~pixels_inside(found.big_boxes[k], mask.shape)] == OUTSIDE).all()
         assert sample.width / width * found.big_boxes[k][2] == pytest.approx(sample.big_box[2], abs=1e-3)
 
 
@@ -389,7 +391,7 @@ def test_an_image_too_thin_for_the_model_is_named(tmp_path: Path) -> None:
         big_box=np.array([10.0, 0, 60, 2]),
         small_box=np.array([20.0, 0.5, 40, 1.5]),
     )
-    with pytest.raises(UserError, match=r"image0\.png: 400x2 px is too thin"):
+    with pytest.raises(UserError, match=r"image0\.png: an image of 400x2 px is too thin"):
         load_frames([thin], SIDE, tmp_path / "cache")
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from helpers.tiny import tiny_data
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data.augment import widen
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset
@@ -23,7 +23,7 @@ def frame(size: tuple[int, int], big: tuple[int, int, int, int]) -> dict[str, np
     image[:height, :width, 0] = np.arange(height)[:, None]
     image[:height, :width, 1] = np.arange(width)[None]
     box = np.array(big, np.float32)
-    lesion = inside(box, (S, S))
+    lesion = pixels_inside(box, (S, S))
     prior = np.where(lesion, 36, int(OUTSIDE * PRIOR_SCALE)).astype(np.int8)
     valid = np.zeros((S, S), bool)
     valid[:height, :width] = True
@@ -67,10 +67,10 @@ def test_boxes_move_with_the_pixels() -> None:
     assert np.allclose(core, np.array([58, 28, 80, 44]) * scale)
     assert big.dtype == core.dtype == np.float32
     _, prior, mask, _ = grids
-    assert np.array_equal(mask.astype(bool), inside(big, (S, S)))
-    certain = inside(big + np.array([2, 2, -2, -2]), (S, S))
+    assert np.array_equal(mask.astype(bool), pixels_inside(big, (S, S)))
+    certain = pixels_inside(big + np.array([2, 2, -2, -2]), (S, S))
     assert (prior[certain] == 36).all()
-    assert (prior[~inside(big + np.array([-2, -2, 2, 2]), (S, S))] == int(OUTSIDE * PRIOR_SCALE)).all()
+    assert (prior[~pixels_inside(big + np.array([-2, -2, 2, 2]), (S, S))] == int(OUTSIDE * PRIOR_SCALE)).all()
 
 
 def test_the_surroundings_are_the_mirror_image() -> None:
@@ -85,9 +85,9 @@ def test_a_lesion_seen_again_in_the_mirror_is_not_judged() -> None:
     _, (grids, _, (big, _)) = widened((96, 96), (6, 30, 40, 60))  # mirrored about column 0: columns -40 to -6
     _, _, mask, valid = grids
     mirrored = np.array([24 - 40 + 2, 30 + 2, 24 - 6 - 2, 60 - 2], float) * 96 / 144
-    assert not valid[inside(np.maximum(mirrored, 0), (S, S))].any()
-    assert valid[inside(big, (S, S))].all()
-    assert not mask[inside(np.maximum(mirrored, 0), (S, S))].any()
+    assert not valid[pixels_inside(np.maximum(mirrored, 0), (S, S))].any()
+    assert valid[pixels_inside(big, (S, S))].all()
+    assert not mask[pixels_inside(np.maximum(mirrored, 0), (S, S))].any()
 
 
 def test_what_was_invalid_stays_so() -> None:
@@ -104,7 +104,7 @@ def test_what_was_invalid_stays_so() -> None:
         unknown=UNKNOWN,
     )
     gone = np.array([24 + 30 + 2, 10 + 2, 24 + 60 - 2, 20 - 2], float) * 96 / 144
-    assert not grids[3][inside(gone, (S, S))].any()
+    assert not grids[3][pixels_inside(gone, (S, S))].any()
 
 
 def test_a_mask_that_nobody_drew_stays_unknown() -> None:

@@ -15,19 +15,18 @@ from scipy import stats
 
 from lesionsam import metrics
 from lesionsam.boxes.annotator import simulate_boxes
-from lesionsam.boxes.geometry import box_slices, to_model_frame
+from lesionsam.boxes.geometry import box_slices, jitter_boxes, to_model_frame
 from lesionsam.data.dataset import open_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation import tables as results
 from lesionsam.evaluation.baselines import evaluate_baselines
-from lesionsam.evaluation.cases import build_case, jitter_boxes, measure
+from lesionsam.evaluation.cases import build_case, measure
 from lesionsam.evaluation.columns import Evaluation, concat
 from lesionsam.evaluation.evaluate import consistency, evaluate_model
 from lesionsam.evaluation.picks import disputed, pick_cases
 from lesionsam.evaluation.pictures import write_pictures
 from lesionsam.evaluation.selection import quick_evaluate
-from lesionsam.inference.lesion import look_at_boxes
 from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
@@ -38,7 +37,7 @@ from lesionsam.utils.images import read_image, read_mask
 from repo.import_graph import imported_names, module_files
 
 SIDE = 32
-PROMPTS = ("ring", "centre", "box", "nearer", "box+core", "tight")
+PROMPTS = ("ring", "centre", "box", "zoom", "box+core", "tight")
 HOW = {"num_bootstrap": 200, "confidence": 0.95}
 
 
@@ -98,14 +97,7 @@ def sam() -> Sam:
 
 
 def evaluated(sam: Sam, samples: list[Sample], **changes: object) -> Evaluation:
-    settings = {
-        "prompts": PROMPTS,
-        "seed": 0,
-        "batch_size": 4,
-        "num_points": 10,
-        "jitter": (0.0, 0.2),
-        "look": look_at_boxes,
-    } | changes
+    settings = {"prompts": PROMPTS, "seed": 0, "batch_size": 4, "num_points": 10, "jitter": (0.0, 0.2)} | changes
     return evaluate_model(sam, samples, load_image, load_mask, **settings)  # pyright: ignore[reportArgumentType]
 
 
@@ -156,17 +148,17 @@ def test_rows_equal_a_plain_recomputation(sam, samples):
     assert row["predicted_iou"] == pytest.approx(low_res["iou_predictions"].item(), abs=1e-4)
 
 
-def test_the_box_from_nearer_is_what_predict_gives_and_no_other_figure_moves(sam, samples, evaluation, tmp_path):
+def test_the_zoom_is_that_of_predict_and_changes_no_other_prompt(sam, samples, evaluation, tmp_path):
     save_sam(sam, tmp_path / "weights.safetensors", name="compact")
     predictor = Predictor(tmp_path / "weights.safetensors")
-    rows = evaluation.rows[evaluation.rows["prompt"] == "nearer"].set_index(["image_id", "lesion_id"])
+    rows = evaluation.rows[evaluation.rows["prompt"] == "zoom"].set_index(["image_id", "lesion_id"])
     for sample in samples:
-        (one,) = predictor.predict(load_image(sample), boxes=sample.big_box, nearer=True)
+        (one,) = predictor.predict(load_image(sample), boxes=sample.big_box, zoom=True)
         assert rows.loc[(sample.image_id, sample.lesion_id), "iou"] == pytest.approx(
             metrics.iou(one.mask, true_mask(sample)), abs=2e-3
         )
-    without = evaluated(sam, samples, prompts=[each for each in PROMPTS if each != "nearer"])
-    others = evaluation.rows[evaluation.rows["prompt"] != "nearer"].reset_index(drop=True)
+    without = evaluated(sam, samples, prompts=[each for each in PROMPTS if each != "zoom"])
+    others = evaluation.rows[evaluation.rows["prompt"] != "zoom"].reset_index(drop=True)
     pd.testing.assert_frame_equal(without.rows, others)
 
 
@@ -210,21 +202,24 @@ def test_box_slices_hold_the_pixels_whose_centres_are_inside_and_never_none():
     assert box_slices(np.array([4.1, 4.1, 4.2, 4.2]), (10, 10)) == (slice(4, 5), slice(4, 5))
 
 
+def jittered(sample: Sample, share: float) -> tuple[np.ndarray, np.ndarray]:
+    size = sample.height, sample.width
+    return jitter_boxes(sample.big_box, sample.small_box, size, share=share, key=sample.image_id)
+
+
 def test_jittered_boxes_stay_in_the_frame_with_the_core_inside_and_zero_is_no_jitter(samples):
     for sample in samples:
-        big, small = jitter_boxes(sample, 0.0, 0)
+        big, small = jittered(sample, 0.0)
         np.testing.assert_allclose([big, small], [sample.big_box, sample.small_box])
         for share in (0.1, 0.3, 0.9):
-            big, small = jitter_boxes(sample, share, 0)
+            big, small = jittered(sample, share)
             assert (big[:2] >= 0).all()
             assert (big[2:] <= [sample.width, sample.height]).all()
             assert (small[:2] >= big[:2] - 1e-9).all()
             assert (small[2:] <= big[2:] + 1e-9).all()
             assert (big[2:] - big[:2] > 0).all()
             assert (small[2:] - small[:2] > 0).all()
-        moved = np.abs(jitter_boxes(sample, 0.1, 0)[0][:2] - sample.big_box[:2]) / (
-            sample.big_box[2:] - sample.big_box[:2]
-        )
+        moved = np.abs(jittered(sample, 0.1)[0][:2] - sample.big_box[:2]) / (sample.big_box[2:] - sample.big_box[:2])
         assert (moved <= 0.1 + 0.05 + 1e-9).all()  # centre by 10 %, half the side by 5 %
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.inference import outputs as inference_outputs
-from lesionsam.inference.auto import AUTO
+from lesionsam.inference.auto import AUTO_DEFAULTS
 from lesionsam.inference.files import predict_files
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.inference.inputs import Source, find_images, plan
@@ -304,7 +304,7 @@ def test_a_link_that_leads_nowhere_is_a_fault_and_no_silence(case: Path, capsys:
             model=case / "weights.safetensors",
             auto=True,
             out=case / "out",
-            options=replace(AUTO, points_per_side=2),
+            options=replace(AUTO_DEFAULTS, points_per_side=2),
         )
         == 1
     )
@@ -379,9 +379,9 @@ def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path
     assert not (case / "out" / "overlays").exists()
     assert CliRunner().invoke(app, [*arguments, str(case / "none.png")]).exit_code == 1
     before = masks(case)
-    assert CliRunner().invoke(app, [*arguments, "--prompt", "box", "--nearer"]).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--prompt", "box", "--zoom"]).exit_code == 0
     assert masks(case).keys() == before.keys()
-    refused = CliRunner().invoke(app, [*arguments, "--nearer"])
+    refused = CliRunner().invoke(app, [*arguments, "--zoom"])
     assert isinstance(refused.exception, UserError), "the prompt is box+core"
 
 

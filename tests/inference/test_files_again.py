@@ -16,12 +16,12 @@ from PIL import Image
 from helpers.tiny import tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.inference import files as inference
-from lesionsam.inference.auto import AUTO
+from lesionsam.inference.auto import AUTO_DEFAULTS
 from lesionsam.inference.files import predict_files
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.utils.images import read_mask
 
-EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
+EASY = replace(AUTO_DEFAULTS, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
 HEADER = "image_id,lesion_id,big_x0,big_y0,big_x1,big_y1\n"
 BOX = "10,8,60,50\n"
 # Ends as by kill -9 when the first table after the first mask is due.
@@ -127,16 +127,16 @@ def test_coco_json_knows_the_files_of_earlier_calls(case: Path) -> None:
 
 def test_two_calls_at_once_do_not_write_one_table(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = ["first"]
-    work = inference.Run.work
+    work = inference.PredictRun.work
 
-    def work_and_call_again(self: inference.Run, jobs: list) -> None:
+    def work_and_call_again(self: inference.PredictRun, jobs: list) -> None:
         work(self, jobs)
         if begun.pop() == "first":  # what it has done is not in the table on disk yet
             begun.append("second")
             with pytest.raises(UserError, match="out: another process writes there; wait for it, or choose"):
                 again(case, "one_1.png", boxes=f"one_1,0,{BOX}")
 
-    monkeypatch.setattr(inference.Run, "work", work_and_call_again)
+    monkeypatch.setattr(inference.PredictRun, "work", work_and_call_again)
     again(case, boxes=f"one,0,{BOX}")
     begun.append("third")
     assert again(case, "one_1.png", boxes=f"one_1,0,{BOX}") == 0

@@ -22,29 +22,31 @@ from skimage.measure import label, regionprops
 from typer.testing import CliRunner
 
 from helpers.tiny import ARCHITECTURE, tiny_sam
-from lesionsam.boxes.geometry import largest_piece_box, loosened
+from lesionsam.boxes.geometry import largest_component_box, loosen
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.rle import decode as decode_rle
 from lesionsam.inference import outputs as inference_outputs
-from lesionsam.inference.auto import AUTO
-from lesionsam.inference.decode import Asked, answers, reasons
+from lesionsam.inference.auto import AUTO_DEFAULTS
+from lesionsam.inference.decode import DecodeOptions, decode_lesions
 from lesionsam.inference.files import predict_files
-from lesionsam.inference.image import ImagePredictor
+from lesionsam.inference.image import EncodedImages, ImagePredictor
 from lesionsam.inference.lesion import (
-    DECODER,
-    LOOSENED,
-    MASKS,
-    NOTHING,
+    LOOSENESS,
+    ZOOM_LOOSENESS,
+    ZOOM_SURROUNDINGS,
+    LesionSearch,
     candidates,
     find_lesions,
-    look_from_nearer,
     plausibility,
-    way,
+    trained_without_prompt,
 )
+from lesionsam.inference.prediction import LesionPrompt, review_reasons
 from lesionsam.inference.predictor import Predictor
-from lesionsam.inference.rank import SIGNS, agreement, lesion_scores, lesion_signs, overlaps, smoothed_lab
+from lesionsam.inference.rank import SIGNS, agreement, lesion_scores, lesion_signs, smoothed_lab
+from lesionsam.inference.zoom import BACKGROUND_LOGIT, decode_zoomed
+from lesionsam.metrics import iou_matrix
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess
@@ -53,7 +55,7 @@ from lesionsam.types import Prompts
 from lesionsam.utils.images import read_image, read_mask
 
 SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
-EASY = replace(AUTO, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
+EASY = replace(AUTO_DEFAULTS, points_per_side=3, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=0.999)
 SIZES = {"one": (60, 90), "two": (70, 48)}
 WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 COARSE = replace(ARCHITECTURE, image_size=64, patch_size=8)  # answers of half the frame's side
@@ -168,15 +170,16 @@ def test_one_lesion_without_a_prompt(case: Path) -> None:
 
 
 def test_what_the_weights_say_of_themselves() -> None:
-    assert way({TRAINED_WITH: "ring none"}) == DECODER
-    assert way({TRAINED_WITH: "ring box+core"}) == way({}) == MASKS
+    assert trained_without_prompt({TRAINED_WITH: "ring none"})
+    assert not trained_without_prompt({TRAINED_WITH: "ring box+core"})
+    assert not trained_without_prompt({})
 
 
 def looked_at_again(sam: Sam, features: torch.Tensor, mask: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
     """Plainly: the answer to a box about the largest piece of an (h, w) mask, 15 % longer."""
     regions = sorted(regionprops(label(mask, connectivity=1)), key=lambda region: region.area)
     y0, x0, y1, x1 = np.array(regions[-1].bbox) * size[0] / mask.shape[0]
-    box = loosened(np.array([x0, y0, x1, y1]), LOOSENED, size)
+    box = loosen(np.array([x0, y0, x1, y1]), LOOSENESS, size)
     low_res, _ = decode(sam, features, Prompts(boxes=torch.tensor(box[None], dtype=torch.float32)))
     return low_res[0, 0]
 
@@ -203,42 +206,44 @@ def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) ->
                 rim = [line > 0 for line in (logits[0], logits[-1], logits[:, 0], logits[:, -1])]
                 place = np.exp(-(x * x + y * y) / 0.18) * (1 - float(torch.cat(rim).float().mean())) ** 2
                 best = max(best, (q * stability * place, (logits > 0).numpy()), key=lambda b: b[0])
-        options = replace(EASY, points_per_batch=per_batch)
-        found = candidates(sam, features, frames[0].numpy(), size, by=DECODER, options=options)
+        search = LesionSearch(decode_without_prompt=True, auto=replace(EASY, points_per_batch=per_batch))
+        found = candidates(sam, features, frames[0].numpy(), size, search=search)
         assert found is not None
         expected = looked_at_again(sam, features, best[1], size)
         assert torch.allclose(found.logits[0], expected, atol=1e-3)
         own = looked_at_again(sam, features, (decode(sam, features, Prompts())[0][0, 0] > 0).numpy(), size)
         assert torch.allclose(found.logits[-1], own, atol=1e-3)
-        ((logits, quality, agreed),) = find_lesions(sam, features, frames, [size], by=DECODER, options=options)
+        (lesion,) = find_lesions(sam, features, frames, [size], search=search)
     chosen = found.masks[int(lesion_scores(found.signs).argmax())]
-    box = largest_piece_box(chosen)
+    box = largest_component_box(chosen)
     assert box is not None
     scale = np.array([size[1] / chosen.shape[1], size[0] / chosen.shape[0]] * 2)
-    nearer, expected_quality = look_from_nearer(sam, frames, [size], (box * scale)[None])
-    assert bool((nearer > 0).any())
-    assert torch.allclose(logits, nearer[0], atol=1e-3)
-    assert quality == pytest.approx(float(expected_quality), abs=1e-4)
-    assert agreed == pytest.approx(agreement(found.masks, lesion_scores(found.signs)), abs=1e-3)
+    zoomed, expected_quality = decode_zoomed(
+        sam, frames, [size], (box * scale)[None], looseness=ZOOM_LOOSENESS, surroundings=ZOOM_SURROUNDINGS
+    )
+    assert bool((zoomed > 0).any())
+    assert torch.allclose(lesion.low_res, zoomed[0], atol=1e-3)
+    assert lesion.predicted_iou == pytest.approx(float(expected_quality), abs=1e-4)
+    assert lesion.agreement == pytest.approx(agreement(found.masks, lesion_scores(found.signs)), abs=1e-3)
 
 
-def test_the_second_look_is_about_the_largest_piece_and_no_more_than_the_image() -> None:
+def test_the_box_of_the_second_decoding_is_around_the_largest_component_and_inside_the_image() -> None:
     mask = np.zeros((20, 30), bool)
     mask[2:4, 1:3] = mask[10:14, 20:30] = mask[14, 19] = True  # the corner of the last touches, but no side does
-    box = largest_piece_box(mask)
+    box = largest_component_box(mask)
     assert box is not None
     assert box.tolist() == [20, 10, 30, 14]
-    assert loosened(box, 0.5, (20, 30)).tolist() == [17.5, 9, 30, 15]
-    assert largest_piece_box(np.zeros((4, 4), bool)) is None
+    assert loosen(box, 0.5, (20, 30)).tolist() == [17.5, 9, 30, 15]
+    assert largest_component_box(np.zeros((4, 4), bool)) is None
 
 
-def test_a_look_from_nearer_at_the_whole_image_is_the_same_look() -> None:
+def test_zooming_on_the_whole_image_changes_nothing() -> None:
     """What is shown reaches beyond the image on every side: nothing is cut off, nothing is enlarged."""
     sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
     side, boxes = int(sam.image_encoder.img_size), np.array([[10.0, 12, 30, 24], [4, 20, 20, 40]])
     frames, sizes = model_frames([picture(44, 64, 0), picture(64, 64, 1)], side)
     parts = [(int(height), int(width)) for height, width in sizes]
-    logits, quality = look_from_nearer(sam, frames, parts, boxes, looseness=0.0, surroundings=20.0)
+    logits, quality = decode_zoomed(sam, frames, parts, boxes, looseness=0.0, surroundings=20.0)
     with torch.inference_mode():
         prompts = Prompts(boxes=torch.tensor(boxes, dtype=torch.float32))
         expected, predicted = decode(sam, encode(sam, preprocess(frames, sizes)), prompts)
@@ -249,17 +254,17 @@ def test_a_look_from_nearer_at_the_whole_image_is_the_same_look() -> None:
 
 
 @pytest.mark.parametrize("box", [[31.0, 23.1, 31.2, 23.2], [3.0, 23.1, 3.1, 23.2], [0.0, 0.0, 0.1, 0.1]])
-def test_a_look_from_nearer_at_a_box_on_the_last_pixel_shows_that_pixel(box: list[float]) -> None:
+def test_zooming_on_a_box_on_the_last_pixel_shows_that_pixel(box: list[float]) -> None:
     """A model frame's image part is rounded: 23 pixels here of an image that ends at 23.4."""
     sam = tiny_sam(sharpness=SHARP)
     frames = torch.zeros((1, 3, 32, 32), dtype=torch.uint8)
-    logits, _ = look_from_nearer(sam, frames, [(23, 32)], np.array([box]), looseness=0.0)
-    shown = logits[0] > NOTHING
+    logits, _ = decode_zoomed(sam, frames, [(23, 32)], np.array([box]), looseness=0.0)
+    shown = logits[0] > BACKGROUND_LOGIT
     assert shown.any()
     assert not shown.all()
 
 
-def test_a_look_from_nearer_comes_back_to_its_place() -> None:
+def test_a_zoomed_mask_comes_back_to_its_place() -> None:
     """Against SciPy's interpolation of the answer to the surroundings alone, cut out by hand."""
     sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
     side, image = int(sam.image_encoder.img_size), picture(64, 64, 2)
@@ -267,7 +272,7 @@ def test_a_look_from_nearer_comes_back_to_its_place() -> None:
     for box, (x0, y0, x1, y1) in (((20, 24, 40, 34), (15, 14, 45, 44)), ((0, 30, 20, 50), (0, 25, 25, 55))):
         part = frames[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
         shown = side / max(part.shape[:2])
-        nearer, sizes = model_frames([part], side)
+        enlarged, sizes = model_frames([part], side)
         low, high = np.array(box[:2], float), np.array(box[2:], float)
         middle, half = (low + high) / 2, (high - low) * 0.55
         prompt = np.concatenate([np.maximum(middle - half, 0), middle + half])
@@ -275,12 +280,10 @@ def test_a_look_from_nearer_comes_back_to_its_place() -> None:
         with torch.inference_mode():
             answer, _ = decode(
                 sam,
-                encode(sam, preprocess(nearer, sizes)),
+                encode(sam, preprocess(enlarged, sizes)),
                 Prompts(boxes=torch.tensor(prompt[None], dtype=torch.float32)),
             )
-        found, _ = look_from_nearer(
-            sam, frames, [(side, side)], np.array([box], float), looseness=0.1, surroundings=1.5
-        )
+        found, _ = decode_zoomed(sam, frames, [(side, side)], np.array([box], float), looseness=0.1, surroundings=1.5)
         cell = side / found.shape[-1]
         centres = (np.arange(found.shape[-1]) + 0.5) * cell
         rows, columns = (((centres - low) * shown / cell) - 0.5 for low in (y0, x0))
@@ -289,7 +292,7 @@ def test_a_look_from_nearer_comes_back_to_its_place() -> None:
         )
         inside = ((centres >= y0) & (centres < y1))[:, None] & ((centres >= x0) & (centres < x1))
         assert 0 < inside.sum() < inside.size
-        assert np.allclose(found[0].numpy(), np.where(inside, expected, NOTHING), atol=1e-3)
+        assert np.allclose(found[0].numpy(), np.where(inside, expected, BACKGROUND_LOGIT), atol=1e-3)
 
 
 def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> None:
@@ -298,7 +301,7 @@ def test_where_nothing_is_found_the_mask_is_empty_and_said_to_be(case: Path) -> 
     sam.mask_threshold = 1e9
     (one,) = Predictor(sam, auto=EASY).predict(np.full((40, 50, 3), 128, np.uint8), auto=True)
     assert not one.mask.any()
-    assert one.look == ("empty",)
+    assert one.review_reasons == ("empty",)
 
 
 def test_candidates_agree_as_far_as_the_likely_ones_do() -> None:
@@ -306,7 +309,7 @@ def test_candidates_agree_as_far_as_the_likely_ones_do() -> None:
     masks[0, :2] = masks[1, :1] = masks[2, 3:] = True  # IoU with the first: 1, 1/2, 0
     assert agreement(masks, np.array([1.0, 1.0 - 0.1 * np.log(2), -9.0])) == pytest.approx((1 + 0.5 * 0.5) / 1.5)
     assert agreement(masks, np.array([1.0, -9.0, -9.0])) == pytest.approx(1)
-    (reason,) = reasons(masks[0], Asked(), 0.9, 0.9, 0.5)
+    (reason,) = review_reasons(masks[0], LesionPrompt(), 0.9, 0.9, 0.5)
     assert reason == "candidates for the lesion disagree: 0.50 below 0.8"
 
 
@@ -365,7 +368,7 @@ def test_the_lesion_scores_above_skin_sticker_and_half_of_it() -> None:
         lesion_signs(masks, np.full(4, 0.8), np.full(4, 0.9), masks, np.ones(4), shown, smoothed_lab(shown))
     )
     assert scores.argmax() == 2
-    assert overlaps(masks, masks).diagonal().tolist() == [1, 1, 1, 1]
+    assert iou_matrix(masks, masks).diagonal().tolist() == [1, 1, 1, 1]
 
 
 def test_a_mask_in_the_middle_that_leaves_the_rim_free_is_more_plausible() -> None:
@@ -415,7 +418,7 @@ def test_every_mask_of_an_image_and_resume(case: Path) -> None:
 def test_an_image_without_any_mask_counts_as_done(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
     strict = replace(EASY, pred_iou_thresh=0.999999)
     assert predict(case, source="everything", options=strict) == 0
-    assert [(row["lesion_id"], row["mask"], row["look"]) for row in table(case)] == [
+    assert [(row["lesion_id"], row["mask"], row["review_reasons"]) for row in table(case)] == [
         ("", "", "no mask passes the thresholds")
     ] * 2
     capsys.readouterr()
@@ -482,28 +485,19 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     predict(case, source="boxes", ensemble=4)
     assert [int(row["area"]) for row in table(case)] != alone
     sam, image = tiny_sam(sharpness=SHARP), picture(60, 90, 0)
-    frames, sizes = model_frames([image], sam.image_encoder.img_size)
-    with torch.inference_mode():
-        features = encode(sam, preprocess(frames, sizes))
+    images = EncodedImages.of([image], sam.image_encoder.img_size).encoded(sam)
     box = np.array([10.0, 8, 60, 50])
-    how: dict = {"prompt": "box"}
-    (single,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], **how)
-    (two,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
-    (again,) = answers(sam, features, [(60, 90)], [Asked(box, box)], ["one/0"], num_members=2, **how)
+    prompt, members = LesionPrompt(box, box), DecodeOptions("box", num_members=2)
+    (single,) = decode_lesions(sam, images, [prompt], [0], ["one/0"], DecodeOptions("box"))
+    (two,) = decode_lesions(sam, images, [prompt], [0], ["one/0"], members)
+    (again,) = decode_lesions(sam, images, [prompt], [0], ["one/0"], members)
     assert np.isnan(single.agreement)
     assert 0 <= two.agreement <= 1
     assert torch.equal(two.low_res, again.low_res)  # jitter depends on the lesion alone
-    owners = [1, 0, 1]  # images of a batch, shared by lesions, in any order
-    many = answers(
-        sam,
-        torch.cat([features, features.roll(1, -1)]),
-        [(60, 90)] * 3,
-        [Asked(box, box)] * 3,
-        ["one/0", "one/0", "one/1"],
-        num_members=2,
-        owners=owners,
-        **how,
-    )
+    features = images.known_features
+    pair = replace(images[[0, 0]], features=torch.cat([features, features.roll(1, -1)]))
+    rows = [1, 0, 1]  # images of a batch, shared by lesions, in any order
+    many = decode_lesions(sam, pair, [prompt] * 3, rows, ["one/0", "one/0", "one/1"], members)
     torch.testing.assert_close(many[1].low_res, two.low_res, rtol=0, atol=1e-4)
     assert not torch.allclose(many[0].low_res, two.low_res, atol=1e-2)
     other = 2 * two.low_res - single.low_res  # the second member, which must be the answer to a box near by
@@ -516,10 +510,10 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     [
         ("points", {"ensemble": 3}, "--ensemble: expected 1"),
         ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
-        ("boxes", {"nearer": True, "ensemble": 2}, "--nearer: enlarges what lies around a big box, so it goes with"),
-        ("boxes", {"nearer": True, "prompt": "centre"}, "--nearer: enlarges"),
-        ("points", {"nearer": True}, "--nearer: enlarges"),
-        ("auto", {"nearer": True}, "--nearer: enlarges .* --auto does so by itself"),
+        ("boxes", {"zoom": True, "ensemble": 2}, "--zoom: enlarges the surroundings of a big box, so it goes with"),
+        ("boxes", {"zoom": True, "prompt": "centre"}, "--zoom: enlarges"),
+        ("points", {"zoom": True}, "--zoom: enlarges"),
+        ("auto", {"zoom": True}, "--zoom: enlarges .* --auto zooms by itself"),
         ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
         ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
         ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),
@@ -538,30 +532,30 @@ def test_what_a_kind_of_prompt_cannot_be_asked_is_refused_alike_by_both_verbs(
         )
 
 
-# -------------------------------------------------------------------------------------------------------- from nearer
+# -------------------------------------------------------------------------------------------------------- zoom
 
 
-def test_around_a_box_as_large_as_the_image_nearer_is_no_nearer(case: Path) -> None:
+def test_around_a_box_as_large_as_the_image_the_zoom_changes_nothing(case: Path) -> None:
     """Around a smaller one it is; and an earlier call's masks are not taken for it."""
     (case / "boxes.csv").write_text("image_id,big_x0,big_y0,big_x1,big_y1\none,0,0,90,60\ntwo,20,20,40,44\n")
     masks, keys = [], []
-    for nearer in (False, True):
-        predict(case, source="boxes", nearer=nearer)
+    for zoom in (False, True):
+        predict(case, source="boxes", zoom=zoom)
         masks.append({row["image_id"]: read_mask(case / "out" / row["mask"]) for row in table(case)})
         keys.append({row["key"] for row in table(case)})
     assert np.count_nonzero(masks[0]["one"] != masks[1]["one"]) <= 2
     assert np.count_nonzero(masks[0]["two"] != masks[1]["two"]) > 20
     assert not keys[0] & keys[1]
-    assert stamps(case) == (predict(case, source="boxes", nearer=True), stamps(case))[1]
+    assert stamps(case) == (predict(case, source="boxes", zoom=True), stamps(case))[1]
 
 
-def test_lesions_of_one_image_are_each_seen_from_nearer(case: Path) -> None:
+def test_lesions_of_one_image_are_each_zoomed(case: Path) -> None:
     """The same alone as beside another, and in batches of any size."""
     boxes = np.array([[10.0, 8, 60, 50], [50, 20, 80, 55]])
     predictor = Predictor(case / "weights.safetensors")
-    together = predictor.predict(picture(60, 90, 0), boxes=boxes, nearer=True)
+    together = predictor.predict(picture(60, 90, 0), boxes=boxes, zoom=True)
     for box, one in zip(boxes, together, strict=True):
-        (alone,) = predictor.predict(picture(60, 90, 0), boxes=box, nearer=True)
+        (alone,) = predictor.predict(picture(60, 90, 0), boxes=box, zoom=True)
         assert np.count_nonzero(one.mask != alone.mask) <= 2
 
 
@@ -571,20 +565,23 @@ def test_lesions_of_one_image_are_each_seen_from_nearer(case: Path) -> None:
 def test_reasons_to_look() -> None:
     mask = np.zeros((20, 20), bool)
     fine: dict = {"predicted_iou": 0.95, "stability": 0.95, "agreement": 0.95}
-    assert reasons(mask, Asked(), **fine) == ("empty",)
+    assert review_reasons(mask, LesionPrompt(), **fine) == ("empty",)
     mask[5:15, 5:15] = True
     box, core = np.array([4.0, 4, 16, 16]), np.array([8.0, 8, 12, 12])
-    assert reasons(mask, Asked(box, core), **fine) == ()
-    assert reasons(mask, Asked(), **fine | {"agreement": float("nan"), "stability": float("nan")}) == ()
+    assert review_reasons(mask, LesionPrompt(box, core), **fine) == ()
+    assert review_reasons(mask, LesionPrompt(), **fine | {"agreement": float("nan"), "stability": float("nan")}) == ()
     for name, value in {"predicted_iou": 0.3, "stability": 0.4, "agreement": 0.5}.items():
-        (reason,) = reasons(mask, Asked(box, core), **fine | {name: value})
+        (reason,) = review_reasons(mask, LesionPrompt(box, core), **fine | {name: value})
         assert f"{value:.2f} below" in reason
-    assert reasons(mask, Asked(np.array([4.0, 4, 16, 10]), core[:]), **fine)[0] == "50% of the mask outside its box"
-    assert reasons(mask, Asked(box, np.array([2.0, 2, 6, 6])), **fine) == (
+    assert (
+        review_reasons(mask, LesionPrompt(np.array([4.0, 4, 16, 10]), core[:]), **fine)[0]
+        == "50% of the mask outside its box"
+    )
+    assert review_reasons(mask, LesionPrompt(box, np.array([2.0, 2, 6, 6])), **fine) == (
         "only 6% of what must be lesion is in the mask",
     )
-    points = Asked(points=np.array([[7.0, 7], [1, 1], [18, 18]]), labels=np.array([1, 1, 0]))
-    assert reasons(mask, points, **fine) == ("only 50% of what must be lesion is in the mask",)
+    points = LesionPrompt(points=np.array([[7.0, 7], [1, 1], [18, 18]]), labels=np.array([1, 1, 0]))
+    assert review_reasons(mask, points, **fine) == ("only 50% of what must be lesion is in the mask",)
 
 
 # ----------------------------------------------------------------------------------------------------------- Predictor
@@ -596,7 +593,7 @@ def test_predictor_has_the_verbs_of_the_command(case: Path) -> None:
     images = case / "images"
     for source, given, more in (
         ("boxes", {"boxes": case / "boxes.csv"}, {}),
-        ("boxes", {"boxes": case / "boxes.csv"}, {"nearer": True}),
+        ("boxes", {"boxes": case / "boxes.csv"}, {"zoom": True}),
         ("points", {"points": str(case / "points.csv")}, {}),
         ("auto", {"auto": True}, {}),
     ):
@@ -607,7 +604,7 @@ def test_predictor_has_the_verbs_of_the_command(case: Path) -> None:
         for one, row in zip(found, rows, strict=True):
             assert np.count_nonzero(one.mask != read_mask(case / "out" / row["mask"])) <= 2
             assert f"{one.entropy:.3f}" == f"{float(row['entropy']):.3f}"
-            assert "; ".join(one.look) == row["look"]
+            assert "; ".join(one.review_reasons) == row["review_reasons"]
         (case / "out" / "predictions.csv").unlink()
 
 
@@ -621,9 +618,9 @@ def test_predictor_takes_arrays_and_numbers(case: Path) -> None:
     by_csv = predictor.predict(case / "images" / "one.png", boxes=case / "boxes.csv")[0]
     assert np.array_equal(first.mask, by_csv.mask)
     (point,) = predictor.predict(image, points=[[30, 20], [80, 50]], labels=[1, 0])
-    assert point.asked.labels.tolist() == [1, 0]
+    assert point.prompt.labels.tolist() == [1, 0]
     (core,) = predictor.predict(case / "images" / "one.png", boxes=boxes[0], cores=[20, 20, 40, 40], prompt="centre")
-    assert core.asked.points[0].tolist() == pytest.approx([30, 30])
+    assert core.prompt.points[0].tolist() == pytest.approx([30, 30])
 
 
 def test_what_predictor_cannot_do_is_said(case: Path) -> None:
@@ -666,7 +663,7 @@ def test_numbers_that_predictor_cannot_use_are_said(case: Path, message: str, gi
         Predictor(case / "weights.safetensors").predict(picture(60, 90, 0), **given)
 
 
-@pytest.mark.parametrize("how", [{"boxes": [1, 2, 30, 40], "nearer": True}, {"everything": True}, {"auto": True}])
+@pytest.mark.parametrize("how", [{"boxes": [1, 2, 30, 40], "zoom": True}, {"everything": True}, {"auto": True}])
 def test_arrays_that_are_no_image_are_said_whatever_is_asked(case: Path, how: dict) -> None:
     predictor = Predictor(case / "weights.safetensors", auto=EASY)
     for wrong in (picture(60, 90, 0)[..., 0], picture(60, 90, 0).astype(float)):
@@ -675,8 +672,6 @@ def test_arrays_that_are_no_image_are_said_whatever_is_asked(case: Path, how: di
     for several in ([picture(60, 90, 0)] * 2, Image.fromarray(picture(60, 90, 0))):
         with pytest.raises(ValueError, match=r"images: expected one .* array, or files"):
             predictor.predict(several, **how)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="lesion_by: expected decoder, masks or None, got 'nothing'"):
-        Predictor(case / "weights.safetensors", lesion_by="nothing")
 
 
 def test_a_second_prompt_costs_no_encoder_pass_and_little_time() -> None:
@@ -784,7 +779,7 @@ def test_killed_and_resumed_ends_with_the_same_files(case: Path) -> None:
     process.kill()
     process.wait()
     (masks / f".late.png.{process.pid}-0123abcd.tmp").write_bytes(b"half")  # what a kill within a write leaves
-    assert predict(case, source="auto", overlays=False, shapes=False, options=AUTO) == 0
+    assert predict(case, source="auto", overlays=False, shapes=False, options=AUTO_DEFAULTS) == 0
     assert len(table(case)) == 62
     assert sorted(path.name for path in masks.iterdir()) == sorted(Path(row["mask"]).name for row in table(case))
     whole = read_mask(masks / "one.png")

@@ -19,8 +19,8 @@ ROOT = import_graph.ROOT
 # From the ground up. A module imports from lower rows only, or from its own package.
 LAYERS = [
     ["types", "errors", "losses", "metrics"],
-    ["config", "utils", "prompts"],
-    ["boxes", "tracking", "overlays"],
+    ["config", "utils"],
+    ["boxes", "prompts", "tracking", "overlays"],
     ["models", "formats"],
     ["methods", "data", "inference"],
     ["training", "evaluation", "pretraining", "export", "annotation"],
@@ -31,7 +31,7 @@ LAYERS = [
 ]
 # Foreign library -> the only packages, or single modules, that may import it.
 ONLY_IN = {
-    "segment_anything": ("models", "export.standalone", "export.vanilla_sam"),
+    "segment_anything": ("models", "inference.auto", "inference.lesion", "export.standalone", "export.vanilla_sam"),
     "peft": ("models",),
     "segmentation_models_pytorch": (),
     "transformers": ("export.huggingface",),

@@ -11,7 +11,7 @@ from skimage.measure import approximate_polygon, find_contours
 
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.annotator import simulate_boxes
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.metrics import iou
 
@@ -92,7 +92,7 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
     scale = np.array([image.shape[1] / size[0], image.shape[0] / size[1]] * 2)
     for _ in range(ROUNDS):
         mask = prior_logits(image, size, outer, core, others) > 0
-        mask = ndimage.binary_fill_holes(mask) & inside(outer * scale, mask.shape)
+        mask = ndimage.binary_fill_holes(mask) & pixels_inside(outer * scale, mask.shape)
         share = (CORE_SHARE, CORE_SHARE)
         found = simulate_boxes(mask, np.random.default_rng(0), margin=(0, 0), core=share, jitter=0.0, min_area=4)
         if found is None:

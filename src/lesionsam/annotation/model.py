@@ -18,12 +18,11 @@ from lesionsam.annotation.pictures import Cache, Pictures
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.inference.auto import AUTO
-from lesionsam.inference.lesion import find_lesions, way
+from lesionsam.inference.lesion import LesionSearch, find_lesions, trained_without_prompt
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode
-from lesionsam.models.transforms import model_frames, preprocess, upscale
+from lesionsam.models.transforms import image_part, model_frames, preprocess, upscale
 from lesionsam.prompts import TRAINED_WITH, seeded_prompts
 from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file
@@ -75,7 +74,7 @@ class Model:
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
         self.name, self.digest = weights.name, sha256_file(weights)[:12]
         metadata = weights_metadata(weights)
-        self.is_adapted, self._way = TRAINED_WITH in metadata, way(metadata)
+        self.is_adapted, self._search = TRAINED_WITH in metadata, LesionSearch(trained_without_prompt(metadata))
         self.side = int(self.sam.image_encoder.img_size)
         self.level = logit(threshold)
         self._features = Cache(FEATURE_BYTES)
@@ -146,7 +145,7 @@ class Model:
     def _answer(
         self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int], big: Sequence[float]
     ) -> BoxMask:
-        kept = self._part(low_res, part)
+        kept = image_part(low_res, part, self.side)
         cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
         step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
         x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
@@ -155,10 +154,8 @@ class Model:
 
     def lesion(self, features: Features) -> np.ndarray:
         """Return (t, u) float32 logits of the image part without a prompt, as `lesionsam predict --auto` finds them."""
-        ((low_res, _, _),) = find_lesions(
-            self.sam, features.values, features.frame.to(self.device), [features.size], by=self._way, options=AUTO
-        )
-        return self._part(low_res.float().cpu().numpy(), features.size)
+        (found,) = find_lesions(self.sam, features.values, features.frame, [features.size], search=self._search)
+        return image_part(found.low_res.float().cpu().numpy(), features.size, self.side)
 
     @torch.inference_mode()
     def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,12 +175,7 @@ class Model:
         ]
         low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
         predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
-        return self._part(low_res, features.size), predicted
-
-    def _part(self, low_res: np.ndarray, part: tuple[int, int]) -> np.ndarray:
-        """Return the image part, a frame of size (h, w), of (..., T, T) logits."""
-        rows, columns = (max(1, round(length * low_res.shape[-1] / self.side)) for length in part)
-        return low_res[..., :rows, :columns]
+        return image_part(low_res, features.size, self.side), predicted
 
     @torch.inference_mode()
     def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from lesionsam.errors import UserError
 from lesionsam.types import Sample
 from lesionsam.utils.images import read_mask
 from lesionsam.utils.progress import progress
+from lesionsam.utils.random import keyed_rng
 
 
 def simulate_boxes(
@@ -24,7 +24,7 @@ def simulate_boxes(
     jitter: float,
     min_area: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """An annotator's two boxes, drawn from a mask.
+    """Draw an annotator's two boxes from a mask.
 
     Big box: the bounding box of every component of at least `min_area` pixels, width and height times
     1 + U(margin) about a centre moved by up to `jitter` of the side; it always holds the whole lesion and is cut at the
@@ -64,12 +64,13 @@ def _core_inside(
     core: tuple[float, float],
     jitter: float,
 ) -> np.ndarray:
+    """Return a small box, (4,) XYXY, that lies on the component whose bounding box is `where` (rows, columns)."""
     rows, columns = where
     lesion = np.pad(component[where], 1)  # beyond the frame counts as background
     depth = ndimage.distance_transform_edt(lesion)
     row, column = np.unravel_index(int(np.argmax(depth)), depth.shape)
     extent = np.array([columns.stop - columns.start, rows.stop - rows.start], float)
-    total = np.pad(lesion.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    total = np.pad(lesion.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # integral image
     deepest = np.array([column + 0.5, row + 0.5])
     offset, half = extent * rng.uniform(-jitter, jitter, 2), extent * rng.uniform(*core) / 2
     shift = np.array([columns.start - 1, rows.start - 1], float)
@@ -86,9 +87,8 @@ def _core_inside(
 
 
 def annotator_rng(seed: int, image_id: str, lesion_id: str = "0") -> np.random.Generator:
-    """Source of the simulated annotator's draws for one lesion, whatever else the set holds."""
-    key = f"{seed}|{image_id}" + (f"|{lesion_id}" if lesion_id != "0" else "")
-    return np.random.default_rng(np.frombuffer(hashlib.sha256(key.encode()).digest(), np.uint64))
+    """Return the generator of the simulated annotator's draws for one lesion."""
+    return keyed_rng(f"{seed}|{image_id}" + (f"|{lesion_id}" if lesion_id != "0" else ""))
 
 
 def annotate(
@@ -101,10 +101,10 @@ def annotate(
     jitter: float,
     min_area: int,
 ) -> list[Sample]:
-    """The simulated annotator over a whole index: one lesion per mask.
+    """Simulate the annotator over a whole index: one lesion per mask.
 
     Draws depend on (seed, image_id, lesion_id) alone, so that a lesion keeps its boxes whatever else the set holds.
-    Where lesions have masks of their own, those below `min_area` pixels are passed over.
+    Where lesions have masks of their own, those below `min_area` pixels are skipped.
 
     Raises:
         UserError: an image without a mask, or an image's one mask without a lesion of `min_area` pixels.

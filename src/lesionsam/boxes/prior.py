@@ -1,4 +1,4 @@
-"""The box prior: what two boxes and the image's own colours say of the lesion, without a network.
+"""The box prior: a lesion's logits from two boxes and the image's own colours, without a network.
 
 The core (small box) is certainly lesion and the band around the big box certainly is not, so each image brings its own
 colour model. With mu_1, mu_0 the mean CIELAB colours of core and band and S their pooled covariance, pixels are
@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import largest_component_box, pixels_inside
 
 OUTSIDE = -3.0  # logit of what certainly is not lesion
 CORE = 1.0  # least logit of what certainly is
@@ -29,15 +29,14 @@ BAND_SHARE = 1 / 12  # width of the outside band over the frame's longer side
 SMOOTHING_SHARE = 1 / 96  # standard deviation of the smoothing over the frame's longer side
 MIN_BAND_PIXELS, MIN_CORE_PIXELS = 40, 4
 ELLIPSE_SHRINK = 1.15  # the ellipse baseline is the one inscribed in the big box / 1.15, always 1.15
-EXTENT_SHARE = (
-    0.972  # extent of the prior's smooth outline over that of a real, ragged lesion of the same area; measured on
-)
-# the generated lesions alone (docs/log.md), where it brings the offset found from the boxes to the best one
+# Extent of the prior's smooth outline over that of a real, ragged lesion of the same area. Measured on generated
+# lesions alone (docs/log.md), where it brings the offset found from the boxes to the best one.
+EXTENT_SHARE = 0.972
 OFFSETS = np.round(np.arange(-0.8, 1.01, 0.1), 2)
 
 
 def elliptical_radius(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) float64, 1 on the ellipse inscribed in the box, 0 at its centre."""
+    """Return the (H, W) radius in units of the ellipse inscribed in a (4,) XYXY box: 1 on it, 0 at its centre."""
     rows, columns = np.arange(shape[0]) + 0.5, np.arange(shape[1]) + 0.5
     v = (rows - (box[1] + box[3]) / 2) / max((box[3] - box[1]) / 2, 1e-6)
     u = (columns - (box[0] + box[2]) / 2) / max((box[2] - box[0]) / 2, 1e-6)
@@ -45,7 +44,7 @@ def elliptical_radius(box: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def ellipse_prior(big_box: np.ndarray, shape: tuple[int, int], shrink: float = ELLIPSE_SHRINK) -> np.ndarray:
-    """The baseline that sees no image: logits positive inside the big box's inscribed ellipse / `shrink`.
+    """Return logits that are positive inside the big box's inscribed ellipse / `shrink`; the baseline without an image.
 
     Args:
         big_box: (4,) XYXY, pixels. shape: (H, W).
@@ -53,16 +52,16 @@ def ellipse_prior(big_box: np.ndarray, shape: tuple[int, int], shrink: float = E
         (H, W) float32, zero on the outline, slope and outside value as the box prior's.
     """
     prior = SHAPE_WEIGHT * (1 - elliptical_radius(big_box, shape) * shrink)
-    return np.where(inside(big_box, shape), prior, OUTSIDE).astype(np.float32)
+    return np.where(pixels_inside(big_box, shape), prior, OUTSIDE).astype(np.float32)
 
 
 def box_prior(
     image: np.ndarray, big_box: np.ndarray, small_box: np.ndarray, ignore: np.ndarray | None = None
 ) -> np.ndarray:
-    """Logits of lesion from two boxes and the image's colours.
+    """Return the logits of lesion from two boxes and the image's colours.
 
-    Where the band or the core has too few pixels (a big box that fills the frame, a core under a pixel) the shape term
-    alone is returned.
+    Where the band or the core has too few pixels (a big box that fills the frame, a core below a pixel), only the shape
+    term is returned.
 
     Args:
         image: (H, W, 3) uint8 RGB. big_box, small_box: (4,) XYXY, pixels of this image.
@@ -72,11 +71,11 @@ def box_prior(
     """
     shape = image.shape[:2]
     side = max(shape)
-    in_big, core = inside(big_box, shape), inside(small_box, shape)
+    in_big, core = pixels_inside(big_box, shape), pixels_inside(small_box, shape)
     prior = SHAPE_WEIGHT * (1 - elliptical_radius(big_box, shape) * SHAPE_TIGHTNESS)
     usable = np.ones(shape, bool) if ignore is None else ~ignore
     reach = max(2.0, side * BAND_SHARE)
-    band = inside(big_box + np.array([-reach, -reach, reach, reach]), shape) & ~in_big & usable
+    band = pixels_inside(big_box + np.array([-reach, -reach, reach, reach]), shape) & ~in_big & usable
     if band.sum() < MIN_BAND_PIXELS:
         band = ~in_big & usable
     if band.sum() >= MIN_BAND_PIXELS // 4 and (core & usable).sum() >= MIN_CORE_PIXELS:
@@ -107,13 +106,9 @@ def fisher_score(features: np.ndarray, positive: np.ndarray, negative: np.ndarra
 
 
 def extent(mask: np.ndarray) -> np.ndarray:
-    """(2,) float, width and height of the bounding box of a mask's largest component; zeros where it is empty."""
-    labels, count = ndimage.label(mask)
-    if count == 0:
-        return np.zeros(2)
-    sizes = np.bincount(labels.ravel())[1:]
-    rows, columns = ndimage.find_objects(labels)[int(sizes.argmax())]
-    return np.array([columns.stop - columns.start, rows.stop - rows.start], float)
+    """Return (2,) float64 width and height of a mask's largest component, pixels; zeros for an empty mask."""
+    box = largest_component_box(mask)
+    return np.zeros(2) if box is None else box[2:] - box[:2]
 
 
 def outline_offset(
@@ -122,7 +117,7 @@ def outline_offset(
     looseness: float,
     sizes: Sequence[tuple[int, int]] | None = None,
 ) -> float:
-    """How generously a data set's annotators draw, from the boxes alone.
+    """Estimate from the boxes alone how generously the annotators of a data set draw their outlines.
 
     Args:
         priors: logits of `box_prior`, (H, W) each. big_boxes: (4,) each, pixels of its prior.
@@ -139,7 +134,7 @@ def outline_offset(
         height, width = prior.shape if sizes is None else sizes[k]
         if big[0] <= 1 or big[1] <= 1 or big[2] >= width - 1 or big[3] >= height - 1:
             continue
-        allowed = inside(big, prior.shape)
+        allowed = pixels_inside(big, prior.shape)
         ratios.append([(extent((prior + offset > 0) & allowed) / (big[2:] - big[:2])).mean() for offset in OFFSETS])
     if not ratios:
         return 0.0

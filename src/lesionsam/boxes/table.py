@@ -1,4 +1,4 @@
-"""The two boxes of a lesion: the CSV and its checks, the simulated annotator, and the change of frame.
+"""The CSV of two boxes per lesion, and its checks.
 
 The CSV holds one row per (image_id, lesion_id) in the original frame: pixels after EXIF transpose, XYXY, half-open.
 """
@@ -63,7 +63,7 @@ def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
 
 
 def scan_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> tuple[list[Sample], list[str]]:
-    """The sound rows of a two-box CSV, and a line of text for each faulty one; see `read_boxes`."""
+    """Return the valid rows of a two-box CSV, and one line of text per faulty row; see `read_boxes`."""
     samples, problems = [], []
     seen: dict[tuple[str, str], int] = {}
     for line, row in read_rows(path):
@@ -86,7 +86,7 @@ def scan_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
 def read_rows(
     path: Path, required: Sequence[str] = REQUIRED, *, columns: Sequence[str] = COLUMNS, what: str = "two-box CSV"
 ) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> text) of every row of a CSV; its columns are checked, its values are not.
+    """Return (line number, column -> text) of every row of a CSV; checks its columns, not its values.
 
     Args:
         required: columns that must be there. columns: those that may be. what: the file is, for messages.
@@ -131,7 +131,7 @@ def read_rows(
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of its first line, fields) of each row of a CSV."""
+    """Yield (number of its first line, fields) of each row of a CSV."""
     reader = csv.reader(text.splitlines(), strict=True)
     line = 1
     try:
@@ -185,7 +185,7 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
 
 
 def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """Big and small box of a row, each (4,) XYXY, cut at the frame and the small one at the big one.
+    """Return the big and the small box of a row, each (4,) XYXY, cut at the frame and at the big box.
 
     Raises:
         ValueError: names the column, what was expected and what came.
@@ -195,7 +195,7 @@ def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.nda
 
 
 def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray:
-    """The small box (4,), cut at the big one; raises ValueError where it leaves that by more than rounding."""
+    """Return the small box (4,) cut at the big one; ValueError if it leaves that by more than `TOLERANCE`."""
     outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
     if outside > TOLERANCE:
         raise ValueError(
@@ -207,7 +207,7 @@ def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray
 
 
 def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
-    """One box of a row, (4,) XYXY, cut at the frame; raises ValueError as `parse_boxes` does."""
+    """Return one box of a row, (4,) XYXY, cut at the frame; ValueError as of `parse_boxes`."""
     values = []
     for name in names:
         try:
@@ -219,7 +219,7 @@ def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: 
 
 
 def check_box(box: np.ndarray, names: Sequence[str], width: int, height: int, image_id: str) -> np.ndarray:
-    """A box (4,) XYXY, cut at the frame; `names` are its columns for the ValueError that a wrong one raises."""
+    """Return a (4,) XYXY box cut at the frame; `names` are the columns that a ValueError names."""
     for name, value in zip(names, box, strict=True):
         if not np.isfinite(value):
             raise ValueError(f"{name}: expected a finite number of pixels, got {value} ({image_id!r})")

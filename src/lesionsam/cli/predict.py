@@ -1,4 +1,4 @@
-"""`lesionsam predict`: masks for new images, from boxes, from points, or from nothing."""
+"""`lesionsam predict`: masks for new images, from boxes, from points, or without a prompt."""
 
 from __future__ import annotations
 
@@ -46,15 +46,13 @@ def predict(
     ensemble: Annotated[
         int,
         typer.Option(
-            help="Decodings of each box, all but one jittered by up to 10 %: tells how much hangs on the box; 1: none."
+            help="Decodings of each box, all but one jittered by up to 10 %, to see how much depends on it; 1: none."
         ),
     ] = 1,
-    nearer: Annotated[
-        bool,
-        typer.Option(
-            "--nearer", help="Enlarge what lies around each box to the model's whole input, lesion by lesion."
-        ),
+    zoom: Annotated[
+        bool, typer.Option("--zoom", help="Enlarge the surroundings of each box to the model's whole input.")
     ] = False,
+    nearer: Annotated[bool, typer.Option("--nearer", hidden=True)] = False,
     threshold: Annotated[
         float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")
     ] = 0.5,
@@ -70,18 +68,20 @@ def predict(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Segment lesions in images, given boxes, points or nothing; a second call does only what is missing."""
+    """Segment lesions in images from boxes, points or without a prompt; a second call does only what is missing."""
     from lesionsam.experiment.auto import read_auto_options
-    from lesionsam.inference.auto import AUTO
+    from lesionsam.inference.auto import AUTO_DEFAULTS
     from lesionsam.inference.files import predict_files
     from lesionsam.inference.inputs import Source
     from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
+    if nearer:
+        raise UserError("--nearer: this option is now called --zoom")
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
     uses_auto = source.kind in ("auto", "everything")
     if params is not None and not uses_auto:
-        raise UserError(f"--params {params}: section auto is read for --auto and --everything alone; leave it out")
+        raise UserError(f"--params {params}: section auto is read for --auto and --everything only; leave it out")
     code = predict_files(
         images,
         boxes=boxes,
@@ -97,8 +97,8 @@ def predict(
         overlays=overlays,
         shapes=shapes,
         threshold=threshold,
-        nearer=nearer,
-        options=read_auto_options(params) if uses_auto else AUTO,
+        zoom=zoom,
+        options=read_auto_options(params) if uses_auto else AUTO_DEFAULTS,
     )
     if code:
         raise typer.Exit(code)

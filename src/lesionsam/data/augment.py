@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -167,7 +167,7 @@ def widen(
     around = ((rows, rows), (columns, columns))
     scale = side / (max(height + 2 * rows, width + 2 * columns))
     new = (max(1, round((height + 2 * rows) * scale)), max(1, round((width + 2 * columns) * scale)))
-    shown = np.pad(inside(boxes[0], (height, width)), around, mode="reflect")
+    shown = np.pad(pixels_inside(boxes[0], (height, width)), around, mode="reflect")
     shown[rows : rows + height, columns : columns + width] = False  # only the lesion's mirror image
     known = np.pad(valid[:height, :width], around, mode="reflect") & ~shown
     lowest = np.int8(OUTSIDE * prior_scale)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.data.augment import Distortion, distort, widen
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
 from lesionsam.types import Batch, Sample
@@ -128,7 +128,7 @@ class LesionDataset:
         valid = np.zeros((self.side, self.side), bool)
         valid[:height, :width] = True
         for other in f.others[k]:
-            valid &= ~(inside(other, valid.shape) & ~inside(f.small_boxes[k], valid.shape))
+            valid &= ~(pixels_inside(other, valid.shape) & ~pixels_inside(f.small_boxes[k], valid.shape))
         grids = (f.images[k], f.priors[k], f.masks[k], valid)
         boxes = (f.big_boxes[k], f.small_boxes[k])
         if widened:

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lesionsam.boxes import prior as box_prior_module
-from lesionsam.boxes.geometry import inside, model_frame_size, to_model_frame
+from lesionsam.boxes.geometry import model_frame_size, pixels_inside, to_model_frame
 from lesionsam.boxes.prior import OUTSIDE, box_prior
+from lesionsam.data.augment import resize
 from lesionsam.errors import UserError
+from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
 from lesionsam.utils.files import free_disk_bytes
 from lesionsam.utils.images import read_image, read_mask
@@ -58,11 +59,6 @@ class Frames:
     others: tuple[np.ndarray, ...]
 
 
-def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, 3) uint8 to (height, width, 3), Pillow's antialiased bilinear as in SAM's ResizeLongestSide."""
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-
-
 def prior_at(
     image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
 ) -> np.ndarray:
@@ -79,14 +75,14 @@ def prior_at(
     scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
     ignore = np.zeros((height, width), bool)
     for other in others:
-        ignore |= inside(other * scale, (height, width))
+        ignore |= pixels_inside(other * scale, (height, width))
     prior = box_prior(
-        resize_image(image, height, width), big * scale, small * scale, ignore & ~inside(big * scale, (height, width))
+        resize(image, height, width), big * scale, small * scale, ignore & ~pixels_inside(big * scale, (height, width))
     )
     if prior.shape != shape:
-        prior = np.asarray(Image.fromarray(prior).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+        prior = resize(prior, *shape)
     final = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
-    return np.where(inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
+    return np.where(pixels_inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
 
 
 def prepare(
@@ -99,13 +95,11 @@ def prepare(
             f"{sample.image_path}: {image.shape[1]}x{image.shape[0]} px, but the index says {sample.width}x"
             f"{sample.height}; the file has changed: run `dvc repro` from the download stage on"
         )
-    height, width = model_frame_size(sample.width, sample.height, side)
-    if min(height, width) < 1:
-        raise UserError(
-            f"{sample.image_path}: {sample.width}x{sample.height} px is too thin for a model input of {side} px; "
-            "crop it to the lesion's surroundings"
-        )
-    small_image = resize_image(image, height, width)
+    try:
+        small_image = resize_longest(image, side)
+    except UserError as error:
+        raise UserError(f"{sample.image_path}: {error}") from None
+    height, width = small_image.shape[:2]
     frame = np.zeros((side, side, 3), np.uint8)
     frame[:height, :width] = small_image
     scale = np.array([width / sample.width, height / sample.height] * 2)
@@ -116,10 +110,9 @@ def prepare(
     if sample.mask_path is not None:
         truth = read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold_masks)
         if len(others) and not sample.own_mask:
-            truth = truth & inside(sample.big_box, truth.shape)
-        grey = Image.fromarray(truth.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+            truth = truth & pixels_inside(sample.big_box, truth.shape)
         mask[:] = 0
-        mask[:height, :width] = np.asarray(grey) > 127
+        mask[:height, :width] = resize(truth.astype(np.uint8) * np.uint8(255), height, width) > 127
     return frame, prior, mask
 
 

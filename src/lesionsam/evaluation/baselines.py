@@ -1,4 +1,4 @@
-"""Evaluate what needs no network: the ellipse and the box prior."""
+"""Evaluate the baselines that need no network: the ellipse and the box prior."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.boxes.prior import OUTSIDE, ellipse_prior, outline_offset
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, measure
-from lesionsam.evaluation.columns import ELLIPSE, JITTER_COLUMNS, PRIOR, PRIOR_OFFSET, ROW_COLUMNS, Evaluation
-from lesionsam.evaluation.evaluate import _calibration_frame, _frame, _key
+from lesionsam.evaluation.columns import (
+    ELLIPSE,
+    JITTER_COLUMNS,
+    PRIOR,
+    PRIOR_OFFSET,
+    ROW_COLUMNS,
+    Evaluation,
+    calibration_frame,
+    long_frame,
+)
+from lesionsam.evaluation.evaluate import lesion_key
 from lesionsam.types import Sample
 from lesionsam.utils.progress import progress
 
@@ -26,7 +35,7 @@ def evaluate_baselines(
     looseness: float,
     boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
 ) -> tuple[Evaluation, float]:
-    """What both boxes give without a network: the ellipse, the box prior, the box prior with its outline offset.
+    """Evaluate what both boxes give without a network: the ellipse, the box prior, the prior with its outline offset.
 
     The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The offset is one number, found from the boxes
     and images of these samples alone. The ellipse needs the big box only, so it stands under `box` and `box+core`.
@@ -54,16 +63,15 @@ def evaluate_baselines(
             large = Image.fromarray(next(numbered)).resize((sample.width, sample.height), Image.Resampling.BILINEAR)
             prior = np.full(case.shape, OUTSIDE, np.float32)
             prior[case.big] = np.asarray(large)[case.big]
-            answers = {(ELLIPSE, "box"): ellipse_prior(sample.big_box, case.shape), (PRIOR, "box+core"): prior}
+            masks = {(ELLIPSE, "box"): ellipse_prior(sample.big_box, case.shape), (PRIOR, "box+core"): prior}
             shifted = prior.copy()
             shifted[case.big] += offset
-            answers[PRIOR_OFFSET, "box+core"] = shifted
-            for (model, prompt), logits in answers.items():
+            masks[PRIOR_OFFSET, "box+core"] = shifted
+            for (model, prompt), logits in masks.items():
                 row = (
-                    _key(sample)
+                    lesion_key(sample)
                     | {"model": model, "run": "0", "prompt": prompt, "width": sample.width, "height": sample.height}
                     | measure(logits, case, boundary_tolerance)
                 )
                 rows += [row, row | {"prompt": "box+core"}] if model == ELLIPSE else [row]
-    none = _calibration_frame({})
-    return Evaluation(_frame(rows, ROW_COLUMNS), none, _frame([], JITTER_COLUMNS)), offset
+    return Evaluation(long_frame(rows, ROW_COLUMNS), calibration_frame({}), long_frame([], JITTER_COLUMNS)), offset

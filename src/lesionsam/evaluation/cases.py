@@ -1,46 +1,39 @@
-"""Lesions with what their masks are held against, and a model's answers for them.
+"""Lesions with the truth that their masks are compared with, and a model's masks for them.
 
-One encoder pass per image serves every prompt, the jittered ones included. Truth is the whole mask where an image has
-one lesion, and the mask inside its big box where it has several; pixels inside other lesions' big boxes (and outside
-one's own) then count for nothing.
+One encoder pass per image serves every prompt, the jittered ones included. The truth is the whole mask if an image has
+one lesion, and the mask inside its big box if it has several; pixels inside other lesions' big boxes (and outside the
+own one) are then left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from lesionsam import metrics
-from lesionsam.boxes.geometry import _moved, box_slices, model_frame_size, to_model_frame
+from lesionsam.boxes.geometry import box_slices, jitter_boxes, model_frame_size
 from lesionsam.errors import UserError
-from lesionsam.evaluation.columns import LEAKING, NEARER
-from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import preprocess, resize_longest, upscale
-from lesionsam.prompts import NONE, seeded_prompts
+from lesionsam.evaluation.columns import LEAKING
+from lesionsam.inference.decode import DecodeOptions, decode_lesions
+from lesionsam.inference.image import EncodedImages
+from lesionsam.inference.lesion import LesionSearch
+from lesionsam.inference.prediction import DecodedMask, LesionPrompt
+from lesionsam.models.sam import Sam
+from lesionsam.models.transforms import upscale
 from lesionsam.types import Sample
 from lesionsam.utils.progress import progress
 
 LoadImage = Callable[[Sample], np.ndarray]  # -> (H, W, 3) uint8 RGB, original frame
 LoadMask = Callable[[Sample], np.ndarray | None]  # -> (H, W) bool, or None where there is no mask
 Request = tuple[str, float]  # prompt source, share by which its boxes are jittered (0: as annotated)
-Answer = tuple[torch.Tensor, float]  # low-resolution logits (T, T) float32 on the model's device, predicted IoU
-
-# See `inference_lesion.find_lesions`: features, frames and sizes of some images -> an answer for each.
-FindLesions = Callable[
-    [Sam, torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]], Sequence[tuple[torch.Tensor, float, float]]
-]
-
-# See `inference_lesion.look_at_boxes`: frames, sizes and boxes -> logits and predicted IoU of each.
-LookAtBoxes = Callable[[Sam, torch.Tensor, Sequence[tuple[int, int]], np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One lesion in the original frame with all that its masks are held against.
+    """One lesion in the original frame, with the truth and the regions that its masks are compared with.
 
     Attributes:
         truth: (H, W) bool, or None. valid: (H, W) bool, False inside other lesions' big boxes, or None for all True.
@@ -57,7 +50,7 @@ class Case:
 
 
 def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sample]) -> Case:
-    """Truth and regions of a lesion.
+    """Return the truth and the regions of a lesion.
 
     Args:
         mask: (H, W) bool, the image's whole mask, or the lesion's own one where it has one, or None.
@@ -80,19 +73,19 @@ def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sampl
 
 
 def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float]:
-    """The figures of one mask: logits (H, W) float32, original frame, positive = lesion."""
+    """Return the metrics of one mask: logits (H, W) float32, original frame, positive = lesion."""
     prediction = logits > 0
     if case.valid is not None:
         prediction &= case.valid
     area = int(np.count_nonzero(prediction))
     outside = area - int(np.count_nonzero(prediction[case.big]))
-    figures = {
+    scores = {
         name: float("nan") for name in ("lesion_share", "iou", "dice", "boundary_f1", "hd95", "thresholded_jaccard")
     }
     if case.truth is not None and case.outline is not None:
         value = metrics.iou(prediction, case.truth)
         f1, distance = metrics.boundary_scores(metrics.Outline.of(prediction), case.outline, tolerance)
-        figures = {
+        scores = {
             "lesion_share": float(case.truth.mean()),
             "iou": value,
             "dice": 2 * value / (1 + value),
@@ -100,27 +93,11 @@ def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float
             "hd95": distance,
             "thresholded_jaccard": metrics.thresholded_jaccard(value),
         }
-    return figures | {
+    return scores | {
         "predicted_share": area / prediction.size,
         "core_coverage": float(prediction[case.small].mean()),
         "leakage": outside / area if area else 0.0,
     }
-
-
-def jitter_boxes(sample: Sample, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A sloppier annotator: each box's sides times 1 + U(-share, share), its centre moved by up to share of the side.
-
-    The same uniforms serve every share, so that a curve over shares compares like with like. The big box is cut at the
-    frame, the small box at the big box.
-
-    Returns:
-        (big_box, small_box), (4,) float64 XYXY, original pixels.
-    """
-    digest = hashlib.sha256(f"{seed}|jitter|{sample.image_id}/{sample.lesion_id}".encode()).digest()
-    draws = np.random.default_rng(np.frombuffer(digest, np.uint64)).uniform(-1, 1, (2, 4)) * share
-    frame = np.array([0, 0, sample.width, sample.height], float)
-    big = _moved(sample.big_box, draws[0], frame)
-    return big, _moved(sample.small_box, draws[1], big)
 
 
 def predict_cases(
@@ -134,20 +111,18 @@ def predict_cases(
     batch_size: int,
     num_points: int,
     device: torch.device | str,
-    find: FindLesions | None = None,
-    look: LookAtBoxes | None = None,
+    search: LesionSearch | None = None,
     title: str = "evaluating",
-) -> Iterator[tuple[Case, dict[Request, Answer]]]:
-    """Encode each image once, decode every request for each of its lesions.
+) -> Iterator[tuple[Case, dict[Request, DecodedMask]]]:
+    """Encode each image once and decode every request for each of its lesions.
 
     Args:
-        requests: prompt sources of `prompts.KINDS`, `none`, `nearer` or `tight` (left out for lesions without a true
+        requests: prompt sources of `prompts.KINDS`, `none`, `zoom` or `tight` (left out for lesions without a true
             mask), with jitter.
         batch_size: images per encoder pass and lesions per decoder pass.
-        find: answers the request `none`; all lesions of an image get the one answer that it has.
-        look: answers the request `nearer`.
+        search: of the request `none`; all lesions of an image get its one mask.
     Yields:
-        (case, {request: (low-resolution logits (T, T) float32 on `device`, predicted IoU)}), image by image.
+        (case, {request: mask}), image by image.
     """
     images = by_image(samples)
     side = int(sam.image_encoder.img_size)
@@ -158,22 +133,71 @@ def predict_cases(
         for start in progress(starts, total=len(starts), title=title):
             chunk = images[start : start + batch_size]
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
-            owner = torch.tensor([k for k, lesions in enumerate(chunk) for _ in lesions])
-            with torch.inference_mode():
-                frames, sizes = frames_of([lesions[0] for lesions in chunk], load_image, side, device)
-                features = encode(sam, preprocess(frames, sizes))
-                for low in range(0, len(cases), batch_size):
-                    part = slice(low, low + batch_size)
-                    answers = _answer(
-                        sam, features, frames, owner[part], cases[part], requests, seed, num_points, side, find, look
-                    )
-                    yield from zip(cases[part], answers, strict=True)
+            rows = [k for k, lesions in enumerate(chunk) for _ in lesions]
+            framed = EncodedImages.of([load_checked(lesions[0], load_image) for lesions in chunk], side)
+            # Memory layout of the training's batches: convolutions of another one differ in the last bit.
+            frames = framed.frames.contiguous(memory_format=torch.channels_last)
+            encoded = replace(framed, frames=frames).encoded(sam)
+            for low in range(0, len(cases), batch_size):
+                part = slice(low, low + batch_size)
+                masks = _decode_requests(
+                    sam, encoded, cases[part], rows[part], requests, seed=seed, num_points=num_points, search=search
+                )
+                yield from zip(cases[part], masks, strict=True)
     finally:
         sam.train(was_training)
 
 
+def _decode_requests(
+    sam: Sam,
+    images: EncodedImages,
+    cases: Sequence[Case],
+    rows: Sequence[int],
+    requests: Sequence[Request],
+    *,
+    seed: int,
+    num_points: int,
+    search: LesionSearch | None,
+) -> list[dict[Request, DecodedMask]]:
+    """Decode every request for some cases; rows: the image of each case."""
+    masks: list[dict[Request, DecodedMask]] = [{} for _ in cases]
+    for kind, share in requests:
+        prompts = {
+            k: prompt for k, case in enumerate(cases) if (prompt := _prompt(case, kind, share, seed)) is not None
+        }
+        options = DecodeOptions(kind, num_points, seed, search=search or LesionSearch())
+        keys = [_key(cases[k].sample) for k in prompts]
+        decoded = decode_lesions(sam, images, list(prompts.values()), [rows[k] for k in prompts], keys, options)
+        for k, mask in zip(prompts, decoded, strict=True):
+            masks[k][(kind, share)] = mask
+    return masks
+
+
+def _prompt(case: Case, kind: str, share: float, seed: int) -> LesionPrompt | None:
+    """Return the boxes of a case, jittered by `share`; None if the kind is `tight` and there is no true mask."""
+    sample = case.sample
+    big, small = sample.big_box, sample.small_box
+    if share:
+        big, small = jitter_boxes(big, small, case.shape, share=share, key=f"{seed}|jitter|{_key(sample)}")
+    if kind == LEAKING:
+        tight = metrics.bounding_box(case.truth) if case.truth is not None else None
+        return None if tight is None else LesionPrompt(tight, small)
+    return LesionPrompt(big, small)
+
+
+def load_checked(sample: Sample, load_image: LoadImage) -> np.ndarray:
+    """Return a sample's image, (H, W, 3) uint8 RGB; UserError if its size is not that of the box CSV."""
+    image = load_image(sample)
+    if image.shape[:2] != (sample.height, sample.width):
+        raise UserError(
+            f"{sample.image_path}: expected {sample.width}x{sample.height} px as in the box CSV, got "
+            f"{image.shape[1]}x{image.shape[0]}; run the boxes stage again"
+        )
+    return image
+
+
 def by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Lesions grouped by image, in the order in which images first come."""
+    """Group lesions by image, in the order in which images first appear."""
     images: dict[str, list[Sample]] = {}
     for sample in samples:
         images.setdefault(sample.image_id, []).append(sample)
@@ -181,7 +205,7 @@ def by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterator[Case]:
-    """The lesions of one image; a mask that they share is read once."""
+    """Build the cases of one image; a mask that they share is read once."""
     mask, path = None, None
     for sample in lesions:
         if load_mask is not None and (path is None or sample.mask_path != path):
@@ -189,101 +213,11 @@ def build_cases(lesions: Sequence[Sample], load_mask: LoadMask | None) -> Iterat
         yield build_case(sample, mask, [other for other in lesions if other is not sample])
 
 
-def frames_of(
-    samples: Sequence[Sample], load_image: LoadImage, side: int, device: torch.device | str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One image per sample in the model frame, (B, 3, S, S) uint8, and (B, 2) height and width of the image part:
-    what `preprocess` takes.
-
-    Raises:
-        UserError: an image of another size than its sample's.
-    """
-    frames = np.zeros((len(samples), side, side, 3), np.uint8)
-    sizes = []
-    for k, sample in enumerate(samples):
-        image = load_image(sample)
-        if image.shape[:2] != (sample.height, sample.width):
-            raise UserError(
-                f"{sample.image_path}: expected {sample.width}x{sample.height} px as in the box CSV, got "
-                f"{image.shape[1]}x{image.shape[0]}; run the boxes stage again"
-            )
-        small = resize_longest(image, side)
-        frames[k, : small.shape[0], : small.shape[1]] = small
-        sizes.append(small.shape[:2])
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)
-    return pixels, torch.tensor(sizes, device=device)
-
-
-def _answer(
-    sam: Sam,
-    features: torch.Tensor,
-    frames: torch.Tensor,
-    owner: torch.Tensor,
-    cases: Sequence[Case],
-    requests: Sequence[Request],
-    seed: int,
-    num_points: int,
-    side: int,
-    find: FindLesions | None,
-    look: LookAtBoxes | None,
-) -> list[dict[Request, Answer]]:
-    answers: list[dict[Request, Answer]] = [{} for _ in cases]
-    for kind, share in requests:
-        if kind == NONE:
-            if find is None:
-                raise ValueError("the prompt source `none` needs a function that finds lesions")
-            images = sorted(set(owner.tolist()))  # those whose lesions these are, each asked once
-            shapes = {int(k): case.shape for k, case in zip(owner, cases, strict=True)}
-            sizes = [model_frame_size(shapes[k][1], shapes[k][0], side) for k in images]
-            found = dict(zip(images, find(sam, features[images], frames[images], sizes), strict=True))
-            for k, answer in zip(owner.tolist(), answers, strict=True):
-                answer[(kind, share)] = found[k][:2]
-            continue
-        rows, bigs, smalls = [], [], []
-        for k, case in enumerate(cases):
-            big, small = (
-                jitter_boxes(case.sample, share, seed) if share else (case.sample.big_box, case.sample.small_box)
-            )
-            if kind == LEAKING:
-                tight = metrics.bounding_box(case.truth) if case.truth is not None else None
-                if tight is None:
-                    continue
-                big = tight
-            rows.append(k)
-            bigs.append(to_model_frame(big, case.sample.width, case.sample.height, side))
-            smalls.append(to_model_frame(small, case.sample.width, case.sample.height, side))
-        if not rows:
-            continue
-        if kind == NEARER:
-            if look is None:
-                raise ValueError("the prompt source `nearer` needs a function that looks at boxes")
-            sizes = [model_frame_size(case.shape[1], case.shape[0], side) for case in cases]
-            masks, qualities = look(sam, frames[owner], sizes, np.stack(bigs))
-        else:
-            prompts = seeded_prompts(
-                kind,
-                _tensor(bigs),
-                _tensor(smalls),
-                [_key(cases[k].sample) for k in rows],
-                num_points=num_points,
-                seed=seed,
-            ).to(features.device)
-            low_res, predicted = decode(sam, features, prompts, rows=owner[rows].tolist())
-            masks, qualities = low_res[:, 0].float(), predicted[:, 0]
-        for row, mask, quality in zip(rows, masks, qualities.tolist(), strict=True):
-            answers[row][(kind, share)] = (mask, quality)
-    return answers
-
-
-def _tensor(boxes: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(boxes).astype(np.float32))
-
-
 def _key(sample: Sample) -> str:
     return f"{sample.image_id}/{sample.lesion_id}"
 
 
 def upscaled(low_res: torch.Tensor, case: Case, side: int) -> np.ndarray:
-    """(H, W) float32 logits at original size of (T, T) low-resolution ones."""
+    """Upscale (T, T) low-resolution logits to (H, W) float32 at the case's original size."""
     scaled = model_frame_size(case.shape[1], case.shape[0], side)
     return upscale(low_res, scaled, case.shape, side).cpu().numpy()

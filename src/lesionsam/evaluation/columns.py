@@ -1,14 +1,16 @@
-"""Names and columns of the evaluation's tables."""
+"""Names, columns and data frames of the evaluation's tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"
+from lesionsam.metrics import Calibration
 
+ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"
+LEAKING = "tight"  # prompt source: the bounding box of the true mask, which leaks the label
 
 ROW_COLUMNS = (
     "model",
@@ -31,11 +33,7 @@ ROW_COLUMNS = (
     "leakage",
     "consistency",
 )
-
-
 JITTER_COLUMNS = ("model", "run", "prompt", "share", "image_id", "lesion_id", "iou")
-
-
 CALIBRATION_COLUMNS = (
     "model",
     "run",
@@ -51,7 +49,7 @@ CALIBRATION_COLUMNS = (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, in long format.
+    """The results of an evaluation, in long format.
 
     Attributes:
         rows: `ROW_COLUMNS`; lesion_share to thresholded_jaccard are NaN without a mask, predicted_iou, entropy and
@@ -65,12 +63,12 @@ class Evaluation:
     jitter: pd.DataFrame
 
     def labelled(self, model: str, run: str) -> Evaluation:
-        """The same figures under a model's name and a run's (runs are seeds of one model)."""
+        """Return the same results under the name of a model and of a run (runs are seeds of one model)."""
         return Evaluation(*(frame.assign(model=model, run=run) for frame in (self.rows, self.calibration, self.jitter)))
 
 
 def concat(parts: Sequence[Evaluation]) -> Evaluation:
-    """Several models' figures in one."""
+    """Join the results of several models."""
     frames = []
     for name in ("rows", "calibration", "jitter"):
         filled = [frame for part in parts if len(frame := getattr(part, name))]
@@ -78,7 +76,25 @@ def concat(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(*frames)
 
 
-LEAKING = "tight"  # the bounding box of the true mask: leaks the label
+def long_frame(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> pd.DataFrame:
+    """Return rows as a data frame with these columns, also without rows."""
+    return pd.DataFrame(rows, columns=list(columns))
 
 
-NEARER = "nearer"  # the big box, looked at from nearer
+def calibration_frame(sums: Mapping[tuple[str, str], Calibration]) -> pd.DataFrame:
+    """Return the calibration of each (prompt, region) as `CALIBRATION_COLUMNS`, a row per bin."""
+    rows = []
+    for (prompt, region), c in sums.items():
+        for k in range(len(c.counts)):  # the squared error is one number: it stands in the first bin's row
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "region": region,
+                    "bin": k,
+                    "count": c.counts[k],
+                    "probability_sum": c.probability_sums[k],
+                    "truth_sum": c.truth_sums[k],
+                    "squared_error": c.squared_error if k == 0 else 0.0,
+                }
+            )
+    return long_frame(rows, CALIBRATION_COLUMNS)

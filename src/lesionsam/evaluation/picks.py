@@ -9,17 +9,14 @@ import pandas as pd
 from lesionsam.evaluation.columns import LEAKING
 
 GROUPS = ("best", "median", "worst")
-
-
 DISPUTED = "disputed"
-
-
-AGREEMENT, APART = 0.85, 0.1  # IoU among a model's answers from which they agree, and by how much more than with a mask
+# A lesion is disputed if a model's masks agree to this mean IoU and it exceeds their IoU with the true mask by the gap.
+MIN_CONSISTENCY, MIN_GAP = 0.85, 0.1
 
 
 @dataclass(frozen=True)
 class Pick:
-    """A lesion chosen to be shown: its group, its place in it from 1, and its key."""
+    """A lesion chosen to be shown: its group, its rank in it from 1, and its key."""
 
     group: str
     rank: int
@@ -28,13 +25,13 @@ class Pick:
 
     @property
     def file_name(self) -> str:
-        """`worst_1_IMAGE.png`, with the lesion's id where it is not the first; safe on any file system."""
+        """Return `worst_1_IMAGE.png`, with the lesion's id if that is not 0; safe on any file system."""
         name = self.image_id if self.lesion_id == "0" else f"{self.image_id}_{self.lesion_id}"
         return f"{self.group}_{self.rank}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in name)}.png"
 
 
 def pick_cases(rows: pd.DataFrame, count: int) -> list[Pick]:
-    """Best, median and worst lesions by IoU, or by agreement between prompts where there is no mask; each once.
+    """Pick the best, median and worst lesions by IoU, or by agreement between prompts without masks; each once.
 
     Args:
         rows: of one model and prompt source. count: of each group, at most.
@@ -55,7 +52,7 @@ def pick_cases(rows: pd.DataFrame, count: int) -> list[Pick]:
 
 
 def disputed(rows: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Lesions whose mask deserves a second look: the model gives one answer to all prompts, the mask is another.
+    """Return lesions whose true mask should be checked: the model gives the same mask to all prompts, but not that one.
 
     Args:
         rows: of one model, all prompt sources. count: at most so many.
@@ -66,5 +63,5 @@ def disputed(rows: pd.DataFrame, count: int) -> pd.DataFrame:
     rows = rows[rows["prompt"] != LEAKING].dropna(subset=["iou", "consistency"])
     lesions = rows.groupby(["image_id", "lesion_id"], sort=True)[["consistency", "iou"]].max().reset_index()
     gap = lesions["consistency"] - lesions["iou"]
-    chosen = lesions[(lesions["consistency"] >= AGREEMENT) & (gap >= APART)]
+    chosen = lesions[(lesions["consistency"] >= MIN_CONSISTENCY) & (gap >= MIN_GAP)]
     return chosen.loc[gap[chosen.index].sort_values(ascending=False, kind="stable").index].head(count)

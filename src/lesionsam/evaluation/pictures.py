@@ -1,4 +1,4 @@
-"""Best, median, worst and disputed cases as pictures: expert's outline, prediction and both boxes."""
+"""Draw best, median, worst and disputed cases: the expert's outline, the prediction and both boxes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_pictures(
         rows: of the whole evaluation; captions also name what the other models reach on the same lesion.
     Returns:
         Files written: GROUP_RANK_IMAGE.png for each pick, disputed ones among them, and sheet.png with the others; none
-        where nothing was picked.
+        if nothing was picked.
     """
     own = rows[rows["model"] == model]
     shown_on_sheet = pick_cases(own[own["prompt"] == prompt], count) if count else []
@@ -49,7 +49,7 @@ def write_pictures(
     images = {pick.image_id for pick in picks}
     shown = [s for s in samples if s.image_id in images]  # whole images: siblings belong to the truth's rule
     drawn: dict[Pick, np.ndarray] = {}
-    for case, answers in predict_cases(
+    for case, masks in predict_cases(
         sam,
         shown,
         load_image,
@@ -63,9 +63,9 @@ def write_pictures(
     ):
         sample = case.sample
         of_lesion = [pick for pick in picks if (pick.image_id, pick.lesion_id) == (sample.image_id, sample.lesion_id)]
-        if not of_lesion or (prompt, 0.0) not in answers:
+        if not of_lesion or (prompt, 0.0) not in masks:
             continue
-        prediction = upscaled(answers[(prompt, 0.0)][0], case, int(sam.image_encoder.img_size)) > 0
+        prediction = upscaled(masks[(prompt, 0.0)].low_res, case, int(sam.image_encoder.img_size)) > 0
         for pick in of_lesion:
             drawn[pick] = overlay(
                 load_image(sample),
@@ -92,7 +92,7 @@ def write_pictures(
 
 
 def caption(rows: pd.DataFrame, pick: Pick, prompt: str) -> str:
-    """Group, image and what each model reaches on this lesion with this prompt, the last one of the tables first."""
+    """Return group, image and the IoU of each model on this lesion and prompt, the last model of the tables first."""
     same = rows[
         (rows["image_id"] == pick.image_id) & (rows["lesion_id"] == pick.lesion_id) & (rows["prompt"] == prompt)
     ]

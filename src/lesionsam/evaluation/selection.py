@@ -1,4 +1,4 @@
-"""Scores on the development split that select an epoch."""
+"""Score a model on the development split, to select an epoch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from lesionsam.data.dataset import Batches
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.methods.grid import box_pixels
+from lesionsam.metrics import batch_iou
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam, decode
 from lesionsam.prompts import seeded_prompts
@@ -27,7 +28,7 @@ def quick_evaluate(
     device: torch.device | str,
     num_points: int = 10,
 ) -> dict[str, float]:
-    """Figures for selection during training, on the model frame (not the reported ones, which are at original size).
+    """Score a model for selection during training, in the model frame; reported results are at original size.
 
     Args:
         dataset: the development split, decoded; masks are read from its batches where they carry any.
@@ -59,6 +60,7 @@ def quick_evaluate(
 
 
 def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_points: int) -> dict[str, torch.Tensor]:
+    """Return (B,) scores of a batch by name; NaN where a true mask is unknown."""
     side = batch.images.shape[-1]
     features = encode_batch(sam, batch)
     big, small = box_pixels(batch.big_boxes, side, side), box_pixels(batch.small_boxes, side, side)
@@ -76,13 +78,8 @@ def _quick_batch(sam: Sam, batch: Batch, prompts: Sequence[str], seed: int, num_
         leakage.append((mask & ~big).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1))
         if batch.masks is not None:
             known = ~batch.masks.isnan().flatten(1).any(1)
-            scores[kind] = torch.where(known, _mask_iou(mask, (batch.masks > 0.5) & batch.valid), torch.nan)
+            scores[kind] = torch.where(known, batch_iou(mask, (batch.masks > 0.5) & batch.valid), torch.nan)
     scores |= {"core_coverage": torch.stack(coverage).mean(0), "leakage": torch.stack(leakage).mean(0)}
     if len(masks) > 1:
-        scores["consistency"] = torch.stack([_mask_iou(a, b) for a, b in combinations(masks, 2)]).mean(0)
+        scores["consistency"] = torch.stack([batch_iou(a, b) for a, b in combinations(masks, 2)]).mean(0)
     return scores
-
-
-def _mask_iou(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    both, either = (first & second).sum((1, 2)), (first | second).sum((1, 2))
-    return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""From one row per lesion to tables: intervals over images, paired tests, strata.
+"""Statistics of one row per lesion: intervals over images, paired tests, strata.
 
 Everywhere the unit is the image: lesions of one image and seeds (runs) of one model are averaged per image first, then
 images are resampled, so that an interval says how the figure would move with other images. How it moves with another
@@ -17,12 +17,12 @@ from lesionsam import metrics
 
 METRICS = ("iou", "dice", "boundary_f1", "hd95", "thresholded_jaccard")  # need a mask
 LABEL_FREE = ("predicted_iou", "entropy", "core_coverage", "leakage", "consistency")
-OBJECTIVE_PROMPTS = ("ring", "centre", "box")  # their mean IoU is what selection, early stop and sweep look at
+OBJECTIVE_PROMPTS = ("ring", "centre", "box")  # selection, early stop and sweep use their mean IoU
 STRATA = ("small", "medium", "large")
 
 
 def interval(values: np.ndarray, *, num_bootstrap: int, confidence: float, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over images.
+    """Compute the percentile bootstrap interval of the mean over images.
 
     Args:
         values: (N,) one figure per image.
@@ -48,7 +48,7 @@ def interval(values: np.ndarray, *, num_bootstrap: int, confidence: float, seed:
 
 
 def wilcoxon(differences: np.ndarray) -> float:
-    """Two-sided p of the Wilcoxon signed-rank test; 1 where every difference is 0, NaN for no pairs."""
+    """Return the two-sided p of the Wilcoxon signed-rank test; 1 if every difference is 0, NaN for no pairs."""
     differences = np.asarray(differences, float)
     if differences.size == 0:
         return float("nan")
@@ -58,7 +58,7 @@ def wilcoxon(differences: np.ndarray) -> float:
 
 
 def per_image(rows: pd.DataFrame, column: str) -> pd.Series:
-    """One figure per image: the mean over its lesions and over runs. Index image_id, sorted."""
+    """Return one value per image, the mean over its lesions and over runs. Index image_id, sorted."""
     by_run = rows.groupby(["image_id", "run"], sort=True)[column].mean()
     return by_run.groupby("image_id", sort=True).mean()
 
@@ -66,7 +66,7 @@ def per_image(rows: pd.DataFrame, column: str) -> pd.Series:
 def paired(
     first: pd.DataFrame, second: pd.DataFrame, column: str, *, num_bootstrap: int, confidence: float
 ) -> dict[str, float]:
-    """First minus second on the images that both have.
+    """Compare first minus second on the images that both have.
 
     Returns:
         difference, difference_low, difference_high (bootstrap over images), p (Wilcoxon) and num_pairs.
@@ -84,14 +84,14 @@ def paired(
 
 
 def groups(rows: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
-    """(model, prompt, rows) in the order in which they first come."""
+    """Return (model, prompt, rows) in the order in which they first appear."""
     keys = rows[["model", "prompt"]].drop_duplicates().itertuples(index=False, name=None)
     grouped = dict(list(rows.groupby(["model", "prompt"], sort=False)))
     return [(model, prompt, grouped[(model, prompt)]) for model, prompt in keys]
 
 
 def table(rows: pd.DataFrame, *, reference: str | None, num_bootstrap: int, confidence: float) -> pd.DataFrame:
-    """One row per model and prompt source.
+    """Summarise rows to one row per model and prompt source.
 
     Args:
         rows: long format of `evaluation.Evaluation.rows`, with the columns model, run, prompt, image_id and figures.
@@ -140,18 +140,18 @@ def table(rows: pd.DataFrame, *, reference: str | None, num_bootstrap: int, conf
 
 
 def failures(rows: pd.DataFrame) -> float:
-    """Share of masks below IoU 0.65: per image the share of its lesions and runs, then the mean over images."""
+    """Return the share of masks below IoU 0.65: per image over its lesions and runs, then the mean over images."""
     failed = rows.assign(failed=(rows["iou"] < metrics.FAILURE).astype(float))
     return float(per_image(failed, "failed").mean()) if len(failed) else float("nan")
 
 
 def has_truth(rows: pd.DataFrame) -> bool:
-    """Whether any row was held against a true mask."""
+    """Return whether any row was compared with a true mask."""
     return "iou" in rows and bool(rows["iou"].notna().any())
 
 
 def objective(rows: pd.DataFrame, model: str) -> float:
-    """Mean over ring, centre point and big box of a model's mIoU; NaN where one of them is missing."""
+    """Return the mean of a model's mIoU over ring, centre point and big box; NaN if one of them is missing."""
     values = []
     for prompt in OBJECTIVE_PROMPTS:
         group = rows[(rows["model"] == model) & (rows["prompt"] == prompt)].dropna(subset=["iou"])
@@ -160,7 +160,7 @@ def objective(rows: pd.DataFrame, model: str) -> float:
 
 
 def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
-    """Mean IoU by lesion size: tertiles of the true mask's share of the image, cut on the lesions evaluated.
+    """Return the mean IoU by lesion size: tertiles of the true mask's share of the image over the evaluated lesions.
 
     Returns:
         model, prompt, stratum, share_low, share_high (of the lesions in it), num_images, miou, low, high, failure_rate;
@@ -207,7 +207,7 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
 
 
 def calibration_scores(calibration: pd.DataFrame) -> pd.DataFrame:
-    """ECE and Brier score per model, prompt and region from the bin sums of `evaluation.Evaluation.calibration`."""
+    """Return ECE and Brier score per model, prompt and region from the bin sums of `Evaluation.calibration`."""
     keys = ["model", "prompt", "region"]
     sums = calibration.assign(gap=(calibration["truth_sum"] - calibration["probability_sum"]).abs())
     total = sums.groupby(keys, sort=False)[["gap", "squared_error", "count"]].sum().reset_index()
@@ -215,14 +215,14 @@ def calibration_scores(calibration: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_interval(value: float, low: float, high: float, *, sign: bool = False) -> str:
-    """`.812 [.79, .83]`-like text, with a plus sign for differences; empty for NaN."""
+    """Format as `0.812 [0.790, 0.830]`, with plus signs for differences; empty for NaN."""
     if np.isnan(value):
         return ""
     return f"{value:{'+' if sign else ''}.3f} [{low:{'+' if sign else ''}.3f}, {high:{'+' if sign else ''}.3f}]"
 
 
 def wide(result: pd.DataFrame, prompts: Sequence[str], value: str) -> list[list[str]]:
-    """Cells of the table as read by people: one row per model, one column per prompt source.
+    """Format the table as cells: one row per model, one column per prompt source.
 
     Args:
         value: "miou" or "difference", with their intervals, "p", or any plain column.
@@ -250,5 +250,5 @@ def _cell(row: pd.Series, value: str) -> str:
 
 
 def format_p(p: float) -> str:
-    """`p<.001` or `p=.012`."""
+    """Format as `p<.001` or `p=.012`."""
     return "p<.001" if p < 0.001 else f"p={p:.3f}".replace("0.", ".", 1)

@@ -1,4 +1,4 @@
-"""An evaluation as files: tables for people and machines, and the cache that spares a second zero-shot evaluation."""
+"""An evaluation as files: tables, and the cache that avoids a second zero-shot evaluation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from lesionsam.evaluation import statistics
-from lesionsam.evaluation.columns import ELLIPSE, LEAKING, NEARER, PRIOR, PRIOR_OFFSET, Evaluation
-from lesionsam.prompts import NONE
+from lesionsam.evaluation.columns import ELLIPSE, LEAKING, PRIOR, PRIOR_OFFSET, Evaluation
+from lesionsam.prompts import NONE, ZOOM
 from lesionsam.types import Sample
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 
@@ -36,6 +36,9 @@ MEASURES = (  # modules whose change makes an evaluation that was kept a differe
     "evaluation.baselines",
     "prompts",
     "inference.decode",
+    "inference.image",
+    "inference.prediction",
+    "inference.zoom",
     "inference.auto",
     "inference.lesion",
     "inference.rank",
@@ -43,6 +46,7 @@ MEASURES = (  # modules whose change makes an evaluation that was kept a differe
     "boxes.geometry",
     "boxes.table",
     "utils.images",
+    "utils.random",
     "data.frames",
     "models.sam",
     "models.checkpoint",
@@ -52,10 +56,9 @@ MEASURES = (  # modules whose change makes an evaluation that was kept a differe
     "models.finetuned",
 )
 NOTES = {
-    NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "
+    NONE: "none: no prompt; one lesion per image, of all candidates the one that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
-    NEARER: "nearer: the big box, its surroundings alone enlarged to the model's whole frame, as lesionsam predict "
-    "--nearer does.",
+    ZOOM: "zoom: the big box, its surroundings enlarged to the model's whole frame, as lesionsam predict --zoom does.",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }
@@ -113,7 +116,7 @@ def write_results(
 
 
 def arranged(evaluation: Evaluation) -> Evaluation:
-    """Rows in the order in which tables show them: baselines, zero-shot, then the rest."""
+    """Sort rows as tables show them: baselines, zero-shot, then the rest."""
     place = {name: k for k, name in enumerate((*BASELINES, ZERO_SHOT))}
     order = evaluation.rows["model"].map(lambda name: place.get(name, len(place)))
     rows = evaluation.rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
@@ -121,17 +124,17 @@ def arranged(evaluation: Evaluation) -> Evaluation:
 
 
 def num_lesions(rows: pd.DataFrame) -> int:
-    """Number of (image_id, lesion_id) pairs."""
+    """Return the number of (image_id, lesion_id) pairs."""
     return len(rows[["image_id", "lesion_id"]].drop_duplicates())
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    """A frame as CSV with six significant digits, atomically."""
+    """Write a frame as CSV with six significant digits, atomically."""
     write_text_atomic(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
 
 
 def calibration_curve(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Reliability curve: model, prompt, region, bin, count, confidence (mean probability), accuracy (true share)."""
+    """Return the reliability curve: count, confidence (mean probability) and accuracy (true share) per bin."""
     keys = ["model", "prompt", "region", "bin"]
     sums = calibration.groupby(keys, sort=False)[["count", "probability_sum", "truth_sum"]].sum().reset_index()
     sums = sums[sums["count"] > 0]
@@ -141,7 +144,7 @@ def calibration_curve(calibration: pd.DataFrame) -> pd.DataFrame:
 
 
 def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
-    """Mean IoU by share of jitter: model, prompt, share, num_images, miou, low, high."""
+    """Return the mean IoU by share of jitter: model, prompt, share, num_images, miou, low, high."""
     out = []
     for (model, prompt, share), group in jitter.groupby(["model", "prompt", "share"], sort=False):
         values = statistics.per_image(group, "iou").to_numpy()
@@ -159,7 +162,7 @@ def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float)
 
 
 def against_baselines(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
-    """The adapted model with a box in its prompt minus each baseline given the same boxes, paired over images."""
+    """Compare the adapted model with a box in its prompt to each baseline on the same boxes, paired over images."""
     out = []
     for baseline in BASELINES:
         second = rows[(rows["model"] == baseline) & (rows["prompt"] == "box+core")]
@@ -173,12 +176,12 @@ def against_baselines(rows: pd.DataFrame, *, num_bootstrap: int, confidence: flo
 
 
 def slug(name: str) -> str:
-    """A model's or prompt's name as part of a metric's: `box prior + offset` -> `box_prior_offset`."""
+    """Return a name as part of a metric's name: `box prior + offset` -> `box_prior_offset`."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
-    """The figures that `dvc metrics` and MLflow show: model.prompt.figure, model.objective; finite ones only."""
+    """Return the metrics that DVC and MLflow show: model.prompt.metric, model.objective; finite ones only."""
     wanted = (
         ("miou", "failure_rate", "difference")
         if "miou" in table
@@ -197,14 +200,14 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
 
 
 def prompts_in(table: pd.DataFrame) -> list[str]:
-    """Prompt sources of a table, poorest first."""
-    order = (NONE, "ring", "centre", "box", NEARER, "box+core", LEAKING)
+    """Return the prompt sources of a table, the poorest first."""
+    order = (NONE, "ring", "centre", "box", ZOOM, "box+core", LEAKING)
     found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
     return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 
 
 def sections(table: pd.DataFrame, reference: str = ZERO_SHOT) -> list[tuple[str, list[list[str]]]]:
-    """(title, cells) of the tables shown to people; the first row of cells is the header.
+    """Return (title, cells) of the tables that are shown; the first row of cells is the header.
 
     Args:
         reference: the model that the table's differences are to.
@@ -227,7 +230,7 @@ def sections(table: pd.DataFrame, reference: str = ZERO_SHOT) -> list[tuple[str,
 
 
 def baseline_cells(against: pd.DataFrame) -> list[list[str]]:
-    """Cells of `against_baselines` for people, with a header."""
+    """Format `against_baselines` as cells, with a header."""
     rows = [
         [
             str(r["model"]),
@@ -241,7 +244,7 @@ def baseline_cells(against: pd.DataFrame) -> list[list[str]]:
 
 
 def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
-    """table.md: what was measured, as people read it."""
+    """Return the text of table.md."""
     count = int(table["num_images"].max()) if len(table) else 0
     parts = [f"{count} test images. Rows are models and baselines, columns the prompt they are given."]
     tables = sections(table)
@@ -261,7 +264,7 @@ def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
 
 
 def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
-    """The same on the terminal."""
+    """Print the main tables on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -294,7 +297,7 @@ def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapp
 
 
 def save_evaluation(folder: Path, evaluation: Evaluation, extra: Mapping[str, float]) -> None:
-    """Keep an evaluation in a cache folder; complete or not there."""
+    """Save an evaluation to a cache folder, completely or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = folder.with_name(f"{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
@@ -307,7 +310,7 @@ def save_evaluation(folder: Path, evaluation: Evaluation, extra: Mapping[str, fl
 
 
 def open_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]] | None:
-    """What `save_evaluation` kept, or None where there is nothing."""
+    """Read what `save_evaluation` saved; None if there is nothing."""
     if not (folder / "extra.json").exists():
         return None
     frames = [read_csv(folder / f"{name}.csv") for name in ("rows", "calibration", "jitter")]
@@ -315,6 +318,6 @@ def open_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]] | None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A frame as written here: ids stay text, whatever they look like; only an empty field is NaN."""
+    """Read a frame as written here: ids stay text even if they look like numbers; only an empty field is NaN."""
     text = dict.fromkeys(("model", "run", "prompt", "region", "image_id", "lesion_id", "stratum"), str)
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])

@@ -1,29 +1,27 @@
-"""What params.yaml says of masks without a prompt, as plain arguments."""
+"""The settings of params.yaml for masks without a prompt, as plain arguments."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from lesionsam.config.load import Config, load_config
-from lesionsam.evaluation.cases import FindLesions
-from lesionsam.inference.auto import AUTO, AutoOptions
-from lesionsam.inference.lesion import find_lesions, way
+from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
+from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
 from lesionsam.models.checkpoint import weights_metadata
 
 
-def auto_options(config: Config) -> AutoOptions:
-    """Settings of the automatic masks."""
-    return AutoOptions(**config.auto.model_dump())
+def auto_options(config: Config) -> AutoMaskOptions:
+    """Return the settings of the automatic masks."""
+    return AutoMaskOptions(**config.auto.model_dump())
 
 
-def read_auto_options(params: Path | None) -> AutoOptions:
-    """The same of a parameter file; None: of params.yaml here, or the defaults where there is none."""
+def read_auto_options(params: Path | None) -> AutoMaskOptions:
+    """Read the settings of the automatic masks; None: from ./params.yaml, or the defaults if there is no such file."""
     if params is None and not (params := Path("params.yaml")).is_file():
-        return AUTO
+        return AUTO_DEFAULTS
     return auto_options(load_config(params, check_files=False))
 
 
-def lesion_finder(config: Config, weights: Path) -> FindLesions:
-    """How a model answers the prompt source `none`; its decoder is asked too where it was trained so."""
-    return partial(find_lesions, by=way(weights_metadata(weights)), options=auto_options(config))
+def lesion_search(config: Config, weights: Path) -> LesionSearch:
+    """Return how a model finds the lesion without a prompt; weights that were trained so decode without one as well."""
+    return LesionSearch(trained_without_prompt(weights_metadata(weights)), auto_options(config))

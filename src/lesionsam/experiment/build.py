@@ -139,7 +139,7 @@ def trained_prompts(config: Config) -> str:
 
 
 def find_offset(data: LesionDataset, looseness: float) -> float:
-    """The outline offset of a training set, from its boxes alone; see `box_prior.outline_offset`."""
+    """The outline offset of a training set, from its boxes alone; see `boxes.prior.outline_offset`."""
     stride = max(1, data.side // OFFSET_SIDE)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OFFSET_SAMPLES)).round().astype(int))
     priors = [np.asarray(data.frames.priors[k, ::stride, ::stride], np.float32) / PRIOR_SCALE for k in chosen]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lesionsam.boxes.geometry import inside
+from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
@@ -110,7 +110,7 @@ def with_masks(annotations: Annotations, folder: Path) -> Annotations:
         for lesion in held:
             part = mask
             if mask is not None and len(held) > 1:
-                part = mask & inside(lesion.big_box, mask.shape)
+                part = mask & pixels_inside(lesion.big_box, mask.shape)
             lesions.append(lesion if part is None or not part.any() else replace(lesion, segmentation=encode(part)))
     return replace(annotations, lesions=tuple(lesions))
 

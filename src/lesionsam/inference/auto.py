@@ -1,43 +1,53 @@
 """Masks without a prompt: segment_anything's automatic mask generation, run through this project's decoder.
 
-A grid of point prompts with three candidates each; candidates are dropped by predicted IoU, by stability (IoU of the
-mask's logits cut a little above and a little below their threshold), where they touch the edge of a crop that is not an
-edge of the image, and as duplicates (non-maximum suppression of boxes). Kirillov et al. 2023, arXiv:2304.02643,
-appendix B. The same settings as SamAutomaticMaskGenerator give the same masks; only what survives the predicted IoU is
-ever enlarged, and a few at a time, so that memory does not grow with the grid.
+A grid of point prompts with three candidates each. Candidates are dropped by predicted IoU, by stability (IoU of the
+mask's logits cut a little above and a little below their threshold), at the edge of a crop that is not an edge of the
+image, and as duplicates (non-maximum suppression of boxes). Kirillov et al. 2023, arXiv:2304.02643, appendix B.
+
+The same settings as of SamAutomaticMaskGenerator give the same masks, by its own helpers. Two things differ: only masks
+that pass the predicted IoU are upscaled, a few at a time, so that memory does not grow with the grid; and small regions
+are cleaned with SciPy, as segment_anything's helper needs OpenCV.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import product
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy import ndimage
+from segment_anything.utils.amg import (
+    MaskData,
+    batched_mask_to_box,
+    build_point_grid,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    uncrop_boxes_xyxy,
+    uncrop_points,
+)
 from torchvision.ops.boxes import batched_nms, box_area
 
 from lesionsam.boxes.geometry import to_model_frame
+from lesionsam.inference.prediction import LesionPrompt, Prediction, review_reasons
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 
-EDGE_PIXELS = 20  # a mask's box this near to a crop's edge counts as cut by it; segment_anything's own number
-NUM_ENLARGED = 16  # masks enlarged to the image's size at once
-EIGHT = np.ones((3, 3), int)  # neighbourhood of the regions that are too small
+NUM_UPSCALED = 16  # masks upscaled to the image's size at once
+EIGHT = np.ones((3, 3), int)  # neighbourhood of small regions: by sides and corners
 
 
 @dataclass(frozen=True)
-class AutoOptions:
+class AutoMaskOptions:
     """Settings of `automatic_masks`; names and meaning are those of SamAutomaticMaskGenerator.
 
     Attributes:
         points_per_side: of the grid. points_per_batch: prompts decoded at once.
         pred_iou_thresh: candidates at or below this predicted IoU are dropped; 0 keeps all.
         stability_score_thresh: candidates below this stability are dropped; 0 keeps all.
-        stability_score_offset: by how much the threshold is moved to find the stability, logits.
+        stability_score_offset: by how much the threshold is moved for the stability, logits.
         box_nms_thresh: of two masks of one crop whose boxes' IoU exceeds this, the better stays.
         crop_n_layers: layers of crops; layer i has 4^i crops, layer 0 is the image.
         crop_nms_thresh: the same as box_nms_thresh between crops; the mask of the smaller crop stays.
@@ -59,7 +69,7 @@ class AutoOptions:
     min_mask_region_area: int
 
 
-AUTO = AutoOptions(  # as in the default params.yaml; a test compares
+AUTO_DEFAULTS = AutoMaskOptions(  # as in the default params.yaml; a test compares
     points_per_side=8,
     points_per_batch=64,
     pred_iou_thresh=0.7,
@@ -76,7 +86,7 @@ AUTO = AutoOptions(  # as in the default params.yaml; a test compares
 
 @dataclass(frozen=True)
 class AutoMask:
-    """One mask found without a prompt; only its bounding box's part is kept.
+    """One mask found without a prompt; only the part in its bounding box is kept.
 
     Attributes:
         patch: (h, w) bool, the mask inside its box. box: (4,) int64 XYXY, half-open, original pixels.
@@ -94,7 +104,7 @@ class AutoMask:
 
     @property
     def mask(self) -> np.ndarray:
-        """(H, W) bool, original frame."""
+        """Return the whole mask, (H, W) bool, original frame."""
         full = np.zeros(self.size, bool)
         x0, y0, x1, y1 = self.box
         full[y0:y1, x0:x1] = self.patch
@@ -102,105 +112,79 @@ class AutoMask:
 
     @property
     def area(self) -> int:
-        """Pixels of the mask."""
+        """Return the number of pixels of the mask."""
         return int(np.count_nonzero(self.patch))
-
-
-@dataclass(frozen=True)
-class _Found:
-    """N candidates of one image. Boxes are XYXY whose last row and column belong to them, as segment_anything's."""
-
-    patches: list[np.ndarray]
-    boxes: torch.Tensor  # (N, 4) int64
-    predicted: torch.Tensor  # (N,)
-    stability: torch.Tensor  # (N,)
-    points: torch.Tensor  # (N, 2) float64
-    crops: torch.Tensor  # (N, 4) int64
-
-    def __getitem__(self, index: torch.Tensor) -> _Found:
-        chosen = index.tolist()
-        rest = [getattr(self, field.name)[index] for field in fields(self)[1:]]
-        return _Found([self.patches[k] for k in chosen], *rest)
-
-
-def _cat(parts: Sequence[_Found]) -> _Found:
-    rest = [torch.cat([getattr(part, field.name) for part in parts]) for field in fields(_Found)[1:]]
-    return _Found([patch for part in parts for patch in part.patches], *rest)
 
 
 @torch.inference_mode()
 def automatic_masks(
-    sam: Sam, image: np.ndarray, options: AutoOptions, *, device: torch.device | str = "cpu"
+    sam: Sam, image: np.ndarray, options: AutoMaskOptions, *, device: torch.device | str = "cpu"
 ) -> list[AutoMask]:
-    """Every mask of an image, as SamAutomaticMaskGenerator.generate finds them and in its order.
+    """Find every mask of an image, as SamAutomaticMaskGenerator.generate does and in its order.
 
-    An empty mask is no mask: it is dropped whatever the thresholds.
+    Empty masks are dropped whatever the thresholds.
 
     Args:
         sam: in eval mode, on `device`. image: (H, W, 3) uint8 RGB, original frame.
     """
     size = image.shape[0], image.shape[1]
-    crops = crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
-    found = _cat([_in_crop(sam, image, crop, layer, options, device) for crop, layer in crops])
+    crops, layers = generate_crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio)
+    found = MaskData()
+    for crop, layer in zip(crops, layers, strict=True):
+        found.cat(_masks_in_crop(sam, image, crop, layer, options, device))
+    if not dict(found.items()):
+        return []
     if len(crops) > 1:
-        found = found[_suppress(found.boxes, 1 / box_area(found.crops), options.crop_nms_thresh)]
+        _suppress(found, 1 / box_area(found["crops"]), options.crop_nms_thresh)
     if options.min_mask_region_area:
-        found = _without_small_regions(found, size, options)
+        _clean_small_regions(found, size, options)
     half_open = torch.tensor([0, 0, 1, 1])
     return [
         AutoMask(patch, (box + half_open).numpy(), size, predicted, stability, point.numpy(), crop.numpy())
         for patch, box, predicted, stability, point, crop in zip(
-            found.patches,
-            found.boxes,
-            found.predicted.tolist(),
-            found.stability.tolist(),
-            found.points,
-            found.crops,
+            found["patches"],
+            found["boxes"],
+            found["predicted"].tolist(),
+            found["stability"].tolist(),
+            found["points"],
+            found["crops"],
             strict=True,
         )
     ]
 
 
-def point_grid(points_per_side: int) -> np.ndarray:
-    """(n^2, 2) float64 XY in (0, 1): the middles of n x n equal cells, row by row."""
-    steps = (np.arange(points_per_side) + 0.5) / points_per_side
-    return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+def predict_everything(
+    sam: Sam, image: np.ndarray, options: AutoMaskOptions, image_id: str, *, device: torch.device | str = "cpu"
+) -> list[Prediction]:
+    """Return all automatic masks of an image as predictions, numbered from 0; see `automatic_masks`."""
+    predictions = []
+    for number, found in enumerate(automatic_masks(sam, image, options, device=device)):
+        prompt, mask = LesionPrompt(points=found.point[None], labels=np.ones(1, np.int64)), found.mask
+        reasons = review_reasons(mask, prompt, found.predicted_iou, found.stability, math.nan)
+        predictions.append(
+            Prediction(
+                image_id, str(number), mask, prompt, found.predicted_iou, math.nan, found.stability, math.nan, reasons
+            )
+        )
+    return predictions
 
 
-def crop_boxes(size: tuple[int, int], num_layers: int, overlap_ratio: float) -> list[tuple[np.ndarray, int]]:
-    """The image and its crops, 4^i of them in layer i, as segment_anything cuts them.
-
-    Args:
-        size: (H, W). overlap_ratio: of layer 1, share of the shorter side; halved from layer to layer.
-    Returns:
-        ((4,) int64 XYXY half-open, layer) of each.
-    """
-    height, width = size
-    boxes = [(np.array([0, 0, width, height]), 0)]
-    for layer in range(1, num_layers + 1):
-        count = 2**layer
-        overlap = int(overlap_ratio * min(size) * (2 / count))
-        w, h = (math.ceil((overlap * (count - 1) + length) / count) for length in (width, height))
-        for column, row in product(range(count), repeat=2):
-            x0, y0 = (w - overlap) * column, (h - overlap) * row
-            boxes.append((np.array([x0, y0, min(x0 + w, width), min(y0 + h, height)]), layer))
-    return boxes
-
-
-def _in_crop(
-    sam: Sam, image: np.ndarray, crop: np.ndarray, layer: int, options: AutoOptions, device: torch.device | str
-) -> _Found:
-    """Candidates of one crop, without duplicates, in the frame of the whole image."""
-    x0, y0, x1, y1 = crop.tolist()
+def _masks_in_crop(
+    sam: Sam, image: np.ndarray, crop: list[int], layer: int, options: AutoMaskOptions, device: torch.device | str
+) -> MaskData:
+    """Return the masks of one crop, without duplicates, in the frame of the whole image; see `_select` for the keys."""
+    found = MaskData()
+    per_side = int(options.points_per_side / options.crop_n_points_downscale_factor**layer)
+    if per_side < 1:
+        return found
+    x0, y0, x1, y1 = crop
     part = image[y0:y1, x0:x1]
     height, width = part.shape[:2]
     side = int(sam.image_encoder.img_size)
     frames, sizes = model_frames([part], side)
     features = encode(sam, preprocess(frames.to(device), sizes.to(device)))
-    per_side = int(options.points_per_side / options.crop_n_points_downscale_factor**layer)
-    grid = point_grid(per_side) * (width, height)
+    grid = build_point_grid(per_side) * (width, height)
     framed = torch.as_tensor(to_model_frame(grid, width, height, side), dtype=torch.float32, device=device)[:, None]
-    parts = [_nothing()]
     for low in range(0, len(grid), options.points_per_batch):
         points = framed[low : low + options.points_per_batch]
         prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=device))
@@ -209,58 +193,41 @@ def _in_crop(
         if options.pred_iou_thresh > 0:
             good = predicted > options.pred_iou_thresh
         number, candidate = good.nonzero(as_tuple=True)  # number of the point, then of its candidate
-        for begin in range(0, len(number), NUM_ENLARGED):
-            which = number[begin : begin + NUM_ENLARGED], candidate[begin : begin + NUM_ENLARGED]
+        for begin in range(0, len(number), NUM_UPSCALED):
+            which = number[begin : begin + NUM_UPSCALED], candidate[begin : begin + NUM_UPSCALED]
             logits = upscale(low_res[which].float(), (int(sizes[0, 0]), int(sizes[0, 1])), (height, width), side)
-            parts.append(
-                _sound(
-                    logits,
-                    predicted[which].float(),
-                    torch.from_numpy(grid[low:][which[0].cpu().numpy()]),
-                    crop,
-                    (image.shape[0], image.shape[1]),
-                    options,
-                    threshold=sam.mask_threshold,
-                )
+            prompted = torch.from_numpy(grid[low:][which[0].cpu().numpy()])
+            found.cat(
+                _select(logits, predicted[which].float(), prompted, crop, image.shape[:2], options, sam.mask_threshold)
             )
-    found = _cat(parts)
-    return found[_suppress(found.boxes, found.predicted, options.box_nms_thresh)]
+    if dict(found.items()):
+        _suppress(found, found["predicted"], options.box_nms_thresh)
+    return found
 
 
-def _nothing() -> _Found:
-    none = torch.zeros(0)
-    return _Found(
-        [],
-        torch.zeros(0, 4, dtype=torch.int64),
-        none,
-        none,
-        torch.zeros(0, 2, dtype=torch.float64),
-        torch.zeros(0, 4, dtype=torch.int64),
-    )
-
-
-def _sound(
+def _select(
     logits: torch.Tensor,
     predicted: torch.Tensor,
     points: torch.Tensor,
-    crop: np.ndarray,
-    size: tuple[int, int],
-    options: AutoOptions,
-    *,
+    crop: list[int],
+    size: tuple[int, ...],
+    options: AutoMaskOptions,
     threshold: float,
-) -> _Found:
-    """Those of N masks that are stable, not empty and not cut by the crop.
+) -> MaskData:
+    """Keep those of N masks that are stable, not empty and not cut by the crop.
 
     Args:
-        logits: (N, h, w) of the crop. predicted: (N,). points: (N, 2) XY in the crop. size: (H, W) of the image.
-        threshold: of the logits.
+        logits: (N, h, w) of the crop. predicted: (N,). points: (N, 2) XY in the crop. crop: XYXY, half-open.
+        size: (H, W) of the image. threshold: of the logits.
+    Returns:
+        patches, a list of (h, w) bool, the masks inside their boxes; boxes (K, 4) int64 XYXY, whose last row and column
+        belong to them, as segment_anything's; predicted (K,), stability (K,), points (K, 2), crops (K, 4); all but the
+        patches in the frame of the image, on the CPU.
     """
-    stability = stability_scores(logits, threshold, options.stability_score_offset)
+    stability = calculate_stability_score(logits, threshold, options.stability_score_offset).cpu()
     masks = logits > threshold
-    boxes = mask_boxes(masks)
-    shift = torch.tensor([*crop[:2], *crop[:2]])
-    whole = boxes + shift
-    kept = masks.flatten(1).any(1).cpu() & ~near_crop_edge(whole, torch.from_numpy(crop), size)
+    boxes = batched_mask_to_box(masks).cpu()
+    kept = masks.flatten(1).any(1).cpu() & ~is_box_near_crop_edge(boxes, crop, [0, 0, size[1], size[0]])
     if options.stability_score_thresh > 0:
         kept &= stability >= options.stability_score_thresh
     index = kept.nonzero()[:, 0]
@@ -268,70 +235,46 @@ def _sound(
         masks[k, y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
         for k, (x0, y0, x1, y1) in zip(index.tolist(), boxes[index].tolist(), strict=True)
     ]
-    return _Found(
-        patches,
-        whole[index],
-        predicted.cpu()[index],
-        stability[index],
-        (points + shift[:2])[index],
-        torch.from_numpy(crop).expand(len(index), -1),
+    return MaskData(
+        patches=patches,
+        boxes=uncrop_boxes_xyxy(boxes, crop)[index],
+        predicted=predicted.cpu()[index],
+        stability=stability[index],
+        points=uncrop_points(points, crop)[index],
+        crops=torch.tensor(crop).expand(len(index), -1),
     )
 
 
-def stability_scores(logits: torch.Tensor, threshold: float, offset: float) -> torch.Tensor:
-    """(N, h, w) logits -> (N,) float32 on the CPU: IoU of the masks cut at threshold + offset and threshold - offset;
-    NaN where both are empty."""
-    inner, outer = ((logits > threshold + sign * offset).flatten(1).sum(1) for sign in (1, -1))
-    return (inner / outer).float().cpu()
+def _suppress(found: MaskData, scores: torch.Tensor, threshold: float) -> None:
+    """Keep the masks whose boxes survive non-maximum suppression, best first."""
+    found.filter(batched_nms(found["boxes"].float(), scores, torch.zeros(len(scores)), threshold))
 
 
-def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """(N, h, w) bool -> (N, 4) int64 XYXY on the CPU: first and last column and row of each; zeros where empty."""
-    columns, rows = masks.any(1).cpu().numpy(), masks.any(2).cpu().numpy()
-    ends = [(line.argmax(1), line.shape[1] - 1 - line[:, ::-1].argmax(1)) for line in (columns, rows)]
-    (x0, x1), (y0, y1) = ends
-    boxes = np.where(rows.any(1, keepdims=True), np.stack([x0, y0, x1, y1], 1), 0)
-    return torch.from_numpy(boxes.astype(np.int64).reshape(-1, 4))
-
-
-def near_crop_edge(boxes: torch.Tensor, crop: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(N,) bool: boxes (N, 4) with a side within `EDGE_PIXELS` of the crop's that is not as near to the image's."""
-    frame = torch.tensor([0, 0, size[1], size[0]])
-    return (((boxes - crop).abs() <= EDGE_PIXELS) & ((boxes - frame).abs() > EDGE_PIXELS)).any(1)
-
-
-def _suppress(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Indices of the boxes that stay, best first."""
-    return batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
-
-
-def _without_small_regions(found: _Found, size: tuple[int, int], options: AutoOptions) -> _Found:
-    """Small holes filled, small islands removed, and duplicates that this makes; unchanged masks are preferred.
+def _clean_small_regions(found: MaskData, size: tuple[int, int], options: AutoMaskOptions) -> None:
+    """Fill small holes, remove small islands, and drop the duplicates that this makes; unchanged masks are preferred.
 
     Done on the whole (H, W) mask: what is background inside its box may belong to the large background around it.
     """
-    patches, boxes, scores = [], found.boxes.clone(), []
-    for k, (patch, (x0, y0, x1, y1)) in enumerate(zip(found.patches, found.boxes.tolist(), strict=True)):
+    unchanged = []
+    for k, (patch, (x0, y0, x1, y1)) in enumerate(zip(found["patches"], found["boxes"].tolist(), strict=True)):
         full = np.zeros(size, bool)
         full[y0 : y1 + 1, x0 : x1 + 1] = patch
-        mask, changed = without_small_regions(full, options.min_mask_region_area)
-        boxes[k] = mask_boxes(torch.from_numpy(mask[None]))[0]
-        x0, y0, x1, y1 = boxes[k].tolist()
-        patches.append(mask[y0 : y1 + 1, x0 : x1 + 1].copy())
-        scores.append(float(not changed))
-    cleaned = _Found(patches, boxes, found.predicted, found.stability, found.points, found.crops)
-    threshold = max(options.box_nms_thresh, options.crop_nms_thresh)
-    return cleaned[_suppress(boxes, torch.tensor(scores), threshold)]
+        mask = without_small_regions(full, options.min_mask_region_area)
+        found["boxes"][k] = batched_mask_to_box(torch.from_numpy(mask))
+        x0, y0, x1, y1 = found["boxes"][k].tolist()
+        found["patches"][k] = mask[y0 : y1 + 1, x0 : x1 + 1].copy()
+        unchanged.append(float(np.array_equal(mask, full)))
+    _suppress(found, torch.tensor(unchanged), max(options.box_nms_thresh, options.crop_nms_thresh))
 
 
-def without_small_regions(mask: np.ndarray, min_area: int) -> tuple[np.ndarray, bool]:
+def without_small_regions(mask: np.ndarray, min_area: int) -> np.ndarray:
     """Fill the holes, then remove the islands, of less than `min_area` pixels; the largest island always stays.
 
     Args:
-        mask: (H, W) bool, not empty; regions hang together by sides and corners. Background at the frame's rim counts
-            as a hole too where it is that small, as segment_anything has it.
+        mask: (H, W) bool, not empty. Regions are connected by sides and corners. Background at the frame's rim counts
+            as a hole too where it is that small, as in segment_anything.
     Returns:
-        (the mask, whether anything changed).
+        (H, W) bool.
     """
     holes, _ = ndimage.label(~mask, EIGHT)
     small = np.bincount(holes.ravel()) < min_area
@@ -343,5 +286,4 @@ def without_small_regions(mask: np.ndarray, min_area: int) -> tuple[np.ndarray, 
     kept[0] = False
     if not kept.any():
         kept[1 + int(sizes[1:].argmax())] = True
-    result = filled & kept[islands]
-    return result, bool((result != mask).any())
+    return filled & kept[islands]

@@ -1,4 +1,4 @@
-"""The work of `lesionsam predict`: images decoded ahead, batches encoded once, every lesion's files and its row."""
+"""`lesionsam predict`: read images ahead, encode them in batches, write the files and the row of every lesion."""
 
 from __future__ import annotations
 
@@ -16,54 +16,51 @@ import numpy as np
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.inference.auto import AUTO, AutoOptions
-from lesionsam.inference.decode import NUM_POINTS, SEED, Answer, Asked, answers, prediction
-from lesionsam.inference.inputs import Job, Lesion, Source, check_answering, file_stem, find_images, plan
-from lesionsam.inference.lesion import find_lesions, from_nearer, masks_of, way
-from lesionsam.inference.outputs import Folder, make_folder
+from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions, predict_everything
+from lesionsam.inference.decode import DecodeOptions, decode_lesions
+from lesionsam.inference.image import EncodedImages
+from lesionsam.inference.inputs import Job, Lesion, Source, check_options, file_stem, find_images, plan
+from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
+from lesionsam.inference.outputs import PredictionFolder, make_folder
+from lesionsam.inference.prediction import LesionPrompt, to_prediction
 from lesionsam.inference.predictor import SHOWN_IDS
 from lesionsam.models.checkpoint import load_sam, weights_metadata
-from lesionsam.models.sam import Sam, encode
-from lesionsam.models.transforms import model_frames, preprocess
+from lesionsam.models.sam import Sam
+from lesionsam.prompts import ZOOM
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
 from lesionsam.utils.processes import folder_lock
 from lesionsam.utils.progress import progress
 
-VERSION = 6  # of what a row's key stands for
-SAVE_SECONDS = 5.0
+VERSION = 7  # of the values that a row's key covers
+SAVE_SECONDS = 5.0  # between two writes of the table
 READERS = 2  # threads that decode images while the model runs
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a call of `predict_files` asks for.
+class PredictOptions:
+    """The settings of a call of `predict_files`.
 
     Attributes:
         weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is
-            lesion. num_members: decodings of each box, all but one jittered. auto: of the automatic masks.
-        lesion_by: how the one lesion of an image is found, see `inference_lesion`. nearer: whether what lies around
-            each box is enlarged.
+            lesion. decoding: how prompts become masks.
     """
 
     weights_sha256: str
     source: Source
     threshold: float
-    num_members: int
-    auto: AutoOptions
-    lesion_by: str
-    nearer: bool = False
+    decoding: DecodeOptions
 
     def key(self, image_sha256: str, lesion: Lesion | None) -> str:
-        """Hash of everything that a row in the table depends on; None stands for all masks of an image."""
-        source = self.source
+        """Return a hash of everything that a row of the table depends on; None stands for all masks of an image."""
+        source, decoding = self.source, self.decoding
         parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
         if source.kind == "boxes":
-            parts += [SEED, NUM_POINTS, source.prompt, self.num_members, self.nearer]
+            parts += [decoding.kind, decoding.seed, decoding.num_points, decoding.num_members]
         elif source.kind == "auto":
-            parts += [self.auto, self.lesion_by]
+            parts += [decoding.search]
         elif source.kind == "everything":
-            parts += [self.auto]
+            parts += [decoding.search.auto]
         if lesion is not None:
             parts += [lesion.file_name, [sorted(row.items()) for _, row in lesion.rows]]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -71,63 +68,53 @@ class Options:
 
 @dataclass(frozen=True)
 class Target:
-    """A lesion to segment: its prompt, checked, and the key of its row, see `Options.key`."""
+    """A lesion to segment: its checked prompt, and the key of its row, see `PredictOptions.key`."""
 
     lesion: Lesion
     key: str
-    asked: Asked
+    prompt: LesionPrompt
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image with those of its lesions that are to be segmented.
+    """An image that was read, with the lesions to segment in it.
 
     Attributes:
-        job: the image, without the lesions whose masks are there already. targets: those of its lesions that can be
-            segmented.
-        image: (H, W, 3) uint8 RGB. frame: (1, 3, S, S) uint8. size: (1, 2) height and width of its image part.
-        key: of all its masks, see `Options.key`. faults: one line for each row that is wrong.
+        job: the image, without the lesions whose masks are there already. targets: its lesions with valid prompts.
+        image: (H, W, 3) uint8 RGB. framed: the same in the model frame, a batch of one, not encoded.
+        key: of all its masks, see `PredictOptions.key`. faults: one line for each faulty row.
     """
 
     job: Job
     image: np.ndarray
-    frame: torch.Tensor
-    size: torch.Tensor
+    framed: EncodedImages
     key: str
     targets: list[Target]
     faults: list[str]
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(H, W), original pixels."""
-        return self.image.shape[0], self.image.shape[1]
 
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """(h, w) of the image part of the model frame."""
-        return int(self.size[0, 0]), int(self.size[0, 1])
-
-
-def complain(line: str) -> None:
-    """Name a fault that does not end the run."""
+def print_fault(line: str) -> None:
+    """Print a fault that does not end the run."""
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
-class Run:
-    """The state of one call of `predict_files`: the folder, and what was counted."""
+class PredictRun:
+    """The state of one call of `predict_files`: the folder and the counters."""
 
-    def __init__(self, sam: Sam, options: Options, folder: Folder, device: torch.device | str, batch_size: int) -> None:
+    def __init__(
+        self, sam: Sam, options: PredictOptions, folder: PredictionFolder, device: torch.device | str, batch_size: int
+    ) -> None:
         self.sam, self.options, self.folder, self.device = sam.to(device).eval(), options, folder, device
         self.batch_size, self.side = batch_size, int(sam.image_encoder.img_size)
-        self.num_done = self.num_kept = self.num_look = self.num_faults = 0
+        self.num_done = self.num_kept = self.num_review = self.num_faults = 0
         self.saved = time.monotonic()
-        self._of_image: dict[str, list[tuple[str, str]]] = {}  # rows of earlier calls where lesions have no names
+        self._of_image: dict[str, list[tuple[str, str]]] = {}  # image_id -> row keys of earlier calls with `everything`
         if options.source.kind == "everything":
             for key in folder.rows:
                 self._of_image.setdefault(key[0], []).append(key)
 
     def work(self, jobs: Sequence[Job]) -> None:
-        """Segment every lesion of every job; faults are named and counted, and cost no other lesion its mask."""
+        """Segment every lesion of every job; faults are printed and counted, and the other lesions still get masks."""
         self.folder.make_room(jobs)
         batch: list[Prepared] = []
         with ThreadPoolExecutor(READERS) as pool:
@@ -154,7 +141,7 @@ class Run:
                 self._segment(batch)
 
     def _ahead(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Prepared | None]]]:
-        """The jobs with their images, a few decoded ahead of the one that is asked for."""
+        """Yield the jobs with their images, a few of which are read ahead."""
         left = iter(jobs)
         waiting = deque((job, pool.submit(self._prepare, job)) for job in islice(left, READERS + 1))
         while waiting:
@@ -162,7 +149,7 @@ class Run:
             waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
 
     def _prepare(self, job: Job) -> Prepared | None:
-        """Read an image and check the prompts of what is missing; None where nothing is."""
+        """Read an image and check the prompts of lesions without a mask; None if all have one."""
         if not job.path.is_file():
             raise UserError(
                 f"{job.path}: no such file; expected an image"
@@ -177,31 +164,31 @@ class Run:
             return None
         image = read_image(job.path)
         try:
-            frame, size = model_frames([image], self.side)
+            framed = EncodedImages.of([image], self.side)
         except UserError as error:
             raise UserError(f"{job.path}: {error}") from None
         targets, faults = [], []
         for lesion, own in missing:
             try:
-                targets.append(Target(lesion, own, lesion.asked(image.shape[1], image.shape[0], source)))
+                targets.append(Target(lesion, own, lesion.prompt(image.shape[1], image.shape[0], source)))
             except ValueError as error:
                 faults.append(f"{source.path}: {error}")
-        return Prepared(
-            replace(job, lesions=tuple(lesion for lesion, _ in missing)), image, frame, size, key, targets, faults
-        )
+        job = replace(job, lesions=tuple(lesion for lesion, _ in missing))
+        return Prepared(job, image, framed, key, targets, faults)
 
     def _rows_of(self, job: Job) -> list[tuple[str, str]]:
+        """Return the (image_id, lesion_id) that a job has, or had in an earlier call."""
         if job.lesions:
             return [(job.image_id, lesion.lesion_id) for lesion in job.lesions]
         return self._of_image.get(job.image_id, [])
 
     def _is_there(self, place: tuple[str, str], key: str) -> bool:
-        """Whether the table has this key at (image_id, lesion_id), and the folder all the files of that row."""
+        """Return whether the table has this key at (image_id, lesion_id) and the folder all files of that row."""
         row = self.folder.rows.get(place)
         return row is not None and row["key"] == key and self.folder.is_there(row)
 
     def _fault(self, line: str) -> None:
-        complain(line)
+        print_fault(line)
         self.num_faults += 1
 
     def _forget(self, job: Job) -> None:
@@ -211,79 +198,58 @@ class Run:
     @torch.inference_mode()
     def _segment(self, batch: Sequence[Prepared]) -> None:
         """Encode a batch of images once, decode all their lesions, write each one's files."""
-        if not self.folder.is_saved:  # else, after a kill, the table would take the files to come for outdated ones
+        if not self.folder.is_saved:  # or a call after a kill would take the coming files for those of dropped rows
             self.save()
         if self.options.source.kind == "everything":
             for prepared in batch:
                 self._write_all(prepared)
         else:
-            frames = torch.cat([prepared.frame for prepared in batch]).to(self.device)
-            sizes = torch.cat([prepared.size for prepared in batch]).to(self.device)
-            features = None if self.options.nearer else encode(self.sam, preprocess(frames, sizes))
-            asked = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
-            for low in range(0, len(asked), self.batch_size):
-                self._segment_lesions(batch, asked[low : low + self.batch_size], features, frames)
+            images = EncodedImages.cat([prepared.framed for prepared in batch])
+            if self.options.decoding.kind != ZOOM:  # which encodes each lesion itself
+                images = images.encoded(self.sam)
+            targets = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
+            for low in range(0, len(targets), self.batch_size):
+                self._segment_lesions(batch, images, targets[low : low + self.batch_size])
         if time.monotonic() - self.saved > SAVE_SECONDS:
             self.save()
 
     def _segment_lesions(
-        self,
-        batch: Sequence[Prepared],
-        part: Sequence[tuple[int, Target]],
-        features: torch.Tensor | None,
-        frames: torch.Tensor,
+        self, batch: Sequence[Prepared], images: EncodedImages, part: Sequence[tuple[int, Target]]
     ) -> None:
-        """Decode some lesions of a batch at once and write each one's files; no features: each is encoded itself."""
-        source, rows = self.options.source, [k for k, _ in part]
-        owners = [batch[k] for k in rows]
-        sizes, shapes = [owner.input_size for owner in owners], [owner.shape for owner in owners]
-        if features is None:
-            found = from_nearer(self.sam, frames[rows], sizes, shapes, [target.asked for _, target in part])
-        elif source.kind == "auto":
-            found = [
-                Answer(*one)
-                for one in find_lesions(
-                    self.sam, features[rows], frames[rows], sizes, by=self.options.lesion_by, options=self.options.auto
-                )
-            ]
-        else:
-            found = answers(
-                self.sam,
-                features,
-                shapes,
-                [target.asked for _, target in part],
-                [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part],
-                prompt=source.prompt,
-                num_members=self.options.num_members,
-                owners=rows,
-            )
-        for owner, (_, target), answer in zip(owners, part, found, strict=True):
-            one = prediction(
-                answer,
-                target.asked,
+        """Decode some lesions of a batch at once and write the files of each; part: (position in the batch, target)."""
+        rows, prompts = [k for k, _ in part], [target.prompt for _, target in part]
+        keys = [f"{batch[k].job.image_id}/{target.lesion.lesion_id}" for k, target in part]
+        decoded = decode_lesions(self.sam, images, prompts, rows, keys, self.options.decoding)
+        for (k, target), one in zip(part, decoded, strict=True):
+            owner = batch[k]
+            prediction = to_prediction(
+                one,
+                target.prompt,
                 image_id=owner.job.image_id,
                 lesion_id=target.lesion.lesion_id,
-                shape=owner.shape,
-                input_size=owner.input_size,
+                shape=images.shapes[k],
+                input_size=images.input_sizes[k],
                 side=self.side,
                 threshold=self.options.threshold,
             )
-            name = target.lesion.file_name
-            self.folder.record(
-                [
-                    self.folder.write(
-                        one, owner.image, name, key=target.key, prompt=source.prompt, image_name=owner.job.path.name
-                    )
-                ]
+            row = self.folder.write(
+                prediction,
+                owner.image,
+                target.lesion.file_name,
+                key=target.key,
+                prompt=self.options.source.prompt,
+                image_name=owner.job.path.name,
             )
+            self.folder.record([row])
             self.num_done += 1
-            self.num_look += bool(one.look)
+            self.num_review += bool(prediction.review_reasons)
 
     def _write_all(self, prepared: Prepared) -> None:
-        """All masks of an image; a row without a mask where there is none, so that it counts as done."""
-        height, width = prepared.shape
-        found = masks_of(self.sam, prepared.image, self.options.auto, prepared.job.image_id, device=self.device)
-        stem, key = file_stem(prepared.job.image_id), prepared.key
+        """Write all masks of an image; without any mask a row that says so, so that the image counts as done."""
+        height, width = prepared.image.shape[:2]
+        options, image_id = self.options.decoding.search.auto, prepared.job.image_id
+        found = predict_everything(self.sam, prepared.image, options, image_id, device=self.device)
+        stem, key = file_stem(image_id), prepared.key
         rows = [
             self.folder.write(
                 one, prepared.image, f"{stem}/{one.lesion_id}", key=key, image_name=prepared.job.path.name
@@ -292,10 +258,10 @@ class Run:
         ]
         if not found:
             nothing = "no mask passes the thresholds"
-            rows = [(prepared.job.image_id, "", width, height, "", 0, "", "", "", nothing, key)]
+            rows = [(image_id, "", width, height, "", 0, "", "", "", nothing, key)]
         self.folder.record(rows)  # all at once: an image with some of its masks does not count as done
         self.num_done += len(found)
-        self.num_look += sum(bool(one.look) for one in found) or not found
+        self.num_review += sum(bool(one.review_reasons) for one in found) or not found
 
     def save(self) -> None:
         """Write the table."""
@@ -319,16 +285,16 @@ def predict_files(
     overlays: bool = True,
     shapes: bool = True,
     threshold: float = 0.5,
-    options: AutoOptions = AUTO,
-    nearer: bool = False,
+    options: AutoMaskOptions = AUTO_DEFAULTS,
+    zoom: bool = False,
 ) -> int:
-    """Segment the lesions of image files, given boxes, points or nothing.
+    """Segment the lesions of image files from boxes, points or without a prompt.
 
-    Writes, each file whole or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png where an image has several
+    Writes, each file completely or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png if an image has several
     rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
-    (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all that is in the table. What
-    an earlier call with the same model, prompts, threshold and image has done is kept; what else it has of these images
-    goes, what it has of others stays in the table.
+    (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all rows of that table. Masks
+    of an earlier call with the same model, prompts, threshold and image are kept; its other masks of these images are
+    removed, those of other images stay in the table.
 
     Args:
         images: files, folders, patterns. model: SAM's weights or this project's; the file says which model it holds.
@@ -337,15 +303,15 @@ def predict_files(
             each image. everything: all automatic masks. Exactly one of these four.
         prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
         batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
-        threshold: probability above which a pixel is lesion. options: of the automatic masks. nearer: enlarge what lies
-            around each box; prompt `box` alone.
+        threshold: probability above which a pixel is lesion. options: of the automatic masks. zoom: enlarge the
+            surroundings of each box to the model's whole input; prompt `box` only.
     Returns:
-        exit code: 0, or 1 if an image or a row that was asked for gave no mask; each is named on stderr.
+        exit code: 0, or 1 if an image or a row gave no mask; each is named on stderr.
     Raises:
         UserError: nothing can be predicted at all.
     """
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
-    check_answering(source, threshold=threshold, ensemble=ensemble, nearer=nearer)
+    check_options(source, threshold=threshold, ensemble=ensemble, zoom=zoom)
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
     paths, problems = find_images(images)
@@ -354,16 +320,18 @@ def predict_files(
     jobs, unmatched, unused = plan(paths, source)
     problems += unmatched
     for line in problems:
-        complain(line)
+        print_fault(line)
     if unused:
         shown = ", ".join(unused[:SHOWN_IDS]) + (", ..." if len(unused) > SHOWN_IDS else "")
         print(f"note: {source.path} has rows of {len(unused)} images that were not given: {shown}", file=sys.stderr)
     sam = load_sam(None, model)
-    how = Options(sha256_file(model), source, threshold, ensemble, options, way(weights_metadata(model)), nearer)
+    search = LesionSearch(trained_without_prompt(weights_metadata(model)), options)
+    decoding = DecodeOptions(ZOOM if zoom else source.decoded_as, num_members=ensemble, search=search)
+    how = PredictOptions(sha256_file(model), source, threshold, decoding)
     make_folder(out)
     with folder_lock(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
-        folder = Folder(out, overlays=overlays, shapes=shapes)
-        run = Run(sam, how, folder, device, batch_size)
+        folder = PredictionFolder(out, overlays=overlays, shapes=shapes)
+        run = PredictRun(sam, how, folder, device, batch_size)
         try:
             run.work(jobs)
         except torch.OutOfMemoryError:
@@ -378,7 +346,7 @@ def predict_files(
     print(
         f"{run.num_done} masks written to {out / 'masks'}"
         + (f", {run.num_kept} kept from before" if run.num_kept else "")
-        + (f", {run.num_look} of them worth a look (column `look`)" if run.num_look else "")
+        + (f", {run.num_review} of them to review (column `review_reasons`)" if run.num_review else "")
         + (f"; {faults} faults, named above" if faults else "")
     )
     return 1 if faults else 0

@@ -1,9 +1,11 @@
-"""One image at a time, any number of prompts: features kept for images that come back, and SamPredictor's verbs."""
+"""Encoded images: a batch, a cache of the last few, and one image with SamPredictor's methods."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,10 +22,64 @@ def check_rgb(image: np.ndarray) -> None:
         raise ValueError(f"image: expected (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
 
 
-class FeatureCache:
-    """Features of the last few images, by what the encoder sees of them: one that comes back costs no encoder pass.
+@dataclass(frozen=True)
+class EncodedImages:
+    """B images in the model frame, with their features.
 
-    The weights must not change while it lives.
+    Attributes:
+        frames: (B, 3, S, S) uint8, padded with 0 right and bottom. input_sizes: B of (h, w), their image parts.
+        shapes: B of (H, W), original pixels. features: (B, C, H', W'), or None before `encoded`.
+    """
+
+    frames: torch.Tensor
+    input_sizes: Sequence[tuple[int, int]]
+    shapes: Sequence[tuple[int, int]]
+    features: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, images: Sequence[np.ndarray], side: int) -> EncodedImages:
+        """Resize and pad B (H, W, 3) uint8 RGB images; does not encode them."""
+        frames, sizes = model_frames(images, side)
+        parts = [(height, width) for height, width in sizes.tolist()]
+        return cls(frames, parts, [(image.shape[0], image.shape[1]) for image in images])
+
+    @classmethod
+    def cat(cls, parts: Sequence[EncodedImages]) -> EncodedImages:
+        """Join several batches that are not encoded yet."""
+        sizes = [size for part in parts for size in part.input_sizes]
+        return cls(
+            torch.cat([part.frames for part in parts]), sizes, [shape for part in parts for shape in part.shapes]
+        )
+
+    @torch.inference_mode()
+    def encoded(self, sam: Sam) -> EncodedImages:
+        """Return the same images with their features, on the model's device."""
+        device = next(sam.parameters()).device
+        frames, sizes = self.frames.to(device), torch.tensor(self.input_sizes, device=device)
+        return replace(self, features=encode(sam, preprocess(frames, sizes)))
+
+    @property
+    def side(self) -> int:
+        """Return S, side of the model frame, pixels."""
+        return self.frames.shape[-1]
+
+    @property
+    def known_features(self) -> torch.Tensor:
+        """Return the features; ValueError if the images are not encoded."""
+        if self.features is None:
+            raise ValueError("features: the images are not encoded")
+        return self.features
+
+    def __getitem__(self, rows: list[int]) -> EncodedImages:
+        """Return some of the images; one may be taken several times."""
+        sizes, shapes = [self.input_sizes[k] for k in rows], [self.shapes[k] for k in rows]
+        return EncodedImages(self.frames[rows], sizes, shapes, None if self.features is None else self.features[rows])
+
+
+class FeatureCache:
+    """Encoder of single images that keeps the features of the last few, keyed by their pixels in the model frame.
+
+    The weights must not change while it is in use.
 
     Args:
         sam: moved to the device and set to eval mode. num_cached: images whose features are kept, at least 1.
@@ -35,31 +91,26 @@ class FeatureCache:
         self.sam, self.device, self.num_cached = sam.to(device).eval(), torch.device(device), num_cached
         self._kept: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
-    @torch.inference_mode()
-    def features(self, image: np.ndarray) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(1, C, H', W') features of an image, and (h, w) of its part of the model frame.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, original frame.
-        """
+    def encode(self, image: np.ndarray) -> EncodedImages:
+        """Return an image with its features, a batch of one; ValueError unless it is (H, W, 3) uint8 RGB."""
         check_rgb(image)
-        frames, sizes = model_frames([image], int(self.sam.image_encoder.img_size))
+        images = EncodedImages.of([image], int(self.sam.image_encoder.img_size))
         # All that the encoder sees; hashing the image itself would take longer than resizing it.
-        key = hashlib.sha256(frames.numpy().tobytes() + sizes.numpy().tobytes()).digest()
+        key = hashlib.sha256(images.frames.numpy().tobytes() + str(images.input_sizes).encode()).digest()
         if key not in self._kept:
-            self._kept[key] = encode(self.sam, preprocess(frames.to(self.device), sizes.to(self.device)))
+            self._kept[key] = images.encoded(self.sam).known_features
             while len(self._kept) > self.num_cached:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key], (int(sizes[0, 0]), int(sizes[0, 1]))
+        return replace(images, features=self._kept[key])
 
     def clear(self) -> None:
-        """Forget every image."""
+        """Drop every image."""
         self._kept.clear()
 
 
 class ImagePredictor:
-    """SAM on one image at a time with any number of prompts, with the verbs of segment_anything's SamPredictor.
+    """SAM on one image at a time with any number of prompts, with the methods of segment_anything's SamPredictor.
 
     Coordinates are pixels of the original image. For one thread at a time: it holds one image.
 
@@ -74,11 +125,11 @@ class ImagePredictor:
 
     @property
     def side(self) -> int:
-        """S, side of the model's input, pixels."""
+        """Return S, side of the model's input, pixels."""
         return int(self.sam.image_encoder.img_size)
 
     def reset_image(self) -> None:
-        """Forget the image and every kept feature."""
+        """Drop the image and all cached features."""
         self._cache.clear()
         self._features: torch.Tensor | None = None
         self.original_size, self.input_size = (0, 0), (0, 0)
@@ -89,11 +140,15 @@ class ImagePredictor:
         Args:
             image: (H, W, 3) uint8 RGB, original frame.
         """
-        self._features, self.input_size = self._cache.features(image)
-        self.original_size = image.shape[0], image.shape[1]
+        encoded = self._cache.encode(image)
+        self._features, self.input_size, self.original_size = (
+            encoded.features,
+            encoded.input_sizes[0],
+            encoded.shapes[0],
+        )
 
     def get_image_embedding(self) -> torch.Tensor:
-        """(1, C, H', W') features of the image that is set."""
+        """Return the (1, C, H', W') features of the image that is set."""
         if self._features is None:
             raise RuntimeError("no image is set; call set_image first")
         return self._features
@@ -108,7 +163,7 @@ class ImagePredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masks of one prompt: everything given is one joint prompt.
+        """Predict the masks of one prompt; everything given forms one joint prompt.
 
         Args:
             point_coords: (N, 2) XY. point_labels: (N,), 1 foreground, 0 background. box: (4,) XYXY.
@@ -142,6 +197,7 @@ class ImagePredictor:
         return full.cpu().numpy(), predicted[0].float().cpu().numpy(), low_res.cpu().numpy()
 
     def _framed(self, coordinates: np.ndarray) -> torch.Tensor:
+        """Scale original pixels to the model frame, with a batch axis."""
         height, width = self.original_size
         return torch.as_tensor(
             to_model_frame(np.asarray(coordinates, float), width, height, self.side), dtype=torch.float32

@@ -1,4 +1,4 @@
-"""What a prediction is given: images as files, folders or patterns, and the boxes or points of their lesions."""
+"""The input of a prediction: images as files, folders or patterns, and boxes or points of their lesions."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes.table import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
+from lesionsam.boxes.table import BIG, COLUMNS, SMALL, check_box, check_small, parse_box, parse_boxes, read_rows
 from lesionsam.errors import UserError
-from lesionsam.inference.decode import Asked
-from lesionsam.prompts import KINDS
+from lesionsam.inference.prediction import NO_PROMPT, LesionPrompt
+from lesionsam.prompts import KINDS, NONE, POINTS
 from lesionsam.utils.files import decimal_number
 from lesionsam.utils.images import IMAGE_SUFFIXES
 
 POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
 HALF = 0.5  # probability at which SAM's masks are cut
 ONE = "0"  # the lesion_id where an image is known to have one lesion
-Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text); line 0: no CSV, numbers
+Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text)
 
 
 def needs_small(prompt: str) -> bool:
-    """Whether a prompt of this kind reads the small box."""
+    """Return whether a prompt of this kind reads the small box."""
     return prompt != "box"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the prompts come from.
+    """The source of the prompts.
 
     Attributes:
         kind: boxes | points (both of a CSV) | auto (none: the one lesion of an image) | everything (none: all masks).
@@ -41,11 +41,16 @@ class Source:
     path: Path | None = None
     prompt: str = "box"
 
+    @property
+    def decoded_as(self) -> str:
+        """Return the kind of `DecodeOptions`: of the prompt for boxes, `points`, or `none`."""
+        return {"boxes": self.prompt, "points": POINTS}.get(self.kind, NONE)
+
     @classmethod
     def of(
         cls, *, boxes: Path | bool | None, points: Path | bool | None, auto: bool, everything: bool, prompt: str
     ) -> Source:
-        """The one source that is given; boxes and points that are True are numbers, not those of a CSV.
+        """Return the one source that is given; boxes and points that are True are numbers, not a CSV.
 
         Raises:
             UserError: none, or more than one; an unknown kind of prompt.
@@ -69,19 +74,19 @@ class Source:
 
 
 def check_threshold(threshold: float) -> None:
-    """Raise UserError unless it is a probability that can be cut at."""
+    """Raise UserError unless the threshold is a probability strictly between 0 and 1."""
     if not 0 < threshold < 1:
         raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
 
 
-def check_answering(source: Source, *, threshold: float, ensemble: int, nearer: bool) -> None:
-    """Whether prompts of this source can be answered so; the one place for `Predictor` and `predict_files`.
+def check_options(source: Source, *, threshold: float, ensemble: int, zoom: bool) -> None:
+    """Check that these options go with prompts of this source, for `Predictor` and `predict_files` alike.
 
     Args:
-        threshold: probability above which a pixel is lesion. ensemble: decodings of each box. nearer: whether what
-            lies around each box is enlarged.
+        threshold: probability above which a pixel is lesion. ensemble: decodings of each box. zoom: whether the
+            surroundings of each box are enlarged.
     Raises:
-        UserError: a value out of range, or one that this source has no use for.
+        UserError: a value out of range, or one that this source does not use.
     """
     check_threshold(threshold)
     if source.kind == "everything" and threshold != HALF:
@@ -91,36 +96,38 @@ def check_answering(source: Source, *, threshold: float, ensemble: int, nearer: 
         )
     if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
         raise UserError(
-            f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with --{source.kind}"
+            f"--ensemble: expected 1 (none) or more, with --boxes only, got {ensemble} with --{source.kind}"
         )
-    if nearer and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
+    if zoom and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
         raise UserError(
-            "--nearer: enlarges what lies around a big box, so it goes with --boxes, --prompt box and no "
-            "--ensemble; --auto does so by itself"
+            "--zoom: enlarges the surroundings of a big box, so it goes with --boxes, --prompt box and no "
+            "--ensemble; --auto zooms by itself"
         )
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """One lesion that a mask is wanted of, its prompt still text: the check needs the image's size.
+    """One lesion to segment, with its prompt not yet checked: that needs the image's size.
 
     Attributes:
         lesion_id: as written, or counted from 0 within the image where the file has no such column.
-        file_name: of the mask and of all that is drawn from it, without ending. rows: of the CSV, none without one.
+        file_name: of the mask and of the files drawn from it, without ending.
+        rows: of the CSV, if the prompt comes from one. given: the prompt as numbers, if not.
     """
 
     lesion_id: str
     file_name: str
     rows: Rows = ()
+    given: LesionPrompt = NO_PROMPT
 
-    def asked(self, width: int, height: int, source: Source) -> Asked:
-        """The prompt, checked against its image.
+    def prompt(self, width: int, height: int, source: Source) -> LesionPrompt:
+        """Return the prompt, checked against the size of its image.
 
         Raises:
-            ValueError: names line and column, what was expected and what came.
+            ValueError: names line and column, expected and got.
         """
         if not self.rows:
-            return Asked()
+            return check_prompt(self.given, width, height, use_small=needs_small(source.prompt))
         parts = []
         for line, row in self.rows:
             try:
@@ -128,20 +135,54 @@ class Lesion:
                 if source.kind == "points":
                     parts.append(_parse_point(row, width, height))
                 elif needs_small(source.prompt):
-                    return Asked(*parse_boxes(row, width, height))
+                    return LesionPrompt(*parse_boxes(row, width, height))
                 else:
                     big = parse_box(row, BIG, width, height)
-                    return Asked(big, big)
+                    return LesionPrompt(big, big)
             except ValueError as error:
-                raise ValueError(f"line {line}, {error}" if line else str(error)) from None
+                raise ValueError(f"line {line}, {error}") from None
         labels = np.array([label for _, _, label in parts], np.int64)
         if not labels.any():
             line, row = self.rows[0]
             raise ValueError(
-                (f"line {line}, " if line else "") + f"label: lesion {self.lesion_id!r} of "
-                f"{row['image_id']!r} has no point of label 1; give one that lies on it"
+                f"line {line}, label: lesion {self.lesion_id!r} of {row['image_id']!r} has no point of label 1; "
+                "give one that lies on it"
             )
-        return Asked(points=np.array([(x, y) for x, y, _ in parts]), labels=labels)
+        return LesionPrompt(points=np.array([(x, y) for x, y, _ in parts]), labels=labels)
+
+
+def check_prompt(prompt: LesionPrompt, width: int, height: int, *, use_small: bool) -> LesionPrompt:
+    """Return a prompt of numbers with its boxes cut at the image and at each other.
+
+    Args:
+        use_small: whether the small box is part of the prompt; else the big box takes its place.
+    Raises:
+        ValueError: coordinates outside the image, boxes without area, labels other than 0 and 1, or all 0.
+    """
+    if prompt.big_box is not None and prompt.small_box is not None:
+        big = check_box(prompt.big_box, BIG, width, height, "image")
+        if not use_small:
+            return LesionPrompt(big, big)
+        return LesionPrompt(big, check_small(big, check_box(prompt.small_box, SMALL, width, height, "image"), "image"))
+    if prompt.points is None or prompt.labels is None:
+        return prompt
+    for point in prompt.points.tolist():
+        for name, value, limit in zip("xy", point, (width, height), strict=True):
+            _check_coordinate(name, value, limit, f"'image' of {width}x{height} px")
+    wrong = [label for label in prompt.labels.tolist() if label not in (0, 1)]
+    if wrong:
+        raise ValueError(f"label: expected 1 (lesion) or 0 (not), got '{wrong[0]:g}'")
+    if not prompt.labels.any():
+        raise ValueError("label: no point has label 1; give one that lies on the lesion")
+    return LesionPrompt(points=prompt.points, labels=prompt.labels.astype(np.int64))
+
+
+def _check_coordinate(name: str, value: float, limit: int, image: str) -> None:
+    """Raise ValueError unless a coordinate is finite and inside the image."""
+    if not np.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number of pixels, got {value}")
+    if not 0 <= value <= limit:
+        raise ValueError(f"{name}: {value:g} lies outside the image {image}; points are in original pixels")
 
 
 def _check_size(row: dict[str, str], width: int, height: int) -> None:
@@ -161,11 +202,7 @@ def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, f
             value = float("nan")
         if not np.isfinite(value):
             raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})")
-        if not 0 <= value <= limit:
-            raise ValueError(
-                f"{name}: {value:g} lies outside the image {row['image_id']!r} of {width}x{height} px; "
-                "points are in original pixels"
-            )
+        _check_coordinate(name, value, limit, f"{row['image_id']!r} of {width}x{height} px")
         values.append(value)
     if (label := row.get("label") or "1") not in ("0", "1"):
         raise ValueError(f"label: expected 1 (lesion) or 0 (not), got {label!r} ({row['image_id']!r})")
@@ -174,7 +211,7 @@ def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, f
 
 @dataclass(frozen=True)
 class Job:
-    """One image and the lesions asked for, in the order of the CSV; none where all its masks are wanted."""
+    """One image and its lesions to segment, in the order of the CSV; none if all its masks are wanted."""
 
     image_id: str
     path: Path
@@ -182,10 +219,10 @@ class Job:
 
 
 def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """Image files named by files, folders (their own images, sorted, not those of folders within) and patterns.
+    """List the image files named by files, folders (their own images, sorted, without subfolders) and patterns.
 
     Returns:
-        the files, each once, in order; one line for each argument that gives none.
+        the files, each once, in order; one line for each argument that matches none.
     """
     found: dict[Path, None] = {}
     problems = []
@@ -210,7 +247,7 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a folder's entry is meant; a link to nothing is, and is named when it cannot be read."""
+    """Return whether a folder's entry is an image; a broken link is one, and is named when it cannot be read."""
     return (
         path.suffix.lower() in IMAGE_SUFFIXES
         and not path.name.startswith(".")
@@ -219,13 +256,13 @@ def _is_image(path: Path) -> bool:
 
 
 def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:
-    """Rows of a CSV by image and lesion; the columns that the prompt needs must be there, lesion_id may lack.
+    """Read the rows of a CSV by image and lesion; columns that the prompt needs are required, lesion_id is not.
 
     Of boxes each row is a lesion. Points of one image and one lesion_id are one prompt; without lesion_id all points of
     an image are.
 
     Returns:
-        image_id -> lesion_id -> rows; one line for each box that stands twice.
+        image_id -> lesion_id -> rows; one line for each box whose lesion_id repeats.
     Raises:
         UserError: no row, or as `read_rows`.
     """
@@ -262,7 +299,7 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
     """Match images with rows: image_id is the file's name, with or without its ending.
 
     Returns:
-        the jobs; one line for each image without a row and for each row that stands twice; ids without an image.
+        the jobs; one line for each image without a row and for each repeated row; ids without an image.
     Raises:
         UserError: two images of one name, or lesions whose files would have the same name.
     """
@@ -299,5 +336,5 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
 
 
 def file_stem(label: str) -> str:
-    """A label as part of a file's name: letters, digits, and . _ - as they are, anything else as _."""
+    """Return a label as part of a file name: letters, digits and . _ - are kept, anything else becomes _."""
     return re.sub(r"[^\w.-]+", "_", label)

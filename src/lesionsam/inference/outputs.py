@@ -1,4 +1,4 @@
-"""The files of a prediction: each whole or not there. Masks, pictures, polygons, the table, and COCO JSON of it all."""
+"""The files of a prediction, each complete or absent: masks, pictures, polygons, the table, and COCO JSON of it all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import numpy as np
 from lesionsam.errors import UserError
 from lesionsam.formats.geojson import coco_polygons, feature
 from lesionsam.formats.rle import encode, mask_box
-from lesionsam.inference.decode import Prediction
 from lesionsam.inference.inputs import Job, file_stem, needs_small
+from lesionsam.inference.prediction import Prediction
 from lesionsam.overlays import overlay, write_png
 from lesionsam.utils.files import atomic_write, remove_leftovers, write_text_atomic
 from lesionsam.utils.progress import progress
 
 TABLE = "predictions.csv"
-BEGUN = ".begun"  # names of masks that the table does not have yet; gone once it has them
+BEGUN = ".begun"  # names of masks that the table does not list yet; removed once it does
 ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson"}
 COLUMNS = (
     "image_id",
@@ -34,7 +34,7 @@ COLUMNS = (
     "predicted_iou",
     "entropy",
     "stability",
-    "look",
+    "review_reasons",
     "key",
 )
 COCO = {"coco.json": "RLE, exact", "coco_polygons.json": "outer rings, without holes"}
@@ -54,8 +54,8 @@ def make_folder(out: Path) -> None:
         ) from None
 
 
-class Folder:
-    """Where a prediction's files go.
+class PredictionFolder:
+    """The folder of a prediction's files.
 
     Args:
         out: the folder, see `make_folder`. overlays, shapes: whether pictures and polygons are wanted.
@@ -69,12 +69,12 @@ class Folder:
         self.wanted |= {"polygons": ".geojson"} if shapes else {}
         self.shapes = shapes
         self.rows = read_table(out / TABLE)
-        self.is_saved = True  # the table on disk tells of no file that has gone since
+        self.is_saved = True  # whether the table on disk lists no file that was removed since
         remove_leftovers(out, *ENDINGS)
         self._drop_begun()
 
     def make_room(self, jobs: Sequence[Job]) -> None:
-        """Forget what earlier calls have of these images that this one does not ask for, or asks for by another name.
+        """Drop masks of earlier calls on these images that this call does not make, or makes under another name.
 
         Raises:
             UserError: an earlier call's mask of another image has a name that is needed now.
@@ -99,21 +99,21 @@ class Folder:
             self.forget(key)
         if outdated:
             print(
-                f"note: {len(outdated)} masks of earlier calls on these images, not asked for now or named anew, "
-                f"are gone from {self.out}",
+                f"note: removed {len(outdated)} masks of earlier calls on these images from {self.out}: not requested "
+                "now, or under another name",
                 file=sys.stderr,
             )
 
     def files(self, file_name: str) -> list[Path]:
-        """All that is wanted of a mask."""
+        """Return the paths of the files that belong to a mask."""
         return [self.out / folder / (file_name + ending) for folder, ending in self.wanted.items()]
 
     def is_there(self, row: Row) -> bool:
-        """Whether all the files of a row of the table are."""
+        """Return whether all files of a row of the table exist."""
         return not row["mask"] or all(path.is_file() for path in self.files(_stem(row)))
 
     def forget(self, key: tuple[str, str]) -> None:
-        """Drop a row and its files, so that nothing outdated stands beside a fault."""
+        """Drop a row and its files, so that no outdated mask stays beside a fault."""
         row = self.rows.pop(key, None)
         if row is not None:
             self._drop_coco()
@@ -126,8 +126,8 @@ class Folder:
             (self.out / folder / (file_name + ending)).unlink(missing_ok=True)
 
     def _drop_begun(self) -> None:
-        """Remove the files of masks that were begun and are not in the table: a call that was cut short made them, and
-        none can tell by which options."""
+        """Remove the files of masks that were begun and are not in the table: an interrupted call made them, with
+        options that are not known."""
         if (self.out / BEGUN).exists():
             known = {_stem(row) for row in self.rows.values()}
             for line in (self.out / BEGUN).read_text(encoding="utf-8").splitlines():
@@ -137,43 +137,61 @@ class Folder:
             (self.out / BEGUN).unlink()
 
     def write(
-        self, found: Prediction, image: np.ndarray, file_name: str, *, key: str, image_name: str, prompt: str = "box"
+        self,
+        prediction: Prediction,
+        image: np.ndarray,
+        file_name: str,
+        *,
+        key: str,
+        image_name: str,
+        prompt: str = "box",
     ) -> tuple[object, ...]:
-        """Mask, picture and polygons.
+        """Write mask, picture and polygons.
 
         Args:
             file_name: of all three, without ending. image_name: of the image's file, for later calls' COCO JSON.
         Returns:
-            the row that says they are there, for `record`.
+            the row of the table, for `record`.
         """
-        height, width = found.mask.shape
-        area = found.area
+        height, width = prediction.mask.shape
+        area = prediction.area
         with (self.out / BEGUN).open("a", encoding="utf-8") as file:
             file.write(json.dumps(file_name) + "\n")
         for (kind, _), path in zip(self.wanted.items(), self.files(file_name), strict=True):
             if kind == "masks":
-                write_png(path, found.mask.astype(np.uint8) * 255)
+                write_png(path, prediction.mask.astype(np.uint8) * 255)
             elif kind == "overlays":
-                write_png(path, _picture(found, image, file_name, prompt))
+                write_png(path, _picture(prediction, image, file_name, prompt))
             else:
                 properties = {
-                    "image_id": found.image_id,
+                    "image_id": prediction.image_id,
                     "image": image_name,
-                    "lesion_id": found.lesion_id,
+                    "lesion_id": prediction.lesion_id,
                     "width": width,
                     "height": height,
                     "area": area,
-                    "predicted_iou": round(found.predicted_iou, 4),
-                    "look": "; ".join(found.look),
-                    "segmentation": encode(found.mask),
-                    "bbox": _xywh(found.mask) if area else [0, 0, 0, 0],
+                    "predicted_iou": round(prediction.predicted_iou, 4),
+                    "review_reasons": "; ".join(prediction.review_reasons),
+                    "segmentation": encode(prediction.mask),
+                    "bbox": _xywh(prediction.mask) if area else [0, 0, 0, 0],
                 }
-                write_text_atomic(path, json.dumps(feature(found.mask, properties)) + "\n")
+                write_text_atomic(path, json.dumps(feature(prediction.mask, properties)) + "\n")
         numbers = (
-            "" if np.isnan(value) else f"{value:.4f}" for value in (found.predicted_iou, found.entropy, found.stability)
+            "" if np.isnan(value) else f"{value:.4f}"
+            for value in (prediction.predicted_iou, prediction.entropy, prediction.stability)
         )
         mask = self.files(file_name)[0].relative_to(self.out).as_posix()
-        return (found.image_id, found.lesion_id, width, height, mask, area, *numbers, "; ".join(found.look), key)
+        return (
+            prediction.image_id,
+            prediction.lesion_id,
+            width,
+            height,
+            mask,
+            area,
+            *numbers,
+            "; ".join(prediction.review_reasons),
+            key,
+        )
 
     def record(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Put rows into the table, all of them at once; see `COLUMNS`."""
@@ -193,7 +211,7 @@ class Folder:
         self.is_saved = True
 
     def _drop_coco(self) -> None:
-        """COCO JSON is of the whole table: it goes with the first change, and `save_coco` makes it anew."""
+        """Remove the COCO JSON, which describes the whole table; `save_coco` writes it again."""
         for name in COCO:
             (self.out / name).unlink(missing_ok=True)
 
@@ -241,7 +259,7 @@ class Folder:
         file.write('],\n"images": [\n' + ",\n".join(map(json.dumps, images)) + "]}\n")
 
     def _features(self) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """Rows with a mask that is not empty, and their polygons' files."""
+        """Yield rows with a mask that is not empty, and the contents of their polygon files."""
         rows = [row for row in self.rows.values() if row["mask"] and int(row["area"])]
         for row in progress(rows, total=len(rows), title="collecting COCO JSON"):
             path = self.out / "polygons" / f"{_stem(row)}.geojson"
@@ -250,7 +268,7 @@ class Folder:
 
 
 def _stem(row: Row) -> str:
-    """`image/3` of `masks/image/3.png`."""
+    """Return `image/3` for `masks/image/3.png`."""
     return row["mask"].removeprefix("masks/").removesuffix(".png")
 
 
@@ -259,25 +277,26 @@ def _xywh(mask: np.ndarray) -> list[int]:
     return [x0, y0, x1 - x0, y1 - y0]
 
 
-def _picture(found: Prediction, image: np.ndarray, file_name: str, prompt: str) -> np.ndarray:
-    asked = found.asked
+def _picture(prediction: Prediction, image: np.ndarray, file_name: str, kind: str) -> np.ndarray:
+    prompt = prediction.prompt
     caption = (
-        f"{file_name}: {100 * found.area / found.mask.size:.1f} % of the image, predicted IoU "
-        f"{found.predicted_iou:.2f}" + (f"\nlook: {'; '.join(found.look)}" if found.look else "")
+        f"{file_name}: {100 * prediction.area / prediction.mask.size:.1f} % of the image, predicted IoU "
+        f"{prediction.predicted_iou:.2f}"
+        + (f"\nreview: {'; '.join(prediction.review_reasons)}" if prediction.review_reasons else "")
     )
     return overlay(
         image,
-        prediction=found.mask,
-        big=asked.big,
-        small=asked.small if needs_small(prompt) else None,
-        points=asked.points,
-        labels=asked.labels,
+        prediction=prediction.mask,
+        big=prompt.big_box,
+        small=prompt.small_box if needs_small(kind) else None,
+        points=prompt.points,
+        labels=prompt.labels,
         caption=caption,
     )
 
 
 def read_table(path: Path) -> dict[tuple[str, str], Row]:
-    """Rows of an earlier call's predictions.csv by (image_id, lesion_id); none where there is no such file."""
+    """Read an earlier call's predictions.csv by (image_id, lesion_id); no rows if there is no such file."""
     if not path.exists():
         return {}
     fault = UserError(

@@ -1,5 +1,7 @@
-"""Masks for images, with the same verbs in Python and on the command line: `Predictor`, and `predict_files` that writes
-them. One image and many prompts in segment_anything's own words: `inference_image.ImagePredictor`."""
+"""Masks for images in memory or on disk: `Predictor`, with the options of `lesionsam predict`.
+
+`inference.files.predict_files` writes masks to a folder. `inference.image.ImagePredictor` has SamPredictor's methods.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes.table import BIG, SMALL
 from lesionsam.errors import UserError
-from lesionsam.inference.auto import AUTO, AutoOptions
-from lesionsam.inference.decode import Answer, Prediction, answers, prediction
-from lesionsam.inference.image import FeatureCache, check_rgb
+from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions, predict_everything
+from lesionsam.inference.decode import DecodeOptions, decode_lesions
+from lesionsam.inference.image import EncodedImages, FeatureCache, check_rgb
 from lesionsam.inference.inputs import (
     ONE,
     Lesion,
     Source,
-    check_answering,
+    check_options,
     check_threshold,
     find_images,
     needs_small,
     plan,
 )
-from lesionsam.inference.lesion import DECODER, MASKS, find_lesions, from_nearer, masks_of, way
+from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
+from lesionsam.inference.prediction import LesionPrompt, Prediction, to_prediction
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
-from lesionsam.models.transforms import model_frames
+from lesionsam.prompts import ZOOM
 from lesionsam.utils.images import read_image
 
 SHOWN_IDS = 3
@@ -35,17 +37,17 @@ Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 
 
 class Predictor:
-    """Masks for images in memory or on disk, without writing anything.
+    """Predict masks for images in memory or on disk, without writing files.
 
     `Predictor("models/adapted/best.safetensors").predict("photo.jpg", boxes=[80, 60, 300, 280])`
 
-    Features of the last few images are kept, so that asking again about one costs no second encoder pass.
+    Features of the last few images are kept, so that another prompt on one of them costs no encoder pass.
 
     Args:
-        model: a weights file, or a SAM; the weights must not change while the Predictor lives.
+        model: a weights file, or a SAM; the weights must not change while the Predictor is in use.
         num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
-        auto: settings of the automatic masks. lesion_by: how the one lesion of an image is found without a prompt, see
-            `inference_lesion`; None: as the weights file says, `masks` for a SAM.
+        auto: settings of the automatic masks. decode_without_prompt: see `inference.lesion.LesionSearch`; None: as the
+            metadata of the weights file say, False for a SAM.
     """
 
     def __init__(
@@ -55,17 +57,17 @@ class Predictor:
         *,
         num_cached: int = 8,
         threshold: float = 0.5,
-        auto: AutoOptions = AUTO,
-        lesion_by: str | None = None,
+        auto: AutoMaskOptions = AUTO_DEFAULTS,
+        decode_without_prompt: bool | None = None,
     ) -> None:
         check_threshold(threshold)
-        if lesion_by not in (None, DECODER, MASKS):
-            raise UserError(f"lesion_by: expected {DECODER}, {MASKS} or None, got {lesion_by!r}")
         is_file = isinstance(model, str | Path)
         sam = load_sam(None, Path(model)) if is_file else model
-        self.lesion_by = lesion_by or (way(weights_metadata(Path(model))) if is_file else MASKS)
+        if decode_without_prompt is None:
+            decode_without_prompt = is_file and trained_without_prompt(weights_metadata(Path(model)))
+        self.search = LesionSearch(decode_without_prompt, auto)
         self.cache = FeatureCache(sam, device, num_cached)
-        self.sam, self.device, self.threshold, self.auto = self.cache.sam, self.cache.device, threshold, auto
+        self.sam, self.device, self.threshold = self.cache.sam, self.cache.device, threshold
 
     def predict(
         self,
@@ -79,9 +81,9 @@ class Predictor:
         everything: bool = False,
         prompt: str = "box",
         ensemble: int = 1,
-        nearer: bool = False,
+        zoom: bool = False,
     ) -> list[Prediction]:
-        """Masks of the lesions asked for.
+        """Predict the masks of the lesions that are prompted for.
 
         Args:
             images: (H, W, 3) uint8 RGB; or files, folders and patterns, as on the command line.
@@ -91,12 +93,12 @@ class Predictor:
                 are left out) or 0 not.
             auto: the one lesion of each image, without a prompt. everything: all automatic masks.
             prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
-            nearer: enlarge what lies around each box; prompt `box` alone.
+            zoom: enlarge the surroundings of each box to the model's whole input; prompt `box` only.
         Returns:
             one Prediction for each lesion, in the order of images and rows.
         Raises:
             UserError: an image that cannot be read, an image without a prompt, a prompt outside its image; cores,
-                labels, a threshold, an ensemble or a look from nearer that the kind of prompt has no use for.
+                labels, a threshold, an ensemble or a zoom that the kind of prompt does not use.
             ValueError: arrays of another shape or type.
         """
         as_numbers = any(each is not None and not isinstance(each, str | Path) for each in (boxes, points))
@@ -107,7 +109,8 @@ class Predictor:
             everything=everything,
             prompt=prompt,
         )
-        check_answering(source, threshold=self.threshold, ensemble=ensemble, nearer=nearer)
+        check_options(source, threshold=self.threshold, ensemble=ensemble, zoom=zoom)
+        options = DecodeOptions(ZOOM if zoom else source.decoded_as, num_members=ensemble, search=self.search)
         for name, given, owner in (("cores", cores, "boxes"), ("labels", labels, "points")):
             if given is not None and (source.kind != owner or source.path is not None):
                 raise UserError(f"{name}: go with {owner} that are numbers; got {source.path or source.kind}")
@@ -119,7 +122,7 @@ class Predictor:
                 raise UserError(
                     f"an image in memory has no name to be found by in {source.path}; give {source.kind} as numbers"
                 )
-            return self._one("image", images, source, _lesions(boxes, cores, points, labels), ensemble, nearer)
+            return self._predict_image("image", images, source, _lesions(boxes, cores, points, labels), options)
         names = [images] if isinstance(images, str | Path) or not isinstance(images, Iterable) else list(images)
         if not all(isinstance(name, str | Path) for name in names):
             raise ValueError(
@@ -135,101 +138,73 @@ class Predictor:
                     else f"{source.kind} as numbers are those of one image, got "
                     f"{len(paths)} images; give a CSV, or one image at a time"
                 )
-            return self._one(
+            return self._predict_image(
                 paths[0].stem,
                 read_image(paths[0]),
                 source,
                 _lesions(boxes, cores, points, labels),
-                ensemble,
-                nearer,
+                options,
                 str(paths[0]),
             )
         jobs, unmatched, _ = plan(paths, source)
         if problems or unmatched:
             raise UserError((problems + unmatched)[0])
         return [
-            found
+            prediction
             for job in jobs
-            for found in self._one(
-                job.image_id, read_image(job.path), source, job.lesions, ensemble, nearer, str(source.path or job.path)
+            for prediction in self._predict_image(
+                job.image_id, read_image(job.path), source, job.lesions, options, str(source.path or job.path)
             )
         ]
 
-    def _one(
+    def _predict_image(
         self,
         image_id: str,
         image: np.ndarray,
         source: Source,
         lesions: Sequence[Lesion],
-        ensemble: int,
-        nearer: bool,
+        options: DecodeOptions,
         place: str = "image",
     ) -> list[Prediction]:
-        """The masks of one image; `place` is named in errors."""
+        """Predict the masks of one image; errors begin with `place`."""
         if source.kind == "everything":
-            return masks_of(self.sam, image, self.auto, image_id, device=self.device)
-        side = int(self.sam.image_encoder.img_size)
-        shape = image.shape[0], image.shape[1]
+            return predict_everything(self.sam, image, self.search.auto, image_id, device=self.device)
         if source.kind == "auto":
             lesions = lesions or [Lesion(ONE, image_id)]
         try:
-            asked = [lesion.asked(shape[1], shape[0], source) for lesion in lesions]
+            prompts = [lesion.prompt(image.shape[1], image.shape[0], source) for lesion in lesions]
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
-        count, keys = len(asked), [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
-        if nearer:
-            frames, sizes = model_frames([image], side)
-            input_size = int(sizes[0, 0]), int(sizes[0, 1])
-            found = from_nearer(
-                self.sam, frames.to(self.device).expand(count, -1, -1, -1), [input_size] * count, [shape] * count, asked
-            )
-        elif source.kind == "auto":
-            features, input_size = self.cache.features(image)
-            frames, _ = model_frames([image], side)
-            found = [
-                Answer(*one)
-                for one in find_lesions(self.sam, features, frames, [input_size], by=self.lesion_by, options=self.auto)
-            ]
+        if options.kind == ZOOM:
+            images = EncodedImages.of([image], int(self.sam.image_encoder.img_size))
         else:
-            features, input_size = self.cache.features(image)
-            found = answers(
-                self.sam,
-                features,
-                [shape] * count,
-                asked,
-                keys,
-                prompt=source.prompt,
-                num_members=ensemble,
-                owners=[0] * count,
-            )
+            images = self.cache.encode(image)
+        keys = [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
+        decoded = decode_lesions(self.sam, images, prompts, [0] * len(prompts), keys, options)
         return [
-            prediction(
-                answer,
+            to_prediction(
                 one,
+                prompt,
                 image_id=image_id,
                 lesion_id=lesion.lesion_id,
-                shape=shape,
-                input_size=input_size,
-                side=side,
+                shape=images.shapes[0],
+                input_size=images.input_sizes[0],
+                side=images.side,
                 threshold=self.threshold,
             )
-            for answer, one, lesion in zip(found, asked, lesions, strict=True)
+            for one, prompt, lesion in zip(decoded, prompts, lesions, strict=True)
         ]
 
 
 def _lesions(boxes: object, cores: object, points: object, labels: Sequence[int] | np.ndarray | None) -> list[Lesion]:
-    """Prompts given as numbers, as rows of a CSV: the same checks serve both."""
+    """Return prompts that are given as numbers, each box a lesion, all points one lesion."""
     if boxes is not None:
         big = _table("boxes", boxes, 4)
-        small = None if cores is None else _table("cores", cores, 4)
-        if small is not None and small.shape != big.shape:
+        small = big if cores is None else _table("cores", cores, 4)
+        if small.shape != big.shape:
             raise ValueError(f"cores: expected as many as boxes, {len(big)}, got {len(small)}")
-        lesions = []
-        for k, box in enumerate(big):
-            row = {"image_id": "image"} | dict(zip(BIG, map(repr, box.tolist()), strict=True))
-            row |= dict(zip(SMALL, map(repr, small[k].tolist()), strict=True)) if small is not None else {}
-            lesions.append(Lesion(str(k), str(k), ((0, row),)))
-        return lesions
+        pairs = [(box, box if cores is None else core) for box, core in zip(big, small, strict=True)]
+        return [Lesion(str(k), str(k), given=LesionPrompt(*pair)) for k, pair in enumerate(pairs)]
     if points is not None:
         places = _table("points", points, 2)
         known = np.ones(len(places)) if labels is None else np.asarray(labels, float)
@@ -238,16 +213,12 @@ def _lesions(boxes: object, cores: object, points: object, labels: Sequence[int]
                 f"points and labels: expected at least one point, and a label for each; got {len(places)} "
                 f"points and {known.size} labels"
             )
-        rows = [
-            {"image_id": "image", "x": repr(x), "y": repr(y), "label": f"{label:g}"}
-            for (x, y), label in zip(places.tolist(), known.tolist(), strict=True)
-        ]
-        return [Lesion(ONE, ONE, tuple((0, row) for row in rows))]
+        return [Lesion(ONE, ONE, given=LesionPrompt(points=places, labels=known))]
     return []
 
 
 def _table(name: str, values: object, columns: int) -> np.ndarray:
-    """(N, columns) float64 of numbers given as that or, for one row, as (columns,)."""
+    """Return numbers as (N, columns) float64; one row may be given as (columns,)."""
     table = np.asarray(values, float)
     if not table.size:
         return np.zeros((0, columns))

@@ -1,4 +1,4 @@
-"""Which of several masks of a dermoscopic picture is its lesion, no prompt given.
+"""Choose among several masks of a dermoscopic picture the one that is its lesion, without a prompt.
 
 What counts, of each mask: that other candidates agree with it, that the model is sure of it, that it lies in the middle
 and off the rim, that its colour differs from what surrounds it and from skin, and that the box prior finds it again
@@ -17,8 +17,9 @@ from skimage.filters import threshold_otsu
 
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.prior import box_prior
+from lesionsam.metrics import iou_matrix
 
-GRID = 64  # longer side of the grid that masks and colours are compared on, cells
+GRID = 64  # longer side of the comparison grid, on which masks and colours are compared, cells
 BLUR = 0.75  # of the colours, standard deviation in cells
 NEAR, REACH = 1, 5  # the surroundings of a mask: from so many to so many cells away from it
 SKIN = (0.4, 0.55)  # between these radii, in shares of the sides, the border of a picture shows skin
@@ -42,20 +43,19 @@ SIGNS = {  # name -> weight
 
 
 def lesion_scores(signs: np.ndarray) -> np.ndarray:
-    """(M, D) of `lesion_signs` -> (M,) float64, the greater the likelier the lesion."""
+    """Score (M, D) signs of `lesion_signs`: (M,) float64, the greater, the likelier the lesion."""
     return signs @ np.array(list(SIGNS.values()))
 
 
 def agreement(masks: np.ndarray, scores: np.ndarray) -> float:
-    """How far the candidates agree with the best one: the IoU expected of it, each of them being the lesion with a
-    probability in proportion to exp(score / `DOUBT`).
+    """Return the expected IoU of the best candidate, if each is the lesion with probability ~ exp(score / `DOUBT`).
 
     Args:
         masks: (M, h, w) bool. scores: (M,).
     """
     likely = np.exp((scores - scores.max()) / DOUBT)
     best = masks[int(scores.argmax())]
-    return float(overlaps(best[None], masks)[0] @ likely / likely.sum())
+    return float(iou_matrix(best[None], masks)[0] @ likely / likely.sum())
 
 
 def lesion_signs(
@@ -67,17 +67,17 @@ def lesion_signs(
     picture: np.ndarray,
     lab: np.ndarray,
 ) -> np.ndarray:
-    """What speaks for each of M masks.
+    """Compute the signs that speak for each of M masks.
 
     Args:
-        masks: (M, h, w) bool, none empty. predicted, stability: (M,) the model's own of them. crowd, weights:
-            (K, h, w) bool and (K,), what votes, and how much each vote counts. picture: (h, w, 3) uint8.
+        masks: (M, h, w) bool, none empty. predicted, stability: (M,), the model's own scores. crowd, weights:
+            (K, h, w) bool and (K,), the masks that vote and the weight of each vote. picture: (h, w, 3) uint8.
         lab: its `smoothed_lab`.
     Returns:
         (M, D) float64, one column for each of `SIGNS`.
     """
     skin = skin_of(lab)
-    votes = overlaps(masks, crowd) @ weights / max(float(weights.sum()), 1e-9)
+    votes = iou_matrix(masks, crowd) @ weights / max(float(weights.sum()), 1e-9)
     return np.column_stack(
         [
             np.log(np.maximum(predicted, 0.01)),
@@ -89,7 +89,7 @@ def lesion_signs(
 
 
 def _seen(mask: np.ndarray, lab: np.ndarray, skin: np.ndarray, picture: np.ndarray) -> tuple[float, ...]:
-    """The signs from place and colours, in the order of `SIGNS`."""
+    """Return the signs from place and colours, in the order of `SIGNS`."""
     height, width = mask.shape
     rows, columns = np.nonzero(mask)
     distance = ((columns.mean() + 0.5) / width - 0.5) ** 2 + ((rows.mean() + 0.5) / height - 0.5) ** 2
@@ -115,7 +115,7 @@ def _seen(mask: np.ndarray, lab: np.ndarray, skin: np.ndarray, picture: np.ndarr
 
 
 def _found_again(mask: np.ndarray, picture: np.ndarray) -> float:
-    """IoU of a mask with what the box prior makes of its boxes; 0 where it is too small for boxes."""
+    """Return the IoU of a mask with the box prior of its own boxes; 0 if it is too small for boxes."""
     pieces, _ = ndimage.label(ndimage.binary_fill_holes(mask))
     largest = pieces == 1 + int(np.bincount(pieces.ravel())[1:].argmax())
     boxes = simulate_boxes(
@@ -126,29 +126,22 @@ def _found_again(mask: np.ndarray, picture: np.ndarray) -> float:
         jitter=0.0,
         min_area=LEAST_CELLS,
     )
-    return float(overlaps((box_prior(picture, *boxes) > 0)[None], mask[None])[0, 0]) if boxes is not None else 0.0
-
-
-def overlaps(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(M, h, w) and (K, h, w) bool -> (M, K) float32 IoU; 0 where both are empty."""
-    a, b = (each.reshape(len(each), -1).astype(np.float32) for each in (masks, others))
-    both = a @ b.T
-    return both / np.maximum(a.sum(1)[:, None] + b.sum(1) - both, 1)
+    return float(iou_matrix((box_prior(picture, *boxes) > 0)[None], mask[None])[0, 0]) if boxes is not None else 0.0
 
 
 def smoothed_lab(picture: np.ndarray) -> np.ndarray:
-    """(h, w, 3) uint8 -> (h, w, 3) float64 CIELAB, without hairs and grain."""
+    """Convert (h, w, 3) uint8 to (h, w, 3) float64 CIELAB, smoothed so that hairs and grain vanish."""
     return ndimage.gaussian_filter(rgb2lab(picture), (BLUR, BLUR, 0))
 
 
 def skin_of(lab: np.ndarray) -> np.ndarray:
-    """(3,) the usual colour of a picture's border, which shows skin."""
+    """Return the median colour of a picture's border, which shows skin: (3,) CIELAB."""
     radius = _radius(lab.shape[:2])
     return np.median(lab[(radius > SKIN[0]) & (radius < SKIN[1])], 0)
 
 
 def colour_candidate(lab: np.ndarray) -> np.ndarray | None:
-    """The most central region whose colour is far from skin, by Otsu's threshold; None where there is no such region.
+    """Return the most central region whose colour is far from skin, by Otsu's threshold; None if there is none.
 
     Args:
         lab: (h, w, 3) CIELAB. What is darker than skin counts in full, what is lighter at `LIGHTER`.
@@ -168,19 +161,19 @@ def colour_candidate(lab: np.ndarray) -> np.ndarray | None:
 
 
 def _radius(shape: tuple[int, ...]) -> np.ndarray:
-    """(h, w) distance of each cell from the middle, in shares of the sides."""
+    """Return the (h, w) distances of the cells from the centre, in shares of the sides."""
     height, width = shape
     return np.hypot(((np.arange(height) + 0.5) / height - 0.5)[:, None], (np.arange(width) + 0.5) / width - 0.5)
 
 
 def on_grid(size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the comparing grid of a picture of size (height, width)."""
+    """Return (h, w) of the comparison grid of a picture of size (height, width)."""
     longer = max(size)
     return max(1, round(size[0] * GRID / longer)), max(1, round(size[1] * GRID / longer))
 
 
 def small_picture(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The image part of a model frame on the comparing grid.
+    """Average the image part of a model frame onto the comparison grid.
 
     Args:
         frame: (3, S, S) uint8. size: (h, w) of its image part.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
+from lesionsam.methods.grid import box_pixels
 
 
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
@@ -43,7 +44,5 @@ def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool)
     y = theirs[:, 1:2] + (position[None] - big_boxes[:, 1:2]) * scale[:, 1:2]
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) / side * 2 - 1
     warped = F.grid_sample(other[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
-    inside = ((position >= big_boxes[:, 0:1]) & (position < big_boxes[:, 2:3]))[:, None, :] & (
-        (position >= big_boxes[:, 1:2]) & (position < big_boxes[:, 3:4])
-    )[:, :, None]
+    inside = box_pixels(big_boxes, side, side)
     return torch.where(inside, warped, logits.amin(dim=(1, 2), keepdim=True))

@@ -1,8 +1,9 @@
-"""Images into SAM's frame, and masks back to the original size."""
+"""Images into the model frame, and masks back to their original size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from lesionsam.errors import UserError
 from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
 from lesionsam.types import to_device
 
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """SAM's normalisation and padding.
+    """Normalise images and zero their padding, as SAM does.
 
     Args:
         images: (B, 3, S, S) uint8 RGB. sizes: (B, 2) height and width of the image part.
@@ -30,10 +33,14 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def resize_longest(image: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, 3) uint8 -> (h, w, 3) uint8, longest side `side`; equals ResizeLongestSide.apply_image.
+    """Resize an image so that its longest side is `side` pixels; equals ResizeLongestSide.apply_image.
 
+    Args:
+        image: (H, W, 3) uint8 RGB.
+    Returns:
+        (h, w, 3) uint8 RGB, antialiased bilinear.
     Raises:
-        UserError: an image so long and thin that nothing of its shorter side would be left.
+        UserError: an image so thin that its shorter side would round to 0 pixels.
     """
     height, width = model_frame_size(image.shape[1], image.shape[0], side)
     if min(height, width) < 1:
@@ -45,13 +52,15 @@ def resize_longest(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def model_frames(images: Sequence[np.ndarray], side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of any sizes in the model frame, one batch.
+    """Resize and pad images of any sizes into one batch of the model frame.
 
     Args:
         images: B of (H, W, 3) uint8 RGB, original frame. side: S.
     Returns:
-        (B, 3, S, S) uint8, padded with 0 right and bottom, and (B, 2) int64 height and width of the image part: what
-        `preprocess` takes.
+        (B, 3, S, S) uint8, padded with 0 right and bottom, and (B, 2) int64 height and width of the image part, as
+        `preprocess` takes them.
+    Raises:
+        UserError: as of `resize_longest`.
     """
     frames = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
     sizes = torch.zeros(len(images), 2, dtype=torch.int64)
@@ -63,8 +72,14 @@ def model_frames(images: Sequence[np.ndarray], side: int) -> tuple[torch.Tensor,
     return frames, sizes
 
 
+def image_part(low_res: Array, size: tuple[int, int], side: int) -> Array:
+    """Return the image part of (..., T, T) masks of the model frame of side S, whose image part has size (h, w)."""
+    height, width = (max(1, round(length * low_res.shape[-1] / side)) for length in size)
+    return low_res[..., :height, :width]
+
+
 def upscale(low_res: torch.Tensor, size: tuple[int, int], original: tuple[int, int], side: int) -> torch.Tensor:
-    """([B, C,] T, T) logits -> ([B, C,] H, W) at the original size; equals Sam.postprocess_masks.
+    """Upscale ([B, C,] T, T) logits to ([B, C,] H, W) at the original size; equals Sam.postprocess_masks.
 
     Args:
         size: (h, w) of the image part of the model frame. original: (H, W). side: S.
