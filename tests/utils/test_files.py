@@ -82,7 +82,7 @@ def test_wrong_mode(tmp_path: Path) -> None:
 
 def test_kill_in_the_middle_never_leaves_a_half_file(tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom pathlib import Path\nfrom lesionsam.files import atomic_write\n"
+        "import sys\nfrom pathlib import Path\nfrom lesionsam.utils.files import atomic_write\n"
         "n = 0\nwhile True:\n"
         "    with atomic_write(Path(sys.argv[1])) as file:\n"
         "        for _ in range(64):\n            file.write(bytes([n % 256]) * 4096)\n    n += 1\n"

@@ -9,7 +9,6 @@ disk or a bad sector left behind is a miss and nothing worse. Several processes 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from lesionsam.utils.files import free_disk_bytes, write_json_atomic
+from lesionsam.utils.locks import lock_exclusive, lock_shared, unlock
 
 VERSION = 1  # of the files' form: part of every space
 ENTRIES, INDEX, SPACE, IN_USE = "entries.bin", "index.bin", "space.json", "in-use"
@@ -285,11 +285,11 @@ class Store:
 @contextmanager
 def locked(descriptor: int) -> Iterator[None]:
     """Hold a file against other processes."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock_exclusive(descriptor)
     try:
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        unlock(descriptor)
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
@@ -307,7 +307,7 @@ def hold(folder: Path) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    lock_shared(descriptor)
     with suppress(FileNotFoundError):
         if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
             return descriptor
@@ -320,20 +320,11 @@ def remove_space(folder: Path, *, force: bool = False) -> bool:
     with suppress(FileNotFoundError):
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if force or held_alone(descriptor):
+            if force or lock_exclusive(descriptor, wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
     return not folder.exists()
-
-
-def held_alone(descriptor: int) -> bool:
-    """Whether nobody else holds the file of this descriptor, which is then held."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def space_folders(root: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from lesionsam.models.sam import Sam, encode
 from lesionsam.models.transforms import model_frames, preprocess
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
-from lesionsam.utils.processes import folder_lock
+from lesionsam.utils.locks import folder_lock
 from lesionsam.utils.progress import progress
 
 VERSION = 6  # of what a row's key stands for

@@ -7,7 +7,6 @@ is failed and queued again at once; those of other machines show by their heartb
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import time
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -25,7 +24,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import is_alive, started
+from lesionsam.utils.processes import is_alive, start_time
 
 DEFAULT = Path("sweeps/sweeps.db")
 HEARTBEAT_SECONDS = 10
@@ -190,7 +189,7 @@ def _open_journal(path: Path) -> JournalStorage:
 
 def owner() -> dict[str, Any]:
     """This process, as a trial's owner."""
-    return {"host": HOST, "pid": os.getpid(), "started": started(os.getpid())}
+    return {"host": HOST, "pid": os.getpid(), "started": start_time(os.getpid())}
 
 
 def lost_its_owner(trial: FrozenTrial, seen: dict[int, float]) -> bool:
@@ -249,46 +248,6 @@ def repair(study: optuna.Study, seen: dict[int, float]) -> int:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     return found
-
-
-class Lock:
-    """A lock file between the processes of one machine; the system frees it however a process ends.
-
-    notice: printed where a `with` has to wait for it.
-    """
-
-    def __init__(self, path: Path, notice: str = "") -> None:
-        self.path = path
-        self.notice = notice
-        self._file: IO[str] | None = None
-
-    def acquire(self, *, wait: bool = True) -> bool:
-        """Take it; without `wait` say whether that went."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.close()
-            return False
-        self._file = file
-        return True
-
-    def release(self) -> None:
-        """Let go; nothing where it is not held."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> Lock:
-        if not self.acquire(wait=False):
-            if self.notice:
-                print(self.notice, flush=True)
-            self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 def wait_for(test: Callable[[], bool], seconds: float) -> bool:

@@ -15,7 +15,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from lesionsam.utils.processes import is_left_by
+from lesionsam.utils.processes import is_abandoned
 
 _MAKING = threading.Lock()  # what bears this process's number is left over where nothing is being made
 
@@ -36,7 +36,7 @@ def make_store(path: Path, beside: Path) -> None:
         if path.exists():
             return
         for left in beside.glob("store-*"):
-            if (match := re.match(r"store-(\d+)-", left.name)) and is_left_by(int(match[1])):
+            if (match := re.match(r"store-(\d+)-", left.name)) and is_abandoned(int(match[1])):
                 left.unlink(missing_ok=True)
         unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
         whole = unfinished.with_suffix(".whole")
