@@ -100,22 +100,6 @@ def test_a_folder_lock_leaves_nothing_in_the_folder(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_is_taken_once_and_released_by_another_thread(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = (locks.Lock(tmp_path / "lock", "waiting for the other") for _ in range(2))
-    assert first.acquire(wait=False)
-    assert not second.acquire(wait=False)
-    timer = threading.Timer(0.2, first.release)
-    timer.start()
-    with second:
-        assert not first.acquire(wait=False)
-    timer.join()
-    assert capsys.readouterr().out == "waiting for the other\n"
-    assert first.acquire(wait=False)
-    first.release()
-
-
 def test_shared_locks_stand_beside_each_other_and_against_exclusive_ones(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     holder = hold("shared", path)

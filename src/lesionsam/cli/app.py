@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lesionsam import __version__
 from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
 from lesionsam.cli import results as cli_results
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="lesionsam",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +36,22 @@ app.add_typer(cache_app, name="cache")
 CACHE = Path(".cache")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and exit, for `--version`."""
+    if wanted:
+        print(f"lesionsam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options of `lesionsam` itself."""
 
 
 @app.command()
@@ -115,7 +133,7 @@ def smoke(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def foundation(context: typer.Context) -> None:
     """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
-    from lesionsam.pretraining.pretrain import main as run
+    from lesionsam.pretraining.run import main as run
 
     run(context.args)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lesionsam.config.load import Config, load_config
-from lesionsam.evaluation.cases import FindLesions
 from lesionsam.inference.auto import AUTO, AutoOptions
 from lesionsam.inference.lesion import find_lesions, way
 from lesionsam.models.checkpoint import weights_metadata
+
+if TYPE_CHECKING:  # it needs pandas, and `lesionsam predict` does not
+    from lesionsam.evaluation.cases import FindLesions
 
 
 def auto_options(config: Config) -> AutoOptions:

@@ -29,6 +29,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import model_frames
 from lesionsam.utils.images import read_image
+from lesionsam.utils.weights import find_weights
 
 SHOWN_IDS = 3
 Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
@@ -37,12 +38,13 @@ Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 class Predictor:
     """Masks for images in memory or on disk, without writing anything.
 
-    `Predictor("models/adapted/best.safetensors").predict("photo.jpg", boxes=[80, 60, 300, 280])`
+    `Predictor("models/adapted").predict("photo.jpg", boxes=[80, 60, 300, 280])`
 
     Features of the last few images are kept, so that asking again about one costs no second encoder pass.
 
     Args:
-        model: a weights file, or a SAM; the weights must not change while the Predictor lives.
+        model: a weights file, a folder that holds one (models/adapted, an export), or a SAM; the weights must not
+            change while the Predictor lives.
         num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
         auto: settings of the automatic masks. lesion_by: how the one lesion of an image is found without a prompt, see
             `inference_lesion`; None: as the weights file says, `masks` for a SAM.
@@ -61,10 +63,12 @@ class Predictor:
         check_threshold(threshold)
         if lesion_by not in (None, DECODER, MASKS):
             raise UserError(f"lesion_by: expected {DECODER}, {MASKS} or None, got {lesion_by!r}")
-        is_file = isinstance(model, str | Path)
-        sam = load_sam(None, Path(model)) if is_file else model
-        self.lesion_by = lesion_by or (way(weights_metadata(Path(model))) if is_file else MASKS)
-        self.cache = FeatureCache(sam, device, num_cached)
+        trained_for = MASKS
+        if isinstance(model, str | Path):
+            path = find_weights(Path(model))
+            model, trained_for = load_sam(None, path), way(weights_metadata(path))
+        self.lesion_by = lesion_by or trained_for
+        self.cache = FeatureCache(model, device, num_cached)
         self.sam, self.device, self.threshold, self.auto = self.cache.sam, self.cache.device, threshold, auto
 
     def predict(

@@ -7,6 +7,7 @@ is failed and queued again at once; those of other machines show by their heartb
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import time
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
@@ -248,6 +249,46 @@ def repair(study: optuna.Study, seen: dict[int, float]) -> int:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     return found
+
+
+class Lock:
+    """A lock file between the processes of one machine; the system frees it however a process ends.
+
+    notice: printed where a `with` has to wait for it.
+    """
+
+    def __init__(self, path: Path, notice: str = "") -> None:
+        self.path = path
+        self.notice = notice
+        self._file: IO[str] | None = None
+
+    def acquire(self, *, wait: bool = True) -> bool:
+        """Take it; without `wait` say whether that went."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return False
+        self._file = file
+        return True
+
+    def release(self) -> None:
+        """Let go; nothing where it is not held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> Lock:
+        if not self.acquire(wait=False):
+            if self.notice:
+                print(self.notice, flush=True)
+            self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def wait_for(test: Callable[[], bool], seconds: float) -> bool:

@@ -21,11 +21,11 @@ from lesionsam.experiment.run import Trained, train
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep.bench import Bench, score_held
 from lesionsam.sweep.space import Value, configured
+from lesionsam.sweep.storage import Lock
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
-from lesionsam.utils.locks import Lock
 from lesionsam.utils.progress import silent
 
 BEST_NAME, BEST_NOTE = "best.safetensors", "best.json"

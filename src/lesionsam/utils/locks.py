@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout, lock_descriptor, unlock_descriptor
+from filelock import FileLock, SoftFileLock, Timeout, lock_descriptor, unlock_descriptor
 
 from lesionsam.errors import UserError
 
@@ -22,47 +22,6 @@ except ImportError:  # Windows; filelock has no shared locks on descriptors
 
 POLL_SECONDS = 0.02
 HANDOVER_SECONDS = 5.0  # a holder that is ending gets this long to let go
-
-
-class Lock:
-    """An exclusive lock file between the processes of one machine; a context manager that waits.
-
-    Args:
-        path: lock file; its folder is made. notice: printed when `with` has to wait.
-    """
-
-    def __init__(self, path: Path, notice: str = "") -> None:
-        self.path = path
-        self.notice = notice
-        self._held: BaseFileLock | None = None
-
-    def acquire(self, *, wait: bool = True) -> bool:
-        """Take the lock; without `wait`, return whether it was free."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Workers release in another thread than the one that acquired.
-        lock = FileLock(self.path, thread_local=False, poll_interval=POLL_SECONDS)
-        try:
-            lock.acquire(blocking=wait)
-        except Timeout:
-            return False
-        self._held = lock
-        return True
-
-    def release(self) -> None:
-        """Free the lock; do nothing if it is not held."""
-        if self._held is not None:
-            self._held.release()
-            self._held = None
-
-    def __enter__(self) -> Lock:
-        if not self.acquire(wait=False):
-            if self.notice:
-                print(self.notice, flush=True)
-            self.acquire()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 @contextmanager
