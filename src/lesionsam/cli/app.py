@@ -14,7 +14,7 @@ from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
 from lesionsam.cli import results as cli_results
 from lesionsam.cli.data import data_app
-from lesionsam.errors import run_guarded
+from lesionsam.errors import UserError, run_guarded
 
 if TYPE_CHECKING:
     from lesionsam.config.load import Config
@@ -179,4 +179,16 @@ cli_results.add_commands(app)
 
 def main() -> None:
     """Entry point of `lesionsam` and `python -m lesionsam`."""
-    run_guarded(app)
+    run_guarded(_run)
+
+
+def _run() -> None:
+    """Run the command; a missing optional library becomes one line."""
+    from lesionsam.utils.extras import missing_library
+
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (line := missing_library(error)) is None:
+            raise
+        raise UserError(line) from None
