@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test chaos lint types audit tune ui report foundation evidence benchmark web lock clean
+.PHONY: help setup demo test chaos lint types audit package tune ui report foundation evidence benchmark web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,10 @@ audit: ## known vulnerabilities of what requirements.lock pins, by pip-audit (ne
 	@$(AUDIT)/bin/python -m pip install --quiet pip-audit==2.10.1
 	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
+package: $(READY) ## the wheel in dist/; the wheel and its extras in fresh environments: python tests/package/fresh.py (needs the network)
+	uv build --quiet --wheel --out-dir dist .
+	@ls dist/*.whl
+
 tune: $(READY) ## search for better parameters: make tune TRIALS=20
 	python src/tune.py --trials $(TRIALS)
 
@@ -113,4 +117,4 @@ lock: $(READY) ## requirements.lock from requirements.in (needs the network)
 	  --no-annotate --upgrade requirements.in --output-file requirements.lock
 
 clean: ## remove everything that is made: data, models, results, runs' scratch; keeps .venv, archives and MLflow's runs
-	rm -rf data models results report .scratch .cache .pytest_cache .ruff_cache .hypothesis .dvc/cache .dvc/tmp
+	rm -rf data models results report dist build .scratch .cache .pytest_cache .ruff_cache .hypothesis .dvc/cache .dvc/tmp

@@ -22,7 +22,7 @@ from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.pictures import Pictures
 from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
-from lesionsam.annotation.review import Proposals, proposals_path, usual_areas, with_spot_checks
+from lesionsam.annotation.review import Proposals, confirmed_log_areas, proposals_path, with_spot_checks
 from lesionsam.annotation.store import Change, Store
 from lesionsam.boxes.annotator import annotator_rng, simulate_boxes
 from lesionsam.config.load import Config, load_config, with_values
@@ -108,7 +108,7 @@ def review_some(place: EngineFolders, annotator: Annotator, last: Round, count: 
     """Decide on the first images of the review queue."""
     store, pictures = Store(place.table_path, place.catalogue), Pictures()
     proposals = Proposals(proposals_path(place.table_path), last.model)
-    usual = usual_areas(store, proposals)
+    usual = confirmed_log_areas(store, proposals)
     doubts = [
         (image_id, doubt(found.lesion, usual)[0])
         for image_id, found in proposals.found.items()

@@ -28,7 +28,7 @@ from lesionsam.experiment.resume import begin, origin_of
 from lesionsam.tracking.tracker import Tracker
 from lesionsam.training import loop as training
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.processes import file_lock
+from lesionsam.utils.locks import file_lock
 from lesionsam.utils.progress import progress
 from record import Limits, interleaved, provenance, table
 

@@ -28,7 +28,8 @@ from lesionsam.tracking.tracker import Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.images import read_image, read_mask
-from lesionsam.utils.processes import exit_with_parent, file_lock
+from lesionsam.utils.locks import file_lock
+from lesionsam.utils.processes import exit_with_parent
 
 ROOT = Path.cwd()
 OUTPUT, CACHE = Path("results"), Path(".scratch/evaluation")

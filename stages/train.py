@@ -37,7 +37,8 @@ from lesionsam.training.loop import OBJECTIVE
 from lesionsam.training.state import save_head
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic
-from lesionsam.utils.processes import exit_with_parent, file_lock, graceful_stop
+from lesionsam.utils.locks import file_lock
+from lesionsam.utils.processes import exit_with_parent, graceful_stop
 
 ROOT = Path.cwd()
 OUT, SCRATCH, CACHE = Path("models/adapted"), Path(".scratch/train"), Path(".cache/frames")

@@ -569,10 +569,10 @@ def test_a_port_in_use_is_one_line_or_another_port() -> None:
 
 
 def test_a_second_page_on_the_same_table_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lesionsam.utils import processes as guard
+    from lesionsam.utils import locks
 
-    monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.1)
-    with guard.file_lock(folder / ".boxes.csv.lock", "annotation"), pytest.raises(UserError, match="already running"):
+    monkeypatch.setattr(locks, "HANDOVER_SECONDS", 0.1)
+    with locks.file_lock(folder / ".boxes.csv.lock", "annotation"), pytest.raises(UserError, match="already running"):
         annotate([folder / "images"], browser=False)
 
 

@@ -114,14 +114,16 @@ class Campaign:
         with (self.prepared / "dvc.lock").open("w", encoding="utf-8") as file:
             YAML(typ="safe").dump(lock, file)
         if without:
-            path = self.template / "src" / "lesionsam" / "guard.py"
             self.prepared = self.template  # its code has changed: nothing is prepared
-            text = path.read_text(encoding="utf-8").replace("def file_lock(", "def _only_one(", 1)
-            text = text.replace("def exit_with_parent(", "def _end_with_parent(", 1)
-            text += (
-                "\n\n@contextmanager\ndef file_lock(path, what):\n    yield\n\n\ndef exit_with_parent():\n    pass\n"
-            )
-            path.write_text(text, encoding="utf-8")
+            for module, protection, nothing in (
+                ("locks", "def file_lock(", "@contextmanager\ndef file_lock(path, what):\n    yield\n"),
+                ("processes", "def exit_with_parent(", "def exit_with_parent():\n    pass\n"),
+            ):
+                path = self.template / "src" / "lesionsam" / "utils" / f"{module}.py"
+                text = path.read_text(encoding="utf-8")
+                assert protection in text, path
+                text = text.replace(protection, protection.replace("def ", "def _unused_"), 1)
+                path.write_text(f"{text}\n\n{nothing}", encoding="utf-8")
 
     def run(self, rng: random.Random, folder: Path) -> Run:
         """One chain: strikes, then the same command to its end."""

@@ -21,7 +21,7 @@ from lesionsam.config.load import default_values, validate
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture, build_compact
-from lesionsam.pretraining import pretrain as foundation
+from lesionsam.pretraining import run as foundation
 from lesionsam.pretraining.card import card_text, current_commit
 from lesionsam.pretraining.data import DataPool, open_pool, targets_of
 from lesionsam.pretraining.shape_prompts import Targets, make_targets

@@ -14,7 +14,7 @@ import pytest
 from helpers.report import Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report.compare import compare, score_charts, setting_cells, shared_pictures, side_by_side
+from lesionsam.report.comparison import compare, score_charts, setting_cells, shared_pictures, side_by_side
 from lesionsam.report.page import training_charts
 from lesionsam.report.runs import EvaluatedRun, commit_of, in_folder, open_runs, short
 

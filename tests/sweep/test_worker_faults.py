@@ -31,7 +31,7 @@ from lesionsam.sweep.trial import Place
 from lesionsam.sweep.worker import is_finished, state_of
 from lesionsam.tracking.spool import Spool, read_lines
 from lesionsam.tracking.tracker import NullTracker, sync
-from lesionsam.utils.processes import started
+from lesionsam.utils.processes import start_time
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
 WAIT_S = 240
@@ -147,7 +147,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     assert "was killed (signal 9); another takes its place" in capfd.readouterr().out
     trials = only_study().get_trials()
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert not [t for t in trials if t.user_attrs.get("owner") and started(t.user_attrs["owner"]["pid"])], "orphans"
+    assert not [t for t in trials if t.user_attrs.get("owner") and start_time(t.user_attrs["owner"]["pid"])], "orphans"
     (parent,), children = mlflow_runs()
     assert parent.info.status == "KILLED"
     assert "RUNNING" not in {run.info.status for run in children}
@@ -229,7 +229,7 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> 
         [sys.executable, "-c", launcher], stdin=reader, capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    wait_for(lambda: not started(int(done.stdout)))
+    wait_for(lambda: not start_time(int(done.stdout)))
     os.close(reader)
     os.close(writer)
 

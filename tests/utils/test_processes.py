@@ -1,4 +1,4 @@
-"""One writer at a time, and the end of a stage whose parent is gone."""
+"""Stage locks, exit with the parent, deferred signals."""
 
 from __future__ import annotations
 
@@ -15,24 +15,16 @@ from pathlib import Path
 import pytest
 
 from lesionsam.errors import Interrupted, UserError
-from lesionsam.utils import processes as guard
+from lesionsam.utils import locks, processes
 
-SOURCE = str(Path(guard.__file__).parents[2])
-HOLDER = """
-import sys, time
-from pathlib import Path
-from lesionsam.utils.processes import file_lock
-with file_lock(Path(sys.argv[1]), "training"):
-    print("held", flush=True)
-    time.sleep(300)
-"""
+SOURCE = str(Path(processes.__file__).parents[2])
 # Says so when it has looked for its parents some times more after the terminal above them was closed.
 STAGE = """
 import os, time
-from lesionsam.utils import processes as guard
-looks, sleep, guard.WATCH_SECONDS = [], time.sleep, 0.01
+from lesionsam.utils import processes
+looks, sleep, processes.WATCH_SECONDS = [], time.sleep, 0.01
 time.sleep = lambda seconds: (looks.append(seconds), sleep(seconds))
-guard.exit_with_parent()
+processes.exit_with_parent()
 print(os.getpid(), flush=True)
 terminal = int(os.environ["TERMINAL"])
 while os.path.exists(f"/proc/{terminal}"):
@@ -71,7 +63,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 def ends_within(pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not guard.started(pid):
+        if not processes.start_time(pid):
             return True
         time.sleep(0.05)
     return False
@@ -99,39 +91,12 @@ def family(stage: str, between: int = 0) -> Iterator[tuple[subprocess.Popen[str]
         yield terminal, pids[0], pids[-1]
     finally:
         for pid in reversed(pids):
-            if guard.started(pid):
+            if processes.start_time(pid):
                 os.kill(pid, signal.SIGKILL)
         terminal.kill()
         terminal.wait()
         if terminal.stdout is not None:
             terminal.stdout.close()
-
-
-def test_a_second_writer_is_refused_with_the_firsts_pid_and_may_start_after_its_kill(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.2)
-    lock = tmp_path / "scratch" / "lock"
-    holder = start(HOLDER, str(lock))
-    try:
-        assert first_line(holder) == "held"
-        with (
-            pytest.raises(UserError, match=rf"training is already running as pid {holder.pid} since \d{{4}}-"),
-            guard.file_lock(lock, "training"),
-        ):
-            pytest.fail("two at once")
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.communicate()
-    with guard.file_lock(lock, "training"):
-        assert lock.read_text().startswith(f"pid {os.getpid()} since ")
-
-
-def test_the_lock_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), guard.file_lock(tmp_path / "lock", "training"):
-        raise ZeroDivisionError
-    with guard.file_lock(tmp_path / "lock", "training"), guard.file_lock(tmp_path / "another", "evaluation"):
-        pass
 
 
 @linux
@@ -149,7 +114,7 @@ def test_a_stage_ends_with_its_dvc_and_not_with_the_terminal_above_it(between: i
 def test_a_stage_by_hand_is_watched_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DVC_STAGE", raising=False)
     before = threading.active_count()
-    guard.exit_with_parent()
+    processes.exit_with_parent()
     assert threading.active_count() == before
 
 
@@ -173,8 +138,8 @@ time.sleep(300)
         pytest.param(
             """
 import os, time
-from lesionsam.utils.processes import end_with
-end_with(os.getppid())
+from lesionsam.utils.processes import exit_without
+exit_without(os.getppid())
 print(os.getpid(), flush=True)
 time.sleep(300)
 """,
@@ -190,33 +155,33 @@ def test_what_a_dead_process_started_ends(stage: str) -> None:
 
 @linux
 def test_a_number_that_was_given_to_another_process_is_not_the_first_one_alive() -> None:
-    pid, since = os.getpid(), guard.started(os.getpid())
+    pid, since = os.getpid(), processes.start_time(os.getpid())
     assert since
-    assert guard.is_alive(pid, since)
-    assert not guard.is_alive(pid, since + "0")
+    assert processes.is_alive(pid, since)
+    assert not processes.is_alive(pid, since + "0")
     child = subprocess.Popen(["true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not guard.is_alive(child.pid, since), "dead, and nobody has waited for it"
-    assert guard.is_alive(child.pid)
+    assert not processes.is_alive(child.pid, since), "dead, and nobody has waited for it"
+    assert processes.is_alive(child.pid)
     child.wait()
-    assert not guard.is_alive(child.pid)
+    assert not processes.is_alive(child.pid)
 
 
 def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_STAGE", raising=False)
-    monkeypatch.setattr(guard, "TAKE_OVER_SECONDS", 0.0)
+    monkeypatch.setattr(locks, "HANDOVER_SECONDS", 0.0)
     ran: list[str] = []
 
-    @guard.stage_lock("boxes")
+    @processes.stage_lock("boxes")
     def inner() -> None:
         ran.append("inner")
 
-    @guard.stage_lock("boxes")
+    @processes.stage_lock("boxes")
     def outer() -> None:
         with pytest.raises(UserError, match=rf"the stage boxes is already running as pid {os.getpid()} since"):
             inner()
-        guard.stage_lock("weights")(lambda: ran.append("another stage"))()
+        processes.stage_lock("weights")(lambda: ran.append("another stage"))()
 
     outer()
     inner()
@@ -225,7 +190,7 @@ def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: p
 
 def test_a_first_signal_waits_for_the_step_and_a_second_does_not(capfd: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with guard.graceful_stop() as asked:
+    with processes.graceful_stop() as asked:
         assert asked() == 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == signal.SIGTERM
@@ -241,7 +206,7 @@ def test_what_has_begun_to_end_is_not_interrupted_but_by_a_second_signal() -> No
     said: list[str] = []
 
     def block(*, begins: bool, signals: int) -> None:
-        with guard.holding() as begin:
+        with processes.deferred_signals() as begin:
             if begins:
                 begin()
             for _ in range(signals):

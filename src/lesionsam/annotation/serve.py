@@ -23,7 +23,7 @@ from lesionsam.annotation.records import MAX_NAME
 from lesionsam.annotation.server import Desk, create_app
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import file_lock
+from lesionsam.utils.locks import file_lock
 
 FINISH_SECONDS = 10.0  # for masks that are still to be written when the page is closed; the rest at the next start
 PORT = 8350  # tried first; any free one where it is taken

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lesionsam import __version__
 from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
 from lesionsam.cli import results as cli_results
 from lesionsam.cli.data import data_app
-from lesionsam.errors import run_guarded
+from lesionsam.errors import UserError, run_guarded
 
 if TYPE_CHECKING:
     from lesionsam.config.load import Config
 
 app = typer.Typer(
     name="lesionsam",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,6 +36,22 @@ app.add_typer(cache_app, name="cache")
 CACHE = Path(".cache")
 Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and exit, for `--version`."""
+    if wanted:
+        print(f"lesionsam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options of `lesionsam` itself."""
 
 
 @app.command()
@@ -115,7 +133,7 @@ def smoke(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def foundation(context: typer.Context) -> None:
     """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
-    from lesionsam.pretraining.pretrain import main as run
+    from lesionsam.pretraining.run import main as run
 
     run(context.args)
 
@@ -161,4 +179,16 @@ cli_results.add_commands(app)
 
 def main() -> None:
     """Entry point of `lesionsam` and `python -m lesionsam`."""
-    run_guarded(app)
+    run_guarded(_run)
+
+
+def _run() -> None:
+    """Run the command; a missing optional library becomes one line."""
+    from lesionsam.utils.extras import missing_library
+
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (line := missing_library(error)) is None:
+            raise
+        raise UserError(line) from None

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lesionsam.errors import UserError
-
-if TYPE_CHECKING:
-    from lesionsam.export.base import Format
-
-FORMATS = ("pth", "safetensors", "hf", "onnx", "mlflow")
+from lesionsam.export.formats import FORMATS, open_format
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -48,7 +44,7 @@ def export(
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
     results = exporting.export(
-        subject, [_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
+        subject, [open_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
     )
     exporting.print_table(results)
     failed = [(result.format.name, fault) for result in results for fault in result.faults]
@@ -56,21 +52,6 @@ def export(
         typer.echo(f"error: {name}: {fault}", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _format(name: str) -> Format:
-    """Return one of `FORMATS`; its library is imported on use."""
-    if name == "mlflow":
-        from lesionsam.export.mlflow import FORMAT
-    elif name == "onnx":
-        from lesionsam.export.onnx import FORMAT
-    elif name == "hf":
-        from lesionsam.export.huggingface import FORMAT
-    else:
-        from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
-
-        return PTH_FORMAT if name == "pth" else SAFETENSORS_FORMAT
-    return FORMAT
 
 
 def promote(
@@ -102,7 +83,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
 ) -> None:
     """Compare finished runs: paired tests on the lesions they share, differing settings, one page."""
-    from lesionsam.report.compare import compare as run_compare
+    from lesionsam.report.comparison import compare as run_compare
     from lesionsam.tracking.lineage import repository_root
 
     size = run_compare(runs, out, repository_root(Path.cwd()))

@@ -9,7 +9,6 @@ writer, a full disk or a bad sector left behind is a cache miss. Several process
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from lesionsam.utils.files import free_disk_bytes, write_json_atomic
+from lesionsam.utils.locks import lock_exclusive, lock_shared, unlock
 
 VERSION = 1  # of the files' form: part of every space
 ENTRIES, INDEX, SPACE, IN_USE = "entries.bin", "index.bin", "space.json", "in-use"
@@ -219,7 +219,7 @@ class Store:
     def _open_existing(self) -> None:
         if self._files is not None or not (self.folder / SPACE).exists():
             return
-        use = lock_shared(self.folder)
+        use = mark_in_use(self.folder)
         if use is None:
             return
         try:
@@ -248,7 +248,7 @@ class Store:
         self.shape, self.dtype = shape, dtype
         note = {"space": self.space, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
         write_json_atomic(self.folder / SPACE, note)
-        use = lock_shared(self.folder)
+        use = mark_in_use(self.folder)
         if use is not None:
             self._open_files(use)
 
@@ -288,11 +288,11 @@ class Store:
 @contextmanager
 def locked(descriptor: int) -> Iterator[None]:
     """Lock a file exclusively."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    lock_exclusive(descriptor)
     try:
         yield
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        unlock(descriptor)
 
 
 def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
@@ -303,14 +303,14 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
         view, offset = view[done:], offset + done
 
 
-def lock_shared(folder: Path) -> int | None:
+def mark_in_use(folder: Path) -> int | None:
     """Mark a space as in use; return a descriptor that ends it when closed, None where the space was just removed."""
     path = folder / IN_USE
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         return None
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    lock_shared(descriptor)
     with suppress(FileNotFoundError):
         if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
             return descriptor
@@ -323,20 +323,11 @@ def remove_space(folder: Path, *, force: bool = False) -> bool:
     with suppress(FileNotFoundError):
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            if force or try_lock_exclusive(descriptor):
+            if force or lock_exclusive(descriptor, wait=False):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
     return not folder.exists()
-
-
-def try_lock_exclusive(descriptor: int) -> bool:
-    """Lock a file exclusively if no other process has locked it; return whether that succeeded."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def space_folders(root: Path) -> list[Path]:

@@ -27,7 +27,8 @@ from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
 from lesionsam.utils.files import free_disk_bytes
 from lesionsam.utils.images import read_image, read_mask
-from lesionsam.utils.processes import end_with, file_lock
+from lesionsam.utils.locks import file_lock
+from lesionsam.utils.processes import exit_without
 from lesionsam.utils.progress import progress, say
 
 VERSION = 2  # of decoding, resizing, box prior and storage: part of every key
@@ -233,7 +234,7 @@ def _prepared(arguments: Sequence[tuple], num_workers: int) -> Iterator[tuple[np
     done = 0
     if num_workers:
         try:
-            with ProcessPoolExecutor(num_workers, initializer=end_with, initargs=(os.getpid(),)) as pool:
+            with ProcessPoolExecutor(num_workers, initializer=exit_without, initargs=(os.getpid(),)) as pool:
                 for parts in pool.map(prepare, *zip(*arguments, strict=True)):
                     yield parts
                     done += 1

@@ -13,7 +13,7 @@ from lesionsam.engine.history import read_rounds
 from lesionsam.engine.report import CURVE, REPORT, summary_sentences, write_report
 from lesionsam.engine.round import EngineFolders, run_round, set_threads
 from lesionsam.tracking.registry import resolve_model
-from lesionsam.utils.processes import file_lock
+from lesionsam.utils.locks import file_lock
 
 PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's published weights
 

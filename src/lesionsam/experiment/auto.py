@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lesionsam.config.load import Config, load_config
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
 from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
 from lesionsam.models.checkpoint import weights_metadata
+
+if TYPE_CHECKING:  # it needs pandas, and `lesionsam predict` does not
+    pass
 
 
 def auto_options(config: Config) -> AutoMaskOptions:

@@ -27,6 +27,7 @@ from lesionsam.inference.image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import WIDTHS, Sam
+from lesionsam.utils.extras import missing_library
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.utils.progress import progress
@@ -292,7 +293,7 @@ def export(
                 results.append(ExportResult(form, None, faults=[str(error)]))
                 continue
             except ModuleNotFoundError as error:
-                fault = f"needs the package {error.name}; `make setup` installs it"
+                fault = missing_library(error) or f"needs the package {error.name}; `make setup` installs it"
                 results.append(ExportResult(form, None, faults=[fault]))
                 continue
             if check.faults:

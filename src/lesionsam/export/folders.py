@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lesionsam.errors import UserError
 from lesionsam.utils.files import free_disk_bytes
-from lesionsam.utils.processes import is_left_by
+from lesionsam.utils.processes import is_abandoned
 
 
 def prepare(out: Path, needed: int) -> None:
@@ -40,7 +40,7 @@ def _clear_up(out: Path) -> None:
     """Delete folders that a killed export was building; restore a folder that it had moved aside."""
     for path in out.glob(".*-*"):
         match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
-        if match is None or not is_left_by(int(match[3])):  # this process has not begun to build
+        if match is None or not is_abandoned(int(match[3])):  # this process has not begun to build
             continue
         if match[2] == "old" and not (out / match[1]).exists():
             os.replace(path, out / match[1])

@@ -1,1 +1,1 @@
-"""Annotations in the forms that other tools write and read: COCO, YOLO, CVAT, Label Studio, and the two-box CSV."""
+"""Annotations of other tools: COCO, YOLO, CVAT, Label Studio, and the two-box CSV."""

@@ -39,7 +39,8 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
 
     height, width = mask.shape
     # `coco.encode` would allocate four bytes a pixel for the runs.
-    encoded: Any = coco.frPyObjects({"size": [height, width], "counts": runs_of(mask)}, height, width)
+    runs: Any = {"size": [height, width], "counts": runs_of(mask)}
+    encoded: Any = coco.frPyObjects(runs, height, width)
     return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
 
 

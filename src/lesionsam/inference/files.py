@@ -29,7 +29,7 @@ from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
-from lesionsam.utils.processes import folder_lock
+from lesionsam.utils.locks import folder_lock
 from lesionsam.utils.progress import progress
 
 VERSION = 7  # of the values that a row's key covers

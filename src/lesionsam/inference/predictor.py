@@ -31,6 +31,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
 from lesionsam.utils.images import read_image
+from lesionsam.utils.weights import find_weights
 
 SHOWN_IDS = 3
 Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
@@ -39,12 +40,13 @@ Coordinates = np.ndarray | Sequence[float] | Sequence[Sequence[float]]
 class Predictor:
     """Predict masks for images in memory or on disk, without writing files.
 
-    `Predictor("models/adapted/best.safetensors").predict("photo.jpg", boxes=[80, 60, 300, 280])`
+    `Predictor("models/adapted").predict("photo.jpg", boxes=[80, 60, 300, 280])`
 
     Features of the last few images are kept, so that another prompt on one of them costs no encoder pass.
 
     Args:
-        model: a weights file, or a SAM; the weights must not change while the Predictor is in use.
+        model: a weights file, a folder that holds one (models/adapted, an export), or a SAM; the weights must not
+            change while the Predictor lives.
         num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
         auto: settings of the automatic masks. decode_without_prompt: see `inference.lesion.LesionSearch`; None: as the
             metadata of the weights file say, False for a SAM.
@@ -61,12 +63,14 @@ class Predictor:
         decode_without_prompt: bool | None = None,
     ) -> None:
         check_threshold(threshold)
-        is_file = isinstance(model, str | Path)
-        sam = load_sam(None, Path(model)) if is_file else model
-        if decode_without_prompt is None:
-            decode_without_prompt = is_file and trained_without_prompt(weights_metadata(Path(model)))
-        self.search = LesionSearch(decode_without_prompt, auto)
-        self.cache = FeatureCache(sam, device, num_cached)
+        decode = decode_without_prompt or False
+        if isinstance(model, str | Path):
+            path = find_weights(Path(model))
+            model = load_sam(None, path)
+            if decode_without_prompt is None:
+                decode = trained_without_prompt(weights_metadata(path))
+        self.search = LesionSearch(decode, auto)
+        self.cache = FeatureCache(model, device, num_cached)
         self.sam, self.device, self.threshold = self.cache.sam, self.cache.device, threshold
 
     def predict(

@@ -25,7 +25,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import is_alive, started
+from lesionsam.utils.processes import is_alive, start_time
 
 DEFAULT = Path("sweeps/sweeps.db")
 HEARTBEAT_SECONDS = 10
@@ -190,7 +190,7 @@ def _open_journal(path: Path) -> JournalStorage:
 
 def owner() -> dict[str, Any]:
     """This process, as a trial's owner."""
-    return {"host": HOST, "pid": os.getpid(), "started": started(os.getpid())}
+    return {"host": HOST, "pid": os.getpid(), "started": start_time(os.getpid())}
 
 
 def lost_its_owner(trial: FrozenTrial, seen: dict[int, float]) -> bool:

@@ -153,7 +153,7 @@ def run_trial(
 
     Args:
         report: receives (score, epoch) and says whether the trial is to stop; `pruned` is then raised.
-        over: called when the training has ended, before its run is closed; see `guard.holding`.
+        over: called when the training has ended, before its run is closed; see `processes.deferred_signals`.
     """
     own = trial_config(config, values)
     folder = trial_folder(config, bench, place, values)

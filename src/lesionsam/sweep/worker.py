@@ -30,7 +30,7 @@ from lesionsam.sweep.samplers import NumberedSampler, build_pruner
 from lesionsam.sweep.space import Dimension, Value, combinations, from_json, same
 from lesionsam.sweep.storage import HOST, clear_errors, fault_behind, opened, owner, queue_again, repair
 from lesionsam.sweep.trial import TRIAL_ERRORS, Job, Place, budget, do, forget, run_trial, shown
-from lesionsam.utils.processes import holding
+from lesionsam.utils.processes import deferred_signals
 
 WAIT_SECONDS = 1.0  # between two looks at the study while others run its last trials
 MAX_DUPLICATES = 30  # drawn in a row before the space counts as used up
@@ -162,7 +162,7 @@ class Worker:
             return self._train(trial, values, over)
 
         try:
-            with holding() as over:  # a training that has ended is told to the study, whoever interrupts then
+            with deferred_signals() as over:  # a training that has ended is told to the study, whoever interrupts then
                 self.study.optimize(objective, n_trials=1, catch=(*TRIAL_ERRORS, Duplicate, Surplus))
         except (KeyboardInterrupt, OSError):  # a full disk is no fault of the trial's
             self._hand_back(current)

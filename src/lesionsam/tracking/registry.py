@@ -26,6 +26,7 @@ from lesionsam.tracking.spool import Spool, read_record, spool_root
 from lesionsam.tracking.store import OUTDATED, schema_problem, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
+from lesionsam.utils.weights import NAMES, SUFFIXES, find_weights
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 NAME = "lesionsam"  # of the registered model, and of the logged model that a training leaves
 ALIAS = "champion"
-WEIGHTS = ("best.safetensors", "sam.safetensors", "sam.pth")  # what a stage's folder holds, in order of preference
-ENDINGS = (".safetensors", ".pth")
 TRAINED = Path("models/adapted")
 TABLE, SUMMARY = "evaluation/table.md", "evaluation/summary.json"
 MAX_DESCRIPTION = 5000  # characters, by MLflow's sqlite store
@@ -80,10 +79,8 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     """
     text = str(text)
     path = Path(text)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return _weights_in(path)
+    if path.exists():
+        return find_weights(path)
     if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
         with _mlflow_client(root) as (client, uri):
             return _download(client, uri, _model_of_version(client, _version(client, uri, *match.groups()), text), text)
@@ -135,7 +132,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
         model = _model_of_run(client, found)
         weights = _download(client, uri, model, name)
         digest = sha256_file(weights)
-        if folder.is_dir() and (local := folder / WEIGHTS[0]).is_file() and sha256_file(local) != digest:
+        if folder.is_dir() and (local := folder / NAMES[0]).is_file() and sha256_file(local) != digest:
             raise UserError(
                 f"{local}: not the weights that run {found.info.run_id} logged; run `dvc repro train`, or "
                 "name the run by its id"
@@ -172,21 +169,6 @@ def tracking_uri(root: Path) -> str:
     section = read_yaml(params).get("tracking") if params.is_file() else None
     uri = section.get("uri") if isinstance(section, Mapping) else None
     return str(uri) if uri else f"sqlite:///{root / 'mlflow.db'}"
-
-
-def _weights_in(folder: Path) -> Path:
-    """Return the single weights file of a folder."""
-    for name in WEIGHTS:
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in ENDINGS and path.is_file())
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(
-            f"{folder}: expected {', '.join(WEIGHTS)} or one other file ending in {' or '.join(ENDINGS)}, "
-            f"found {names}; name the file"
-        )
-    return found[0]
 
 
 def _recorded_run(folder: Path, root: Path) -> str:
@@ -308,7 +290,7 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
     from mlflow.artifacts import download_artifacts
 
     files = [item.path for item in client.list_logged_model_artifacts(model.model_id)]
-    weights = [path for path in files if path.endswith(ENDINGS)]
+    weights = [path for path in files if path.endswith(SUFFIXES)]
     if len(weights) != 1:
         raise UserError(
             f"{text}: expected one weights file in its logged model, found {', '.join(files) or 'none'}; "

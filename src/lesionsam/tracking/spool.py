@@ -17,7 +17,6 @@ write, a full disk) is closed off by the next append and skipped by every reader
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from typing import IO, Any
 
 from lesionsam.errors import UserError
 from lesionsam.utils.files import atomic_write
+from lesionsam.utils.locks import lock_exclusive, lock_shared
 
 JOURNALS = ("journal", "system")
 
@@ -137,7 +137,7 @@ class Spool:
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
         """Write meta.json or state.json atomically, readable by its owner only."""
         with atomic_write(self.folder / name) as file:
-            os.fchmod(file.fileno(), 0o600)
+            os.chmod(file.name, 0o600)
             file.write(json.dumps(content, indent=1).encode())
 
     def pending(self) -> tuple[int, int]:
@@ -198,13 +198,11 @@ class Spool:
         """Take the lock `owner` or `sender` of this spool; None if another process holds it. Close it to release it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / f"{name}.lock").open("ab")
-        mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return file
+        take = lock_shared if shared else lock_exclusive
+        if take(file.fileno(), wait=wait):
+            return file
+        file.close()
+        return None
 
 
 def spool_root(root: Path) -> Path:

@@ -19,7 +19,7 @@ import threading
 from importlib.metadata import version
 from pathlib import Path
 
-from lesionsam.utils.processes import is_left_by
+from lesionsam.utils.processes import is_abandoned
 
 OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
 _MAKING = threading.Lock()  # while it is free, files with this process's number are leftovers
@@ -41,7 +41,7 @@ def make_store(path: Path, beside: Path) -> None:
         if path.exists():
             return
         for left in beside.glob("store-*"):
-            if (match := re.match(r"store-(\d+)-", left.name)) and is_left_by(int(match[1])):
+            if (match := re.match(r"store-(\d+)-", left.name)) and is_abandoned(int(match[1])):
                 left.unlink(missing_ok=True)
         unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
         whole = unfinished.with_suffix(".whole")

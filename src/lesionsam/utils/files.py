@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves no half file, and what is asked of files whatever they hold."""
+"""Write files so that a crash leaves no half file; hash them; parse the numbers of a table."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lesionsam.utils.processes import is_left_by
+from lesionsam.utils.processes import is_abandoned
 
 CHUNK = 1 << 20
-_WRITING: set[Path] = set()  # what this process has not finished writing
+_WRITING: set[Path] = set()  # temporary files of this process
 
 
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """A file that appears under `path` only when it is complete and on disk.
+    """Open a file that appears under `path` only when it is complete and on disk.
 
-    Written beside the target, flushed, fsynced, renamed over it, and the folder fsynced; removed if the block raises.
-    Missing parent folders are made.
+    It is written beside the target, flushed, fsynced and renamed over it, and the folder is fsynced; it is removed if
+    the block raises. Missing parent folders are made.
 
     Args:
         path: the final path. mode: "wb" or "w" (UTF-8, line ends as written).
@@ -53,18 +54,20 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def remove_leftovers(folder: Path, *below: str) -> None:
-    """Remove what `atomic_write` left in processes that were killed: in a folder itself, and anywhere in some below it.
+    """Remove the temporary files of killed processes from a folder, and from the folders `below` it at any depth.
 
-    Other folders below it may be another program's, or millions of files.
+    Other folders below it are not searched: they may be another program's, or hold millions of files.
     """
     for path in [*folder.glob(".*.tmp"), *(path for name in below for path in (folder / name).rglob(".*.tmp"))]:
         match = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
-        if match is not None and path not in _WRITING and is_left_by(int(match[1])):
+        if match is not None and path not in _WRITING and is_abandoned(int(match[1])):
             path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make a rename or a new entry in `folder` survive a power cut."""
+    """Make a rename or a new entry in `folder` survive a power cut; Windows offers no such call."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,7 +88,11 @@ def write_text_atomic(path: Path | str, text: str) -> None:
 
 
 def write_json_atomic(path: Path | str, value: object) -> None:
-    """Write indented JSON so that `path` is never half a file; NaN and infinity are refused, as JSON has neither."""
+    """Write indented JSON so that `path` is never half a file.
+
+    Raises:
+        ValueError: NaN or infinity, which JSON does not have.
+    """
     write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -109,7 +116,7 @@ def copy_atomic(source: Path, target: Path, *, link: bool = False) -> None:
 
 
 def sha256_file(path: Path | str, progress: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file as hex; `progress` is told the bytes read so far."""
+    """Return the SHA-256 of a file as hex; `progress` receives the number of bytes read so far."""
     digest, done = hashlib.sha256(), 0
     with Path(path).open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -121,7 +128,7 @@ def sha256_file(path: Path | str, progress: Callable[[int], None] | None = None)
 
 
 def free_disk_bytes(path: Path | str) -> int:
-    """Bytes a user may still write where `path` is, or will be."""
+    """Return the free bytes of the disk where `path` is, or will be."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -129,12 +136,16 @@ def free_disk_bytes(path: Path | str) -> int:
 
 
 def whole_number(text: str) -> int | None:
-    """A count as a table writes it, digits 0 to 9 alone; None for anything else, as for "4\u00b2" or 5000 digits."""
+    """Return a count of at most nine digits 0 to 9; None for anything else, such as "4\u00b2"."""
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
 
 
 def decimal_number(text: str) -> float:
-    """A number as a table writes it; ValueError for what only Python takes for one, such as "1_0" or "\u0664"."""
+    """Return a number of a table.
+
+    Raises:
+        ValueError: no number, or one that only Python accepts, such as "1_0" or "\u0664".
+    """
     if "_" in text or not text.isascii():
         raise ValueError(f"expected a number, got {text!r}")
     return float(text)

@@ -82,7 +82,7 @@ def cut_colours(pixels: np.ndarray, path: Path, *, threshold: bool) -> np.ndarra
         colours, count = _hex(pixels[0, :64]), f"more than {MAX_LABELS}"
         names = ", ".join([*colours[:8], "..."])
     else:
-        colours = _hex([colour for _, colour in listed])
+        colours = _hex(colour for _, colour in listed if isinstance(colour, tuple))
         if len(colours) == 2 and colours[0] == "#000000":
             return brightest > 0
         count, names = str(len(colours)), _listed(colours)

@@ -26,7 +26,7 @@ from typing import Any
 
 from lesionsam.errors import UserError
 from lesionsam.utils.files import CHUNK, free_disk_bytes, fsync_folder, remove_leftovers, sha256_file, write_json_atomic
-from lesionsam.utils.processes import file_lock
+from lesionsam.utils.locks import file_lock
 from lesionsam.utils.progress import Meter, human_bytes, say
 
 TIMEOUT_SECONDS = 60.0  # of silence on the line

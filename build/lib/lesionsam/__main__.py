@@ -1,0 +1,5 @@
+"""`python -m lesionsam` is `lesionsam`."""
+
+from lesionsam.cli.app import main
+
+main()

@@ -1,0 +1,214 @@
+"""A SAM behind the page: images encoded ahead, the mask of two boxes in milliseconds."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lesionsam.annotation.assist import logit
+from lesionsam.annotation.catalogue import Entry
+from lesionsam.annotation.pictures import Cache, Pictures
+from lesionsam.annotation.records import Box
+from lesionsam.boxes.geometry import to_model_frame
+from lesionsam.errors import UserError
+from lesionsam.inference.auto import AUTO
+from lesionsam.inference.lesion import find_lesions, way
+from lesionsam.metrics import mean_entropy
+from lesionsam.models.checkpoint import load_sam, weights_metadata
+from lesionsam.models.sam import decode, encode
+from lesionsam.models.transforms import model_frames, preprocess, upscale
+from lesionsam.prompts import TRAINED_WITH, seeded_prompts
+from lesionsam.types import Prompts
+from lesionsam.utils.files import sha256_file
+
+PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
+FEATURE_BYTES = 512 << 20
+DETAIL = 2  # the picture that is encoded is decoded at this many times the model's side
+AT_ONCE = 25  # prompts in one decoder pass
+MAX_AHEAD = 16  # images waiting to be encoded
+
+
+@dataclass(frozen=True)
+class Features:
+    """An encoded image: (1, C, H', W') features, (1, 3, S, S) uint8 model frame, (h, w) of its image part."""
+
+    values: torch.Tensor
+    frame: torch.Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The mask of two boxes.
+
+    Attributes:
+        low_res: (t, u) float32 logits, the image part alone. step: pixels of the image per column and row of it.
+        predicted_iou: the model's own. entropy: mean over the big box, nats.
+    """
+
+    low_res: np.ndarray
+    step: tuple[float, float]
+    predicted_iou: float
+    entropy: float
+
+
+class Model:
+    """A loaded SAM, its features of recent images, and, once asked for, a thread that encodes those that come next.
+
+    Args:
+        weights: file of any SAM this project reads. threshold: probability above which a pixel is lesion.
+    Raises:
+        UserError: weights that cannot be used.
+    """
+
+    def __init__(
+        self, weights: Path, pictures: Pictures, *, threshold: float = 0.5, device: torch.device | str = "cpu"
+    ) -> None:
+        self.sam = load_sam(None, weights).to(device)
+        self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
+        self.name, self.digest = weights.name, sha256_file(weights)[:12]
+        metadata = weights_metadata(weights)
+        self.is_adapted, self._way = TRAINED_WITH in metadata, way(metadata)
+        self.side = int(self.sam.image_encoder.img_size)
+        self.level = logit(threshold)
+        self._features = Cache(FEATURE_BYTES)
+        self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
+        self._start, self._has_thread = threading.Lock(), False
+
+    @property
+    def label(self) -> str:
+        """Names the proposals of these weights at this threshold."""
+        return f"{self.digest}@{self.threshold:g}"
+
+    def prepare(self, entry: Entry) -> None:
+        """Encode an image when there is time; forgotten where too many wait."""
+        with self._start:
+            if not self._has_thread:  # only now: a thread keeps its model for as long as the process lives
+                threading.Thread(target=self._work, daemon=True, name="encoding ahead").start()
+                self._has_thread = True
+        try:
+            self._ahead.put_nowait(entry)
+        except queue.Full:
+            return
+
+    def features_soon(self, entry: Entry, seconds: float) -> Features | None:
+        """Of an image, if it is encoded within so many seconds; it is encoded in any case."""
+        key, deadline = (entry.key, self.pictures.stamp(entry)), time.monotonic() + seconds
+        if (found := self._features.peek(key)) is None:
+            self.prepare(entry)
+            while found is None and time.monotonic() < deadline:
+                time.sleep(0.004)
+                found = self._features.peek(key)
+        return found
+
+    def features(self, entry: Entry) -> Features:
+        """Of an image, encoded now where it is not yet; from a picture decoded small, for speed."""
+
+        def make() -> tuple[Features, int]:
+            found = self.encoded(self.pictures.small(entry, DETAIL * self.side))
+            return found, sum(one.numel() * one.element_size() for one in (found.values, found.frame))
+
+        return self._features.get((entry.key, self.pictures.stamp(entry)), make)
+
+    @torch.inference_mode()
+    def encoded(self, image: np.ndarray) -> Features:
+        """Features of an image, (h, w, 3) uint8."""
+        frames, sizes = model_frames([image], self.side)
+        values = encode(self.sam, preprocess(frames.to(self.device), sizes.to(self.device)))
+        return Features(values, frames, (int(sizes[0, 0]), int(sizes[0, 1])))
+
+    @torch.inference_mode()
+    def answer(
+        self, features: Features, size: tuple[int, int], key: str, big: Sequence[float], small: Sequence[float]
+    ) -> Answer:
+        """The mask of two boxes.
+
+        Args:
+            size: (width, height) of the image. key: "image_id/lesion_id", which draws the points in the core.
+            big, small: XYXY, pixels of the image.
+        """
+        width, height = size
+        outer, core = (
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            for box in (big, small)
+        )
+        prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
+        low_res, predicted = decode(self.sam, features.values, prompts.to(self.device))
+        return self._answer(low_res[0, 0].float().cpu().numpy(), float(predicted[0, 0]), features.size, size, big)
+
+    def _answer(
+        self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int], big: Sequence[float]
+    ) -> Answer:
+        kept = self._part(low_res, part)
+        cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
+        step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
+        x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
+        inner = kept[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
+        return Answer(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
+
+    def lesion(self, features: Features) -> np.ndarray:
+        """(t, u) float32 logits of the image part: what `lesionsam predict --auto` finds, no prompt given."""
+        ((low_res, _, _),) = find_lesions(
+            self.sam, features.values, features.frame.to(self.device), [features.size], by=self._way, options=AUTO
+        )
+        return self._part(low_res.float().cpu().numpy(), features.size)
+
+    @torch.inference_mode()
+    def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Three masks for each of N points.
+
+        Args:
+            places: (N, 2) XY, shares of the image.
+        Returns:
+            (3 N, t, u) float32 logits of the image part and (3 N,) predicted IoUs.
+        """
+        height, width = features.size
+        points = torch.tensor(places * (width, height), dtype=torch.float32)[:, None].to(self.device)
+        labels = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
+        parts = [
+            decode(self.sam, features.values, Prompts(some, label), multimask=True, rows=[0] * len(some))
+            for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
+        ]
+        low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
+        predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
+        return self._part(low_res, features.size), predicted
+
+    def _part(self, low_res: np.ndarray, part: tuple[int, int]) -> np.ndarray:
+        """Of (..., T, T) logits those of the image part, a frame of size (h, w)."""
+        rows, columns = (max(1, round(length * low_res.shape[-1] / self.side)) for length in part)
+        return low_res[..., :rows, :columns]
+
+    @torch.inference_mode()
+    def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:
+        """The mask at the image's own size, from the image as it is: what `lesionsam predict` would write.
+
+        Args:
+            image: (H, W, 3) uint8.
+        Returns:
+            (H, W) bool.
+        """
+        features = self.encoded(image)
+        height, width = image.shape[:2]
+        outer, core = (
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            for box in (big, small)
+        )
+        prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
+        low_res, _ = decode(self.sam, features.values, prompts.to(self.device))
+        logits = upscale(low_res[0, 0].float(), features.size, (height, width), self.side)
+        return (logits > self.level).cpu().numpy()
+
+    def _work(self) -> None:
+        while True:
+            entry = self._ahead.get()
+            try:
+                self.features(entry)
+            except (UserError, OSError):
+                continue  # said when the image itself is opened

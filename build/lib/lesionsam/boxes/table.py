@@ -1,0 +1,244 @@
+"""The two boxes of a lesion: the CSV and its checks, the simulated annotator, and the change of frame.
+
+The CSV holds one row per (image_id, lesion_id) in the original frame: pixels after EXIF transpose, XYXY, half-open.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lesionsam.errors import UserError
+from lesionsam.types import Sample
+from lesionsam.utils.files import atomic_write, decimal_number
+
+BIG = ("big_x0", "big_y0", "big_x1", "big_y1")
+SMALL = ("small_x0", "small_y0", "small_x1", "small_y1")
+COLUMNS = ("image_id", "lesion_id", "split", "width", "height", *BIG, *SMALL)
+REQUIRED = ("image_id", *BIG, *SMALL)
+TOLERANCE = 0.5  # pixels by which a hand-drawn box may stick out before it counts as wrong; it is cut there
+
+
+def write_boxes(path: Path, samples: Iterable[Sample]) -> None:
+    """Write the two-box CSV atomically, one row per sample, coordinates to a hundredth of a pixel."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for s in samples:
+            writer.writerow(
+                [
+                    s.image_id,
+                    s.lesion_id,
+                    s.split,
+                    s.width,
+                    s.height,
+                    *(f"{value:.2f}" for value in (*s.big_box, *s.small_box)),
+                ]
+            )
+
+
+def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> list[Sample]:
+    """Read and check a two-box CSV.
+
+    Args:
+        path: CSV with the columns image_id and the eight of the boxes; lesion_id (default "0" if each image has one
+            row), split, width and height may be there and must then agree with the index.
+        index: image_id -> row of data/raw/index.csv (split, image_path, mask_path, width, height).
+        root: folder that relative paths of the index start from.
+    Returns:
+        Samples in the order of the file.
+    Raises:
+        UserError: the first faulty row, with line number, column, expected and got, and how many more there are.
+    """
+    samples, problems = scan_boxes(path, index, root=root)
+    if problems:
+        more = f" (and {len(problems) - 1} more faulty lines)" if len(problems) > 1 else ""
+        raise UserError(f"{path}: {problems[0]}{more}")
+    if not samples:
+        raise UserError(f"{path}: no rows; expected one row per lesion with the columns {', '.join(REQUIRED)}")
+    return samples
+
+
+def scan_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> tuple[list[Sample], list[str]]:
+    """The sound rows of a two-box CSV, and a line of text for each faulty one; see `read_boxes`."""
+    samples, problems = [], []
+    seen: dict[tuple[str, str], int] = {}
+    for line, row in read_rows(path):
+        try:
+            sample = _parse_row(row, index, root)
+            key = (sample.image_id, sample.lesion_id)
+            if key in seen:
+                raise ValueError(
+                    f"image_id, lesion_id: {key[0]!r}, {key[1]!r} stands already in line {seen[key]}; "
+                    "give each lesion of an image its own lesion_id"
+                )
+        except ValueError as error:
+            problems.append(f"line {line}, {error}")
+            continue
+        seen[key] = line
+        samples.append(sample)
+    return samples, problems
+
+
+def read_rows(
+    path: Path, required: Sequence[str] = REQUIRED, *, columns: Sequence[str] = COLUMNS, what: str = "two-box CSV"
+) -> list[tuple[int, dict[str, str]]]:
+    """(line number, column -> text) of every row of a CSV; its columns are checked, its values are not.
+
+    Args:
+        required: columns that must be there. columns: those that may be. what: the file is, for messages.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a {what}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder; expected a {what} file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: empty; expected a header with {', '.join(required)} and a row per lesion")
+    if "\0" in text:
+        raise UserError(
+            f"{path}: line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a null character, which no "
+            "text does; save the table as CSV UTF-8"
+        )
+    first = text.splitlines()[0]
+    for mark, name in ((";", "';'"), ("\t", "tabs")):
+        if mark in first and "," not in first:
+            raise UserError(f"{path}: columns are separated by {name}; expected ',' (and '.' as the decimal mark)")
+    records = _records(path, text)
+    header = [name.strip() for name in next(records)[1]]
+    missing = [name for name in required if name not in header]
+    if missing:
+        raise UserError(f"{path}: column {missing[0]} is missing (of {', '.join(required)}); found {', '.join(header)}")
+    unknown = [name for name in header if name not in columns]
+    if unknown:
+        raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(columns)}")
+    if len(set(header)) != len(header):
+        raise UserError(f"{path}: a column stands twice in the header: {', '.join(header)}")
+    rows = []
+    for line, values in records:
+        if not values or not any(value.strip() for value in values):
+            continue
+        if len(values) != len(header):
+            raise UserError(f"{path}: line {line} has {len(values)} fields; expected {len(header)} as the header")
+        rows.append((line, dict(zip(header, (value.strip() for value in values), strict=True))))
+    return rows
+
+
+def _records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first line, fields) of each row of a CSV."""
+    reader = csv.reader(text.splitlines(), strict=True)
+    line = 1
+    try:
+        for values in reader:
+            yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        why = "a quote is opened and not closed" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"{path}: line {line}: {why}; expected fields separated by ','") from None
+
+
+def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]], root: Path) -> Sample:
+    image_id = row["image_id"]
+    if image_id not in index:
+        hint = next((known for known in index if image_id and known.endswith(image_id)), None)
+        raise ValueError(
+            f"image_id: {image_id!r} is not among the {len(index)} images"
+            + (f"; did the leading part of {hint!r} get lost?" if hint else "; check the id or add the image")
+        )
+    entry = index[image_id]
+    width, height = int(str(entry["width"])), int(str(entry["height"]))
+    for name, known in (("width", width), ("height", height)):
+        if row.get(name) and row[name] != str(known):
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose"
+            )
+    if row.get("split") and row["split"] != entry["split"]:
+        raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
+    big, small = parse_boxes(row, width, height)
+    mask_path, lesion_id = str(entry.get("mask_path") or ""), row.get("lesion_id") or "0"
+    own = entry.get("lesions")
+    if isinstance(own, Mapping):
+        if lesion_id not in own:
+            raise ValueError(
+                f"lesion_id: {lesion_id!r} is no lesion of image {image_id!r}; it has {', '.join(own)} (see "
+                "data/raw/lesions.csv)"
+            )
+        mask_path = str(own[lesion_id])
+    return Sample(
+        image_id=image_id,
+        lesion_id=lesion_id,
+        split=str(entry["split"]),
+        image_path=root / str(entry["image_path"]),
+        mask_path=root / mask_path if mask_path else None,
+        width=width,
+        height=height,
+        big_box=big,
+        small_box=small,
+        own_mask=isinstance(own, Mapping),
+    )
+
+
+def parse_boxes(row: Mapping[str, str], width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Big and small box of a row, each (4,) XYXY, cut at the frame and the small one at the big one.
+
+    Raises:
+        ValueError: names the column, what was expected and what came.
+    """
+    big, small = parse_box(row, BIG, width, height), parse_box(row, SMALL, width, height)
+    return big, check_small(big, small, row["image_id"])
+
+
+def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray:
+    """The small box (4,), cut at the big one; raises ValueError where it leaves that by more than rounding."""
+    outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
+    if outside > TOLERANCE:
+        raise ValueError(
+            f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box "
+            f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
+            "exchanged?)"
+        )
+    return np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
+
+
+def parse_box(row: Mapping[str, str], names: Sequence[str], width: int, height: int) -> np.ndarray:
+    """One box of a row, (4,) XYXY, cut at the frame; raises ValueError as `parse_boxes` does."""
+    values = []
+    for name in names:
+        try:
+            value = decimal_number(row[name])
+        except ValueError:
+            raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})") from None
+        values.append(value)
+    return check_box(np.array(values), names, width, height, row["image_id"])
+
+
+def check_box(box: np.ndarray, names: Sequence[str], width: int, height: int, image_id: str) -> np.ndarray:
+    """A box (4,) XYXY, cut at the frame; `names` are its columns for the ValueError that a wrong one raises."""
+    for name, value in zip(names, box, strict=True):
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number of pixels, got {value} ({image_id!r})")
+    for low, high in ((0, 2), (1, 3)):
+        if box[high] <= box[low]:
+            raise ValueError(
+                f"{names[low]}, {names[high]}: expected {names[low]} < {names[high]}, got {box[low]:g} and "
+                f"{box[high]:g} ({image_id!r}); boxes are XYXY"
+            )
+    limits = np.array([width, height, width, height], float)
+    excess = np.maximum(-box, box - limits)
+    if excess.max() > TOLERANCE:
+        name = names[int(excess.argmax())]
+        raise ValueError(
+            f"{name}: {box[int(excess.argmax())]:g} lies outside the image {image_id!r} of "
+            f"{width}x{height} px; boxes are in original pixels"
+        )
+    return np.clip(box, 0, limits)
+
+
+def _show(box: np.ndarray) -> str:
+    return "[" + ", ".join(f"{value:g}" for value in box) + "]"

@@ -1,0 +1,79 @@
+"""Commands around drawing boxes: the annotation page and the data engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Images = Annotated[
+    list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.", show_default=False)
+]
+Boxes = Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add `annotate` and `engine`."""
+    for command in (annotate, engine):
+        app.command()(command)
+
+
+def annotate(
+    images: Images,
+    boxes: Boxes = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS: its masks follow the "
+            "boxes."
+        ),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    port: Annotated[int | None, typer.Option(help="Unset: 8350, or a free one.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's own get a token.")
+    ] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open the page.")] = True,
+    who: Annotated[str, typer.Option(help="Your name, recorded with every change; unset: the login name.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Draw two boxes per lesion on a page in the browser; everything is saved at once and stays on this machine."""
+    from lesionsam.annotation.serve import annotate as run
+
+    weights, where = None, "cpu"
+    if model is not None:
+        from lesionsam.tracking.registry import resolve_model
+        from lesionsam.utils.devices import torch_device
+
+        weights, where = resolve_model(model), str(torch_device(device))
+    run(
+        images,
+        boxes=boxes,
+        model=weights,
+        threshold=threshold,
+        port=port,
+        host=host,
+        browser=browser,
+        who=who,
+        device=where,
+    )
+
+
+def engine(
+    images: Images,
+    boxes: Boxes = None,
+    out: Annotated[Path, typer.Option(help="Folder of the rounds: weights, report.md, curve.png.")] = Path("engine"),
+    params: Annotated[Path, typer.Option("--params", help="Parameter file.")] = Path("params.yaml"),
+    start: Annotated[
+        str | None, typer.Option(help="Weights that every round starts from; unset: model.checkpoint of params.yaml.")
+    ] = None,
+    training: Annotated[bool, typer.Option(help="Train; without, --start proposes as it is.")] = True,
+    auto: Annotated[bool, typer.Option("--auto", help="Accept the proposals that may be accepted unseen.")] = False,
+    share: Annotated[float, typer.Option(help="Of those, how many people would accept unchanged, at least.")] = 0.9,
+    test: Annotated[Path | None, typer.Option(help="Folder with images/ and masks/ to measure quality on.")] = None,
+) -> None:
+    """A round of the data engine: train on the boxes that are there, propose for the rest, report."""
+    from lesionsam.engine.command import run
+
+    run(images, boxes=boxes, out=out, params=params, start=start, training=training, auto=auto, share=share, test=test)

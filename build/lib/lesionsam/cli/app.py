@@ -1,0 +1,194 @@
+"""The command line: `lesionsam COMMAND --help`. What a command needs is imported inside it, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lesionsam import __version__
+from lesionsam.cli import annotation as cli_annotation
+from lesionsam.cli import predict as cli_predict
+from lesionsam.cli import results as cli_results
+from lesionsam.cli.data import data_app
+from lesionsam.errors import UserError, run_guarded
+
+if TYPE_CHECKING:
+    from lesionsam.config.load import Config
+
+app = typer.Typer(
+    name="lesionsam",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.",
+)
+params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
+app.add_typer(params_app, name="params")
+app.add_typer(data_app, name="data")
+cache_app = typer.Typer(invoke_without_command=True, help="Show what is cached: decoded images, frozen activations.")
+app.add_typer(cache_app, name="cache")
+
+CACHE = Path(".cache")
+Params = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the difference, write nothing.")]
+
+
+def _print_version(wanted: bool) -> None:
+    """Print the version and exit, for `--version`."""
+    if wanted:
+        print(f"lesionsam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options of `lesionsam` itself."""
+
+
+@app.command()
+def preset(
+    name: Annotated[str | None, typer.Argument(help="Which one; none: list them.", show_default=False)] = None,
+    params: Params = Path("params.yaml"),
+    dry_run: DryRun = False,
+) -> None:
+    """Write a preset into params.yaml, its comments kept, and show the difference; without a name, list them."""
+    from lesionsam.config.presets import about, apply_preset, preset_names, read_params
+
+    if name is None:
+        width = max(map(len, preset_names()))
+        for each in preset_names():
+            print(f"{each:<{width}}  {about(each)}")
+        return
+    text = read_params(params)
+    new, config = apply_preset(name, text, params.name)
+    _write(params, text, new, dry_run)
+    _warn_of_files(config, params)
+
+
+@params_app.command()
+def upgrade(params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
+    """Add the keys that an older params.yaml lacks, with their comments; remove those that its variants do not read."""
+    from lesionsam.config.load import read_text
+    from lesionsam.config.presets import upgrade as upgraded
+
+    text = read_text(params)
+    new, config = upgraded(text, params.name)
+    _write(params, text, new, dry_run)
+    _warn_of_files(config, params)
+
+
+@app.command()
+def check(params: Params = Path("params.yaml")) -> None:
+    """Validate params.yaml and sum it up."""
+    from lesionsam.config.load import load_config, summary
+
+    for line in summary(load_config(params)):
+        print(line)
+
+
+@cache_app.callback()
+def cache(context: typer.Context) -> None:
+    """Show what is cached: decoded images, activations of the frozen encoder; what it takes and when it was used."""
+    from lesionsam.data.caches import report
+
+    if context.invoked_subcommand is None:
+        for line in report(CACHE):
+            print(line)
+
+
+@cache_app.command("clear")
+def clear_cache() -> None:
+    """Remove all of it; what is needed is made again. A training that runs goes on with what it has open."""
+    from lesionsam.data.caches import clear, in_words
+
+    removed, left = clear(CACHE)
+    print(f"removed {in_words(removed)} from {CACHE}" + "".join(f"; left {folder}, in use" for folder in left))
+
+
+@app.command()
+def smoke(
+    model: Annotated[str, typer.Option(help="compact, vit_b, vit_l or vit_h.")],
+    checkpoint: Annotated[Path, typer.Option(help="Its weights.")],
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Side of the model's input [px]; 0 = the model's own; unset: smaller where there is no GPU."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed."""
+    from lesionsam.cli.smoke import smoke as run
+
+    run(model, checkpoint, image_size=image_size, device=device)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def foundation(context: typer.Context) -> None:
+    """Train a compact SAM from scratch, of the sizes and on the images of section `foundation`; resumes."""
+    from lesionsam.pretraining.run import main as run
+
+    run(context.args)
+
+
+def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:
+    """Show a parameter file's difference, and write it whole or not at all."""
+    from lesionsam.config.edit import difference
+    from lesionsam.utils.files import write_text_atomic
+
+    if old == new:
+        print(f"{path}: nothing to change")
+        return
+    _print_difference(difference(old or "", new, path.name) if old is not None else [f"+++ {path.name} (new)"])
+    if not dry_run:
+        write_text_atomic(path, new)
+    print(f"{path}: {'not written, as asked' if dry_run else 'written'}")
+
+
+def _print_difference(lines: Sequence[str]) -> None:
+    """A unified difference, coloured on a terminal that wants colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True, highlight=False)
+    styles = {"+++": "bold", "---": "bold", "@": "cyan", "+": "green", "-": "red"}
+    for line in lines:
+        style = next((style for start, style in styles.items() if line.startswith(start)), "")
+        console.print(Text(line, style=style))
+
+
+def _warn_of_files(config: Config, params: Path) -> None:
+    """Say at once which of the user's own files a valid parameter file still waits for."""
+    from lesionsam.config.rules import file_rules
+
+    for issue in file_rules(config, params.resolve().parent):
+        print(f"note: {issue}", file=sys.stderr)
+
+
+cli_annotation.add_commands(app)
+cli_predict.add_commands(app)
+cli_results.add_commands(app)
+
+
+def main() -> None:
+    """Entry point of `lesionsam` and `python -m lesionsam`."""
+    run_guarded(_run)
+
+
+def _run() -> None:
+    """Run the command; a missing optional library becomes one line."""
+    from lesionsam.utils.extras import missing_library
+
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if (line := missing_library(error)) is None:
+            raise
+        raise UserError(line) from None

@@ -1,0 +1,101 @@
+"""Commands for what comes after a training: registering its model, giving it away, looking after the set-up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lesionsam.errors import UserError
+from lesionsam.export.formats import FORMATS, open_format
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Make this module's commands part of `lesionsam`."""
+    for command in (export, promote, compare, doctor):
+        app.command()(command)
+
+
+def export(
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; may be repeated.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every format.")] = False,
+    model: Annotated[
+        str, typer.Option(help="Weights file, folder with one, MLflow run id, or models:/lesionsam@champion.")
+    ] = "models/adapted",
+    out: Annotated[Path, typer.Option(help="Folder; each format gets one of its name in it.")] = Path("exports"),
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to compare on; unset: generated ones.", show_default=False)
+    ] = None,
+    num_images: Annotated[int, typer.Option(help="Of them, at most, evenly picked.")] = 50,
+) -> None:
+    """Give a model away: write it, load it back in the library that is meant to read it, compare, print how far off."""
+    chosen = list(FORMATS) if everything else list(dict.fromkeys(formats or ()))
+    if not chosen:
+        raise UserError(f"export: expected --all or --format, one of {', '.join(FORMATS)}, got neither")
+    if unknown := [name for name in chosen if name not in FORMATS]:
+        raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
+
+    from lesionsam.export import base as exporting
+    from lesionsam.tracking.registry import resolve_model
+
+    pictures = exporting.check_pictures(images, num_images)
+    subject = exporting.open_subject(resolve_model(model))
+    outcomes = exporting.export(
+        subject, [open_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
+    )
+    exporting.print_table(outcomes)
+    failed = [(outcome.format.name, fault) for outcome in outcomes for fault in outcome.faults]
+    for name, fault in failed:
+        typer.echo(f"error: {name}: {fault}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def promote(
+    run: Annotated[str, typer.Option(help="Folder of the train stage, or an MLflow run id.")] = "models/adapted",
+    alias: Annotated[str, typer.Option(help="Which name to give this version.")] = "champion",
+) -> None:
+    """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then means it."""
+    from lesionsam.tracking.registry import NAME
+    from lesionsam.tracking.registry import promote as run_promote
+
+    done = run_promote(run, alias=alias)
+    score = "" if done.objective is None else f", mean IoU of ring, centre and box {done.objective:.3f}"
+    known = "" if done.is_new else ", registered before,"
+    print(f"models:/{NAME}@{alias} is version {done.version}{known} of run {done.run_id}{score}")
+    if done.previous not in (None, done.version):
+        score = "" if done.previous_objective is None else f", {done.previous_objective:.3f}"
+        print(f"it was version {done.previous}{score}; models:/{NAME}/{done.previous} still means that one")
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders with results/, commits, DVC experiments, or MLflow run ids: two at least; the first is "
+            "what the others are tested against.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")] = Path("comparison.html"),
+) -> None:
+    """Put finished runs side by side: paired tests on the lesions they share, what was set differently, one page."""
+    from lesionsam.report.comparison import compare as run_compare
+    from lesionsam.tracking.lineage import repository_root
+
+    size = run_compare(runs, out, repository_root(Path.cwd()))
+    print(f"{out} ({size / 1e6:.1f} MB)")
+
+
+def doctor() -> None:
+    """Look at packages, GPU, memory, disk, tracking, data, weights and DVC's state, and say what to do next."""
+    from lesionsam.cli.doctor import examine, next_step, print_findings
+    from lesionsam.tracking.lineage import repository_root
+
+    root = repository_root(Path.cwd())
+    findings = examine(root)
+    if code := print_findings(findings, next_step(root, findings)):
+        raise typer.Exit(code)

@@ -1,0 +1,237 @@
+"""What `lesionsam data check` and `data show` look at: the images of a folder, of COCO files, or of params.yaml.
+
+Unlike the sources that training reads from, nothing here stops at the first fault: each becomes an `Issue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lesionsam.config.load import load_config
+from lesionsam.config.schema import CocoData, Config, CsvBoxes, FolderData
+from lesionsam.data.index import dev_ids, read_index
+from lesionsam.data.sources.coco import SPLIT, object_mask
+from lesionsam.data.sources.folder import MASK_ENDING
+from lesionsam.errors import UserError
+from lesionsam.formats.coco import load_instances
+from lesionsam.formats.records import checked_name
+from lesionsam.utils.images import IMAGE_SUFFIXES, read_mask
+
+ERROR, WARNING, NOTE = "error", "warning", "note"
+ORDER = ("train", "val", "dev", "test")  # of splits; any other folder comes after them
+INDEX, BOXES = Path("data/raw/index.csv"), Path("data/boxes.csv")
+
+
+@dataclass(frozen=True)
+class Issue:
+    """Something found, of severity error, warning or note; `kind` groups those of a sort."""
+
+    severity: str
+    kind: str
+    text: str
+    image_id: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image of the set, with what is known of its lesions.
+
+    Attributes:
+        masks: files that each show a lesion, or one that shows all. threshold: whether grey ones are cut.
+        objects: annotations of a COCO file, named in `place`, in place of mask files.
+        said: (width, height) that annotations give, or None.
+    """
+
+    image_id: str
+    split: str
+    path: Path
+    masks: tuple[Path, ...] = ()
+    threshold: bool = False
+    objects: tuple[dict[str, Any], ...] = ()
+    place: str = ""
+    said: tuple[Any, Any] | None = None
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether anybody drew the lesion."""
+        return bool(self.masks or self.objects)
+
+    def lesion_masks(self, width: int, height: int) -> list[np.ndarray]:
+        """(H, W) bool of each mask file or object; raises UserError at the first that is faulty."""
+        return [self.lesion_mask(k, width, height) for k in range(len(self.masks) + len(self.objects))]
+
+    def lesion_mask(self, number: int, width: int, height: int) -> np.ndarray:
+        """(H, W) bool of one of them."""
+        if number < len(self.masks):
+            return read_mask(self.masks[number], (width, height), threshold=self.threshold)
+        entry = self.objects[number - len(self.masks)]
+        return object_mask(entry, height, width, f"{self.place}: annotation {entry['id']}")
+
+
+@dataclass
+class Found:
+    """A set to look at: its images, what was noticed on the way, and the two-box CSV that belongs to it, if any."""
+
+    name: str
+    items: list[Item] = field(default_factory=list)
+    issues: list[Issue] = field(default_factory=list)
+    boxes: Path | None = None
+
+    def note(self, severity: str, kind: str, text: str) -> None:
+        """Take down something that was noticed."""
+        self.issues.append(Issue(severity, kind, text))
+
+
+def find_items(
+    target: Path, *, images: Path | None = None, categories: Sequence[str] = (), threshold: bool = False
+) -> Found:
+    """The images of a folder, of a COCO file, or of a parameter file.
+
+    Args:
+        target: a folder with images/ and perhaps masks/, each with a folder per split, or without such folders; a
+            folder of images; a COCO JSON; or params.yaml, whose data.source is followed.
+        images: folder of a COCO file's images; None: the folder it lies in. categories: of it, those wanted; none: all.
+        threshold: grey masks are cut.
+    Raises:
+        UserError: nothing to look at.
+    """
+    if target.is_dir():
+        found = _folder(target, threshold)
+    elif target.suffix.lower() == ".json":
+        found = Found(str(target))
+        _coco(found, target, images or target.parent, "", categories)
+    elif target.is_file():
+        found = _parameters(target)
+    else:
+        raise UserError(f"{target}: no such file or folder; expected a folder of images, a COCO JSON or params.yaml")
+    if not found.items and not found.issues:
+        raise UserError(f"{target}: no images in it; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _folder(folder: Path, threshold: bool) -> Found:
+    found = Found(str(folder))
+    base = folder / "images" if (folder / "images").is_dir() else folder
+    masks = folder / "masks"
+    places = [path for path in base.iterdir() if path.is_dir() and path.name != "masks" and path.name[0] != "."]
+    places.sort(key=lambda path: (ORDER.index(path.name) if path.name in ORDER else len(ORDER), path.name))
+    for place in [base, *places]:
+        split = place.name if place != base else ""
+        found.items += _split(found, place, masks / split, split, threshold)
+    return found
+
+
+def _split(found: Found, place: Path, masks: Path, split: str, threshold: bool) -> list[Item]:
+    images = _stems(found, place)
+    drawn: dict[str, Path] = {}
+    if images and masks.is_dir():
+        strays = []
+        for stem, path in _stems(found, masks).items():
+            name = stem if stem in images else stem.removesuffix(MASK_ENDING)
+            if name not in images:
+                strays.append(path)
+            elif (other := drawn.setdefault(name, path)) is not path:
+                found.note(ERROR, "name", f"{path}: {other.name} is a mask of the same image; keep one of them")
+        for path in strays:
+            found.note(WARNING, "mask", f"{path}: no image of this name in {place}; it would not be read")
+        if 0 < len(drawn) < len(images):
+            found.note(WARNING, "mask", f"{masks}: {len(images) - len(drawn)} of {len(images)} images have no mask")
+    return [
+        Item(path.stem, split, path, (drawn[stem],) if stem in drawn else (), threshold)
+        for stem, path in images.items()
+    ]
+
+
+def _stems(found: Found, folder: Path) -> dict[str, Path]:
+    """Stem in lower case -> image file."""
+    stems: dict[str, Path] = {}
+    others = 0
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            others += 1
+        elif (other := stems.setdefault(path.stem.lower(), path)) is not path:
+            found.note(ERROR, "name", f"{path}: same name as {other.name}, apart from case or ending; rename one")
+    if others and stems:
+        found.note(NOTE, "name", f"{folder}: {others} files are not images and are left out")
+    return stems
+
+
+def _coco(found: Found, file: Path, images: Path, split: str, categories: Sequence[str]) -> None:
+    try:
+        source = load_instances(file, categories)
+    except UserError as error:
+        found.note(ERROR, "annotations", str(error))
+        return
+    objects: dict[int, list[dict[str, Any]]] = {}
+    crowds = 0
+    for entry in source.annotations:
+        if entry.get("iscrowd"):
+            crowds += 1
+        else:
+            objects.setdefault(entry["image_id"], []).append(entry)
+    for key, image in source.images.items():
+        try:
+            path = images / checked_name(image.get("file_name"), f"{file}: image {key}")
+        except UserError as error:
+            found.note(ERROR, "annotations", str(error))
+            continue
+        held = tuple(sorted(objects.get(key, ()), key=lambda entry: entry["id"]))
+        found.items.append(
+            Item(path.stem, split, path, objects=held, place=str(file), said=(image.get("width"), image.get("height")))
+        )
+    if crowds:
+        found.note(NOTE, "annotations", f"{file}: {crowds} crowd annotations (iscrowd) are left out")
+    if empty := len(source.images) - len(objects):
+        found.note(NOTE, "annotations", f"{file}: {empty} of {len(source.images)} images have no object")
+
+
+def _parameters(path: Path) -> Found:
+    config = load_config(path, check_files=False)
+    root, data = path.parent, config.data
+    if isinstance(data, FolderData | CocoData):
+        folder = root / config.inputs.folder
+        found = Found(f"{config.inputs.folder} ({data.source}, {path.name})")
+        splits = {"train": "train", data.test_split: "test"} | ({} if data.dev_fraction else {"val": "dev"})
+        for name, split in splits.items():
+            if isinstance(data, CocoData):
+                file, images = (folder / pattern.replace(SPLIT, name) for pattern in (data.annotations, data.images))
+                _coco(found, file, images, split, data.categories)
+            elif (place := folder / "images" / name).is_dir():
+                found.items += _split(found, place, folder / "masks" / name, split, data.threshold_masks)
+            else:
+                found.note(ERROR, "name", f"{place}: no such folder; expected images in it")
+        chosen = dev_ids((item.image_id for item in found.items if item.split == "train"), data.dev_fraction)
+        found.items = [
+            replace(item, split="dev") if item.split == "train" and item.image_id in chosen else item
+            for item in found.items
+        ]
+    else:
+        found = _index(root, config)
+    if isinstance(config.boxes, CsvBoxes):
+        found.boxes = root / config.inputs.boxes
+    return found
+
+
+def _index(root: Path, config: Config) -> Found:
+    """What the download stage left of a generated or downloaded set, with the boxes drawn on it, if any."""
+    found = Found(f"{config.data.source} ({INDEX})", boxes=root / BOXES if (root / BOXES).is_file() else None)
+    for image_id, row in read_index(root / INDEX).items():
+        own = row.get("lesions") or ({"0": row["mask_path"]} if row["mask_path"] else {})
+        found.items.append(
+            Item(image_id, row["split"], root / row["image_path"], tuple(root / name for name in own.values()))
+        )
+    if config.data.source.startswith("isic"):
+        found.note(
+            NOTE,
+            "id",
+            f"{config.data.source}: the editions share images (824 of the 900 training images of "
+            "2016 come again in later ones); train and report on this one alone, or compare with --against",
+        )
+    return found

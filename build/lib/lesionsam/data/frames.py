@@ -1,0 +1,255 @@
+"""Decoded images, box priors and masks in the model frame, made once and kept in a cache folder.
+
+One folder per set of samples, keyed by everything its pixels depend on (files, boxes, side, decoder version); built
+beside its place and moved there when whole, so that a killed build leaves nothing that looks finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lesionsam.boxes import prior as box_prior_module
+from lesionsam.boxes.geometry import inside, model_frame_size, to_model_frame
+from lesionsam.boxes.prior import OUTSIDE, box_prior
+from lesionsam.errors import UserError
+from lesionsam.types import Sample
+from lesionsam.utils.files import free_disk_bytes
+from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.locks import file_lock
+from lesionsam.utils.processes import exit_without
+from lesionsam.utils.progress import progress, say
+
+VERSION = 2  # of decoding, resizing, box prior and storage: part of every key
+PRIOR_SCALE = 36.0  # int8 steps per logit; the prior lies in [-3.5, 3.5]
+PRIOR_SIDE = 128  # longest side of the image that the prior reads its colours from, pixels
+UNKNOWN = 255  # in masks: nobody drew one
+INDEX_NAME = "frames.json"
+BUILDING = "building-"  # begins the name of a folder that is not whole yet
+
+
+@dataclass(frozen=True)
+class Frames:
+    """N samples in the model frame of side S; images, priors and masks are memory-mapped from the cache.
+
+    Attributes:
+        images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom.
+        priors: (N, S, S) int8, logits times `PRIOR_SCALE`.
+        masks: (N, S, S) uint8, 1 lesion, 0 not, `UNKNOWN` everywhere where there is no mask.
+        sizes: (N, 2) int64, height and width of the image part. big_boxes, small_boxes: (N, 4) float32 XYXY.
+        others: for each sample, (M, 4) float32 big boxes of the image's other lesions.
+    """
+
+    images: np.ndarray
+    priors: np.ndarray
+    masks: np.ndarray
+    sizes: np.ndarray
+    big_boxes: np.ndarray
+    small_boxes: np.ndarray
+    others: tuple[np.ndarray, ...]
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8, Pillow's antialiased bilinear as SAM's ResizeLongestSide uses."""
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def prior_at(
+    image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """The box prior, computed on the image at `PRIOR_SIDE` and enlarged.
+
+    Args:
+        image: (H, W, 3) uint8. big, small: (4,); others: (M, 4) XYXY, pixels of this image.
+        shape: (height, width) wanted.
+    Returns:
+        (height, width) float32 logits.
+    """
+    side = min(PRIOR_SIDE, max(image.shape[:2]))
+    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], side))
+    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
+    ignore = np.zeros((height, width), bool)
+    for other in others:
+        ignore |= inside(other * scale, (height, width))
+    prior = box_prior(
+        resize_image(image, height, width), big * scale, small * scale, ignore & ~inside(big * scale, (height, width))
+    )
+    if prior.shape != shape:
+        prior = np.asarray(Image.fromarray(prior).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+    final = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
+    return np.where(inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
+
+
+def prepare(
+    sample: Sample, others: np.ndarray, side: int, threshold_masks: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
+    image = read_image(sample.image_path)
+    if image.shape[:2] != (sample.height, sample.width):
+        raise UserError(
+            f"{sample.image_path}: {image.shape[1]}x{image.shape[0]} px, but the index says {sample.width}x"
+            f"{sample.height}; the file has changed: run `dvc repro` from the download stage on"
+        )
+    height, width = model_frame_size(sample.width, sample.height, side)
+    if min(height, width) < 1:
+        raise UserError(
+            f"{sample.image_path}: {sample.width}x{sample.height} px is too thin for a model input of {side} px; "
+            "crop it to the lesion's surroundings"
+        )
+    small_image = resize_image(image, height, width)
+    frame = np.zeros((side, side, 3), np.uint8)
+    frame[:height, :width] = small_image
+    scale = np.array([width / sample.width, height / sample.height] * 2)
+    prior = np.full((side, side), np.int8(OUTSIDE * PRIOR_SCALE))
+    logits = prior_at(small_image, sample.big_box * scale, sample.small_box * scale, others * scale, (height, width))
+    prior[:height, :width] = np.round(logits * PRIOR_SCALE).astype(np.int8)
+    mask = np.full((side, side), UNKNOWN, np.uint8)
+    if sample.mask_path is not None:
+        truth = read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold_masks)
+        if len(others) and not sample.own_mask:
+            truth = truth & inside(sample.big_box, truth.shape)
+        grey = Image.fromarray(truth.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BILINEAR)
+        mask[:] = 0
+        mask[:height, :width] = np.asarray(grey) > 127
+    return frame, prior, mask
+
+
+def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
+    """For each sample, (M, 4) big boxes of the other lesions of its image, original pixels."""
+    by_image: dict[str, list[int]] = {}
+    for k, sample in enumerate(samples):
+        by_image.setdefault(sample.image_id, []).append(k)
+    return [
+        np.array([samples[j].big_box for j in by_image[s.image_id] if j != k], float).reshape(-1, 4)
+        for k, s in enumerate(samples)
+    ]
+
+
+def _key(samples: Sequence[Sample], side: int, threshold_masks: bool) -> str:
+    digest = hashlib.sha256(f"{VERSION}|{side}|{PRIOR_SIDE}|{PRIOR_SCALE}|{threshold_masks}".encode())
+    digest.update(Path(box_prior_module.__file__).read_bytes())  # another prior is another cache
+    for s in samples:
+        digest.update(
+            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
+        )
+        for path in (s.image_path, s.mask_path):
+            if path is not None:
+                try:
+                    status = path.stat()
+                except FileNotFoundError:
+                    raise UserError(
+                        f"{path}: no such file, named by the index for image {s.image_id!r}; "
+                        "restore it or run `dvc repro` from the download stage on"
+                    ) from None
+                digest.update(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:20]
+
+
+def load_frames(
+    samples: Sequence[Sample],
+    side: int,
+    cache: Path,
+    *,
+    threshold_masks: bool = False,
+    num_workers: int = 0,
+    title: str = "images",
+) -> Frames:
+    """Decode, resize and compute the priors of all samples, or open what an earlier call kept.
+
+    Args:
+        samples: in the order wanted. side: S. cache: folder that holds one subfolder per key.
+        num_workers: processes that decode; 0 decodes in this one.
+    Raises:
+        UserError: an image or mask that cannot be read, or too little disk.
+    """
+    folder = cache / _key(samples, side, threshold_masks)
+    others = other_boxes(samples)
+    if not (folder / INDEX_NAME).exists():
+        with file_lock(cache.with_name(f".{cache.name}-{folder.name}.lock"), f"decoding {title}", waiting=say):
+            if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
+                _build(samples, others, side, folder, threshold_masks, num_workers, title)
+    os.utime(folder)
+    sizes = np.array([model_frame_size(s.width, s.height, side) for s in samples], np.int64).reshape(-1, 2)
+
+    def framed(box: np.ndarray, s: Sample) -> np.ndarray:
+        return to_model_frame(box, s.width, s.height, side).astype(np.float32)
+
+    return Frames(
+        *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "priors", "masks")),
+        sizes=sizes,
+        big_boxes=np.array([framed(s.big_box, s) for s in samples]).reshape(-1, 4),
+        small_boxes=np.array([framed(s.small_box, s) for s in samples]).reshape(-1, 4),
+        others=tuple(framed(boxes, s) for boxes, s in zip(others, samples, strict=True)),
+    )
+
+
+def _build(
+    samples: Sequence[Sample],
+    others: Sequence[np.ndarray],
+    side: int,
+    folder: Path,
+    threshold_masks: bool,
+    num_workers: int,
+    title: str,
+) -> None:
+    temporary = folder.with_name(f"{BUILDING}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by one that was killed: gigabytes, each time
+    needed = len(samples) * side * side * 5
+    if needed > free_disk_bytes(folder.parent):
+        raise UserError(
+            f"{folder.parent}: {needed / 1e9:.1f} GB needed for {len(samples)} decoded {title}, "
+            f"{free_disk_bytes(folder.parent) / 1e9:.1f} GB free; free space or lower model.image_size"
+        )
+    count = len(samples)
+    try:
+        temporary.mkdir(parents=True)
+        shapes = {
+            "images": ((count, side, side, 3), np.uint8),
+            "priors": ((count, side, side), np.int8),
+            "masks": ((count, side, side), np.uint8),
+        }
+        arrays = [
+            np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+            for name, (shape, dtype) in shapes.items()
+        ]
+        arguments = list(zip(samples, others, [side] * count, [threshold_masks] * count, strict=True))
+        decoded = _prepared(arguments, num_workers)
+        for k, parts in enumerate(progress(decoded, total=count, title=f"decoding {title}")):
+            for array, part in zip(arrays, parts, strict=True):
+                array[k] = part
+        for array in arrays:
+            array.flush()
+        (temporary / INDEX_NAME).write_text(json.dumps({"version": VERSION, "side": side, "count": count}))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prepared(arguments: Sequence[tuple], num_workers: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """What `prepare` gives for each, in order, from processes beside this one; where one of them is killed, as the
+    system does when memory runs out, the rest is decoded here."""
+    done = 0
+    if num_workers:
+        try:
+            with ProcessPoolExecutor(num_workers, initializer=exit_without, initargs=(os.getpid(),)) as pool:
+                for parts in pool.map(prepare, *zip(*arguments, strict=True)):
+                    yield parts
+                    done += 1
+                return
+        except BrokenProcessPool:
+            say(
+                "a process that decodes images was killed (is the memory full?); going on without such processes; "
+                "lower runtime.num_workers to start without them"
+            )
+    for each in arguments[done:]:
+        yield prepare(*each)

@@ -1,0 +1,112 @@
+"""Batches ready for a step: collated ahead by threads, on the device, with what is cached of their activations.
+
+Threads, not processes: collating is copying, which runs beside the step, and what comes out is a function of (seed,
+epoch) alone, however many there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import TypeVar
+
+import torch
+
+from lesionsam.data.activations import Activations, Fetched, image_key
+from lesionsam.data.augment import Distortion
+from lesionsam.data.dataset import LesionDataset, Part, expanded
+from lesionsam.types import Batch
+
+Item = TypeVar("Item")
+AHEAD = 2  # batches that each thread may be ahead
+
+
+class Loader:
+    """A data set's batches on a device.
+
+    Args:
+        data: the samples. device: where batches go. num_workers: threads that collate; 0 collates in between steps.
+        cache: completes batches with activations; None leaves that to the method.
+    """
+
+    def __init__(
+        self, data: LesionDataset, *, device: torch.device, num_workers: int = 0, cache: Activations | None = None
+    ) -> None:
+        self.data, self.device, self.num_workers, self.cache = data, device, num_workers, cache
+        self._keys: dict[tuple[int, int], bytes] = {}  # of a sample in one of its variants
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches_per_epoch(self, batch_size: int) -> int:
+        """Number of batches that cover the set once."""
+        return self.data.batches_per_epoch(batch_size)
+
+    def epoch(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        widen: float = 0.0,
+        distort: Distortion | None = None,
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """The batches of `LesionDataset.epoch`."""
+        drawn = {"augment": augment, "widen": widen, "distort": distort}
+        return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn))
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order, once, as they are."""
+        return self._load(self.data.plan_in_order(batch_size))
+
+    def _load(self, parts: Sequence[Part]) -> Iterator[Batch]:
+        for found in ahead(self._prepare, parts, self.num_workers):
+            batch = expanded(found.batch.to(self.device))
+            yield self.cache.complete(found, batch) if self.cache is not None and found.rows else batch
+
+    def _prepare(self, part: Part) -> Fetched:
+        batch = self.data.packed(*part)
+        keys = self._keys_of(batch) if self.cache is not None else None
+        if self.device.type == "cuda":
+            batch = pinned(batch)
+        return self.cache.fetch(batch, keys) if self.cache is not None and keys is not None else Fetched(batch, [], {})
+
+    def _keys_of(self, batch: Batch) -> list[bytes] | None:
+        if batch.orientations is None:  # drawn anew each time: never seen again
+            return None
+        keys = []
+        for row, shown in enumerate(zip(batch.index.tolist(), batch.orientations.tolist(), strict=True)):
+            if shown not in self._keys:
+                self._keys[shown] = image_key(batch.images[row], batch.sizes[row])
+            keys.append(self._keys[shown])
+        return keys
+
+
+def ahead(make: Callable[[Part], Item], parts: Sequence[Part], num_workers: int) -> Iterator[Item]:
+    """`map(make, parts)`, with threads that work ahead; order and results are the same with any number of them."""
+    if not num_workers:
+        yield from map(make, parts)
+        return
+    pool, running = ThreadPoolExecutor(num_workers, "loader"), deque[Future[Item]]()
+    todo = iter(parts)
+    try:
+        for part in todo:
+            running.append(pool.submit(make, part))
+            if len(running) > AHEAD * num_workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:  # an error, or nobody wants the rest
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The same batch in page-locked memory, from which copies to a GPU run beside its work."""
+    held = {
+        f.name: value.pin_memory() for f in fields(batch) if isinstance(value := getattr(batch, f.name), torch.Tensor)
+    }
+    return replace(batch, **held)

@@ -1,0 +1,92 @@
+"""The exceptions that a user's mistake or wish ends in, and the guard that prints them as one line."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+REMEDY = (
+    "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
+    "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size"
+)
+NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+
+
+class UserError(Exception):
+    """What was expected, what came, where, and what to do: one line, no traceback.
+
+    Args:
+        message: names the file, row or key, what was expected, what came and the remedy.
+        exit_code: process exit status; 2 unless a caller needs another.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(" ".join(message.split()))
+        self.exit_code = exit_code
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end, by Ctrl-C or by SIGTERM; its exit status says by which: 130 or 143."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def run_guarded(main: Callable[[], object]) -> None:
+    """Run a stage or command: what a user can mend becomes one line on stderr and a non-zero exit.
+
+    That is a `UserError`, a full disk, a place that cannot be written, too little memory; SIGTERM ends as Ctrl-C does.
+    """
+    try:
+        with _ended_like_ctrl_c():
+            main()
+    except UserError as error:
+        _end(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt as error:
+        _end("interrupted; the same command goes on from the last saved state", getattr(error, "exit_code", 130))
+    except MemoryError:
+        _end(f"error: out of memory; {REMEDY}", 2)
+    except RuntimeError as error:
+        # torch raises no MemoryError: "can't allocate memory" on a CPU, "CUDA out of memory. Tried to allocate" else.
+        if not any(words in str(error) for words in ("allocate memory", "out of memory")):
+            raise
+        _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); {REMEDY}", 2)
+    except OSError as error:
+        if error.errno in NO_PLACE:
+            _end(
+                f"error: cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another "
+                "place",
+                2,
+            )
+        if error.errno in NO_PATH:
+            _end(f"error: {error.filename}: {error.strerror}; expected the path of a file or folder", 2)
+        raise
+
+
+def _end(line: str, exit_code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises `Interrupted` while the block runs, unless somebody else handles or ignores it."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,69 @@
+"""Evaluate what needs no network: the ellipse and the box prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from lesionsam import metrics
+from lesionsam.boxes.geometry import model_frame_size
+from lesionsam.boxes.prior import OUTSIDE, ellipse_prior, outline_offset
+from lesionsam.data.frames import PRIOR_SIDE, prior_at
+from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, measure
+from lesionsam.evaluation.columns import ELLIPSE, JITTER_COLUMNS, PRIOR, PRIOR_OFFSET, ROW_COLUMNS, Evaluation
+from lesionsam.evaluation.evaluate import _calibration_frame, _frame, _key
+from lesionsam.types import Sample
+from lesionsam.utils.progress import progress
+
+
+def evaluate_baselines(
+    samples: Sequence[Sample],
+    load_image: LoadImage,
+    load_mask: LoadMask | None = None,
+    *,
+    looseness: float,
+    boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
+) -> tuple[Evaluation, float]:
+    """What both boxes give without a network: the ellipse, the box prior, the box prior with its outline offset.
+
+    The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The offset is one number, found from the boxes
+    and images of these samples alone. The ellipse needs the big box only, so it stands under `box` and `box+core`.
+
+    Args:
+        looseness: share by which annotators draw the big box too large, on average.
+    Returns:
+        (evaluation, offset).
+    """
+    priors, bigs = [], []
+    images = by_image(samples)
+    for lesions in progress(images, total=len(images), title="baselines: priors"):
+        image = load_image(lesions[0])
+        for sample in lesions:
+            others = np.array([other.big_box for other in lesions if other is not sample], float).reshape(-1, 4)
+            height, width = model_frame_size(sample.width, sample.height, min(PRIOR_SIDE, max(image.shape[:2])))
+            priors.append(prior_at(image, sample.big_box, sample.small_box, others, (height, width)))
+            bigs.append(sample.big_box * np.array([width / sample.width, height / sample.height] * 2))
+    offset = outline_offset(priors, bigs, looseness)
+    rows: list[dict[str, object]] = []
+    numbered = iter(priors)
+    for lesions in progress(images, total=len(images), title="baselines: masks"):
+        for case in build_cases(lesions, load_mask):
+            sample = case.sample
+            large = Image.fromarray(next(numbered)).resize((sample.width, sample.height), Image.Resampling.BILINEAR)
+            prior = np.full(case.shape, OUTSIDE, np.float32)
+            prior[case.big] = np.asarray(large)[case.big]
+            answers = {(ELLIPSE, "box"): ellipse_prior(sample.big_box, case.shape), (PRIOR, "box+core"): prior}
+            shifted = prior.copy()
+            shifted[case.big] += offset
+            answers[PRIOR_OFFSET, "box+core"] = shifted
+            for (model, prompt), logits in answers.items():
+                row = (
+                    _key(sample)
+                    | {"model": model, "run": "0", "prompt": prompt, "width": sample.width, "height": sample.height}
+                    | measure(logits, case, boundary_tolerance)
+                )
+                rows += [row, row | {"prompt": "box+core"}] if model == ELLIPSE else [row]
+    none = _calibration_frame({})
+    return Evaluation(_frame(rows, ROW_COLUMNS), none, _frame([], JITTER_COLUMNS)), offset

@@ -1,0 +1,320 @@
+"""An evaluation as files: tables for people and machines, and the cache that spares a second zero-shot evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.columns import ELLIPSE, LEAKING, NEARER, PRIOR, PRIOR_OFFSET, Evaluation
+from lesionsam.prompts import NONE
+from lesionsam.types import Sample
+from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
+
+ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
+BASELINES = (ELLIPSE, PRIOR, PRIOR_OFFSET)
+TABLES = ("table", "per_image", "strata", "jitter", "calibration")  # each a CSV of the results
+LABEL_FREE_TITLES = {
+    "consistency": "agreement between prompts",
+    "core_coverage": "core covered",
+    "leakage": "mask outside the big box",
+    "entropy": "entropy [nats]",
+    "predicted_iou": "predicted IoU",
+}
+MEASURES = (  # modules whose change makes an evaluation that was kept a different one
+    "metrics",
+    "evaluation.evaluate",
+    "evaluation.cases",
+    "evaluation.baselines",
+    "prompts",
+    "inference.decode",
+    "inference.auto",
+    "inference.lesion",
+    "inference.rank",
+    "boxes.prior",
+    "boxes.geometry",
+    "boxes.table",
+    "utils.images",
+    "data.frames",
+    "models.sam",
+    "models.checkpoint",
+    "models.transforms",
+    "models.decoder",
+    "models.attention",
+    "models.finetuned",
+)
+NOTES = {
+    NONE: "none: no prompt; one lesion per image, of all that may be it the answer that looks most like a lesion "
+    "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
+    NEARER: "nearer: the big box, its surroundings alone enlarged to the model's whole frame, as lesionsam predict "
+    "--nearer does.",
+    LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
+    ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
+}
+
+
+def write_results(
+    folder: Path, evaluation: Evaluation, *, num_bootstrap: int, confidence: float, settings: Mapping[str, object]
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Write per_image, table, strata, jitter, calibration (CSV), table.md, summary.json and metrics.json.
+
+    Args:
+        evaluation: models `zero-shot` and `adapted` and the baselines. settings: goes into summary.json as it is.
+    Returns:
+        (table as in table.csv, metrics as in metrics.json).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    how = {"num_bootstrap": num_bootstrap, "confidence": confidence}
+    table = statistics.table(evaluation.rows, reference=ZERO_SHOT, **how)
+    calibration = calibration_curve(evaluation.calibration)
+    if len(calibration):
+        scores = statistics.calibration_scores(evaluation.calibration)
+        for region, suffix in (("image", ""), ("big_box", "_big_box")):
+            part = scores[scores["region"] == region].drop(columns="region")
+            table = table.merge(
+                part.rename(columns={"ece": f"ece{suffix}", "brier": f"brier{suffix}"}), "left", ["model", "prompt"]
+            )
+    frames = {
+        "per_image": evaluation.rows,
+        "table": table,
+        "strata": statistics.strata(evaluation.rows, **how),
+        "jitter": jitter_curve(evaluation.jitter, **how),
+        "calibration": calibration,
+    }
+    for name, frame in frames.items():
+        write_csv(folder / f"{name}.csv", frame)
+    against = against_baselines(evaluation.rows, **how)
+    numbers = flat_metrics(table)
+    write_text_atomic(folder / "table.md", markdown(table, against))
+    write_json_atomic(folder / "metrics.json", numbers)
+    write_json_atomic(
+        folder / "summary.json",
+        {
+            "num_images": int(evaluation.rows["image_id"].nunique()),
+            "num_lesions": num_lesions(evaluation.rows),
+            "has_truth": statistics.has_truth(evaluation.rows),
+            "settings": dict(settings),
+            "num_bootstrap": num_bootstrap,
+            "confidence": confidence,
+            "failure_below_iou": statistics.metrics.FAILURE,
+            "metrics": numbers,
+            "against_baselines": json.loads(against.to_json(orient="records")),
+        },
+    )
+    return table, numbers
+
+
+def arranged(evaluation: Evaluation) -> Evaluation:
+    """Rows in the order in which tables show them: baselines, zero-shot, then the rest."""
+    place = {name: k for k, name in enumerate((*BASELINES, ZERO_SHOT))}
+    order = evaluation.rows["model"].map(lambda name: place.get(name, len(place)))
+    rows = evaluation.rows.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
+    return Evaluation(rows, evaluation.calibration, evaluation.jitter)
+
+
+def num_lesions(rows: pd.DataFrame) -> int:
+    """Number of (image_id, lesion_id) pairs."""
+    return len(rows[["image_id", "lesion_id"]].drop_duplicates())
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """A frame as CSV with six significant digits, atomically."""
+    write_text_atomic(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+
+
+def calibration_curve(calibration: pd.DataFrame) -> pd.DataFrame:
+    """Reliability curve: model, prompt, region, bin, count, confidence (mean probability), accuracy (true share)."""
+    keys = ["model", "prompt", "region", "bin"]
+    sums = calibration.groupby(keys, sort=False)[["count", "probability_sum", "truth_sum"]].sum().reset_index()
+    sums = sums[sums["count"] > 0]
+    return sums[[*keys, "count"]].assign(
+        confidence=sums["probability_sum"] / sums["count"], accuracy=sums["truth_sum"] / sums["count"]
+    )
+
+
+def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
+    """Mean IoU by share of jitter: model, prompt, share, num_images, miou, low, high."""
+    out = []
+    for (model, prompt, share), group in jitter.groupby(["model", "prompt", "share"], sort=False):
+        values = statistics.per_image(group, "iou").to_numpy()
+        out.append(
+            (
+                model,
+                prompt,
+                share,
+                len(values),
+                values.mean(),
+                *statistics.interval(values, num_bootstrap=num_bootstrap, confidence=confidence),
+            )
+        )
+    return pd.DataFrame(out, columns=["model", "prompt", "share", "num_images", "miou", "low", "high"])
+
+
+def against_baselines(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
+    """The adapted model with a box in its prompt minus each baseline given the same boxes, paired over images."""
+    out = []
+    for baseline in BASELINES:
+        second = rows[(rows["model"] == baseline) & (rows["prompt"] == "box+core")]
+        for prompt in ("box", "box+core"):
+            first = rows[(rows["model"] == ADAPTED) & (rows["prompt"] == prompt)]
+            if len(first) and len(second) and statistics.has_truth(rows):
+                test = statistics.paired(first, second, "iou", num_bootstrap=num_bootstrap, confidence=confidence)
+                out.append({"model": f"{ADAPTED}, {prompt}", "baseline": baseline} | test)
+    columns = ["model", "baseline", "difference", "difference_low", "difference_high", "p", "num_pairs"]
+    return pd.DataFrame(out, columns=columns)
+
+
+def slug(name: str) -> str:
+    """A model's or prompt's name as part of a metric's: `box prior + offset` -> `box_prior_offset`."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
+    """The figures that `dvc metrics` and MLflow show: model.prompt.figure, model.objective; finite ones only."""
+    wanted = (
+        ("miou", "failure_rate", "difference")
+        if "miou" in table
+        else ("consistency", "core_coverage", "leakage", "entropy")
+    )
+    out: dict[str, float] = {}
+    for model in table["model"].drop_duplicates():
+        part = table[table["model"] == model].set_index("prompt")
+        if model in BASELINES:
+            part = part.drop(columns="difference", errors="ignore")
+        for prompt, row in part.iterrows():
+            out |= {f"{slug(model)}.{slug(str(prompt))}.{name}": float(row[name]) for name in wanted if name in row}
+        if "miou" in part and set(statistics.OBJECTIVE_PROMPTS) <= set(part.index):
+            out[f"{slug(model)}.objective"] = float(part.loc[list(statistics.OBJECTIVE_PROMPTS), "miou"].mean())
+    return {name: round(value, 6) for name, value in out.items() if np.isfinite(value)}
+
+
+def prompts_in(table: pd.DataFrame) -> list[str]:
+    """Prompt sources of a table, poorest first."""
+    order = (NONE, "ring", "centre", "box", NEARER, "box+core", LEAKING)
+    found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
+    return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
+
+
+def sections(table: pd.DataFrame, reference: str = ZERO_SHOT) -> list[tuple[str, list[list[str]]]]:
+    """(title, cells) of the tables shown to people; the first row of cells is the header.
+
+    Args:
+        reference: the model that the table's differences are to.
+    """
+    prompts = prompts_in(table)
+    header = ["", *prompts]
+    if "miou" in table:
+        wanted = [
+            ("Mean IoU over images, with interval", "miou"),
+            (f"Paired difference of IoU to {reference}, with interval and Wilcoxon p", "difference"),
+            (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate"),
+        ]
+    else:
+        wanted = [(f"No masks: {title}", name) for name, title in LABEL_FREE_TITLES.items()]
+    networks = table[~table["model"].isin(BASELINES)]
+    tables = [
+        (title, statistics.wide(networks if name == "difference" else table, prompts, name)) for title, name in wanted
+    ]
+    return [(title, [header, *cells]) for title, cells in tables if cells]
+
+
+def baseline_cells(against: pd.DataFrame) -> list[list[str]]:
+    """Cells of `against_baselines` for people, with a header."""
+    rows = [
+        [
+            str(r["model"]),
+            str(r["baseline"]),
+            statistics.format_interval(r["difference"], r["difference_low"], r["difference_high"], sign=True),
+            statistics.format_p(r["p"]),
+        ]
+        for _, r in against.iterrows()
+    ]
+    return [["model", "minus baseline", "difference of IoU", "p"], *rows]
+
+
+def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
+    """table.md: what was measured, as people read it."""
+    count = int(table["num_images"].max()) if len(table) else 0
+    parts = [f"{count} test images. Rows are models and baselines, columns the prompt they are given."]
+    tables = sections(table)
+    if len(against):
+        tables.append(("Adapted against what needs no network, paired", baseline_cells(against)))
+    for title, cells in tables:
+        widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+        lines = [
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for row in cells
+        ]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        parts.append(f"**{title}**\n\n" + "\n".join(lines))
+    shown = {*prompts_in(table), *table["model"]}
+    parts += [note for name, note in NOTES.items() if name in shown]
+    return "\n\n".join(parts) + "\n"
+
+
+def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
+    """The same on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 140)
+    for title, cells in sections(table, reference)[:2] if "miou" in table else sections(table):
+        shown = Table(*cells[0], title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        for row in cells[1:]:
+            shown.add_row(*(cell.replace(" [", "\n[").replace("] p", "]\np").replace("[", "\\[") for cell in row))
+        console.print(shown)
+
+
+def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapping[str, object]) -> str:
+    """Digest of all that an evaluation depends on: lesions, files, weights, settings and the code that measures."""
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
+    for module in MEASURES:
+        spec = importlib.util.find_spec(f"lesionsam.{module}")
+        if spec is not None and spec.origin is not None:
+            digest.update(Path(spec.origin).read_bytes())
+    for path in weights:
+        digest.update(sha256_file(path).encode())
+    for s in samples:
+        digest.update(
+            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
+        )
+        for path in (s.image_path, s.mask_path):
+            if path is not None and path.exists():
+                digest.update(f"{path}|{path.stat().st_size}|{path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
+def save_evaluation(folder: Path, evaluation: Evaluation, extra: Mapping[str, float]) -> None:
+    """Keep an evaluation in a cache folder; complete or not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.with_name(f"{folder.name}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    for name in ("rows", "calibration", "jitter"):
+        getattr(evaluation, name).to_csv(building / f"{name}.csv", index=False)
+    (building / "extra.json").write_text(json.dumps(dict(extra)), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    building.replace(folder)
+
+
+def open_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]] | None:
+    """What `save_evaluation` kept, or None where there is nothing."""
+    if not (folder / "extra.json").exists():
+        return None
+    frames = [read_csv(folder / f"{name}.csv") for name in ("rows", "calibration", "jitter")]
+    return Evaluation(*frames), json.loads((folder / "extra.json").read_text(encoding="utf-8"))
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A frame as written here: ids stay text, whatever they look like; only an empty field is NaN."""
+    text = dict.fromkeys(("model", "run", "prompt", "region", "image_id", "lesion_id", "stratum"), str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])

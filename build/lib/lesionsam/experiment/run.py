@@ -1,0 +1,223 @@
+"""Config -> objects -> a trained model: where configuration stops.
+
+Shared by the train stage, the sweep and the evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lesionsam.config.load import Config
+from lesionsam.config.schema import FolderData
+from lesionsam.config.schema_method import SupervisedMethod
+from lesionsam.data.dataset import Batches, LesionDataset, open_dataset
+from lesionsam.data.loader import Loader
+from lesionsam.errors import UserError
+from lesionsam.evaluation.selection import quick_evaluate
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
+from lesionsam.experiment.build import build_method, fit_arguments, learning_groups, num_steps, prepare_sam
+from lesionsam.experiment.caches import open_caches
+from lesionsam.experiment.resources import parts_that_fit
+from lesionsam.methods.base import Method
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import Sam
+from lesionsam.models.trainable import trained_counts
+from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
+from lesionsam.training.progress import Log
+from lesionsam.training.state import Progress, check_disk, load_best
+from lesionsam.types import Sample
+from lesionsam.utils.devices import torch_device
+
+SELECTION_SEED = 0  # of the development prompts: the same in every epoch and run; no setting of the evaluation
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits that a training may read; never the test split.
+
+    Attributes:
+        activations: folder of the cache of frozen activations; None: none is kept.
+    """
+
+    train: LesionDataset
+    dev: LesionDataset
+    activations: Path | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the student with its best epoch's weights, and how it got there.
+
+    Attributes:
+        trained: number of trained parameters.
+    """
+
+    sam: Sam
+    method: Method
+    progress: Progress
+    offset: float | None
+    trained: int
+
+
+def pretrained_weights(folder: Path) -> Path:
+    """The one checkpoint that the weights stage left in models/pretrained.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
+    if not found:
+        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
+    return found[0]
+
+
+def input_side(config: Config, weights: Path) -> int:
+    """Side S of the model's input: model.image_size, or the checkpoint's own."""
+    return config.model.image_size or int(load_sam(config.model.name, weights).image_encoder.img_size)
+
+
+def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Path) -> Data:
+    """Decode the training and development samples (or reopen them).
+
+    Args:
+        side: S. cache: folder of decoded frames; activations are kept beside it.
+    Raises:
+        UserError: an empty split, or a supervised run on images without masks.
+    """
+    threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
+    sets = {}
+    for split in ("train", "dev"):
+        chosen = [s for s in samples if s.split == split]
+        if not chosen:
+            raise UserError(
+                f"data/boxes.csv: no rows of split {split!r}; training needs both train and dev "
+                "(data.dev_fraction takes dev images out of train)"
+            )
+        wanted = split == "dev" or isinstance(config.method, SupervisedMethod) or config.method.monitor_masks
+        sets[split] = open_dataset(
+            chosen,
+            side,
+            cache,
+            with_masks=wanted,
+            threshold_masks=threshold,
+            num_workers=config.runtime.num_workers,
+            title=f"{split} images",
+        )
+    if isinstance(config.method, SupervisedMethod) and not sets["train"].has_masks:
+        missing = next(s for s in sets["train"].samples if s.mask_path is None)
+        raise UserError(
+            f"method.name: supervised needs a mask for every training image; {missing.image_id!r} has none "
+            "(use method.name: contrastive, which needs none)"
+        )
+    return Data(sets["train"], sets["dev"], cache.with_name("activations"))
+
+
+def train(
+    config: Config,
+    data: Data,
+    weights: Path,
+    *,
+    folder: Path,
+    log: Log,
+    say: Callable[[str], None] = print,
+    after_epoch: Callable[[Sam, int], None] | None = None,
+    save_last: Callable[[Sam], None] | None = None,
+    stop_requested: Callable[[], int] = lambda: 0,
+) -> Trained:
+    """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
+
+    Args:
+        weights: the pretrained checkpoint. folder: scratch of this very run; the caller keys it (see `run_key`).
+        log: receives (values, step). after_epoch: is shown the model in eval mode after each epoch, for pictures.
+        save_last: is shown the model as the last epoch left it. stop_requested: see `fit`.
+    Raises:
+        UserError: too little disk for what this run will write, or as `fit`. Interrupted: as `fit`.
+    """
+    device = torch_device(config.runtime.device)
+    if config.runtime.num_threads:
+        torch.set_num_threads(config.runtime.num_threads)
+    sam = prepare_sam(config, weights, device)
+    method, offset = build_method(config, sam, weights, data.train, device)
+    counts = trained_counts(method.model)
+    num_trained, num_all = sum(counts.values()), sum(p.numel() for p in method.model.parameters())
+    say(
+        f"training {num_trained:,} of {num_all:,} parameters ("
+        + ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in counts.items())
+        + f") on {len(data.train)} lesions"
+        + (f", outline offset {offset:+.2f}" if offset is not None else "")
+    )
+    log({"parameters": num_all, "parameters_trained": num_trained}, 0)
+    steps = num_steps(config, data.train)
+    teacher = method.teacher
+    if teacher is not None and teacher.decay > 0:
+        say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
+    kept = method.kept.get_submodule("sam")
+    parts = parts_that_fit(config, sam, method, device, say)
+    check_disk(folder, method)
+    with open_caches(config, data.activations, sam, method, device, say) as caches:
+        loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
+        evaluate: Evaluate = partial(
+            _evaluate,
+            sam=kept,
+            data=data.dev,
+            # An average trains nothing, so that its frozen part is another than what the cache holds.
+            batches=loader(data.dev, cache=caches.dev if kept is sam else None),
+            config=config,
+            device=device,
+            after_epoch=after_epoch,
+        )
+        progress = fit(
+            method,
+            loader(data.train, cache=caches.train),
+            groups=learning_groups(config, method),
+            **fit_arguments(config, data.train),
+            device=device,
+            evaluate=evaluate,
+            log=log,
+            folder=folder,
+            parts=parts,
+            say=say,
+            stop_requested=stop_requested,
+        )
+    if save_last is not None:
+        save_last(kept)
+    load_best(folder, method.model)
+    method.model.eval()
+    return Trained(sam, method, progress, offset, num_trained)
+
+
+def _evaluate(
+    epoch: int,
+    *,
+    sam: Sam,
+    data: LesionDataset,
+    batches: Batches,
+    config: Config,
+    device: torch.device,
+    after_epoch: Callable[[Sam, int], None] | None,
+) -> dict[str, float]:
+    scores = quick_evaluate(
+        sam,
+        batches,
+        prompts=list(OBJECTIVE_PROMPTS),
+        seed=SELECTION_SEED,
+        batch_size=config.evaluate.batch_size,
+        device=device,
+        num_points=config.method.num_points,
+    )
+    key = selection_key(config, data)
+    kept = {name: scores[name] for name in (*OBJECTIVE_PROMPTS, "label_free") if name in scores}
+    if after_epoch is not None:
+        after_epoch(sam, epoch)
+    return kept | {OBJECTIVE: scores[key]}
+
+
+def selection_key(config: Config, dev: LesionDataset) -> str:
+    """Which score selects: the true one where asked for and known for every dev image, else the label-free one."""
+    return OBJECTIVE if config.train.select == "objective" and dev.has_masks else "label_free"

@@ -1,0 +1,397 @@
+"""Weights to give away: written in a foreign library's form, loaded back by that library, compared, only then kept.
+
+Every format is written into a folder beside its place, reloaded from there by the library that is meant to read it, and
+asked for the masks of some images under several prompts. Only a folder that gives the same logits and masks is moved to
+its place, with a card of what was compared: a half-written or a wrong export never looks done. See
+docs/decisions/0024-exports-that-prove-themselves.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lesionsam
+from lesionsam.data.sources.synthetic import generate
+from lesionsam.errors import UserError
+from lesionsam.export import standalone as plain
+from lesionsam.export.folders import building, prepare, replace, tidy
+from lesionsam.export.vanilla_sam import plain_state, registry_name
+from lesionsam.inference.image import ImagePredictor
+from lesionsam.metrics import iou
+from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.sam import WIDTHS, Sam
+from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
+from lesionsam.utils.progress import progress
+
+CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
+GENERATED = 4  # pictures of the check where nobody names a folder
+GENERATED_SIDE = 320
+# Of the largest logit: float32 sums in another order differ by 1e-6 of it, a wrong weight by 1e-1.
+TOLERANCE = 1e-3
+# Of the whole way from file to mask by foreign means; pixels whose logit is next to 0 may fall to either side.
+LOWEST_IOU = 0.98
+SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, original pixels.
+
+    Attributes:
+        box: (4,) XYXY, or None. points: (N, 2) XY, or None. labels: (N,), 1 foreground, 0 background; as many.
+    """
+
+    box: np.ndarray | None = None
+    points: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to one prompt.
+
+    Attributes:
+        low_res: (T, T) float32 logits of the single mask, model frame. mask: (H, W) bool, original frame.
+        predicted_iou: of that mask.
+    """
+
+    low_res: np.ndarray
+    mask: np.ndarray
+    predicted_iou: float
+
+
+Segment = Callable[[np.ndarray, Sequence[Prompt]], list[Answer]]  # (H, W, 3) uint8 RGB and its prompts
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is given away.
+
+    Attributes:
+        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: the file it comes from.
+        sha256: of that file. numbers: see `models.plain.numbers_of`. registry: name under which segment_anything itself
+            builds it, None where it does not.
+    """
+
+    sam: Sam
+    name: str
+    weights: Path
+    sha256: str
+    numbers: Mapping[str, Any]
+    registry: str | None
+
+    @property
+    def side(self) -> int:
+        """S, side of the model's input, pixels."""
+        return int(self.numbers["image_size"])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """segment_anything's keys, see `models.foreign.plain_state`, which also says what cannot be plain."""
+        return plain_state(self.sam)
+
+    def num_bytes(self) -> int:
+        """Of the weights in float32."""
+        return 4 * sum(value.numel() for value in self.sam.state_dict().values())
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form that a foreign library reads.
+
+    Attributes:
+        name: of `--format`, and of the folder. reader: what loads it back, in words. packages: whose versions matter.
+        write: puts the model's files into an empty folder. reload: loads them from there by the foreign library.
+        usage: Markdown that tells a stranger how to load and ask the model.
+    """
+
+    name: str
+    reader: str
+    packages: tuple[str, ...]
+    write: Callable[[Subject, Path], None]
+    reload: Callable[[Subject, Path], Segment]
+    usage: Callable[[Subject], str]
+
+
+@dataclass
+class Check:
+    """What the comparison of a reloaded model with ours found.
+
+    Attributes:
+        num_images, num_prompts: how many. largest_difference: of logits, in the low-resolution frame.
+        largest_logit: absolute, of ours. lowest_iou: of masks at the original size; two empty masks agree.
+        iou_difference: largest, of predicted IoUs.
+    """
+
+    num_images: int = 0
+    num_prompts: int = 0
+    largest_difference: float = 0.0
+    largest_logit: float = 0.0
+    lowest_iou: float = 1.0
+    iou_difference: float = 0.0
+
+    def add(self, ours: Answer, theirs: Answer) -> None:
+        """One more prompt."""
+        if ours.low_res.shape != theirs.low_res.shape or ours.mask.shape != theirs.mask.shape:
+            raise UserError(
+                f"answers of shapes {theirs.low_res.shape} and {theirs.mask.shape}, not "
+                f"{ours.low_res.shape} and {ours.mask.shape}"
+            )
+        self.num_prompts += 1
+        self.largest_difference = max(self.largest_difference, apart(ours.low_res, theirs.low_res))
+        self.largest_logit = max(self.largest_logit, float(np.abs(ours.low_res).max()))
+        self.lowest_iou = min(self.lowest_iou, float(iou(ours.mask, theirs.mask)))
+        self.iou_difference = max(self.iou_difference, apart(ours.predicted_iou, theirs.predicted_iou))
+
+    @property
+    def faults(self) -> list[str]:
+        """Why this is not the same model; nothing where it is."""
+        allowed = TOLERANCE * max(1.0, self.largest_logit)
+        out = []
+        if self.largest_difference > allowed:
+            out.append(f"logits differ by {self.largest_difference:.2g}, allowed are {allowed:.2g}")
+        if self.iou_difference > TOLERANCE:
+            out.append(f"predicted IoUs differ by {self.iou_difference:.2g}, allowed are {TOLERANCE:.2g}")
+        if self.lowest_iou < LOWEST_IOU:
+            out.append(f"masks agree to an IoU of {self.lowest_iou:.4f}, expected are {LOWEST_IOU}")
+        return out
+
+
+def apart(ours: np.ndarray | float, theirs: np.ndarray | float) -> float:
+    """The largest absolute difference; infinite where there is none to be had (NaN)."""
+    difference = float(np.abs(np.subtract(ours, theirs)).max())
+    return np.inf if np.isnan(difference) else difference
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One format's row of the table.
+
+    Attributes:
+        folder: where it lies; None where it failed. num_bytes: of all its files. check: None where it came to none.
+        faults: why it failed, one line each.
+    """
+
+    format: Format
+    folder: Path | None
+    num_bytes: int = 0
+    check: Check | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+def open_subject(weights: Path) -> Subject:
+    """The model of a weights file, with plain weights.
+
+    Raises:
+        UserError: see `models.sam.load_sam`.
+    """
+    sam = load_sam(None, weights).requires_grad_(False)
+    numbers = plain.numbers_of(sam)
+    return Subject(
+        sam, WIDTHS.get(numbers["width"], "compact"), weights, sha256_file(weights), numbers, registry_name(sam)
+    )
+
+
+def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np.ndarray]]:
+    """Pictures to compare on, read when called: of a folder (evenly picked), or generated ones.
+
+    Raises:
+        UserError: a folder without images, one of the picked that cannot be read, fewer than one wanted.
+    """
+    if num_images < 1:
+        raise UserError(f"--num-images: expected at least 1, got {num_images}")
+    if folder is None:
+        return [lambda k=k: generate(0, k, GENERATED_SIDE)[0] for k in range(min(GENERATED, num_images))]
+    every = folder.rglob("*") if folder.is_dir() else ()
+    found = sorted(path for path in every if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise UserError(f"--images {folder}: expected a folder with images ({', '.join(IMAGE_SUFFIXES)}), found none")
+    picked = np.unique(np.linspace(0, len(found) - 1, min(num_images, len(found))).round().astype(int))
+    for k in picked:  # now, not once a format is written
+        check_image(found[k])
+    return [lambda path=found[k]: read_image(path) for k in picked]
+
+
+def check_prompts(height: int, width: int) -> list[Prompt]:
+    """A box, a point, a box with a foreground and a background point, and two points; original pixels."""
+    frame = np.array([width, height], float)
+    box = np.concatenate([0.2 * frame, 0.8 * frame])
+    both, labels = np.stack([0.45 * frame, 0.12 * frame]), np.array([1, 0])
+    return [
+        Prompt(box=box),
+        Prompt(points=0.5 * frame[None], labels=np.array([1])),
+        Prompt(box=box, points=both, labels=labels),
+        Prompt(points=both, labels=labels),
+    ]
+
+
+def with_predictor(predictor: Any) -> Segment:
+    """A segmenter from anything with the verbs of segment_anything's SamPredictor."""
+
+    def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[Answer]:
+        predictor.set_image(image)
+        answers = []
+        for prompt in prompts:
+            masks, predicted, low_res = predictor.predict(
+                point_coords=prompt.points, point_labels=prompt.labels, box=prompt.box, multimask_output=False
+            )
+            answers.append(Answer(low_res[0], masks[0], float(predicted[0])))
+        return answers
+
+    return segment
+
+
+def compare(ours: Segment, theirs: Segment, pictures: Sequence[Callable[[], np.ndarray]], title: str) -> Check:
+    """Ask both the same and note how far apart the answers are."""
+    check = Check()
+    for read in progress(pictures, total=len(pictures), title=title):
+        image = read()
+        prompts = check_prompts(*image.shape[:2])
+        for mine, yours in zip(ours(image, prompts), theirs(image, prompts), strict=True):
+            check.add(mine, yours)
+        check.num_images += 1
+    return check
+
+
+def export(
+    subject: Subject,
+    formats: Sequence[Format],
+    out: Path,
+    *,
+    pictures: Sequence[Callable[[], np.ndarray]],
+    model_card: Path | None = None,
+) -> list[Outcome]:
+    """Write the model in several formats below `out`, each in a folder of its name, each proved.
+
+    What a format of that name left there before is replaced, but only by one that has passed its check.
+
+    Args:
+        model_card: a run's card; goes along where it names the very weights that are given away.
+    Returns:
+        one outcome per format, in order; those with faults have left no folder.
+    Raises:
+        UserError: nothing can be written there at all.
+    """
+    # An earlier export of a format goes only when the new one is done.
+    prepare(out, (len(formats) + 1) * subject.num_bytes() + SPARE_BYTES)
+    told = model_card.read_text(encoding="utf-8") if model_card is not None and model_card.is_file() else ""
+    ours = with_predictor(ImagePredictor(subject.sam, num_cached=1))
+    outcomes = []
+    for form in formats:
+        with building(out, form.name) as folder:
+            try:
+                form.write(subject, folder)
+                check = compare(ours, form.reload(subject, folder), pictures, f"checking {form.name}")
+            except UserError as error:
+                outcomes.append(Outcome(form, None, faults=[str(error)]))
+                continue
+            except ModuleNotFoundError as error:
+                fault = f"needs the package {error.name}; `make setup` installs it"
+                outcomes.append(Outcome(form, None, faults=[fault]))
+                continue
+            if check.faults:
+                outcomes.append(Outcome(form, None, check=check, faults=check.faults))
+                continue
+            tidy(folder)
+            if subject.sha256 in told:
+                write_text_atomic(folder / MODEL_CARD, told)
+            write_text_atomic(folder / README, readme(subject, form, check))
+            write_json_atomic(folder / CARD, card(subject, form, check, folder))
+            num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            replace(folder, out / form.name)
+            outcomes.append(Outcome(form, out / form.name, num_bytes, check))
+    return outcomes
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions of some packages; those that are not there are left out."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def card(subject: Subject, form: Format, check: Check, folder: Path) -> dict[str, Any]:
+    """What card.json says: the model, its files, and what was compared."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CARD)
+    return {
+        "format": form.name,
+        "model": {
+            "name": subject.name,
+            "weights": subject.weights.as_posix(),
+            "weights_sha256": subject.sha256,
+            "architecture": dict(subject.numbers),
+        },
+        "made_with": {"lesionsam": lesionsam.__version__, **versions(("torch", *form.packages))},
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in files
+        },
+        "check": {
+            "reloaded_in": form.reader,
+            **asdict(check),
+            "allowed_of_largest_logit": TOLERANCE,
+            "expected_iou": LOWEST_IOU,
+        },
+        "not_a_medical_device": True,
+    }
+
+
+def readme(subject: Subject, form: Format, check: Check) -> str:
+    """README.md of a format's folder: how to load it, what it is, how it was checked. Hugging Face reads its head."""
+    head = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
+    kind = "the compact SAM of LesionSAM" if subject.name == "compact" else f"SAM {subject.name} (Kirillov et al. 2023)"
+    used = ", ".join(f"{name} {number}" for name, number in versions(("torch", *form.packages)).items())
+    return f"""{head if form.name == "hf" else ""}# {form.reader}: {kind}
+
+Input of {subject.side} px. **Not a medical device**: nothing here has been validated for diagnosis or treatment.
+
+{form.usage(subject).strip()}
+
+Made with LesionSAM {lesionsam.__version__}, {used}, from weights of SHA-256 {subject.sha256}.
+
+Loaded back and compared on {check.num_images} images with {check.num_prompts} prompts: logits differ by at most
+{check.largest_difference:.2g} (the largest is {check.largest_logit:.3g}), masks at original
+size agree to an IoU of at least {check.lowest_iou:.5f}.
+`card.json` has the figures and the hash of every file.
+"""
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """Format, place, size, reader, differences; then why what failed did."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 150)
+    table = Table(
+        "format",
+        "folder",
+        "MB",
+        "reloaded in",
+        "largest |difference| of logits",
+        "lowest IoU of masks",
+        box=box.SIMPLE_HEAD,
+    )
+    for one in outcomes:
+        figures = (
+            ("", "") if one.check is None else (f"{one.check.largest_difference:.2g}", f"{one.check.lowest_iou:.5f}")
+        )
+        table.add_row(
+            one.format.name,
+            "FAILED" if one.folder is None else one.folder.as_posix(),
+            f"{one.num_bytes / 1e6:.1f}" if one.folder else "",
+            one.format.reader,
+            *figures,
+        )
+    console.print(table)

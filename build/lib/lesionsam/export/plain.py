@@ -1,0 +1,102 @@
+"""Plain weights for segment_anything: .pth and .safetensors, with the builder for models that it has no name for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lesionsam.export import standalone as plain
+from lesionsam.export.base import Format, Segment, Subject, with_predictor
+from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
+from lesionsam.models.checkpoint import weights_metadata
+
+PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
+
+
+def _write_builder(subject: Subject, folder: Path) -> None:
+    (folder / plain.ARCHITECTURE).write_text(json.dumps(dict(subject.numbers), indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(plain.__file__, folder / "load_sam.py")
+
+
+def write_pth(subject: Subject, folder: Path) -> None:
+    """sam.pth: tensors by segment_anything's keys and nothing else, so that `weights_only=True` reads it."""
+    torch.save(subject.state(), folder / PTH)
+    _write_builder(subject, folder)
+
+
+def write_safetensors(subject: Subject, folder: Path) -> None:
+    """sam.safetensors: the same tensors; its metadata let `models.sam.load_sam` read it too, and keep what the weights
+    say of their training: it decides how they are asked without a prompt."""
+    notes = weights_metadata(subject.weights) | {"name": subject.name, "image_size": str(subject.side), "format": "pt"}
+    if subject.name == "compact":
+        keys = ("image_size", "patch_size", "width", "depth", "num_heads", "prompt_width", "decoder_mlp")
+        notes["architecture"] = json.dumps({key: subject.numbers[key] for key in keys})
+    save_file(subject.state(), folder / SAFETENSORS, notes)
+    _write_builder(subject, folder)
+
+
+def reload_pth(subject: Subject, folder: Path) -> Segment:
+    """By segment_anything's registry where it knows the model, else by the builder in the folder."""
+    if subject.registry is not None:
+        return with_predictor(sam_predictor(reload_registry(subject.registry, folder / PTH)))
+    return with_predictor(sam_predictor(reload_copied(folder, PTH)))
+
+
+def reload_safetensors(subject: Subject, folder: Path) -> Segment:
+    """By safetensors and the builder in the folder."""
+    return with_predictor(sam_predictor(reload_copied(folder, SAFETENSORS)))
+
+
+UNTOLD = f"""
+This form cannot say what the weights were trained with, as `{SAFETENSORS}` does: `lesionsam predict --auto` and
+`lesionsam annotate` ask it as they ask weights that were not adapted.
+"""
+
+
+def _usage(subject: Subject, weights: str) -> str:
+    by_registry = (
+        f"""segment_anything builds this model by itself:
+
+```python
+from segment_anything import SamPredictor, sam_model_registry
+predictor = SamPredictor(sam_model_registry["{subject.registry}"](checkpoint="{weights}"))
+```
+
+or, with the builder in this folder:
+"""
+        if subject.registry is not None and weights == PTH
+        else """segment_anything's `sam_model_registry` does not build
+this model from this file; the builder in this folder does, out of segment_anything's own modules:
+"""
+    )
+    return f"""{by_registry}
+```python
+from load_sam import load
+from segment_anything import SamPredictor
+predictor = SamPredictor(load("{weights}"))
+```
+
+then, in both cases:
+
+```python
+predictor.set_image(image)  # (H, W, 3) uint8 RGB
+masks, predicted_iou, _ = predictor.predict(box=box, multimask_output=False)  # box: x0, y0, x1, y1 in pixels
+```
+{UNTOLD if weights == PTH else ""}"""
+
+
+PTH_FORMAT = Format(
+    "pth", "segment-anything", ("segment-anything",), write_pth, reload_pth, lambda subject: _usage(subject, PTH)
+)
+SAFETENSORS_FORMAT = Format(
+    "safetensors",
+    "safetensors + segment-anything",
+    ("safetensors", "segment-anything"),
+    write_safetensors,
+    reload_safetensors,
+    lambda subject: _usage(subject, SAFETENSORS),
+)

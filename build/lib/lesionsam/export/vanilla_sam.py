@@ -1,0 +1,68 @@
+"""SAM handed over to segment_anything: weights that its own constructors take, and its own predictor on them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from segment_anything import SamPredictor, sam_model_registry
+
+from lesionsam.export import standalone as plain
+from lesionsam.models.finetuned import merged_state
+from lesionsam.models.sam import WIDTHS, Sam
+
+PUBLISHED_SIDE = 1024
+
+
+def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
+    """segment_anything's keys -> float32 tensors on the CPU, of the shapes that its constructors make.
+
+    A model whose input side was changed keeps the relative positions of the grid it was trained on, and SAM's blocks
+    interpolate them as they run. Here they are interpolated once, by the same rule (linear), so that a constructor that
+    was told the new side fits; the model computes the same. Low-rank updates are merged.
+
+    Raises:
+        UserError: the model carries adapters, which no plain weights can hold.
+    """
+    state = {key: value.detach().cpu().float().clone() for key, value in merged_state(sam).items()}
+    numbers = plain.numbers_of(sam)
+    length = 2 * (numbers["image_size"] // numbers["patch_size"]) - 1
+    for k, block in enumerate(sam.image_encoder.blocks):
+        for axis in "hw":
+            key = f"image_encoder.blocks.{k}.attn.rel_pos_{axis}"
+            if block.window_size == 0 and len(state[key]) != length:
+                resized = F.interpolate(state[key].T[None], size=length, mode="linear", align_corners=False)
+                state[key] = resized[0].T.contiguous()
+    return state
+
+
+def registry_name(sam: Sam) -> str | None:
+    """Under which name `sam_model_registry` builds the like of this model; None where it does not."""
+    numbers = plain.numbers_of(sam)
+    name = WIDTHS.get(numbers["width"])
+    if name is None or numbers["image_size"] != PUBLISHED_SIDE:
+        return None
+    with torch.device("meta"):
+        return name if plain.numbers_of(sam_model_registry[name]()) == numbers else None
+
+
+def reload_registry(name: str, path: Path) -> Sam:
+    """segment_anything's own way: `sam_model_registry[name](checkpoint=path)`."""
+    return sam_model_registry[name](checkpoint=str(path)).eval()
+
+
+def reload_copied(folder: Path, weights: str) -> Sam:
+    """By the builder that lies beside the weights, run as the file it is."""
+    spec = importlib.util.spec_from_file_location("load_sam", folder / "load_sam.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(folder / "load_sam.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(folder / weights)
+
+
+def sam_predictor(sam: Sam) -> SamPredictor:
+    """segment_anything's predictor; `lesionsam.inference.Predictor` has the same verbs."""
+    return SamPredictor(sam)

@@ -1,0 +1,1 @@
+"""Annotations of other tools: COCO, YOLO, CVAT, Label Studio, and the two-box CSV."""

@@ -1,0 +1,206 @@
+"""COCO instances JSON: images, categories, and an annotation per object with a box, polygons or run lengths.
+
+Two boxes are two annotations of the categories "big" and "small"; attributes.lesion_id, which CVAT too reads and
+writes, ties them together, and ties the mask of a third category, "lesion", to them. COCO's boxes are x, y, width,
+height.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lesionsam.errors import UserError
+from lesionsam.formats.records import (
+    BIG_LABEL,
+    MASK_LABEL,
+    SMALL_LABEL,
+    Annotations,
+    Gathered,
+    Labels,
+    Shape,
+    need_names,
+)
+from lesionsam.formats.rle import decode, mask_box, polygon_box
+from lesionsam.formats.safe import number, read_json
+from lesionsam.utils.files import write_text_atomic
+
+EXPECTED = "COCO instances JSON"
+
+
+@dataclass(frozen=True)
+class Instances:
+    """A COCO file whose structure has been checked, but not its boxes and segmentations.
+
+    Attributes:
+        images: id -> entry with file_name, width, height. categories: id -> name.
+        annotations: in the order of the file, with id, image_id and category_id that are there.
+    """
+
+    path: Path
+    images: dict[int, dict[str, Any]]
+    categories: dict[int, str]
+    annotations: tuple[dict[str, Any], ...]
+
+
+def load_instances(path: Path, categories: Sequence[str] = ()) -> Instances:
+    """Read a COCO file.
+
+    Args:
+        categories: names of those wanted; none: all.
+    Raises:
+        UserError: not such a file, ids that stand twice or for nothing, a category that is not there.
+    """
+    found = read_json(path, EXPECTED)
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), list) for k in ("images", "annotations")):
+        raise UserError(f"{path}: expected {EXPECTED} with the lists images, annotations and categories")
+    images = _by_id(found["images"], path, "image")
+    names = {
+        key: str(entry.get("name", "")) for key, entry in _by_id(found.get("categories", []), path, "category").items()
+    }
+    if missing := [name for name in categories if name not in names.values()]:
+        raise UserError(f"{path}: no category {missing[0]!r}; it has {', '.join(names.values()) or 'none'}")
+    annotations = _by_id(found["annotations"], path, "annotation")
+    for key, entry in annotations.items():
+        if not _stands_for(entry.get("image_id"), images):
+            raise UserError(f"{path}: annotation {key}: image_id {entry.get('image_id')!r} stands for no image")
+        if not _stands_for(entry.get("category_id"), names):
+            raise UserError(
+                f"{path}: annotation {key}: category_id {entry.get('category_id')!r} stands for no category"
+                f"; it has {', '.join(f'{k} ({v})' for k, v in names.items()) or 'none'}"
+            )
+    wanted = [each for each in annotations.values() if not categories or names[each["category_id"]] in categories]
+    return Instances(path, images, names, tuple(wanted))
+
+
+def _stands_for(key: object, known: Mapping[int, object]) -> bool:
+    return isinstance(key, int) and not isinstance(key, bool) and key in known
+
+
+def _by_id(entries: object, path: Path, kind: str) -> dict[int, dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: expected a list of {kind} objects, got {str(entries)[:60]}")
+    for place, entry in enumerate(entries, 1):
+        key = entry.get("id") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or isinstance(key, bool) or not isinstance(key, int):
+            raise UserError(
+                f"{path}: {kind} number {place}: expected an object with a whole number as id, got "
+                f"{str(entry if key is None else key)[:60]}"
+            )
+        if key in found:
+            raise UserError(f"{path}: {kind} {key}: this id stands twice; give each {kind} its own")
+        found[key] = entry
+    return found
+
+
+def read_coco(path: Path, labels: Labels | None = None, categories: Sequence[str] = ()) -> Annotations:
+    """Boxes of a COCO file; where an annotation has none, those around its polygons or mask. Crowds are left out.
+
+    Raises:
+        UserError: names file and annotation.
+    """
+    instances = load_instances(path, categories)
+    gathered = Gathered(str(path))
+    ids = {
+        key: gathered.add(
+            image.get("file_name", ""), image.get("width"), image.get("height"), str(image.get("split", ""))
+        )
+        for key, image in instances.images.items()
+    }
+    crowds = 0
+    for entry in instances.annotations:
+        if entry.get("iscrowd"):
+            crowds += 1
+            continue
+        image = instances.images[entry["image_id"]]
+        place = f"annotation {entry['id']}"
+        held = entry.get("attributes")
+        lesion_id = held.get("lesion_id", "") if isinstance(held, dict) else ""
+        box = shape_box(entry, image["height"], image["width"], f"{path}: {place}")
+        gathered.shapes[ids[entry["image_id"]]].append(
+            Shape(
+                instances.categories[entry["category_id"]],
+                box,
+                place,
+                str(lesion_id),
+                entry.get("segmentation") or None,
+            )
+        )
+    if crowds:
+        gathered.notes.append(f"{crowds} crowd annotations (iscrowd) were left out")
+    return gathered.finish(labels or Labels())
+
+
+def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.ndarray:
+    """(4,) XYXY of an annotation: its bbox, or what surrounds its segmentation."""
+    box, segmentation = entry.get("bbox"), entry.get("segmentation")
+    if isinstance(box, list) and len(box) == 4:
+        x, y, w, h = (number(value, f"{place}, bbox") for value in box)
+        if w <= 0 or h <= 0:
+            raise UserError(f"{place}: bbox has no area ({w:g} x {h:g} px); expected [x, y, width, height]")
+        return np.array([x, y, x + w, y + h])
+    if box is not None or not segmentation:
+        raise UserError(f"{place}: expected bbox as [x, y, width, height] or a segmentation, got {str(box)[:60]}")
+    try:
+        if isinstance(segmentation, list):
+            return polygon_box(segmentation)
+        return mask_box(decode(segmentation, height, width))
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def write_coco(path: Path, annotations: Annotations) -> None:
+    """Write a COCO file: "big" and "small" as categories 1 and 2, masks, where there are any, as "lesion", 3."""
+    write_text_atomic(path, json.dumps(coco_document(annotations), indent=1, allow_nan=False) + "\n")
+
+
+def coco_document(annotations: Annotations) -> dict[str, Any]:
+    """The same as a value for JSON."""
+    need_names(annotations, "COCO")
+    images, entries = [], []
+    sizes = {picture.image_id: (picture.height, picture.width) for picture in annotations.pictures}
+    numbers = {}
+    for number_, picture in enumerate(annotations.pictures, 1):
+        numbers[picture.image_id] = number_
+        images.append(
+            {"id": number_, "file_name": picture.file_name, "width": picture.width, "height": picture.height}
+            | ({"split": picture.split} if picture.split else {})
+        )
+
+    def add(image_id: str, lesion_id: str, category: int, box: np.ndarray, area: float, segmentation: Any) -> None:
+        x0, y0, x1, y1 = (float(value) for value in box)
+        entries.append(
+            {
+                "id": len(entries) + 1,
+                "image_id": numbers[image_id],
+                "category_id": category,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": area,
+                "iscrowd": 0,
+                "segmentation": segmentation,
+                "attributes": {"lesion_id": lesion_id},
+            }
+        )
+
+    for lesion in annotations.lesions:
+        for category, box in ((1, lesion.big_box), (2, lesion.small_box)):
+            if box is not None:
+                add(lesion.image_id, lesion.lesion_id, category, box, float(np.prod(box[2:] - box[:2])), [])
+        if lesion.segmentation is not None:
+            mask = decode(lesion.segmentation, *sizes[lesion.image_id])
+            add(lesion.image_id, lesion.lesion_id, 3, mask_box(mask), int(mask.sum()), lesion.segmentation)
+    names = [BIG_LABEL, SMALL_LABEL, MASK_LABEL]
+    categories = [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(names, 1)]
+    return {
+        "info": {"description": "two boxes per lesion; attributes.lesion_id ties them together"},
+        "licenses": [],
+        "images": images,
+        "annotations": entries,
+        "categories": categories,
+    }

@@ -1,0 +1,216 @@
+"""Label Studio's JSON: a list of tasks, each an image with annotations of rectangles in percent of its sides.
+
+Two boxes are two rectangles labelled "big" and "small". A relation between them, or the note "lesion_id: NAME" of the
+regions, ties them together. Polygons count with the box around them; turned rectangles are refused. Export as JSON, not
+as JSON-MIN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import urllib.parse
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from lesionsam.errors import UserError
+from lesionsam.formats.records import (
+    BIG_LABEL,
+    SMALL_LABEL,
+    Annotations,
+    Gathered,
+    Labels,
+    Lesion,
+    Picture,
+    Shape,
+    need_names,
+)
+from lesionsam.formats.rle import polygon_box
+from lesionsam.formats.safe import number, read_json
+from lesionsam.utils.files import write_json_atomic
+
+EXPECTED = "Label Studio JSON (a list of tasks with data and annotations)"
+UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name of an uploaded file
+NOTE = "lesion_id: "
+LOCAL = "/data/local-files/?d="
+CONFIG = """<View>
+  <Image name="image" value="$image"/>
+  <RectangleLabels name="box" toName="image"><Label value="big"/><Label value="small"/></RectangleLabels>
+</View>"""
+
+
+def read_label_studio(
+    path: Path, pictures: Mapping[str, Picture] | None = None, labels: Labels | None = None
+) -> Annotations:
+    """Rectangles, and the boxes around polygons, of the first annotation of each task that was not cancelled.
+
+    Args:
+        pictures: the images at hand, for the sizes of those without any region; they are left out otherwise.
+    Raises:
+        UserError: names file, task and region.
+    """
+    tasks = read_json(path, EXPECTED)
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise UserError(f"{path}: expected {EXPECTED}")
+    gathered = Gathered(str(path))
+    several = sizeless = 0
+    for place, task in enumerate(tasks, 1):
+        where = f"{path}: task {task.get('id', place)}"
+        data, annotations = task.get("data"), task.get("annotations")
+        if not isinstance(data, dict) or not isinstance(annotations, list):
+            raise UserError(f"{where}: expected data and annotations (export as JSON, not as JSON-MIN)")
+        name = file_name(data, where)
+        drawn = [each for each in annotations if isinstance(each, dict) and not each.get("was_cancelled")]
+        several += len(drawn) > 1
+        regions = drawn[0].get("result", []) if drawn else []
+        if not isinstance(regions, list) or not all(isinstance(region, dict) for region in regions):
+            raise UserError(f"{where}: expected a list of regions as result")
+        known = (pictures or {}).get(PurePosixPath(name).stem)
+        size = _size(regions, data, known)
+        if size is None:
+            sizeless += 1
+            continue
+        image_id = gathered.add(name, *size, str(data.get("split", "")))
+        gathered.shapes[image_id] = _shapes(regions, *size, where)
+    if several:
+        gathered.notes.append(f"{several} tasks hold several annotations; the first of each was read")
+    if sizeless:
+        gathered.notes.append(f"{sizeless} images without any region were left out, as nothing tells their size")
+    return gathered.finish(labels or Labels())
+
+
+def file_name(data: Mapping[str, Any], where: str) -> str:
+    """The image's file name out of a task's data: what an upload was called, or a path below the local storage."""
+    address = data.get("image", data.get("img"))
+    if not isinstance(address, str) or not address:
+        texts = [value for value in data.values() if isinstance(value, str) and "." in value]
+        if len(texts) != 1:
+            raise UserError(f"{where}: expected data.image with the image's address")
+        address = texts[0]
+    parts = urllib.parse.urlsplit(address)
+    local = urllib.parse.parse_qs(parts.query).get("d")
+    if local:
+        return local[0].lstrip("/")
+    name = PurePosixPath(urllib.parse.unquote(parts.path)).name
+    return UPLOADED.sub("", name) if "/upload/" in parts.path else name
+
+
+def _size(regions: list[dict[str, Any]], data: Mapping[str, Any], known: Picture | None) -> tuple[Any, Any] | None:
+    for held, names in ((region, ("original_width", "original_height")) for region in regions):
+        if all(name in held for name in names):
+            return held[names[0]], held[names[1]]
+    if "width" in data and "height" in data:
+        return data["width"], data["height"]
+    return (known.width, known.height) if known is not None else None
+
+
+def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) -> list[Shape]:
+    ties = _relations(regions)
+    words: dict[str, str] = {}  # region id -> label, which may stand in a result of its own
+    for region in regions:
+        value = region.get("value")
+        for kind in ("rectanglelabels", "polygonlabels", "labels"):
+            if isinstance(value, dict) and isinstance(value.get(kind), list) and value[kind]:
+                words[str(region.get("id", ""))] = str(value[kind][0])
+    shapes = []
+    for place, region in enumerate(regions, 1):
+        kind = str(region.get("type", "")).removesuffix("labels")
+        if kind not in ("rectangle", "polygon"):
+            continue
+        key, value = str(region.get("id", "")), region.get("value")
+        at = f"region {key or place}"
+        if not isinstance(value, dict):
+            raise UserError(f"{where}, {at}: expected a value with the place of the {kind}")
+        scale, segmentation = np.array([width, height]) / 100, None
+        if kind == "rectangle":
+            if number(value.get("rotation", 0), f"{where}, {at}, rotation") or region.get("image_rotation"):
+                raise UserError(f"{where}, {at}: turned; expected an upright rectangle on an image as it lies")
+            x, y, w, h = (number(value.get(name), f"{where}, {at}, {name}") for name in ("x", "y", "width", "height"))
+            with np.errstate(over="ignore"):  # an infinite box is refused with the other wrong ones
+                box = np.array([x, y, x + w, y + h]) * np.tile(scale, 2)
+        else:
+            points = value.get("points")
+            if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+                raise UserError(f"{where}, {at}: expected points as [[x, y], ...] in percent")
+            xy = np.array([[number(v, f"{where}, {at}") for v in point] for point in points]).reshape(-1, 2) * scale
+            segmentation = [xy.ravel().tolist()]
+            try:
+                box = polygon_box(segmentation)
+            except ValueError as error:
+                raise UserError(f"{where}, {at}: {error}") from None
+        shapes.append(Shape(words.get(key, ""), box, at, _note(region), segmentation, ties.get(key, "")))
+    return shapes
+
+
+def _relations(regions: list[dict[str, Any]]) -> dict[str, str]:
+    """Region id -> a name shared by the two regions of a relation."""
+    ties: dict[str, str] = {}
+    for region in regions:
+        if region.get("type") == "relation":
+            ends = [str(region.get(name, "")) for name in ("from_id", "to_id")]
+            tie = next((ties[end] for end in ends if end in ties), ends[0])
+            ties |= dict.fromkeys(ends, tie)
+    return ties
+
+
+def _note(region: dict[str, Any]) -> str:
+    meta = region.get("meta")
+    texts = meta.get("text") if isinstance(meta, dict) else None
+    for text in texts if isinstance(texts, list) else [texts]:
+        if isinstance(text, str) and text.startswith(NOTE):
+            return text.removeprefix(NOTE).strip()
+    return ""
+
+
+def write_label_studio(path: Path, annotations: Annotations) -> None:
+    """Write tasks with annotations for a project with the labelling set-up `CONFIG`, its images in local storage."""
+    need_names(annotations, "Label Studio")
+    lesions = annotations.by_picture()
+    tasks = []
+    for place, picture in enumerate(annotations.pictures, 1):
+        data = {
+            "image": LOCAL + urllib.parse.quote(picture.file_name),
+            "width": picture.width,
+            "height": picture.height,
+        } | ({"split": picture.split} if picture.split else {})
+        result = [entry for lesion in lesions[picture.image_id] for entry in _entries(lesion, picture)]
+        tasks.append({"id": place, "data": data, "annotations": [{"id": place, "result": result}]})
+    write_json_atomic(path, tasks)
+
+
+def _entries(lesion: Lesion, picture: Picture) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    percent = 100 / np.array([picture.width, picture.height] * 2)
+    for label, box in ((BIG_LABEL, lesion.big_box), (SMALL_LABEL, lesion.small_box)):
+        if box is None:
+            continue
+        x0, y0, x1, y1 = (float(value) for value in box * percent)
+        key = hashlib.sha256(f"{picture.image_id}|{lesion.lesion_id}|{label}".encode()).hexdigest()[:10]
+        entries.append(
+            {
+                "id": key,
+                "type": "rectanglelabels",
+                "from_name": "box",
+                "to_name": "image",
+                "image_rotation": 0,
+                "original_width": picture.width,
+                "original_height": picture.height,
+                "value": {
+                    "x": x0,
+                    "y": y0,
+                    "width": x1 - x0,
+                    "height": y1 - y0,
+                    "rotation": 0,
+                    "rectanglelabels": [label],
+                },
+                "meta": {"text": [NOTE + lesion.lesion_id]},
+            }
+        )
+    if len(entries) == 2:
+        entries.append(
+            {"type": "relation", "from_id": entries[0]["id"], "to_id": entries[1]["id"], "direction": "right"}
+        )
+    return entries

@@ -1,0 +1,303 @@
+"""What a prediction is given: images as files, folders or patterns, and the boxes or points of their lesions."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lesionsam.boxes.table import BIG, COLUMNS, SMALL, parse_box, parse_boxes, read_rows
+from lesionsam.errors import UserError
+from lesionsam.inference.decode import Asked
+from lesionsam.prompts import KINDS
+from lesionsam.utils.files import decimal_number
+from lesionsam.utils.images import IMAGE_SUFFIXES
+
+POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
+HALF = 0.5  # probability at which SAM's masks are cut
+ONE = "0"  # the lesion_id where an image is known to have one lesion
+Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text); line 0: no CSV, numbers
+
+
+def needs_small(prompt: str) -> bool:
+    """Whether a prompt of this kind reads the small box."""
+    return prompt != "box"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the prompts come from.
+
+    Attributes:
+        kind: boxes | points (both of a CSV) | auto (none: the one lesion of an image) | everything (none: all masks).
+        path: of the CSV, or None. prompt: made from the boxes, of `prompts.KINDS`.
+    """
+
+    kind: str
+    path: Path | None = None
+    prompt: str = "box"
+
+    @classmethod
+    def of(
+        cls, *, boxes: Path | bool | None, points: Path | bool | None, auto: bool, everything: bool, prompt: str
+    ) -> Source:
+        """The one source that is given; boxes and points that are True are numbers, not those of a CSV.
+
+        Raises:
+            UserError: none, or more than one; an unknown kind of prompt.
+        """
+        given = {"boxes": boxes, "points": points, "auto": auto, "everything": everything}
+        chosen = [name for name, value in given.items() if value]
+        if len(chosen) != 1:
+            raise UserError(
+                f"expected one of {', '.join(f'--{name}' for name in given)}, got "
+                f"{' and '.join(f'--{name}' for name in chosen) or 'none of them'}"
+            )
+        if prompt not in KINDS:
+            raise UserError(f"--prompt: expected one of {', '.join(KINDS)}, got {prompt!r}")
+        if prompt != "box" and not boxes:
+            raise UserError(
+                f"--prompt {prompt}: is made from boxes, and there are none with --{chosen[0]}; leave one "
+                "of the two out"
+            )
+        value = given[chosen[0]]
+        return cls(chosen[0], value if isinstance(value, Path) else None, prompt)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise UserError unless it is a probability that can be cut at."""
+    if not 0 < threshold < 1:
+        raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
+
+
+def check_answering(source: Source, *, threshold: float, ensemble: int, nearer: bool) -> None:
+    """Whether prompts of this source can be answered so; the one place for `Predictor` and `predict_files`.
+
+    Args:
+        threshold: probability above which a pixel is lesion. ensemble: decodings of each box. nearer: whether what
+            lies around each box is enlarged.
+    Raises:
+        UserError: a value out of range, or one that this source has no use for.
+    """
+    check_threshold(threshold)
+    if source.kind == "everything" and threshold != HALF:
+        raise UserError(
+            f"--threshold {threshold:g}: automatic masks are cut at {HALF:g}, where their stability is "
+            "measured; leave it out, or ask with --boxes, --points or --auto"
+        )
+    if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
+        raise UserError(
+            f"--ensemble: expected 1 (none) or more, with --boxes alone, got {ensemble} with --{source.kind}"
+        )
+    if nearer and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
+        raise UserError(
+            "--nearer: enlarges what lies around a big box, so it goes with --boxes, --prompt box and no "
+            "--ensemble; --auto does so by itself"
+        )
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One lesion that a mask is wanted of, its prompt still text: the check needs the image's size.
+
+    Attributes:
+        lesion_id: as written, or counted from 0 within the image where the file has no such column.
+        file_name: of the mask and of all that is drawn from it, without ending. rows: of the CSV, none without one.
+    """
+
+    lesion_id: str
+    file_name: str
+    rows: Rows = ()
+
+    def asked(self, width: int, height: int, source: Source) -> Asked:
+        """The prompt, checked against its image.
+
+        Raises:
+            ValueError: names line and column, what was expected and what came.
+        """
+        if not self.rows:
+            return Asked()
+        parts = []
+        for line, row in self.rows:
+            try:
+                _check_size(row, width, height)
+                if source.kind == "points":
+                    parts.append(_parse_point(row, width, height))
+                elif needs_small(source.prompt):
+                    return Asked(*parse_boxes(row, width, height))
+                else:
+                    big = parse_box(row, BIG, width, height)
+                    return Asked(big, big)
+            except ValueError as error:
+                raise ValueError(f"line {line}, {error}" if line else str(error)) from None
+        labels = np.array([label for _, _, label in parts], np.int64)
+        if not labels.any():
+            line, row = self.rows[0]
+            raise ValueError(
+                (f"line {line}, " if line else "") + f"label: lesion {self.lesion_id!r} of "
+                f"{row['image_id']!r} has no point of label 1; give one that lies on it"
+            )
+        return Asked(points=np.array([(x, y) for x, y, _ in parts]), labels=labels)
+
+
+def _check_size(row: dict[str, str], width: int, height: int) -> None:
+    for name, known in (("width", width), ("height", height)):
+        if row.get(name, str(known)) not in ("", str(known)):
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {row['image_id']!r} is {width}x{height} px after EXIF transpose"
+            )
+
+
+def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, float, int]:
+    values = []
+    for name, limit in (("x", width), ("y", height)):
+        try:
+            value = decimal_number(row[name])
+        except ValueError:
+            value = float("nan")
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: expected a number of pixels, got {row[name]!r} ({row['image_id']!r})")
+        if not 0 <= value <= limit:
+            raise ValueError(
+                f"{name}: {value:g} lies outside the image {row['image_id']!r} of {width}x{height} px; "
+                "points are in original pixels"
+            )
+        values.append(value)
+    if (label := row.get("label") or "1") not in ("0", "1"):
+        raise ValueError(f"label: expected 1 (lesion) or 0 (not), got {label!r} ({row['image_id']!r})")
+    return values[0], values[1], int(label)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and the lesions asked for, in the order of the CSV; none where all its masks are wanted."""
+
+    image_id: str
+    path: Path
+    lesions: tuple[Lesion, ...]
+
+
+def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
+    """Image files named by files, folders (their own images, sorted, not those of folders within) and patterns.
+
+    Returns:
+        the files, each once, in order; one line for each argument that gives none.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for argument in map(str, arguments):
+        path = Path(argument)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = [each for each in sorted(path.iterdir()) if _is_image(each)]
+            if not matches:
+                problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        else:
+            matches = [
+                each
+                for each in map(Path, sorted(glob.glob(argument, recursive=True)))
+                if each != path and _is_image(each)
+            ]
+            if not matches:
+                problems.append(f"{argument}: no such image file or folder, and a pattern that matches none")
+        found |= dict.fromkeys(matches)
+    return list(found), problems
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a folder's entry is meant; a link to nothing is, and is named when it cannot be read."""
+    return (
+        path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or not path.exists())
+    )
+
+
+def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:
+    """Rows of a CSV by image and lesion; the columns that the prompt needs must be there, lesion_id may lack.
+
+    Of boxes each row is a lesion. Points of one image and one lesion_id are one prompt; without lesion_id all points of
+    an image are.
+
+    Returns:
+        image_id -> lesion_id -> rows; one line for each box that stands twice.
+    Raises:
+        UserError: no row, or as `read_rows`.
+    """
+    path = source.path
+    if path is None:
+        return {}, []
+    if source.kind == "points":
+        read = read_rows(path, ("image_id", "x", "y"), columns=POINT_COLUMNS, what="CSV of points")
+    else:
+        needed = ("image_id", *BIG, *(SMALL if needs_small(source.prompt) else ()))
+        read = read_rows(path, needed, columns=COLUMNS)
+    lesions: dict[str, dict[str, Rows]] = {}
+    problems = []
+    for line, row in read:
+        known = lesions.setdefault(row["image_id"], {})
+        if source.kind == "points":
+            lesion_id = row.get("lesion_id") or ONE
+            known[lesion_id] = (*known.get(lesion_id, ()), (line, row))
+            continue
+        lesion_id = row.get("lesion_id") or str(len(known))
+        if lesion_id in known:
+            problems.append(
+                f"{path}: line {line}, lesion_id: {row['image_id']!r} has a lesion {lesion_id!r} already; "
+                "the first is taken"
+            )
+            continue
+        known[lesion_id] = ((line, row),)
+    if not lesions:
+        raise UserError(f"{path}: expected a row for each lesion below the header, got none")
+    return lesions, problems
+
+
+def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], list[str]]:
+    """Match images with rows: image_id is the file's name, with or without its ending.
+
+    Returns:
+        the jobs; one line for each image without a row and for each row that stands twice; ids without an image.
+    Raises:
+        UserError: two images of one name, or lesions whose files would have the same name.
+    """
+    lesions, problems = read_lesions(source)
+    jobs: dict[str, Job] = {}
+    writers: dict[str, str] = {}
+    for path in paths:
+        image_id = path.stem if source.path is None or path.stem in lesions else path.name
+        if source.path is not None and image_id not in lesions:
+            problems.append(f"{path}: no row of {source.path} has the image_id {path.stem!r}; add its {source.kind}")
+            continue
+        if image_id in jobs:
+            raise UserError(
+                f"{path}: the image_id {image_id!r} stands for {jobs[image_id].path} too; predict them in "
+                "two calls, with an --out of their own"
+            )
+        rows = {"auto": {ONE: ()}, "everything": {}}.get(source.kind, lesions.get(image_id, {}))
+        named = []
+        if not rows:
+            folder = file_stem(image_id) + "/"  # for as many masks as there are
+            if (other := writers.setdefault(folder, image_id)) != image_id:
+                raise UserError(f"{path}: its masks would be in masks/{folder}, as those of {other}; rename one")
+        for lesion_id, lines in rows.items():
+            file_name = file_stem(image_id if len(rows) == 1 else f"{image_id}_{lesion_id}")
+            if (other := writers.setdefault(file_name, f"{image_id}/{lesion_id}")) != f"{image_id}/{lesion_id}":
+                place = f"{source.path}: line {lines[0][0]}" if lines else str(path)
+                raise UserError(
+                    f"{place}: the mask of {image_id}/{lesion_id} would be {file_name}.png, as that of "
+                    f"{other}; rename one of them"
+                )
+            named.append(Lesion(lesion_id, file_name, lines))
+        jobs[image_id] = Job(image_id, path, tuple(named))
+    return list(jobs.values()), problems, [image_id for image_id in lesions if image_id not in jobs]
+
+
+def file_stem(label: str) -> str:
+    """A label as part of a file's name: letters, digits, and . _ - as they are, anything else as _."""
+    return re.sub(r"[^\w.-]+", "_", label)

@@ -1,0 +1,60 @@
+"""The low-resolution grid: masks and boxes on it, means over a batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lesionsam.types import Batch
+
+
+def to_grid(values: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, S, S) -> (B, side, side) by area average; side divides S."""
+    return F.avg_pool2d(values[:, None].float(), values.shape[-1] // side)[:, 0]
+
+
+def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which columns and rows of a grid have their centre in a box.
+
+    Args:
+        boxes: (B, 4) XYXY, model frame of `side`. cells: columns and rows of the grid.
+    Returns:
+        columns (B, cells) bool, rows (B, cells) bool.
+    """
+    centres = (torch.arange(cells, device=boxes.device) + 0.5) * (side / cells)
+    return (
+        (centres >= boxes[:, 0:1]) & (centres < boxes[:, 2:3]),
+        (centres >= boxes[:, 1:2]) & (centres < boxes[:, 3:4]),
+    )
+
+
+def box_pixels(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
+    """(B, cells, cells) bool: cells whose centre lies in the box; see `box_cells`."""
+    columns, rows = box_cells(boxes, cells, side)
+    return rows[:, :, None] & columns[:, None]
+
+
+def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
+    """(B, cells, cells) bool: cells whose centre lies in the box; at least the one that holds the box's centre."""
+    inside = box_pixels(boxes, cells, side)
+    middle = ((boxes[:, :2] + boxes[:, 2:]) / 2 * (cells / side)).long().clamp(0, cells - 1)
+    inside[torch.arange(len(boxes), device=boxes.device), middle[:, 1], middle[:, 0]] = True
+    return inside
+
+
+def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """True masks on the grid: (B, side, side) share of lesion (0 where unknown) and (B,) bool, whether known."""
+    if batch.masks is None:
+        device = batch.images.device
+        return (
+            torch.zeros(len(batch.ids), side, side, device=device),
+            torch.zeros(len(batch.ids), dtype=torch.bool, device=device),
+        )
+    known = ~batch.masks[:, 0, 0].isnan()
+    return to_grid(torch.nan_to_num(batch.masks), side), known
+
+
+def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Mean of (B,) values over the chosen ones (bool or weights); 0 where there are none."""
+    weights = chosen.to(values.dtype)
+    return (values * weights).sum() / weights.sum().clamp(min=1e-6)

@@ -1,0 +1,57 @@
+"""Draw prompts of mixed kinds and decode them together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from lesionsam.models.decoder import decode_groups
+from lesionsam.models.sam import Sam
+from lesionsam.prompts import draw_prompts
+from lesionsam.types import Batch, to_device
+
+
+def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generator) -> list[str]:
+    """`count` kinds of prompt in the proportions of `shares`, stratified (a draw per 1/count) and shuffled."""
+    names = [name for name, share in shares.items() if share > 0]
+    cumulative = np.cumsum([shares[name] for name in names])
+    positions = (np.arange(count) + torch.rand(1, generator=generator).item()) / count
+    drawn = np.searchsorted(cumulative / cumulative[-1], positions, side="right").clip(max=len(names) - 1)
+    return [names[drawn[k]] for k in torch.randperm(count, generator=generator).tolist()]
+
+
+def draw_groups(
+    shares: Mapping[str, float], count: int, repeats: int, generator: torch.Generator
+) -> list[tuple[str, torch.Tensor]]:
+    """Kinds of prompt for `repeats` prompts of each of `count` images: (kind, (G,) int64 images), a group per kind."""
+    rows = torch.arange(count * repeats) % count
+    kinds = draw_kinds(shares, len(rows), generator)
+    return [(kind, rows[[k for k, drawn in enumerate(kinds) if drawn == kind]]) for kind in sorted(set(kinds))]
+
+
+def decode_mixture(
+    sam: Sam,
+    features: torch.Tensor,
+    batch: Batch,
+    shares: Mapping[str, float],
+    *,
+    repeats: int,
+    num_points: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decode every image of a batch under `repeats` prompts of drawn kinds, all in one pass.
+
+    Args:
+        features: (B, C, H', W'). shares: kind of prompt -> share.
+    Returns:
+        low_res_masks (R, T, T) logits, iou_predictions (R,), rows (R,) int64 into the batch, R = B * repeats.
+    """
+    groups = []
+    for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
+        picked = to_device(group, features.device)
+        big, small = batch.big_boxes[picked], batch.small_boxes[picked]
+        groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
+    low_res, iou = decode_groups(sam, features, groups, slice(0, 1))
+    return low_res[:, 0], iou[:, 0], torch.cat([picked for picked, _ in groups])

@@ -1,0 +1,183 @@
+"""Supervised fine-tuning: true masks as the target, in the same loop.
+
+Symbols: y logits (N, K, T, T) of N answers, K mask tokens each (token 0 the single mask, 1 to 3 SAM's candidates for an
+ambiguous prompt); m true masks and w weights on the low-resolution grid (B, T, T); rows, the image of each answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
+from lesionsam.methods.base import Method, Term
+from lesionsam.methods.grid import known_masks, mean_over, to_grid
+from lesionsam.methods.prompting import draw_groups
+from lesionsam.models.decoder import decode_groups
+from lesionsam.models.prefix import encode_batch
+from lesionsam.models.sam import Sam
+from lesionsam.models.teacher import Teacher
+from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
+from lesionsam.types import Batch, Prompts, to_device
+
+LOG_WEIGHTS = "log_weights"  # in the name of the parameter that holds the learnt weights
+IOU_LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
+
+
+@dataclass(frozen=True)
+class MaskDraws:
+    """How prompts are drawn from masks; `prompts.prompts_from_masks` documents each."""
+
+    box_jitter: float
+    max_points: int
+    point_jitter: float
+    negative: float
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of section `method` in params.yaml, which documents each.
+
+    Attributes:
+        from_masks: how prompts are drawn from the masks; None draws them from the two boxes.
+    """
+
+    loss: str
+    candidates: str
+    iou_loss: str
+    beta: float
+    learned_weights: bool
+    average: float
+    num_points: int
+    prompts_per_image: int
+    corrections: int
+    prompts: Mapping[str, float]
+    from_masks: MaskDraws | None
+
+
+class Learner(nn.Module):
+    """SAM and, where they are learnt, the logarithms of the terms' weights: everything that may train."""
+
+    def __init__(self, sam: Sam, num_weights: int) -> None:
+        super().__init__()
+        self.sam = sam
+        self.log_weights = nn.Parameter(torch.zeros(num_weights, device=sam.pixel_mean.device)) if num_weights else None
+
+
+class Supervised(Method):
+    """The method; see the module's docstring.
+
+    Args:
+        sam: the model; what trains is already selected. options: see `Options`.
+    """
+
+    def __init__(self, sam: Sam, options: Options) -> None:
+        self.sam, self.options = sam, options
+        self.weights = dict(MASK_LOSSES[options.loss])
+        if options.iou_loss != "monitor":
+            self.weights["iou"] = options.beta
+        self.learner = Learner(sam, len(self.weights) if options.learned_weights else 0)
+        self.model: nn.Module = self.learner
+        self.teacher = Teacher(self.model, options.average) if options.average > 0 else None
+        self.kept: nn.Module = self.teacher.module if self.teacher is not None else self.model
+
+    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
+        """The terms of the mask's loss, and that of the IoU head (or its monitor, without gradient).
+
+        With learnt weights each term counts exp(s) times its own weight, and `weighting` = -sum(s) keeps s from falling
+        for ever: at the optimum exp(s) is the reciprocal of the weighted term (after Kendall et al. 2018,
+        arXiv:1705.07115, with s = -2 log sigma).
+        """
+        o = self.options
+        y, predicted, rows = self.answers(batch, generator)
+        m, known = known_masks(batch, y.shape[-1])
+        m, known, w = m[rows], known[rows], to_grid(batch.valid, y.shape[-1])[rows]
+        mask_weights = MASK_LOSSES[o.loss]
+        tokens = range(y.shape[1])
+        parts = {name: torch.stack([MASK_TERMS[name](y[:, k], m, w) for k in tokens], 1) for name in mask_weights}
+        values = {name: mean_over(self.chosen(part, parts), known) for name, part in parts.items()}
+        true_iou = torch.stack([hard_iou(y[:, k].detach(), m, w) for k in tokens], 1)
+        if o.iou_loss == "monitor":
+            with torch.no_grad():
+                iou = mean_over((predicted.float() - true_iou).square().mean(1), known)
+            terms = {"iou": Term(iou, o.beta, monitor=True)}
+        else:
+            error = IOU_LOSSES[o.iou_loss](predicted.float(), true_iou, reduction="none")
+            values["iou"], terms = mean_over(error.mean(1), known), {}
+        log_weights = self.learner.log_weights
+        if log_weights is None:
+            return {name: Term(value, self.weights[name]) for name, value in values.items()} | terms
+        weights = [self.weights[name] * s.exp() for name, s in zip(values, log_weights, strict=True)]
+        learnt = {name: Term(value, weight) for (name, value), weight in zip(values.items(), weights, strict=True)}
+        return learnt | {"weighting": Term(-log_weights.sum(), 1.0)} | terms
+
+    def chosen(self, part: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(N, K) -> (N,): the single mask's value, plus that of the candidate whose whole loss is least."""
+        if part.shape[1] == 1:
+            return part[:, 0]
+        whole = torch.stack([MASK_LOSSES[self.options.loss][name] * value for name, value in parts.items()]).sum(0)
+        best = whole[:, 1:].argmin(1, keepdim=True) + 1
+        return part[:, 0] + part.gather(1, best)[:, 0]
+
+    def answers(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode every image under prompts of drawn kinds, and again after each correction.
+
+        Returns:
+            y (N, K, T, T), iou_predictions (N, K), rows (N,) int64; N = B * prompts_per_image * (1 + corrections).
+        """
+        o, features = self.options, encode_batch(self.sam, batch)
+        tokens = slice(0, 1) if o.candidates == "one" else slice(None)
+        shares, known = known_masks(batch, batch.images.shape[-1])
+        masks, valid = shares > 0.5, batch.valid & known[:, None, None]
+        groups = []
+        for kind, group in draw_groups(o.prompts, len(batch.ids), o.prompts_per_image, generator):
+            picked = to_device(group, features.device)
+            groups.append((picked, self.prompt(kind, batch, picked, masks, generator)))
+        rows = torch.cat([picked for picked, _ in groups])
+        answers = [decode_groups(self.sam, features, groups, tokens)]
+        for _ in range(o.corrections):
+            answered = answers[-1][0][:, 0].split([len(picked) for picked, _ in groups])
+            groups = [
+                (picked, with_correction(prompts, y, masks[picked], valid[picked], generator))
+                for (picked, prompts), y in zip(groups, answered, strict=True)
+            ]
+            answers.append(decode_groups(self.sam, features, groups, tokens))
+        logits, predictions = zip(*answers, strict=True)
+        return torch.cat(logits), torch.cat(predictions), rows.repeat(len(answers))
+
+    def prompt(
+        self, kind: str, batch: Batch, picked: torch.Tensor, masks: torch.Tensor, generator: torch.Generator
+    ) -> Prompts:
+        """One prompt of a kind for each of the picked images, from the two boxes or from the masks (B, S, S) bool."""
+        o, big, small = self.options, batch.big_boxes[picked], batch.small_boxes[picked]
+        if o.from_masks is None:
+            return draw_prompts(kind, big, small, num_points=o.num_points, generator=generator)
+        draws = o.from_masks
+        return prompts_from_masks(
+            kind,
+            masks[picked],
+            batch.valid[picked],
+            batch.sizes[picked],
+            big,
+            box_jitter=draws.box_jitter,
+            max_points=draws.max_points,
+            point_jitter=draws.point_jitter,
+            negative=draws.negative,
+            generator=generator,
+        )
+
+    def after_step(self) -> None:
+        """The average of the weights follows, where there is one."""
+        if self.teacher is not None:
+            self.teacher.update()
+
+    def monitors(self) -> dict[str, torch.Tensor]:
+        """The learnt weights."""
+        log_weights = self.learner.log_weights
+        if log_weights is None:
+            return {}
+        return {f"weight_{name}": s.exp().detach() for name, s in zip(self.weights, log_weights, strict=True)}

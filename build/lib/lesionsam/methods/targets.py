@@ -1,0 +1,49 @@
+"""Targets that need no network, and the placebo controls that every real target must beat."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
+
+
+def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """(B, 4) XYXY -> (B, side, side): `box_prior.ellipse_prior` batched, on the model frame."""
+    position = torch.arange(side, device=big_boxes.device) + 0.5
+    centre, half = (
+        (big_boxes[:, :2] + big_boxes[:, 2:]) / 2,
+        ((big_boxes[:, 2:] - big_boxes[:, :2]) / 2).clamp(min=1e-6),
+    )
+    u = (position[None] - centre[:, 0:1]) / half[:, 0:1]
+    v = (position[None] - centre[:, 1:2]) / half[:, 1:2]
+    return SHAPE_WEIGHT * (1 - torch.sqrt(u[:, None] ** 2 + v[:, :, None] ** 2) * ELLIPSE_SHRINK)
+
+
+def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool) -> torch.Tensor:
+    """The next image's target in place of one's own: what remains is what geometry alone teaches.
+
+    Args:
+        logits: (B, S, S), B >= 2. big_boxes: (B, 4) XYXY.
+        warp: move and scale the other image's target so that its big box falls on this image's.
+    Returns:
+        (B, S, S).
+    Raises:
+        ValueError: a batch of one image, which has no other.
+    """
+    if len(logits) < 2:
+        raise ValueError("a placebo needs a batch of at least 2 images")
+    other, theirs = logits.roll(-1, 0), big_boxes.roll(-1, 0)
+    if not warp:
+        return other
+    side = logits.shape[-1]
+    position = torch.arange(side, device=logits.device) + 0.5
+    scale = (theirs[:, 2:] - theirs[:, :2]) / (big_boxes[:, 2:] - big_boxes[:, :2]).clamp(min=1e-6)  # (B, 2) x, y
+    x = theirs[:, 0:1] + (position[None] - big_boxes[:, 0:1]) * scale[:, 0:1]
+    y = theirs[:, 1:2] + (position[None] - big_boxes[:, 1:2]) * scale[:, 1:2]
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1) / side * 2 - 1
+    warped = F.grid_sample(other[:, None], grid, mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
+    inside = ((position >= big_boxes[:, 0:1]) & (position < big_boxes[:, 2:3]))[:, None, :] & (
+        (position >= big_boxes[:, 1:2]) & (position < big_boxes[:, 3:4])
+    )[:, :, None]
+    return torch.where(inside, warped, logits.amin(dim=(1, 2), keepdim=True))

@@ -1,0 +1,77 @@
+"""What the output of an encoder's frozen part depends on beside the image: the identity of cached activations."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lesionsam.models.sam import Sam
+
+
+def frozen_identity(sam: Sam, num_blocks: int) -> str:
+    """SHA-256, 64 hex digits, of weights, structure and source code of what `trainable.encode_prefix` runs.
+
+    The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
+    """
+    digest, encoder = hashlib.sha256(), sam.image_encoder
+    digest.update(repr(getattr(encoder, "execution", None)).encode())  # which of the exact attentions, see `attention`
+    library = {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)}
+    for path in sorted({*map(str, Path(__file__).parent.glob("*.py")), *filter(None, library)}):
+        digest.update(Path(path).read_bytes())
+    tensors = {"pos_embed": encoder.pos_embed} if encoder.pos_embed is not None else {}
+    for name, module in frozen_parts(sam, num_blocks):
+        for inner, part in module.named_modules():
+            digest.update(f"{name}.{inner} {type(part).__qualname__} {plain_settings(part)}".encode())
+        tensors |= {f"{name}.{inner}": value for inner, value in [*module.named_parameters(), *module.named_buffers()]}
+    for name, value in tensors.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the encoder's leading part; `num_blocks` as `trainable.num_frozen_blocks` counts, from 0."""
+    encoder = sam.image_encoder
+    yield "patch_embed", encoder.patch_embed
+    for k, block in enumerate(encoder.blocks[:num_blocks]):
+        yield f"blocks.{k}", block
+    if num_blocks > len(encoder.blocks):
+        yield "neck", encoder.neck
+
+
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The numbers and words that a module keeps beside its weights: heads, window, stride."""
+    return {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, int | float | str | tuple) and name != "training" and not name.startswith("_")
+    }
+
+
+def arithmetic(device: torch.device) -> str:
+    """What decides the last bits of a result on this device: the processor, its kernels, torch and its threads."""
+    if device.type == "cuda":
+        switches = (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        )
+        where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, {switches}"
+    else:
+        where = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"torch {torch.__version__}, {where}, {torch.get_float32_matmul_precision()}"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,71 @@
+"""Which parameters of a SAM train, and the encoder split at the first of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from segment_anything.modeling import Sam
+from torch import nn
+
+from lesionsam.errors import UserError
+from lesionsam.models import adapters, lora
+
+
+def select_trainable(
+    sam: Sam, *, encoder: str, unfreeze_last_k: int = 0, train_decoder: bool, train_prompt_encoder: bool | None = None
+) -> None:
+    """Set `requires_grad` of every parameter.
+
+    Args:
+        encoder: `none`; `blocks` for transformer blocks and the neck; `adapter` or `lora` for what
+            `models.adapted.attach` put in.
+        unfreeze_last_k: with blocks: the last K blocks and the neck; 0 = the whole encoder.
+        train_decoder: the mask decoder trains. train_prompt_encoder: the prompt encoder; None = as the decoder.
+    Raises:
+        UserError: K beyond the number of blocks, or nothing left to train.
+    """
+    blocks = sam.image_encoder.blocks
+    if unfreeze_last_k > len(blocks):
+        raise UserError(
+            f"model.unfreeze_last_k: expected 0 to {len(blocks)} (the encoder's blocks), got {unfreeze_last_k}"
+        )
+    sam.requires_grad_(False)
+    if encoder == "blocks":
+        parts: Iterable[nn.Module] = [sam.image_encoder]
+        if unfreeze_last_k:
+            parts = [*blocks[len(blocks) - unfreeze_last_k :], sam.image_encoder.neck]
+        for part in parts:
+            part.requires_grad_(True)
+    mark = {"adapter": adapters.MARK, "lora": lora.MARK}.get(encoder)
+    for name, p in sam.named_parameters():
+        if mark is not None and mark in name:
+            p.requires_grad_(True)
+    sam.mask_decoder.requires_grad_(train_decoder)
+    sam.prompt_encoder.requires_grad_(train_decoder if train_prompt_encoder is None else train_prompt_encoder)
+    if not any(p.requires_grad for p in sam.parameters()):
+        raise UserError(
+            f"model.encoder: `{encoder}` with model.train_decoder: false leaves nothing to train; change one of them"
+        )
+
+
+def trained_counts(module: nn.Module) -> dict[str, int]:
+    """Number of trained parameters by part: encoder, adapters, lora, decoder, prompt_encoder, head, other; no zeros."""
+    marks = {
+        "adapters": adapters.MARK,
+        "lora": lora.MARK,
+        "encoder": "image_encoder.",
+        "decoder": "mask_decoder.",
+        "prompt_encoder": "prompt_encoder.",
+        "head": "head.",
+    }
+    counts: dict[str, int] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            part = next((part for part, mark in marks.items() if mark in name), "other")
+            counts[part] = counts.get(part, 0) + p.numel()
+    return counts
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that require a gradient."""
+    return [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,413 @@
+"""Train a compact SAM from scratch: `lesionsam foundation`; section `foundation` of params.yaml says of what sizes.
+
+By default it sees shapes of lesionsam.data.shapes only, or else the images and masks of section `data` (a folder, COCO,
+any other source); either way prompted with boxes, points and mask prompts. Each step encodes a batch
+once and decodes it three times: a loose box, points alone, and a refinement of a given mask (the box prior or the
+model's own earlier logits). The learning rate follows the clock, so that the run fits the time there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.prior import box_prior
+from lesionsam.config.load import load_config, with_values
+from lesionsam.config.schema import Foundation
+from lesionsam.errors import UserError, run_guarded
+from lesionsam.losses import hard_iou, soft_mask_loss
+from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.transforms import preprocess, resize_longest
+from lesionsam.pretraining import shape_prompts
+from lesionsam.pretraining.card import card_text, current_commit, machine_in_words
+from lesionsam.pretraining.data import DataPool, open_pool
+from lesionsam.pretraining.shape_prompts import Targets, make_targets
+from lesionsam.prompts import draw_prompts
+from lesionsam.types import Prompts
+from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic
+from lesionsam.utils.images import read_image, read_mask
+
+BATCH_SIZE = 8
+POOL_CHUNKS = 84  # chunks of images kept, about 70 objects each; the oldest give way
+FIRST_CHUNKS = 14  # generated before the first step
+REFRESH_STEPS = 60  # a new chunk of images after this many steps
+LEARNING_RATE, FINAL_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 0.01, 200, 0.05
+EMA_DECAY = 0.999
+IOU_WEIGHT, CANDIDATES_WEIGHT = 0.05, 0.5
+MEASURE_SECONDS, SAVE_SECONDS = 240.0, 180.0
+HELD_OUT_SEED = 777_000_001
+CHUNK_SEED_STRIDE = 1_000_003
+MEASURED = ("box", "centre", "ring")
+CARDS = {"compact.safetensors": "card.md"}  # the shipped weights' card; any other file's has its name
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps done, seconds on the clock and of the processor, the last measured scores."""
+
+    step: int = 0
+    chunks: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def pretrain(
+    *,
+    minutes: float,
+    seed: int,
+    state_path: Path,
+    architecture: CompactArchitecture | None = None,
+    resume: bool = False,
+    bfloat16: bool = True,
+    probe: Path | None = None,
+    images: tuple[DataPool, Targets] | None = None,
+    log: Callable[[str], None] = print,
+) -> tuple[Sam, Progress]:
+    """Train a compact SAM from scratch for `minutes` of running time.
+
+    Args:
+        minutes: by the clock, added up over resumed runs; it sets the learning rate's course.
+        seed: of weights, shapes, batches and prompts.
+        state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
+        bfloat16: autocast of encoder and decoder; weights and losses stay float32.
+        images: what is trained on instead of generated shapes, and what to measure on; see `foundation_data.open_pool`.
+        probe: folder with images/train/*.jpg and masks/train/*.png to measure on; never trained or selected on.
+        log: takes each progress line.
+    Returns:
+        the running average of the weights as a Sam in eval mode, and the finished progress.
+    """
+    if minutes <= 0:
+        raise UserError(f"foundation: minutes must be above 0, got {minutes}")
+    architecture = architecture or CompactArchitecture()
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    sam = build_compact(architecture).train()
+    average = copy.deepcopy(sam).requires_grad_(False).eval()
+    parameters = [p for p in sam.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
+    progress = Progress()
+    run = {**asdict(architecture), "seed": seed, "images": "shapes" if images is None else "data"}
+    if resume and state_path.is_file():
+        progress = _restore(state_path, run, sam, average, optimiser, generator)
+        log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
+    pool = _Pool(architecture, seed, progress.chunks) if images is None else images[0]
+    held_out = {"shapes": held_out_shapes(architecture)} | ({} if images is None else {"data": images[1]})
+    if probe is not None:
+        held_out["probe"] = read_probe(probe, architecture)
+    clock, cpu_clock = time.monotonic() - progress.seconds, time.process_time() - progress.cpu_seconds
+    measured, saved, mean_loss = progress.seconds, progress.seconds, float("nan")
+    while (share := (time.monotonic() - clock) / (60 * minutes)) < 1:
+        rate = LEARNING_RATE * min(1.0, (progress.step + 1) / WARMUP_STEPS)
+        rate *= FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        batch = pool.draw(BATCH_SIZE, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = step_loss(sam, batch, generator)
+        if not torch.isfinite(loss):
+            raise UserError(f"foundation: the loss is {loss.item()} at step {progress.step}; take another seed")
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        progress.step += 1
+        _update_average(average, sam, min(EMA_DECAY, (1 + progress.step) / (10 + progress.step)))
+        mean_loss = loss.item() if math.isnan(mean_loss) else 0.99 * mean_loss + 0.01 * loss.item()
+        if progress.step % REFRESH_STEPS == 0:
+            pool.refresh()
+        progress.chunks = pool.chunks
+        progress.seconds, progress.cpu_seconds = time.monotonic() - clock, time.process_time() - cpu_clock
+        if progress.seconds - measured > MEASURE_SECONDS:
+            measured = progress.seconds
+            progress.scores = measure(average, held_out)
+            log(_line(progress, minutes, mean_loss, rate))
+        if progress.seconds - saved > SAVE_SECONDS:
+            saved = progress.seconds
+            _save_state(state_path, run, sam, average, optimiser, generator, progress)
+    progress.scores = measure(average, held_out)
+    log(_line(progress, minutes, mean_loss, 0.0))
+    _save_state(state_path, run, sam, average, optimiser, generator, progress)
+    return average, progress
+
+
+def step_loss(sam: Sam, batch: Targets, generator: torch.Generator) -> Tensor:
+    """Sum over three decodings of 2 BCE + Dice on the low-resolution grid, and of the IoU head's squared error."""
+    features = encode(sam, preprocess(batch.images, batch.sizes))
+    targets = F.adaptive_avg_pool2d(batch.masks.float(), batch.priors.shape[-1])
+    boxed = shape_prompts.box_prompts(batch, generator)
+    pointed = shape_prompts.point_prompts(batch, generator)
+    box_loss, box_logits = _prompted_loss(sam, features, boxed, targets)
+    point_loss, point_logits = _prompted_loss(sam, features, pointed, targets)
+    kind = torch.rand((), generator=generator)
+    if kind < 0.65:
+        refined = shape_prompts.prior_prompts(batch, generator)
+    elif kind < 0.8:
+        refined = shape_prompts.correction_prompts(batch, box_logits, boxed.boxes, generator)
+    else:
+        refined = shape_prompts.correction_prompts(batch, point_logits, None, generator)
+    return box_loss + point_loss + _prompted_loss(sam, features, refined, targets)[0]
+
+
+def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scalar loss, and the single mask's logits (B, 1, T, T) without gradient.
+
+    A single point without mask is ambiguous: there the best of the three candidates is trained too.
+    """
+    logits, predicted_iou = decode_candidates(sam, features, prompts)
+    logits, predicted_iou = logits.float(), predicted_iou.float()
+    everywhere = torch.ones_like(targets)
+    loss = soft_mask_loss(logits[:, 0], targets, everywhere).mean()
+    tokens = 1
+    if prompts.boxes is None and prompts.masks is None and prompts.points is not None and prompts.points.shape[1] == 1:
+        tokens = logits.shape[1]
+        losses = torch.stack([soft_mask_loss(logits[:, k], targets, everywhere) for k in range(1, tokens)])
+        loss = loss + CANDIDATES_WEIGHT * losses.amin(0).mean()
+    true_iou = torch.stack([hard_iou(logits[:, k].detach(), targets, everywhere) for k in range(tokens)], 1)
+    loss = loss + IOU_WEIGHT * F.mse_loss(predicted_iou[:, :tokens], true_iou)
+    return loss, logits[:, :1].detach()
+
+
+def held_out_shapes(architecture: CompactArchitecture) -> Targets:
+    """About 140 objects that no run trains on."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
+
+
+def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int = 100) -> Targets:
+    """The first images of a folder in the model's frame, with simulated boxes 10 to 20 % too large."""
+    side, rng = architecture.image_size, np.random.default_rng(0)
+    rows: list[tuple[Tensor, ...]] = []
+    for path in sorted((folder / "images" / "train").glob("*.jpg"))[:num_images]:
+        image = read_image(path)
+        mask_path = folder / "masks" / "train" / f"{path.stem}.png"
+        mask = Image.fromarray(read_mask(mask_path, (image.shape[1], image.shape[0])))
+        resized = resize_longest(image, side)
+        height, width = resized.shape[:2]
+        pixels, truth = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
+        pixels[:height, :width] = resized
+        truth[:height, :width] = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)) > 127
+        boxes = simulate_boxes(truth, rng, margin=(0.1, 0.2), core=(0.45, 0.55), jitter=0.03, min_area=16)
+        if boxes is None:
+            continue
+        big, small = boxes
+        padding = np.ones((side, side), bool)
+        padding[:height, :width] = False
+        prior = torch.from_numpy(box_prior(pixels, big, small, padding))[None]
+        rows.append(
+            (
+                torch.from_numpy(pixels).permute(2, 0, 1),
+                torch.tensor([height, width]),
+                torch.from_numpy(truth),
+                torch.from_numpy(big).float(),
+                torch.from_numpy(small).float(),
+                F.adaptive_avg_pool2d(prior, 4 * architecture.grid)[0],
+            )
+        )
+    if not rows:
+        raise UserError(f"{folder}: expected images/train/*.jpg and masks/train/*.png to measure on, found none")
+    return Targets(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+@torch.no_grad()
+def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
+    """Mean zero-shot IoU in the model's frame, "set/prompt" -> value.
+
+    `prior` is the box prior itself; `box+prior` is the model given it as mask prompt beside the big box.
+    """
+    scores = {}
+    for name, targets in held_out.items():
+        generator = torch.Generator().manual_seed(0)
+        ious: dict[str, list[Tensor]] = {}
+        for part in torch.arange(len(targets)).split(32):
+            batch = targets[part]
+            features = encode(sam, preprocess(batch.images, batch.sizes))
+            logits = {"prior": batch.priors[:, None]}
+            for kind in MEASURED:
+                prompts = draw_prompts(kind, batch.big, batch.small, num_points=10, generator=generator)
+                logits[kind] = decode(sam, features, prompts)[0]
+            refined = Prompts(boxes=batch.big, masks=batch.priors[:, None])
+            logits["box+prior"] = decode(sam, features, refined)[0]
+            for kind, low in logits.items():
+                full = F.interpolate(low, size=batch.masks.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+                ious.setdefault(kind, []).append(hard_iou(full, batch.masks.float(), torch.ones_like(full)))
+        scores |= {f"{name}/{kind}": round(torch.cat(values).mean().item(), 4) for kind, values in ious.items()}
+    return scores
+
+
+class _Pool:
+    """The newest POOL_CHUNKS chunks of generated targets; chunk k of a run is always the same."""
+
+    def __init__(self, architecture: CompactArchitecture, seed: int, chunks: int) -> None:
+        self.architecture, self.seed = architecture, seed
+        self.chunks = max(chunks - FIRST_CHUNKS, 0)
+        self.parts: deque[Targets] = deque(maxlen=POOL_CHUNKS)
+        for _ in range(FIRST_CHUNKS):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Add a chunk, and let the oldest go."""
+        generator = torch.Generator().manual_seed(self.seed * CHUNK_SEED_STRIDE + self.chunks)
+        self.chunks += 1
+        self.parts.append(make_targets(self.architecture.image_size, 4 * self.architecture.grid, generator))
+
+    def draw(self, num: int, generator: torch.Generator) -> Targets:
+        """`num` targets, each from a chunk drawn anew, augmented together."""
+        drawn = []
+        for index in torch.randint(len(self.parts), (num,), generator=generator).tolist():
+            part = self.parts[index]
+            drawn.append(part[torch.randint(len(part), (1,), generator=generator)])
+        return shape_prompts.augment(Targets.join(drawn), generator)
+
+
+@torch.no_grad()
+def _update_average(average: Sam, sam: Sam, decay: float) -> None:
+    torch._foreach_lerp_(list(average.parameters()), list(sam.parameters()), 1 - decay)
+
+
+def _line(progress: Progress, minutes: float, loss: float, rate: float) -> str:
+    scores = " ".join(f"{name} {value:.3f}" for name, value in progress.scores.items())
+    return (
+        f"step {progress.step} {progress.seconds / 60:.1f}/{minutes:.0f} min (cpu {progress.cpu_seconds / 60:.1f}) "
+        f"loss {loss:.3f} lr {rate:.1e} {scores}"
+    )
+
+
+def _save_state(
+    path: Path,
+    run: Mapping[str, object],
+    sam: Sam,
+    average: Sam,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+    progress: Progress,
+) -> None:
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "run": dict(run),
+            "progress": asdict(progress),
+            "model": sam.state_dict(),
+            "average": average.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "generator": generator.get_state(),
+        },
+        buffer,
+    )
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def _restore(
+    path: Path,
+    run: Mapping[str, object],
+    sam: Sam,
+    average: Sam,
+    optimiser: torch.optim.Optimizer,
+    generator: torch.Generator,
+) -> Progress:
+    state = torch.load(path, weights_only=True)
+    held = {"images": "shapes"} | state.get("run", {})
+    if held != dict(run):
+        differing = ", ".join(
+            f"{key} {held.get(key)}, not {value}" for key, value in run.items() if held.get(key) != value
+        )
+        raise UserError(f"{path}: belongs to a run with {differing}; --fresh starts anew, --state names another file")
+    sam.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    optimiser.load_state_dict(state["optimiser"])
+    generator.set_state(state["generator"])
+    return Progress(**state["progress"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; what is not said comes from section `foundation` of the parameter file."""
+    parser = argparse.ArgumentParser(
+        prog="lesionsam foundation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"), help="parameter file (params.yaml)")
+    for name, known in Foundation.model_fields.items():
+        kind = {"minutes": float, "images": str}.get(name, int)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{known.description} (as in --params)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
+    parser.add_argument("--out", type=Path, default=Path("foundation/compact.safetensors"), help="weights to write")
+    parser.add_argument("--state", type=Path, default=Path(".cache/foundation/state.pt"), help="training state")
+    parser.add_argument("--fresh", action="store_true", help="start anew even where --state holds an earlier run")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
+    parser.add_argument("--probe", type=Path, help="folder of real images to measure on; never trained or selected on")
+    options = parser.parse_args(arguments)
+    given = {
+        f"foundation.{name}": value for name in Foundation.model_fields if (value := getattr(options, name)) is not None
+    }
+    config = with_values(load_config(options.params, check_files=False), given, "lesionsam foundation")
+    f = config.foundation
+    torch.set_num_threads(options.threads)
+    architecture, commit = (
+        CompactArchitecture(
+            image_size=f.image_size,
+            patch_size=f.patch_size,
+            width=f.width,
+            depth=f.depth,
+            num_heads=f.num_heads,
+            prompt_width=f.prompt_width,
+            decoder_mlp=f.decoder_mlp,
+        ),
+        current_commit(Path(__file__).parent),
+    )
+    images = None
+    if f.images == "data":
+        images = open_pool(config, architecture.image_size, 4 * architecture.grid, Path())
+    sam, progress = pretrain(
+        minutes=f.minutes,
+        seed=f.seed,
+        state_path=options.state,
+        architecture=architecture,
+        resume=not options.fresh,
+        bfloat16=not options.float32,
+        probe=options.probe,
+        images=images,
+        log=lambda line: print(line, flush=True),
+    )
+    num_parameters = sum(p.numel() for p in sam.parameters())
+    save_sam(sam.half(), options.out, name="compact")
+    words = sys.argv[1:] if arguments is None else arguments
+    card = card_text(
+        command=" ".join(["lesionsam foundation", *words]),
+        commit=commit,
+        seed=f.seed,
+        machine=machine_in_words(options.threads),
+        steps=progress.step,
+        minutes=progress.seconds / 60,
+        cpu_minutes=progress.cpu_seconds / 60,
+        scores=progress.scores,
+        sha256=sha256_file(options.out),
+        architecture=architecture,
+        images=f.images,
+        num_parameters=num_parameters,
+    )
+    write_text_atomic(options.out.with_name(CARDS.get(options.out.name, f"{options.out.stem}.md")), card)
+    print(
+        f"wrote {options.out} and its card: {num_parameters:,} parameters, {progress.step} steps, "
+        f"{progress.seconds / 60:.1f} min"
+    )
+
+
+if __name__ == "__main__":
+    run_guarded(main)

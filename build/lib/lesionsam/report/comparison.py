@@ -1,0 +1,361 @@
+"""Runs side by side on one page, on the lesions that all of them were evaluated on, tested in pairs with the first."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from lesionsam.config.load import read_yaml
+from lesionsam.errors import UserError
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.columns import LEAKING, ROW_COLUMNS
+from lesionsam.evaluation.picks import DISPUTED, GROUPS
+from lesionsam.evaluation.tables import (
+    ADAPTED,
+    BASELINES,
+    NOTES,
+    ZERO_SHOT,
+    print_tables,
+    prompts_in,
+    read_csv,
+    sections,
+)
+from lesionsam.overlays import sheet
+from lesionsam.report import charts as charts
+from lesionsam.report.page import LINES, cost_cells, embedded, read_summary, write_page
+from lesionsam.report.runs import Run, open_runs
+
+COMMON = (*BASELINES, ZERO_SHOT)  # what runs on one test split share
+SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure
+SAME = 2e-3  # IoU per lesion: another attention kernel may turn a pixel
+CHANGED = 0.01  # IoU; less is not listed
+MAX_PICTURED = 12  # lesions shown as every run answers them
+MAX_CHANGED = 10  # lesions listed on either side
+KEYS = ["image_id", "lesion_id"]
+
+
+def compare(texts: Sequence[str], output: Path, root: Path) -> int:
+    """`lesionsam compare`: find the runs, print the tables, write the page; returns its size, bytes."""
+    with open_runs(texts, root) as runs:
+        summaries = [read_summary(run.results) for run in runs]
+        rows = side_by_side(runs)
+        table = tabulated(rows, name_of(runs[0]), summaries[0])
+        print_tables(table, name_of(runs[0]))
+        write_page(
+            output, commands=shlex.join(["lesionsam", "compare", *texts]), **content(runs, summaries, rows, table)
+        )
+    return output.stat().st_size
+
+
+def side_by_side(runs: Sequence[Run]) -> pd.DataFrame:
+    """per_image.csv of all runs as one, the adapted models under their runs' names, on the lesions that all have.
+
+    What the runs share (zero-shot, baselines) stands once where its figures are equal in all of them, else per run.
+
+    Raises:
+        UserError: no lesion in common, or some have masks and others none.
+    """
+    frames = [read_rows(run.results / "per_image.csv") for run in runs]
+    if len({statistics.has_truth(frame) for frame in frames}) > 1:
+        names = {statistics.has_truth(frame): run.name for run, frame in zip(runs, frames, strict=True)}
+        raise UserError(f"{names[True]} was evaluated against masks and {names[False]} without; they share no figure")
+    lesions = frames[0][KEYS].drop_duplicates()
+    for frame in frames[1:]:
+        lesions = lesions.merge(frame[KEYS].drop_duplicates())
+    if lesions.empty:
+        raise UserError(
+            f"{', '.join(run.name for run in runs)}: no test lesion in common, so there is nothing to "
+            "compare; evaluate them on the same split"
+        )
+    frames = [frame.merge(lesions) for frame in frames]
+    parts = []
+    for model in COMMON:
+        of_runs = [frame[frame["model"] == model] for frame in frames]
+        if all(equal(of_runs[0], other) for other in of_runs[1:]):
+            parts.append(of_runs[0])
+        else:
+            parts += [part.assign(model=f"{model} of {run.name}") for run, part in zip(runs, of_runs, strict=True)]
+    names = [name_of(run) for run in runs]
+    parts += [frame[frame["model"] == ADAPTED].assign(model=name) for name, frame in zip(names, frames, strict=True)]
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def read_rows(path: Path) -> pd.DataFrame:
+    """per_image.csv, as the evaluation writes it.
+
+    Raises:
+        UserError: it is another file, or an empty one.
+    """
+    try:
+        rows = read_csv(path)
+    except ValueError as error:  # pandas' own errors of reading are of this kind
+        raise UserError(f"{path}: expected a CSV of the evaluation ({error}); run `dvc repro evaluate` again") from None
+    if missing := [name for name in ROW_COLUMNS if name not in rows]:
+        raise UserError(f"{path}: expected a column {missing[0]!r}; run `dvc repro evaluate` again")
+    return rows
+
+
+def name_of(run: Run) -> str:
+    """A run's name in tables; never that of a baseline."""
+    return f"run {run.name}" if run.name in COMMON else run.name
+
+
+def equal(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    """Whether two evaluations of a model give the same figures, whatever the order of their rows."""
+    columns = ["prompt", *KEYS, "iou", "core_coverage", "leakage"]
+    a, b = (frame[columns].sort_values(columns[:3]).reset_index(drop=True) for frame in (first, second))
+    return (
+        len(a) == len(b)
+        and bool(a[columns[:3]].equals(b[columns[:3]]))
+        and bool(np.allclose(a[columns[3:]].to_numpy(float), b[columns[3:]].to_numpy(float), atol=SAME, equal_nan=True))
+    )
+
+
+def tabulated(rows: pd.DataFrame, reference: str, summary: Mapping[str, Any]) -> pd.DataFrame:
+    """`statistics.table` against the first run, with the number of resamples and confidence of its evaluation."""
+    return statistics.table(
+        rows, reference=reference, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"]
+    )
+
+
+def content(
+    runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame, table: pd.DataFrame
+) -> dict[str, object]:
+    """What the template is filled with, the command aside."""
+    names, first = [name_of(run) for run in runs], name_of(runs[0])
+    tables = [{"title": title, "cells": cells, "main": first} for title, cells in sections(table, first)]
+    if differing := setting_cells(runs):
+        tables.append({"title": "What was set differently", "cells": differing, "main": None})
+    return {
+        "title": f"{len(runs)} runs side by side",
+        "subtitle": ", ".join(f"{name}: {run.found}" for name, run in zip(names, runs, strict=True)),
+        "story": story(runs, summaries, rows),
+        "headline": headline(table, names),
+        "tables": tables,
+        "notes": [
+            *(note for name, note in NOTES.items() if name in {*prompts_in(table), *table["model"]}),
+            "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml.",
+        ],
+        "chart_groups": chart_groups(runs, summaries[0], rows, table),
+        "cases": pictured(runs),
+        "reproduce": "The same page from the same runs:",
+        "details": [
+            (f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
+            for name, run in zip(names, runs, strict=True)
+            if run.training is not None and (run.training / "params.yaml").is_file()
+        ],
+    }
+
+
+def story(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], rows: pd.DataFrame) -> list[str]:
+    """What is compared, and what a reader must beware of."""
+    lesions, first = rows[KEYS].drop_duplicates(), name_of(runs[0])
+    out = [
+        f"{len(lesions)} test lesions on {lesions['image_id'].nunique()} images, answered by every run. Differences "
+        f"are to {first}, lesion by lesion and averaged per image; brackets are {summaries[0]['confidence']:.0%} "
+        f"bootstrap intervals over images, p is Wilcoxon's."
+    ]
+    left_out = {name_of(run): int(s["num_lesions"]) - len(lesions) for run, s in zip(runs, summaries, strict=True)}
+    if any(left_out.values()):
+        out.append(
+            "Left out, since not every run has them: "
+            + ", ".join(f"{count} lesions of {name}" for name, count in left_out.items() if count)
+            + "."
+        )
+    drawn = [{key: s["settings"].get(key) for key in ("seed", "num_points")} for s in summaries]
+    if any(other != drawn[0] for other in drawn[1:]):
+        out.append(
+            "Beware: the runs were evaluated with differently drawn prompts (evaluate.seed, method.num_points); "
+            "part of a difference is that."
+        )
+    if len(runs) > 2:
+        out.append(f"p values are not corrected for the {len(runs) - 1} comparisons.")
+    out.append("An interval over images says nothing of another seed: two runs of one configuration differ too.")
+    return out
+
+
+def headline(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
+    """Mean IoU over the prompts of the objective, or agreement between prompts, for each run."""
+    out = []
+    for name in names:
+        own = table[table["model"] == name].set_index("prompt")
+        if "miou" in table and set(statistics.OBJECTIVE_PROMPTS) <= set(own.index):
+            label, value = "Mean IoU of ring, centre, box", own.loc[list(statistics.OBJECTIVE_PROMPTS), "miou"].mean()
+        elif "miou" in table:
+            label, value = "Mean IoU over prompts", own["miou"].mean()
+        else:
+            label, value = "Agreement between prompts", own["consistency"].mean()
+        out.append({"label": name, "value": f"{value:.3f}", "note": label})
+    return out
+
+
+def settings(run: Run) -> dict[str, str]:
+    """The parameters of a run that decide its figures, dotted; none where they are not known."""
+    if run.training is None or not (run.training / "params.yaml").is_file():
+        return {}
+
+    def flat(value: object, key: str) -> dict[str, str]:
+        if isinstance(value, Mapping):
+            return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}").items()}
+        return {key: str(value)}
+
+    values = read_yaml(run.training / "params.yaml")
+    return {k: v for section in SECTIONS if section in values for k, v in flat(values[section], section).items()}
+
+
+def setting_cells(runs: Sequence[Run]) -> list[list[str]]:
+    """One row per parameter that is not the same in all runs; empty where all are."""
+    known = [settings(run) for run in runs]
+    keys = list(dict.fromkeys(key for values in known for key in values))
+    rows = [
+        [key, *(values.get(key, "not there" if values else "not known") for values in known)]
+        for key in keys
+        if len({values.get(key) for values in known}) > 1
+    ]
+    return [["", *(name_of(run) for run in runs)], *rows] if rows else []
+
+
+def chart_groups(
+    runs: Sequence[Run], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
+) -> list[dict[str, Any]]:
+    """Sections with charts; one without data is left out."""
+    prompts, names = prompts_in(table), [name_of(run) for run in runs]
+    main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
+    groups: list[dict[str, Any]] = []
+
+    def add(
+        title: str,
+        source: str,
+        drawn: Sequence[charts.Chart],
+        text: str = "",
+        grids: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        if drawn or grids:
+            groups.append(
+                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
+            )
+
+    if "miou" in table:
+        scatters = [charts.paired_scatter(rows, main, names[0], other) for other in names[1:]]
+        add(
+            "By prompt and by lesion",
+            "each run's results/per_image.csv",
+            [charts.miou_by_prompt(table, prompts), *scatters],
+        )
+        add(
+            "Lesions that changed most",
+            "each run's results/per_image.csv",
+            [],
+            f"IoU, mean over the prompts that do not leak the mask, against {names[0]}.",
+            [
+                {"title": f"{other} minus {names[0]}", "cells": cells, "main": None}
+                for other in names[1:]
+                if len(cells := changed_cells(rows, names[0], other)) > 1
+            ],
+        )
+        strata = statistics.strata(rows, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"])
+        own = strata[strata["model"].isin([*names, ZERO_SHOT])]
+        add(
+            "By lesion size",
+            "each run's results/per_image.csv",
+            [charts.strata_chart(own, prompt) for prompt in dict.fromkeys((main, "centre")) if prompt in prompts],
+        )
+    add_curves(add, runs, main)
+    histories = {
+        name: pd.read_csv(run.training / "history.csv")
+        for name, run in zip(names, runs, strict=True)
+        if run.training is not None and (run.training / "history.csv").is_file()
+    }
+    for column in ("objective", "label_free"):
+        if len(histories) > 1 and all(column in history for history in histories.values()):
+            add("Training", "each run's models/adapted/history.csv", [charts.objective_by_run(histories, column)])
+            break
+    took = [
+        (name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
+        for name, run in zip(names, runs, strict=True)
+        if run.training is not None and (run.training / "cost.json").is_file()
+    ]
+    if took:
+        cells = [["", *took[0][1][0]], *([name, *each[1]] for name, each in took)]
+        add(
+            "Time and memory",
+            "each run's models/adapted/cost.json",
+            [],
+            grids=[{"title": "Training", "cells": cells, "main": None}],
+        )
+    return groups
+
+
+def add_curves(add: Any, runs: Sequence[Run], main: str) -> None:
+    """The jitter and reliability curves of the adapted models, as each run's evaluation wrote them."""
+    jitter, calibration, scores = [], [], {}
+    for run in runs:
+        for name, kept in (("jitter", jitter), ("calibration", calibration)):
+            frame = read_csv(run.results / f"{name}.csv")
+            kept.append(frame[frame["model"] == ADAPTED].assign(model=name_of(run)))
+        table = read_csv(run.results / "table.csv")
+        row = table[(table["model"] == ADAPTED) & (table["prompt"] == main)]
+        if "ece_big_box" in table and row["ece_big_box"].notna().any():
+            scores[name_of(run)] = float(row["ece_big_box"].iloc[0])
+    if any(len(frame) for frame in jitter):
+        add(
+            "Sloppy boxes",
+            "each run's results/jitter.csv, on all its own lesions",
+            [charts.jitter_chart(pd.concat([frame for frame in jitter if len(frame)]))],
+        )
+    if any(len(frame) for frame in calibration):
+        add(
+            "Calibration",
+            "each run's results/calibration.csv and table.csv, on all its own lesions",
+            [charts.calibration_chart(pd.concat([frame for frame in calibration if len(frame)]), main, scores)],
+        )
+
+
+def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]]:
+    """The lesions that gained and lost most from the first run to the second, with a header."""
+    known = rows[rows["model"].isin([first, second]) & (rows["prompt"] != LEAKING)].dropna(subset=["iou"])
+    wide = known.pivot_table(index=KEYS, columns="model", values="iou").dropna()
+    wide = wide.assign(change=wide[second] - wide[first]).sort_values("change", ascending=False, kind="stable")
+    shown = pd.concat(
+        [wide[wide["change"] >= CHANGED].head(MAX_CHANGED), wide[wide["change"] <= -CHANGED].tail(MAX_CHANGED)]
+    )
+    return [
+        ["image", "lesion", first, second, "change"],
+        *(
+            [*map(str, key), f"{r[first]:.3f}", f"{r[second]:.3f}", f"{r['change']:+.3f}"]
+            for key, (_, r) in zip(shown.index, shown.iterrows(), strict=True)
+        ),
+    ]
+
+
+def pictured(runs: Sequence[Run]) -> list[dict[str, object]]:
+    """Lesions of which every run's evaluation drew a picture, each run's beside the others'; worst cases first."""
+    drawn = [drawn_lesions(run.results / "overlays") for run in runs]
+    common = [name for name in drawn[0] if all(name in other for other in drawn[1:])][:MAX_PICTURED]
+    pictures = []
+    for name in common:
+        of_runs = []
+        for known in drawn:
+            with Image.open(known[name]) as image:
+                of_runs.append(np.asarray(image.convert("RGB")))
+        title = "left to right: " + ", ".join(name_of(run) for run in runs)
+        pictures.append(embedded(Image.fromarray(sheet(of_runs, len(runs), title, key=False)), name))
+    text = f"{LINES} Click a picture to enlarge it. From each run's results/overlays."
+    return [{"title": "Pictured in every run", "text": text, "tables": [], "pictures": pictures}] if pictures else []
+
+
+def drawn_lesions(folder: Path) -> dict[str, Path]:
+    """Lesion, as file names have it, -> its picture; see `evaluation_pictures.Pick.file_name`. Worst cases first."""
+    groups = (*reversed(GROUPS), DISPUTED)
+    found: dict[str, Path] = {}
+    for group in groups:
+        for path in sorted(folder.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1])):
+            found.setdefault(path.stem.split("_", 2)[2], path)
+    return found

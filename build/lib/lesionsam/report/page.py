@@ -1,0 +1,409 @@
+"""One HTML file with everything a run gave: opens offline, pictures inside, every figure named with its file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from PIL import Image
+
+from lesionsam.config.load import read_yaml, trained_parts
+from lesionsam.errors import UserError
+from lesionsam.evaluation import statistics
+from lesionsam.evaluation.picks import DISPUTED, GROUPS, disputed
+from lesionsam.evaluation.tables import (
+    ADAPTED,
+    BASELINES,
+    LABEL_FREE_TITLES,
+    NOTES,
+    ZERO_SHOT,
+    baseline_cells,
+    prompts_in,
+    read_csv,
+    sections,
+)
+from lesionsam.report import charts as charts
+from lesionsam.utils.files import write_text_atomic
+
+MAX_BYTES = 15_000_000  # of the page
+JPEG_QUALITY = 82
+DEV_SCORES = ("objective", "ring", "centre", "box", "label_free")
+NOT_LOSSES = ("epoch", "step", "lr", "seconds")
+GATE = "trusted"  # column of history.csv, and beginning of others
+MAX_CURVES = 8
+MAX_DISPUTED = 12  # rows of the table
+MAX_PICTURES = 20  # of each group; 4 groups of noisy ones stay below MAX_BYTES
+LINES = "Yellow: prediction; blue: the expert's outline; white: big box (dashed) and small box."
+
+
+def build_report(results: Path, training: Path, output: Path, *, commit: str | None = None) -> int:
+    """Write the page.
+
+    Args:
+        results: folder of the evaluate stage. training: folder of the train stage (params.yaml, history.csv).
+        output: HTML file to write. commit: of the code, for the reader who wants to repeat it.
+    Returns:
+        Its size, bytes.
+    Raises:
+        UserError: results without an evaluation, or a page over `MAX_BYTES`.
+    """
+    summary = read_summary(results)
+    if not (training / "params.yaml").is_file():
+        raise UserError(f"{training / 'params.yaml'}: no such file; run `dvc repro train` first")
+    table = read_csv(results / "table.csv")
+    params_text = (training / "params.yaml").read_text(encoding="utf-8")
+    params = read_yaml(training / "params.yaml")
+    write_page(
+        output,
+        title="Two boxes per lesion: what the adapted model does",
+        subtitle=subtitle(params, summary),
+        story=story(params, summary),
+        headline=headline(table),
+        tables=tables(table, summary),
+        notes=notes(table),
+        chart_groups=chart_groups(results, training, table),
+        cases=[
+            *cases(results / "overlays", training / "overlays", summary["has_truth"]),
+            *doubts(results, summary["has_truth"]),
+        ],
+        reproduce="In the repository, at this commit and with these parameters in params.yaml:",
+        commands="\n".join([f"git checkout {commit}"] * bool(commit) + ["dvc repro", "dvc metrics show"]),
+        details=[("params.yaml as used for training", params_text)],
+    )
+    return output.stat().st_size
+
+
+def read_summary(results: Path) -> dict[str, Any]:
+    """summary.json of an evaluation.
+
+    Raises:
+        UserError: there is none, or none that can be read.
+    """
+    path = results / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run `dvc repro evaluate` first") from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON ({error}); run `dvc repro evaluate` again") from None
+
+
+def write_page(output: Path, **content: object) -> None:
+    """Fill the template and write it, complete or not at all.
+
+    Raises:
+        UserError: a page over `MAX_BYTES`, or a place that cannot be written.
+    """
+    text = page().render(**content)
+    size = len(text.encode())
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{output}: the page would take {size / 1e6:.1f} MB, at most {MAX_BYTES / 1e6:.0f} MB; "
+            "lower evaluate.overlays"
+        )
+    try:
+        write_text_atomic(output, text)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); name another place") from None
+
+
+def page() -> jinja2.Template:
+    """The page's template."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = (resources.files("lesionsam.report.page") / "templates" / "report.html").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def subtitle(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """One line: data, model, method, size of the test."""
+    return (
+        f"{params['data']['source']} data · model {params['model']['name']} · method {params['method']['name']} · "
+        f"{summary['num_images']} test images, {summary['num_lesions']} lesions"
+    )
+
+
+def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+    """What was done, in sentences."""
+    method, model, boxes = params["method"], params["model"], params["boxes"]
+    drawn = (
+        "simulated from the masks (which the method itself never sees)"
+        if boxes["source"] == "simulated"
+        else "drawn by an annotator"
+    )
+    supervised = method["name"] == "supervised"
+    labels = (
+        "The model was trained with true masks."
+        if supervised
+        else f"The model was adapted from two boxes per lesion, {drawn}: a big one that holds the lesion "
+        "and a small one inside it. "
+        f"No mask took part in training; the target of the pseudo-mask term is “{method['target']['kind']}”."
+    )
+    selection = (
+        "by true masks of the development images"
+        if params["train"]["select"] == "objective" and summary["has_truth"]
+        else "by what needs no mask"
+    )
+    out = [
+        f"{labels} What trains is {trained_parts(model)}, for {params['train']['epochs']} epochs; "
+        f"the best epoch was chosen {selection}. "
+        "Training and selection never read the test images; the evaluation does, and this page shows its last run."
+    ]
+    if summary["has_truth"]:
+        out.append(
+            f"All figures are per image at the image's original size and averaged over images; brackets are "
+            f"{summary['confidence']:.0%} bootstrap intervals over images ({summary['num_bootstrap']} resamples). "
+            "Each model answers exactly the same drawn prompts."
+        )
+    else:
+        out.append(
+            "These test images have no masks, so there is no IoU. Shown is what needs none: agreement "
+            "between prompts, how much of the "
+            "small box the masks cover, how much of them leaves the big box, and pictures."
+        )
+    return out
+
+
+def headline(table: pd.DataFrame) -> list[dict[str, str]]:
+    """The few figures that stand at the top."""
+    own = table[table["model"] == ADAPTED].set_index("prompt")
+    if "miou" not in table:
+        return [
+            {
+                "label": LABEL_FREE_TITLES[name].capitalize(),
+                "value": f"{own[name].mean():.3f}",
+                "note": "mean over prompts",
+            }
+            for name in ("consistency", "core_coverage", "leakage")
+            if name in own
+        ]
+    before = table[table["model"] == ZERO_SHOT].set_index("prompt")
+    return [
+        {
+            "label": f"Mean IoU, prompt {prompt}",
+            "value": f"{own.loc[prompt, 'miou']:.3f}",
+            "note": f"zero-shot {before.loc[prompt, 'miou']:.3f}",
+        }
+        for prompt in (*statistics.OBJECTIVE_PROMPTS, "box+core")
+        if prompt in own.index and prompt in before.index
+    ]
+
+
+def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, object]]:
+    """Main tables, with the comparison to the baselines."""
+    out = [{"title": title, "cells": cells, "main": ADAPTED} for title, cells in sections(table)]
+    if summary["against_baselines"]:
+        out.append(
+            {
+                "title": "Adapted model minus what needs no network, paired over images",
+                "cells": baseline_cells(pd.DataFrame(summary["against_baselines"])),
+                "main": None,
+            }
+        )
+    return out
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What the reader must know to read the tables right."""
+    shown = {*prompts_in(table), *table["model"]}
+    return [note for name, note in NOTES.items() if name in shown] + [
+        "From results/table.csv and results/summary.json."
+    ]
+
+
+def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Sections with charts; a section without data is left out."""
+    prompts = prompts_in(table)
+    main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
+    groups: list[dict[str, Any]] = []
+
+    def add(
+        title: str,
+        source: str,
+        drawn: Sequence[charts.Chart],
+        text: str = "",
+        grids: Sequence[Mapping[str, object]] = (),
+    ) -> None:
+        if drawn or grids:
+            groups.append(
+                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
+            )
+
+    if "miou" in table:
+        rows = read_csv(results / "per_image.csv")
+        drawn = [charts.miou_by_prompt(table, prompts)]
+        if {ZERO_SHOT, ADAPTED} <= set(rows.loc[rows["prompt"] == main, "model"]):
+            drawn.append(charts.paired_scatter(rows, main, ZERO_SHOT, ADAPTED))
+        add("By prompt and by image", "results/table.csv and results/per_image.csv", drawn)
+    if (training / "history.csv").exists():
+        history = pd.read_csv(training / "history.csv")
+        add("Training", f"{named(training)}/history.csv", training_charts(history))
+        if GATE in history and history[GATE].notna().any():
+            add("What the gate let through", f"{named(training)}/history.csv", [charts.gate_chart(history)])
+    if (training / "cost.json").exists():
+        took = cost_cells(json.loads((training / "cost.json").read_text(encoding="utf-8")))
+        add(
+            "Time and memory",
+            f"{named(training)}/cost.json",
+            [],
+            grids=[{"title": "Training", "cells": took, "main": None}],
+        )
+    strata = read_csv(results / "strata.csv")
+    if len(strata):
+        shown = strata[~strata["model"].isin(BASELINES[1:])]
+        edges = strata.drop_duplicates("stratum")
+        sizes = "; ".join(
+            f"{r['stratum']}: {r['share_low']:.1%} to {r['share_high']:.1%} of the image" for _, r in edges.iterrows()
+        )
+        add(
+            "By lesion size",
+            "results/strata.csv",
+            [
+                charts.strata_chart(shown, prompt)
+                for prompt in dict.fromkeys((main, "centre"))
+                if prompt in set(shown["prompt"])
+            ],
+            f"Tertiles of the test lesions: {sizes}.",
+        )
+    jitter, calibration = read_csv(results / "jitter.csv"), read_csv(results / "calibration.csv")
+    if len(jitter):
+        add(
+            "Sloppy boxes",
+            "results/jitter.csv",
+            [charts.jitter_chart(jitter)],
+            "Width, height and centre of both boxes drawn anew within the share given; "
+            "the far end of the curve is well beyond an annotator's care.",
+        )
+    if len(calibration) and "ece_big_box" in table:
+        scores = (
+            table[table["prompt"] == main].dropna(subset=["ece_big_box"]).set_index("model")["ece_big_box"].to_dict()
+        )
+        add(
+            "Calibration",
+            "results/calibration.csv",
+            [charts.calibration_chart(calibration, main, scores)],
+            "A well calibrated model lies on the line. ECE is over pixels inside the big box; "
+            "over the whole image it is in results/table.csv.",
+        )
+    return groups
+
+
+def named(folder: Path) -> str:
+    """A folder as the reader finds it: its last two parts."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
+    """Loss terms and development scores by epoch, as far as the file holds them."""
+    numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
+    scores = [name for name in numeric if name.removeprefix("dev_") in DEV_SCORES]
+    losses = [
+        name
+        for name in numeric
+        if name not in scores and name.removeprefix("train_") not in NOT_LOSSES and not name.startswith(("dev_", GATE))
+    ][:MAX_CURVES]
+    out = []
+    if losses:
+        out.append(
+            charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training.")
+        )
+    if scores:
+        out.append(
+            charts.training_curves(
+                history,
+                scores,
+                "score on development images",
+                "Development images, on the model's frame (quick figures).",
+            )
+        )
+    return out
+
+
+def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, object]]:
+    """Best, median and worst cases, and the last epoch's development pictures."""
+    by = "IoU" if has_truth else "agreement between prompts"
+    out: list[dict[str, object]] = []
+    for group in GROUPS:
+        found = sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+        if found:
+            text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
+            out.append(
+                {
+                    "title": f"{group.capitalize()} cases",
+                    "text": text if group == GROUPS[0] else "",
+                    "tables": [],
+                    "pictures": [picture(path) for path in found[:MAX_PICTURES]],
+                }
+            )
+    last = sorted(epochs.glob("*.png"))[-1:] if epochs.is_dir() else []
+    if last:
+        out.append(
+            {
+                "title": "Development images, last epoch",
+                "text": f"From {named(epochs)}.",
+                "tables": [],
+                "pictures": [picture(path) for path in last],
+            }
+        )
+    return out
+
+
+def doubts(results: Path, has_truth: bool) -> list[dict[str, object]]:
+    """Lesions whose mask deserves a second look, with what pictures there are; nothing without masks."""
+    if not has_truth:
+        return []
+    rows = read_csv(results / "per_image.csv")
+    found = disputed(rows[rows["model"] == ADAPTED], MAX_DISPUTED)
+    if found.empty:
+        return []
+    cells = [["image", "lesion", "agreement between prompts", "best IoU with the mask"]]
+    cells += [
+        [str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
+        for r in found.to_dict("records")
+    ]
+    drawn = sorted((results / "overlays").glob(f"{DISPUTED}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+    return [
+        {
+            "title": "Worth a second look at the label",
+            "text": "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be "
+            "wrong. From results/per_image.csv and results/overlays.",
+            "tables": [{"title": "Agreement and IoU, the widest gap first", "cells": cells, "main": None}],
+            "pictures": [picture(path) for path in drawn[:MAX_PICTURES]],
+        }
+    ]
+
+
+def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
+    """cost.json in words."""
+    seconds, steps = float(took["seconds"]), max(1, int(took["steps"]))
+    return [
+        ["steps", "in all", "per step", f"peak memory of the {took['memory_of']}", "on"],
+        [
+            str(took["steps"]),
+            f"{seconds / 60:.1f} min",
+            f"{seconds / steps:.2f} s",
+            f"{took['peak_memory_gb']:.2f} GB",
+            f"{took['device']}, {took['threads']} CPU thread(s), torch {took['torch']}",
+        ],
+    ]
+
+
+def picture(path: Path) -> dict[str, str]:
+    """A PNG as a JPEG inside the page."""
+    with Image.open(path) as image:
+        return embedded(image, path.stem)
+
+
+def embedded(image: Image.Image, name: str) -> dict[str, str]:
+    """A picture as a JPEG inside the page."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
+    safe = "".join(c if c.isalnum() else "-" for c in name)
+    return {"name": safe, "uri": charts.data_uri(buffer.getvalue(), "image/jpeg")}

@@ -1,0 +1,386 @@
+"""Models by name: a file, a run, or a version in MLflow's registry -> weights on this machine; and their promotion.
+
+What `lesionsam promote` registers is the logged model that the training left in its run: one weights file with
+segment_anything's keys. The version carries where it comes from (tags) and its test table (description); an alias
+such as `champion` says which version is meant. See docs/decisions/0024-exports-that-prove-themselves.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lesionsam.config.load import read_yaml
+from lesionsam.errors import UserError
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG
+from lesionsam.tracking.spool import Spool, read_record, spool_root
+from lesionsam.tracking.tracker import sync
+from lesionsam.utils.files import sha256_file
+from lesionsam.utils.weights import NAMES, SUFFIXES, find_weights
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities.model_registry import ModelVersion
+
+NAME = "lesionsam"  # of the registered model, and of the logged model that a training leaves
+ALIAS = "champion"
+TRAINED = Path("models/adapted")
+TABLE, SUMMARY = "evaluation/table.md", "evaluation/summary.json"
+MAX_DESCRIPTION = 5000  # characters, by MLflow's sqlite store
+EXPECTED = (
+    f"expected a weights file, a folder with one, an MLflow run id, or models:/{NAME}@{ALIAS} "
+    f"(models:/{NAME}/1 for a version)"
+)
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What `promote` did.
+
+    Attributes:
+        version: of the registered model. previous: version that had the alias before, None where there was none.
+        is_new: the version was made now; otherwise only the alias moved. run_id: MLflow's.
+        objective: mean IoU over ring, centre and box on the test images; None without masks.
+        previous_objective: of the previous version, None where there is none or it has none.
+    """
+
+    alias: str
+    version: str
+    previous: str | None
+    is_new: bool
+    run_id: str
+    objective: float | None
+    previous_objective: float | None
+
+
+def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
+    """A weights file on this machine for what a user calls a model.
+
+    Args:
+        text: a weights file; a folder that holds one (models/adapted, models/pretrained, an export); an MLflow run id,
+            with or without `runs:/`; `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml says
+            which MLflow server is asked, its mlflow.db is asked where that says nothing.
+    Returns:
+        an existing file: SAM's .pth or .safetensors. Whether it holds a SAM, `models.sam.load_sam` says.
+    Raises:
+        UserError: there is no such thing, or the server does not answer.
+    """
+    text = str(text)
+    path = Path(text)
+    if path.exists():
+        return find_weights(path)
+    if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
+        with _answers(root) as (client, uri):
+            return _download(client, uri, _model_of_version(client, _version(client, uri, *match.groups()), text), text)
+    if text.startswith("models:"):
+        raise UserError(f"{text}: {EXPECTED}")
+    if match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
+        with _answers(root) as (client, uri):
+            return _download(client, uri, _model_of_run(client, _find_run(client, uri, match[1])), text)
+    remedy = "; `dvc repro` trains one" if path == TRAINED or TRAINED in path.parents else ""
+    raise UserError(f"{text}: no such file, folder or run; {EXPECTED}{remedy}")
+
+
+def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None = None) -> Promotion:
+    """Register a run's model under `NAME`, with its test table, and point an alias at it.
+
+    A model that is registered already keeps its version; then only the alias moves.
+
+    Args:
+        run: folder of the train stage (its run.json names the run), or an MLflow run id. alias: letters, digits,
+            - and _. root: as in `resolve_model`.
+    Raises:
+        UserError: no such run, a run without evaluation or without weights, a folder whose weights are not those that
+            the run logged, an alias that MLflow does not take.
+    """
+    if not re.fullmatch(r"(?!v\d+$)(?!latest$)[A-Za-z][\w-]*", alias, flags=re.ASCII):
+        raise UserError(
+            f"--alias: expected letters, digits, - and _, beginning with a letter, and neither `latest` nor"
+            f" a version such as v1; got {alias!r}"
+        )
+    root = repository_root(Path.cwd()) if root is None else root
+    folder = Path(run)
+    if folder.is_dir():
+        name = _recorded_run(folder, root)
+    elif match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", str(run)):
+        name = match[1]
+    else:
+        raise UserError(f"--run {run}: expected a folder with a run.json, such as {TRAINED}, or an MLflow run id")
+    with _answers(root) as (client, uri):
+        found = _find_run(client, uri, name)
+        scores = {
+            key.removeprefix("test/"): value for key, value in found.data.metrics.items() if key.startswith("test/")
+        }
+        there = {item.path for item in client.list_artifacts(found.info.run_id, "evaluation")}
+        if not {TABLE, SUMMARY} <= there:
+            raise UserError(
+                f"run {name}: has no evaluation, so there is no table to promote it by; run `dvc repro "
+                "evaluate` (with tracking.enabled) first"
+            )
+        model = _model_of_run(client, found)
+        weights = _download(client, uri, model, name)
+        digest = sha256_file(weights)
+        if folder.is_dir() and (local := folder / NAMES[0]).is_file() and sha256_file(local) != digest:
+            raise UserError(
+                f"{local}: not the weights that run {found.info.run_id} logged; run `dvc repro train`, or "
+                "name the run by its id"
+            )
+        tags = _tags(found, scores, digest)
+        return _register(client, model, found, _description(client, found), tags, alias)
+
+
+def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> None:
+    """Copy a run's evaluation and its params.yaml to folder/evaluation and folder/config.
+
+    Args:
+        name: MLflow run id, or the run's local id. folder: made where it is missing. root: as in `resolve_model`.
+    Raises:
+        UserError: no such run, or it was never evaluated.
+    """
+    with _answers(root) as (client, uri):
+        found = _find_run(client, uri, name)
+        there = {item.path for item in client.list_artifacts(found.info.run_id)}
+        if "evaluation" not in there:  # it may be waiting to be sent
+            sync(repository_root(Path.cwd()) if root is None else root)
+            there = {item.path for item in client.list_artifacts(found.info.run_id)}
+        if "evaluation" not in there:
+            raise UserError(f"run {name}: has no evaluation; run `dvc repro evaluate` (with tracking.enabled) first")
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in ("evaluation", "config"):
+            if part in there:
+                client.download_artifacts(found.info.run_id, part, str(folder))
+
+
+def tracking_uri(root: Path) -> str:
+    """Where the runs below a root are tracked: `tracking.uri` of its params.yaml, or the database beside it."""
+    params = root / "params.yaml"
+    section = read_yaml(params).get("tracking") if params.is_file() else None
+    uri = section.get("uri") if isinstance(section, Mapping) else None
+    return str(uri) if uri else f"sqlite:///{root / 'mlflow.db'}"
+
+
+def _recorded_run(folder: Path, root: Path) -> str:
+    """The local id that run.json of a training gives its run, once all that the run has logged is on the server."""
+    record = read_record(folder)
+    if not record:
+        raise UserError(
+            f"{folder}: no run.json, so its training was not tracked; set tracking.enabled to true and train again"
+        )
+    spool = Spool(spool_root(root) / record["local_id"])
+    if spool.pending()[0]:
+        sync(root)
+    if num_waiting := spool.pending()[0]:
+        problem = spool.read_json("state.json").get("problem") or "no answer in time"
+        raise UserError(
+            f"{folder}: {num_waiting} of its run's entries are not on the MLflow server yet ({problem}); "
+            "start the server and try again"
+        )
+    return str(spool.read_json("state.json").get("run_id") or record.get("run_id") or record["local_id"])
+
+
+@contextmanager
+def _answers(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
+    """A client and its tracking URI; whatever MLflow raises becomes one line."""
+    root = repository_root(Path.cwd()) if root is None else root
+    uri = tracking_uri(root)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise UserError(f"{uri}: no such MLflow store, so no run or model is known here; `dvc repro` makes it")
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+
+    try:
+        yield MlflowClient(uri), uri
+    except (MlflowException, RequestException) as error:
+        text = " ".join(str(error).split())[:300]
+        raise UserError(f"MLflow at {uri}: {text}; look at tracking.uri in params.yaml") from None
+
+
+def _asked(call: Callable[[], Any], message: str) -> Any:
+    """What MLflow answers; where it says that there is no such thing, `message`."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return call()
+    except MlflowException as error:
+        # An unknown alias is an invalid parameter to MLflow's store.
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            raise UserError(message) from None
+        raise
+
+
+def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:
+    registered = _asked(
+        lambda: client.get_registered_model(name),
+        f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one",
+    )
+    aliases = ", ".join(sorted(registered.aliases)) or "none"
+    if alias is not None:
+        return _asked(
+            lambda: client.get_model_version_by_alias(name, alias),
+            f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias {alias}` sets it",
+        )
+    return _asked(
+        lambda: client.get_model_version(name, str(number)),
+        f"models:/{name}/{number}: no such version; aliases there are: {aliases}",
+    )
+
+
+def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) -> LoggedModel:
+    """The logged model behind a version."""
+    match = re.fullmatch(r"models:/(m-\w+)", version.source or "")
+    if match is None:
+        raise UserError(
+            f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
+            f"{version.source}; expected a logged model"
+        )
+    return _asked(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
+
+
+def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
+    """A run by MLflow's id, or by the local id that every run has from its first moment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{LOCAL_ID_TAG}` = '{name}'")
+    if not found:
+        raise UserError(f"run {name}: not known at {uri}; `mlflow ui` shows those that are")
+    return found[0]
+
+
+def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
+    """The logged model that a training left in its run; the last one where it left several."""
+    models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    models = [model for model in models if model.name == NAME]
+    if not models:
+        raise UserError(
+            f"run {run.info.run_id}: holds no weights; expected a logged model {NAME!r}, as a finished "
+            "training leaves one"
+        )
+    return max(models, key=lambda model: (int(model.params.get("step", 0)), model.creation_timestamp))
+
+
+def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> Path:
+    """The weights file of a logged model: where the store lies on this machine the file itself, else a copy of it."""
+    from mlflow.artifacts import download_artifacts
+
+    files = [item.path for item in client.list_logged_model_artifacts(model.model_id)]
+    weights = [path for path in files if path.endswith(SUFFIXES)]
+    if len(weights) != 1:
+        raise UserError(
+            f"{text}: expected one weights file in its logged model, found {', '.join(files) or 'none'}; "
+            "was its run deleted from the artifact store?"
+        )
+    location = f"{model.artifact_location}/{weights[0]}"
+    if location.startswith("file:"):
+        return Path(download_artifacts(location))
+    target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a copy never grows old
+    if not (target / weights[0]).is_file():
+        target.mkdir(parents=True, exist_ok=True)
+        building = target / f".{os.getpid()}"
+        building.mkdir(exist_ok=True)
+        fetched = Path(download_artifacts(location, dst_path=str(building), tracking_uri=uri))
+        os.replace(fetched, target / weights[0])
+        building.rmdir()
+    return target / weights[0]
+
+
+def _description(client: MlflowClient, run: Run) -> str:
+    """The run's test table, cut by whole paragraphs to what MLflow takes."""
+    text = _artifact_text(client, run, TABLE)
+    paragraphs, kept = text.strip().split("\n\n"), ""
+    for paragraph in paragraphs:
+        longer = f"{kept}\n\n{paragraph}" if kept else paragraph
+        if len(longer) > MAX_DESCRIPTION:
+            break
+        kept = longer
+    return kept
+
+
+def _artifact_text(client: MlflowClient, run: Run, path: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run.info.run_id, path, folder)).read_text(encoding="utf-8")
+
+
+def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
+    """Where a version comes from and what it scored, as text."""
+    kept = ("method", "model", "data", "data.digest", "mlflow.source.git.commit", "git.dirty")
+    tags = {key.removeprefix("mlflow.source."): run.data.tags[key] for key in kept if key in run.data.tags}
+    params = json.dumps(dict(sorted(run.data.params.items())))
+    tags |= {"weights.sha256": digest, "params.digest": hashlib.sha256(params.encode()).hexdigest()[:16]}
+    return tags | {f"test.{name}": f"{value:.6g}" for name, value in sorted(scores.items())}
+
+
+def _register(
+    client: MlflowClient, model: LoggedModel, run: Run, description: str, tags: Mapping[str, str], alias: str
+) -> Promotion:
+    """Version and alias of a logged model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(NAME, description="SAM adapted to skin lesions; not a medical device.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{model.model_id}"
+    known = next((each for each in client.search_model_versions(f"name = '{NAME}'") if each.source == source), None)
+    if known is None:
+        with _default_uri(client.tracking_uri):
+            version = str(
+                client.create_model_version(
+                    NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
+                ).version
+            )
+    else:  # it may have been evaluated again since
+        version = str(known.version)
+        for key, value in tags.items():
+            client.set_model_version_tag(NAME, version, key, value)
+        client.update_model_version(NAME, version, description=description)
+    held = client.get_registered_model(NAME).aliases.get(alias)
+    before = None if held is None else client.get_model_version(NAME, str(held))
+    client.set_registered_model_alias(NAME, alias, version)
+    return Promotion(
+        alias,
+        version,
+        None if before is None else str(before.version),
+        known is None,
+        run.info.run_id,
+        _objective(tags),
+        None if before is None else _objective(before.tags),
+    )
+
+
+@contextmanager
+def _default_uri(uri: str) -> Iterator[None]:
+    """MLflow's process-wide server, for a call that looks a source up there, whatever the client's own is."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def _objective(tags: Mapping[str, str]) -> float | None:
+    value = tags.get("test.adapted.objective")
+    return None if value is None else float(value)

@@ -1,0 +1,149 @@
+"""The process that ships journals to MLflow while training goes on.
+
+`python -m lesionsam.tracking.sender OWNER_PID SPOOL` serves one run until its owner closes it or dies;
+`python -m lesionsam.tracking.sender OWNER_PID --all ROOT` sends what the runs below a root have waiting, and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from lesionsam.tracking.shipper import Shipper, Unreachable, system_monitors
+from lesionsam.tracking.spool import Appender, Spool, encode_number, read_lines
+
+SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
+MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
+LAST_DELAY_SECONDS = 0.5  # between the two attempts that are left once the owner waits
+SAMPLE_SECONDS = 10.0  # between two samples of system metrics
+# What a spool that a bad disk or a person changed makes of sending it: no reason not to send the others.
+DAMAGE = (OSError, KeyError, TypeError, ValueError, AttributeError)
+
+
+def catch_up(root: Path, but: Spool | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Send what the runs below the root left waiting when their owners ended; False where a server was unreachable.
+
+    but: a spool to leave alone. stop: asked between two operations whether there is something better to do.
+    """
+    complete = True
+    for spool in Spool.all(root):
+        if but is not None and spool.local_id == but.local_id:
+            continue
+        if (lock := spool.lock("sender")) is None:
+            continue
+        try:
+            _catch_up_one(spool, stop)
+        except (Unreachable, *DAMAGE) as error:
+            complete = False
+            print(f"{spool.local_id}: {error or type(error).__name__}", file=sys.stderr, flush=True)
+        finally:
+            lock.close()
+    return complete
+
+
+def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
+    """The owner's lock is not kept meanwhile: who takes the run up again does not wait, and sends what is left."""
+    if spool.has_owner() or (not spool.pending()[0] and spool.is_closed()):
+        return
+    shipper = Shipper(spool, replace_gone=False)
+    while not stop():
+        is_left = shipper.ship()
+        if spool.has_owner():
+            return
+        if not is_left:
+            shipper.mark_killed()
+            return
+
+
+class SystemSampler:
+    """Samples of system metrics, written to the spool so that a dead server loses none."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._monitors = system_monitors()
+        self._step = sum(1 for _ in read_lines(spool.path("system")))
+        self._journal = Appender(spool.path("system"))
+        self._due = time.monotonic()
+
+    def sample(self) -> None:
+        """Take a sample where one is due."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + SAMPLE_SECONDS
+        values: dict[str, float | str] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            for name, value in monitor.aggregate_metrics().items():
+                values[f"system/{name}"] = encode_number(float(value))
+            monitor.clear_metrics()
+        with suppress(OSError):  # kept until the disk takes it
+            self._journal.append(
+                {
+                    "seq": self._step,
+                    "kind": "metrics",
+                    "step": self._step,
+                    "time": int(time.time() * 1000),
+                    "values": values,
+                }
+            )
+        self._step += 1
+
+
+def _end_with(parent: int) -> None:
+    """End this process as soon as its parent is gone: whatever it was sending is found by the next start."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(0)
+
+
+def serve(spool: Spool) -> int:
+    """Ship one run until its owner closes it. Returns the exit status: 3 where something is left."""
+    lock = spool.lock("sender", wait=True)
+    closing = spool.folder / "closing"
+    shipper = Shipper(spool, replace_gone=True)
+    sampler = SystemSampler(spool) if shipper.meta["system_metrics"] else None
+    if sampler is not None:
+        sampler.sample()
+    failures, caught_up = 0, False
+    while lock is not None:
+        last = closing.exists()
+        if sampler is not None and not last:
+            sampler.sample()
+        try:
+            while shipper.ship():
+                failures = 0
+            if last:
+                return 0
+            if not caught_up:
+                caught_up = True
+                catch_up(Path(shipper.meta["root"]), spool, closing.exists)
+        except (Unreachable, OSError) as error:  # a server that does not answer; a full disk
+            failures += 1
+            with suppress(OSError):
+                shipper.note(str(error))
+            if last and failures > 1:
+                return 3
+        delay = LAST_DELAY_SECONDS if last else min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)
+        due = time.monotonic() + delay
+        while time.monotonic() < due and closing.exists() == last:
+            time.sleep(0.1)
+            if sampler is not None and not last:
+                sampler.sample()
+    return 3
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of the process, see the module's text."""
+    threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
+    os.nice(5)  # training goes first
+    if arguments[1] == "--all":
+        return 0 if catch_up(Path(arguments[2])) else 3
+    return serve(Spool(Path(arguments[1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

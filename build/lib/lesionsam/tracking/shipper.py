@@ -1,0 +1,399 @@
+"""From a spool's journal to MLflow, each point exactly once.
+
+An operation counts as sent when the server has answered, and only then does `state.json` move past it. After a failure,
+and at every start, it is unknown whether the next operation arrived (the server may have died between storing and
+answering). Then the server is asked first: metric points are compared with the history by (name, step, time), runs and
+models are looked up by a tag, pictures by their file name. Everything else can be repeated safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from lesionsam.tracking.spool import JOURNALS, Spool, read_lines, spool_root
+from lesionsam.tracking.store import make_store
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
+
+MAX_POINTS = 1000  # of a batch, by MLflow's API
+MAX_PARAMS = 100
+PARENT_SECONDS = 90.0  # patience with a parent run that another machine is to make
+LOCAL_ID_TAG = "lesionsam.local_id"
+# Nothing that the caller has set himself is overridden. One try and a short wait: repeating is this module's business.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+# What no repetition cures. Everything else (no connection, 5xx, a locked database, a refused login) may pass.
+PERMANENT = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
+# MLflow's BAD_REQUEST is whatever else its database raises, of a damaged file and of too many connections, which
+# may pass. These, named as SQLAlchemy writes them, are about the values.
+REFUSED_VALUES = re.compile(r"\((?:\w+\.)+\w*(?:IntegrityError|DataError|Violation|OutOfRange|Truncation)\)")
+
+
+class Unreachable(Exception):
+    """The server did not answer, or not with an answer: try again later."""
+
+
+class Rejected(Exception):
+    """This entry can never be sent."""
+
+
+class RunGone(Exception):
+    """The server says that the run does not exist (any more)."""
+
+
+class Shipper:
+    """Ships one spool. `ship` does one unit of work: a batch of points, or one other operation."""
+
+    def __init__(self, spool: Spool, *, replace_gone: bool) -> None:
+        """replace_gone: give a run that was deleted on the server a successor; otherwise drop what waits for it."""
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        self.spool = spool
+        self.meta = spool.read_json("meta.json")
+        self.state: dict[str, Any] = {"run_id": None, "sent": {}, "models": {}, "rejected": 0}
+        self.state |= spool.read_json("state.json")
+        root = Path(self.meta["root"])
+        if not self.meta["uri"]:
+            with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # told by the first thing that is sent
+                make_store(root / "mlflow.db", spool_root(root))
+        self.client: MlflowClient = MlflowClient(self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}")
+        self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
+        self._replace_gone = replace_gone
+        self._uncertain = True
+        self._patience = time.monotonic() + PARENT_SECONDS
+
+    def ship(self) -> bool:
+        """Send the next unit, and say whether there was one. Raises `Unreachable` where it has to be tried again."""
+        for journal in JOURNALS:
+            lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
+            if (first := next(lines, None)) is not None:
+                try:
+                    self._ship(journal, itertools.chain([first], lines))
+                except RunGone:
+                    self._start_over()
+                return True
+        if not self.state["run_id"]:  # a run shows from its first moment, not from its first point
+            self._attempt(self._find_run, needed=True)
+        return False
+
+    def _ship(self, journal: str, lines: itertools.chain[tuple[dict[str, Any] | None, int]]) -> None:
+        run_id = self._attempt(self._find_run, needed=True)
+        entry, offset = next(lines)
+        if entry is not None and entry["kind"] == "metrics":
+            entries = [entry]
+            num_points = len(entry["values"])
+            for other, end in lines:
+                if other is None or other["kind"] != "metrics" or num_points + len(other["values"]) > MAX_POINTS:
+                    break
+                entries.append(other)
+                num_points += len(other["values"])
+                offset = end
+            self._attempt(lambda: self._send_points(run_id, entries))
+        elif entry is not None:
+            send: Callable[[str, dict[str, Any]], None] = getattr(self, f"_send_{entry['kind']}")
+            self._attempt(lambda: send(run_id, entry))
+        self._uncertain = False
+        self.state["sent"][journal] = offset
+        self.state["problem"] = None
+        self._save()
+        if entry is not None and "file" in entry:
+            self.spool.drop(entry["file"])
+
+    def _attempt(self, call: Callable[[], Any], *, needed: bool = False) -> Any:
+        """Make a call. What the server rejects is noted and passed over unless needed; all else is `Unreachable`."""
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+
+        try:
+            return call()
+        except (MlflowException, RequestException, OSError, Rejected) as error:
+            code = getattr(error, "error_code", "")
+            rejected = isinstance(error, Rejected) or code in PERMANENT
+            rejected = rejected or (code == "BAD_REQUEST" and REFUSED_VALUES.search(str(error)) is not None)
+            if rejected and self.state["run_id"] and self._run_is_gone():
+                raise RunGone from error
+            if rejected and not needed:
+                self.state |= {"rejected": self.state["rejected"] + 1, "refusal": _reason(error)}
+                print(f"rejected: {error}", file=sys.stderr, flush=True)
+                return None
+            self._uncertain = True
+            raise Unreachable(_reason(error)) from error
+
+    def _run_is_gone(self) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(self.state["run_id"]).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise Unreachable(_reason(error)) from error
+            return True
+
+    def _start_over(self) -> None:
+        """The run was deleted: send everything that is known to a new one that names it, or let it go."""
+        if self._replace_gone:
+            self.state |= {"replaces": self.state["run_id"], "run_id": None, "sent": {}, "models": {}}
+        else:
+            self.state["sent"] = {
+                journal: path.stat().st_size for journal in JOURNALS if (path := self.spool.path(journal)).exists()
+            }
+        self._save()
+
+    def _save(self) -> None:
+        self.spool.write_json("state.json", self.state)
+
+    def note(self, problem: str) -> None:
+        """Remember why nothing could be sent, for the owner's message."""
+        self.state["problem"] = problem
+        self._save()
+
+    # The run
+
+    def _find_run(self) -> str:
+        """MLflow's id of the run: known, found by its tag after an unanswered creation, or created now."""
+        if self.state["run_id"]:
+            if self._uncertain and self._run_is_gone():
+                raise RunGone
+            return self.state["run_id"]
+        experiment_id = self._find_experiment().experiment_id
+        found = self.client.search_runs([experiment_id], f"tags.`{LOCAL_ID_TAG}` = '{self.spool.local_id}'")
+        if found:
+            run_id = found[0].info.run_id
+        else:
+            tags = {LOCAL_ID_TAG: self.spool.local_id, "mlflow.source.name": "lesionsam", "mlflow.source.type": "LOCAL"}
+            if (parent_id := self._find_parent(experiment_id)) is not None:
+                tags["mlflow.parentRunId"] = parent_id
+            if self.state.get("replaces"):
+                tags["lesionsam.replaces"] = self.state["replaces"]
+            run = self.client.create_run(experiment_id, self.meta["start_time"], tags, self.meta["run_name"])
+            run_id = run.info.run_id
+        self.state["run_id"] = run_id
+        self._save()
+        return run_id
+
+    def _find_parent(self, experiment_id: str) -> str | None:
+        """MLflow's id of the run that this one belongs to, known here by its local id.
+
+        Where the parent's spool lies beside this one, its owner makes it, or this process where the owner is gone.
+        Elsewhere the server is asked, for a while: another machine's own store is never seen, and costs nobody a run.
+        """
+        if not (local_id := self.meta.get("parent")):
+            return None
+        parent = Spool(self.spool.folder.parent / local_id)
+        if known := parent.read_json("state.json").get("run_id"):
+            return known
+        if (parent.folder / "meta.json").exists():
+            if (lock := parent.lock("sender")) is None:
+                raise Unreachable("the run that it belongs to is not there yet")
+            with lock:
+                return Shipper(parent, replace_gone=False)._find_run()
+        found = self.client.search_runs([experiment_id], f"tags.`{LOCAL_ID_TAG}` = '{local_id}'")
+        if not found and self.meta["uri"] and time.monotonic() < self._patience:
+            raise Unreachable("the run that it belongs to is not there yet")
+        return found[0].info.run_id if found else None
+
+    def _find_experiment(self) -> Experiment:
+        from mlflow.exceptions import MlflowException
+
+        name = self.meta["experiment"]
+        if (experiment := self.client.get_experiment_by_name(name)) is None:
+            try:
+                self.client.create_experiment(name, self._artifacts)
+            except MlflowException as error:  # another process was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            experiment = self.client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            raise Unreachable(f"the MLflow experiment '{name}' is deleted: restore it, or set tracking.experiment")
+        return experiment
+
+    # One method per kind of entry
+
+    def _send_points(self, run_id: str, entries: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        points = {
+            (name, entry["step"], entry["time"]): float(value)
+            for entry in entries
+            for name, value in entry["values"].items()
+        }
+        if self._uncertain:
+            for name in {name for name, _, _ in points}:
+                for known in self.client.get_metric_history(run_id, name):
+                    points.pop((name, known.step, known.timestamp), None)
+        if points:
+            metrics = [Metric(name, value, time_ms, step) for (name, step, time_ms), value in points.items()]
+            self.client.log_batch(run_id, metrics=metrics)
+
+    def _send_params(self, run_id: str, entry: dict[str, Any]) -> None:
+        """Parameters that are not there yet; one that changed since becomes a tag, because MLflow refuses it."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(run_id).data.params
+        new = [Param(key, value) for key, value in entry["values"].items() if key not in known]
+        for start in range(0, len(new), MAX_PARAMS):
+            self.client.log_batch(run_id, params=new[start : start + MAX_PARAMS])
+        changed = {f"changed.{key}": value for key, value in entry["values"].items() if known.get(key, value) != value}
+        self._send_tags(run_id, {"values": changed})
+
+    def _send_tags(self, run_id: str, entry: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, value) for key, value in entry["values"].items()]
+        for start in range(0, len(tags), MAX_PARAMS):
+            self.client.log_batch(run_id, tags=tags[start : start + MAX_PARAMS])
+
+    def _send_dataset(self, run_id: str, entry: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            entry["name"],
+            entry["digest"][:36],
+            "local",
+            json.dumps({"uri": entry["source"]}),
+            profile=json.dumps({"digest": entry["digest"]}),
+        )
+        self.client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", entry["context"])])])
+
+    def _send_artifact(self, run_id: str, entry: dict[str, Any]) -> None:
+        if file := self._stashed(entry):
+            self.client.log_artifact(run_id, str(file), entry["folder"] or None)
+
+    def _send_picture(self, run_id: str, entry: dict[str, Any]) -> None:
+        file = self._stashed(entry)
+        if file is None:
+            return
+        name, step, time_ms = entry["name"], entry["step"], entry["time"]
+        if self._uncertain:  # MLflow puts a random part into the file's name: a second upload is a second picture
+            stem = re.escape(f"images/{name.replace('/', '~')}") + rf"[+%]step[+%]{step}[+%]timestamp[+%]{time_ms}[+%]"
+            there = [item.path for item in self.client.list_artifacts(run_id, "images") if re.match(stem, item.path)]
+            full = next((path for path in there if path.endswith(".png")), None)
+            if full is not None:
+                if len(there) == 1:
+                    self._upload_thumbnail(run_id, file, full)
+                self.client.set_tag(run_id, "mlflow.loggedImages", "true")
+                return
+        self.client.log_image(run_id, _read_picture(file), key=name, step=step, timestamp=time_ms, synchronous=True)
+
+    def _upload_thumbnail(self, run_id: str, file: Path, full: str) -> None:
+        """The small copy that a kill between MLflow's two uploads left out."""
+        with tempfile.TemporaryDirectory() as folder:
+            separator = "%" if "%step%" in full else "+"
+            small = Path(folder) / f"{Path(full).stem}{separator}compressed.webp"
+            picture = _read_picture(file)
+            picture.thumbnail((256, 256))
+            picture.save(small)
+            self.client.log_artifact(run_id, str(small), "images")
+
+    def _send_checkpoint(self, run_id: str, entry: dict[str, Any]) -> None:
+        """A logged model with the file and its metrics. Serialising through mlflow.pytorch would not give SAM back."""
+        from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+        file = self._stashed(entry)
+        if file is None:
+            return
+        key = str(entry["seq"])
+        run = self.client.get_run(run_id)
+        if key not in self.state["models"]:
+            found = self.client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run_id}'")
+            model = next((model for model in found if model.tags.get("lesionsam.seq") == key), None)
+            if model is None:
+                model = self.client.create_logged_model(
+                    run.info.experiment_id, entry["name"], run_id, {"lesionsam.seq": key}, {"step": str(entry["step"])}
+                )
+            self.state["models"][key] = model.model_id
+            self._save()
+        model_id = self.state["models"][key]
+        outputs = run.outputs.model_outputs if run.outputs else []
+        if all(output.model_id != model_id for output in outputs):
+            self.client.log_outputs(run_id, [LoggedModelOutput(model_id, entry["step"])])
+        self.client.log_model_artifact(model_id, str(file))
+        metrics = [
+            Metric(name, float(value), time_ms, entry["step"], model_id=model_id)
+            for name, (value, time_ms) in entry["values"].items()
+        ]
+        if metrics:
+            self.client.log_batch(run_id, metrics=metrics)
+        self.client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+
+    def _send_status(self, run_id: str, entry: dict[str, Any]) -> None:
+        if entry.get("only_new") and not self.state.get("replaces"):
+            return
+        if entry["status"] == "RUNNING":
+            self.state["killed"] = False
+            self.client.update_run(run_id, status="RUNNING")
+        elif not entry.get("only_new") or self.client.get_run(run_id).info.status == "RUNNING":
+            self.client.set_terminated(run_id, entry["status"], entry["time"])
+
+    def _stashed(self, entry: dict[str, Any]) -> Path | None:
+        """The waiting file; None where it went to a run that was deleted since."""
+        file = self.spool.folder / entry["file"]
+        return file if file.exists() else None
+
+    def mark_killed(self) -> None:
+        """Close a run whose owner died without doing so."""
+        last = None
+        for entry, _ in read_lines(self.spool.path("journal")):
+            if entry is not None and entry["kind"] == "status":
+                last = entry["status"]
+        if last in (None, "RUNNING") and self.state["run_id"] and not self.state.get("killed"):
+            with contextlib.suppress(RunGone):
+                self._attempt(lambda: self.client.set_terminated(self.state["run_id"], "KILLED"))
+            self.state["killed"] = True
+            self._save()
+
+
+def _reason(error: Exception) -> str:
+    """One short line: of a chain of connection errors only the innermost."""
+    text = " ".join(str(error).split())
+    _, chained, cause = text.rpartition("(Caused by ")
+    return (cause.rstrip(")") + ")" if chained else text)[:300]
+
+
+def _read_picture(path: Path) -> Image.Image:
+    """A picture of this project's own making, (H, W, 3)."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise Rejected(f"{path.name}: {error}") from error
+
+
+def system_monitors() -> list[Any]:
+    """MLflow's own collectors: processor and memory, disk, network, and the GPU where there is one."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    try:
+        monitors.append(GPUMonitor())
+    except (ImportError, RuntimeError):
+        print("no GPU metrics", file=sys.stderr)
+    return monitors

@@ -1,0 +1,1 @@
+"""Files, images, processes, progress and devices. Import the module you need."""

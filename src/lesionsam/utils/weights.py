@@ -1,0 +1,33 @@
+"""Find the weights file in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lesionsam.errors import UserError
+
+NAMES = ("best.safetensors", "sam.safetensors", "sam.pth")  # of a stage or an export, in order of preference
+SUFFIXES = (".safetensors", ".pth")
+
+
+def find_weights(path: Path) -> Path:
+    """Return a weights file: the path itself, or the file in the folder that it names.
+
+    Raises:
+        UserError: the path does not exist, or the folder holds none of `NAMES` and not exactly one other weights file.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder; expected a weights file, or a folder that holds one")
+    for name in NAMES:
+        if (path / name).is_file():
+            return path / name
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(
+            f"{path}: expected {', '.join(NAMES)} or one other file ending in {' or '.join(SUFFIXES)}, "
+            f"found {names}; name the file"
+        )
+    return found[0]
