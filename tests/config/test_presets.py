@@ -115,7 +115,7 @@ def test_published_is_the_published_recipe() -> None:
     method, train, model = config.method, config.train, config.model
     assert isinstance(method, ContrastiveMethod)
     assert isinstance(model, BlocksEncoder)
-    assert (method.alpha, method.beta, method.gamma, method.delta, method.epsilon) == (1.0, 0.5, 0.1, 0.0, 0.0)
+    assert method.weights.model_dump() == {"contrast": 1.0, "distil": 0.1, "pseudo": 0.0, "projection": 0.0}
     assert (method.temperature, method.pos_samples, method.neg_samples, method.ema_decay) == (0.1, 256, 1024, 0.999)
     assert (method.num_points, method.teacher_prompt) == (10, "ring")
     assert (method.gate.region, method.gate.entropy_thresh, method.gate.trust_empty) == ("image", 0.2, True)
@@ -222,14 +222,14 @@ def test_upgrade_adds_what_an_older_file_lacks() -> None:
     )
     lines = default_text().splitlines(keepends=True)
     older = "".join(line for line in lines if line.split(":")[0].strip() not in removed)
-    older = older.replace("seed: 0                      # of drawn prompts", "seed: 5  # mine")
+    older = older.replace("seed: 0                      # random seed of the prompts", "seed: 5  # mine")
     with pytest.raises(ConfigError) as caught:
         validate(parse_yaml(older, "params.yaml"))
     wanted = "method.temperature: missing, expected a number above 0 and of at most 10; add `temperature: 0.1`"
     assert wanted in str(caught.value)
     new, config = upgrade(older)
     assert config.evaluate.seed == 5
-    assert new.replace("seed: 5  # mine", "seed: 0                      # of drawn prompts") == default_text()
+    assert new.replace("seed: 5  # mine", "seed: 0                      # random seed of the prompts") == default_text()
     assert upgrade(new)[0] == new
 
 
@@ -266,7 +266,7 @@ def test_edits_of_other_spellings(text: str) -> None:
         {},
         {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "method.gate.region": ["image", "big_box"]},
         {"method.temperature": [0.05, 0.1], "model.unfreeze_last_k": {"low": 0, "high": 2}},
-        {"method.temperature": {"low": 0.05, "high": 1.0}, "method.alpha": {"low": 0.0, "high": 0.1}},
+        {"method.temperature": {"low": 0.05, "high": 1.0}, "method.weights.contrast": {"low": 0.0, "high": 0.1}},
     ],
 )
 def test_names_with_dots_of_a_search_space(space: dict[str, object]) -> None:

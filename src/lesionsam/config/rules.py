@@ -47,12 +47,15 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     if v.get("model.encoder") == "none":
         if v.get("model.train_decoder") is False and v.get("model.train_prompt_encoder") is False:
             yield Issue("model.train_decoder", "expected true when model.encoder is none, or nothing trains, got false")
-        for term in ("method.alpha", "method.gamma"):
+        for term in ("method.weights.contrast", "method.weights.distil"):
             if v.get(term, 0) > 0:
                 yield Issue(term, f"expected 0 when model.encoder is none (it teaches nothing else), got {v[term]:g}")
-    terms = ("method.alpha", "method.delta", "method.epsilon")
+    terms = ("method.weights.contrast", "method.weights.pseudo", "method.weights.projection")
     if has(*terms) and not any(v[term] for term in terms):
-        yield Issue("method.alpha", f"expected one of {', '.join(terms)} above 0, or nothing is learnt, got 0 for all")
+        yield Issue(
+            "method.weights.contrast",
+            f"expected one of {', '.join(terms)} above 0, or nothing is learnt, got 0 for all",
+        )
     placebo = v.get("method.target.placebo", "none")
     if placebo != "none" and v.get("train.batch_size") == 1:
         yield Issue("train.batch_size", f"expected 2 or more when method.target.placebo is {placebo}, got 1")
@@ -68,10 +71,10 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
             )
     if v.get("foundation.prompt_width", 0) % 16:
         yield Issue("foundation.prompt_width", f"expected a multiple of 16, got {v['foundation.prompt_width']}")
-    if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "nearer"}:
+    if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "zoom"}:
         yield Issue(
             "evaluate.prompts",
-            "expected another prompt beside none and nearer, for pictures and curves, got "
+            "expected another prompt beside none and zoom, for pictures and curves, got "
             f"{', '.join(v['evaluate.prompts'])} alone",
         )
     for key in ("evaluate.prompts", "evaluate.jitter"):
