@@ -268,6 +268,7 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
         ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
         ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
         ({"model.image_size": 20}, "model.image_size", "32"),
+        ({"model.name": "vit_b", "model.image_size": 1000}, "model.image_size", "expected a multiple of 16"),
         ({"model.name": "vit_b", "model.encoder": "lora", "model.lora_last_k": 13}, "model.lora_last_k", "12"),
         ({"model.name": "vit_b", "model.encoder": "adapter", "model.adapter_last_k": 13}, "model.adapter_last_k", "12"),
         (
@@ -352,6 +353,21 @@ def write_params(folder: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("word", "meant"), [("yes", "true"), ("off", "false")])
+def test_a_switch_of_yaml_1_1_is_explained(word: str, meant: str) -> None:
+    text = default_text().replace("augment: true", f"augment: {word}")
+    issues = issues_of(parse_yaml(text, "params.yaml"))
+    assert issues == {"train.augment": f"expected true or false, got the text '{word}'; did you mean {meant}?"}
+
+
+def test_an_input_that_is_watched_but_not_read_must_be_there(tmp_path: Path) -> None:
+    path = write_params(tmp_path, unflatten({"inputs.boxes": "mine.csv"}, default_values()))
+    with pytest.raises(ConfigError, match=r"inputs.boxes: expected own where it is not read .* got mine.csv$"):
+        load_config(path)
+    (tmp_path / "mine.csv").touch()
+    assert load_config(path).inputs.boxes == "mine.csv"
+
+
 def test_files_that_parameters_name(tmp_path: Path) -> None:
     path = write_params(tmp_path, values_of("csv"))
     with pytest.raises(ConfigError, match=r"inputs.boxes: expected a CSV file .* got none at own"):
@@ -410,6 +426,11 @@ def test_numbers_that_are_none(number: str) -> None:
         ("train: [1, 2\n", "expected YAML"),
         ("train:\n\tepochs: 1\n", "line 2: expected YAML"),
         ("a: *nothing\n", "expected YAML"),
+        (
+            "a: 1\n<<<<<<< HEAD\nb: 1\n=======\nb: 2\n>>>>>>> other\n",
+            "line 2: expected YAML, got the marker <<<<<<< of a",
+        ),
+        ("a: 1\n>>>>>>> other\n", "line 2: expected YAML, got the marker >>>>>>> of a merge conflict; keep one of"),
     ],
 )
 def test_files_that_are_no_parameters(tmp_path: Path, text: str, words: str) -> None:

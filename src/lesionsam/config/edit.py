@@ -6,7 +6,7 @@ import copy
 import difflib
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -45,18 +45,14 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
         UserError: the values cannot be changed one by one (shared by anchors, merged).
     """
     parse_yaml(text, source)
-    yaml = round_trip_yaml()
-    tree = yaml.load(text)
-    yaml.map_indent = next((held.lc.col for held in tree.values() if _is_block(held) and held.lc.col), 2)
-    loose = _take_loose_lines(tree)
-    tokens = [_behind(section, key) for _, section, key in _keys(tree)]
-    columns = Counter(token.start_mark.column for token in tokens if token)
     comments = {key: limits.description for key, limits in known_keys(values).items()}
-    _update(tree, values, "", comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
-    end = _put_loose_lines(tree, loose)
-    stream = io.StringIO()
-    yaml.dump(tree, stream)
-    new = stream.getvalue() + end
+
+    def change(tree: CommentedMap) -> None:
+        tokens = [_behind(section, name) for _, section, name in _keys(tree)]
+        columns = Counter(token.start_mark.column for token in tokens if token)
+        _update(tree, values, "", comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
+
+    new = rewrite(text, change)
     try:
         is_right = parse_yaml(new, source) == values
     except UserError:
@@ -67,6 +63,19 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
             "write the values out, or let `lesionsam preset demo` write a new file"
         )
     return new
+
+
+def rewrite(text: str, change: Callable[[CommentedMap], None]) -> str:
+    """Return a valid YAML text after `change` has edited its tree; the lines between keys stay where they are."""
+    yaml = round_trip_yaml()
+    tree = yaml.load(text)
+    yaml.map_indent = next((held.lc.col for held in tree.values() if _is_block(held) and held.lc.col), 2)
+    loose = _take_loose_lines(tree)
+    change(tree)
+    end = _put_loose_lines(tree, loose)
+    stream = io.StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue() + end
 
 
 def _is_block(node: object) -> bool:

@@ -1,4 +1,4 @@
-"""What each key of params.yaml accepts, read from the JSON schema of `Config`: for messages, comments and search spaces.
+"""What each key of params.yaml accepts, read from the JSON schema of `Config`, for messages and search spaces.
 
 The functions take plain nested values, valid or not. Which keys exist depends on the variants that the values select.
 """

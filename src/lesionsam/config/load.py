@@ -85,7 +85,7 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
     version = probe.get("version")
     if isinstance(version, int) and 0 < version < VERSION:
         message = (
-            f"expected {VERSION}, got {version}, an older format; run {UPGRADE}, which keeps your values and comments"
+            f"expected an integer ({VERSION}), got {version}, an older format; run {UPGRADE}, which keeps comments"
         )
         raise ConfigError([Issue("version", message)], source)
     issues: dict[str, Issue] = {}
@@ -129,7 +129,7 @@ def _with_variants(section: Node, values: Mapping[str, Any], prefix: str, issues
 
 
 def likely_variant(node: Node, value: Mapping[str, Any]) -> str:
-    """Return the word of the variant that a section without a readable one was meant to be: by word, else by its keys."""
+    """Return the word of the variant that is nearest to a section: by its word, else by its keys."""
     near = difflib.get_close_matches(str(value.get(tag_name(node), "")), variants(node), n=1)
     unlike = {word: len(set(section["properties"]) ^ set(value)) for word, section in variants(node).items()}
     return near[0] if near else min(unlike, key=unlike.__getitem__)
@@ -267,8 +267,8 @@ def yaml_text(value: Any) -> str:
     """Return a scalar or a flat list as params.yaml holds it, on one line."""
     yaml, stream = round_trip_yaml(), io.StringIO()
     yaml.default_flow_style = True
-    yaml.dump([value], stream)
-    return stream.getvalue().strip()[1:-1]
+    yaml.dump({"a": value}, stream)
+    return stream.getvalue().strip().removeprefix("{a: ").removesuffix("}")
 
 
 def load_config(path: str | Path = "params.yaml", *, check_files: bool = True) -> Config:

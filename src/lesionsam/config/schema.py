@@ -1,7 +1,7 @@
 """Schema of params.yaml: type, limits, unit and description of each key. It holds no default values.
 
-To add a key, add a field here, the line in params.yaml and the same line in `presets/demo.yaml`. The field's description
-is the comment in params.yaml; units stand in brackets. A key that one variant of a section reads goes into that
+To add a key, add a field here, the line in params.yaml and the same line in `presets/demo.yaml`. The description of the
+field is the comment in params.yaml; units stand in brackets. A key that one variant of a section reads goes into that
 variant's class, with its initial value in `examples`. The sections `model` and `method` are in `config.schema_method`.
 """
 

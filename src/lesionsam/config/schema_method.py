@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_ENTROPY = 0.6932  # ln 2, rounded up
 NUM_BLOCKS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}  # transformer blocks of SAM's own encoders
+PATCH = 16  # side of a patch of SAM's own encoders [px]
 
 
 class Section(BaseModel):
