@@ -26,14 +26,13 @@ from lesionsam.config.load import (
     known_keys,
     load_config,
     parse_yaml,
-    summary,
     to_values,
-    trained_parts,
     unflatten,
     validate,
     with_values,
     yaml_text,
 )
+from lesionsam.config.summary import summary, trained_parts
 from lesionsam.errors import UserError
 
 DEFAULT = validate(default_values())

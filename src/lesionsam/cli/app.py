@@ -94,7 +94,8 @@ def show(
 @params_app.command("check")
 def check(params: Params = Path("params.yaml")) -> None:
     """Validate params.yaml and summarise it."""
-    from lesionsam.config.load import load_config, summary
+    from lesionsam.config.load import load_config
+    from lesionsam.config.summary import summary
 
     config = load_config(params)
     for line in summary(config):

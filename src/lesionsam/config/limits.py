@@ -31,6 +31,7 @@ class Limits:
         choices: accepted words; beside numbers where kind is number, as items where kind is list.
         form: expected form of a text, where that matters.
         description: comment of the key, with its unit.
+        example: initial value of a key that the default file lacks.
     """
 
     key: str
@@ -42,26 +43,26 @@ class Limits:
     choices: tuple[str, ...] = ()
     form: str = ""
     description: str = ""
+    example: Any = None
 
     @property
     def expected(self) -> str:
         """Return the limits in words, for a message: "an integer from 1 to 64"."""
+        words = ", ".join(self.choices)
         if self.kind == "choice":
-            return self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
-        if self.kind == "list":
-            return self.form or "a list of " + (", ".join(self.choices) if self.choices else "numbers" + self._range())
+            return f"one of {words}" if len(self.choices) > 1 else words
         names = {
             "integer": "an integer",
             "number": "a number",
             "boolean": "true or false",
             "section": "a section of keys",
-            "text": self.form or "a text",
         }
-        return (", ".join(self.choices) + " or " if self.choices else "") + names[self.kind] + self._range()
+        names |= {"text": self.form or "a text", "list": self.form or f"a list of {words or 'numbers'}"}
+        before = f"{words} or " if words and self.kind == "number" else ""
+        return before + names[self.kind] + self._range()
 
     def _range(self) -> str:
-        low = None if self.low is None else f"{self.low:.15g}"
-        high = None if self.high is None else f"{self.high:.15g}"
+        low, high = ("" if bound is None else f"{bound:.15g}" for bound in (self.low, self.high))
         if low and low == high:
             return f" ({low})"
         if low and high and not (self.low_open or self.high_open):
@@ -106,13 +107,15 @@ def variant_of(node: Node, value: object) -> Node | None:
     return variants(node).get(word) if isinstance(word, str) else None
 
 
-def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, Node, Limits]]:
-    """Yield every key, sections included, of a configuration with these variants, in the schema's order."""
+def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, Limits]]:
+    """Yield every dotted key, sections included, of a configuration with these variants, in the schema's order."""
 
-    def section(node: Node, held: object, prefix: str, tag: str, words: tuple[str, ...]) -> Iterator[Any]:
+    def section(
+        node: Node, held: object, prefix: str, tag: str, words: tuple[str, ...]
+    ) -> Iterator[tuple[str, Limits]]:
         for name, child in node["properties"].items():
             key, value = prefix + name, held.get(name) if isinstance(held, Mapping) else None
-            yield key, child, limits_of(key, child, words if name == tag else ())
+            yield key, limits_of(key, child, words if name == tag else ())
             if (below := variant_of(child, value)) is not None:
                 yield from section(below, value, f"{key}.", tag_name(child), tuple(variants(child)))
 
@@ -121,27 +124,24 @@ def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, Node, Limits]]:
 
 def limits_of(key: str, node: Node, choices: tuple[str, ...] = ()) -> Limits:
     """Return the limits of one key; `choices` replaces its words, for the key that selects a variant."""
-    description = node.get("description", "")
-    if variants(node):
-        return Limits(key, "section", description=description)
     held = node.get("items", node)
     parts = held.get("anyOf", [held])
     words = choices or tuple(
         word for part in parts for word in part.get("enum", [part.get("const")]) if word is not None
     )
-    free = next((part for part in parts if "enum" not in part and "const" not in part), None)
-    kind = "list" if "items" in node else KINDS[free["type"]] if free else "choice"
-    bounds = free or {}
+    free = next((part for part in parts if "enum" not in part and "const" not in part), {})
+    kind = "list" if "items" in node else "section" if variants(node) else KINDS[free["type"]] if free else "choice"
     return Limits(
         key,
         kind,
-        low=bounds.get("minimum", bounds.get("exclusiveMinimum")),
-        high=bounds.get("maximum", bounds.get("exclusiveMaximum")),
-        low_open="exclusiveMinimum" in bounds,
-        high_open="exclusiveMaximum" in bounds,
+        low=free.get("minimum", free.get("exclusiveMinimum")),
+        high=free.get("maximum", free.get("exclusiveMaximum")),
+        low_open="exclusiveMinimum" in free,
+        high_open="exclusiveMaximum" in free,
         choices=words,
-        form=node.get("title") or ("a text that is not empty" if bounds.get("minLength") else ""),
-        description=description,
+        form=node.get("title") or ("a text that is not empty" if free.get("minLength") else ""),
+        description=node.get("description", ""),
+        example=node.get("examples", [None])[0],
     )
 
 
@@ -180,7 +180,7 @@ def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
     """Return why a key is unknown under these values, and which one may be meant."""
     if (needed := read_when(key, values)) is not None:
         return f"read only when {needed[0]} is {' or '.join(needed[1])}, got {value_at(values, needed[0])}; remove it"
-    known = [name for name, _, _ in walk(values)]
+    known = [name for name, _ in walk(values)]
     parent, _, leaf = key.rpartition(".")
     held = value_at(values, parent)
 

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from lesionsam.config.limits import (
@@ -60,7 +60,7 @@ class ConfigError(UserError):
 
 def known_keys(config: Config | Mapping[str, Any]) -> dict[str, Limits]:
     """Return the limits of every dotted key, sections included, of a configuration with these variants, in order."""
-    return {key: limits for key, _, limits in walk(to_values(config))}
+    return dict(walk(to_values(config)))
 
 
 def describe(key: str, config: Config | Mapping[str, Any]) -> Limits:
@@ -90,7 +90,7 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
         raise ConfigError([Issue("version", message)], source)
     issues: dict[str, Issue] = {}
     probe = _with_variants(schema(), probe, "", issues)
-    config, known = None, {key: limits for key, _, limits in walk(probe)}
+    config, known = None, dict(walk(probe))
     try:
         config = Config.model_validate(probe)
     except ValidationError as error:
@@ -99,7 +99,7 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
             if kind == "extra_forbidden":
                 issues[key] = Issue(key, explain_unknown(key, probe))
             elif kind == "missing":
-                issues[key] = _missing(known[key], probe)
+                issues[key] = _missing(known[key])
             else:
                 items = [part for part in detail["loc"] if isinstance(part, int)]
                 issues[key] = _wrong(known[key], detail["input"], f" as item {items[0] + 1}" if items else "")
@@ -107,8 +107,10 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
     for issue in rules(sound):
         issues.setdefault(issue.key, issue)
     if issues or config is None:
-        order = {key: place for place, key in enumerate(known)}
-        raise ConfigError(sorted(issues.values(), key=lambda issue: _rank(issue.key, order)), source)
+        places = {name: place for place, name in enumerate(known)}
+        parents = {key: [name for name in known if f"{key}.".startswith(f"{name}.")] for key in issues}
+        order = {key: max((places[name] for name in above), default=len(known)) for key, above in parents.items()}
+        raise ConfigError(sorted(issues.values(), key=lambda issue: order[issue.key]), source)
     return config
 
 
@@ -121,7 +123,7 @@ def _with_variants(section: Node, values: Mapping[str, Any], prefix: str, issues
             continue
         if tag and variant_of(node, held) is None:
             limits = Limits(f"{prefix}{name}.{tag}", "choice", choices=tuple(variants(node)))
-            issues[limits.key] = _wrong(limits, held[tag]) if tag in held else _missing(limits, values)
+            issues[limits.key] = _wrong(limits, held[tag]) if tag in held else _missing(limits)
             held = {**held, tag: likely_variant(node, held)}
         child = variant_of(node, held)
         fixed[name] = _with_variants(child, held, f"{prefix}{name}.", issues) if child is not None else held
@@ -135,13 +137,6 @@ def likely_variant(node: Node, value: Mapping[str, Any]) -> str:
     return near[0] if near else min(unlike, key=unlike.__getitem__)
 
 
-def _rank(key: str, order: Mapping[str, int]) -> float:
-    """Return the place of a key among the issues: its own, or for an unknown key that of its section."""
-    while key and key not in order:
-        key = key.rpartition(".")[0]
-    return order.get(key, len(order))
-
-
 def _key(loc: Sequence[int | str], is_unknown: bool, known: Mapping[str, Limits]) -> str:
     """Return the dotted key of a pydantic error, whose place also names variants, types and items of a list."""
     key = ""
@@ -150,9 +145,11 @@ def _key(loc: Sequence[int | str], is_unknown: bool, known: Mapping[str, Limits]
     return f"{key}.{loc[-1]}".lstrip(".") if is_unknown else key
 
 
-def _missing(limits: Limits, values: Mapping[str, Any]) -> Issue:
-    name, start = limits.key.rpartition(".")[2], start_value(limits.key, values)
-    line = f"`{name}: {yaml_text(start)}`" if start is not None else "it"
+def _missing(limits: Limits) -> Issue:
+    start = value_at(default_values(), limits.key)
+    start = limits.example if start is None else start
+    is_section, name = isinstance(start, Mapping), limits.key.rpartition(".")[2]
+    line = "it" if start is None or is_section else f"`{name}: {yaml_text(start)}`"
     return Issue(limits.key, f"missing, expected {limits.expected}; add {line}, as {UPGRADE} does")
 
 
@@ -162,16 +159,6 @@ def _wrong(limits: Limits, value: object, place: str = "") -> Issue:
     meant += difflib.get_close_matches(str(value), limits.choices, n=1) if isinstance(value, str) else []
     end = f"; did you mean {''.join(meant)}?" if any(meant) else ""
     return Issue(limits.key, f"expected {limits.expected}, got {shown(value)}{place}{end}")
-
-
-def start_value(key: str, values: Mapping[str, Any]) -> Any:
-    """Return the initial value of a missing key: the default file's, else the schema's example, None for a section."""
-    held = value_at(default_values(), key)
-    if held is None:
-        held = next(
-            (node["examples"][0] for known, node, _ in walk(values) if known == key and "examples" in node), None
-        )
-    return None if isinstance(held, Mapping) else held
 
 
 def shown(value: object) -> str:
@@ -212,14 +199,12 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
         )
     try:
         values = YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}{line}: {str(error.problem).split(' with value')[0]}; keep one") from None
-    except MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}{line}: expected YAML, got {error.problem or error.context}") from None
     except (YAMLError, ValueError) as error:
-        raise UserError(f"{source}: expected YAML, got {str(error).splitlines()[0]}") from None
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or error
+        problem = str(problem).splitlines()[0].partition(" with value")[0]
+        what = f"{problem}; keep one" if isinstance(error, DuplicateKeyError) else f"expected YAML, got {problem}"
+        raise UserError(f"{source}{f' line {mark.line + 1}' if mark else ''}: {what}") from None
     except RecursionError:
         raise UserError(f"{source}: expected sections of keys, got a text nested too deeply") from None
     if not _is_bounded(values):
@@ -355,39 +340,3 @@ def config_digest(config: Config, sections: Sequence[str] | None = None) -> str:
 
 def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-
-
-def trained_parts(model: Mapping[str, Any]) -> str:
-    """Return what a section `model` (plain values) trains, in words."""
-    last = next((value for key, value in model.items() if key.endswith("last_k")), 0)
-    where = f"of the last {last} encoder blocks" if last else "of the whole encoder"
-    words = {
-        "none": [],
-        "blocks": [f"the last {last} encoder blocks" if last else "the whole encoder"],
-        "adapter": [f"adapters of {model.get('adapter_dim')} units {where}"],
-        "lora": [f"low-rank updates (rank {model.get('lora_rank')}) {where}"],
-    }[model["encoder"]]
-    switches = (("the decoder", "train_decoder"), ("the prompt encoder", "train_prompt_encoder"))
-    return ", ".join([*words, *(name for name, key in switches if model[key])])
-
-
-def summary(config: Config) -> list[str]:
-    """Return the configuration in a few lines."""
-    data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
-    size = f", side {model.image_size} px" if model.image_size else ""
-    counts = {
-        "synthetic": ("num_train", "num_dev", "num_test"),
-        "folder": ("dev_fraction", "test_split"),
-        "coco": ("annotations", "test_split"),
-    }
-    named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
-    trained = trained_parts(to_values(config)["model"])
-    target = f", target {method.target.kind}" if method.name == "contrastive" else ""
-    return [
-        f"data     {data.source} ({named})",
-        f"boxes    {boxes.source}",
-        f"model    {model.name} from {model.checkpoint}{size}; trained: {trained}",
-        f"method   {method.name}{target}",
-        f"train    {train.epochs} epochs, {train.batch_size} x {train.accumulate} images a step, {train.precision}",
-        f"digest   {config_digest(config)[:12]}",
-    ]
