@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import io
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -28,7 +29,9 @@ from lesionsam.config.schema import Config
 from lesionsam.errors import UserError
 
 COMMENT_COLUMN = 31  # from 0, of the comments in a file that has none yet
-BEFORE, BEHIND = 1, 2  # places of ruamel.yaml's comments of a key: lines before it, text behind its value
+# Blank lines and lines of comments, with the indent of the key that follows.
+LOOSE_LINES = re.compile(r"(?:^ *(?:#.*)?\n)+(?=( *)(?![-\s#])\S|\Z)", re.MULTILINE)
+MARK = "~"  # begins the keys that stand for loose lines in the tree
 
 
 def to_yaml(config: Config) -> str:
@@ -42,17 +45,15 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
     Args:
         text: a parameter file. values: nested plain values, everything that the file shall hold.
     Raises:
-        UserError: the values cannot be changed one by one (shared by anchors, merged).
+        UserError: the values cannot be changed one by one, such as those that anchors share.
     """
     parse_yaml(text, source)
+    ends = (len(before) for before, mark, _ in (line.partition("#") for line in text.splitlines()) if mark and before)
+    column = max(
+        Counter(end for end in ends if end > 2).items(), key=lambda item: item[1], default=(COMMENT_COLUMN, 0)
+    )[0]
     comments = {key: limits.description for key, limits in known_keys(values).items()}
-
-    def change(tree: CommentedMap) -> None:
-        tokens = [_behind(section, name) for _, section, name in _keys(tree)]
-        columns = Counter(token.start_mark.column for token in tokens if token)
-        _update(tree, values, "", comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
-
-    new = rewrite(text, change)
+    new = rewrite(text, lambda tree: _update(tree, values, "", comments, column))
     try:
         is_right = parse_yaml(new, source) == values
     except UserError:
@@ -66,16 +67,23 @@ def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml")
 
 
 def rewrite(text: str, change: Callable[[CommentedMap], None]) -> str:
-    """Return a valid YAML text after `change` has edited its tree; the lines between keys stay where they are."""
-    yaml = round_trip_yaml()
-    tree = yaml.load(text)
+    """Return a valid YAML text after `change` has edited its tree.
+
+    ruamel.yaml holds the lines between two keys behind the first one, and would remove them with it. Keys of their own
+    stand for them meanwhile.
+    """
+    loose: list[str] = []
+
+    def mark(match: re.Match[str]) -> str:
+        loose.append(match[0])
+        return f"{match[1] or ''}{MARK}{len(loose) - 1}: 0\n"
+
+    yaml, stream = round_trip_yaml(), io.StringIO()
+    tree = yaml.load(LOOSE_LINES.sub(mark, text if text.endswith("\n") else f"{text}\n"))
     yaml.map_indent = next((held.lc.col for held in tree.values() if _is_block(held) and held.lc.col), 2)
-    loose = _take_loose_lines(tree)
     change(tree)
-    end = _put_loose_lines(tree, loose)
-    stream = io.StringIO()
     yaml.dump(tree, stream)
-    return stream.getvalue() + end
+    return re.sub(rf"^ *{MARK}(\d+): 0\n", lambda found: loose[int(found[1])], stream.getvalue(), flags=re.MULTILINE)
 
 
 def _is_block(node: object) -> bool:
@@ -83,52 +91,11 @@ def _is_block(node: object) -> bool:
     return isinstance(node, CommentedMap) and not node.fa.flow_style()
 
 
-def _keys(section: CommentedMap, prefix: str = "") -> Iterator[tuple[str, CommentedMap, str]]:
-    """Yield (dotted path, its section, its last name) of every line, in the order of the text."""
-    for name, held in section.items():
-        yield f"{prefix}{name}", section, name
-        if _is_block(held):
-            yield from _keys(held, f"{prefix}{name}.")
-
-
-def _behind(section: CommentedMap, key: str) -> CommentToken | None:
-    return section.ca.items.get(key, [None] * 4)[BEHIND]
-
-
-def _take_loose_lines(tree: CommentedMap) -> list[tuple[str, str]]:
-    """Take the lines between keys off the tree and return them by the path that they stand before, "" for the end.
-
-    ruamel.yaml stores such lines behind the value before them, so that they would be deleted with it.
-    """
-    found, lines = [], ""
-    for path, section, name in _keys(tree):
-        first, before, behind, last = section.ca.items.get(name, [None] * 4)
-        found.append((path, lines + "".join(token.value for token in before or ())))
-        lines = ""
-        if behind is not None:
-            comment, _, lines = behind.value.partition("\n")
-            behind.value = f"{comment}\n"
-        section.ca.items[name] = [first, None, behind if behind and behind.value.strip() else None, last]
-    return [*found, ("", lines)]
-
-
-def _put_loose_lines(tree: CommentedMap, loose: list[tuple[str, str]]) -> str:
-    """Put lines before the key they stood before, or before the next one that is left; return those for the end."""
-    places, lines = {path: (section, name) for path, section, name in _keys(tree)}, ""
-    for path, before in loose:
-        lines += before
-        if lines and path in places:
-            section, name = places[path]
-            section.ca.items.setdefault(name, [None] * 4)[BEFORE] = [CommentToken(lines, CommentMark(0))]
-            lines = ""
-    return lines
-
-
 def _update(
     section: CommentedMap, values: Mapping[str, Any], prefix: str, comments: Mapping[str, str], column: int
 ) -> None:
     """Give a section these values; `prefix` is its key and a dot, `column` that of comments."""
-    for name in [name for name in section if name not in values]:
+    for name in [name for name in section if name not in values and not str(name).startswith(MARK)]:
         del section[name]
         section.ca.items.pop(name, None)
     place = 0
@@ -140,10 +107,10 @@ def _update(
             section.insert(place, name, _node(key, value, comments, column))
             _comment(section, name, comments.get(key, ""), column)
             if not prefix and _is_block(section[name]):
-                section.ca.items.setdefault(name, [None] * 4)[BEFORE] = [CommentToken("\n", CommentMark(0))]
+                section.ca.items.setdefault(name, [None] * 4)[1] = [CommentToken("\n", CommentMark(0))]
         elif now != value or isinstance(now, bool) != isinstance(value, bool):
             section[name] = _node(key, value, comments, column)
-            if token := _behind(section, name):
+            if token := section.ca.items.get(name, [None] * 4)[2]:  # the comment behind the value
                 token.start_mark.column = min(token.start_mark.column, column)
         place = list(section).index(name) + 1
 
