@@ -8,6 +8,8 @@ input that is not read any more returns to the default path, since DVC needs eve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def _with_preset(name: str, current: Mapping[str, Any]) -> dict[str, Any]:
         base = _with_preset(preset["extends"], current)
     else:
         base = _with_preset(DEMO, current) if preset["base"] == "default" else dict(current)
-    return fit(merge(base, preset["params"]))
+    return fit(merge(base, deepcopy(preset["params"])))
 
 
 def apply_preset(name: str, text: str | None, source: str = "params.yaml") -> tuple[str, Config]:
@@ -80,6 +82,7 @@ def read_params(path: Path) -> str | None:
     return read_text(path) if path.exists() else None
 
 
+@cache
 def _read(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"preset {name}: expected one of {', '.join(preset_names())}")
