@@ -222,6 +222,13 @@ def test_every_issue_at_once_and_in_order() -> None:
     assert issues["boxes.margin_low"] == "expected at most boxes.margin_high (0.2), got 0.3"
 
 
+def test_an_old_name_of_a_weight_leads_to_the_new_one() -> None:
+    issues = issues_of(changed(default_values(), "method.alpha", 0.1))
+    assert issues == {"method.alpha": "unknown key; did you mean method.weights.contrast?"}
+    issues = issues_of(changed(values_of("supervised"), "method.beta", 0.1))
+    assert issues == {"method.beta": "unknown key; did you mean method.weights.iou?"}
+
+
 def test_a_key_of_another_variant_says_when_it_is_read() -> None:
     issues = issues_of(changed(default_values(), "data.dev_fraction", 0.1))
     assert issues == {
@@ -384,10 +391,10 @@ def test_folders_that_parameters_name(tmp_path: Path) -> None:
         load_config(path)
     for split in ("train", "val", "test"):
         (tmp_path / "mine" / "images" / split).mkdir(parents=True)
+    (tmp_path / "mine" / "boxes.csv").touch()
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert [issue.key for issue in caught.value.issues] == [*["boxes.source"] * 3, "train.select"]
-    (tmp_path / "mine" / "boxes.csv").touch()
     write_params(tmp_path, fit(unflatten({"boxes.source": "csv", "train.select": "label_free"}, values)))
     assert load_config(path).train.select == "label_free"
     write_params(

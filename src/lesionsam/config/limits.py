@@ -14,6 +14,7 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema
 
 from lesionsam.config.schema import Config
+from lesionsam.config.schema_method import OLD_WEIGHTS
 
 KINDS = {"integer": "integer", "number": "number", "boolean": "boolean", "string": "text"}
 Node = Mapping[str, Any]  # of the JSON schema
@@ -181,6 +182,9 @@ def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
     if (needed := read_when(key, values)) is not None:
         return f"read only when {needed[0]} is {' or '.join(needed[1])}, got {value_at(values, needed[0])}; remove it"
     known = [name for name, _ in walk(values)]
+    renamed = {f"method.{old}": f"method.weights.{new}" for names in OLD_WEIGHTS.values() for old, new in names.items()}
+    if renamed.get(key) in known:
+        return f"unknown key; did you mean {renamed[key]}?"
     parent, _, leaf = key.rpartition(".")
     held = value_at(values, parent)
 

@@ -83,7 +83,7 @@ def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
     """
     probe = _with_text_keys(values)
     version = probe.get("version")
-    if isinstance(version, int) and 0 < version < VERSION:
+    if type(version) is int and 0 < version < VERSION:
         message = (
             f"expected an integer ({VERSION}), got {version}, an older format; run {UPGRADE}, which keeps comments"
         )

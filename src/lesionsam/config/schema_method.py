@@ -176,6 +176,12 @@ PER_IMAGE = "prompts decoded per image and step"
 SHARES = "relative frequency of the student's prompts"
 
 
+OLD_WEIGHTS = {  # of version 1, by method: name in section method -> name in method.weights
+    "contrastive": {"alpha": "contrast", "gamma": "distil", "delta": "pseudo", "epsilon": "projection"},
+    "supervised": {"beta": "iou"},
+}
+
+
 class ContrastiveWeights(Section):
     contrast: float = Field(ge=0, description="contrastive term, InfoNCE (published: alpha)")
     distil: float = Field(ge=0, description="distillation to the pretrained features (published: gamma)")

@@ -9,11 +9,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from lesionsam.config.edit import edit_text, fit, rewrite
 from lesionsam.config.load import parse_yaml, to_values, validate
 from lesionsam.config.schema import VERSION, Config
+from lesionsam.config.schema_method import OLD_WEIGHTS
 
-WEIGHTS = {  # of version 1, by method: name in section method -> name in method.weights
-    "contrastive": {"alpha": "contrast", "gamma": "distil", "delta": "pseudo", "epsilon": "projection"},
-    "supervised": {"beta": "iou"},
-}
 GONE = {"contrastive": "beta"}  # it scaled a printed number only
 
 
@@ -37,7 +34,7 @@ def _to_version_2(tree: CommentedMap) -> None:
     method = tree.get("method")
     if isinstance(method, CommentedMap):
         name = str(method.get("name"))
-        names, gone = WEIGHTS.get(name, {}), GONE.get(name, "")
+        names, gone = OLD_WEIGHTS.get(name, {}), GONE.get(name, "")
         weights = CommentedMap()
         place = min((k for k, key in enumerate(method) if key in names), default=0)
         for old in [key for key in method if key in names]:
