@@ -230,7 +230,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         bench = Bench(Path(name), "compact", architecture, a.count, a.batch_size, a.precision, device)
         for last_k, gamma in ((2, 0.0), (2, 0.1), (1, 0.1)):
-            config = bench.config(model__unfreeze_last_k=last_k, method__gamma=gamma)
+            config = bench.config(model__unfreeze_last_k=last_k, method__weights__distil=gamma)
             what = f"K = {last_k}" + (", distillation" if gamma else "")
             cache = Path(name) / f"cache{last_k}{gamma}"
             plain, _, _ = bench.train(config, None, epochs=2, augment=False)

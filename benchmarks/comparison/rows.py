@@ -49,7 +49,9 @@ def tuning(base: Config) -> list[Row]:
         for decoder in DECODER_RATES
     ]
     found = [Row(f"tune default {tag}", values, seeds=1, tests=False) for tag, values in pairs]
-    found += [Row(f"tune alpha {value:g}", {"method.alpha": value}, seeds=1, tests=False) for value in CONTRASTS]
+    found += [
+        Row(f"tune contrast {value:g}", {"method.weights.contrast": value}, seeds=1, tests=False) for value in CONTRASTS
+    ]
     found += [Row(f"tune supervised {tag}", values, preset="supervised", seeds=1, tests=False) for tag, values in pairs]
     found += [
         Row(f"tune published {value:g}", budget(base) | rate(value), preset="published", seeds=1, tests=False)
@@ -77,10 +79,10 @@ def rows(base: Config) -> list[Row]:
         Row(PRIOR, {"method.target": prior}),
         Row(f"{PRIOR}, without its outline offset", {"method.target": prior | {"offset": "none"}}),
         Row(TEACHER, teacher),
-        Row("contrast alone", {"method.target": prior, "method.alpha": 1.0, "method.delta": 0.0}),
-        Row(f"{DEFAULT}, without contrast", {"method.alpha": 0.0}),
-        Row(f"{DEFAULT}, with projection", {"method.epsilon": 0.5}),
-        Row(f"{DEFAULT}, with distillation", {"method.gamma": 0.1}),
+        Row("contrast alone", {"method.target": prior, "method.weights.contrast": 1.0, "method.weights.pseudo": 0.0}),
+        Row(f"{DEFAULT}, without contrast", {"method.weights.contrast": 0.0}),
+        Row(f"{DEFAULT}, with projection", {"method.weights.projection": 0.5}),
+        Row(f"{DEFAULT}, with distillation", {"method.weights.distil": 0.1}),
         Row(f"{DEFAULT}, frames not widened", {"train.widen": 0.0}, seeds=1),
         Row(f"{SUPERVISED}, frames not widened", SUPERVISED_RATES | {"train.widen": 0.0}, "supervised", seeds=1),
     ]

@@ -116,7 +116,7 @@ def test_trainings_with_and_without_cache_are_timed(tmp_path: Path) -> None:
         image_size=64, patch_size=16, width=64, depth=2, num_heads=1, prompt_width=32, decoder_mlp=64
     )
     bench = cache.Bench(tmp_path, "compact", architecture, 4, 2, "fp32", CPU)
-    config = bench.config(model__unfreeze_last_k=1, method__gamma=0.1)
+    config = bench.config(model__unfreeze_last_k=1, method__weights__distil=0.1)
     for folder, found in ((None, 0.0), (tmp_path / "cache", 0.0), (tmp_path / "cache", 1.0)):
         spent, _, share = bench.train(config, folder, epochs=1, augment=False)
         assert len(spent) == 1

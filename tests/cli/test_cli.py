@@ -189,8 +189,34 @@ def test_upgrade_writes(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert lesionsam(monkeypatch, "params", "upgrade", "--dry-run") == 0
     assert params.read_text("utf-8") == older
     assert lesionsam(monkeypatch, "params", "upgrade") == 0
-    assert "+  temperature: 0.1             # of InfoNCE" in capsys.readouterr().out
+    assert "+  temperature: 0.1             # temperature of InfoNCE" in capsys.readouterr().out
     assert params.read_text("utf-8") == default_text()
+
+
+def test_upgrade_of_a_named_file(params: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = params.with_name("other.yaml")
+    other.write_text(default_text().replace("version: 2", "version: 1"), "utf-8")
+    assert lesionsam(monkeypatch, "params", "upgrade", "other.yaml") == 0
+    assert other.read_text("utf-8") == params.read_text("utf-8") == default_text()
+
+
+def test_show(params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lesionsam(monkeypatch, "params", "show", "method.weights.contrast") == 0
+    line = "method.weights.contrast: 0.02  (a number of at least 0)  # contrastive term, InfoNCE (published: alpha)\n"
+    assert capsys.readouterr().out == line
+    assert lesionsam(monkeypatch, "params", "show") == 0
+    assert len(capsys.readouterr().out.splitlines()) > 100
+    assert lesionsam(monkeypatch, "params", "show", "method.weight") == 2
+    assert "did you mean method.weights?" in capsys.readouterr().err
+
+
+def test_check_notes_emulated_bf16(
+    params: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params.write_text(default_text().replace("precision: fp32", "precision: bf16"), "utf-8")
+    monkeypatch.setattr("lesionsam.utils.devices.slow_precision", lambda precision, device: f"{precision} on {device}")
+    assert lesionsam(monkeypatch, "params", "check") == 0
+    assert capsys.readouterr().err.startswith("note: bf16 on c")
 
 
 def test_missing_arguments_are_usage_errors(

@@ -26,14 +26,13 @@ from lesionsam.config.load import (
     known_keys,
     load_config,
     parse_yaml,
-    summary,
     to_values,
-    trained_parts,
     unflatten,
     validate,
     with_values,
     yaml_text,
 )
+from lesionsam.config.summary import summary, trained_parts
 from lesionsam.errors import UserError
 
 DEFAULT = validate(default_values())
@@ -44,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "isic": {
         "data": {"source": "isic2018"},
         "model": {"encoder": "none"},
-        "method": {"alpha": 0.0, "gamma": 0.0, "target": {"kind": "teacher"}},
+        "method": {"weights": {"contrast": 0.0, "distil": 0.0}, "target": {"kind": "teacher"}},
     },
     "csv": {"boxes": {"source": "csv"}, "method": {"target": {"kind": "ellipse"}}},
     "prior": {"method": {"target": {"kind": "prior"}}},
@@ -223,6 +222,13 @@ def test_every_issue_at_once_and_in_order() -> None:
     assert issues["boxes.margin_low"] == "expected at most boxes.margin_high (0.2), got 0.3"
 
 
+def test_an_old_name_of_a_weight_leads_to_the_new_one() -> None:
+    issues = issues_of(changed(default_values(), "method.alpha", 0.1))
+    assert issues == {"method.alpha": "unknown key; did you mean method.weights.contrast?"}
+    issues = issues_of(changed(values_of("supervised"), "method.beta", 0.1))
+    assert issues == {"method.beta": "unknown key; did you mean method.weights.iou?"}
+
+
 def test_a_key_of_another_variant_says_when_it_is_read() -> None:
     issues = issues_of(changed(default_values(), "data.dev_fraction", 0.1))
     assert issues == {
@@ -254,16 +260,21 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
                 "model.encoder": "none",
                 "model.train_decoder": False,
                 "model.train_prompt_encoder": False,
-                "method.alpha": 0.0,
+                "method.weights.contrast": 0.0,
             },
             "model.train_decoder",
             "nothing trains",
         ),
-        ({"model.encoder": "none", "method.alpha": 1.0}, "method.alpha", "model.encoder is none"),
-        ({"model.encoder": "none", "method.alpha": 0.0, "method.gamma": 1.0}, "method.gamma", "model.encoder is none"),
+        ({"model.encoder": "none", "method.weights.contrast": 1.0}, "method.weights.contrast", "model.encoder is none"),
+        (
+            {"model.encoder": "none", "method.weights.contrast": 0.0, "method.weights.distil": 1.0},
+            "method.weights.distil",
+            "model.encoder is none",
+        ),
         ({"model.checkpoint": "published"}, "model.checkpoint", "compact"),
         ({"model.name": "vit_b", "model.unfreeze_last_k": 13}, "model.unfreeze_last_k", "12"),
         ({"model.image_size": 20}, "model.image_size", "32"),
+        ({"model.name": "vit_b", "model.image_size": 1000}, "model.image_size", "expected a multiple of 16"),
         ({"model.name": "vit_b", "model.encoder": "lora", "model.lora_last_k": 13}, "model.lora_last_k", "12"),
         ({"model.name": "vit_b", "model.encoder": "adapter", "model.adapter_last_k": 13}, "model.adapter_last_k", "12"),
         (
@@ -271,7 +282,11 @@ def test_the_message_of_several_issues_has_a_line_each(tmp_path: Path) -> None:
             "model.lora_rank",
             "expected an integer from 1 to 1024, got 0",
         ),
-        ({"method.alpha": 0.0, "method.delta": 0.0, "method.epsilon": 0.0}, "method.alpha", "nothing is learnt"),
+        (
+            {"method.weights.contrast": 0.0, "method.weights.pseudo": 0.0, "method.weights.projection": 0.0},
+            "method.weights.contrast",
+            "nothing is learnt",
+        ),
         (
             {f"method.prompts.{kind}": 0.0 for kind in ("ring", "centre", "box", "box+core")},
             "method.prompts",
@@ -344,6 +359,21 @@ def write_params(folder: Path, values: Mapping[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("word", "meant"), [("yes", "true"), ("off", "false")])
+def test_a_switch_of_yaml_1_1_is_explained(word: str, meant: str) -> None:
+    text = default_text().replace("augment: true", f"augment: {word}")
+    issues = issues_of(parse_yaml(text, "params.yaml"))
+    assert issues == {"train.augment": f"expected true or false, got the text '{word}'; did you mean {meant}?"}
+
+
+def test_an_input_that_is_watched_but_not_read_must_be_there(tmp_path: Path) -> None:
+    path = write_params(tmp_path, unflatten({"inputs.boxes": "mine.csv"}, default_values()))
+    with pytest.raises(ConfigError, match=r"inputs.boxes: expected own where it is not read .* got mine.csv$"):
+        load_config(path)
+    (tmp_path / "mine.csv").touch()
+    assert load_config(path).inputs.boxes == "mine.csv"
+
+
 def test_files_that_parameters_name(tmp_path: Path) -> None:
     path = write_params(tmp_path, values_of("csv"))
     with pytest.raises(ConfigError, match=r"inputs.boxes: expected a CSV file .* got none at own"):
@@ -361,10 +391,10 @@ def test_folders_that_parameters_name(tmp_path: Path) -> None:
         load_config(path)
     for split in ("train", "val", "test"):
         (tmp_path / "mine" / "images" / split).mkdir(parents=True)
+    (tmp_path / "mine" / "boxes.csv").touch()
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert [issue.key for issue in caught.value.issues] == [*["boxes.source"] * 3, "train.select"]
-    (tmp_path / "mine" / "boxes.csv").touch()
     write_params(tmp_path, fit(unflatten({"boxes.source": "csv", "train.select": "label_free"}, values)))
     assert load_config(path).train.select == "label_free"
     write_params(
@@ -402,6 +432,11 @@ def test_numbers_that_are_none(number: str) -> None:
         ("train: [1, 2\n", "expected YAML"),
         ("train:\n\tepochs: 1\n", "line 2: expected YAML"),
         ("a: *nothing\n", "expected YAML"),
+        (
+            "a: 1\n<<<<<<< HEAD\nb: 1\n=======\nb: 2\n>>>>>>> other\n",
+            "line 2: expected YAML, got the marker <<<<<<< of a",
+        ),
+        ("a: 1\n>>>>>>> other\n", "line 2: expected YAML, got the marker >>>>>>> of a merge conflict; keep one of"),
     ],
 )
 def test_files_that_are_no_parameters(tmp_path: Path, text: str, words: str) -> None:

@@ -21,9 +21,11 @@ from lesionsam.config.load import (
     parse_yaml,
     validate,
 )
-from lesionsam.config.presets import about, apply_preset, preset_names, upgrade
+from lesionsam.config.presets import READ_BY, about, apply_preset, preset_names, preset_values
+from lesionsam.config.rules import UNREAD
 from lesionsam.config.schema import CsvBoxes, FolderData, IsicData, SimulatedBoxes
 from lesionsam.config.schema_method import BlocksEncoder, ContrastiveMethod, SupervisedMethod, TeacherTarget
+from lesionsam.config.upgrade import upgrade
 from lesionsam.errors import UserError
 
 NAMES = preset_names()
@@ -71,10 +73,27 @@ def test_every_preset_validates_after_every_other(first: str, second: str) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 def test_demo_brings_every_comment_and_number_back(name: str) -> None:
-    text, _ = applied(name, "demo")
-    mine = "boxes: own/boxes.csv" if name == "folder-csv" else "boxes: own "
-    assert mine in text, "the user's own paths stay"
-    assert text.replace("boxes: own/boxes.csv         #", "boxes: own                   #") == default_text()
+    assert applied(name, "demo")[0] == default_text()
+
+
+@pytest.mark.parametrize("first", NAMES)
+def test_declared_inputs_are_read_or_there_after_every_pair(first: str, root: Path) -> None:
+    """DVC needs every `${inputs...}` of dvc.yaml to exist: one that is not read is the repository's own folder."""
+    declared = set(re.findall(r"- \$\{inputs\.(\w+)\}", (root / "dvc.yaml").read_text("utf-8")))
+    assert declared <= set(READ_BY) == set(default_values()["inputs"])
+    assert (root / UNREAD).is_dir()
+    for second in NAMES:
+        values = preset_values(second, preset_values(first, default_values()))
+        validate(values, f"{first}, {second}")
+        for name, (key, words) in READ_BY.items():
+            is_read = flatten(values)[key] in words
+            assert is_read or values["inputs"][name] == UNREAD, f"{first}, {second}: inputs.{name}"
+
+
+def test_masks_are_scored_again_after_a_preset_without_masks() -> None:
+    assert applied("folder-csv")[1].train.select == "label_free"
+    for name in ("folder", "coco"):
+        assert applied("folder-csv", name)[1].train.select == "objective"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,7 +134,7 @@ def test_published_is_the_published_recipe() -> None:
     method, train, model = config.method, config.train, config.model
     assert isinstance(method, ContrastiveMethod)
     assert isinstance(model, BlocksEncoder)
-    assert (method.alpha, method.beta, method.gamma, method.delta, method.epsilon) == (1.0, 0.5, 0.1, 0.0, 0.0)
+    assert method.weights.model_dump() == {"contrast": 1.0, "distil": 0.1, "pseudo": 0.0, "projection": 0.0}
     assert (method.temperature, method.pos_samples, method.neg_samples, method.ema_decay) == (0.1, 256, 1024, 0.999)
     assert (method.num_points, method.teacher_prompt) == (10, "ring")
     assert (method.gate.region, method.gate.entropy_thresh, method.gate.trust_empty) == ("image", 0.2, True)
@@ -185,7 +204,7 @@ def test_only_values_differ() -> None:
     ]
     lines = difference(default_text(), new, "params.yaml")
     assert lines[:2] == ["--- params.yaml (now)", "+++ params.yaml (new)"]
-    assert any(line.startswith("+  lr_encoder: 3.0e-4 ") for line in lines)
+    assert any(line.startswith("+  lr_encoder: 0.0003 ") for line in lines)
 
 
 def test_columns_of_comments_stay() -> None:
@@ -222,14 +241,14 @@ def test_upgrade_adds_what_an_older_file_lacks() -> None:
     )
     lines = default_text().splitlines(keepends=True)
     older = "".join(line for line in lines if line.split(":")[0].strip() not in removed)
-    older = older.replace("seed: 0                      # of drawn prompts", "seed: 5  # mine")
+    older = older.replace("seed: 0                      # random seed of the prompts", "seed: 5  # mine")
     with pytest.raises(ConfigError) as caught:
         validate(parse_yaml(older, "params.yaml"))
     wanted = "method.temperature: missing, expected a number above 0 and of at most 10; add `temperature: 0.1`"
     assert wanted in str(caught.value)
     new, config = upgrade(older)
     assert config.evaluate.seed == 5
-    assert new.replace("seed: 5  # mine", "seed: 0                      # of drawn prompts") == default_text()
+    assert new.replace("seed: 5  # mine", "seed: 0                      # random seed of the prompts") == default_text()
     assert upgrade(new)[0] == new
 
 
@@ -266,7 +285,7 @@ def test_edits_of_other_spellings(text: str) -> None:
         {},
         {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "method.gate.region": ["image", "big_box"]},
         {"method.temperature": [0.05, 0.1], "model.unfreeze_last_k": {"low": 0, "high": 2}},
-        {"method.temperature": {"low": 0.05, "high": 1.0}, "method.alpha": {"low": 0.0, "high": 0.1}},
+        {"method.temperature": {"low": 0.05, "high": 1.0}, "method.weights.contrast": {"low": 0.0, "high": 0.1}},
     ],
 )
 def test_names_with_dots_of_a_search_space(space: dict[str, object]) -> None:
@@ -288,8 +307,85 @@ def test_a_whole_section_comes_back_where_it_stood() -> None:
     assert upgrade(older)[0] == default_text()
 
 
-def test_a_file_with_anchors_is_refused_rather_than_spoilt() -> None:
+def test_anchors_are_kept_or_refused_rather_than_spoilt() -> None:
     text = "a: &x {c: 1}\nb: *x\n"
     assert parse_yaml(text, "text") == {"a": {"c": 1}, "b": {"c": 1}}
-    with pytest.raises(UserError, match="one key per line, without anchors"):
-        edit_text(text, {"a": {"c": 1}, "b": 2})
+    assert parse_yaml(edit_text(text, {"a": {"c": 1}, "b": 2}), "text") == {"a": {"c": 1}, "b": 2}
+    values = {"a": {"c": 1}, "b": {"c": 2, "d": 3}}
+    assert parse_yaml(edit_text("a: &x {c: 1}\nb:\n  <<: *x\n", values), "text") == values
+    with pytest.raises(UserError, match="text: expected plain values, got anchors"):
+        edit_text(text, values, "text")
+
+
+def test_lines_between_keys_stay_when_their_neighbours_go() -> None:
+    text = default_text().replace("  offset: boxes ", "  # mine, of offset\n    offset: boxes ")
+    text = text.replace("  placebo: none", "  placebo: none", 1).replace("\ntrain:\n", "\n# mine, of train\ntrain:\n")
+    text += "\n# the end\n"
+    new, _ = apply_preset("published", text)
+    assert "# mine, of offset\n    placebo: none" in new
+    assert "\n\n# mine, of train\ntrain:\n" in new
+    assert new.endswith("\n\n# the end\n")
+    back, _ = apply_preset("demo", new)
+    assert sorted(back.splitlines()) == sorted(text.splitlines())
+
+
+OLD_METHOD = """\
+  alpha: 0.5                   # mine
+  beta: 0.5                    # of the printed total
+  gamma: 0.1                   # weight of the distillation to the pretrained features
+  # why there is no delta
+  delta: 0.0
+  epsilon: 0.25
+"""
+
+
+def first_version(method: str, name: str = "contrastive") -> str:
+    """Return a params.yaml of version 1: other names of the weights and of the prompt `zoom`."""
+    text = default_text() if name == "contrastive" else applied(name)[0]
+    text = text.replace("version: 2\n", "version: 1\n").replace("box, zoom, box+core", "box, nearer, box+core")
+    return re.sub(r"  weights:.*\n(    .*\n)+", method, text, count=1)
+
+
+def test_upgrade_from_version_1_renames_and_keeps_comments() -> None:
+    old = first_version(OLD_METHOD).replace(
+        "method.temperature: {", "method.alpha: {low: 0.1, high: 1.0} # why\n    method.beta: {"
+    )
+    new, config = upgrade(old)
+    assert isinstance(config.method, ContrastiveMethod)
+    assert config.method.weights.model_dump() == {"contrast": 0.5, "distil": 0.1, "pseudo": 0.0, "projection": 0.25}
+    assert "zoom" in config.evaluate.prompts
+    assert new.startswith(old[: old.index("version")])
+    method = new[new.index("\nmethod:") :]
+    assert re.search(r"  weights:\n    contrast: 0.5 +# mine\n    distil: 0.1 +# weight of the distillation", method)
+    assert "    projection: 0.25\n  # why there is no delta\n  temperature: 0.1" in method
+    assert "    method.weights.contrast: {low: 0.1, high: 1.0} # why\n" in new
+    assert "beta: 0.5" not in new
+    assert "method.beta" not in new
+    assert upgrade(new)[0] == new
+    same = {
+        key: value for key, value in flatten(config).items() if not key.startswith(("method.weights", "sweep.space"))
+    }
+    assert same.items() <= flatten(default_values()).items()
+
+
+def test_upgrade_of_the_supervised_method_keeps_its_weight() -> None:
+    new, config = upgrade(first_version("  beta: 0.7 # mine\n", "supervised"))
+    assert isinstance(config.method, SupervisedMethod)
+    assert config.method.weights.iou == 0.7
+    assert re.search(r"  weights:\n    iou: 0.7 +# mine\n", new)
+
+
+def test_an_older_file_names_the_command() -> None:
+    old = first_version(OLD_METHOD)
+    for call in (lambda: validate(parse_yaml(old, "params.yaml")), lambda: apply_preset("no-prompt", old)):
+        with pytest.raises(
+            ConfigError, match=r"version: expected .* got 1, an older format; run `lesionsam params upg"
+        ) as e:
+            call()
+        assert len(e.value.issues) == 1
+    assert apply_preset("demo", old)[1].version == 2
+
+
+def test_upgrade_of_a_newer_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"version: expected an integer \(2\), got 3"):
+        upgrade(default_text().replace("version: 2", "version: 3"))

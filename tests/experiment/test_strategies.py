@@ -93,7 +93,7 @@ def test_each_preset_trains_what_it_says_and_nothing_else(preset: str, weights: 
 
 @pytest.mark.parametrize("encoder", ["lora", "adapter"])
 def test_both_serve_the_two_box_method_with_its_teacher(encoder: str, weights: Path, tmp_path: Path) -> None:
-    config = configured("", model__encoder=encoder, method__gate__entropy_thresh=0.69, method__alpha=0.1)
+    config = configured("", model__encoder=encoder, method__gate__entropy_thresh=0.69, method__weights__contrast=0.1)
     result = trained(config, weights, tmp_path / "run")
     teacher = getattr(result.method, "teacher", None)
     assert teacher is not None

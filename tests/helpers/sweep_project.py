@@ -23,7 +23,12 @@ from lesionsam.sweep.worker import is_finished
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "model.unfreeze_last_k": {"low": 0, "high": 2}}
 # What the default is may change; these tests are about a configuration with a prior as target and no contrast.
-BASE = {"method.alpha": 0.0, "method.delta": 1.0, "method.target.kind": "prior", "method.temperature": 0.1}
+BASE = {
+    "method.weights.contrast": 0.0,
+    "method.weights.pseudo": 1.0,
+    "method.target.kind": "prior",
+    "method.temperature": 0.1,
+}
 FAST = BASE | {
     "sweep.sampler": "random",
     "sweep.pruner": "none",

@@ -20,7 +20,7 @@ import pytest
 
 from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
 from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, to_values, validate
-from lesionsam.config.presets import upgrade
+from lesionsam.config.upgrade import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
@@ -73,8 +73,11 @@ def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             {"method.gate.entropy_thresh": {"low": 0.1, "high": 0.9}},
             "high: expected a number from 0 to 0.6932, got 0.9",
         ),
-        ({"method.alpha": {"low": 0.0, "high": 1.0, "log": True}}, "above 0 where log is true"),
-        ({"method.alpha": {"low": 0.0, "high": 1.0, "step": 2.0}}, "step: expected a number above 0 and at most"),
+        ({"method.weights.contrast": {"low": 0.0, "high": 1.0, "log": True}}, "above 0 where log is true"),
+        (
+            {"method.weights.contrast": {"low": 0.0, "high": 1.0, "step": 2.0}},
+            "step: expected a number above 0 and at most",
+        ),
         ({"train.lr_head": {"low": 1e-5, "high": 1e-3, "log": True, "step": 1e-5}}, "expected log or step"),
         ({"method.num_points": {"low": 1.5, "high": 20}}, "low: expected an integer"),
         ({"method.temperature": {"low": 0.2, "high": 1.0}}, "params.yaml has 0.1, which lies outside"),
@@ -131,26 +134,30 @@ def test_numbers_are_rounded_within_their_range() -> None:
     ("changes", "space", "dead"),
     [
         (
-            {"method__alpha": 0.0},
+            {"method__weights__contrast": 0.0},
             ["method.temperature", "method.head.ema", "train.lr_head", "method.gate.entropy_thresh"],
             ["method.temperature", "method.head.ema", "train.lr_head"],
         ),
         (
-            {"method__alpha": 0.5},
+            {"method__weights__contrast": 0.5},
             ["method.temperature", "method.ema_decay", "method.teacher_prompt"],
             ["method.teacher_prompt"],
         ),
         (
-            {"method__alpha": 0.0, "method__delta": 0.0, "method__epsilon": 1.0},
+            {"method__weights__contrast": 0.0, "method__weights__pseudo": 0.0, "method__weights__projection": 1.0},
             ["method.gate.entropy_thresh", "method.prompts.ring"],
             ["method.gate.entropy_thresh"],
         ),
         (
-            {"method__alpha": 1.0, "method__delta": 0.0},
+            {"method__weights__contrast": 1.0, "method__weights__pseudo": 0.0},
             ["method.prompts_per_image", "method.gate.entropy_thresh"],
             ["method.prompts_per_image"],
         ),
-        ({"method__alpha": 0.0, "method__target__kind": "fused"}, ["method.ema_decay", "method.teacher_prompt"], []),
+        (
+            {"method__weights__contrast": 0.0, "method__target__kind": "fused"},
+            ["method.ema_decay", "method.teacher_prompt"],
+            [],
+        ),
         ({"method__target__offset": 0.1}, ["method.target.looseness"], ["method.target.looseness"]),
         ({"train__schedule": "constant"}, ["train.final_lr", "train.warmup"], ["train.final_lr"]),
         ({"model__train_decoder": False}, ["train.lr_decoder", "train.lr_encoder"], []),
@@ -161,8 +168,8 @@ def test_numbers_are_rounded_within_their_range() -> None:
         ),
         (
             {},
-            ["method.beta", "method.monitor_masks", "train.overlays"],
-            ["method.beta", "method.monitor_masks", "train.overlays"],
+            ["method.weights.iou", "method.monitor_masks", "train.overlays"],
+            ["method.weights.iou", "method.monitor_masks", "train.overlays"],
         ),
         (
             {"method__name": "supervised"},
@@ -178,8 +185,8 @@ def test_dead_keys(changes: dict[str, Any], space: list[str], dead: list[str]) -
 
 
 def test_a_key_that_another_dimension_brings_to_life_is_not_dead() -> None:
-    config = configured(method__alpha=0.0)
-    both = [Dimension("method.temperature", low=0.1, high=1.0), Dimension("method.alpha", low=0.0, high=1.0)]
+    config = configured(method__weights__contrast=0.0)
+    both = [Dimension("method.temperature", low=0.1, high=1.0), Dimension("method.weights.contrast", low=0.0, high=1.0)]
     assert dead_keys(config, both) == {}
     assert list(dead_keys(config, both[:1])) == ["method.temperature"]
 
@@ -198,10 +205,13 @@ def test_a_gate_that_trusts_the_same_images_everywhere_is_dead(project: Path) ->
 def test_a_space_of_dead_keys_is_refused_and_dead_ones_are_named(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    set_params(method__alpha=0.0, sweep__space={"method.temperature": {"low": 0.1, "high": 1.0}})
+    set_params(method__weights__contrast=0.0, sweep__space={"method.temperature": {"low": 0.1, "high": 1.0}})
     with pytest.raises(UserError, match="every key changes nothing under this configuration"):
         sweep(Request(dry_run=True))
-    assert "method.temperature changes nothing now and is left out: method.alpha is 0" in capsys.readouterr().out
+    assert (
+        "method.temperature changes nothing now and is left out: method.weights.contrast is 0"
+        in capsys.readouterr().out
+    )
     set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 3}})
     with pytest.raises(UserError, match="expected at most 2, the encoder's blocks, got 3"):
         sweep(Request(dry_run=True))
@@ -239,7 +249,7 @@ def test_keys_of_another_variant_are_named_and_the_rest_is_searched(
 @pytest.mark.parametrize("kind", ["gp", "tpe", "random"])
 def test_draws_depend_on_number_and_history_alone(kind: str) -> None:
     """Two workers that take turns draw what one would have drawn, and nothing twice."""
-    space = [Dimension("train.clip", low=0.1, high=1.0), Dimension("method.beta", low=0.01, high=1.0, log=True)]
+    space = [Dimension("train.clip", low=0.1, high=1.0), Dimension("method.weights.iou", low=0.01, high=1.0, log=True)]
 
     def drawn(num_workers: int) -> list[dict[str, Any]]:
         storage = optuna.storages.InMemoryStorage()

@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.",
 )
-params_app = typer.Typer(no_args_is_help=True, help="Care of params.yaml.")
+params_app = typer.Typer(no_args_is_help=True, help="Show, check and upgrade params.yaml.")
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
 cache_app = typer.Typer(invoke_without_command=True, help="Show what is cached: decoded images, frozen activations.")
@@ -56,11 +56,11 @@ def root(
 
 @app.command()
 def preset(
-    name: Annotated[str | None, typer.Argument(help="Which one; none: list them.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the preset; none: list all.", show_default=False)] = None,
     params: Params = Path("params.yaml"),
     dry_run: DryRun = False,
 ) -> None:
-    """Write a preset into params.yaml, its comments kept, and show the difference; without a name, list them."""
+    """Write a preset into params.yaml, comments kept, and show the difference; without a name, list the presets."""
     from lesionsam.config.presets import about, apply_preset, preset_names, read_params
 
     if name is None:
@@ -75,24 +75,54 @@ def preset(
 
 
 @params_app.command()
-def upgrade(params: Params = Path("params.yaml"), dry_run: DryRun = False) -> None:
-    """Add the keys that an older params.yaml lacks, with their comments; remove those that its variants do not read."""
-    from lesionsam.config.load import read_text
-    from lesionsam.config.presets import upgrade as upgraded
+def upgrade(
+    file: Annotated[Path, typer.Argument(help="Parameter file.")] = Path("params.yaml"), dry_run: DryRun = False
+) -> None:
+    """Bring an older params.yaml to today's format, comments kept, and show the difference.
 
-    text = read_text(params)
-    new, config = upgraded(text, params.name)
-    _write(params, text, new, dry_run)
-    _warn_of_files(config, params)
+    Renames keys, adds missing ones with their comments, removes those that its variants do not read.
+    """
+    from lesionsam.config.load import read_text
+    from lesionsam.config.upgrade import upgrade as upgraded
+
+    text = read_text(file)
+    new, config = upgraded(text, file.name)
+    _write(file, text, new, dry_run)
+    _warn_of_files(config, file)
+
+
+@params_app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="Dotted key or section; none: all.")] = "",
+    params: Params = Path("params.yaml"),
+) -> None:
+    """Show each value, what the key accepts and its comment."""
+    from lesionsam.config.load import describe, flatten, load_config
+
+    config = load_config(params, check_files=False)
+    if key:
+        describe(key, config)
+    for name, value in flatten(config).items():
+        if f"{name}.".startswith(f"{key}." if key else "") and not name.startswith("sweep.space."):
+            limits = describe(name, config)
+            print(f"{name}: {value}  ({limits.expected})" + (f"  # {limits.description}" if limits.description else ""))
 
 
 @app.command()
+@params_app.command("check")
 def check(params: Params = Path("params.yaml")) -> None:
-    """Validate params.yaml and sum it up."""
-    from lesionsam.config.load import load_config, summary
+    """Validate params.yaml and summarise it."""
+    from lesionsam.config.load import load_config
+    from lesionsam.config.summary import summary
 
-    for line in summary(load_config(params)):
+    config = load_config(params)
+    for line in summary(config):
         print(line)
+    if config.train.precision == "bf16":
+        from lesionsam.utils.devices import slow_precision, torch_device
+
+        if note := slow_precision("bf16", torch_device(config.runtime.device)):
+            print(f"note: {note}", file=sys.stderr)
 
 
 @cache_app.callback()
@@ -139,7 +169,7 @@ def foundation(context: typer.Context) -> None:
 
 
 def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:
-    """Show a parameter file's difference, and write it whole or not at all."""
+    """Show the difference of a parameter file, and write the file as a whole or not at all."""
     from lesionsam.config.edit import difference
     from lesionsam.utils.files import write_text_atomic
 
@@ -149,11 +179,11 @@ def _write(path: Path, old: str | None, new: str, dry_run: bool) -> None:
     _print_difference(difference(old or "", new, path.name) if old is not None else [f"+++ {path.name} (new)"])
     if not dry_run:
         write_text_atomic(path, new)
-    print(f"{path}: {'not written, as asked' if dry_run else 'written'}")
+    print(f"{path}: {'not written (--dry-run)' if dry_run else 'written'}")
 
 
 def _print_difference(lines: Sequence[str]) -> None:
-    """A unified difference, coloured on a terminal that wants colours."""
+    """Print a unified difference, coloured on a terminal that supports it."""
     from rich.console import Console
     from rich.text import Text
 
@@ -165,7 +195,7 @@ def _print_difference(lines: Sequence[str]) -> None:
 
 
 def _warn_of_files(config: Config, params: Path) -> None:
-    """Say at once which of the user's own files a valid parameter file still waits for."""
+    """Print which of the user's own files a valid parameter file still needs."""
     from lesionsam.config.rules import file_rules
 
     for issue in file_rules(config, params.resolve().parent):

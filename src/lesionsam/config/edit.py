@@ -1,206 +1,180 @@
-"""params.yaml as a text: changing values, adding and removing keys, everything else kept as its owner wrote it.
-
-YAML is parsed only for positions; the edits are made in the text itself, so comments, spacing and the spelling of what
-does not change stay, and a difference shows the change alone.
-"""
+"""Change values of a params.yaml text and keep its comments: a ruamel.yaml round trip."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
-from ruamel.yaml import YAML
-from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import CommentMark
+from ruamel.yaml.tokens import CommentToken
 
-from lesionsam.config.limits import fields_of, sections_of, tag_name, variant_of
-from lesionsam.config.load import default_text, default_values, known_keys, likely_tag, parse_yaml, to_values, yaml_text
+from lesionsam.config.limits import Node, schema, tag_name, value_at, variant_of, variants
+from lesionsam.config.load import (
+    default_text,
+    default_values,
+    known_keys,
+    likely_variant,
+    parse_yaml,
+    round_trip_yaml,
+    to_values,
+)
 from lesionsam.config.schema import Config
 from lesionsam.errors import UserError
 
-COMMENT_COLUMN = 31  # from 0, where comments start, in a file that has none yet
-Edit = tuple[int, int, str]  # start and end in the text, and what comes there
+COMMENT_COLUMN = 31  # from 0, of the comments in a file that has none yet
+# Blank lines and lines of comments, with the indent of the key that follows.
+LOOSE_LINES = re.compile(r"(?:^ *(?:#.*)?\n)+(?=( *)(?![-\s#])\S|\Z)", re.MULTILINE)
+MARK = "~"  # begins the keys that stand for loose lines in the tree
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as a params.yaml with its comments."""
+    """Return the configuration as a params.yaml with its comments."""
     return edit_text(default_text(), to_values(config))
 
 
 def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml") -> str:
-    """The text with exactly these values: changed ones replaced, others removed, missing ones added with comments.
+    """Return the text with exactly these values: changed, removed, and added with the schema's comments.
 
     Args:
-        text: a parameter file. values: nested plain values, the whole of what the file shall hold.
+        text: a parameter file. values: nested plain values, everything that the file shall hold.
     Raises:
-        UserError: the text is in a form that cannot be edited in place (anchors, merges, two keys on a line).
+        UserError: the values cannot be changed one by one, such as those that anchors share.
     """
-    text = text if text.endswith("\n") else f"{text}\n"
-    present = parse_yaml(text, source)
-    root = YAML(typ="safe", pure=True).compose(text)
-    columns = Counter(
-        len(line) - len(after) - 1
-        for line in text.splitlines()
-        for before, mark, after in [line.partition("#")]
-        if mark and before.strip()
-    )
+    parse_yaml(text, source)
+    ends = (len(before) for before, mark, _ in (line.partition("#") for line in text.splitlines()) if mark and before)
+    column = max(
+        Counter(end for end in ends if end > 2).items(), key=lambda item: item[1], default=(COMMENT_COLUMN, 0)
+    )[0]
     comments = {key: limits.description for key, limits in known_keys(values).items()}
-    writer = _Writer(text, comments, columns.most_common(1)[0][0] if columns else COMMENT_COLUMN)
-    edits = list(enumerate(writer.section(root, present, values, "", 0)))
-    # From the end of the text backwards; where several start at one place a replaced range goes before insertions.
-    for _, (start, end, new) in sorted(edits, key=lambda e: (e[1][0], e[1][1] > e[1][0], e[0]), reverse=True):
-        text = text[:start] + new + text[end:]
+    new = rewrite(text, lambda tree: _update(tree, values, "", comments, column))
     try:
-        as_asked = parse_yaml(text, source) == values
+        is_right = parse_yaml(new, source) == values
     except UserError:
-        as_asked = False
-    if not as_asked:
+        is_right = False
+    if not is_right:
         raise UserError(
-            f"{source}: expected one key per line, without anchors and merges, to change it in place, got "
-            "another form; `lesionsam preset demo` into a new file gives one"
+            f"{source}: expected plain values, got anchors, merges or another form that cannot be changed in place; "
+            "write the values out, or let `lesionsam preset demo` write a new file"
         )
-    return text
+    return new
+
+
+def rewrite(text: str, change: Callable[[CommentedMap], None]) -> str:
+    """Return a valid YAML text after `change` has edited its tree.
+
+    ruamel.yaml holds the lines between two keys behind the first one, and would remove them with it. Keys of their own
+    stand for them meanwhile.
+    """
+    loose: list[str] = []
+
+    def mark(match: re.Match[str]) -> str:
+        loose.append(match[0])
+        return f"{match[1] or ''}{MARK}{len(loose) - 1}: 0\n"
+
+    yaml, stream = round_trip_yaml(), io.StringIO()
+    tree = yaml.load(LOOSE_LINES.sub(mark, text if text.endswith("\n") else f"{text}\n"))
+    yaml.map_indent = next((held.lc.col for held in tree.values() if _is_block(held) and held.lc.col), 2)
+    change(tree)
+    yaml.dump(tree, stream)
+    return re.sub(rf"^ *{MARK}(\d+): 0\n", lambda found: loose[int(found[1])], stream.getvalue(), flags=re.MULTILINE)
+
+
+def _is_block(node: object) -> bool:
+    """Return whether a node is a section with a line for each key."""
+    return isinstance(node, CommentedMap) and not node.fa.flow_style()
+
+
+def _update(
+    section: CommentedMap, values: Mapping[str, Any], prefix: str, comments: Mapping[str, str], column: int
+) -> None:
+    """Give a section these values; `prefix` is its key and a dot, `column` that of comments."""
+    for name in [name for name in section if name not in values and not str(name).startswith(MARK)]:
+        del section[name]
+        section.ca.items.pop(name, None)
+    place = 0
+    for name, value in values.items():
+        key, now = f"{prefix}{name}", section.get(name)
+        if name in section and isinstance(value, Mapping) and value and isinstance(now, CommentedMap):
+            _update(now, value, f"{key}.", comments if _is_block(now) else {}, column)
+        elif name not in section:
+            section.insert(place, name, _node(key, value, comments, column))
+            _comment(section, name, comments.get(key, ""), column)
+            if not prefix and _is_block(section[name]):
+                section.ca.items.setdefault(name, [None] * 4)[1] = [CommentToken("\n", CommentMark(0))]
+        elif now != value or isinstance(now, bool) != isinstance(value, bool):
+            section[name] = _node(key, value, comments, column)
+            if token := section.ca.items.get(name, [None] * 4)[2]:  # the comment behind the value
+                token.start_mark.column = min(token.start_mark.column, column)
+        place = list(section).index(name) + 1
+
+
+def _node(key: str, value: Any, comments: Mapping[str, str], column: int) -> Any:
+    """Return a value as a node of the tree, spelt as in the default file where it is the default."""
+    if isinstance(value, Mapping):
+        section = CommentedMap({name: _node(f"{key}.{name}", held, comments, column) for name, held in value.items()})
+        if not value or key not in comments:  # such as a dimension of the search space
+            section.fa.set_flow_style()
+        for name in value:
+            _comment(section, name, comments.get(f"{key}.{name}", ""), column)
+        return section
+    default = value_at(_default_tree(), key)
+    if default == value and all(isinstance(default, kind) == isinstance(value, kind) for kind in (bool, float)):
+        return copy.deepcopy(default)
+    if isinstance(value, list):
+        value = CommentedSeq(value)
+        value.fa.set_flow_style()
+    return value
+
+
+def _comment(section: CommentedMap, name: str, text: str, column: int) -> None:
+    if text:
+        section.ca.items[name] = [None, None, CommentToken(f"# {text}\n", CommentMark(column)), None]
 
 
 @cache
-def default_spelling() -> dict[str, tuple[str, Any]]:
-    """Dotted key -> how the default file writes its value ("0.10", "5.0e-4"), and the value."""
-    text, found = default_text(), {}
-
-    def section(node: Node, values: Mapping[str, Any], prefix: str) -> None:
-        for key, value in node.value:
-            held = values[key.value]
-            if isinstance(held, Mapping):
-                section(value, held, f"{prefix}{key.value}.")
-            else:
-                found[prefix + key.value] = (text[value.start_mark.index : value.end_mark.index], held)
-
-    section(YAML(typ="safe", pure=True).compose(text), default_values(), "")
-    return found
-
-
-class _Writer:
-    """Edits of one text, section by section."""
-
-    def __init__(self, text: str, comments: Mapping[str, str], column: int) -> None:
-        self.text, self.comments, self.column = text, comments, column
-
-    def section(
-        self, node: Node, present: Mapping[Any, Any], values: Mapping[str, Any], prefix: str, indent: int
-    ) -> Iterator[Edit]:
-        """Edits that turn the mapping at `node`, now `present`, into `values`; `prefix` is its key and a dot."""
-        indent = next((key.start_mark.column for key, _ in node.value), indent)
-        places: dict[str, int] = {}
-        for (key, value), (raw_name, now) in zip(node.value, present.items(), strict=True):
-            name = str(raw_name)
-            lines = self._line_start(key.start_mark.index), self._line_end(key, value)
-            places[name] = lines[1]
-            on_one_line = value.end_mark.index > value.start_mark.index and (
-                value.flow_style if isinstance(value, CollectionNode) else True
-            )
-            if name not in values:
-                yield *lines, ""
-            elif (
-                isinstance(held := values[name], Mapping)
-                and held
-                and isinstance(value, MappingNode)
-                and not value.flow_style
-            ):
-                yield from self.section(value, now, held, f"{prefix}{name}.", indent + 2)
-            elif now != held or isinstance(now, bool) != isinstance(held, bool):
-                if on_one_line and not isinstance(held, Mapping):
-                    yield self._replaced(value, self._spelled(prefix + name, held))
-                else:
-                    yield *lines, self._lines(prefix, name, held, indent)
-        place = self._line_start(node.start_mark.index)
-        for name, held in values.items():
-            if name in places:
-                place = places[name]
-            else:
-                apart = not prefix and isinstance(held, Mapping) and self.text.startswith("\n", place)
-                yield place, place, "\n" * apart + self._lines(prefix, name, held, indent)
-
-    def _replaced(self, value: Node, new: str) -> Edit:
-        """A value on its line; a comment behind it stays in its column, or comes back to the file's."""
-        start, end = value.start_mark.index, self._end(value)
-        if gap := re.match(r" +(?=#)", self.text[end:]):
-            end += len(gap[0])
-            column = min(end - self._line_start(end), self.column)
-            new = f"{new} ".ljust(column - (start - self._line_start(start)))
-        return start, end, f" {new}" if self.text[start - 1] == ":" else new
-
-    def _lines(self, prefix: str, name: str, held: Any, indent: int) -> str:
-        """Whole lines for a key, or for a section and all below it, with the schema's comments.
-
-        What stands under a name with dots (a dimension of a search space) goes on the name's line.
-        """
-        key, is_section = prefix + name, isinstance(held, Mapping) and bool(held) and "." not in name
-        line = f"{' ' * indent}{name}:" + ("" if is_section else f" {self._spelled(key, held)}")
-        if self.comments.get(key):
-            line = f"{line} ".ljust(self.column) + f"# {self.comments[key]}"
-        below = held.items() if is_section else ()
-        return "".join([f"{line}\n", *(self._lines(f"{key}.", sub, value, indent + 2) for sub, value in below)])
-
-    def _spelled(self, key: str, value: Any) -> str:
-        """A value as the default file writes it, where it is the default's."""
-        text, default = default_spelling().get(key, ("", None))
-        return text if text and default == value and type(default) is type(value) else yaml_text(value)
-
-    def _end(self, node: Node) -> int:
-        """Where a value ends; a block's own mark lies behind the comments that follow it."""
-        if isinstance(node, CollectionNode) and not node.flow_style and node.value:
-            last = node.value[-1]
-            return max(self._end(part) for part in last) if isinstance(last, tuple) else self._end(last)
-        end = node.end_mark.index
-        return end - 1 if end > node.start_mark.index and self.text[end - 1] == "\n" else end
-
-    def _line_start(self, index: int) -> int:
-        return self.text.rfind("\n", 0, index) + 1
-
-    def _line_end(self, key: Node, value: Node) -> int:
-        """Start of the line after a key's value and comment."""
-        empty = value.end_mark.index == value.start_mark.index
-        newline = self.text.find("\n", key.end_mark.index if empty else self._end(value))
-        return len(self.text) if newline < 0 else newline + 1
+def _default_tree() -> CommentedMap:
+    return round_trip_yaml().load(default_text())
 
 
 def fit(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values made to fit the variants they choose: missing keys at their start value, keys of other variants gone.
+    """Return values that fit the variants they select: missing keys at their initial value, keys of others removed.
 
-    Keys in the schema's order; unknown ones stay at the end, for validation to name.
+    Keys are in the schema's order; unknown ones stay at the end, for validation to name.
     """
-    return _fit(Config, values, default_values())
+    return _fit(schema(), values, default_values(), ())
 
 
-def _fit(
-    model: type[BaseModel], values: Mapping[str, Any], default: Any, variants: tuple[type[BaseModel], ...] = ()
-) -> dict[str, Any]:
-    """One section; `variants` are the classes that it might be, this one among them."""
+def _fit(section: Node, values: Mapping[str, Any], default: Any, others: tuple[Node, ...]) -> dict[str, Any]:
+    """Fit one section; `others` are the variants that it might be."""
     fitted: dict[str, Any] = {}
     default = default if isinstance(default, Mapping) else {}
-    for name, field in fields_of(model).items():
-        start = default.get(name, field.examples[0] if field.examples else None)
+    for name, node in section["properties"].items():
+        start = default.get(name, node.get("examples", [None])[0])
         held = values.get(name, start)
-        if sections_of(field) and isinstance(held, Mapping):
-            if tag_name(field) and tag_name(field) not in held:
-                held = {tag_name(field): likely_tag(field, held), **held}
-            child = variant_of(field, held)
-            # Also what the section of this name may hold under another variant of the section above.
-            namesakes = [field, *(fields_of(variant)[name] for variant in variants if name in fields_of(variant))]
-            readable = {key for one in namesakes for section in sections_of(one) for key in fields_of(section)}
-            own = set(fields_of(child)) if child is not None else readable
+        if variants(node) and isinstance(held, Mapping):
+            if tag_name(node) and tag_name(node) not in held:
+                held = {tag_name(node): likely_variant(node, held), **held}
+            child = variant_of(node, held)
+            # Keys that a section of this name may hold, also under another variant of the section above.
+            namesakes = [node, *(other["properties"][name] for other in others if name in other["properties"])]
+            sections = tuple(each for one in namesakes for each in variants(one).values())
+            readable = {key for each in sections for key in each["properties"]}
+            own = readable if child is None else set(child["properties"])
             held = {key: value for key, value in held.items() if key in own or key not in readable}
-            held = _fit(child, held, start, sections_of(field)) if child is not None else held
+            held = held if child is None else _fit(child, held, start, tuple(variants(node).values()))
         fitted[name] = held
     return fitted | {name: value for name, value in values.items() if name not in fitted}
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values with those of `overlay` on top."""
+    """Return nested values with those of `overlay` on top."""
     merged = dict(base)
     for name, value in overlay.items():
         held = merged.get(name)
@@ -209,6 +183,6 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
 
 
 def difference(old: str, new: str, name: str) -> list[str]:
-    """Lines of a unified difference, with one line of context."""
+    """Return the lines of a unified difference, with one line of context."""
     names = f"{name} (now)", f"{name} (new)"
     return list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, n=1, lineterm=""))

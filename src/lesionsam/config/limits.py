@@ -1,43 +1,38 @@
-"""What each key of params.yaml takes, read off the schema: for messages, for search spaces, for comments.
+"""What each key of params.yaml accepts, read from the JSON schema of `Config`, for messages and search spaces.
 
-Everything here works on plain nested values, valid or not; which keys there are depends on the variants they choose.
+The functions take plain nested values, valid or not. Which keys exist depends on the variants that the values select.
 """
 
 from __future__ import annotations
 
 import difflib
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin
+from functools import cache
+from typing import Any
 
-import annotated_types
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
 
 from lesionsam.config.schema import Config
+from lesionsam.config.schema_method import OLD_WEIGHTS
 
-KINDS: dict[Any, str] = {int: "integer", float: "number", bool: "boolean", str: "text"}
-BOUNDS = {
-    annotated_types.Ge: ("ge", "low", False),
-    annotated_types.Gt: ("gt", "low", True),
-    annotated_types.Le: ("le", "high", False),
-    annotated_types.Lt: ("lt", "high", True),
-}
+KINDS = {"integer": "integer", "number": "number", "boolean": "boolean", "string": "text"}
+Node = Mapping[str, Any]  # of the JSON schema
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a key takes.
+    """What a key accepts.
 
     Attributes:
         key: dotted, as in params.yaml.
         kind: integer | number | boolean | text | choice | list | section.
-        low, high: bounds of a number, or of a list's items; None where there is none.
-        low_open, high_open: the bound itself is out.
-        choices: words that are taken; beside a number where kind is number, as the items where kind is list.
-        form: what a text must look like, where that matters.
-        description: the comment of the key, with its unit.
+        low, high: bounds of a number or of a list's items; None where there is none.
+        low_open, high_open: whether the bound itself is excluded.
+        choices: accepted words; beside numbers where kind is number, as items where kind is list.
+        form: expected form of a text, where that matters.
+        description: comment of the key, with its unit.
+        example: initial value of a key that the default file lacks.
     """
 
     key: str
@@ -49,26 +44,26 @@ class Limits:
     choices: tuple[str, ...] = ()
     form: str = ""
     description: str = ""
+    example: Any = None
 
     @property
     def expected(self) -> str:
-        """In words, for a message: "an integer from 1 to 64"."""
+        """Return the limits in words, for a message: "an integer from 1 to 64"."""
+        words = ", ".join(self.choices)
         if self.kind == "choice":
-            return self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
-        if self.kind == "list":
-            return self.form or "a list of " + (", ".join(self.choices) if self.choices else "numbers" + self._range())
+            return f"one of {words}" if len(self.choices) > 1 else words
         names = {
             "integer": "an integer",
             "number": "a number",
             "boolean": "true or false",
             "section": "a section of keys",
-            "text": self.form or "a text",
         }
-        return (", ".join(self.choices) + " or " if self.choices else "") + names[self.kind] + self._range()
+        names |= {"text": self.form or "a text", "list": self.form or f"a list of {words or 'numbers'}"}
+        before = f"{words} or " if words and self.kind == "number" else ""
+        return before + names[self.kind] + self._range()
 
     def _range(self) -> str:
-        low = None if self.low is None else f"{self.low:.15g}"
-        high = None if self.high is None else f"{self.high:.15g}"
+        low, high = ("" if bound is None else f"{bound:.15g}" for bound in (self.low, self.high))
         if low and low == high:
             return f" ({low})"
         if low and high and not (self.low_open or self.high_open):
@@ -78,140 +73,128 @@ class Limits:
         return " " + " and ".join(parts) if parts else ""
 
 
-def sections_of(field: FieldInfo) -> tuple[type[BaseModel], ...]:
-    """The section classes a field may hold: none for a leaf, several for a section with variants."""
-    return tuple(part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+class _InOrder(GenerateJsonSchema):
+    """Keep the order of the classes and only those titles that a field sets."""
+
+    def sort(self, value: Any, parent_key: str | None = None) -> Any:
+        return value
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
 
 
-def fields_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Fields of a section by the names that params.yaml uses, in order."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
+@cache
+def schema() -> Node:
+    """Return the JSON schema of params.yaml."""
+    return Config.model_json_schema(schema_generator=_InOrder)
 
 
-def tag_name(field: FieldInfo) -> str:
-    """The key that picks a section's variant, empty where there are no variants."""
-    return field.discriminator if isinstance(field.discriminator, str) else ""
+def variants(node: Node) -> dict[str, Node]:
+    """Return the sections that a key may hold: word -> section, "" -> the one without variants, nothing for a leaf."""
+    references = (
+        node["discriminator"]["mapping"] if "discriminator" in node else {"": node["$ref"]} if "$ref" in node else {}
+    )
+    return {word: schema()["$defs"][reference.rpartition("/")[2]] for word, reference in references.items()}
 
 
-def tags_of(section: type[BaseModel], tag: str) -> tuple[str, ...]:
-    """The words of key `tag` that pick this variant."""
-    return get_args(fields_of(section)[tag].annotation)
+def tag_name(node: Node) -> str:
+    """Return the name of the key that selects a section's variant, empty where there are no variants."""
+    return node["discriminator"]["propertyName"] if "discriminator" in node else ""
 
 
-def all_tags(field: FieldInfo) -> tuple[str, ...]:
-    """The words that pick a variant of a section, over all variants."""
-    return tuple(word for section in sections_of(field) for word in tags_of(section, tag_name(field)))
+def variant_of(node: Node, value: object) -> Node | None:
+    """Return the section that a value of this key is, None for a leaf and for an unknown variant."""
+    word = value.get(tag_name(node)) if isinstance(value, Mapping) and tag_name(node) else ""
+    return variants(node).get(word) if isinstance(word, str) else None
 
 
-def variant_of(field: FieldInfo, value: object) -> type[BaseModel] | None:
-    """The section class that a value of this field is, None for a leaf and where nothing tells."""
-    sections, tag = sections_of(field), tag_name(field)
-    if not tag:
-        return sections[0] if sections else None
-    word = value.get(tag) if isinstance(value, Mapping) else None
-    return next((section for section in sections if word in tags_of(section, tag)), None)
-
-
-def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, FieldInfo, Limits]]:
-    """Every key, sections included, that a configuration with these variants has, in the schema's order."""
+def walk(values: Mapping[str, Any]) -> Iterator[tuple[str, Limits]]:
+    """Yield every dotted key, sections included, of a configuration with these variants, in the schema's order."""
 
     def section(
-        model: type[BaseModel], held: object, prefix: str, tag: str, words: tuple[str, ...]
-    ) -> Iterator[tuple[str, FieldInfo, Limits]]:
-        for name, field in fields_of(model).items():
-            yield prefix + name, field, limits_of(prefix + name, field, words if name == tag else ())
-            value = held.get(name) if isinstance(held, Mapping) else None
-            if (child := variant_of(field, value)) is not None:
-                inner = tag_name(field)
-                yield from section(child, value, f"{prefix}{name}.", inner, all_tags(field) if inner else ())
+        node: Node, held: object, prefix: str, tag: str, words: tuple[str, ...]
+    ) -> Iterator[tuple[str, Limits]]:
+        for name, child in node["properties"].items():
+            key, value = prefix + name, held.get(name) if isinstance(held, Mapping) else None
+            yield key, limits_of(key, child, words if name == tag else ())
+            if (below := variant_of(child, value)) is not None:
+                yield from section(below, value, f"{key}.", tag_name(child), tuple(variants(child)))
 
-    return section(Config, values, "", "", ())
+    return section(schema(), values, "", "", ())
 
 
-def limits_of(key: str, field: FieldInfo, choices: tuple[str, ...] = ()) -> Limits:
-    """Limits of one field; `choices` replaces its own words, for the key that picks a variant."""
-    if sections_of(field):
-        return Limits(key, "section", description=field.description or "")
-    annotation, constraints, words, kind = field.annotation, list(field.metadata), list(choices), ""
-    if get_origin(annotation) is tuple:
-        annotation, kind = get_args(annotation)[0], "list"
-    for part in _parts(annotation):
-        if hasattr(part, "__metadata__"):  # Annotated[float, Field(ge=...)]
-            constraints += part.__metadata__
-            part = part.__origin__
-        if get_origin(part) is Literal:
-            words = words or [str(word) for word in get_args(part)]
-        else:
-            kind = kind or KINDS[part]
-    bounds: dict[str, Any] = {}
-    flat = [inner for outer in constraints for inner in getattr(outer, "metadata", [outer])]
-    for constraint in flat:
-        if type(constraint) in BOUNDS:
-            attribute, name, is_open = BOUNDS[type(constraint)]
-            bounds |= {name: getattr(constraint, attribute), f"{name}_open": is_open}
-    filled = any(isinstance(constraint, annotated_types.MinLen) for constraint in flat)
+def limits_of(key: str, node: Node, choices: tuple[str, ...] = ()) -> Limits:
+    """Return the limits of one key; `choices` replaces its words, for the key that selects a variant."""
+    held = node.get("items", node)
+    parts = held.get("anyOf", [held])
+    words = choices or tuple(
+        word for part in parts for word in part.get("enum", [part.get("const")]) if word is not None
+    )
+    free = next((part for part in parts if "enum" not in part and "const" not in part), {})
+    kind = "list" if "items" in node else "section" if variants(node) else KINDS[free["type"]] if free else "choice"
     return Limits(
         key,
-        kind or "choice",
-        choices=tuple(words),
-        description=field.description or "",
-        form=field.title or ("a text that is not empty" if filled else ""),
-        **bounds,
+        kind,
+        low=free.get("minimum", free.get("exclusiveMinimum")),
+        high=free.get("maximum", free.get("exclusiveMaximum")),
+        low_open="exclusiveMinimum" in free,
+        high_open="exclusiveMaximum" in free,
+        choices=words,
+        form=node.get("title") or ("a text that is not empty" if free.get("minLength") else ""),
+        description=node.get("description", ""),
+        example=node.get("examples", [None])[0],
     )
 
 
-def _parts(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a type, or the type alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+def read_when(key: str, values: Mapping[str, Any]) -> tuple[str, list[str]] | None:
+    """Return why the selected variants do not read a key that others do: the selecting key and the words it needs.
 
-
-def needed_for(key: str) -> list[dict[str, tuple[str, ...]]]:
-    """What a dotted key needs to be read, over all variants: [{key that picks a variant: the words that do}, ...].
-
-    No entry: no variant has such a key. An empty dictionary: always read.
+    None: the key is read, or no variant has it.
     """
 
-    def below(model: type[BaseModel], names: list[str], prefix: str) -> Iterator[dict[str, tuple[str, ...]]]:
-        field = fields_of(model).get(names[0])
-        if field is None:
-            return
-        if len(names) == 1:
-            yield {}
-            return
-        tag = tag_name(field)
-        for section in sections_of(field):
-            own = {f"{prefix}{names[0]}.{tag}": tags_of(section, tag)} if tag else {}
-            yield from (own | more for more in below(section, names[1:], f"{prefix}{names[0]}."))
+    def has(section: Node, names: list[str]) -> bool:
+        node = section["properties"].get(names[0])
+        return node is not None and (not names[1:] or any(has(each, names[1:]) for each in variants(node).values()))
 
-    return list(below(Config, key.split("."), ""))
+    section, held, names = schema(), values, key.split(".")
+    for depth in range(1, len(names)):
+        node = section["properties"].get(names[depth - 1], {})
+        held = held.get(names[depth - 1]) if isinstance(held, Mapping) else None
+        selected = variant_of(node, held)
+        if selected is None:
+            return None
+        if not has(selected, names[depth:]):
+            words = [word for word, each in variants(node).items() if has(each, names[depth:])]
+            return (".".join([*names[:depth], tag_name(node)]), words) if words else None
+        section = selected
+    return None
+
+
+def value_at(values: Any, key: str) -> Any:
+    """Return the nested value of a dotted key, None where there is none."""
+    for name in key.split(".") if key else ():
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
 
 
 def explain_unknown(key: str, values: Mapping[str, Any]) -> str:
-    """Why a key is not known under these values, and which one is meant."""
-    known = [known for known, _, _ in walk(values)]
+    """Return why a key is unknown under these values, and which one may be meant."""
+    if (needed := read_when(key, values)) is not None:
+        return f"read only when {needed[0]} is {' or '.join(needed[1])}, got {value_at(values, needed[0])}; remove it"
+    known = [name for name, _ in walk(values)]
+    renamed = {f"method.{old}": f"method.weights.{new}" for names in OLD_WEIGHTS.values() for old, new in names.items()}
+    if renamed.get(key) in known:
+        return f"unknown key; did you mean {renamed[key]}?"
     parent, _, leaf = key.rpartition(".")
-    held: Any = values
-    for name in parent.split(".") if parent else ():
-        held = held.get(name) if isinstance(held, Mapping) else None
-    holder = next((field for name, field, _ in walk(values) if name == parent), None)
-    if holder is not None and tag_name(holder):
-        readers = [section for section in sections_of(holder) if leaf in fields_of(section)]
-        if readers and isinstance(held, Mapping):
-            tag = tag_name(holder)
-            words = " or ".join(word for section in readers for word in tags_of(section, tag))
-            return f"read only when {parent}.{tag} is {words}, got {held.get(tag)}; remove it"
-    siblings = [other for other in known if other.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(leaf, [other.rpartition(".")[2] for other in siblings], n=1, cutoff=0.6)
-    if near:  # of several as near, one that is missing is meant
-        matcher = difflib.SequenceMatcher(b=key)
+    held = value_at(values, parent)
 
-        def nearness(other: str) -> tuple[float, bool]:
-            matcher.set_seq1(other)
-            return matcher.ratio(), isinstance(held, Mapping) and other.rpartition(".")[2] not in held
+    def likeness(other: str) -> tuple[float, bool]:  # of two that are as near, the missing one is meant
+        name = other.rpartition(".")[2]
+        return difflib.SequenceMatcher(None, name, leaf).ratio(), not isinstance(held, Mapping) or name not in held
 
-        near = [max(siblings, key=nearness)]
+    siblings = sorted((other for other in known if other.rpartition(".")[0] == parent), key=likeness, reverse=True)
     near = (
-        near
+        [other for other in siblings[:1] if likeness(other)[0] >= 0.6]
         or [other for other in known if leaf == other.rpartition(".")[2]]
         or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     )

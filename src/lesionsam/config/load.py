@@ -1,6 +1,6 @@
-"""params.yaml -> `Config`: loading, every issue at once, limits of a key, flattening and hashing.
+"""Load params.yaml: read, validate with every issue at once, flatten and hash.
 
-The schema itself is in `lesionsam.schema`, the rules between keys in `lesionsam.config_rules`.
+The schema is in `config.schema`, the rules between keys are in `config.rules`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,32 +18,34 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter
 
 from lesionsam.config.limits import (
     Limits,
-    all_tags,
+    Node,
     explain_unknown,
-    fields_of,
-    sections_of,
+    schema,
     tag_name,
-    tags_of,
+    value_at,
     variant_of,
+    variants,
     walk,
 )
 from lesionsam.config.rules import Issue, file_rules, rules
-from lesionsam.config.schema import Config
+from lesionsam.config.schema import VERSION, Config
 from lesionsam.errors import UserError
 
-MAX_VALUES, MAX_DEPTH = 10_000, 16  # of a parameter file; the default has some 200 on 4
-HOW_NOT_WHAT = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash holds
+MAX_VALUES, MAX_DEPTH = 10_000, 16  # of a parameter file; the default has some 200 values on 4 levels
+NOT_IN_RESULTS = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash covers
+CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})(?= |$)", re.MULTILINE)
+UPGRADE = "`lesionsam params upgrade`"
 
 
 class ConfigError(UserError):
-    """Everything wrong with a set of parameters, one line each."""
+    """Report everything wrong with a set of parameters, one line each."""
 
     def __init__(self, issues: Sequence[Issue], source: str = "params.yaml") -> None:
         self.issues, self.source = tuple(issues), source
@@ -56,15 +59,15 @@ class ConfigError(UserError):
 
 
 def known_keys(config: Config | Mapping[str, Any]) -> dict[str, Limits]:
-    """Every dotted key, sections included, of a configuration with these variants -> its limits, in order."""
-    return {key: limits for key, _, limits in walk(to_values(config))}
+    """Return the limits of every dotted key, sections included, of a configuration with these variants, in order."""
+    return dict(walk(to_values(config)))
 
 
 def describe(key: str, config: Config | Mapping[str, Any]) -> Limits:
-    """Type, bounds and choices of a dotted key under a configuration.
+    """Return type, bounds and choices of a dotted key under a configuration.
 
     Raises:
-        UserError: this configuration has no such key; says which key is meant, or which variant reads it.
+        UserError: this configuration has no such key; names the key that is meant, or the variant that reads it.
     """
     known = known_keys(config)
     if key not in known:
@@ -73,108 +76,93 @@ def describe(key: str, config: Config | Mapping[str, Any]) -> Limits:
 
 
 def validate(values: Mapping[Any, Any], source: str = "params.yaml") -> Config:
-    """Plain nested values -> Config, by schema and rules; no file is looked at.
+    """Return the configuration of plain nested values, checked by schema and rules; files are not looked at.
 
     Raises:
         ConfigError: with every issue, in the schema's order. `source` is named before them.
     """
     probe = _with_text_keys(values)
+    version = probe.get("version")
+    if type(version) is int and 0 < version < VERSION:
+        message = (
+            f"expected an integer ({VERSION}), got {version}, an older format; run {UPGRADE}, which keeps comments"
+        )
+        raise ConfigError([Issue("version", message)], source)
     issues: dict[str, Issue] = {}
-    config = None
-    for _ in range(8):  # sections inside sections: each round settles one level of unreadable variants
-        try:
-            config = Config.model_validate(probe)
-            break
-        except ValidationError as error:
-            repairs: dict[str, str] = {}
-            for detail in error.errors():
-                path, field, item = _place(detail["loc"], probe)
-                issue = _translate(detail, ".".join(path), field, item, probe)
-                issues[issue.key] = issue
-                if detail["type"] in ("union_tag_invalid", "union_tag_not_found") and field is not None:
-                    repairs[issue.key] = likely_tag(field, detail["input"])
-            if not repairs:
-                break
-            probe = unflatten(repairs, probe)  # so that the section's other keys are checked too
-    sound = {key: value for key, value in _leaves(probe) if key not in issues and not _below(key, issues)}
+    probe = _with_variants(schema(), probe, "", issues)
+    config, known = None, dict(walk(probe))
+    try:
+        config = Config.model_validate(probe)
+    except ValidationError as error:
+        for detail in error.errors():
+            key, kind = _key(detail["loc"], detail["type"] == "extra_forbidden", known), detail["type"]
+            if kind == "extra_forbidden":
+                issues[key] = Issue(key, explain_unknown(key, probe))
+            elif kind == "missing":
+                issues[key] = _missing(known[key])
+            else:
+                items = [part for part in detail["loc"] if isinstance(part, int)]
+                issues[key] = _wrong(known[key], detail["input"], f" as item {items[0] + 1}" if items else "")
+    sound = {key: value for key, value in _leaves(probe) if not any(f"{key}.".startswith(f"{bad}.") for bad in issues)}
     for issue in rules(sound):
         issues.setdefault(issue.key, issue)
     if issues or config is None:
-        order = {key: place for place, (key, _, _) in enumerate(walk(probe))}
-        raise ConfigError(sorted(issues.values(), key=lambda issue: _rank(issue.key, order)), source)
+        places = {name: place for place, name in enumerate(known)}
+        parents = {key: [name for name in known if f"{key}.".startswith(f"{name}.")] for key in issues}
+        order = {key: max((places[name] for name in above), default=len(known)) for key, above in parents.items()}
+        raise ConfigError(sorted(issues.values(), key=lambda issue: order[issue.key]), source)
     return config
 
 
-def _below(key: str, issues: Mapping[str, Issue]) -> bool:
-    return any(key.startswith(f"{bad}.") for bad in issues)
+def _with_variants(section: Node, values: Mapping[str, Any], prefix: str, issues: dict[str, Issue]) -> dict[str, Any]:
+    """Return the values with likely words where none selects a variant, so that the other keys are checked as well."""
+    fixed = dict(values)
+    for name, node in section["properties"].items():
+        held, tag = values.get(name), tag_name(node)
+        if not isinstance(held, Mapping):
+            continue
+        if tag and variant_of(node, held) is None:
+            limits = Limits(f"{prefix}{name}.{tag}", "choice", choices=tuple(variants(node)))
+            issues[limits.key] = _wrong(limits, held[tag]) if tag in held else _missing(limits)
+            held = {**held, tag: likely_variant(node, held)}
+        child = variant_of(node, held)
+        fixed[name] = _with_variants(child, held, f"{prefix}{name}.", issues) if child is not None else held
+    return fixed
 
 
-def _rank(key: str, order: Mapping[str, int]) -> float:
-    """Place of a key among the issues: its own, or for an unknown key right after its section's."""
-    while key and key not in order:
-        key = key.rpartition(".")[0]
-    return order.get(key, len(order))
+def likely_variant(node: Node, value: Mapping[str, Any]) -> str:
+    """Return the word of the variant that is nearest to a section: by its word, else by its keys."""
+    near = difflib.get_close_matches(str(value.get(tag_name(node), "")), variants(node), n=1)
+    unlike = {word: len(set(section["properties"]) ^ set(value)) for word, section in variants(node).items()}
+    return near[0] if near else min(unlike, key=unlike.__getitem__)
 
 
-def _place(loc: Sequence[int | str], values: Mapping[str, Any]) -> tuple[list[str], FieldInfo | None, int | None]:
-    """Path, field (None: unknown) and list item (or None) of a pydantic error; variants' tags in `loc` are dropped."""
-    path: list[str] = []
-    model, held, field, rest = Config, values, None, list(loc)
-    while rest and model is not None:
-        path.append(str(rest.pop(0)))
-        field = fields_of(model).get(path[-1])
-        if field is None:
-            return path, None, None
-        held = held.get(path[-1]) if isinstance(held, Mapping) else None
-        model = variant_of(field, held)
-        if tag_name(field) and rest:
-            rest.pop(0)
-    return path, field, next((part for part in rest if isinstance(part, int)), None)
+def _key(loc: Sequence[int | str], is_unknown: bool, known: Mapping[str, Limits]) -> str:
+    """Return the dotted key of a pydantic error, whose place also names variants, types and items of a list."""
+    key = ""
+    for name in loc[:-1] if is_unknown else loc:
+        key = longer if (longer := f"{key}.{name}".lstrip(".")) in known else key
+    return f"{key}.{loc[-1]}".lstrip(".") if is_unknown else key
 
 
-def _translate(detail: Any, key: str, field: FieldInfo | None, item: int | None, values: Mapping[str, Any]) -> Issue:
-    """A pydantic error -> one line about a dotted key: what was expected, what came, what may be meant."""
-    kind, value = detail["type"], detail["input"]
-    if field is None:
-        return Issue(key, explain_unknown(key, values))
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        key = f"{key}.{tag_name(field)}"
-        limits = Limits(key, "choice", choices=all_tags(field))
-        value = detail["input"].get(tag_name(field))
-        kind = "missing" if kind == "union_tag_not_found" else kind
-    else:
-        limits = next(limits for known, _, limits in walk(values) if known == key)
-    if kind == "missing":
-        start = start_value(key, values)
-        line = f"`{key.rpartition('.')[2]}: {yaml_text(start)}`" if start is not None else "it"
-        return Issue(key, f"missing, expected {limits.expected}; add {line}, as `lesionsam params upgrade` does")
-    meant = difflib.get_close_matches(str(value), limits.choices, n=1) if isinstance(value, str) else []
-    place = "" if item is None else f" as item {item + 1}"
-    end = f"; did you mean {meant[0]}?" if meant else ""
-    return Issue(key, f"expected {limits.expected}, got {shown(value)}{place}{end}")
+def _missing(limits: Limits) -> Issue:
+    start = value_at(default_values(), limits.key)
+    start = limits.example if start is None else start
+    is_section, name = isinstance(start, Mapping), limits.key.rpartition(".")[2]
+    line = "it" if start is None or is_section else f"`{name}: {yaml_text(start)}`"
+    return Issue(limits.key, f"missing, expected {limits.expected}; add {line}, as {UPGRADE} does")
 
 
-def likely_tag(field: FieldInfo, value: Mapping[str, Any]) -> str:
-    """The variant that a section without a readable tag was meant to be: by the word, else by its keys."""
-    tag = tag_name(field)
-    near = difflib.get_close_matches(str(value.get(tag, "")), all_tags(field), n=1)
-    nearest = min(sections_of(field), key=lambda section: len(set(fields_of(section)) ^ set(value)))
-    return near[0] if near else tags_of(nearest, tag)[0]
-
-
-def start_value(key: str, values: Mapping[str, Any]) -> Any:
-    """What a missing leaf starts with: the default's value, or the schema's example where the default has none."""
-    held: Any = default_values()
-    for name in key.split("."):
-        held = held.get(name) if isinstance(held, Mapping) else None
-    field = next((field for known, field, _ in walk(values) if known == key), None)
-    if held is None and field is not None and field.examples:
-        return field.examples[0]
-    return None if isinstance(held, Mapping) else held
+def _wrong(limits: Limits, value: object, place: str = "") -> Issue:
+    words = {"yes": "true", "on": "true", "no": "false", "off": "false"} if limits.kind == "boolean" else {}
+    meant = [words.get(value.lower(), "")] if isinstance(value, str) else []
+    meant += difflib.get_close_matches(str(value), limits.choices, n=1) if isinstance(value, str) else []
+    end = f"; did you mean {''.join(meant)}?" if any(meant) else ""
+    return Issue(limits.key, f"expected {limits.expected}, got {shown(value)}{place}{end}")
 
 
 def shown(value: object) -> str:
-    """A value as a person would name it, with its type where that is the point."""
+    """Return a value in words, with its type where that matters."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -187,12 +175,12 @@ def shown(value: object) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping as DVC reads it (YAML 1.2: 1e-3 is a number), plain dicts and lists; duplicate keys refused."""
+    """Return a YAML mapping as DVC reads it (YAML 1.2: 1e-3 is a number), in plain dicts and lists."""
     return parse_yaml(read_text(path), str(path))
 
 
 def read_text(path: Path) -> str:
-    """A parameter file's text."""
+    """Return the text of a parameter file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -202,17 +190,21 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """The same for a text; `source` is named in errors."""
+    """Return the mapping that a YAML text holds; `source` is named in errors. Duplicate keys are refused."""
+    if marker := CONFLICT.search(text):
+        line = text.count("\n", 0, marker.start()) + 1
+        raise UserError(
+            f"{source} line {line}: expected YAML, got the marker {marker[0]} of a merge conflict; keep one of the two "
+            "versions and remove the markers"
+        )
     try:
         values = YAML(typ="safe", pure=True).load(text)
-    except DuplicateKeyError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}{line}: {str(error.problem).split(' with value')[0]}; keep one") from None
-    except MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{source}{line}: expected YAML, got {error.problem or error.context}") from None
     except (YAMLError, ValueError) as error:
-        raise UserError(f"{source}: expected YAML, got {str(error).splitlines()[0]}") from None
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or error
+        problem = str(problem).splitlines()[0].partition(" with value")[0]
+        what = f"{problem}; keep one" if isinstance(error, DuplicateKeyError) else f"expected YAML, got {problem}"
+        raise UserError(f"{source}{f' line {mark.line + 1}' if mark else ''}: {what}") from None
     except RecursionError:
         raise UserError(f"{source}: expected sections of keys, got a text nested too deeply") from None
     if not _is_bounded(values):
@@ -226,7 +218,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def _is_bounded(values: object) -> bool:
-    """Whether nested values are few and shallow, also once every alias is written out: some of them hold themselves."""
+    """Return whether nested values are few and shallow once every alias is written out; one may contain itself."""
     number, left = 0, [(values, 0)]
     while left:
         held, depth = left.pop()
@@ -238,27 +230,37 @@ def _is_bounded(values: object) -> bool:
     return True
 
 
+class _Representer(RoundTripRepresenter):
+    """Write floats as YAML 1.1 and 1.2 both read them: 1.0e-05, not 1e-05."""
+
+    def represent_float(self, data: float) -> Any:
+        text = re.sub(r"^(-?\d+)e", r"\1.0e", repr(data))
+        return self.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+
+
+def round_trip_yaml() -> YAML:
+    """Return a reader and writer that keeps comments and spelling."""
+    yaml = YAML()
+    yaml.Representer, yaml.preserve_quotes, yaml.width = _Representer, True, 1_000_000
+    return yaml
+
+
 def yaml_text(value: Any) -> str:
-    """A scalar or a flat list as one would write it in params.yaml, read back the same by YAML 1.1 and 1.2."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {yaml_text(held)}" for name, held in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(yaml_text, value)) + "]"
-    if isinstance(value, float) and 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:e}".split("e") if float(f"{value:e}") == value else repr(value).split("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}{'' if '.' in mantissa else '.0'}e{int(exponent)}"
-    if isinstance(value, str):
-        plain = re.fullmatch(r"(?!(y|n|yes|no|on|off)$)[A-Za-z./_][\w./+:~-]*(?<!:)", value, re.IGNORECASE)
-        return value if plain and parse_yaml(f"a: {value}", "")["a"] == value else json.dumps(value, ensure_ascii=False)
-    return json.dumps(value)
+    """Return a scalar or a flat list as params.yaml holds it, on one line."""
+    yaml, stream = round_trip_yaml(), io.StringIO()
+    yaml.default_flow_style = True
+    yaml.dump({"a": value}, stream)
+    return stream.getvalue().strip().removeprefix("{a: ").removesuffix("}")
 
 
 def load_config(path: str | Path = "params.yaml", *, check_files: bool = True) -> Config:
-    """Read and check a parameter file.
+    """Return a parameter file, validated.
 
     Args:
-        path: params.yaml. check_files: also look whether the user's own files are there, relative to its folder.
+        path: params.yaml. check_files: also check that the user's own files exist, relative to its folder.
     Raises:
         ConfigError: every issue at once, a line each. UserError: no file, or not YAML.
     """
@@ -271,7 +273,7 @@ def load_config(path: str | Path = "params.yaml", *, check_files: bool = True) -
 
 
 def default_values() -> dict[str, Any]:
-    """The default parameters, nested: those of the preset `demo`."""
+    """Return the default parameters, nested: those of preset `demo`."""
     return copy.deepcopy(_parsed_defaults())
 
 
@@ -281,12 +283,12 @@ def _parsed_defaults() -> dict[str, Any]:
 
 
 def default_text() -> str:
-    """The default params.yaml, with its comments."""
+    """Return the default params.yaml, with its comments."""
     return (resources.files("lesionsam.config") / "presets" / "demo.yaml").read_text(encoding="utf-8")
 
 
 def to_values(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values (dicts, lists, scalars) under the names that params.yaml uses."""
+    """Return nested plain values (dicts, lists, scalars) under the names that params.yaml uses."""
     return config.model_dump(mode="json", by_alias=True) if isinstance(config, Config) else dict(config)
 
 
@@ -299,13 +301,13 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def flatten(config: Config | Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> scalar; a list becomes one text, its items separated by ", "."""
+    """Return dotted key -> scalar; a list becomes one text, its items separated by ", "."""
     leaves = _leaves(to_values(config))
     return {key: ", ".join(map(str, value)) if isinstance(value, list) else value for key, value in leaves}
 
 
 def unflatten(flat: Mapping[str, Any], onto: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Dotted keys -> nested values, on top of a copy of `onto`."""
+    """Return the nested values of dotted keys, on top of a copy of `onto`."""
     nested: dict[str, Any] = copy.deepcopy(dict(onto or {}))
     for key, value in flat.items():
         *path, leaf = key.split(".")
@@ -317,7 +319,7 @@ def unflatten(flat: Mapping[str, Any], onto: Mapping[str, Any] | None = None) ->
 
 
 def with_values(config: Config, changes: Mapping[str, Any], source: str = "parameters") -> Config:
-    """The configuration with some dotted keys changed, checked again.
+    """Return the configuration with some dotted keys changed, validated again.
 
     `with_values(config, {"method.temperature": 0.2})`; `source` is named before any issue.
     """
@@ -327,50 +329,14 @@ def with_values(config: Config, changes: Mapping[str, Any], source: str = "param
 
 
 def config_digest(config: Config, sections: Sequence[str] | None = None) -> str:
-    """SHA-256, 64 hex digits, of what a result depends on: the named sections, or all but `HOW_NOT_WHAT`."""
+    """Return the SHA-256, 64 hex digits, of the named sections, or of all but `NOT_IN_RESULTS`."""
     values = to_values(config)
-    chosen = [name for name in values if name not in HOW_NOT_WHAT] if sections is None else list(sections)
-    if wrong := [name for name in chosen if name not in values or name in HOW_NOT_WHAT]:
-        raise ValueError(f"expected sections that a result depends on, got {', '.join(wrong)}")
+    chosen = [name for name in values if name not in NOT_IN_RESULTS] if sections is None else list(sections)
+    if wrong := [name for name in chosen if name not in values or name in NOT_IN_RESULTS]:
+        raise ValueError(f"expected sections that results depend on, got {', '.join(wrong)}")
     text = json.dumps({name: values[name] for name in chosen}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _with_text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-
-
-def trained_parts(model: Mapping[str, Any]) -> str:
-    """What a section `model` (plain values) trains, in words."""
-    last = next((value for key, value in model.items() if key.endswith("last_k")), 0)
-    where = f"of the last {last} encoder blocks" if last else "of the whole encoder"
-    words = {
-        "none": [],
-        "blocks": [f"the last {last} encoder blocks" if last else "the whole encoder"],
-        "adapter": [f"adapters of {model.get('adapter_dim')} units {where}"],
-        "lora": [f"low-rank updates (rank {model.get('lora_rank')}) {where}"],
-    }[model["encoder"]]
-    switches = (("the decoder", "train_decoder"), ("the prompt encoder", "train_prompt_encoder"))
-    return ", ".join([*words, *(name for name, key in switches if model[key])])
-
-
-def summary(config: Config) -> list[str]:
-    """The configuration in a few lines, for people."""
-    data, boxes, model, method, train = config.data, config.boxes, config.model, config.method, config.train
-    size = f", side {model.image_size} px" if model.image_size else ""
-    counts = {
-        "synthetic": ("num_train", "num_dev", "num_test"),
-        "folder": ("dev_fraction", "test_split"),
-        "coco": ("annotations", "test_split"),
-    }
-    named = ", ".join(f"{key} {getattr(data, key)}" for key in counts.get(data.source, ("subset", "dev_fraction")))
-    trained = trained_parts(to_values(config)["model"])
-    target = f", target {method.target.kind}" if method.name == "contrastive" else ""
-    return [
-        f"data     {data.source} ({named})",
-        f"boxes    {boxes.source}",
-        f"model    {model.name} from {model.checkpoint}{size}; trained: {trained}",
-        f"method   {method.name}{target}",
-        f"train    {train.epochs} epochs, {train.batch_size} x {train.accumulate} images a step, {train.precision}",
-        f"digest   {config_digest(config)[:12]}",
-    ]

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lesionsam.config.schema import CocoData, Config, FolderData
-from lesionsam.config.schema_method import NUM_BLOCKS
+from lesionsam.config.schema_method import NUM_BLOCKS, PATCH
+
+UNREAD = "own"  # path of an input that is not read; the repository has this folder
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One thing wrong with a parameter: its dotted key, and what was expected and what came."""
+    """One fault of a parameter: its dotted key, what was expected and what was found."""
 
     key: str
     message: str
@@ -23,7 +25,7 @@ class Issue:
 
 
 def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
-    """Rules between keys, over the flattened values valid on their own; silent where a key is not there."""
+    """Yield violated rules between keys, given the flattened values that are valid on their own; some may be absent."""
 
     def has(*keys: str) -> bool:
         return all(key in v for key in keys)
@@ -38,6 +40,8 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
             yield Issue("data.dev_fraction", "expected a number above 0 when data.test_split is val, got 0")
     if has("model.image_size") and 0 < v["model.image_size"] < 32:
         yield Issue("model.image_size", f"expected 0 or an integer from 32 to 4096, got {v['model.image_size']}")
+    if str(v.get("model.name", "")).startswith("vit_") and v.get("model.image_size", 0) % PATCH:
+        yield Issue("model.image_size", f"expected a multiple of {PATCH} (SAM's patch), got {v['model.image_size']}")
     if has("model.name", "model.checkpoint") and v["model.name"] == "compact" and v["model.checkpoint"] == "published":
         yield Issue("model.checkpoint", "expected a file when model.name is compact, got published")
     most = NUM_BLOCKS.get(v.get("model.name", ""), 64)
@@ -47,12 +51,15 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     if v.get("model.encoder") == "none":
         if v.get("model.train_decoder") is False and v.get("model.train_prompt_encoder") is False:
             yield Issue("model.train_decoder", "expected true when model.encoder is none, or nothing trains, got false")
-        for term in ("method.alpha", "method.gamma"):
+        for term in ("method.weights.contrast", "method.weights.distil"):
             if v.get(term, 0) > 0:
                 yield Issue(term, f"expected 0 when model.encoder is none (it teaches nothing else), got {v[term]:g}")
-    terms = ("method.alpha", "method.delta", "method.epsilon")
+    terms = ("method.weights.contrast", "method.weights.pseudo", "method.weights.projection")
     if has(*terms) and not any(v[term] for term in terms):
-        yield Issue("method.alpha", f"expected one of {', '.join(terms)} above 0, or nothing is learnt, got 0 for all")
+        yield Issue(
+            "method.weights.contrast",
+            f"expected one of {', '.join(terms)} above 0, or nothing is learnt, got 0 for all",
+        )
     placebo = v.get("method.target.placebo", "none")
     if placebo != "none" and v.get("train.batch_size") == 1:
         yield Issue("train.batch_size", f"expected 2 or more when method.target.placebo is {placebo}, got 1")
@@ -68,10 +75,10 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
             )
     if v.get("foundation.prompt_width", 0) % 16:
         yield Issue("foundation.prompt_width", f"expected a multiple of 16, got {v['foundation.prompt_width']}")
-    if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "nearer"}:
+    if has("evaluate.prompts") and set(v["evaluate.prompts"]) <= {"none", "zoom"}:
         yield Issue(
             "evaluate.prompts",
-            "expected another prompt beside none and nearer, for pictures and curves, got "
+            "expected another prompt beside none and zoom, for pictures and curves, got "
             f"{', '.join(v['evaluate.prompts'])} alone",
         )
     for key in ("evaluate.prompts", "evaluate.jitter"):
@@ -80,10 +87,17 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
 
 
 def file_rules(config: Config, root: Path) -> Iterator[Issue]:
-    """Rules on the user's own files, paths relative to `root`."""
+    """Yield violated rules on the user's own files, whose paths are relative to `root`."""
     folder, boxes = root / config.inputs.folder, root / config.inputs.boxes
     if config.boxes.source == "csv" and not boxes.is_file():
         yield Issue("inputs.boxes", f"expected a CSV file when boxes.source is csv, got none at {config.inputs.boxes}")
+    for key, path, is_read in (
+        ("boxes", boxes, config.boxes.source == "csv"),
+        ("folder", folder, isinstance(config.data, CocoData | FolderData)),
+    ):
+        named = getattr(config.inputs, key)
+        if named != UNREAD and not is_read and not path.exists():
+            yield Issue(f"inputs.{key}", f"expected {UNREAD} where it is not read (DVC watches the path), got {named}")
     if isinstance(config.data, CocoData):
         yield from _coco_rules(config.data, folder, config.inputs.folder)
     if not isinstance(config.data, FolderData):

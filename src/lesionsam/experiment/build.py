@@ -75,7 +75,7 @@ def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
         loss=m.loss,
         candidates=m.candidates,
         iou_loss=m.iou_loss,
-        beta=m.beta,
+        beta=m.weights.iou,
         learned_weights=isinstance(m.weighting, LearnedWeights),
         average=m.average,
         num_points=m.num_points,
@@ -95,11 +95,11 @@ def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) ->
     """
     target = m.target
     return ContrastiveOptions(
-        alpha=m.alpha,
-        beta=m.beta,
-        gamma=m.gamma,
-        delta=m.delta,
-        epsilon=m.epsilon,
+        alpha=m.weights.contrast,
+        beta=0.5,
+        gamma=m.weights.distil,
+        delta=m.weights.pseudo,
+        epsilon=m.weights.projection,
         temperature=m.temperature,
         pos_samples=m.pos_samples,
         neg_samples=m.neg_samples,
@@ -198,7 +198,7 @@ def build_method(
     )
     options = contrastive_options(m, found, round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)))
     reference = None
-    if m.gamma > 0:
+    if m.weights.distil > 0:
         reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
         reference.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)  # the head is the only part that starts at random

@@ -60,7 +60,7 @@ def answers_per_image(config: Config) -> int:
     """Passes of the decoder with a gradient, per image and step."""
     method = config.method
     if method.name == "contrastive":
-        return method.prompts_per_image if method.delta > 0 or method.epsilon > 0 else 0
+        return method.prompts_per_image if method.weights.pseudo > 0 or method.weights.projection > 0 else 0
     return method.prompts_per_image * (1 + method.corrections)
 
 

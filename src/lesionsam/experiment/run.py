@@ -32,7 +32,7 @@ from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, check_disk, load_best
 from lesionsam.types import Sample
-from lesionsam.utils.devices import torch_device
+from lesionsam.utils.devices import slow_precision, torch_device
 
 SELECTION_SEED = 0  # of the development prompts: the same in every epoch and run; no setting of the evaluation
 
@@ -152,6 +152,8 @@ def train(
         + f") on {len(data.train)} lesions"
         + (f", outline offset {offset:+.2f}" if offset is not None else "")
     )
+    if note := slow_precision(config.train.precision, device):
+        say(f"note: {note}")
     log({"parameters": num_all, "parameters_trained": num_trained}, 0)
     steps = num_steps(config, data.train)
     teacher = method.teacher

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 import lesionsam
-from lesionsam.config.load import read_yaml, trained_parts
+from lesionsam.config.load import read_yaml
+from lesionsam.config.summary import trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import format_interval
 from lesionsam.evaluation.tables import ADAPTED, markdown, prompts_in, read_csv

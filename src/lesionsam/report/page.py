@@ -13,7 +13,8 @@ import jinja2
 import pandas as pd
 from PIL import Image
 
-from lesionsam.config.load import read_yaml, trained_parts
+from lesionsam.config.load import read_yaml
+from lesionsam.config.summary import trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.picks import DISPUTED, GROUPS, disputed

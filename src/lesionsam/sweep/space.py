@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from lesionsam.config.edit import fit
-from lesionsam.config.limits import Limits, needed_for
+from lesionsam.config.limits import Limits, read_when
 from lesionsam.config.load import Config, describe, flatten, to_values, unflatten, validate
 from lesionsam.errors import UserError
 
@@ -103,17 +103,12 @@ def read_space(config: Config) -> list[Dimension]:
 
 def foreign_keys(config: Config) -> dict[str, str]:
     """Keys of `sweep.space` that other variants read, and this configuration does not have -> why."""
-    held, found = flatten(config), {}
-    for key in to_values(config)["sweep"]["space"]:
-        needed = needed_for(key)
-        missing = [
-            f"{tag} is {held[tag]}, and only {' or '.join(words)} reads it"
-            for tag, words in (needed[0].items() if needed else ())
-            if tag in held and held[tag] not in words
-        ]
-        if missing and not any(all(held.get(tag) in words for tag, words in one.items()) for one in needed):
-            found[key] = missing[0]
-    return found
+    values, held = to_values(config), flatten(config)
+    needed = {key: read_when(key, values) for key in values["sweep"]["space"]}
+    return {
+        key: f"{tag} is {held[tag]}, and only {' or '.join(words)} reads it"
+        for key, (tag, words) in ((key, need) for key, need in needed.items() if need is not None)
+    }
 
 
 def _dimension(key: str, written: object, config: Config) -> Dimension:
@@ -234,7 +229,7 @@ def dead_keys(config: Config, space: Sequence[Dimension]) -> dict[str, str]:
         return any(test(value) for value in dimension.choices or (dimension.low, dimension.high))
 
     def on(weight: str) -> bool:
-        return may(f"method.{weight}", lambda value: value > 0)
+        return may(f"method.weights.{weight}", lambda value: value > 0)
 
     dead: dict[str, str] = {}
     for key in by_key:
@@ -253,7 +248,7 @@ def _rules(
         return lambda value: value in words
 
     if not may("method.iou_loss", one_of("mse", "smooth_l1")):
-        yield ("method.beta", "method.monitor_masks"), "it weighs or switches a monitor without gradient"
+        yield ("method.weights.iou", "method.monitor_masks"), "it weighs or switches a monitor without gradient"
     yield ("train.overlays", "train.select"), "it is no part of what is learnt"
     if not may("train.schedule", one_of("cosine", "linear")):
         yield ("train.final_lr",), "train.schedule is constant"
@@ -264,7 +259,7 @@ def _rules(
     if not may("method.name", one_of("contrastive")):
         yield ("train.lr_head",), "only the contrastive method has a projection head"
         return
-    if not on("alpha"):
+    if not on("contrast"):
         yield (
             (
                 "method.temperature",
@@ -274,25 +269,25 @@ def _rules(
                 "method.head.",
                 "train.lr_head",
             ),
-            "method.alpha is 0, so that there is no contrastive term",
+            "method.weights.contrast is 0, so that there is no contrastive term",
         )
-    if not on("alpha") and not on("delta"):
+    if not on("contrast") and not on("pseudo"):
         yield (
             ("method.gate.", "method.target."),
-            "method.alpha and method.delta are 0, so that no term reads the pseudo mask",
+            "method.weights.contrast and method.weights.pseudo are 0, so that no term reads the pseudo mask",
         )
-    if not on("delta") and not on("epsilon"):
+    if not on("pseudo") and not on("projection"):
         yield (
             ("method.prompts.", "method.prompts_per_image"),
-            "method.delta and method.epsilon are 0, so that no mask is decoded to learn",
+            "method.weights.pseudo and method.weights.projection are 0, so that no mask is decoded to learn",
         )
     taught = may("method.target.kind", one_of("teacher", "fused"))
     if not taught:
         yield ("method.teacher_prompt",), "the target is not the teacher's"
-        if not on("alpha"):
+        if not on("contrast"):
             yield (
                 ("method.ema_decay",),
-                "nothing reads the teacher (method.alpha is 0, the target is not the teacher's)",
+                "nothing reads the teacher (method.weights.contrast is 0, the target is not the teacher's)",
             )
     if not may("method.target.offset", one_of("boxes")):
         yield ("method.target.looseness",), "method.target.offset is not boxes"
