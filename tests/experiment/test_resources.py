@@ -23,7 +23,7 @@ from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training.loop import autocast, sum_of
+from lesionsam.training.gradients import autocast, total_loss
 from lesionsam.types import Batch
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def measured(method: Method, batch: Batch, precision: str) -> int:
         for _ in range(2):
             optimizer.zero_grad()
             with autocast(CPU, precision):
-                terms = method.losses(batch, torch.Generator().manual_seed(0))
-            sum_of(terms).backward()
+                terms, _ = method.losses(batch, torch.Generator().manual_seed(0))
+            total_loss(terms).backward()
             del terms
             optimizer.step()
             method.after_step()

@@ -57,7 +57,7 @@ def ten_steps(preset: str, changes: dict[str, Any]) -> list[dict[str, float]]:
 
     def log(values: Any, step: int) -> None:
         if step and "epoch" not in values:
-            rows.append({name: value for name, value in values.items() if name != "loss" and not name.startswith("lr/")})
+            rows.append({name: v for name, v in values.items() if name.partition("/")[0] not in ("loss", "lr")})
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -36,13 +36,7 @@ class Batches(Protocol):
         ...
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """Batches of one epoch from batch number `start` on, a function of (seed, epoch)."""
         ...
@@ -151,13 +145,7 @@ class LesionDataset:
             yield self.batch(*part)
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """Batches of one epoch from batch number `start` on; the last batch is filled from the epoch's beginning.
 
@@ -172,13 +160,7 @@ class LesionDataset:
         return [Part(np.arange(k, min(k + batch_size, len(self))), None) for k in starts]
 
     def plan(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> list[Part]:
         """What `epoch` hands to `batch`."""
         rng = np.random.default_rng([seed, epoch])

@@ -45,13 +45,7 @@ class Loader:
         return self.data.batches_per_epoch(batch_size)
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augmentation: Augmentation = NO_AUGMENTATION,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """The batches of `LesionDataset.epoch`."""
         return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, augmentation=augmentation, start=start))

@@ -1,8 +1,8 @@
 """Supervised fine-tuning with true masks as the target.
 
-Symbols: y logits (N, K, T, T) of N decoded prompts with K mask tokens each (token 0 is the single mask, 1 to 3 are SAM's
-candidates for an ambiguous prompt); m true masks and w pixel weights on the low-resolution grid; rows (N,) the image of
-each prompt.
+Symbols: y logits (N, K, T, T) of N decoded prompts with K mask tokens each (token 0 is the single mask, 1 to 3 are
+SAM's candidates for an ambiguous prompt); m true masks and w pixel weights on the low-resolution grid; rows (N,) the
+image of each prompt.
 """
 
 from __future__ import annotations

@@ -26,13 +26,12 @@ class Part:
 
 @dataclass(frozen=True)
 class StepValues:
-    """What the forward pass of a step found.
+    """Loss and monitors of a step.
 
     Attributes:
         terms, monitors: of the last part.
-        losses: `loss`, the sum of the weighted terms, and the unweighted terms; means: the monitors. Both detached, over
-            all parts.
-        ids: of all images.
+        losses: `loss`, the sum of the weighted terms, and the unweighted terms, over all parts, detached.
+        means: the monitors over all parts. ids: of all images.
     """
 
     terms: Mapping[str, Term]
@@ -62,7 +61,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def total_loss(terms: Mapping[str, Term], shares: Shares | None = None) -> torch.Tensor:
     """Return the sum of weight times value over the terms, each scaled by its share in the step."""
     weighted = {name: term.weight * term.value.float() for name, term in terms.items()}
-    return torch.stack([value if shares is None else shares[name] * value for name, value in weighted.items()]).sum()
+    return torch.stack(
+        [value if shares is None else share_of(name, shares) * value for name, value in weighted.items()]
+    ).sum()
 
 
 def add_gradients(
@@ -97,13 +98,13 @@ def add_gradients(
         losses["loss"] = losses["loss"] + loss.detach()
         for sums, found in ((losses, values), (means, monitors)):
             for name, value in found.items():
-                sums[name] = value if shares is None else sums[name] + shares[name] * value
+                sums[name] = value if shares is None else sums[name] + share_of(name, shares) * value
     return StepValues(terms, monitors, losses, means, [key for part in parts for key in part.batch.ids])
 
 
 @torch.no_grad()
 def term_shares(method: Method, parts: Sequence[Part], precision: str) -> list[Shares]:
-    """Return each part's share of every term and monitor: its count by that of all parts.
+    """Return each part's share of every term and monitor, and of the images under the name "".
 
     Means over images that a gate or missing masks leave out are thus means over those of the whole step.
     """
@@ -116,5 +117,10 @@ def term_shares(method: Method, parts: Sequence[Part], precision: str) -> list[S
     shares = []
     for part, count in zip(parts, counts, strict=True):
         own = {name: count[name] / torch.as_tensor(totals[name]).clamp(min=1e-6) for name in count}
-        shares.append(defaultdict(lambda share=len(part.batch.ids) / num_images: share, own))
+        shares.append(own | {"": len(part.batch.ids) / num_images})
     return shares
+
+
+def share_of(name: str, shares: Shares) -> float | torch.Tensor:
+    """Return the share of a term or monitor; without a count it is the share of the images."""
+    return shares.get(name, shares[""])

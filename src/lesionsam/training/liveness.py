@@ -47,8 +47,8 @@ class Liveness:
         for name, term in terms.items():
             if not term.value.requires_grad:
                 raise UserError(
-                    f"the term `{name}` is switched on (weight {weight_of(term):g}) but depends on nothing that trains; "
-                    "set its weight to 0 or train what it depends on"
+                    f"the term `{name}` is switched on (weight {weight_of(term):g}) but depends on nothing that "
+                    "trains; set its weight to 0 or train what it depends on"
                 )
             if name not in self.at.alive:
                 gradients = torch.autograd.grad(term.value, self.parameters, retain_graph=True, allow_unused=True)
@@ -77,9 +77,9 @@ class Liveness:
                 self.say(f"warning: the term `{name}` had no gradient in the one step of this run")
             else:
                 raise UserError(
-                    f"the term `{name}` is switched on (weight {weight_of(terms[name]):g}) but its gradient was zero in "
-                    f"each of the first {min(self.at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or change "
-                    "what it depends on"
+                    f"the term `{name}` is switched on (weight {weight_of(terms[name]):g}) but its gradient was zero "
+                    f"in each of the first {min(self.at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or "
+                    "change what it depends on"
                 )
         if self.projected is not None:
             found = spread(self.projected)
