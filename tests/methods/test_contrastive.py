@@ -69,12 +69,8 @@ def test_the_published_preset_is_the_published_recipe(tmp_path: Path) -> None:
         "temperature": 0.1,
         "entropy_thresh": 0.2,
         "ema_decay": 0.999,
-        "alpha": 1.0,
-        "beta": 0.5,
-        "gamma": 0.1,
+        "weights": {"contrast": 1.0, "distil": 0.1, "pseudo": 0.0, "projection": 0.0},
         "num_points": 10,
-        "delta": 0.0,
-        "epsilon": 0.0,
         "teacher_prompt": "ring",
         "gate_region": "image",
         "trust_empty": True,
@@ -473,7 +469,7 @@ def test_contrast_falls_as_the_student_agrees_with_the_teacher() -> None:
 
 def gradients(method: Contrastive, name: str) -> set[str]:
     """Parts of the student that a term's gradient reaches."""
-    value = method.losses(some_batch(), generator())[name].value
+    value = method.losses(some_batch(), generator())[0][name].value
     named = [(n, p) for n, p in method.model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
     reached = {n for (n, _), g in zip(named, found, strict=True) if g is not None and bool((g != 0).any())}
@@ -596,7 +592,7 @@ def test_images_without_a_mask_take_no_part_in_a_supervised_loss() -> None:
     assert math.isfinite(value.item())
     value.backward()
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in method.model.parameters())
-    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())["bce"].value
+    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())[0]["bce"].value
     assert nobody.item() == 0
 
 

@@ -136,7 +136,7 @@ class Contrastive(Method):
             "pseudo": lambda: mean_over(soft_mask_loss(y, m[rows], w[rows]), trusted[rows]),
             "projection": lambda: self.projection(y, batch, rows).mean(),
         }
-        terms = {name: Term(value(), weights[name]) for name, value in values.items() if weights[name] > 0}
+        terms = {name: Term(values[name](), weight) for name, weight in weights.items() if weight > 0}
         return terms, self.monitors(batch, y, predicted, rows, m, entropy, trusted)
 
     @torch.no_grad()
