@@ -164,8 +164,8 @@ class Steps:
             UserError: too many steps in a row were skipped.
         """
         while self._unread:
-            read, *step = self._unread.pop(0)
-            self._record(read(), *step)
+            read, step, losses, ids = self._unread.pop(0)
+            self._record(read(), step, losses, ids)
 
     def _record(self, taken: bool, step: int, losses: Mapping[str, torch.Tensor], ids: Sequence[str]) -> None:
         if taken:

@@ -47,7 +47,7 @@ class StepLog:
         numbers, sums = iter(torch.stack(scalars).tolist()), self.at.sums
         for step, losses, monitors, rates in self._waiting:
             row = {name: next(numbers) for name in (*losses, *monitors)}
-            self.log(row | rates, step)
+            self.log(row | dict(rates), step)
             total = row["loss"] + sum(w * row[name] for name, w in PUBLISHED_MONITORS.items() if name in monitors)
             for name, value in (row | {"total": total, "steps": 1.0}).items():
                 sums[name] = sums.get(name, 0.0) + value
