@@ -22,6 +22,7 @@ import torch
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.load import Config, default_values, unflatten, validate
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.loader import Loader
 from lesionsam.experiment.build import build_method, prepare_sam
@@ -30,8 +31,8 @@ from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import build_sam
-from lesionsam.training import loop as training
-from lesionsam.training.loop import fit
+from lesionsam.training import liveness
+from lesionsam.training.loop import Settings, fit
 from lesionsam.training.optimizer import parameter_groups
 from lesionsam.utils.devices import torch_device
 from record import Limits, multiplications, now, provenance, record, table
@@ -105,21 +106,20 @@ class Bench:
             fit(
                 method,
                 loader,
-                groups=parameter_groups(method.model, {"": 1e-5}),
-                epochs=epochs,
-                batch_size=self.batch_size,
-                accumulate=1,
-                weight_decay=0.0,
-                betas=(0.9, 0.999),
-                factor=lambda step: 1.0,
-                clip=1.0,
-                precision=self.precision,
-                seed=0,
-                augment=augment,
-                widen=0.0,
-                distort=None,
-                patience=0,
-                device=self.device,
+                parameter_groups(method.model, {"all": ("", 1e-5)}),
+                Settings(
+                    epochs=epochs,
+                    batch_size=self.batch_size,
+                    accumulate=1,
+                    clip=1.0,
+                    precision=self.precision,
+                    seed=0,
+                    patience=0,
+                    schedule=lambda step: 1.0,
+                    augmentation=Augmentation(flips=augment),
+                    weight_decay=0.0,
+                    betas=(0.9, 0.999),
+                ),
                 evaluate=evaluate,
                 log=lambda values, step: None,
                 folder=self.folder / f"run{self.runs}",
@@ -148,7 +148,7 @@ class Clock:
         The loop does not watch the terms meanwhile: the further gradients of its first steps, which a run makes once,
         would count as the first epoch's.
         """
-        losses, backward, watched = method.losses, torch.Tensor.backward, training.LIVENESS_STEPS
+        losses, backward, watched = method.losses, torch.Tensor.backward, liveness.LIVENESS_STEPS
 
         def timed(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
             begun = self.now()
@@ -164,13 +164,13 @@ class Clock:
             self._begun, self._spent = self.now(), 0.0
             return timed(losses, *arguments)
 
-        training.LIVENESS_STEPS = range(0)
+        liveness.LIVENESS_STEPS = range(0)
         method.losses = timed_losses  # type: ignore[method-assign]
         torch.Tensor.backward = lambda *a, **o: timed(backward, *a, **o)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            training.LIVENESS_STEPS = watched
+            liveness.LIVENESS_STEPS = watched
             torch.Tensor.backward = backward  # type: ignore[method-assign]
 
     def epoch_ends(self) -> None:
@@ -188,11 +188,11 @@ def loader_speed(bench: Bench, num_workers: int, cache: Path | None, config: Con
     method, _ = build_method(config, sam, bench.weights, bench.data, bench.device)
     with open_caches(config, cache, sam, method, bench.device, lambda line: None) as caches:
         loader = Loader(bench.data, device=bench.device, num_workers=num_workers, cache=caches.train)
-        for _ in loader.epoch(bench.batch_size, seed=0, epoch=0, augment=False):
+        for _ in loader.epoch(bench.batch_size, seed=0, epoch=0):
             pass
         begun = time.perf_counter()
         for epoch in range(epochs):
-            for _ in loader.epoch(bench.batch_size, seed=0, epoch=epoch, augment=False):
+            for _ in loader.epoch(bench.batch_size, seed=0, epoch=epoch):
                 pass
     return epochs * len(bench.data) / (time.perf_counter() - begun)
 

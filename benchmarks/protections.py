@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,11 +23,14 @@ import torch
 
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.load import flatten, load_config
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import open_dataset
-from lesionsam.experiment.build import build_method, learning_groups, prepare_sam
+from lesionsam.experiment.build import build_method, learning_groups, prepare_sam, training_settings
 from lesionsam.experiment.resume import begin, origin_of
 from lesionsam.tracking.tracker import Tracker
+from lesionsam.training import liveness
 from lesionsam.training import loop as training
+from lesionsam.training.oom import Snapshot
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.progress import progress
@@ -50,14 +54,10 @@ def straight(path: Path | str, mode: str = "wb") -> Iterator[Any]:
 def unprotected() -> Iterator[None]:
     """Switch off resume state, rewinding and the checks of loss, gradients and disk."""
     with ExitStack() as stack:
-        for name, value in {
-            "LIVENESS_STEPS": range(0),
-            "save_state": lambda *_: None,
-            "load_state": lambda *_: None,
-            "async_flag": lambda flag: lambda: True,
-        }.items():
-            stack.enter_context(patch.object(training, name, value))
-        stack.enter_context(patch.object(training.Moment, "of", lambda *_: None))
+        stack.enter_context(patch.object(liveness, "LIVENESS_STEPS", range(0)))
+        for name in ("save_state", "load_state"):
+            stack.enter_context(patch.object(training, name, lambda *_: None))
+        stack.enter_context(patch.object(Snapshot, "take", lambda *_: None))
         stack.enter_context(patch.object(training.Steps, "take", lambda steps, *_: steps.optimizer.step() or True))
         stack.enter_context(patch("lesionsam.training.state.atomic_write", straight))
         yield
@@ -85,21 +85,15 @@ def main() -> int:
                 training.fit(
                     method,
                     data,
-                    groups=learning_groups(config, method),
-                    epochs=1,
-                    batch_size=t.batch_size,
-                    accumulate=1,
-                    weight_decay=t.weight_decay,
-                    betas=(t.beta1, t.beta2),
-                    factor=lambda step: 1.0,
-                    clip=t.clip,
-                    precision=t.precision,
-                    seed=t.seed,
-                    augment=t.augment,
-                    widen=t.widen,
-                    distort=None,
-                    patience=0,
-                    device=CPU,
+                    learning_groups(config, method),
+                    replace(
+                        training_settings(config, data),
+                        epochs=1,
+                        accumulate=1,
+                        patience=0,
+                        schedule=lambda step: 1.0,
+                        augmentation=Augmentation(flips=t.augment, widen=t.widen),
+                    ),
                     evaluate=lambda number: {"objective": 0.5},
                     log=lambda values, step: points.append((dict(values), step)),
                     folder=place,
@@ -137,7 +131,7 @@ def main() -> int:
 
         ways = {
             "first": nullcontext,
-            "later": lambda: patch.object(training, "LIVENESS_STEPS", range(0)),
+            "later": lambda: patch.object(liveness, "LIVENESS_STEPS", range(0)),
             "off": unprotected,
         }
         calls = {way: lambda around=around: epoch(around) for way, around in ways.items()}

@@ -42,7 +42,7 @@ from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
-from lesionsam.training.loop import add_gradients, autocast, sum_of
+from lesionsam.training.gradients import Part, add_gradients, autocast, total_loss
 from lesionsam.types import Batch
 from lesionsam.utils.devices import torch_device
 from naive_step import Draws, NaiveStep
@@ -171,21 +171,13 @@ class Pair:
         return replace(self.batch, prefix=tokens, reference=features)
 
     def ours(self, batch: Batch) -> Mapping[str, torch.Tensor]:
-        """Compute the gradients of our step; return its weighted terms."""
+        """Compute the gradients of a step of ours; return its weighted terms and monitors."""
         self.optimizer.zero_grad()
-        terms, _ = add_gradients(
-            self.method,
-            batch,
-            1.0,
-            generator=step_generator(),
-            precision=self.precision,
-            scaler=torch.amp.GradScaler(enabled=False),
-            group_size=1,
-            watched=(),
-            alive=[],
-            finite=[],
-        )
-        return {name: (sum_of({name: term})).detach() for name, term in terms.items()}
+        scaler = torch.amp.GradScaler(enabled=False)
+        found = add_gradients(self.method, [Part(batch, SEED)], precision=self.precision, scaler=scaler)
+        self.trusted = found.means["trusted"]
+        terms = {name: total_loss({name: term}).detach() for name, term in found.terms.items()}
+        return terms | {"mask": found.means["mask"], "iou": naive_step.BETA * found.means["iou"]}
 
     def our_step(self, batch: Batch) -> None:
         """Take one training step as `training.loop.fit` does."""
@@ -220,7 +212,7 @@ class Pair:
             off = [float((a - b).norm()) for a, b in zip(found, wanted, strict=True)]
             gradient = max(gradient, math.sqrt(sum(d * d for d in off)) / whole)
             worst = max(worst, *(d / max(float(g.norm()), 1e-3 * whole) for d, g in zip(off, wanted, strict=True)))
-            trusted = min(trusted, float(self.method.monitors()["trusted"]))
+            trusted = min(trusted, float(self.trusted))
         return Agreement(
             trusted,
             self.naive.trusted / len(self.batch.ids),

@@ -20,7 +20,7 @@ from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.config.load import Config
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, load_checked, measure, upscaled
-from lesionsam.experiment.build import fit_arguments
+from lesionsam.experiment.build import training_settings
 from lesionsam.experiment.run import Data
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
@@ -44,18 +44,18 @@ class Segmenter(Method):
     def __init__(self, network: nn.Module) -> None:
         self.model = self.kept = network
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
-        """2 BCE + Dice on the pixels that count; nothing is drawn."""
+    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+        """Return 2 BCE + Dice on the valid pixels."""
         y = logits_of(self.model, batch.images, batch.sizes)
         m, known = known_masks(batch, y.shape[-1])
-        return {"mask": Term(mean_over(soft_mask_loss(y, m, batch.valid.float()), known), 1.0)}
+        return {"mask": Term(mean_over(soft_mask_loss(y, m, batch.valid.float()), known), 1.0)}, {}
 
-    def after_step(self) -> None:
+    def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Return the number of images with a mask."""
+        return {"mask": known_masks(batch, 1)[1].sum()}
+
+    def after_step(self, taken: bool | torch.Tensor = True) -> None:
         """Nothing follows a step."""
-
-    def monitors(self) -> dict[str, torch.Tensor]:
-        """None."""
-        return {}
 
 
 def logits_of(network: nn.Module, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -93,9 +93,8 @@ def train_unet(
     at = fit(
         method,
         loader(data.train),
-        groups=[Group("network", list(method.model.parameters()), t.lr_decoder)],
-        **fit_arguments(config, data.train),
-        device=device,
+        [Group("network", list(method.model.parameters()), t.lr_decoder)],
+        training_settings(config, data.train),
         evaluate=partial(_score, network=method.model, batches=loader(data.dev), size=config.evaluate.batch_size),
         log=log,
         folder=folder,

@@ -1,7 +1,7 @@
-"""The terms of the loss, batched over images, in fp32 whatever the autocast; one value per image each.
+"""Loss terms, batched over images and computed in fp32 under any autocast; each returns one value per image.
 
 Shapes: y, logits (B, T, T) on SAM's low-resolution grid; m, soft targets (B, T, T) in [0, 1]; w, weights (B, T, T)
->= 0, zero where a pixel takes no part (padding, other lesions).
+>= 0, zero where a pixel does not count (padding, other lesions).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 EPSILON = 1e-6
-RULED_OUT = -1e30  # logit of what takes no part; finite, as a row of nothing else has a gradient of zero and not NaN
+RULED_OUT = -1e30  # logit of what does not count; finite, so that a row of nothing else has gradient 0 and not NaN
 FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # Lin et al. 2017, arXiv:1708.02002, table 1b; SAM's too
 # Name in params.yaml -> its terms and their weights. focal_dice: 20 to 1, as SAM was trained (arXiv:2304.02643, A).
 MASK_LOSSES: Mapping[str, Mapping[str, float]] = {
@@ -26,33 +26,33 @@ MASK_LOSSES: Mapping[str, Mapping[str, float]] = {
 
 
 def binary_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """H(sigmoid(y)) = softplus(y) - y sigmoid(y), nats, elementwise; exact where p log p would be 0 * inf."""
+    """Return H(sigmoid(y)) = softplus(y) - y sigmoid(y), nats, elementwise; exact where p log p would be 0 * inf."""
     y = logits.float()
     return F.softplus(y) - y * torch.sigmoid(y)
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(B, ...) -> (B,): mean over all but the first axis; 0 where all weights of an image are 0."""
+    """Return the weighted mean over all but the first axis, (B, ...) -> (B,); 0 if all weights of an image are 0."""
     total = weights.flatten(1).sum(1)
     return (values * weights).flatten(1).sum(1) / total.clamp(min=EPSILON)
 
 
 def bce(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): weighted mean over pixels of the binary cross entropy with soft targets."""
+    """Return the binary cross entropy with soft targets (B,), a weighted mean over pixels."""
     return weighted_mean(F.binary_cross_entropy_with_logits(y.float(), m.float(), reduction="none"), w)
 
 
 def dice(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): 1 - (2 sum(w p m) + 1) / (sum(w p) + sum(w m) + 1), p = sigmoid(y) (Milletari et al. 2016, smoothed)."""
+    """Return 1 - (2 sum(w p m) + 1) / (sum(w p) + sum(w m) + 1), (B,), p = sigmoid(y) (Milletari et al. 2016)."""
     p = torch.sigmoid(y.float())
     intersection = (w * p * m).flatten(1).sum(1)
     return 1 - (2 * intersection + 1) / ((w * p).flatten(1).sum(1) + (w * m).flatten(1).sum(1) + 1)
 
 
 def focal(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): weighted mean over pixels of a_t (1 - p_t)^2 CE (Lin et al. 2017, arXiv:1708.02002, equation 5).
+    """Return the focal loss (B,), the weighted mean of a_t (1 - p_t)^2 CE (Lin et al. 2017, arXiv:1708.02002, eq. 5).
 
-    With m in [0, 1] both classes' parts count by their share: a m (1 - p)^2 (-log p) + (1 - a) (1 - m) p^2
+    With m in [0, 1] both classes count by their share: a m (1 - p)^2 (-log p) + (1 - a) (1 - m) p^2
     (-log(1 - p)), a = 0.25 the lesion's; for m of 0 and 1 it is the paper's formula.
     """
     y, m = y.float(), m.float()
@@ -66,13 +66,13 @@ MASK_TERMS = {"bce": bce, "dice": dice, "focal": focal}
 
 
 def soft_mask_loss(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): 2 BCE + Dice, the loss of the pseudo-mask term and the default one of the supervised run."""
+    """Return 2 BCE + Dice (B,), the loss of the pseudo-mask term and the default of the supervised method."""
     weights = MASK_LOSSES["dice_bce"]
     return weights["bce"] * bce(y, m, w) + weights["dice"] * dice(y, m, w)
 
 
 def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(B,): IoU of (y > 0) and (m > 0.5) on pixels with w > 0; 1 where both are empty. No gradient."""
+    """Return the IoU (B,) of (y > 0) and (m > 0.5) on pixels with w > 0; 1 if both are empty. No gradient."""
     use = w > 0
     prediction, truth = (y > 0) & use, (m > 0.5) & use
     union = (prediction | truth).flatten(1).sum(1)
@@ -86,7 +86,7 @@ def hard_iou(y: torch.Tensor, m: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def projection_loss(
     y: torch.Tensor, misses_big: tuple[torch.Tensor, torch.Tensor], crosses_core: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """Two-box tightness (after BoxInst, arXiv:2012.02310, with two boxes instead of one).
+    """Return the two-box tightness (after BoxInst, arXiv:2012.02310, with two boxes instead of one).
 
     With p = sigmoid(y), the maximum of p over a column or row that misses the big box must be 0, over one that crosses
     the core must be 1; those between are free.
@@ -113,7 +113,7 @@ def info_nce(
     negative_valid: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """InfoNCE (arXiv:1807.03748): -log(e^(a.p/t) / (e^(a.p/t) + sum_n e^(a.n/t))), as one logsumexp in fp32.
+    """Return InfoNCE (arXiv:1807.03748): -log(e^(a.p/t) / (e^(a.p/t) + sum_n e^(a.n/t))), one logsumexp in fp32.
 
     Args:
         anchors, positives: (B, P, D) unit vectors; the i-th positive belongs to the i-th anchor.
@@ -126,22 +126,22 @@ def info_nce(
     with torch.autocast(anchors.device.type, enabled=False):
         a, p, n = anchors.float() / temperature, positives.float(), negatives.float()
         ruled_out = torch.where(negative_valid, 0.0, RULED_OUT)[..., None]
-        # (B, P): ln sum_n e^(a.n/t); of no negatives at all it keeps to the graph, with a gradient of zero
+        # (B, P): ln sum_n e^(a.n/t); without any negatives it stays in the graph, with gradient 0
         far: Any = LogSumExp.apply(a, n, ruled_out) if n.shape[1] else 0 * a.sum(-1) + RULED_OUT
         loss = F.softplus(far - (a * p).sum(-1))
     return weighted_mean(loss, anchor_valid.float())
 
 
 class LogSumExp(torch.autograd.Function):
-    """ln sum_n e^(a.n + r_n) of (B, P, D), (B or 1, N, D) and (B or 1, N, 1) -> (B, P).
+    """Compute ln sum_n e^(a.n + r_n), (B, P, D), (B or 1, N, D) and (B or 1, N, 1) -> (B, P).
 
-    As torch's own, but the scores of all pairs are written once, turned to weights in place, and never gone through
-    again in the backward pass, which is two products: these passes are most of the time otherwise.
+    Same as torch's, but faster: the scores of all pairs are written once and turned into weights in place, and the
+    backward pass consists of two matrix products.
     """
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, n: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        """The sum's logarithm; r, which has no gradient, is a further channel of the product."""
+        """Return the logarithm of the sum; r, which has no gradient, is one more channel of the product."""
         weights = torch.cat([a, torch.ones_like(a[..., :1])], -1) @ torch.cat([n, r.expand(*n.shape[:2], 1)], -1).mT
         greatest = weights.amax(-1, keepdim=True)
         weights.sub_(greatest).exp_()
@@ -151,7 +151,7 @@ class LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Gradients of a and n."""
+        """Return the gradients of a and n."""
         weights, total, a, n = ctx.saved_tensors
         scaled = grad[..., None] / total
         d_a = (weights @ n) * scaled if ctx.needs_input_grad[0] else None
@@ -160,7 +160,7 @@ class LogSumExp(torch.autograd.Function):
 
 
 def sample_pixels(candidates: torch.Tensor, count: int, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Up to `count` distinct pixels per image, uniformly among the candidates.
+    """Sample up to `count` distinct pixels per image, uniformly among the candidates.
 
     Args:
         candidates: (B, N) bool. uniforms: (B, N) in [0, 1), one key per pixel.
@@ -173,9 +173,9 @@ def sample_pixels(candidates: torch.Tensor, count: int, uniforms: torch.Tensor) 
 
 
 def drop_unused(index: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Without the columns that are valid for no image, where that costs no wait: on the CPU.
+    """Drop the columns that are valid for no image; on the CPU only.
 
-    A GPU would have to tell the host how many columns are left; its arithmetic on the rest is cheaper than that.
+    On a GPU the host would have to wait for the number of columns, which costs more than computing the rest.
 
     Args:
         index: (B, K) int64. valid: (B, K) bool.

@@ -79,7 +79,7 @@ def test_it_learns_what_it_is_shown_and_padding_teaches_nothing() -> None:
     values = []
     for _ in range(12):
         optimizer.zero_grad()
-        loss = method.losses(batch, torch.Generator())["mask"].value
+        loss = method.losses(batch, torch.Generator())[0]["mask"].value
         loss.backward()
         optimizer.step()
         values.append(loss.item())
@@ -87,10 +87,10 @@ def test_it_learns_what_it_is_shown_and_padding_teaches_nothing() -> None:
     method.model.eval()
     assert batch.masks is not None
     torn = replace(batch, masks=torch.where(batch.valid, batch.masks, 1 - batch.masks))
-    expected, got = (method.losses(one, torch.Generator())["mask"].value.item() for one in (batch, torn))
+    expected, got = (method.losses(one, torch.Generator())[0]["mask"].value.item() for one in (batch, torn))
     assert got == pytest.approx(expected, rel=1e-6)
     unknown = replace(batch, masks=torch.full_like(batch.masks, torch.nan))
-    assert method.losses(unknown, torch.Generator())["mask"].value.item() == 0
+    assert method.losses(unknown, torch.Generator())[0]["mask"].value.item() == 0
 
 
 def test_the_start_is_the_seed_s() -> None:

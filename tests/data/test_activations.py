@@ -26,6 +26,7 @@ from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
 from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budget, Store, checksum, space_folders
 from lesionsam.data.activations import Activations, image_key
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.loader import Loader
 from lesionsam.evaluation.selection import quick_evaluate
@@ -40,6 +41,8 @@ from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import select_trainable
 from lesionsam.types import Batch
 
+FLIPS = Augmentation(flips=True)
+
 
 def config(**changes: Any) -> Any:
     """The default parameters with some dotted keys (written with __) changed."""
@@ -52,7 +55,13 @@ def contrastive(last_k: int = 1, gamma: float = 0.1) -> Contrastive:
     select_trainable(sam, encoder="blocks", unfreeze_last_k=last_k, train_decoder=True)
     torch.manual_seed(0)
     settings = options(
-        DEFAULT, entropy_thresh=0.6931, alpha=0.5, gamma=gamma, target="fused", teacher_weight=0.3, head_norm="batch"
+        DEFAULT,
+        entropy_thresh=0.6931,
+        contrast=0.5,
+        distil=gamma,
+        target="fused",
+        teacher_weight=0.3,
+        head_norm="batch",
     )
     return Contrastive(sam, reference if gamma else None, settings)
 
@@ -164,7 +173,7 @@ def test_a_killed_run_resumes_on_what_it_had_filled(data: LesionDataset, tmp_pat
 def test_every_orientation_is_an_entry_of_its_own(data: LesionDataset, tmp_path: Path) -> None:
     trained = Trained(contrastive(gamma=0.0), data, tmp_path / "run", tmp_path / "cache")
     store = Store(tmp_path / "cache", trained.caches.train.stores["prefix"].space, Budget(tmp_path, 0, print))  # type: ignore[union-attr]
-    batches = [batch for epoch in range(3) for batch in data.epoch(4, seed=0, epoch=epoch, augment=True)]
+    batches = [batch for epoch in range(3) for batch in data.epoch(4, seed=0, epoch=epoch, augmentation=FLIPS)]
     shown = {key for batch in [*batches, *data.batches(8)] for key in keys_of(batch)}
     assert set(store._slots) == shown, "those of training, and as they are for the evaluation, which shares the space"
     assert len(shown) > 2 * 8
@@ -183,7 +192,7 @@ def test_trials_share_what_has_the_same_boundary_and_every_trial_the_reference(
 
 
 def test_an_image_in_another_set_is_the_same_image(data: LesionDataset, tmp_path: Path) -> None:
-    Trained(contrastive(), data, tmp_path / "all", tmp_path / "cache", epochs=1, augment=False)
+    Trained(contrastive(), data, tmp_path / "all", tmp_path / "cache", epochs=1, augmentation=Augmentation())
     part = LesionDataset(
         data.samples[3:7],
         replace(
@@ -195,7 +204,10 @@ def test_an_image_in_another_set_is_the_same_image(data: LesionDataset, tmp_path
         ),
         with_masks=True,
     )
-    assert Trained(contrastive(), part, tmp_path / "part", tmp_path / "cache", epochs=1, augment=False).share == 1
+    assert (
+        Trained(contrastive(), part, tmp_path / "part", tmp_path / "cache", epochs=1, augmentation=Augmentation()).share
+        == 1
+    )
 
 
 def test_where_nothing_is_frozen_nothing_is_kept(data: LesionDataset, tmp_path: Path) -> None:
@@ -583,8 +595,8 @@ def test_threads_work_ahead_in_order_and_end_with_the_consumer(data: LesionDatas
 
 
 def test_orientations_and_padding_come_with_every_batch(data: LesionDataset) -> None:
-    part = data.plan(4, seed=0, epoch=1, augment=True)[0]
-    batch = next(iter(Loader(data, device=CPU, num_workers=1).epoch(4, seed=0, epoch=1, augment=True)))
+    part = data.plan(4, seed=0, epoch=1, augmentation=FLIPS)[0]
+    batch = next(iter(Loader(data, device=CPU, num_workers=1).epoch(4, seed=0, epoch=1, augmentation=FLIPS)))
     assert batch.orientations is not None
     assert batch.orientations.tolist() == part.variants.tolist()  # type: ignore[union-attr]
     assert num_frozen_blocks(contrastive().sam) == 1

@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 
 from helpers.tiny import SIDE, tiny_data
-from lesionsam.data.augment import Distortion, recoloured
+from lesionsam.data.augment import Augmentation, Distortion, recoloured
 from lesionsam.data.frames import UNKNOWN
 from lesionsam.prompts import tight_boxes
 from lesionsam.types import Batch
@@ -31,8 +31,8 @@ def test_off_is_off() -> None:
     data = tiny_data(5)
     assert not OFF
     assert same(data.batch(range(5)), data.batch(range(5), None, OFF, (0, 0)))
-    first = next(data.epoch(5, seed=0, epoch=0, augment=True, distort=OFF))
-    assert same(first, next(data.epoch(5, seed=0, epoch=0, augment=True)))
+    first = next(data.epoch(5, seed=0, epoch=0, augmentation=Augmentation(True, distortion=OFF)))
+    assert same(first, next(data.epoch(5, seed=0, epoch=0, augmentation=Augmentation(True))))
     assert first.orientations is not None
 
 
@@ -99,7 +99,7 @@ def test_factors_fill_the_range_and_large_lesions_limit_the_enlargement() -> Non
 
 def test_with_all_switched_on_every_orientation_still_works() -> None:
     data = tiny_data(8)
-    batch = next(data.epoch(8, seed=0, epoch=0, augment=True, widen=0.5, distort=ALL))
+    batch = next(data.epoch(8, seed=0, epoch=0, augmentation=Augmentation(True, 0.5, ALL)))
     assert batch.images.shape == (8, 3, SIDE, SIDE)
     assert bool((batch.big_boxes[:, 2:] > batch.big_boxes[:, :2]).all())
     assert batch.masks is not None

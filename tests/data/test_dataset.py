@@ -20,10 +20,13 @@ from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from lesionsam.boxes.geometry import model_frame_size, pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
 from lesionsam.types import Batch, Sample
+
+FLIPS = Augmentation(flips=True)
 
 WIDE, TALL, SQUARE = (48, 64), (64, 40), (50, 50)
 
@@ -146,7 +149,7 @@ def test_an_epochs_order_is_a_function_of_seed_and_epoch() -> None:
     data = tiny_data(10)
 
     def order(seed: int, epoch: int) -> list[int]:
-        return [k for b in data.epoch(5, seed=seed, epoch=epoch, augment=True) for k in b.index.tolist()]
+        return [k for b in data.epoch(5, seed=seed, epoch=epoch, augmentation=FLIPS) for k in b.index.tolist()]
 
     assert order(0, 0) == order(0, 0)
     assert sorted(order(0, 0)) == list(range(10))
@@ -155,13 +158,13 @@ def test_an_epochs_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_a_batch_says_who_it_holds_and_the_last_is_filled_from_the_beginning() -> None:
     data = tiny_data(10)
-    batches = list(data.epoch(4, seed=0, epoch=0, augment=False))
+    batches = list(data.epoch(4, seed=0, epoch=0))
     assert data.batches_per_epoch(4) == len(batches) == 3
     assert batches[2].index[2:].tolist() == batches[0].index[:2].tolist()
     for batch in batches:
         assert batch.ids == tuple(f"image{k}/0" for k in batch.index.tolist())
         assert_equal(batch, data.batch(batch.index.tolist()))
-    small = list(tiny_data(3).epoch(8, seed=0, epoch=0, augment=False))
+    small = list(tiny_data(3).epoch(8, seed=0, epoch=0))
     assert len(small) == 1
     assert len(small[0].ids) == 8
 
@@ -169,8 +172,8 @@ def test_a_batch_says_who_it_holds_and_the_last_is_filled_from_the_beginning() -
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 def test_starting_later_gives_the_same_batches(start: int) -> None:
     data = tiny_data(10)
-    whole = list(data.epoch(4, seed=3, epoch=2, augment=True))
-    rest = list(data.epoch(4, seed=3, epoch=2, augment=True, start=start))
+    whole = list(data.epoch(4, seed=3, epoch=2, augmentation=FLIPS))
+    rest = list(data.epoch(4, seed=3, epoch=2, augmentation=FLIPS, start=start))
     assert len(rest) == 3 - start
     for one, other in zip(whole[start:], rest, strict=True):
         assert_equal(one, other)
@@ -178,11 +181,13 @@ def test_starting_later_gives_the_same_batches(start: int) -> None:
 
 def test_augmentation_shows_every_orientation_and_can_be_switched_off() -> None:
     data = tiny_data(1)
-    seen = {b.images.numpy().tobytes() for epoch in range(60) for b in data.epoch(1, seed=0, epoch=epoch, augment=True)}
-    assert len(seen) == NUM_ORIENTATIONS
-    plain = {
-        b.images.numpy().tobytes() for epoch in range(9) for b in data.epoch(1, seed=0, epoch=epoch, augment=False)
+    seen = {
+        b.images.numpy().tobytes()
+        for epoch in range(60)
+        for b in data.epoch(1, seed=0, epoch=epoch, augmentation=FLIPS)
     }
+    assert len(seen) == NUM_ORIENTATIONS
+    plain = {b.images.numpy().tobytes() for epoch in range(9) for b in data.epoch(1, seed=0, epoch=epoch)}
     assert plain == {data.batch([0]).images.numpy().tobytes()}
 
 

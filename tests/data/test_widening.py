@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +11,7 @@ from PIL import Image
 from helpers.tiny import tiny_data
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
-from lesionsam.data.augment import widen
+from lesionsam.data.augment import Augmentation, widen
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN
 
@@ -115,25 +117,25 @@ def test_a_mask_that_nobody_drew_stays_unknown() -> None:
 # ---- in the data set -------------------------------------------------------------------------------------------------
 
 
-def variants(data: LesionDataset, **options: float | bool) -> set[bytes]:
+def variants(data: LesionDataset, **options: Any) -> set[bytes]:
     return {
         batch.images.numpy().tobytes()
         for epoch in range(120)
-        for batch in data.epoch(1, seed=0, epoch=epoch, **options)  # type: ignore[arg-type]
+        for batch in data.epoch(1, seed=0, epoch=epoch, augmentation=Augmentation(**options))
     }
 
 
 def test_widened_frames_come_in_every_orientation_and_in_the_share_asked_for() -> None:
     data = tiny_data(1)
-    plain, all_wide = variants(data, augment=True), variants(data, augment=True, widen=1.0)
+    plain, all_wide = variants(data, flips=True), variants(data, flips=True, widen=1.0)
     assert len(all_wide) == NUM_ORIENTATIONS
     assert not plain & all_wide
-    assert variants(data, augment=True, widen=0.5) == plain | all_wide
-    assert len(variants(data, augment=False, widen=1.0)) == 1
+    assert variants(data, flips=True, widen=0.5) == plain | all_wide
+    assert len(variants(data, flips=False, widen=1.0)) == 1
     many = tiny_data(10)
 
     def images(share: float) -> list[bytes]:
-        epochs = [many.epoch(1, seed=0, epoch=e, augment=True, widen=share) for e in range(40)]
+        epochs = [many.epoch(1, seed=0, epoch=e, augmentation=Augmentation(True, share)) for e in range(40)]
         return [batch.images.numpy().tobytes() for epoch in epochs for batch in epoch]
 
     changed = np.mean([one != other for one, other in zip(images(0.0), images(0.25), strict=True)])
@@ -142,6 +144,6 @@ def test_widened_frames_come_in_every_orientation_and_in_the_share_asked_for() -
 
 def test_order_and_orientation_do_not_depend_on_the_share() -> None:
     data = tiny_data(10)
-    first = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augment=True)]
-    second = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augment=True, widen=0.7)]
+    first = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augmentation=Augmentation(True))]
+    second = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augmentation=Augmentation(True, 0.7))]
     assert first == second

@@ -23,7 +23,7 @@ from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.training.loop import autocast, sum_of
+from lesionsam.training.gradients import autocast, total_loss
 from lesionsam.types import Batch
 
 CPU = torch.device("cpu")
@@ -94,8 +94,8 @@ def measured(method: Method, batch: Batch, precision: str) -> int:
         for _ in range(2):
             optimizer.zero_grad()
             with autocast(CPU, precision):
-                terms = method.losses(batch, torch.Generator().manual_seed(0))
-            sum_of(terms).backward()
+                terms, _ = method.losses(batch, torch.Generator().manual_seed(0))
+            total_loss(terms).backward()
             del terms
             optimizer.step()
             method.after_step()
@@ -112,7 +112,7 @@ def sam_of(architecture: CompactArchitecture, last_k: int) -> Sam:
 def method_of(name: str, sam: Sam) -> Method:
     if name == "supervised":
         return Supervised(sam, SUPERVISED)
-    changes = {"target": "fused", "teacher_weight": 0.3, "alpha": 0.02} if name == "taught" else {"target": "prior"}
+    changes = {"target": "fused", "teacher_weight": 0.3, "contrast": 0.02} if name == "taught" else {"target": "prior"}
     return Contrastive(sam, None, options(DEFAULT, entropy_thresh=0.7, **changes))
 
 
@@ -174,7 +174,7 @@ def test_batches_are_made_in_parts_where_memory_is_short() -> None:
     assert [parts(need(16)), parts(need(16) - 1), parts(need(4)), parts(1000)] == [1, 2, 4, 16]
     assert lines[0] == f"memory: a step of 16 images takes about {need(16) / 1e9:.1f} of {need(16) / 1e9:.1f} GB"
     assert lines[2].endswith(
-        "so they are made in 4 parts, as with train.batch_size 4 and train.accumulate 4 times as large"
+        "so they are computed in 4 parts, as with train.batch_size 4 and train.accumulate 4 times as large"
     )
     assert lines[3].endswith("it may not fit")
     method.smallest_batch = 2

@@ -21,7 +21,7 @@ from lesionsam.models.finetuned import merged_state, save_tuned
 from lesionsam.models.sam import Sam, build_sam, encode
 from lesionsam.models.trainable import trained_counts, trained_parameters
 from lesionsam.models.transforms import preprocess
-from lesionsam.training.loop import step_generator, sum_of
+from lesionsam.training.gradients import step_generator, total_loss
 
 CPU = torch.device("cpu")
 PRESETS = ("supervised-decoder", "supervised-full", "supervised-adapter", "supervised-lora")
@@ -105,9 +105,9 @@ def test_both_serve_the_two_box_method_with_its_teacher(encoder: str, weights: P
     assert any(mark in name for name in what_moved(result.sam, config, weights))
     rates = {group.name: group.learning_rate for group in learning_groups(config, result.method)}
     assert rates == {
-        "head.": config.train.lr_head,
-        "image_encoder": config.train.lr_encoder,
-        "": config.train.lr_decoder,
+        "head": config.train.lr_head,
+        "encoder": config.train.lr_encoder,
+        "decoder": config.train.lr_decoder,
     }
 
 
@@ -121,8 +121,8 @@ def test_the_last_blocks_alone_share_the_frozen_prefix(preset: str, weights: Pat
         block.mlp.register_forward_hook(lambda *_, k=k: ran.append(k))
     method, _ = build_method(config, sam, weights, tiny_data(4), CPU)
     batch = tiny_data(4).batch(range(4))
-    terms = method.losses(batch, step_generator(0, 0))
-    sum_of(terms).backward()
+    terms, _ = method.losses(batch, step_generator(0, 0))
+    total_loss(terms).backward()
     assert ran == [0, 0, 0, 0, 1], "the frozen block image by image, as the cache keeps it, and once"
     added = {name: p for name, p in sam.named_parameters() if p.requires_grad and "image_encoder" in name}
     assert added
@@ -225,8 +225,8 @@ def test_each_strategy_builds_on_vit_b_and_takes_a_finite_step(strategy: str, vi
     assert trained_counts(sam) == counts
     method, _ = build_method(config, sam, Path("unused"), tiny_data(1), CPU)
     batch = larger(tiny_data(1).batch([0]), 4)
-    terms = method.losses(batch, step_generator(0, 0))
-    sum_of(terms).backward()
+    terms, _ = method.losses(batch, step_generator(0, 0))
+    total_loss(terms).backward()
     parameters = trained_parameters(method.model)
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in parameters)
     assert sum(p.grad is not None and bool((p.grad != 0).any()) for p in parameters) > len(parameters) / 4

@@ -50,14 +50,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def ten_steps(preset: str, changes: dict[str, Any]) -> list[dict[str, float]]:
-    """Return the values that `fit` logs in each of ten steps, without the total and the learning rate."""
+    """Return the values that `fit` logs in each of ten steps, without the total and the learning rates."""
     values = preset_values(preset, default_values())
     config = validate(fit_values(unflatten(SHORT | changes, values)))
     rows: list[dict[str, float]] = []
 
     def log(values: Any, step: int) -> None:
         if step and "epoch" not in values:
-            rows.append({name: value for name, value in values.items() if name not in ("loss", "lr")})
+            rows.append({name: v for name, v in values.items() if name.partition("/")[0] not in ("loss", "lr")})
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,21 +8,16 @@ from typing import Any
 import torch
 
 from helpers.tiny import tiny_data, tiny_sam
-from lesionsam.methods.contrastive import Options
-from lesionsam.methods.supervised import Options as SupervisedOptions
-from lesionsam.methods.supervised import Supervised
+from lesionsam.methods.contrastive import ContrastiveOptions
+from lesionsam.methods.supervised import Supervised, SupervisedOptions
 from lesionsam.models.trainable import select_trainable
 from lesionsam.types import Batch
 
 CPU = torch.device("cpu")
 
 
-DEFAULT = Options(
-    alpha=0.0,
-    beta=0.5,
-    gamma=0.0,
-    delta=1.0,
-    epsilon=0.0,
+DEFAULT = ContrastiveOptions(
+    weights={"contrast": 0.0, "distil": 0.0, "pseudo": 1.0, "projection": 0.0},
     temperature=0.1,
     pos_samples=256,
     neg_samples=1024,
@@ -50,15 +45,17 @@ DEFAULT = Options(
 )
 
 
-def options(base: Options = DEFAULT, **changes: Any) -> Options:
-    return replace(base, **changes)
+def options(base: ContrastiveOptions = DEFAULT, **changes: Any) -> ContrastiveOptions:
+    """Change some options; a weight is changed under its term's name: contrast=1.0."""
+    weights = {name: changes.pop(name, weight) for name, weight in base.weights.items()}
+    return replace(base, weights=weights, **changes)
 
 
 SUPERVISED = SupervisedOptions(
     loss="dice_bce",
     candidates="one",
     iou_loss="monitor",
-    beta=0.5,
+    iou_weight=0.5,
     learned_weights=False,
     average=0.0,
     num_points=10,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from helpers.methods import CPU, generator, options, some_batch, supervised
 from helpers.tiny import SIDE, tiny_data, tiny_sam
+from helpers.training import run
 from lesionsam.boxes.prior import ellipse_prior
 from lesionsam.config.load import Config, default_values, validate
 from lesionsam.config.presets import preset_values
@@ -25,8 +26,7 @@ from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.prompts import draw_prompts
-from lesionsam.training.loop import fit, step_generator
-from lesionsam.training.optimizer import parameter_groups
+from lesionsam.training.gradients import step_generator
 from lesionsam.types import Batch
 
 
@@ -69,12 +69,8 @@ def test_the_published_preset_is_the_published_recipe(tmp_path: Path) -> None:
         "temperature": 0.1,
         "entropy_thresh": 0.2,
         "ema_decay": 0.999,
-        "alpha": 1.0,
-        "beta": 0.5,
-        "gamma": 0.1,
+        "weights": {"contrast": 1.0, "distil": 0.1, "pseudo": 0.0, "projection": 0.0},
         "num_points": 10,
-        "delta": 0.0,
-        "epsilon": 0.0,
         "teacher_prompt": "ring",
         "gate_region": "image",
         "trust_empty": True,
@@ -212,21 +208,17 @@ def test_the_published_losses_equal_the_formulas(tmp_path: Path, threshold: floa
     method = published(tmp_path, entropy_thresh=threshold)
     with torch.no_grad():
         wanted = recompute(published(tmp_path, entropy_thresh=threshold), batch, seed=3)
-    terms = method.losses(batch, generator(3))
-    assert list(terms) == ["mask", "iou", "contrast", "distil"]
-    for name, term in terms.items():
-        assert term.value.item() == pytest.approx(wanted[name], rel=2e-4, abs=2e-6), name
+    terms, monitors = method.losses(batch, generator(3))
+    assert list(terms) == ["contrast", "distil"]
+    for name, value in ({n: t.value for n, t in terms.items()} | monitors).items():
+        if name not in wanted:
+            continue
+        assert value.item() == pytest.approx(wanted[name], rel=2e-4, abs=2e-6), name
     assert wanted["trusted"] == share
-    assert float(method.monitors()["trusted"]) == share
+    assert float(monitors["trusted"]) == share
     assert (wanted["contrast"] > 0.1) is (share > 0)
-    assert {name: term.weight for name, term in terms.items()} == {
-        "mask": 1.0,
-        "contrast": 1.0,
-        "iou": 0.5,
-        "distil": 0.1,
-    }
-    assert not terms["mask"].value.requires_grad
-    assert not terms["iou"].value.requires_grad
+    assert {name: term.weight for name, term in terms.items()} == {"contrast": 1.0, "distil": 0.1}
+    assert not any(value.requires_grad for value in monitors.values())
 
 
 def test_an_image_without_negatives_is_contrasted_with_random_pixels_its_anchors_among_them(tmp_path: Path) -> None:
@@ -237,7 +229,7 @@ def test_an_image_without_negatives_is_contrasted_with_random_pixels_its_anchors
         with torch.no_grad():
             wanted = recompute(published(tmp_path, entropy_thresh=0.6931), replace(batch, **boxes), seed=3)["contrast"]
         method = published(tmp_path, entropy_thresh=0.6931)
-        value = method.losses(replace(batch, **boxes), generator(3))["contrast"].value.item()
+        value = method.losses(replace(batch, **boxes), generator(3))[0]["contrast"].value.item()
         assert value == pytest.approx(wanted, rel=2e-4, abs=2e-6)
         found.append(value)
     # Some cell is pseudo mask; its anchor is among its own negatives, so that its loss is at least ln 2 or nearly so.
@@ -245,7 +237,7 @@ def test_an_image_without_negatives_is_contrasted_with_random_pixels_its_anchors
 
 
 def test_distillation_skips_padding() -> None:
-    method, batch = contrastive(gamma=1.0), some_batch()
+    method, batch = contrastive(distil=1.0), some_batch()
     with torch.no_grad():
         for p in method.sam.image_encoder.parameters():
             p.add_(0.02)
@@ -254,15 +246,15 @@ def test_distillation_skips_padding() -> None:
     f, _, f_r = method.encode(batch)
     assert f_r is not None
     wanted = (f - f_r)[:, :, : f.shape[2] // 2].square().mean()
-    found = method.losses(replace(batch, valid=valid), generator())["distil"].value
+    found = method.losses(replace(batch, valid=valid), generator())[0]["distil"].value
     assert torch.allclose(found, wanted, rtol=1e-5)
     assert not torch.allclose(found, (f - f_r).square().mean(), rtol=1e-3)
 
 
 def test_distillation_starts_at_zero_and_grows_as_the_student_leaves_the_pretrained_features(tmp_path: Path) -> None:
-    value = contrastive(gamma=1.0).losses(some_batch(), generator())["distil"].value
+    value = contrastive(distil=1.0).losses(some_batch(), generator())[0]["distil"].value
     assert value.item() < 1e-12, "but for rounding: what has a gradient may be computed in another way"
-    value = published(tmp_path).losses(some_batch(), generator())["distil"].value
+    value = published(tmp_path).losses(some_batch(), generator())[0]["distil"].value
     assert value.item() > 1e-4
 
 
@@ -407,13 +399,14 @@ def test_padding_and_other_lesions_take_no_part_in_the_gate() -> None:
 def test_untrusted_images_teach_nothing() -> None:
     batch = with_prior(torch.stack([torch.zeros(SIDE, SIDE), torch.full((SIDE, SIDE), 5.0)]))
     method = contrastive(entropy_thresh=0.2)
-    full = method.losses(batch, generator())["pseudo"].value
-    assert float(method.monitors()["trusted"]) == 0.5
+    terms, monitors = method.losses(batch, generator())
+    full = terms["pseudo"].value
+    assert float(monitors["trusted"]) == 0.5
     other = replace(
         batch, prior=torch.stack([torch.randn(SIDE, SIDE, generator=generator()) * 0.01, torch.full((SIDE, SIDE), 5.0)])
     )
-    assert torch.equal(method.losses(other, generator())["pseudo"].value, full)
-    untrusted = method.losses(replace(batch, prior=torch.zeros(2, SIDE, SIDE)), generator())["pseudo"].value
+    assert torch.equal(method.losses(other, generator())[0]["pseudo"].value, full)
+    untrusted = method.losses(replace(batch, prior=torch.zeros(2, SIDE, SIDE)), generator())[0]["pseudo"].value
     assert untrusted.item() == 0
 
 
@@ -441,7 +434,7 @@ def test_anchors_are_not_among_their_negatives(
     )
     batch = replace(some_batch(4), big_boxes=thin, small_boxes=core)
     method = contrastive(
-        alpha=1.0,
+        contrast=1.0,
         target="teacher",
         missed_core=missed_core,
         certain_background=certain_background,
@@ -458,12 +451,12 @@ def test_anchors_are_not_among_their_negatives(
 
 
 def test_contrast_falls_as_the_student_agrees_with_the_teacher() -> None:
-    method = contrastive(alpha=1.0, entropy_thresh=0.6931)
+    method = contrastive(contrast=1.0, entropy_thresh=0.6931)
     batch = some_batch()
     optimizer = torch.optim.Adam(trained_parameters(method.model), lr=2e-3)
     values = []
     for _ in range(25):
-        value = method.losses(batch, generator())["contrast"].value
+        value = method.losses(batch, generator())[0]["contrast"].value
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -476,7 +469,7 @@ def test_contrast_falls_as_the_student_agrees_with_the_teacher() -> None:
 
 def gradients(method: Contrastive, name: str) -> set[str]:
     """Parts of the student that a term's gradient reaches."""
-    value = method.losses(some_batch(), generator())[name].value
+    value = method.losses(some_batch(), generator())[0][name].value
     named = [(n, p) for n, p in method.model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
     reached = {n for (n, _), g in zip(named, found, strict=True) if g is not None and bool((g != 0).any())}
@@ -497,7 +490,7 @@ def gradients(method: Contrastive, name: str) -> set[str]:
     ],
 )
 def test_each_term_reaches_what_it_should(term: str, parts: set[str]) -> None:
-    method = contrastive(alpha=1.0, gamma=1.0, delta=1.0, epsilon=1.0, entropy_thresh=0.6931)
+    method = contrastive(contrast=1.0, distil=1.0, pseudo=1.0, projection=1.0, entropy_thresh=0.6931)
     with torch.no_grad():  # the student has moved, or distillation has no gradient yet
         for p in trained_parameters(method.sam):
             p.mul_(1.02)
@@ -505,8 +498,8 @@ def test_each_term_reaches_what_it_should(term: str, parts: set[str]) -> None:
 
 
 def test_no_gradient_reaches_teacher_or_reference(tmp_path: Path) -> None:
-    method = contrastive(alpha=1.0, gamma=1.0, delta=1.0, epsilon=1.0, target="fused", teacher_weight=0.5)
-    torch.stack([t.value for t in method.losses(some_batch(), generator()).values()]).sum().backward()
+    method = contrastive(contrast=1.0, distil=1.0, pseudo=1.0, projection=1.0, target="fused", teacher_weight=0.5)
+    torch.stack([t.value for t in method.losses(some_batch(), generator())[0].values()]).sum().backward()
     assert method.teacher is not None
     assert method.reference is not None
     for module in (method.teacher.module, method.reference):
@@ -516,19 +509,19 @@ def test_no_gradient_reaches_teacher_or_reference(tmp_path: Path) -> None:
 def test_the_frozen_prefix_gives_the_same_losses_as_the_whole_pass() -> None:
     results = []
     for last_k in (0, 1):
-        method = contrastive(alpha=1.0, gamma=1.0, target="fused", teacher_weight=0.3, entropy_thresh=0.6931)
+        method = contrastive(contrast=1.0, distil=1.0, target="fused", teacher_weight=0.3, entropy_thresh=0.6931)
         if last_k:
             sam, reference = tiny_sam(0, sharpness=20), tiny_sam(0, sharpness=20)
             select_trainable(sam, encoder="blocks", unfreeze_last_k=1, train_decoder=True)
             torch.manual_seed(0)
             method = Contrastive(sam, reference, method.options)
             assert method.frozen_blocks == 1
-        results.append({n: t.value.item() for n, t in method.losses(some_batch(), generator()).items()})
+        results.append({n: t.value.item() for n, t in method.losses(some_batch(), generator())[0].items()})
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_padding_and_other_lesions_take_no_part_in_the_two_box_term() -> None:
-    method = contrastive(epsilon=1.0)
+    method = contrastive(projection=1.0)
     batch = tiny_data(3, with_others=True).batch(range(3))
     y = torch.randn(3, SIDE, SIDE, generator=generator())
     loud = y.clone()
@@ -550,37 +543,23 @@ def test_whatever_the_masks_hold_the_contrastive_method_trains_the_same(tmp_path
     for name, masks in (("true", data.frames.masks), ("noise", noise), ("unknown", np.full_like(noise, 255))):
         data.frames = replace(data.frames, masks=masks)
         method = contrastive(
-            alpha=0.5,
-            gamma=0.1,
-            epsilon=0.1,
+            contrast=0.5,
+            distil=0.1,
+            projection=0.1,
             target="fused",
             teacher_weight=0.3,
             monitor_masks=monitor,
             entropy_thresh=0.6931,
         )
         rows: list[dict[str, float]] = []
-        fit(
+        run(
             method,
             data,
-            groups=parameter_groups(method.model, {"": 1e-3}),
+            tmp_path / name,
             epochs=2,
-            batch_size=4,
-            accumulate=1,
             weight_decay=0.0,
-            betas=(0.9, 0.999),
-            factor=lambda step: 1.0,
-            clip=1.0,
-            precision="fp32",
-            seed=0,
-            augment=True,
-            widen=0.0,
-            distort=None,
-            patience=0,
-            device=CPU,
             evaluate=lambda epoch: {"objective": 0.0},
             log=lambda values, step, rows=rows: rows.append(dict(values)),
-            folder=tmp_path / name,
-            say=lambda line: None,
         )
         trained.append(method.model.state_dict())
         seen.append([row.get("mask") for row in rows])
@@ -596,8 +575,8 @@ def test_whatever_the_masks_hold_the_contrastive_method_trains_the_same(tmp_path
 def test_a_supervised_run_does_depend_on_the_masks() -> None:
     method, batch = supervised(), some_batch()
     assert batch.masks is not None
-    first = method.losses(batch, generator())["bce"].value
-    second = method.losses(replace(batch, masks=1 - batch.masks), generator())["bce"].value
+    first = method.losses(batch, generator())[0]["bce"].value
+    second = method.losses(replace(batch, masks=1 - batch.masks), generator())[0]["bce"].value
     assert first.item() != second.item()
 
 
@@ -609,11 +588,11 @@ def test_images_without_a_mask_take_no_part_in_a_supervised_loss() -> None:
     _, known = known_masks(replace(batch, masks=masks), SIDE)
     assert known.tolist() == [True, False]
     method = supervised()
-    value = method.losses(replace(batch, masks=masks), generator())["bce"].value
+    value = method.losses(replace(batch, masks=masks), generator())[0]["bce"].value
     assert math.isfinite(value.item())
     value.backward()
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in method.model.parameters())
-    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())["bce"].value
+    nobody = method.losses(replace(batch, masks=torch.full_like(masks, float("nan"))), generator())[0]["bce"].value
     assert nobody.item() == 0
 
 

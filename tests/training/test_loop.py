@@ -7,7 +7,7 @@ import re
 import resource
 import signal
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import torch
 from helpers.methods import DEFAULT, options, supervised
 from helpers.tiny import tiny_data
 from helpers.training import Mean, Stop, contrastive, differing, run, stop_at, weights
+from lesionsam.data.augment import NO_AUGMENTATION
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.methods.base import Term
 from lesionsam.methods.contrastive import Contrastive
+from lesionsam.training.gradients import step_generator
 from lesionsam.training.liveness import LIVENESS_STEPS
-from lesionsam.training.loop import step_generator
-from lesionsam.training.optimizer import parameter_groups, schedule_factor
+from lesionsam.training.optimizer import Schedule, parameter_groups
 from lesionsam.training.state import DAMAGE, check_disk, load_best, read_tensors, trained_state, write_tensors
 
 
@@ -84,9 +85,9 @@ def counted() -> Any:
     method, after_step = contrastive(), Contrastive.after_step
     method.steps = 0  # type: ignore[attr-defined]
 
-    def after() -> None:
+    def after(taken: bool | torch.Tensor = True) -> None:
         method.steps += 1  # type: ignore[attr-defined]
-        after_step(method)
+        after_step(method, taken)
 
     method.after_step = after  # type: ignore[method-assign]
     return method
@@ -250,13 +251,20 @@ def test_two_batches_of_four_accumulated_equal_one_of_eight(tmp_path: Path, coun
                 tmp_path / name,
                 batch_size=batch_size,
                 accumulate=accumulate,
-                augment=False,
+                augmentation=NO_AUGMENTATION,
                 epochs=1,
-                factor=lambda step: 1.0 if step < 2 else 0.0,
+                schedule=lambda step: 1.0 if step < 2 else 0.0,
             )
             assert progress.step == 3
         else:
-            run(method, data, tmp_path / name, batch_size=batch_size, accumulate=accumulate, augment=False)
+            run(
+                method,
+                data,
+                tmp_path / name,
+                batch_size=batch_size,
+                accumulate=accumulate,
+                augmentation=NO_AUGMENTATION,
+            )
         results.append(weights(method))
     for name, value in results[0].items():
         assert torch.allclose(value, results[1][name], atol=1e-6), name
@@ -308,36 +316,72 @@ def test_every_draw_is_a_function_of_seed_and_step() -> None:
 
 def test_schedule_by_hand() -> None:
     def factors(**settings: Any) -> list[float]:
-        return [schedule_factor(k, 10, **settings) for k in range(10)]
+        return [Schedule(10, **settings)(k) for k in range(10)]
 
-    assert factors(schedule="constant", warmup=0.0, final=0.1) == pytest.approx([1.0] * 10)
-    linear = factors(schedule="linear", warmup=0.2, final=0.1)
+    assert factors(shape="constant", warmup=0.0, final=0.1) == pytest.approx([1.0] * 10)
+    linear = factors(shape="linear", warmup=0.2, final=0.1)
     assert linear[:3] == pytest.approx([0.5, 1.0, 1.0])
     assert linear[6] == pytest.approx(0.1 + 0.9 * 0.5)
     assert linear[9] == pytest.approx(0.1 + 0.9 / 8)
-    cosine = factors(schedule="cosine", warmup=0.2, final=0.0)
+    cosine = factors(shape="cosine", warmup=0.2, final=0.0)
     assert cosine[4] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert cosine[6] == pytest.approx(0.5)
-    assert schedule_factor(10, 10, schedule="cosine", warmup=0.2, final=0.02) == pytest.approx(0.02)
+    assert Schedule(10, "cosine", warmup=0.2, final=0.02)(10) == pytest.approx(0.02)
 
 
-def test_the_learning_rate_of_each_group_follows_the_schedule(data: LesionDataset, tmp_path: Path) -> None:
+RATES = {"head": ("head.", 3e-3), "encoder": ("image_encoder", 1e-3), "decoder": ("", 2e-3)}
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["whole", "resumed"])
+def test_each_step_logs_its_own_learning_rates(data: LesionDataset, tmp_path: Path, stopped: bool) -> None:
+    """Three steps an epoch; warm-up over the first two of six, then linear: 1/2, 1, 1, 3/4, 1/2, 1/4."""
+    found: dict[int, dict[str, float]] = {}
+
+    def log(values: Mapping[str, float], step: int) -> None:
+        if "epoch" not in values:
+            assert step not in found
+            found[step] = {name: value for name, value in values.items() if name.startswith("lr")}
+
+    def train(**changes: Any) -> None:
+        method = contrastive()
+        groups = parameter_groups(method.model, RATES)
+        schedule = Schedule(6, "linear", warmup=1 / 3, final=0.0)
+        run(method, data, tmp_path, groups=groups, epochs=2, schedule=schedule, log=log, **changes)
+
+    if stopped:
+        with pytest.raises(Interrupted):
+            train(stop_requested=lambda: signal.SIGTERM)
+    train()
+    factors = [0.5, 1, 1, 0.75, 0.5, 0.25]
+    expected = {"lr/head": 3e-3, "lr/encoder": 1e-3, "lr/decoder": 2e-3}
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    for step, factor in enumerate(factors, 1):
+        assert found[step] == pytest.approx({name: rate * factor for name, rate in expected.items()})
+
+
+def test_the_logged_loss_is_the_sum_of_the_weighted_terms(data: LesionDataset, tmp_path: Path) -> None:
     rows: list[dict[str, float]] = []
-    method = contrastive()
-    groups = parameter_groups(method.model, {"head.": 3e-3, "image_encoder": 1e-3, "": 2e-3})
-    assert {g.name: g.learning_rate for g in groups} == {"head.": 3e-3, "image_encoder": 1e-3, "": 2e-3}
-    run(
-        method,
-        data,
-        tmp_path,
-        groups=groups,
-        epochs=1,
-        factor=lambda step: 1 / (step + 1),
-        log=lambda values, step: rows.append(dict(values)),
-    )
-    assert rows[-1]["epoch"] == 1
-    state = torch.load(sorted(tmp_path.glob("state-*.pt"))[-1], weights_only=True)
-    assert [g["lr"] for g in state["optimizer"]["param_groups"]] == pytest.approx([1e-3, 1e-3 / 3, 2e-3 / 3])
+    run(contrastive(), data, tmp_path, epochs=1, log=lambda values, step: rows.append(dict(values)))
+    *steps, epoch = rows
+    weights_of = {"contrast": 0.5, "distil": 0.1, "pseudo": 1.0}
+    for row in steps:
+        assert row["loss"] == pytest.approx(sum(weight * row[name] for name, weight in weights_of.items()), rel=1e-5)
+        assert row["mask"] > 0.1, "the monitor counts in no loss"
+    assert epoch["train_loss"] == pytest.approx(sum(row["loss"] for row in steps) / 3)
+    assert "train_total" not in epoch
+
+
+def test_a_monitor_that_is_not_finite_skips_no_step(tmp_path: Path) -> None:
+    class Watched(Mean):
+        def losses(self, batch: Any, generator: torch.Generator) -> Any:
+            terms, _ = super().losses(batch, generator)
+            return terms, {"iou": torch.tensor(math.nan)}
+
+    lines: list[str] = []
+    method = Watched()
+    run(method, tiny_data(8), tmp_path, epochs=2, say=lines.append)
+    assert method.after == 4
+    assert not any("not finite" in line for line in lines)
 
 
 # ---- errors that stop ------------------------------------------------------------------------------------------------
@@ -377,9 +421,9 @@ def test_a_group_of_batches_with_a_loss_that_is_not_finite_is_not_stepped(tmp_pa
 def test_a_gradient_that_is_not_finite_is_not_stepped_and_stops_the_run_after_three(
     fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The derivative of a root at 0 is infinite, and the loss is finite all the same.
+    """The derivative of a root at 0 is infinite while the loss is finite.
 
-    Fused as on a GPU, the optimiser passes over the step by itself and the host hears of it a batch later.
+    A fused optimiser, as on a GPU, skips the step by itself; the host reads the flag a step later.
     """
     plain = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": fused}))
@@ -387,16 +431,17 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_and_stops_the_run_after_th
     class Rooted(Mean):
         bad: Callable[[int], bool]
 
-        def losses(self, batch: Any, generator: torch.Generator) -> dict[str, Term]:
-            value = super().losses(batch, generator)["mask"].value
-            return {"mask": Term(value + torch.sqrt(value - value.detach()) if self.bad(self.calls) else value, 1.0)}
+        def losses(self, batch: Any, generator: torch.Generator) -> Any:
+            value = super().losses(batch, generator)[0]["mask"].value
+            value = value + torch.sqrt(value - value.detach()) if self.bad(self.calls) else value
+            return {"mask": Term(value, 1.0)}, {}
 
     lines: list[str] = []
     method = Rooted()
     method.bad = lambda call: call in (3, 4)
     run(method, tiny_data(8), tmp_path / "two", say=lines.append)
     said = [line for line in lines if "the gradient is not finite at step" in line and "image" in line]
-    assert (len(said), method.after) == (2, 6 if fused else 6 - 2)
+    assert (len(said), method.after) == (2, 6 - 2)
     good = Rooted()
     good.bad = lambda call: False
     run(good, tiny_data(8), tmp_path / "good", say=lambda line: None)
@@ -440,7 +485,7 @@ def test_a_term_without_a_gradient_is_named_at_every_start_of_a_short_run(tmp_pa
 def test_a_gate_that_trusts_nobody_is_named_as_the_reason(tmp_path: Path) -> None:
     lines: list[str] = []
     method = contrastive()
-    method.options = options(DEFAULT, alpha=0.5, gamma=0.0, target="fused", teacher_weight=0.3, entropy_thresh=0.0)
+    method.options = options(DEFAULT, contrast=0.5, distil=0.0, target="fused", teacher_weight=0.3, entropy_thresh=0.0)
     run(method, tiny_data(8), tmp_path, say=lines.append, epochs=5)
     assert any("`pseudo` has had no gradient so far: the gate trusted no image" in line for line in lines)
 
@@ -459,14 +504,52 @@ def test_every_term_of_the_default_lives_and_a_supervised_run_needs_no_teacher(t
 
 def test_the_progress_line_is_as_published(data: LesionDataset, tmp_path: Path) -> None:
     lines: list[str] = []
-    run(contrastive(), data, tmp_path, say=lines.append, epochs=1)
+    rows: list[Any] = []
+    run(contrastive(), data, tmp_path, say=lines.append, epochs=1, log=lambda values, step: rows.append(values))
     number = r"-?\d+\.\d{4}"
     assert any(
         re.match(
-            rf"E1 L={number} mask={number} iou={number} cont={number} distil={number} "
-            rf"pseudo={number} trusted={number} \| objective=0\.1000 \| best=0\.1000 \(E1\) "
+            rf"E1 L={number} mask={number} cont={number} distil={number} pseudo={number} iou={number} "
+            rf"trusted={number} \| objective=0\.1000 \| best=0\.1000 \(E1\) "
             r"ETA \d+:\d\d$",
             line,
         )
         for line in lines
     ), lines
+    total = float(lines[-1].split()[1].removeprefix("L="))
+    means = rows[-1]  # the published total adds the monitors to the loss: mask and 0.5 iou
+    assert total == pytest.approx(means["train_loss"] + means["train_mask"] + 0.5 * means["train_iou"], abs=1e-4)
+
+
+# ---- skipped steps and the average -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_moves_neither_the_teacher_nor_its_ramp(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": fused}))
+    monkeypatch.setattr("lesionsam.training.liveness.LIVENESS_STEPS", range(0))  # it would call the hook below
+    start = contrastive(head_norm="group").model.state_dict()
+    for num_good in (0, 1):  # of two steps
+        method, calls = contrastive(head_norm="group"), []
+
+        def poison(gradient: torch.Tensor, calls: list[int] = calls, num_good: int = num_good) -> torch.Tensor:
+            calls.append(0)
+            return gradient * (math.inf if len(calls) > num_good else 1)
+
+        next(p for p in method.model.parameters() if p.requires_grad).register_hook(poison)
+        run(method, tiny_data(8), tmp_path / str(num_good), epochs=1)
+        assert len(calls) == 2
+        assert method.student.num_steps == num_good
+        assert method.teacher is not None
+        decay = method.teacher.decay
+        for name, p in method.model.named_parameters():
+            average = method.teacher.module.get_parameter(name)
+            if num_good == 0:
+                assert torch.equal(average, start[name]), name
+            else:  # one average of the start and of the weights after the step that was taken
+                assert torch.allclose(average, decay * start[name] + (1 - decay) * p, atol=1e-7), name
+        moved = [name for name, p in method.model.named_parameters() if not torch.equal(p, start[name])]
+        assert bool(moved) is (num_good > 0)

@@ -1,7 +1,6 @@
-"""A GPU is not kept waiting by the host: nothing in a step asks for a value, and the loop asks twice a batch:
-whether loss and gradient are finite, each when the device has long known it.
+"""Steps: skipped if not finite, and without the host waiting for the device: it reads one flag a step, a step later.
 
-Left out: prompts drawn from masks (`prompts_from_masks`), which ask once for each kind how long the longest is.
+Left out: prompts drawn from masks (`prompts_from_masks`), which read the length of the longest for each kind.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from helpers.methods import DEFAULT, options, supervised
 from helpers.tiny import tiny_data, tiny_sam
 from helpers.training import Mean, run, weights
+from lesionsam.errors import UserError
 from lesionsam.methods.base import Method
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.trainable import select_trainable, trained_parameters
+from lesionsam.training.gradients import Part, add_gradients
 from lesionsam.training.liveness import LIVENESS_STEPS
-from lesionsam.training.loop import FLUSH_STEPS, add_gradients, step_generator
-from lesionsam.training.optimizer import async_flag
+from lesionsam.training.optimizer import FP16_HALVINGS, MAX_NONFINITE, Steps, async_flag
+from lesionsam.training.progress import FLUSH_STEPS
+from lesionsam.training.state import Progress
 from lesionsam.types import Batch, to_device
 
 META = torch.device("meta")  # tensors without values: who asks for one gets an error, where a GPU would be waited for
@@ -69,7 +71,7 @@ def by_true_masks() -> Method:
     [
         pytest.param(lambda: contrastive(), id="default"),
         pytest.param(
-            lambda: contrastive(alpha=0.5, gamma=0.1, missed_core="negative", random_fallback=True), id="terms"
+            lambda: contrastive(contrast=0.5, distil=0.1, missed_core="negative", random_fallback=True), id="terms"
         ),
         pytest.param(by_true_masks, id="supervised"),
     ],
@@ -80,28 +82,15 @@ def test_a_step_asks_the_device_for_nothing(make: Any, batch: Batch, monkeypatch
     method: Method = make()
     method.model.train()
     optimizer = torch.optim.AdamW(trained_parameters(method.model), lr=1e-3)
-    finite: list[Any] = []
     with Waiting() as waiting:
-        terms, values = add_gradients(
-            method,
-            batch,
-            1.0,
-            generator=step_generator(0, 0),
-            precision="fp32",
-            scaler=torch.amp.GradScaler(enabled=False),
-            group_size=1,
-            watched=(),
-            alive=[],
-            finite=finite,
-        )
-        torch.nn.utils.clip_grad_norm_(trained_parameters(method.model), 1.0)
+        found = add_gradients(method, [Part(batch, 0)], precision="fp32", scaler=torch.amp.GradScaler(enabled=False))
+        norm = torch.nn.utils.clip_grad_norm_(trained_parameters(method.model), 1.0)
         optimizer.step()
-        method.after_step()
-    assert set(terms) <= set(values)
-    assert len(finite) == 1
+        method.after_step(torch.isfinite(norm))
+    assert {"loss", *found.terms} == set(found.losses)
     assert waiting.counts["blocking copy"] == 0
     with pytest.raises((NotImplementedError, RuntimeError)):  # so that an `.item()` in the step would have been seen
-        finite[0]()
+        bool(torch.isfinite(norm))
 
 
 def test_blocking_copies_are_counted() -> None:
@@ -111,8 +100,10 @@ def test_blocking_copies_are_counted() -> None:
     assert waiting.counts["blocking copy"] == 1
 
 
-def test_the_loop_asks_twice_a_batch_and_once_a_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the loss is finite, and whether the gradient is; beyond the first steps, in which terms are watched."""
+def test_the_loop_reads_one_flag_a_step_and_one_transfer_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether loss and gradient are finite; after the first steps, in which terms are watched."""
     counts: Counter[str] = Counter()
     seen: list[Counter[str]] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
@@ -145,7 +136,7 @@ def test_the_loop_asks_twice_a_batch_and_once_a_flush(tmp_path: Path, monkeypatc
     between = seen[last] - seen[first]
     own = FLUSH_STEPS * len(weights(method))  # AdamW reads its count of steps, which is kept on the CPU
     epochs = last // 4 - first // 4  # each ends with a flush
-    assert between == Counter({"__bool__": 2 * FLUSH_STEPS, "tolist": epochs, "item": own})
+    assert between == Counter({"__bool__": FLUSH_STEPS, "tolist": epochs, "item": own})
 
 
 def test_a_flag_is_told_as_it_is() -> None:
@@ -154,42 +145,65 @@ def test_a_flag_is_told_as_it_is() -> None:
     assert list(read) == [True, False]
 
 
-def test_the_flag_is_asked_for_before_the_backward_pass_and_read_after_it(
+def test_the_flag_of_a_step_is_read_when_the_next_one_is_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a GPU has the backward pass to work on while the host waits for the forward pass."""
+    """A fused optimiser, as on a GPU: the device has the next backward pass to work on while the host reads."""
     order: list[str] = []
-    backward = torch.Tensor.backward
+    plain, step, backward = torch.optim.AdamW, torch.optim.AdamW.step, torch.Tensor.backward
 
     def asked(flag: torch.Tensor) -> Any:
-        order.append("asked")
+        order.append("copy")
         return lambda: bool(order.append("read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training.loop.async_flag", asked)
+    monkeypatch.setattr("lesionsam.training.optimizer.async_flag", asked)
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": True}))
+    monkeypatch.setattr(plain, "step", lambda self: order.append("step") or step(self))
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: order.append("backward") or backward(self))
     method: Any = Mean()
     run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
-    assert order == ["asked", "backward", "read"] * 2
+    assert order == ["backward", "step", "copy", "backward", "read", "step", "copy", "read"]
 
 
-def test_a_gpu_that_is_working_on_the_backward_pass_is_not_asked_for_its_gradient(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fused optimiser, as GPUs have it, is asked a batch later, when that batch's own loss is known."""
-    order: list[str] = []
-    plain, step = torch.optim.AdamW, torch.optim.AdamW.step
+def half_precision(lines: list[str]) -> tuple[torch.nn.Parameter, Steps]:
+    """A weight and its steps as with fp16 on a GPU: a fused optimiser and a scaled loss."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    return weight, Steps(optimizer, torch.amp.GradScaler("cpu", init_scale=2.0**16), Progress(), lines.append)
 
-    def asked(flag: torch.Tensor) -> Any:
-        order.append("gradient asked")
-        return lambda: bool(order.append("gradient read")) or bool(flag)
 
-    monkeypatch.setattr("lesionsam.training.optimizer.async_flag", asked)
-    monkeypatch.setattr(
-        "lesionsam.training.loop.async_flag", lambda flag: lambda: bool(order.append("loss read")) or True
-    )
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *groups, **options: plain(*groups, **options | {"fused": True}))
-    monkeypatch.setattr(plain, "step", lambda self: order.append("step") or step(self))
-    method: Any = Mean()
-    run(method, tiny_data(4), tmp_path, batch_size=2, epochs=1)
-    taken = ["step", "gradient asked"]
-    assert order == ["loss read", *taken, "loss read", "gradient read", *taken, "gradient read"]
+def take(steps: Steps, weight: torch.nn.Parameter, value: float) -> Any:
+    """One step whose unscaled gradient is `value`."""
+    loss = (weight * value).sum()
+    steps.scaler.scale(loss).backward()
+    steps.scaler.unscale_(steps.optimizer)
+    taken = steps.take(weight.grad.norm(), {"loss": loss.detach()}, ["a/0"])  # type: ignore[union-attr]
+    steps.optimizer.zero_grad()
+    steps.settle()
+    return taken
+
+
+def test_skipped_steps_of_fp16_are_counted_and_reported() -> None:
+    lines: list[str] = []
+    weight, steps = half_precision(lines)
+    assert bool(take(steps, weight, 1.0))
+    moved = weight.detach().clone()
+    assert not torch.equal(moved, torch.ones(2))
+    for skipped in (1, 2):
+        assert not bool(take(steps, weight, 1e36))  # times 2^16 that is above the greatest fp32
+        assert steps.at.nonfinite == skipped
+        assert steps.scaler.get_scale() == 2.0 ** (16 - skipped)
+    assert torch.equal(weight, moved)
+    assert [line.startswith("warning: the gradient is not finite at step 0; images a/0") for line in lines] == [
+        True
+    ] * 2
+    assert bool(take(steps, weight, 1.0))
+    assert steps.at.nonfinite == 0
+
+
+def test_fp16_may_halve_its_scale_to_one_before_the_run_stops() -> None:
+    weight, steps = half_precision([])
+    for _ in range(MAX_NONFINITE + FP16_HALVINGS - 1):
+        take(steps, weight, float("inf"))
+    with pytest.raises(UserError, match="19 times without a step between"):
+        take(steps, weight, float("inf"))

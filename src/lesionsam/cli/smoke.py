@@ -24,6 +24,7 @@ from lesionsam import metrics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
@@ -37,7 +38,7 @@ from lesionsam.models.published import CHECKPOINTS, published_name
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.models.transforms import preprocess, resize_longest, upscale
-from lesionsam.training.loop import autocast, step_generator, sum_of
+from lesionsam.training.gradients import autocast, step_generator, total_loss
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image, read_mask
@@ -273,11 +274,11 @@ def train_one_step(
         betas=(t.beta1, t.beta2),
     )
     method.model.train()
-    batch = next(data.epoch(NUM_TRAIN, seed=t.seed, epoch=0, augment=t.augment)).to(device)
+    batch = next(data.epoch(NUM_TRAIN, seed=t.seed, epoch=0, augmentation=Augmentation(flips=t.augment))).to(device)
     begun = time.perf_counter()
     with autocast(device, t.precision):
-        terms = method.losses(batch, step_generator(t.seed, 0))
-    total = sum_of(terms)
+        terms, _ = method.losses(batch, step_generator(t.seed, 0))
+    total = total_loss(terms)
     total.backward()
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, t.clip))
     optimizer.step()

@@ -28,6 +28,24 @@ class Distortion:
         return any(astuple(self))
 
 
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are augmented.
+
+    Attributes:
+        flips: draw one of the 8 flips and quarter turns for each image.
+        widen: share of the images that are widened, see `widen`.
+        distortion: greatest scale and colour changes; None = none.
+    """
+
+    flips: bool = False
+    widen: float = 0.0
+    distortion: Distortion | None = None
+
+
+NO_AUGMENTATION = Augmentation()
+
+
 def distort(
     grids: tuple[np.ndarray, ...],
     size: tuple[int, int],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import pixels_inside
-from lesionsam.data.augment import Distortion, distort, widen
+from lesionsam.data.augment import NO_AUGMENTATION, Augmentation, Distortion, distort, widen
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
 from lesionsam.types import Batch, Sample
 
@@ -36,15 +36,7 @@ class Batches(Protocol):
         ...
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool,
-        widen: float = 0.0,
-        distort: Distortion | None = None,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch from number `start` on, a function of (seed, epoch)."""
         ...
@@ -153,26 +145,13 @@ class LesionDataset:
             yield self.batch(*part)
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool,
-        widen: float = 0.0,
-        distort: Distortion | None = None,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """Yield the batches of one epoch from number `start` on; the last is filled from the epoch's beginning.
 
         The order is a permutation, the variants and distortions are draws, all functions of (seed, epoch) alone.
-
-        Args:
-            augment: draw one of the 8 orientations for each image. widen: share of the images that are widened.
-            distort: limits of what is drawn beside that; None = nothing.
         """
-        drawn = {"augment": augment, "widen": widen, "distort": distort}
-        for part in self.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn):
+        for part in self.plan(batch_size, seed=seed, epoch=epoch, augmentation=augmentation, start=start):
             yield self.batch(*part)
 
     def plan_in_order(self, batch_size: int) -> list[Part]:
@@ -181,26 +160,18 @@ class LesionDataset:
         return [Part(np.arange(k, min(k + batch_size, len(self))), None) for k in starts]
 
     def plan(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool,
-        widen: float = 0.0,
-        distort: Distortion | None = None,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> list[Part]:
         """Return the arguments of `batch` for `epoch`."""
         rng = np.random.default_rng([seed, epoch])
         order, variants = rng.permutation(len(self)), rng.integers(NUM_ORIENTATIONS, size=len(self))
-        if not augment:
+        if not augmentation.flips:
             variants[:] = 0
-        variants += NUM_ORIENTATIONS * (rng.random(len(self)) < widen)
+        variants += NUM_ORIENTATIONS * (rng.random(len(self)) < augmentation.widen)
         parts = []
         for number in range(start, self.batches_per_epoch(batch_size)):
             index = order[np.arange(number * batch_size, (number + 1) * batch_size) % len(self)]
-            parts.append(Part(index, variants[index], distort, (seed, epoch)))
+            parts.append(Part(index, variants[index], augmentation.distortion, (seed, epoch)))
         return parts
 
     def batches_per_epoch(self, batch_size: int) -> int:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from lesionsam.data.activations import Activations, Fetched, image_key
-from lesionsam.data.augment import Distortion
+from lesionsam.data.augment import NO_AUGMENTATION, Augmentation
 from lesionsam.data.dataset import LesionDataset, Part, expanded
 from lesionsam.types import Batch
 
@@ -45,19 +45,10 @@ class Loader:
         return self.data.batches_per_epoch(batch_size)
 
     def epoch(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool,
-        widen: float = 0.0,
-        distort: Distortion | None = None,
-        start: int = 0,
+        self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
         """Yield the batches of `LesionDataset.epoch`."""
-        drawn = {"augment": augment, "widen": widen, "distort": distort}
-        return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, start=start, **drawn))
+        return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, augmentation=augmentation, start=start))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Yield batches of all samples in order, once, without augmentation."""

@@ -1,10 +1,8 @@
-"""Config -> what trains: the strategy put into SAM, its learning rates, the settings of a method."""
+"""Build what a configuration describes: the prepared SAM, the method, the learning rates, the settings of a run."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +10,22 @@ import torch
 from lesionsam.boxes.prior import outline_offset
 from lesionsam.config.load import Config
 from lesionsam.config.schema_method import ContrastiveMethod, LearnedWeights, MaskPrompts, SupervisedMethod
-from lesionsam.data.augment import Distortion
+from lesionsam.data.augment import Augmentation, Distortion
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE
 from lesionsam.methods.base import Method
-from lesionsam.methods.contrastive import Contrastive
-from lesionsam.methods.contrastive import Options as ContrastiveOptions
-from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Options, Supervised
+from lesionsam.methods.contrastive import Contrastive, ContrastiveOptions
+from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised, SupervisedOptions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.sam import Sam
 from lesionsam.models.trainable import select_trainable
-from lesionsam.training.optimizer import Group, parameter_groups, schedule_factor
+from lesionsam.training.loop import Settings
+from lesionsam.training.optimizer import Group, Schedule, parameter_groups
 
 
 def strategy_of(config: Config) -> Strategy:
-    """Which parameters of the encoder train, as `models.adapted` takes it."""
+    """Return which parameters of the encoder train."""
     m = config.model
     if m.encoder == "adapter":
         return Strategy("adapter", last_k=m.adapter_last_k, adapter_dim=m.adapter_dim)
@@ -39,7 +37,7 @@ def strategy_of(config: Config) -> Strategy:
 
 
 def choose_trained(config: Config, sam: Sam) -> None:
-    """Put in what `model.encoder` asks for and say which parameters train."""
+    """Add the adapters or LoRA updates of `model.encoder` to a SAM and select the parameters that train."""
     m, strategy = config.model, strategy_of(config)
     attach(sam, strategy, seed=config.train.seed)
     select_trainable(
@@ -52,30 +50,30 @@ def choose_trained(config: Config, sam: Sam) -> None:
 
 
 def prepare_sam(config: Config, weights: Path, device: torch.device) -> Sam:
-    """The pretrained SAM with what `model.encoder` asks for, its trained parameters chosen."""
+    """Load the pretrained SAM, add adapters or LoRA updates and select the parameters that train."""
     sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
     choose_trained(config, sam)
     return sam.to(device)
 
 
 def learning_groups(config: Config, method: Method) -> list[Group]:
-    """The trained parameters by learning rate; learnt weights of the loss's terms as a group apart."""
+    """Return the trained parameters by learning rate; learnt weights of the loss terms are a separate group."""
     t, rates = config.train, {}
     if isinstance(config.method, SupervisedMethod) and isinstance(config.method.weighting, LearnedWeights):
-        rates[LOG_WEIGHTS] = config.method.weighting.learning_rate
-    rates |= {"head.": t.lr_head, "image_encoder": t.lr_encoder, "": t.lr_decoder}
-    return parameter_groups(method.model, rates, apart=[LOG_WEIGHTS])
+        rates["loss_weights"] = (LOG_WEIGHTS, config.method.weighting.learning_rate)
+    rates |= {"head": ("head.", t.lr_head), "encoder": ("image_encoder", t.lr_encoder), "decoder": ("", t.lr_decoder)}
+    return parameter_groups(method.model, rates, separate=["loss_weights"])
 
 
 def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
-    """The supervised method around a SAM whose trained parts are selected."""
+    """Build the supervised method around a SAM whose trained parameters are selected."""
     p = m.prompts
     draws = MaskDraws(p.box_jitter, p.max_points, p.point_jitter, p.negative) if isinstance(p, MaskPrompts) else None
-    options = Options(
+    options = SupervisedOptions(
         loss=m.loss,
         candidates=m.candidates,
         iou_loss=m.iou_loss,
-        beta=m.weights.iou,
+        iou_weight=m.weights.iou,
         learned_weights=isinstance(m.weighting, LearnedWeights),
         average=m.average,
         num_points=m.num_points,
@@ -88,18 +86,14 @@ def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
 
 
 def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) -> ContrastiveOptions:
-    """The settings of the contrastive method.
+    """Return the settings of the contrastive method.
 
     Args:
-        offset: of the outline, found or given. ramp_steps: over which the teacher's weight in the target rises.
+        offset: outline offset, logits. ramp_steps: steps over which the teacher's weight in the target rises.
     """
     target = m.target
     return ContrastiveOptions(
-        alpha=m.weights.contrast,
-        beta=0.5,
-        gamma=m.weights.distil,
-        delta=m.weights.pseudo,
-        epsilon=m.weights.projection,
+        weights=m.weights.model_dump(),
         temperature=m.temperature,
         pos_samples=m.pos_samples,
         neg_samples=m.neg_samples,
@@ -127,19 +121,17 @@ def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) ->
     )
 
 
-OFFSET_SAMPLES = 300  # images that the outline offset is found on, at most
-
-
+OFFSET_SAMPLES = 300  # greatest number of images that the outline offset is estimated from
 OFFSET_SIDE = 128  # longest side of their priors, pixels
 
 
 def trained_prompts(config: Config) -> str:
-    """The kinds of prompt that a model is trained with, parted by blanks: what its weights file says of itself."""
+    """Return the kinds of prompt that a model is trained with, separated by spaces, for its weights file."""
     return " ".join(kind for kind, share in config.method.prompts.shares().items() if share > 0)
 
 
 def find_offset(data: LesionDataset, looseness: float) -> float:
-    """The outline offset of a training set, from its boxes alone; see `boxes.prior.outline_offset`."""
+    """Estimate the outline offset of a training set from its boxes alone; see `boxes.prior.outline_offset`."""
     stride = max(1, data.side // OFFSET_SIDE)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OFFSET_SAMPLES)).round().astype(int))
     priors = [np.asarray(data.frames.priors[k, ::stride, ::stride], np.float32) / PRIOR_SCALE for k in chosen]
@@ -149,40 +141,36 @@ def find_offset(data: LesionDataset, looseness: float) -> float:
 
 
 def num_steps(config: Config, data: LesionDataset) -> int:
-    """Optimiser steps of a whole run on these samples."""
+    """Return the number of optimiser steps of a whole run on these samples."""
     t = config.train
     return t.epochs * -(-data.batches_per_epoch(t.batch_size) // t.accumulate)
 
 
-def fit_arguments(config: Config, data: LesionDataset) -> dict[str, Any]:
-    """What section `train` says of a whole run on these samples, as arguments of `training.fit`."""
+def training_settings(config: Config, data: LesionDataset) -> Settings:
+    """Return the settings of section `train` for a whole run on these samples."""
     t = config.train
-    return {
-        "epochs": t.epochs,
-        "batch_size": t.batch_size,
-        "accumulate": t.accumulate,
-        "weight_decay": t.weight_decay,
-        "betas": (t.beta1, t.beta2),
-        "factor": partial(
-            schedule_factor, num_steps=num_steps(config, data), schedule=t.schedule, warmup=t.warmup, final=t.final_lr
-        ),
-        "clip": t.clip,
-        "precision": t.precision,
-        "seed": t.seed,
-        "augment": t.augment,
-        "widen": t.widen,
-        "distort": Distortion(**t.distort.model_dump()),
-        "patience": t.patience,
-    }
+    return Settings(
+        epochs=t.epochs,
+        batch_size=t.batch_size,
+        accumulate=t.accumulate,
+        clip=t.clip,
+        precision=t.precision,
+        seed=t.seed,
+        patience=t.patience,
+        schedule=Schedule(num_steps(config, data), t.schedule, warmup=t.warmup, final=t.final_lr),
+        augmentation=Augmentation(flips=t.augment, widen=t.widen, distortion=Distortion(**t.distort.model_dump())),
+        weight_decay=t.weight_decay,
+        betas=(t.beta1, t.beta2),
+    )
 
 
 def build_method(
     config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
 ) -> tuple[Method, float | None]:
-    """The configured method around a SAM whose trained parts are selected.
+    """Build the configured method around a SAM whose trained parameters are selected.
 
     Returns:
-        The method, and the outline offset that it uses (None where its target has none).
+        The method, and the outline offset of its target (None if the target has none).
     """
     m = config.method
     if isinstance(m, SupervisedMethod):
@@ -198,8 +186,8 @@ def build_method(
     )
     options = contrastive_options(m, found, round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)))
     reference = None
-    if m.weights.distil > 0:
+    if options.weights["distil"] > 0:
         reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
         reference.requires_grad_(False).eval()
-    torch.manual_seed(config.train.seed)  # the head is the only part that starts at random
+    torch.manual_seed(config.train.seed)  # only the head starts at random
     return Contrastive(sam, reference, options), found if offset is not None else None

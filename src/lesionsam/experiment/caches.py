@@ -1,4 +1,4 @@
-"""A run's caches of activations: which parts of the encoder are frozen, what they depend on, who computes them."""
+"""Open a run's caches of the activations of frozen encoder parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lesionsam.models.identity import arithmetic, frozen_identity
 from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import preprocess
-from lesionsam.training.loop import autocast
+from lesionsam.training.gradients import autocast
 from lesionsam.types import Batch
 
 GB = 1_000_000_000
@@ -25,7 +25,7 @@ GB = 1_000_000_000
 
 @dataclass(frozen=True)
 class Caches:
-    """Of the training images, in all their orientations, and of the development images."""
+    """Caches of the training images, in all orientations, and of the development images."""
 
     train: Activations | None = None
     dev: Activations | None = None
@@ -35,11 +35,11 @@ class Caches:
 def open_caches(
     config: Config, root: Path | None, sam: Sam, method: Method, device: torch.device, say: Callable[[str], None]
 ) -> Iterator[Caches]:
-    """The caches of a run while the block runs; none where nothing of the encoder is frozen or none is wanted.
+    """Open the caches of a run; none if no part of the encoder is frozen or none is wanted.
 
     Args:
-        root: folder of all spaces; None: no cache. sam: the student; what trains is already selected.
-        say: receives a line on what is kept, one where the disk fails, and one on how much was found.
+        root: folder of all caches; None = no cache. sam: the student, its trained parameters selected.
+        say: receives a line on what is cached, one if the disk fails, and one on the hits.
     """
     runtime, split = config.runtime, num_frozen_blocks(sam)
     reference = method.reference
@@ -82,7 +82,7 @@ def open_caches(
 
 
 def computing(sam: Sam, reference: Sam | None, device: torch.device, precision: str) -> Compute:
-    """What makes activations that are not there, exactly as the method itself would."""
+    """Return the function that computes missing activations exactly as the method would."""
 
     def compute(batch: Batch, names: Sequence[str]) -> dict[str, torch.Tensor]:
         with autocast(device, precision):

@@ -1,4 +1,4 @@
-"""The same few development images after every epoch, so that a person sees what training does."""
+"""Draw the same few development images after every epoch, to show the progress of training."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lesionsam.models.transforms import preprocess
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.prompts import seeded_prompts
 
-SHOWN = ("centre", "box")  # prompts, a picture each
+SHOWN = ("centre", "box")  # one picture per prompt
 
 
 @torch.no_grad()
 def draw_epoch(
     path: Path, sam: Sam, data: LesionDataset, *, count: int, num_points: int, seed: int, epoch: int
 ) -> None:
-    """Predictions of `count` evenly spaced development lesions under a centre point and under the big box.
+    """Draw the predictions of `count` evenly spaced development lesions, prompted with centre point and big box.
 
     Args:
-        path: PNG to write. data: batches carry masks where there are any; those are outlined too.
+        path: PNG to write. data: masks, if there are any, are outlined too.
     """
     index = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
     device = next(sam.parameters()).device

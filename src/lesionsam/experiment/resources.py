@@ -1,4 +1,4 @@
-"""What a run takes of time and memory: whether its steps fit, before the first of them, and what it took in the end."""
+"""Memory and time of a run: predict whether its steps fit into the memory, and report what a run took."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from lesionsam.config.load import Config
 from lesionsam.methods.base import Method
+from lesionsam.methods.contrastive import ENCODER_TERMS
 from lesionsam.models.identity import processor
 from lesionsam.models.memory import held_bytes, predict_step
 from lesionsam.models.sam import Sam
@@ -23,10 +24,10 @@ GB = 1e9
 def parts_that_fit(
     config: Config, sam: Sam, method: Method, device: torch.device, say: Callable[[str], None], there: int | None = None
 ) -> int:
-    """In how many parts each batch is to be made; says what a step needs and what there is.
+    """Return the number of parts that each batch is computed in; say what a step needs and what is available.
 
     Args:
-        sam: the student, on the device. there: bytes of the device that this run may use; None = looked up.
+        sam: the student, on the device. there: bytes of the device that this run may use; None = look it up.
     """
     teacher, reference = method.teacher, method.reference
     held = held_bytes([method.model, *([] if teacher is None else [teacher.module]), *filter(None, [reference])])
@@ -47,7 +48,7 @@ def parts_that_fit(
     line = f"memory: a step of {size} images takes about {needed / GB:.1f} of {there / GB:.1f} GB"
     if parts > 1:
         line += (
-            f"; so they are made in {parts} parts, as with train.batch_size {size // parts} and train.accumulate "
+            f"; so they are computed in {parts} parts, as with train.batch_size {size // parts} and train.accumulate "
             f"{parts} times as large"
         )
     if left > there:
@@ -57,15 +58,16 @@ def parts_that_fit(
 
 
 def answers_per_image(config: Config) -> int:
-    """Passes of the decoder with a gradient, per image and step."""
+    """Return the decoder passes with gradient per image and step."""
     method = config.method
     if method.name == "contrastive":
-        return method.prompts_per_image if method.weights.pseudo > 0 or method.weights.projection > 0 else 0
+        weights = method.weights.model_dump()
+        return method.prompts_per_image if any(w > 0 for n, w in weights.items() if n not in ENCODER_TERMS) else 0
     return method.prompts_per_image * (1 + method.corrections)
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that this process has or may still have: of the GPU, or of the machine's memory."""
+    """Return the bytes that this process holds or may still allocate, of the GPU or of the main memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device))
@@ -73,7 +75,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Gigabytes, at most so far: allocated on the GPU, or resident in this process."""
+    """Return the peak memory so far in GB: allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
     unit = 1 if platform.system() == "Darwin" else 1024
@@ -81,9 +83,9 @@ def peak_memory(device: torch.device) -> float:
 
 
 def cost(progress: Progress, device: torch.device) -> dict[str, float | int | str]:
-    """What a training took: seconds and optimiser steps with all resumes, peak memory (GB) of the last process, device.
+    """Return what a training took: seconds and steps over all resumes, peak memory (GB) of the last process, device.
 
-    Seconds are those of the steps, loading of batches included; evaluations and the decoding before are not in them.
+    The seconds are those of the steps and of loading their batches, without evaluations and decoding.
     """
     is_gpu = device.type == "cuda"
     return {

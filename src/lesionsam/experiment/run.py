@@ -1,6 +1,6 @@
-"""Config -> objects -> a trained model: where configuration stops.
+"""Train a model as a configuration says; shared by the train stage, the sweep and the comparison.
 
-Shared by the train stage, the sweep and the evidence.
+Configuration ends here: what this module calls takes plain arguments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.build import build_method, fit_arguments, learning_groups, num_steps, prepare_sam
+from lesionsam.experiment.build import build_method, learning_groups, num_steps, prepare_sam, training_settings
 from lesionsam.experiment.caches import open_caches
 from lesionsam.experiment.resources import parts_that_fit
 from lesionsam.methods.base import Method
@@ -34,15 +34,15 @@ from lesionsam.training.state import Progress, check_disk, load_best
 from lesionsam.types import Sample
 from lesionsam.utils.devices import slow_precision, torch_device
 
-SELECTION_SEED = 0  # of the development prompts: the same in every epoch and run; no setting of the evaluation
+SELECTION_SEED = 0  # of the development prompts, the same in every epoch and run
 
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits that a training may read; never the test split.
+    """Training and development split; training never reads the test split.
 
     Attributes:
-        activations: folder of the cache of frozen activations; None: none is kept.
+        activations: folder of the cache of frozen activations; None = no cache.
     """
 
     train: LesionDataset
@@ -52,10 +52,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the student with its best epoch's weights, and how it got there.
+    """A finished run; `sam` has the weights of the best epoch.
 
     Attributes:
-        trained: number of trained parameters.
+        offset: outline offset of the target, None if it has none. trained: number of trained parameters.
     """
 
     sam: Sam
@@ -66,7 +66,7 @@ class Trained:
 
 
 def pretrained_weights(folder: Path) -> Path:
-    """The one checkpoint that the weights stage left in models/pretrained.
+    """Return the checkpoint that the weights stage has put into a folder.
 
     Raises:
         UserError: there is none.
@@ -78,15 +78,15 @@ def pretrained_weights(folder: Path) -> Path:
 
 
 def input_side(config: Config, weights: Path) -> int:
-    """Side S of the model's input: model.image_size, or the checkpoint's own."""
+    """Return the side S of the model's input: model.image_size, or the checkpoint's own."""
     return config.model.image_size or int(load_sam(config.model.name, weights).image_encoder.img_size)
 
 
 def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Path) -> Data:
-    """Decode the training and development samples (or reopen them).
+    """Decode the training and development samples, or reopen them from the cache.
 
     Args:
-        side: S. cache: folder of decoded frames; activations are kept beside it.
+        side: S of the model's input. cache: folder of decoded frames; activations go into a folder beside it.
     Raises:
         UserError: an empty split, or a supervised run on images without masks.
     """
@@ -130,14 +130,14 @@ def train(
     save_last: Callable[[Sam], None] | None = None,
     stop_requested: Callable[[], int] = lambda: 0,
 ) -> Trained:
-    """One training run, resumed where `folder` holds its state; the model comes back with its best epoch's weights.
+    """Train a model, or resume its training; return it with the weights of its best epoch.
 
     Args:
-        weights: the pretrained checkpoint. folder: scratch of this very run; the caller keys it (see `run_key`).
-        log: receives (values, step). after_epoch: is shown the model in eval mode after each epoch, for pictures.
-        save_last: is shown the model as the last epoch left it. stop_requested: see `fit`.
+        weights: pretrained checkpoint. folder: scratch folder of this run alone, see `resume.run_key`.
+        log: receives (values, step). after_epoch: receives the model in eval mode and the epoch, for pictures.
+        save_last: receives the model as it is after the last epoch. stop_requested: see `fit`.
     Raises:
-        UserError: too little disk for what this run will write, or as `fit`. Interrupted: as `fit`.
+        UserError: too little disk space, or as `fit`. Interrupted: as `fit`.
     """
     device = torch_device(config.runtime.device)
     if config.runtime.num_threads:
@@ -168,7 +168,7 @@ def train(
             _evaluate,
             sam=kept,
             data=data.dev,
-            # An average trains nothing, so that its frozen part is another than what the cache holds.
+            # Nothing of a running average trains: its frozen part differs from the cached one.
             batches=loader(data.dev, cache=caches.dev if kept is sam else None),
             config=config,
             device=device,
@@ -177,9 +177,8 @@ def train(
         progress = fit(
             method,
             loader(data.train, cache=caches.train),
-            groups=learning_groups(config, method),
-            **fit_arguments(config, data.train),
-            device=device,
+            learning_groups(config, method),
+            training_settings(config, data.train),
             evaluate=evaluate,
             log=log,
             folder=folder,
@@ -221,5 +220,5 @@ def _evaluate(
 
 
 def selection_key(config: Config, dev: LesionDataset) -> str:
-    """Which score selects: the true one where asked for and known for every dev image, else the label-free one."""
+    """Return the score that selects the best epoch: label-free unless every development image has a mask."""
     return OBJECTIVE if config.train.select == "objective" and dev.has_masks else "label_free"

@@ -1,7 +1,8 @@
-"""What the ways of training share: weighted terms, drawn prompts of mixed kinds, and the low-resolution grid."""
+"""The interface of a way of training: named loss terms and monitors of a batch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -13,24 +14,25 @@ from lesionsam.types import Batch
 
 
 class Term(NamedTuple):
-    """One term of the loss: its plain value (scalar tensor) and its weight in the total, which may be learnt too.
+    """One term of the loss.
 
-    A monitor counts in the printed total only: it has no gradient and is not missed where it should have one.
+    Attributes:
+        value: scalar tensor, the unweighted mean over whatever the term counts (images, prompts, cells).
+        weight: factor in the loss, > 0; a tensor if it is learnt.
     """
 
     value: torch.Tensor
     weight: float | torch.Tensor
-    monitor: bool = False
 
 
 class Method(Protocol):
-    """What differs between ways of training, and nothing else. A way inherits what it has no use for.
+    """A way of training. It holds what differs between ways of training; the loop does the rest.
 
     Attributes:
         model: everything that trains. Its submodule `sam` is the segmenter.
-        kept: the module that is evaluated and saved, `model` or its running average; parameters of the same names.
-        teacher: the running average of `model`. reference: the foundation, frozen. head: the projection head.
-        smallest_batch: images that it needs together.
+        kept: module that is evaluated and saved: `model` or its running average, with the same parameter names.
+        teacher: running average of `model`. reference: frozen pretrained SAM. head: projection head.
+        smallest_batch: least number of images that `losses` accepts.
     """
 
     model: nn.Module
@@ -40,18 +42,30 @@ class Method(Protocol):
     head: nn.Module | None = None
     smallest_batch: int = 1
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
-        """Terms of one batch; those without gradient are monitors. The total is the sum of weight times value."""
+    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+        """Return the loss terms and the monitors of a batch.
+
+        The loss is the sum of weight times value over the terms. Monitors are scalars without gradient; they are logged
+        and have no part in the loss. All random draws come from the generator.
+        """
         ...
 
-    def after_step(self) -> None:
-        """Whatever follows an optimiser step, such as the teacher's average."""
-        ...
+    def counts(self, batch: Batch, generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+        """Return how many items (or what sum of weights) the mean of each term or monitor of `losses` is over.
 
-    def monitors(self) -> dict[str, torch.Tensor]:
-        """Scalars of the last batch that are logged but no part of the loss."""
-        ...
+        The loop needs this if several batches make up one step, so that they count as one large batch. Names that are
+        missing are means over all images of the batch.
 
-    def head_spread(self) -> dict[str, float] | None:
-        """Spread of the last batch's projected pixels (see `models.projection.spread`), where there is a head."""
-        return None
+        Args:
+            generator: in the state in which `losses` gets it.
+        """
+        return {}
+
+    def after_step(self, taken: bool | torch.Tensor = True) -> None:
+        """Follow an optimiser step, for example with the teacher's average.
+
+        Args:
+            taken: True, or a bool scalar on the device, which is False if the optimiser skipped the step. Use the
+                scalar as a factor: reading it would make the host wait for the device.
+        """
+        ...

@@ -1,14 +1,13 @@
-"""Contrastive and two-box adaptation: a student, its averaged teacher, two boxes per lesion, no masks.
+"""Contrastive and two-box adaptation: a student and its averaged teacher learn from two boxes per lesion, no masks.
 
-One step, in the order of docs/method.md. Symbols: f, f_t, f_r student, teacher and pretrained features
-(B, C, H', W'); z = proj(f); y student logits, m target in [0, 1] and w weights on the low-resolution grid (B, T, T);
-h mean binary entropy of the target.
+The order is that of docs/method.md. Symbols: f, f_t, f_r features (B, C, H', W') of student, teacher and pretrained
+encoder; z = proj(f); y student logits, m target in [0, 1] and w pixel weights on the low-resolution grid (B, T, T).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +30,28 @@ from lesionsam.methods.grid import box_cells, box_grid, known_masks, mean_over, 
 from lesionsam.methods.prompting import decode_mixture
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
-from lesionsam.models.projection import ProjectionHead, spread
+from lesionsam.models.projection import ProjectionHead
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts, to_device
 
-LOWEST = -20.0  # logit of what is ruled out
+LOWEST = -20.0  # logit of certain background
+ENCODER_TERMS = ("contrast", "distil")  # terms of the features alone; every other term is one of the student's masks
 
 
 @dataclass(frozen=True)
-class Options:
-    """The settings of section `method` in params.yaml, which documents each; the offset already found."""
+class ContrastiveOptions:
+    """Settings of the method; section `method` of params.yaml documents each.
 
-    alpha: float
-    beta: float
-    gamma: float
-    delta: float
-    epsilon: float
+    Attributes:
+        weights: name of a term -> its weight; 0 switches it off. The published Greek: alpha = contrast, gamma = distil;
+            pseudo and projection are ours.
+        offset: outline offset of the prior, logits, already estimated.
+    """
+
+    weights: Mapping[str, float]
     temperature: float
     pos_samples: int
     neg_samples: int
@@ -77,7 +79,7 @@ class Options:
 
 
 class Student(nn.Module):
-    """SAM and the projection head: everything that may train; and the number of steps taken."""
+    """SAM and the projection head, which is all that may train, with the number of optimiser steps taken."""
 
     num_steps: torch.Tensor
 
@@ -88,116 +90,114 @@ class Student(nn.Module):
 
 
 class Contrastive(Method):
-    """The method; see the module's docstring.
+    """Adapt SAM with a contrastive term and two-box terms; see the module's docstring.
 
     Args:
-        sam: student; what trains is already selected. reference: the pretrained SAM, frozen; None if gamma is 0.
-        options: see `Options`.
+        sam: student, its trained parameters selected. reference: frozen pretrained SAM, or None without distillation.
     """
 
-    def __init__(self, sam: Sam, reference: Sam | None, options: Options) -> None:
+    def __init__(self, sam: Sam, reference: Sam | None, options: ContrastiveOptions) -> None:
         self.options, self.sam, self.reference = options, sam, reference
         self.head: ProjectionHead = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
         self.head.to(sam.pixel_mean.device)
-        self.head.requires_grad_(options.alpha > 0)
+        self.head.requires_grad_(options.weights["contrast"] > 0)
         self.student = Student(sam, self.head).to(sam.pixel_mean.device)
         self.model: nn.Module = self.student
         self.kept: nn.Module = self.student
-        self.needs_teacher = options.target in ("teacher", "fused") or options.alpha > 0
+        self.needs_teacher = options.target in ("teacher", "fused") or options.weights["contrast"] > 0
         self.teacher = Teacher(self.model, options.ema_decay) if self.needs_teacher else None
         self.frozen_blocks = num_frozen_blocks(sam)
-        self.smallest_batch = 1 if options.placebo == "none" else 2  # a placebo's target is another image's
-        self._monitors: dict[str, torch.Tensor] = {}
+        self.smallest_batch = 1 if options.placebo == "none" else 2  # a placebo uses another image's target
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
-        """The terms of one batch: mask and iou (monitors), contrast, distil, pseudo, projection (where switched on)."""
-        o = self.options
+    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+        """Return the terms whose weight is not 0, and the monitors.
+
+        Monitors: `mask` (BCE + Dice against the true masks), `iou` (squared error of the predicted IoU), share of
+        trusted images (all, and by size of the lesion), mean entropy of the targets in nats.
+        """
+        o, weights = self.options, self.options.weights
         f, f_t, f_r = self.encode(batch)
-        prompts = draw_prompts(
-            o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points, generator=generator
-        )
+        prompts = self.teacher_prompts(batch, generator)
         m, entropy, trusted = self.target(batch, f_t, prompts)
         w = to_grid(batch.valid, m.shape[-1])
-        terms: dict[str, Term] = {}
-        if o.delta > 0 or o.epsilon > 0:
+        if any(weight > 0 for name, weight in weights.items() if name not in ENCODER_TERMS):
             y, predicted, rows = decode_mixture(
                 self.sam, f, batch, o.prompts, repeats=o.prompts_per_image, num_points=o.num_points, generator=generator
             )
-        else:  # published: the same points, on detached features, for the monitors alone
+        else:  # published: the teacher's points on detached features, for the monitors only
             with torch.no_grad():
                 low_res, iou = decode(self.sam, f.detach(), prompts)
             y, predicted, rows = low_res[:, 0], iou[:, 0], torch.arange(len(f), device=f.device)
-        with torch.no_grad():
-            if o.monitor_masks:
-                truth, known = known_masks(batch, y.shape[-1])
-                terms["mask"] = Term(
-                    mean_over(bce(y, truth[rows], w[rows]) + dice(y, truth[rows], w[rows]), known[rows]),
-                    1.0,
-                    monitor=True,
-                )
-            terms["iou"] = Term(F.mse_loss(predicted.float(), hard_iou(y, m[rows], w[rows])), o.beta, monitor=True)
-        if o.alpha > 0:
-            terms["contrast"] = Term(self.contrast(batch, f, f_t, m, trusted, generator), o.alpha)
-        if o.gamma > 0 and f_r is not None:
-            squared = (f.float() - f_r.float()).square().mean(1)  # (B, H', W')
-            known = to_grid(batch.valid, f.shape[-1])  # padding and other lesions take no part
-            terms["distil"] = Term((squared * known).sum() / known.sum().clamp(min=1), o.gamma)
-        if o.delta > 0:
-            terms["pseudo"] = Term(mean_over(soft_mask_loss(y, m[rows], w[rows]), trusted[rows]), o.delta)
-        if o.epsilon > 0:
-            terms["projection"] = Term(self.projection(y, batch, rows).mean(), o.epsilon)
-        area = m.flatten(1).mean(1)
-        self._monitors = {
-            "trusted": trusted.float().mean(),
-            "entropy": entropy.mean(),
-            **{
-                f"trusted_{name}": mean_over(trusted.float(), chosen)
-                for name, chosen in (
-                    ("small", area <= 0.05),
-                    ("medium", (area > 0.05) & (area <= 0.2)),
-                    ("large", area > 0.2),
-                )
-            },
+        values: dict[str, Callable[[], torch.Tensor]] = {
+            "contrast": lambda: self.contrast(batch, f, f_t, m, trusted, generator),
+            "distil": lambda: self.distil(batch, f, f_r),
+            "pseudo": lambda: mean_over(soft_mask_loss(y, m[rows], w[rows]), trusted[rows]),
+            "projection": lambda: self.projection(y, batch, rows).mean(),
         }
-        return terms
+        terms = {name: Term(values[name](), weight) for name, weight in weights.items() if weight > 0}
+        return terms, self.monitors(batch, y, predicted, rows, m, entropy, trusted)
 
-    def after_step(self) -> None:
-        """EMA update of the teacher, whose weight in a fused target rises with the number of steps."""
-        self.student.num_steps += 1
+    @torch.no_grad()
+    def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Return the images or cells that each mean is over: the gate and missing masks leave some out."""
+        f_t = self.encode_teacher(batch) if self.options.target in ("teacher", "fused") else None
+        m, _, trusted = self.target(batch, f_t, self.teacher_prompts(batch, generator))
+        cells = self.sam.prompt_encoder.image_embedding_size[0]
+        return {
+            "mask": known_masks(batch, cells)[1].sum(),
+            "contrast": (self.anchors(batch, m, cells).flatten(1).any(1) & trusted).sum(),
+            "distil": to_grid(batch.valid, cells).sum(),
+            "pseudo": trusted.sum(),  # every image has the same number of prompts
+            **{f"trusted_{name}": chosen.sum() for name, chosen in by_size(m).items()},
+        }
+
+    def after_step(self, taken: bool | torch.Tensor = True) -> None:
+        """Update the teacher, and the step count that its share of a fused target rises with."""
+        self.student.num_steps += taken
         if self.teacher is not None:
-            self.teacher.update()
+            self.teacher.update(taken)
 
-    def monitors(self) -> dict[str, torch.Tensor]:
-        """Share of trusted images (all, small, medium, large lesions) and mean entropy of the last batch."""
-        return self._monitors
-
-    # ---- its parts ---------------------------------------------------------------------------------------------------
+    # ---- parts of a step ---------------------------------------------------------------------------------------------
 
     def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """f with gradient, f_t and f_r without; the frozen prefix runs once for all three."""
-        split, reference = self.frozen_blocks, self.reference if self.options.gamma > 0 else None
+        """Return f with gradient, f_t and f_r without; the frozen blocks run once for all three."""
+        split, reference = self.frozen_blocks, self.reference if self.options.weights["distil"] > 0 else None
         if split >= 0:
             tokens, f_r = frozen_part(self.sam, batch, split, reference)
             f = encode_suffix(self.sam, tokens, split)
+            batch = replace(batch, prefix=tokens)
         else:
             images, f_r = preprocess(batch.images, batch.sizes), batch.reference
             f = encode(self.sam, images)
             if reference is not None and f_r is None:
                 f_r, _ = encode_frozen(reference, images, num_frozen_blocks(reference))
-        f_t = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.teacher.module.sam
-                f_t = encode_suffix(teacher, tokens, split) if split >= 0 else encode(teacher, images)
-        return f, f_t, f_r
+        return f, self.encode_teacher(batch), f_r
+
+    @torch.no_grad()
+    def encode_teacher(self, batch: Batch) -> torch.Tensor | None:
+        """Return f_t, or None if there is no teacher."""
+        if self.teacher is None:
+            return None
+        teacher, split = self.teacher.module.sam, self.frozen_blocks
+        if split < 0:
+            return encode(teacher, preprocess(batch.images, batch.sizes))
+        tokens, _ = frozen_part(self.sam, batch, split, None)
+        return encode_suffix(teacher, tokens, split)
+
+    def teacher_prompts(self, batch: Batch, generator: torch.Generator) -> Prompts:
+        """Draw the teacher's prompts: the first draw of a step, in `losses` as in `counts`."""
+        o = self.options
+        return draw_prompts(
+            o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points, generator=generator
+        )
 
     @torch.no_grad()
     def target(
         self, batch: Batch, f_t: torch.Tensor | None, prompts: Prompts
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The pseudo mask and its gate.
+        """Return the pseudo masks and whether the gate trusts them.
 
         Returns:
             m (B, T, T) in [0, 1], mean entropy (B,) nats, trusted (B,) bool.
@@ -212,7 +212,7 @@ class Contrastive(Method):
             logits = o.softness * ellipse_logits(batch.big_boxes, side)
         if o.target in ("teacher", "fused"):
             if f_t is None or self.teacher is None:
-                raise ValueError("a teacher's target needs the teacher")
+                raise ValueError("this target needs the teacher's features")
             low_res, _ = decode(self.teacher.module.sam, f_t, prompts)
             taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
             risen = (self.student.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
@@ -240,7 +240,10 @@ class Contrastive(Method):
         trusted: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """InfoNCE of student pixels in the core against the teacher's at the same places."""
+        """Return the InfoNCE of student pixels in the core against the teacher's at the same places.
+
+        It is the mean over trusted images with at least one anchor.
+        """
         o = self.options
         if f_t is None or self.teacher is None:
             raise ValueError("the contrastive term needs the teacher")
@@ -249,12 +252,11 @@ class Contrastive(Method):
         with torch.no_grad():
             teacher_head = self.teacher.module.get_submodule("head") if o.head_ema else self.head
             z_t = teacher_head(f_t).flatten(2).transpose(1, 2)
-            self.last_projection = z.detach().transpose(1, 2)[..., None]
         pseudo = to_grid(m, cells) > 0.5
         core = box_grid(batch.small_boxes, cells, side)
-        big = box_grid(batch.big_boxes, cells, side) | core  # of a lesion below a cell the core's cell may lie beyond
+        big = box_grid(batch.big_boxes, cells, side) | core  # the core of a tiny lesion may round to a cell outside
         valid = to_grid(batch.valid, cells) > 0.5
-        anchors = (core if o.missed_core == "positive" else pseudo & core) & valid
+        anchors = self.anchors(batch, m, cells)
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
         beyond = (~big if o.certain_background else pseudo & ~big) & valid
         uniforms = to_device(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
@@ -281,12 +283,22 @@ class Contrastive(Method):
         loss = info_nce(pick(z, at), pick(z_t, at), negatives, anchor_valid, away_valid, o.temperature)
         return mean_over(loss, anchor_valid.any(1))
 
-    def head_spread(self) -> dict[str, float]:
-        """Spread of the last batch's projected pixels."""
-        return spread(self.last_projection)
+    def anchors(self, batch: Batch, m: torch.Tensor, cells: int) -> torch.Tensor:
+        """Return the pixels that may be anchors, (B, cells, cells) bool: the core's, as far as the pseudo mask has
+        them."""
+        core = box_grid(batch.small_boxes, cells, batch.images.shape[-1]) & (to_grid(batch.valid, cells) > 0.5)
+        return core if self.options.missed_core == "positive" else core & (to_grid(m, cells) > 0.5)
+
+    def distil(self, batch: Batch, f: torch.Tensor, f_r: torch.Tensor | None) -> torch.Tensor:
+        """Return the mean squared difference of f and f_r over the valid cells."""
+        if f_r is None:
+            raise ValueError("distillation needs the pretrained SAM")
+        squared = (f.float() - f_r.float()).square().mean(1)  # (B, H', W')
+        known = to_grid(batch.valid, f.shape[-1])  # padding and other lesions have no part
+        return (squared * known).sum() / known.sum().clamp(min=1e-6)
 
     def projection(self, y: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
-        """(R,): two-box tightness of the student's masks; padding and other lesions take no part."""
+        """Return the two-box tightness (R,) of the student's masks; padding and other lesions have no part."""
         side, cells = batch.images.shape[-1], y.shape[-1]
         y = y.masked_fill((to_grid(batch.valid, cells) == 0)[rows], LOWEST)
         big, core = box_cells(batch.big_boxes[rows], cells, side), box_cells(batch.small_boxes[rows], cells, side)
@@ -294,3 +306,29 @@ class Contrastive(Method):
         position = torch.arange(cells, device=y.device) + 0.5
         within = (position < sizes[:, 1:2], position < sizes[:, 0:1])
         return projection_loss(y, (~big[0] & within[0], ~big[1] & within[1]), core)
+
+    @torch.no_grad()
+    def monitors(
+        self,
+        batch: Batch,
+        y: torch.Tensor,
+        predicted: torch.Tensor,
+        rows: torch.Tensor,
+        m: torch.Tensor,
+        entropy: torch.Tensor,
+        trusted: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """Return the monitors of `losses`; y (R, T, T) and predicted (R,) answer the images `rows`."""
+        found, w = {}, to_grid(batch.valid, y.shape[-1])[rows]
+        if self.options.monitor_masks:
+            truth, known = known_masks(batch, y.shape[-1])
+            found["mask"] = mean_over(bce(y, truth[rows], w) + dice(y, truth[rows], w), known[rows])
+        found["iou"] = F.mse_loss(predicted.float(), hard_iou(y, m[rows], w))
+        found |= {"trusted": trusted.float().mean(), "entropy": entropy.mean()}
+        return found | {f"trusted_{n}": mean_over(trusted.float(), chosen) for n, chosen in by_size(m).items()}
+
+
+def by_size(m: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return which targets are small (up to 5 % of the frame), medium (up to 20 %) and large, (B,) bool each."""
+    area = m.flatten(1).mean(1)
+    return {"small": area <= 0.05, "medium": (area > 0.05) & (area <= 0.2), "large": area > 0.2}

@@ -1,4 +1,4 @@
-"""The low-resolution grid: masks and boxes on it, means over a batch."""
+"""Masks and boxes on the low-resolution grid, and means over a batch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lesionsam.types import Batch
 
 
 def to_grid(values: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, S, S) -> (B, side, side) by area average; side divides S."""
+    """Average by area, (B, S, S) -> (B, side, side); side divides S."""
     return F.avg_pool2d(values[:, None].float(), values.shape[-1] // side)[:, 0]
 
 
 def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which columns and rows of a grid have their centre in a box.
+    """Return which columns and rows of a grid have their centre in a box.
 
     Args:
         boxes: (B, 4) XYXY, model frame of `side`. cells: columns and rows of the grid.
@@ -29,13 +29,13 @@ def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor,
 
 
 def box_pixels(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
-    """(B, cells, cells) bool: cells whose centre lies in the box; see `box_cells`."""
+    """Return the cells whose centre lies in the box, (B, cells, cells) bool; see `box_cells`."""
     columns, rows = box_cells(boxes, cells, side)
     return rows[:, :, None] & columns[:, None]
 
 
 def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
-    """(B, cells, cells) bool: cells whose centre lies in the box; at least the one that holds the box's centre."""
+    """Return the cells whose centre lies in the box, at least that of the box's own centre, (B, cells, cells) bool."""
     inside = box_pixels(boxes, cells, side)
     middle = ((boxes[:, :2] + boxes[:, 2:]) / 2 * (cells / side)).long().clamp(0, cells - 1)
     inside[torch.arange(len(boxes), device=boxes.device), middle[:, 1], middle[:, 0]] = True
@@ -43,7 +43,7 @@ def box_grid(boxes: torch.Tensor, cells: int, side: int) -> torch.Tensor:
 
 
 def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """True masks on the grid: (B, side, side) share of lesion (0 where unknown) and (B,) bool, whether known."""
+    """Return the true masks on the grid, (B, side, side) share of lesion or 0, and which are known, (B,) bool."""
     if batch.masks is None:
         device = batch.images.device
         return (
@@ -55,6 +55,6 @@ def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Mean of (B,) values over the chosen ones (bool or weights); 0 where there are none."""
+    """Return the mean of (B,) values over the chosen ones (bool or weights); 0 if there are none."""
     weights = chosen.to(values.dtype)
     return (values * weights).sum() / weights.sum().clamp(min=1e-6)

@@ -14,7 +14,7 @@ from lesionsam.types import Batch, to_device
 
 
 def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generator) -> list[str]:
-    """`count` kinds of prompt in the proportions of `shares`, stratified (a draw per 1/count) and shuffled."""
+    """Draw `count` kinds of prompt in the proportions of `shares`, stratified (one per 1/count) and shuffled."""
     names = [name for name, share in shares.items() if share > 0]
     cumulative = np.cumsum([shares[name] for name in names])
     positions = (np.arange(count) + torch.rand(1, generator=generator).item()) / count
@@ -25,7 +25,7 @@ def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generat
 def draw_groups(
     shares: Mapping[str, float], count: int, repeats: int, generator: torch.Generator
 ) -> list[tuple[str, torch.Tensor]]:
-    """Kinds of prompt for `repeats` prompts of each of `count` images: (kind, (G,) int64 images), a group per kind."""
+    """Draw the kinds of `repeats` prompts for each of `count` images: a group (kind, (G,) int64 images) per kind."""
     rows = torch.arange(count * repeats) % count
     kinds = draw_kinds(shares, len(rows), generator)
     return [(kind, rows[[k for k, drawn in enumerate(kinds) if drawn == kind]]) for kind in sorted(set(kinds))]

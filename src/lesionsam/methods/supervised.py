@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: true masks as the target, in the same loop.
+"""Supervised fine-tuning with true masks as the target.
 
-Symbols: y logits (N, K, T, T) of N answers, K mask tokens each (token 0 the single mask, 1 to 3 SAM's candidates for an
-ambiguous prompt); m true masks and w weights on the low-resolution grid (B, T, T); rows, the image of each answer.
+Symbols: y logits (N, K, T, T) of N decoded prompts with K mask tokens each (token 0 is the single mask, 1 to 3 are
+SAM's candidates for an ambiguous prompt); m true masks and w pixel weights on the low-resolution grid; rows (N,) the
+image of each prompt.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from lesionsam.models.teacher import Teacher
 from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
 from lesionsam.types import Batch, Prompts, to_device
 
-LOG_WEIGHTS = "log_weights"  # in the name of the parameter that holds the learnt weights
+LOG_WEIGHTS = "log_weights"  # name of the parameter that holds the logarithms of the learnt weights
 IOU_LOSSES = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 @dataclass(frozen=True)
 class MaskDraws:
-    """How prompts are drawn from masks; `prompts.prompts_from_masks` documents each."""
+    """Settings of prompts drawn from masks; `prompts.prompts_from_masks` documents each."""
 
     box_jitter: float
     max_points: int
@@ -39,17 +40,19 @@ class MaskDraws:
 
 
 @dataclass(frozen=True)
-class Options:
-    """The settings of section `method` in params.yaml, which documents each.
+class SupervisedOptions:
+    """Settings of the method; section `method` of params.yaml documents each.
 
     Attributes:
-        from_masks: how prompts are drawn from the masks; None draws them from the two boxes.
+        iou_weight: weight of the IoU head's term, unless `iou_loss` is `monitor`.
+        average: decay of the running average that is evaluated and kept; 0 = none.
+        from_masks: settings of prompts drawn from the masks; None draws them from the two boxes.
     """
 
     loss: str
     candidates: str
     iou_loss: str
-    beta: float
+    iou_weight: float
     learned_weights: bool
     average: float
     num_points: int
@@ -60,7 +63,7 @@ class Options:
 
 
 class Learner(nn.Module):
-    """SAM and, where they are learnt, the logarithms of the terms' weights: everything that may train."""
+    """SAM and the logarithms of the learnt weights of the loss terms, which is all that may train."""
 
     def __init__(self, sam: Sam, num_weights: int) -> None:
         super().__init__()
@@ -69,62 +72,68 @@ class Learner(nn.Module):
 
 
 class Supervised(Method):
-    """The method; see the module's docstring.
+    """Fine-tune SAM on true masks; see the module's docstring.
 
     Args:
-        sam: the model; what trains is already selected. options: see `Options`.
+        sam: its trained parameters are selected already.
     """
 
-    def __init__(self, sam: Sam, options: Options) -> None:
+    def __init__(self, sam: Sam, options: SupervisedOptions) -> None:
         self.sam, self.options = sam, options
         self.weights = dict(MASK_LOSSES[options.loss])
         if options.iou_loss != "monitor":
-            self.weights["iou"] = options.beta
+            self.weights["iou"] = options.iou_weight
         self.learner = Learner(sam, len(self.weights) if options.learned_weights else 0)
         self.model: nn.Module = self.learner
         self.teacher = Teacher(self.model, options.average) if options.average > 0 else None
         self.kept: nn.Module = self.teacher.module if self.teacher is not None else self.model
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Term]:
-        """The terms of the mask's loss, and that of the IoU head (or its monitor, without gradient).
+    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+        """Return the terms of the mask's loss and of the IoU head; the latter may be a monitor.
 
-        With learnt weights each term counts exp(s) times its own weight, and `weighting` = -sum(s) keeps s from falling
-        for ever: at the optimum exp(s) is the reciprocal of the weighted term (after Kendall et al. 2018,
-        arXiv:1705.07115, with s = -2 log sigma).
+        A learnt weight is exp(s) times the term's own weight; the term `weighting` = -sum(s) keeps s from falling
+        without end: at the optimum exp(s) is the reciprocal of the weighted term (after Kendall et al. 2018,
+        arXiv:1705.07115, with s = -2 log sigma). The learnt weights are monitors.
         """
         o = self.options
-        y, predicted, rows = self.answers(batch, generator)
+        y, predicted, rows = self.decode(batch, generator)
         m, known = known_masks(batch, y.shape[-1])
         m, known, w = m[rows], known[rows], to_grid(batch.valid, y.shape[-1])[rows]
-        mask_weights = MASK_LOSSES[o.loss]
         tokens = range(y.shape[1])
-        parts = {name: torch.stack([MASK_TERMS[name](y[:, k], m, w) for k in tokens], 1) for name in mask_weights}
+        parts = {
+            name: torch.stack([MASK_TERMS[name](y[:, k], m, w) for k in tokens], 1) for name in MASK_LOSSES[o.loss]
+        }
         values = {name: mean_over(self.chosen(part, parts), known) for name, part in parts.items()}
         true_iou = torch.stack([hard_iou(y[:, k].detach(), m, w) for k in tokens], 1)
+        monitors: dict[str, torch.Tensor] = {}
         if o.iou_loss == "monitor":
-            with torch.no_grad():
-                iou = mean_over((predicted.float() - true_iou).square().mean(1), known)
-            terms = {"iou": Term(iou, o.beta, monitor=True)}
+            monitors["iou"] = mean_over((predicted.detach().float() - true_iou).square().mean(1), known)
         else:
             error = IOU_LOSSES[o.iou_loss](predicted.float(), true_iou, reduction="none")
-            values["iou"], terms = mean_over(error.mean(1), known), {}
+            values["iou"] = mean_over(error.mean(1), known)
         log_weights = self.learner.log_weights
         if log_weights is None:
-            return {name: Term(value, self.weights[name]) for name, value in values.items()} | terms
-        weights = [self.weights[name] * s.exp() for name, s in zip(values, log_weights, strict=True)]
-        learnt = {name: Term(value, weight) for (name, value), weight in zip(values.items(), weights, strict=True)}
-        return learnt | {"weighting": Term(-log_weights.sum(), 1.0)} | terms
+            return {name: Term(value, self.weights[name]) for name, value in values.items()}, monitors
+        learnt = dict(zip(values, log_weights.exp(), strict=True))
+        terms = {name: Term(value, self.weights[name] * learnt[name]) for name, value in values.items()}
+        terms["weighting"] = Term(-log_weights.sum(), 1.0)
+        return terms, monitors | {f"weight_{name}": factor.detach() for name, factor in learnt.items()}
+
+    def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Return the number of images with a mask, which every mean over masks is over."""
+        known = known_masks(batch, 1)[1].sum()  # every image has the same number of prompts
+        return dict.fromkeys([*self.weights, "iou"], known)
 
     def chosen(self, part: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """(N, K) -> (N,): the single mask's value, plus that of the candidate whose whole loss is least."""
+        """Return the single mask's value plus that of the candidate with the least total loss, (N, K) -> (N,)."""
         if part.shape[1] == 1:
             return part[:, 0]
         whole = torch.stack([MASK_LOSSES[self.options.loss][name] * value for name, value in parts.items()]).sum(0)
         best = whole[:, 1:].argmin(1, keepdim=True) + 1
         return part[:, 0] + part.gather(1, best)[:, 0]
 
-    def answers(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Decode every image under prompts of drawn kinds, and again after each correction.
+    def decode(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode every image under prompts of drawn kinds, and again after each correction point.
 
         Returns:
             y (N, K, T, T), iou_predictions (N, K), rows (N,) int64; N = B * prompts_per_image * (1 + corrections).
@@ -152,7 +161,7 @@ class Supervised(Method):
     def prompt(
         self, kind: str, batch: Batch, picked: torch.Tensor, masks: torch.Tensor, generator: torch.Generator
     ) -> Prompts:
-        """One prompt of a kind for each of the picked images, from the two boxes or from the masks (B, S, S) bool."""
+        """Draw one prompt of a kind for each picked image, from the two boxes or from the masks (B, S, S) bool."""
         o, big, small = self.options, batch.big_boxes[picked], batch.small_boxes[picked]
         if o.from_masks is None:
             return draw_prompts(kind, big, small, num_points=o.num_points, generator=generator)
@@ -170,14 +179,7 @@ class Supervised(Method):
             generator=generator,
         )
 
-    def after_step(self) -> None:
-        """The average of the weights follows, where there is one."""
+    def after_step(self, taken: bool | torch.Tensor = True) -> None:
+        """Update the running average, if there is one."""
         if self.teacher is not None:
-            self.teacher.update()
-
-    def monitors(self) -> dict[str, torch.Tensor]:
-        """The learnt weights."""
-        log_weights = self.learner.log_weights
-        if log_weights is None:
-            return {}
-        return {f"weight_{name}": s.exp().detach() for name, s in zip(self.weights, log_weights, strict=True)}
+            self.teacher.update(taken)

@@ -10,7 +10,7 @@ from lesionsam.methods.grid import box_pixels
 
 
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
-    """(B, 4) XYXY -> (B, side, side): `box_prior.ellipse_prior` batched, on the model frame."""
+    """Return `boxes.prior.ellipse_prior` batched on the model frame, (B, 4) XYXY -> (B, side, side) logits."""
     position = torch.arange(side, device=big_boxes.device) + 0.5
     centre, half = (
         (big_boxes[:, :2] + big_boxes[:, 2:]) / 2,
@@ -22,7 +22,7 @@ def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool) -> torch.Tensor:
-    """The next image's target in place of one's own: what remains is what geometry alone teaches.
+    """Replace each target by the next image's, so that only geometry can be learnt.
 
     Args:
         logits: (B, S, S), B >= 2. big_boxes: (B, 4) XYXY.
@@ -30,7 +30,7 @@ def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool)
     Returns:
         (B, S, S).
     Raises:
-        ValueError: a batch of one image, which has no other.
+        ValueError: the batch has one image only.
     """
     if len(logits) < 2:
         raise ValueError("a placebo needs a batch of at least 2 images")

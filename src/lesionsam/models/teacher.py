@@ -37,11 +37,19 @@ class Teacher:
         self.module.eval()
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take one averaging step, after the student's optimiser step."""
-        torch._foreach_lerp_(self._averages, [p.detach() for p in self._sources], 1 - self.decay)
+    def update(self, taken: bool | torch.Tensor = True) -> None:
+        """Average once, after the student's optimiser step.
+
+        Args:
+            taken: whether the step was taken; if not, nothing changes. May be a bool scalar on the device.
+        """
+        sources, weight = [p.detach() for p in self._sources], 1 - self.decay
+        if taken is True:
+            torch._foreach_lerp_(self._averages, sources, weight)
+        else:  # t + taken (1 - d) (s - t), without reading `taken`
+            change = torch._foreach_sub(sources, self._averages)
+            torch._foreach_mul_(change, taken * torch.tensor(weight, device=sources[0].device))
+            torch._foreach_add_(self._averages, change)
         for average, source in self._buffers:
-            if average.is_floating_point():
-                average.lerp_(source, 1 - self.decay)
-            else:
-                average.copy_(source)
+            new = torch.lerp(average, source, weight) if average.is_floating_point() else source
+            average.copy_(new if taken is True else torch.where(torch.as_tensor(taken), new, average))

@@ -29,7 +29,7 @@ from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.sweep.space import Dimension
-from lesionsam.training.loop import step_generator
+from lesionsam.training.gradients import step_generator
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file

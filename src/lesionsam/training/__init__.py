@@ -6,10 +6,8 @@ from lesionsam.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lesionsam.training.loop import fit
-    from lesionsam.training.optimizer import Group, parameter_groups, schedule_factor
+    from lesionsam.training.optimizer import Group, Schedule, parameter_groups
     from lesionsam.training.state import Progress
 
-__all__ = ["Group", "Progress", "fit", "parameter_groups", "schedule_factor"]
-__getattr__, __dir__ = lazy_names(
-    __name__, loop="fit", optimizer="Group parameter_groups schedule_factor", state="Progress"
-)
+__all__ = ["Group", "Progress", "Schedule", "fit", "parameter_groups"]
+__getattr__, __dir__ = lazy_names(__name__, loop="fit", optimizer="Group parameter_groups Schedule", state="Progress")

@@ -1,54 +1,99 @@
-"""Check that every term that is switched on has a gradient."""
+"""Check in a run's first steps that every term of the loss has a gradient and that the head has not collapsed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method, Term
-from lesionsam.models.projection import COLLAPSED_COSINE
+from lesionsam.models.projection import COLLAPSED_COSINE, spread
 from lesionsam.training.state import Progress
 
-LIVENESS_STEPS = range(9)  # steps whose terms are checked for gradient; in the first one distillation has none
+LIVENESS_STEPS = range(9)  # steps that are watched; in the first, distillation is at its minimum, without gradient
 
 
-def note_alive(terms: Mapping[str, Term], parameters: Sequence[nn.Parameter], alive: list[str]) -> None:
-    """Add to `alive` the terms whose gradient is not zero in this batch."""
-    for name, term in terms.items():
-        if name not in alive and term.value.requires_grad and term.weight > 0:
-            gradients = torch.autograd.grad(term.value, parameters, retain_graph=True, allow_unused=True)
-            if any(g is not None and bool((g != 0).any()) for g in gradients):
-                alive.append(name)
+class Liveness:
+    """Watch the first steps of a run.
 
-
-def check_alive(terms: Mapping[str, Term], method: Method, at: Progress, say: Callable[[str], None]) -> None:
-    """Stop when a term that is switched on never had a gradient; a gate that trusts nobody is named as the reason.
-
-    A run of one step is only warned about: distillation starts at zero, with gradient zero.
+    Args:
+        parameters: all that train. at: `alive` holds the terms that have had a gradient. say: receives warnings.
     """
-    for name, term in terms.items():
-        if not term.monitor and name not in at.alive:
-            trusted = method.monitors().get("trusted")
-            if trusted is not None and float(trusted) == 0:
-                say(
-                    f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
-                    f"(mean entropy {float(method.monitors()['entropy']):.3f}; raise method.gate.entropy_thresh)"
-                )
-            elif at.step < 2:
-                say(f"warning: the term `{name}` had no gradient in the one step of this run")
-            else:
-                weight = torch.as_tensor(term.weight).item()
+
+    def __init__(
+        self, method: Method, parameters: Sequence[nn.Parameter], at: Progress, say: Callable[[str], None]
+    ) -> None:
+        self.method, self.parameters, self.at, self.say = method, parameters, at, say
+        self.projected: torch.Tensor | None = None
+        self._hook: Any = None
+        if method.head is not None and at.step in LIVENESS_STEPS:
+            self._hook = method.head.register_forward_hook(self._keep_projected)
+
+    def _keep_projected(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:  # the student's; a head that is shared projects the teacher's pixels too
+            self.projected = output.detach()
+
+    def note(self, terms: Mapping[str, Term]) -> None:
+        """Note the terms whose gradient is not zero; call it between the forward and the backward pass.
+
+        Raises:
+            UserError: a term does not depend on anything that trains.
+        """
+        if self.at.step not in LIVENESS_STEPS:
+            return
+        for name, term in terms.items():
+            if not term.value.requires_grad:
                 raise UserError(
-                    f"the term `{name}` is switched on (weight {weight:g}) but its gradient was zero in each of the "
-                    f"first {min(at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or change what it depends on"
+                    f"the term `{name}` is switched on (weight {weight_of(term):g}) but depends on nothing that "
+                    "trains; set its weight to 0 or train what it depends on"
                 )
-    measured = method.head_spread() if "contrast" in terms else None
-    if measured is not None and measured["mean_cosine"] > COLLAPSED_COSINE:
-        say(
-            f"warning: the projection head has collapsed (mean cosine {measured['mean_cosine']:.3f}, channel std "
-            f"{measured['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
-            "temperature"
-        )
+            if name not in self.at.alive:
+                gradients = torch.autograd.grad(term.value, self.parameters, retain_graph=True, allow_unused=True)
+                if any(g is not None and bool((g != 0).any()) for g in gradients):
+                    self.at.alive.append(name)
+
+    def check(self, terms: Mapping[str, Term], monitors: Mapping[str, torch.Tensor], *, over: bool = False) -> None:
+        """Stop the run if a term has had no gradient in the watched steps.
+
+        It only warns if the gate trusted no image, and after a single step: distillation starts without gradient.
+
+        Args:
+            terms, monitors: of the last step. over: the run ends, which may be before the last watched step.
+        Raises:
+            UserError: a term has had no gradient.
+        """
+        if self.at.step != LIVENESS_STEPS.stop and not (over and self.at.step < LIVENESS_STEPS.stop):
+            return
+        for name in (name for name in terms if name not in self.at.alive):
+            if "trusted" in monitors and float(monitors["trusted"]) == 0:
+                self.say(
+                    f"warning: the term `{name}` has had no gradient so far: the gate trusted no image "
+                    f"(mean entropy {float(monitors['entropy']):.3f}; raise method.gate.entropy_thresh)"
+                )
+            elif self.at.step < 2:
+                self.say(f"warning: the term `{name}` had no gradient in the one step of this run")
+            else:
+                raise UserError(
+                    f"the term `{name}` is switched on (weight {weight_of(terms[name]):g}) but its gradient was zero "
+                    f"in each of the first {min(self.at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or "
+                    "change what it depends on"
+                )
+        if self.projected is not None:
+            found = spread(self.projected)
+            if found["mean_cosine"] > COLLAPSED_COSINE:
+                self.say(
+                    f"warning: the projection head has collapsed (mean cosine {found['mean_cosine']:.3f}, channel std "
+                    f"{found['channel_std']:.4f}): the contrastive term teaches nothing; lower its learning rate or "
+                    "temperature"
+                )
+        self.projected = None
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def weight_of(term: Term) -> float:
+    """Return the weight of a term as a number."""
+    return float(torch.as_tensor(term.weight))

@@ -1,61 +1,65 @@
-"""THE loop: one for every method. It knows no tracker, no sweep, no config: it is handed functions."""
+"""The training loop, the same for every method. It knows no tracker, no sweep and no configuration."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
-from lesionsam.data.augment import Distortion
+from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import Batches
 from lesionsam.errors import Interrupted
-from lesionsam.methods.base import Method, Term
-from lesionsam.training.liveness import LIVENESS_STEPS, check_alive, note_alive
-from lesionsam.training.oom import Moment, in_parts, make_smaller
-from lesionsam.training.optimizer import Group, Steps, async_flag, nonfinite_terms
-from lesionsam.training.progress import Log, flush, progress_line
+from lesionsam.methods.base import Method
+from lesionsam.training.gradients import Part, StepValues, add_gradients, draw_seed
+from lesionsam.training.liveness import Liveness
+from lesionsam.training.oom import split, with_smaller_parts
+from lesionsam.training.optimizer import Group, Steps, build_optimizer, clip_gradients, set_learning_rates
+from lesionsam.training.progress import Clock, Log, StepLog, progress_line
 from lesionsam.training.state import Progress, load_state, save_best, save_state
 from lesionsam.types import Batch
 from lesionsam.utils.progress import progress
 
 Evaluate = Callable[[int], Mapping[str, float]]
 
-FLUSH_STEPS = 20  # steps whose values wait on the device before they are logged
 SAVE_SECONDS = 600.0  # between saves inside a long epoch
 OBJECTIVE = "objective"
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """Source of every draw of one step: a function of (seed, step), so that nothing need be remembered for a resume."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+@dataclass(frozen=True)
+class Settings:
+    """How long and in what steps a run trains.
+
+    Attributes:
+        accumulate: batches of one optimiser step. clip: greatest norm of the gradient.
+        precision: fp32, bf16 or fp16 autocast; losses are always fp32.
+        schedule: step -> factor of every learning rate. weight_decay, betas: of AdamW.
+        patience: epochs without a better objective before the run ends; 0 = never.
+    """
+
+    epochs: int
+    batch_size: int
+    accumulate: int
+    clip: float
+    precision: str
+    seed: int
+    patience: int
+    schedule: Callable[[int], float]
+    augmentation: Augmentation
+    weight_decay: float
+    betas: tuple[float, float]
 
 
 def fit(
     method: Method,
     data: Batches,
-    *,
     groups: Sequence[Group],
-    epochs: int,
-    batch_size: int,
-    accumulate: int,
-    weight_decay: float,
-    betas: tuple[float, float],
-    factor: Callable[[int], float],
-    clip: float,
-    precision: str,
-    seed: int,
-    augment: bool,
-    widen: float,
-    distort: Distortion | None,
-    patience: int,
-    device: torch.device,
+    settings: Settings,
+    *,
     evaluate: Evaluate,
     log: Log,
     folder: Path,
@@ -63,194 +67,119 @@ def fit(
     say: Callable[[str], None] = print,
     stop_requested: Callable[[], int] = lambda: 0,
 ) -> Progress:
-    """Train a method on a data set; resume where `folder` says a killed run stood.
+    """Train a method; resume from the newest state in `folder`.
 
     Args:
-        groups: every trained parameter, once. factor: step -> factor of every group's learning rate.
-        betas: of AdamW. augment, widen, distort: see `LesionDataset.epoch`.
-        precision: fp32, bf16 or fp16 autocast; losses are fp32 always.
-        patience: epochs without a better objective before stopping; 0 = never.
+        groups: every trained parameter, once.
         evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
-        log: receives (values, step); the loop knows nothing of where they go.
-        folder: scratch of this run, of this configuration alone; holds the training states and best.pt.
-        parts: that a new run makes each batch in, for the memory's sake; more when that turns out too small.
-        stop_requested: the number of a signal that asks for it, else 0; asked after each step and each epoch.
+        log: receives (values, step).
+        folder: scratch folder of this run alone; holds the training states and best.pt.
+        parts: number of parts that each batch is computed in, to save memory; doubled if the memory runs out.
+        stop_requested: returns the number of a signal that asks the run to stop, else 0.
     Raises:
-        Interrupted: it was asked to end, and has saved its state.
-        UserError: loss or gradient is not finite several times, or a term that is switched on has no gradient.
+        Interrupted: the run was asked to stop and has saved its state.
+        UserError: several steps in a row were not finite, or a term that is switched on has no gradient.
     """
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(g.parameters), "lr": g.learning_rate, "base": g.learning_rate}
-            | ({"weight_decay": 0.0} if g.apart else {})
-            for g in groups
-        ],
-        weight_decay=weight_decay,
-        betas=betas,
-        fused=device.type == "cuda",
-    )
-    scaler = torch.amp.GradScaler(enabled=precision == "fp16" and device.type == "cuda")
-    parameters = [p for g in groups for p in g.parameters]
-    clipped = [p for g in groups if not g.apart for p in g.parameters]
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.model.modules())
+    s, device = settings, groups[0].parameters[0].device
+    optimizer = build_optimizer(groups, weight_decay=s.weight_decay, betas=s.betas)
+    scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16" and device.type == "cuda")
     at = load_state(folder, method, optimizer, scaler) or Progress(parts=parts)
-    steps = Steps(optimizer, scaler, at, say)
     if at.step:
         say(f"resuming after epoch {at.epoch}, step {at.step}")
-    num_batches = data.batches_per_epoch(batch_size)
-    waiting: list[tuple[int, dict[str, torch.Tensor]]] = []
-    begun, begun_at, saved = time.monotonic(), at.epoch * num_batches + at.batch, time.monotonic()
-    terms: Mapping[str, Term] = {}
-    ids: list[str] = []  # of the images of a group of batches
+    steps, values, clock = Steps(optimizer, scaler, at, say), StepLog(at, log), Clock(at)
+    liveness = Liveness(method, [p for g in groups for p in g.parameters], at, say)
+    num_batches, found = data.batches_per_epoch(s.batch_size), None
 
-    def is_over() -> bool:
-        return at.epoch >= epochs or 0 < patience <= at.epoch - at.best_epoch
+    def save(ending: int) -> None:
+        save_state(folder, at, method, optimizer, scaler)
+        clock.saved = time.monotonic()
+        if ending:
+            raise Interrupted(ending)
 
-    while not is_over():
+    while not is_over(at, s):
         method.model.train()
-        entered = time.monotonic()
-        batches = epoch_from(at, data, batch_size=batch_size, seed=seed, augment=augment, widen=widen, distort=distort)
-        for batch in progress(batches, total=num_batches - at.batch, title=f"epoch {at.epoch + 1}"):
-            number = at.epoch * num_batches + at.batch  # of this batch since the beginning
-            generator = step_generator(seed, number)
-            if drops:  # torch's dropout reads the global state alone: made a function of (seed, batch), for resumes
-                torch.manual_seed(generator.initial_seed())
-            if at.batch % accumulate == 0:
-                before, ids, is_finite = Moment.of(at, method, len(waiting)), [], True
-            group_size = min(accumulate, num_batches - at.batch // accumulate * accumulate)  # the last may be short
-            finite: list[Callable[[], bool]] = []
-            outcome = in_parts(
-                batch.to(device),
-                at.parts,
-                partial(
-                    add_gradients,
-                    method,
-                    generator=generator,
-                    precision=precision,
-                    scaler=scaler,
-                    group_size=group_size,
-                    watched=parameters if at.step in LIVENESS_STEPS else (),
-                    alive=at.alive,
-                    finite=finite,
-                ),
-            )
-            if isinstance(outcome, str):  # out of memory: once more from the beginning of the group, in smaller parts
-                optimizer.zero_grad()
-                del waiting[before.num_waiting :]
-                before.restore(at, method)
-                make_smaller(at, batch, method, outcome, say)
-                continue
-            terms, values = outcome
-            ids += batch.ids
-            losses_finite = all(read() for read in finite)  # waits for forward passes alone, see `async_flag`
-            steps.settle()
-            if not losses_finite:
-                is_finite = False
-                steps.skip(f"the loss ({nonfinite_terms(terms, values)})", batch.ids, at.step)
-            last = at.batch + 1 == num_batches
-            if (at.batch + 1) % accumulate == 0 or last:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base"] * factor(at.step)
-                if is_finite:
-                    scaler.unscale_(optimizer)
-                    if steps.take(nn.utils.clip_grad_norm_(clipped, clip), ids):
-                        method.after_step()
-                optimizer.zero_grad()
-                at.step += 1
-                if at.step == LIVENESS_STEPS.stop:
-                    check_alive(terms, method, at, say)
-            waiting.append((at.step, values))
-            if (len(waiting) >= FLUSH_STEPS and (at.batch + 1) % accumulate == 0) or last:
-                flush(waiting, at, log, optimizer.param_groups[0]["lr"])
-            at.batch += 1
-            due = bool(ending := stop_requested()) or (time.monotonic() - saved > SAVE_SECONDS and not last)
-            if last or due:
+        clock.start()
+        for batches in step_batches(data, at, s, device):
+            found = forward_backward(method, batches, at, s, num_batches, scaler, liveness, say)
+            rates = set_learning_rates(optimizer, s.schedule(at.step))
+            scaler.unscale_(optimizer)
+            taken = steps.take(clip_gradients(groups, s.clip), found.losses, found.ids)
+            if taken is not False:  # True, or a flag on the device
+                method.after_step(taken)
+            optimizer.zero_grad()
+            at.step, at.batch = at.step + 1, at.batch + len(batches)
+            values.add(found.losses, found.means, rates)
+            liveness.check(found.terms, found.monitors)
+            ending, is_last = stop_requested(), at.batch == num_batches
+            if ending or (time.monotonic() - clock.saved > SAVE_SECONDS and not is_last):
                 steps.settle()
-            if due and (last or at.batch % accumulate == 0):
-                flush(waiting, at, log, optimizer.param_groups[0]["lr"])
-                at.seconds, entered = at.seconds + time.monotonic() - entered, time.monotonic()
-                save_state(folder, at, method, optimizer, scaler)
-                saved = time.monotonic()
-                if ending:
-                    raise Interrupted(ending)
+                values.flush()
+                clock.stop()
+                save(ending)
+                clock.start()
 
-        at.seconds += time.monotonic() - entered
-        means = {name: value / at.sums["batches"] for name, value in at.sums.items() if name != "batches"}
-        at.epoch, at.batch, at.sums = at.epoch + 1, 0, {}
+        steps.settle()
+        means = values.end_epoch()
+        clock.stop()
+        at.epoch, at.batch = at.epoch + 1, 0
         method.model.eval()
         scores = dict(evaluate(at.epoch))
-        log(
-            {f"train_{name}": value for name, value in means.items()}
-            | {f"dev_{n}": v for n, v in scores.items()}
-            | {"epoch": at.epoch},
-            at.step,
-        )
-        if at.best_epoch == 0 or not (scores[OBJECTIVE] <= at.best_score or math.isnan(scores[OBJECTIVE])):
+        log(epoch_values(at, means, scores), at.step)
+        if is_better(scores[OBJECTIVE], at):
             at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
             save_best(folder, method)
-        if is_over() and at.step < LIVENESS_STEPS.stop:  # a run too short for the check above
-            check_alive(terms, method, at, say)
-        save_state(folder, at, method, optimizer, scaler)
-        saved = time.monotonic()
-        if ending := stop_requested():
-            raise Interrupted(ending)
-        spent = (time.monotonic() - begun) / max(1, at.epoch * num_batches - begun_at)
-        say(progress_line(at, means, scores, eta=spent * (epochs - at.epoch) * num_batches))
+        if found is not None and is_over(at, s):  # a run may end before the last watched step
+            liveness.check(found.terms, found.monitors, over=True)
+        save(stop_requested())
+        steps_left = (s.epochs - at.epoch) * -(-num_batches // s.accumulate)
+        say(progress_line(at, means, scores, eta=clock.seconds_left(steps_left)))
     return at
 
 
-# ---- parts of the loop, in the order of their use ----------------------------------------------------------------
+def step_batches(data: Batches, at: Progress, s: Settings, device: torch.device) -> Iterator[list[Batch]]:
+    """Yield the batches of each step of the present epoch, from where the run stands; show a progress bar."""
+    rest = data.epoch(s.batch_size, seed=s.seed, epoch=at.epoch, augmentation=s.augmentation, start=at.batch)
+    total = data.batches_per_epoch(s.batch_size) - at.batch
+    batches = progress((batch.to(device) for batch in rest), total=total, title=f"epoch {at.epoch + 1}")
+    while group := list(islice(batches, s.accumulate)):  # the last group of an epoch may be shorter
+        yield group
 
 
-def epoch_from(at: Progress, data: Batches, *, batch_size: int, **options: Any) -> Iterator[Batch]:
-    """The batches of epoch `at.epoch` from number `at.batch` on, also when that is set back between two of them."""
-    while at.batch < data.batches_per_epoch(batch_size):
-        for batch in data.epoch(batch_size, epoch=at.epoch, start=at.batch, **options):
-            number = at.batch
-            yield batch
-            if at.batch != number + 1:
-                break
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision for the forward pass; losses cast to fp32 themselves."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def add_gradients(
+def forward_backward(
     method: Method,
-    part: Batch,
-    share: float,
-    *,
-    generator: torch.Generator,
-    precision: str,
+    batches: Sequence[Batch],
+    at: Progress,
+    s: Settings,
+    num_batches: int,
     scaler: torch.amp.GradScaler,
-    group_size: int,
-    watched: Sequence[nn.Parameter],
-    alive: list[str],
-    finite: list[Callable[[], bool]],
-) -> tuple[Mapping[str, Term], dict[str, torch.Tensor]]:
-    """Forward and backward of a batch, or of a `share` of one; gradients are those of a mean over the group's batches.
+    liveness: Liveness,
+    say: Callable[[str], None],
+) -> StepValues:
+    """Add the gradients of a step's batches, in smaller parts once the memory has run out."""
+    first = at.epoch * num_batches + at.batch  # number of the first batch since the beginning of the run
 
-    Args:
-        watched, alive: parameters by which terms are found alive, see `note_alive`; none: they are not looked at.
-        finite: is given what tells whether the loss is finite; where it is not, the gradients are good for nothing.
-    Returns:
-        the terms; `loss`, terms and monitors, detached.
-    """
-    with autocast(part.images.device, precision):
-        terms = method.losses(part, generator)
-    total = sum_of(terms)
-    if watched:
-        note_alive(terms, watched, alive)
-    finite.append(async_flag(torch.isfinite(total.detach())))  # asked for before the backward pass is queued
-    scaler.scale(total * share / group_size).backward()
-    values = {name: term.value.detach() for name, term in terms.items()} | method.monitors()
-    return terms, {"loss": total.detach(), **values}
+    def compute(num_parts: int) -> StepValues:
+        parts = [
+            Part(part, draw_seed(s.seed, first + b, k))
+            for b, batch in enumerate(batches)
+            for k, part in enumerate(split(batch, num_parts))
+        ]
+        return add_gradients(method, parts, precision=s.precision, scaler=scaler, after_forward=liveness.note)
+
+    return with_smaller_parts(compute, batches, method, at, say)
 
 
-def sum_of(terms: Mapping[str, Term]) -> torch.Tensor:
-    """L = sum of weight times value; monitors carry no gradient."""
-    return torch.stack([term.weight * term.value.float() for term in terms.values()]).sum()
+def is_over(at: Progress, s: Settings) -> bool:
+    """Return whether all epochs are done or the patience is at an end."""
+    return at.epoch >= s.epochs or 0 < s.patience <= at.epoch - at.best_epoch
+
+
+def is_better(score: float, at: Progress) -> bool:
+    """Return whether a score is the first or above the best; NaN never is above."""
+    return at.best_epoch == 0 or not (score <= at.best_score or math.isnan(score))
+
+
+def epoch_values(at: Progress, means: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
+    """Return what is logged of an epoch: means over its steps and scores of the development split."""
+    trained = {f"train_{name}": value for name, value in means.items() if name != "total"}
+    return trained | {f"dev_{name}": value for name, value in scores.items()} | {"epoch": at.epoch}

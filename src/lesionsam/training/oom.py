@@ -1,85 +1,79 @@
-"""When the memory does not hold a step: batches in parts, begun again with more of them."""
+"""Recovery from running out of memory: undo the step and compute it in smaller parts."""
 
 from __future__ import annotations
 
-import copy
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.methods.base import Method, Term
+from lesionsam.methods.base import Method
 from lesionsam.training.state import Progress
 from lesionsam.types import Batch
 
-Values = dict[str, torch.Tensor]
+Result = TypeVar("Result")
 
 
-def in_parts(
-    batch: Batch, parts: int, add_gradients: Callable[[Batch, float], tuple[Mapping[str, Term], Values]]
-) -> tuple[Mapping[str, Term], Values] | str:
-    """Forward and backward of a batch in so many parts, one after the other, whose gradients add up.
-
-    Args:
-        add_gradients: (part, its share of the batch) -> terms and scalars of the part; `loss` among the scalars.
-    Returns:
-        terms of the last part and the scalars' means over the batch. Or, where the memory did not suffice, what torch
-        said; the gradients are then good for nothing.
-    """
-    means: dict[str, Any] = {}
-    bounds = [round(k * len(batch.ids) / parts) for k in range(parts + 1)]
-    try:
-        for low, high in pairwise(bounds):
-            share = (high - low) / len(batch.ids)
-            terms, values = add_gradients(batch[low:high] if parts > 1 else batch, share)
-            means = values if parts == 1 else {name: means.get(name, 0) + share * v for name, v in values.items()}
-        return terms, means
-    except torch.OutOfMemoryError as error:
-        return str(error).partition("\n")[0]
+def split(batch: Batch, num_parts: int) -> list[Batch]:
+    """Split a batch into parts of nearly equal size."""
+    bounds = [round(k * len(batch.ids) / num_parts) for k in range(num_parts + 1)]
+    return [batch[low:high] for low, high in pairwise(bounds)] if num_parts > 1 else [batch]
 
 
 @dataclass(frozen=True)
-class Moment:
-    """How things stood before a group of batches: all that one changes, gradients aside."""
+class Snapshot:
+    """What a forward pass changes, to undo it."""
 
-    progress: dict[str, Any]
     buffers: list[torch.Tensor]
-    num_waiting: int
+    alive: list[str]
 
     @classmethod
-    def of(cls, at: Progress, method: Method, num_waiting: int) -> Moment:
-        """This moment."""
-        return cls(copy.deepcopy(vars(at)), [buffer.clone() for buffer in method.model.buffers()], num_waiting)
+    def take(cls, method: Method, at: Progress) -> Snapshot:
+        """Copy the present state."""
+        return cls([buffer.clone() for buffer in method.model.buffers()], list(at.alive))
 
     @torch.no_grad()
-    def restore(self, at: Progress, method: Method) -> None:
-        """Back to it."""
-        vars(at).update(copy.deepcopy(self.progress))
+    def restore(self, method: Method, at: Progress) -> None:
+        """Go back to it; gradients are dropped."""
+        at.alive = list(self.alive)
         for buffer, value in zip(method.model.buffers(), self.buffers, strict=True):
             buffer.copy_(value)
+        for parameter in method.model.parameters():
+            parameter.grad = None
 
 
-def make_smaller(at: Progress, batch: Batch, method: Method, reason: str, say: Callable[[str], None]) -> None:
-    """Halve what is in memory at once: every batch is made in twice as many parts.
+def with_smaller_parts(
+    compute: Callable[[int], Result], batches: Sequence[Batch], method: Method, at: Progress, say: Callable[[str], None]
+) -> Result:
+    """Return compute(at.parts); each time the memory runs out, undo it, double `at.parts` and try again.
 
+    Args:
+        compute: forward and backward of a step whose batches are each split into so many parts.
     Raises:
-        UserError: a part cannot be smaller.
+        UserError: the smallest parts do not fit either.
     """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    size = len(batch.ids)
-    if size // (2 * at.parts) < method.smallest_batch:
-        raise UserError(
-            f"the GPU's memory does not hold a step of {size // at.parts} image(s) ({reason}); lower model.image_size, "
-            "train fewer blocks (model.unfreeze_last_k) or set train.precision to bf16"
+    while True:
+        snapshot = Snapshot.take(method, at)
+        try:
+            return compute(at.parts)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+        snapshot.restore(method, at)  # after the except block: its traceback holds the tensors of the failed pass
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = len(batches[0].ids)
+        if size // (2 * at.parts) < method.smallest_batch:
+            raise UserError(
+                f"the GPU's memory does not hold a step of {size // at.parts} image(s) ({reason}); lower "
+                "model.image_size, train fewer blocks (model.unfreeze_last_k) or set train.precision to bf16"
+            )
+        at.parts *= 2
+        say(
+            f"out of memory ({reason}); from here on the {size} images of a batch are computed in {at.parts} parts, as "
+            f"with train.batch_size {size // at.parts} and train.accumulate {at.parts} times as large"
         )
-    at.parts *= 2
-    say(
-        f"out of memory ({reason}); from here on the {size} images of a batch are made in {at.parts} parts, as with "
-        f"train.batch_size {size // at.parts} and train.accumulate {at.parts} times as large"
-    )

@@ -1,4 +1,4 @@
-"""What a training keeps on disk: states to resume from, the best epoch's weights, the projection head."""
+"""Save and load training states, the best epoch's weights and the projection head."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lesionsam.methods.base import Method
 from lesionsam.utils.files import atomic_write, free_disk_bytes, write_bytes_atomic
 
 NUM_STATES = 2  # training states kept: the newest and the one to fall back to
-# What reading makes of a file that was cut, written over or never was of this kind.
+# Errors from reading a file that is cut, overwritten or of another kind.
 DAMAGE = (RuntimeError, EOFError, OSError, ValueError, KeyError, UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
 class Progress:
-    """What a run knows of itself beside its weights."""
+    """Where a run stands, beside its weights."""
 
     step: int = 0
     epoch: int = 0  # epochs finished
@@ -35,28 +35,28 @@ class Progress:
     best_epoch: int = 0
     alive: list[str] = field(default_factory=list)
     nonfinite: int = 0
-    parts: int = 1  # that each batch is made in, since the memory did not hold all of it
-    seconds: float = 0.0  # spent in training, evaluations left out
+    parts: int = 1  # that each batch is computed in, to save memory
+    seconds: float = 0.0  # spent in training, without evaluations
     sums: dict[str, float] = field(default_factory=dict)
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Names of a module's trained parameters and of all its buffers."""
+    """Return the names of a module's trained parameters and of all its buffers."""
     return {name for name, p in module.named_parameters() if p.requires_grad} | dict(module.named_buffers()).keys()
 
 
 def state_of(module: nn.Module, names: set[str]) -> dict[str, torch.Tensor]:
-    """Some parameters and buffers of a module, detached, on the CPU."""
+    """Return the named parameters and buffers of a module, detached, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items() if name in names}
 
 
 def trained_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters and all buffers of a module, detached, on the CPU."""
+    """Return the trained parameters and all buffers of a module, detached, on the CPU."""
     return state_of(module, trained_names(module))
 
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save`, atomically; what the disk refuses is an OSError, behind which torch puts an error of its own."""
+    """Save atomically with `torch.save`; raise the OSError of a failing disk, which torch hides behind its own."""
     with atomic_write(path) as file:
         try:
             torch.save(state, file)
@@ -67,10 +67,10 @@ def write_tensors(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """What `write_tensors` wrote, on the CPU; one of `DAMAGE` where it is not whole.
+    """Load what `write_tensors` wrote, onto the CPU; raise one of `DAMAGE` if the file is damaged.
 
-    `torch.load` does not compare the checksums that `torch.save` wrote: a flipped bit would become a weight. And a
-    record that a flipped bit makes a folder it takes for read, whatever was in the memory for it.
+    `torch.load` does not compare the checksums that `torch.save` wrote, so a flipped bit would become a weight. Nor
+    does it read a record that a flipped bit marks as a folder: its values would be whatever was in memory.
     """
     with zipfile.ZipFile(path) as archive:
         if folders := [info.filename for info in archive.infolist() if info.external_attr]:
@@ -81,13 +81,13 @@ def read_tensors(path: Path) -> dict[str, Any]:
 
 
 def check_disk(folder: Path, method: Method) -> None:
-    """Find out before the first step whether the states and weights of a run will have room, and may be written.
+    """Check before the first step that the states and weights of a run fit on the disk and can be written.
 
-    Counted are the states that are kept, the one being written and the best weights (each trained value with its
-    average and the optimiser's two), and the two whole models that a run leaves; less what a resumed one has there.
+    They are: the states that are kept and the one being written (each trained value with its average and the
+    optimiser's two), the best weights, and the two whole models that a run leaves; less what a resumed run has written.
 
     Raises:
-        UserError: too little room. OSError: the folder takes no file.
+        UserError: too little space. OSError: the folder is not writable.
     """
     state, names = method.model.state_dict(), trained_names(method.model)
     whole = sum(value.nbytes for value in state.values())
@@ -105,15 +105,15 @@ def check_disk(folder: Path, method: Method) -> None:
 
 
 def save_best(folder: Path, method: Method) -> None:
-    """Keep what is evaluated (the student, or its average) as folder/best.pt, atomically."""
+    """Save what is evaluated (the student or its average) as folder/best.pt, atomically."""
     write_tensors(folder / "best.pt", state_of(method.kept, trained_names(method.model)))
 
 
 def load_best(folder: Path, module: nn.Module) -> None:
-    """Put the best epoch's parameters back into the student.
+    """Load the best epoch's parameters into the student.
 
     Raises:
-        UserError: they are gone or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         best = read_tensors(folder / "best.pt")
@@ -126,7 +126,7 @@ def load_best(folder: Path, module: nn.Module) -> None:
 
 
 def save_head(method: Method, path: Path) -> None:
-    """Write the projection head of a method that has one, as safetensors, atomically."""
+    """Write the projection head, if the method has one, as safetensors, atomically."""
     if method.head is not None:
         state = {name: value.detach().cpu().contiguous() for name, value in method.head.state_dict().items()}
         write_bytes_atomic(path, safetensors.torch.save(state))
@@ -135,7 +135,7 @@ def save_head(method: Method, path: Path) -> None:
 def save_state(
     folder: Path, at: Progress, method: Method, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> None:
-    """Write everything that a resume needs as one new file; the one before stays to fall back to."""
+    """Write everything that a resume needs as a new file; keep the one before as a fallback."""
     teacher = method.teacher
     averages = None if teacher is None else state_of(teacher.module, trained_names(method.model))
     state = {
