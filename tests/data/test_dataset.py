@@ -21,6 +21,7 @@ from lesionsam.boxes.geometry import inside, model_frame_size
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
+from lesionsam.data.contents import image_sha256, mask_sha256
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
 from lesionsam.types import Batch, Sample
@@ -307,10 +308,47 @@ def test_frames_are_made_once_and_made_anew_when_anything_changes(
     assert decodes([replace(samples[0], small_box=samples[0].small_box + 0.5), *samples[1:]])
     assert not decodes(samples)
     os.utime(samples[0].image_path, ns=(1, 1))
-    assert decodes(samples), "a file of another date"
+    assert not decodes(samples), "another date, the same contents"
     with Image.open(samples[1].image_path) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(samples[1].image_path)
     assert decodes(samples)
+
+
+@pytest.mark.parametrize("kind", ["image_path", "mask_path"])
+def test_a_file_replaced_with_its_size_and_date_kept_is_decoded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As `cp -p` leaves it, in a format without compression."""
+    samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
+    samples = [replace(sample, **{kind: bitmap(getattr(sample, kind))}) for sample in samples]
+    path: Path = getattr(samples[0], kind)
+    load_frames(samples, SIDE, cache)
+    seen, before = counting(monkeypatch), path.stat()
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    load_frames(samples, SIDE, cache)
+    assert len(seen) == 4
+
+
+def bitmap(path: Path) -> Path:
+    """Write the picture again as BMP, and return where."""
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".bmp"))
+    return path.with_suffix(".bmp")
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_file_that_is_not_the_one_of_the_index_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its frames would be kept under the name of the other file's contents."""
+    (sample,) = write_samples(tmp_path / "files", [WIDE])
+    listed = replace(sample, image_sha256=image_sha256(sample), mask_sha256=mask_sha256(sample))
+    path: Path = getattr(sample, f"{kind}_path")
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match=rf"{path.name}: not the file that data/raw/index.csv lists"):
+        load_frames([listed], SIDE, tmp_path / "cache")
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,12 +215,13 @@ def row(image_id: str, split: str, **changes: object) -> Row:
         "width": 4,
         "height": 3,
         "sha256": image_id * 8,
+        "mask_sha256": "",
         **changes,
     }
 
 
 def test_index_comes_back_as_written(tmp_path: Path) -> None:
-    rows = [row("c", "test"), row("é,1", "train", mask_path="m, 1.png"), row("b", "dev"), row("007", "train")]
+    rows = [row("c", "test"), row("é,1", "train", mask_path="m, 1.png", mask_sha256="as given"), row("b", "dev"), row("007", "train")]
     write_index(tmp_path / "index.csv", rows)
     assert list(read_index(tmp_path / "index.csv").values()) == [rows[3], rows[1], rows[2], rows[0]]
 
@@ -232,12 +233,12 @@ def test_index_comes_back_as_written(tmp_path: Path) -> None:
         ("", "expected the columns"),
         ("image_id,split\na,train\n", "expected the columns"),
         (",".join(COLUMNS) + "\n", "no rows"),
-        (",".join(COLUMNS) + "\na,train,i,m,4,3\n", "line 2: expected 7 fields"),
-        (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y\n", "line 2: expected 7 fields"),
-        (",".join(COLUMNS) + "\na,val,i,m,4,3,x\n", "line 2, split: expected train, dev, test, got 'val'"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4,0,x\n", "line 2, height"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4,3,x\na,dev,i,m,4,3,x\n", "line 3, image_id: expected a new id, got 'a'"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3,x\n", "line 2: expected 8 fields"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y,z\n", "line 2: expected 8 fields"),
+        (",".join(COLUMNS) + "\na,val,i,m,4,3,x,y\n", "line 2, split: expected train, dev, test, got 'val'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x,y\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4,0,x,y\n", "line 2, height"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4,3,x,y\na,dev,i,m,4,3,x,y\n", "line 3, image_id: expected a new id, got 'a'"),
     ],
 )
 def test_faulty_index(tmp_path: Path, text: str | None, message: str) -> None:
