@@ -24,6 +24,7 @@ from lesionsam import metrics
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
+from lesionsam.data.contents import load_image, load_mask
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
@@ -40,7 +41,7 @@ from lesionsam.models.transforms import preprocess, resize_longest, upscale
 from lesionsam.training.loop import autocast, step_generator, sum_of
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.images import read_mask
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
 MAX_SIDE = 320
@@ -188,16 +189,6 @@ def out_of_memory_explained() -> Iterator[None]:
             f"the GPU's memory does not suffice ({str(error).splitlines()[0]}); try a smaller --image-size "
             "or a smaller model"
         ) from error
-
-
-def load_image(sample: Sample) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, original frame."""
-    return read_image(sample.image_path)
-
-
-def load_mask(sample: Sample) -> np.ndarray | None:
-    """(H, W) bool, original frame."""
-    return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
 
 
 def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Sample]:

@@ -75,10 +75,12 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def with_mask_hashes(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with `mask_sha256`, of the mask's contents; empty where there is no mask."""
+    """Return the rows with `mask_sha256`, of the mask's contents, added where it is missing; empty without a mask."""
 
     def hashed(row: Row) -> Row:
-        return {"mask_sha256": sha256_file(row["mask_path"]) if row["mask_path"] else "", **row}
+        if "mask_sha256" in row:
+            return row
+        return {**row, "mask_sha256": sha256_file(row["mask_path"]) if row["mask_path"] else ""}
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return list(pool.map(hashed, rows))
