@@ -16,15 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.package_copy import package_copy, recoded, reworded
 from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from lesionsam.boxes.geometry import inside, model_frame_size
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
-from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.contents import image_sha256, mask_sha256
+from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
 from lesionsam.types import Batch, Sample
+from lesionsam.utils import code
+from lesionsam.utils.code import PACKAGE, module_files
 
 WIDE, TALL, SQUARE = (48, 64), (64, 40), (50, 50)
 
@@ -330,6 +333,22 @@ def test_a_file_replaced_with_its_size_and_date_kept_is_decoded_anew(
     assert path.stat().st_size == before.st_size
     load_frames(samples, SIDE, cache)
     assert len(seen) == 4
+
+
+def test_frames_are_made_anew_for_other_code_and_not_for_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, cache = write_samples(tmp_path / "files", [WIDE]), tmp_path / "cache"
+    load_frames(samples, SIDE, cache)
+    seen = counting(monkeypatch)
+    worded = package_copy(tmp_path / "worded", dict.fromkeys(module_files(PACKAGE), reworded))
+    monkeypatch.setattr(code, "PACKAGE", worded)
+    load_frames(samples, SIDE, cache)
+    assert seen == []
+    for name in ("boxes.prior", "utils.images"):
+        monkeypatch.setattr(code, "PACKAGE", package_copy(tmp_path / name, {name: recoded}))
+        load_frames(samples, SIDE, cache)
+    assert len(seen) == 2
 
 
 def bitmap(path: Path) -> Path:

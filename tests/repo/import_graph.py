@@ -58,7 +58,7 @@ def stage_deps(stage: str) -> list[str]:
     A package is named as a folder where the stage runs at least four fifths of the modules in it, or where it ships
     other files too; elsewhere modules are named one by one.
     """
-    needed, files = stage_modules(stage), code.module_files()
+    needed, files = stage_modules(stage), code.module_files(SOURCE / PACKAGE)
     deps = {f"stages/{stage}.py"}
     for name in needed:
         folder = files[name].parent

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 NO_RESULT = ("config", "errors", "tracking", "utils.code", "utils.processes", "utils.progress")
 
 
-def code_digest(*modules: str, without: Iterable[str] = (), package: Path = PACKAGE) -> str:
+def code_digest(*modules: str, without: Iterable[str] = (), package: Path | None = None) -> str:
     """Return the SHA-256, 64 hex digits, of all code that the modules run.
 
     Args:
@@ -32,17 +32,17 @@ def code_digest(*modules: str, without: Iterable[str] = (), package: Path = PACK
     return hashlib.sha256("".join(f"{name} {value}\n" for name, value in digests.items()).encode()).hexdigest()
 
 
-def module_digests(*modules: str, without: Iterable[str] = (), package: Path = PACKAGE) -> dict[str, str]:
+def module_digests(*modules: str, without: Iterable[str] = (), package: Path | None = None) -> dict[str, str]:
     """Return module name -> SHA-256 of its code, for the modules and everything they import; sorted by name.
 
     Args:
         modules, without, package: see `closure`.
     """
-    files = module_files(package)
+    files = module_files(package or PACKAGE)
     return {name: source_digest(files[name]) for name in closure(*modules, without=without, package=package)}
 
 
-def closure(*modules: str, without: Iterable[str] = (), package: Path = PACKAGE) -> list[str]:
+def closure(*modules: str, without: Iterable[str] = (), package: Path | None = None) -> list[str]:
     """Return the modules and all that they import from the package, directly or not, in functions too; sorted.
 
     Imports under `if TYPE_CHECKING` do not count. `__init__` files hold no code of their own and do not count.
@@ -50,10 +50,11 @@ def closure(*modules: str, without: Iterable[str] = (), package: Path = PACKAGE)
     Args:
         modules: dotted names below the package, such as `models.decoder`.
         without: modules or packages that are left out, with whatever only they import.
-        package: folder of the package.
+        package: folder of the package; None: of the one that runs.
     Raises:
         ValueError: no such module.
     """
+    package = package or PACKAGE
     files, left_out = module_files(package), tuple(without)
     for name in left_out:
         if name not in files and not any(known.startswith(f"{name}.") for known in files):
@@ -77,7 +78,7 @@ def is_in(module: str, places: Iterable[str]) -> bool:
 
 
 @cache
-def module_files(package: Path = PACKAGE) -> dict[str, Path]:
+def module_files(package: Path) -> dict[str, Path]:
     """Return dotted name below the package -> source file, without the `__init__` files; sorted by name."""
     found = {}
     for path in sorted(package.rglob("*.py")):
@@ -87,7 +88,7 @@ def module_files(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 @cache
-def package_imports(path: Path, package: Path = PACKAGE) -> tuple[str, ...]:
+def package_imports(path: Path, package: Path) -> tuple[str, ...]:
     """Return the modules of the package, as dotted names below it, that a file imports by itself; sorted."""
     start = f"{package.name}."
     names = {name.removeprefix(start) for name in imported_names(path, package) if name.startswith(start)}
@@ -95,7 +96,7 @@ def package_imports(path: Path, package: Path = PACKAGE) -> tuple[str, ...]:
 
 
 @cache
-def imported_names(path: Path, package: Path = PACKAGE, *, top_level_only: bool = False) -> frozenset[str]:
+def imported_names(path: Path, package: Path, *, top_level_only: bool = False) -> frozenset[str]:
     """Return the absolute dotted names that a file imports; `from a import b` gives both a and a.b.
 
     Args:
