@@ -105,7 +105,7 @@ def main() -> int:
             place = folder / "origin"
             place.mkdir(exist_ok=True)
             with file_lock(place / "lock", "training"):
-                begin(place, origin_of(config, weights, weights, weights))
+                begin(place, origin_of(config, [], weights))
                 sha256_file(weights)
 
         def tracked() -> None:

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lesionsam.boxes.annotator import annotate
-from lesionsam.boxes.table import read_boxes, write_boxes
 from lesionsam.config.load import load_config
-from lesionsam.config.schema import CsvBoxes
-from lesionsam.data.index import read_index
-from lesionsam.errors import UserError, run_guarded
-from lesionsam.types import SPLITS
-from lesionsam.utils.processes import stage_lock
+from lesionsam.errors import run_guarded
+from lesionsam.pipeline.boxes import prepare_boxes
 
 
 def main() -> None:
-    """Write data/boxes.csv, checked."""
-    config = load_config()
-    index, out = read_index(Path("data/raw/index.csv")), Path("data/boxes.csv")
-    b = config.boxes
-    if isinstance(b, CsvBoxes):
-        samples = read_boxes(Path(config.inputs.boxes), index, root=Path())
-    else:
-        samples = annotate(index, root=Path(), **b.annotator())
-    counts = {split: sum(s.split == split for s in samples) for split in SPLITS}
-    for split, count in counts.items():
-        if not count:
-            raise UserError(
-                f"{config.inputs.boxes if isinstance(b, CsvBoxes) else out}: no lesion of split {split!r}; "
-                "training, selection and the final report each need at least one"
-            )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_boxes(out, samples)
-    passed_over = sum(len(entry.get("lesions", ())) for entry in index.values()) - len(samples)
-    if passed_over > 0 and not isinstance(b, CsvBoxes):
-        print(f"{passed_over} lesions are smaller than boxes.min_area ({b.min_area} px) and are not used")
-    without = len(index) - len({s.image_id for s in samples})
-    print(
-        f"{len(samples)} lesions with two boxes: "
-        + ", ".join(f"{split} {count}" for split, count in counts.items())
-        + (f"; {without} images have no row and are not used" if without else "")
-    )
+    """Make the boxes as params.yaml says."""
+    prepare_boxes(load_config())
 
 
 if __name__ == "__main__":
-    run_guarded(stage_lock("boxes")(main))
+    run_guarded(main)

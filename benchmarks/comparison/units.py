@@ -25,10 +25,11 @@ from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema import SimulatedBoxes
+from lesionsam.data.contents import load_image, load_mask
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import Frames
 from lesionsam.data.index import Row as IndexRow
-from lesionsam.data.index import read_index, write_index
+from lesionsam.data.index import read_index, with_mask_hashes, write_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.baselines import evaluate_baselines
@@ -43,7 +44,6 @@ from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
-from lesionsam.utils.images import read_image, read_mask
 
 PROMPTS = ("none", "ring", "centre", "box", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"
@@ -123,7 +123,7 @@ def is_finished(out: Path, base: Config, row: Row, seed: int, weights_sha256: st
 
 
 def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
-    """Write the index of the pairs, or see that it is the one that is there.
+    """Write the index of the pairs, or check that it is the one that is there; images and masks count by contents.
 
     Raises:
         UserError: the figures beside it are of other pairs.
@@ -131,22 +131,12 @@ def check_pairs(index_path: Path, rows: Sequence[IndexRow]) -> None:
     if not index_path.exists():
         write_index(index_path, rows)
         return
-    kept, wanted = read_index(index_path), {row["image_id"]: row for row in rows}
+    kept, wanted = read_index(index_path), {row["image_id"]: row for row in with_mask_hashes(rows)}
     if changed := sorted(name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)):
         raise UserError(
             f"{index_path}: lists other pairs than the folder holds, the first is {changed[0]!r}; choose "
             "another --out, or give the folder that it was made from"
         )
-
-
-def load_mask(sample: Sample) -> Any:
-    """Read a sample's mask, (H, W) bool, or None without a mask."""
-    return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
-
-
-def load_image(sample: Sample) -> Any:
-    """Read a sample's image, (H, W, 3) uint8 RGB."""
-    return read_image(sample.image_path)
 
 
 def few(data: LesionDataset, count: int, seed: int) -> LesionDataset:

@@ -36,6 +36,7 @@ class Sample:
         big_box, small_box: (4,) float64 XYXY, original pixels.
         own_mask: whether the mask shows this lesion alone. Where it does not, and the image has several lesions, the
             truth of each is the mask inside its big box.
+        image_sha256, mask_sha256: of the files' contents, as the index states them; empty where unknown.
     """
 
     image_id: str
@@ -48,6 +49,8 @@ class Sample:
     big_box: np.ndarray
     small_box: np.ndarray
     own_mask: bool = False
+    image_sha256: str = ""
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.package_copy import package_copy, recoded, reworded
 from helpers.tiny import SIDE, draw_lesion, iou, is_inside, tiny_data
 from lesionsam.boxes.geometry import model_frame_size, pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
 from lesionsam.data import frames as frames_module
 from lesionsam.data.augment import Augmentation
+from lesionsam.data.contents import image_sha256, mask_sha256
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
 from lesionsam.types import Batch, Sample
+from lesionsam.utils import code
+from lesionsam.utils.code import PACKAGE, module_files
 
 FLIPS = Augmentation(flips=True)
 
@@ -314,10 +318,63 @@ def test_frames_are_made_once_and_made_anew_when_anything_changes(
     assert decodes([replace(samples[0], small_box=samples[0].small_box + 0.5), *samples[1:]])
     assert not decodes(samples)
     os.utime(samples[0].image_path, ns=(1, 1))
-    assert decodes(samples), "a file of another date"
+    assert not decodes(samples), "another date, the same contents"
     with Image.open(samples[1].image_path) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(samples[1].image_path)
     assert decodes(samples)
+
+
+@pytest.mark.parametrize("kind", ["image_path", "mask_path"])
+def test_a_file_replaced_with_its_size_and_date_kept_is_decoded_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """As `cp -p` leaves it, in a format without compression."""
+    samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
+    samples = [replace(sample, **{kind: bitmap(getattr(sample, kind))}) for sample in samples]
+    path: Path = getattr(samples[0], kind)
+    load_frames(samples, SIDE, cache)
+    seen, before = counting(monkeypatch), path.stat()
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    load_frames(samples, SIDE, cache)
+    assert len(seen) == 4
+
+
+def test_frames_are_made_anew_for_other_code_and_not_for_other_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, cache = write_samples(tmp_path / "files", [WIDE]), tmp_path / "cache"
+    load_frames(samples, SIDE, cache)
+    seen = counting(monkeypatch)
+    worded = package_copy(tmp_path / "worded", dict.fromkeys(module_files(PACKAGE), reworded))
+    monkeypatch.setattr(code, "PACKAGE", worded)
+    load_frames(samples, SIDE, cache)
+    assert seen == []
+    for name in ("boxes.prior", "utils.images"):
+        monkeypatch.setattr(code, "PACKAGE", package_copy(tmp_path / name, {name: recoded}))
+        load_frames(samples, SIDE, cache)
+    assert len(seen) == 2
+
+
+def bitmap(path: Path) -> Path:
+    """Write the picture again as BMP, and return where."""
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".bmp"))
+    return path.with_suffix(".bmp")
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_a_file_that_is_not_the_one_of_the_index_is_refused(tmp_path: Path, kind: str) -> None:
+    """Its frames would be kept under the name of the other file's contents."""
+    (sample,) = write_samples(tmp_path / "files", [WIDE])
+    listed = replace(sample, image_sha256=image_sha256(sample), mask_sha256=mask_sha256(sample))
+    path: Path = getattr(sample, f"{kind}_path")
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match=rf"{path.name}: not the file that data/raw/index.csv lists"):
+        load_frames([listed], SIDE, tmp_path / "cache")
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

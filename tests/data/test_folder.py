@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,13 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from helpers.web_server import Site, serve
+from lesionsam.config.load import load_config
 from lesionsam.data.index import COLUMNS, Row, check_rows, dev_ids, read_index, write_index
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
+from lesionsam.pipeline import weights as weights_module
+from lesionsam.pipeline.download import prepare_data
+from lesionsam.pipeline.weights import prepare_weights
 from lesionsam.utils.images import read_mask
 
 BLOB = np.zeros((30, 40), np.uint8)
@@ -215,12 +217,18 @@ def row(image_id: str, split: str, **changes: object) -> Row:
         "width": 4,
         "height": 3,
         "sha256": image_id * 8,
+        "mask_sha256": "",
         **changes,
     }
 
 
 def test_index_comes_back_as_written(tmp_path: Path) -> None:
-    rows = [row("c", "test"), row("é,1", "train", mask_path="m, 1.png"), row("b", "dev"), row("007", "train")]
+    rows = [
+        row("c", "test"),
+        row("é,1", "train", mask_path="m, 1.png", mask_sha256="as given"),
+        row("b", "dev"),
+        row("007", "train"),
+    ]
     write_index(tmp_path / "index.csv", rows)
     assert list(read_index(tmp_path / "index.csv").values()) == [rows[3], rows[1], rows[2], rows[0]]
 
@@ -232,12 +240,15 @@ def test_index_comes_back_as_written(tmp_path: Path) -> None:
         ("", "expected the columns"),
         ("image_id,split\na,train\n", "expected the columns"),
         (",".join(COLUMNS) + "\n", "no rows"),
-        (",".join(COLUMNS) + "\na,train,i,m,4,3\n", "line 2: expected 7 fields"),
-        (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y\n", "line 2: expected 7 fields"),
-        (",".join(COLUMNS) + "\na,val,i,m,4,3,x\n", "line 2, split: expected train, dev, test, got 'val'"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4,0,x\n", "line 2, height"),
-        (",".join(COLUMNS) + "\na,dev,i,m,4,3,x\na,dev,i,m,4,3,x\n", "line 3, image_id: expected a new id, got 'a'"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3,x\n", "line 2: expected 8 fields"),
+        (",".join(COLUMNS) + "\na,train,i,m,4,3,x,y,z\n", "line 2: expected 8 fields"),
+        (",".join(COLUMNS) + "\na,val,i,m,4,3,x,y\n", "line 2, split: expected train, dev, test, got 'val'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4.5,3,x,y\n", "line 2, width: expected a whole number of pixels, got '4.5'"),
+        (",".join(COLUMNS) + "\na,dev,i,m,4,0,x,y\n", "line 2, height"),
+        (
+            ",".join(COLUMNS) + "\na,dev,i,m,4,3,x,y\na,dev,i,m,4,3,x,y\n",
+            "line 3, image_id: expected a new id, got 'a'",
+        ),
     ],
 )
 def test_faulty_index(tmp_path: Path, text: str | None, message: str) -> None:
@@ -253,15 +264,6 @@ def test_every_split_needs_images() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- stages
-
-
-def stage(root: Path, name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"stage_{name}", root / "stages" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def set_parameters(root: Path, changes: dict[str, dict[str, object]]) -> None:
@@ -280,20 +282,52 @@ FOLDER = {"source": "folder", "dev_fraction": 0.0, "test_split": "test", "thresh
 
 
 def test_download_stage_with_folder_and_synthetic(root: Path, own: Path) -> None:
-    module = stage(root, "download")
     set_parameters(root, {"data": FOLDER, "inputs": {"folder": "own"}})
     Path("data/raw").mkdir(parents=True)
     Path("data/raw/left_over.txt").write_text("x")
-    module.main()
+    prepare_data(load_config())
     assert [path.name for path in Path("data/raw").iterdir()] == ["index.csv"]
     assert len(read_index(Path("data/raw/index.csv"))) == 10
     set_parameters(
         root, {"data": {"source": "synthetic", "seed": 1, "num_train": 2, "num_dev": 1, "num_test": 1, "max_side": 64}}
     )
-    module.main()
+    prepare_data(load_config())
     rows = list(read_index(Path("data/raw/index.csv")).values())
     assert [row["split"] for row in rows] == ["train", "train", "dev", "test"]
     assert all(Path(row["image_path"]).is_file() and Path(row["mask_path"]).is_file() for row in rows)
+
+
+def test_a_failed_download_leaves_the_data_of_before(root: Path, own: Path) -> None:
+    """Also where a kill left a part of new data: what was whole then still waits beside."""
+    set_parameters(root, {"data": FOLDER, "inputs": {"folder": "own"}})
+    prepare_data(load_config())
+    before = Path("data/raw/index.csv").read_bytes()
+    cut(own / "images" / "train" / "p3.png")
+    with pytest.raises(UserError, match="truncated"):
+        prepare_data(load_config())
+    assert Path("data/raw/index.csv").read_bytes() == before
+    os.replace("data/raw", "data/.raw.before")  # as a kill leaves it
+    Path("data/raw").mkdir()
+    Path("data/raw/part.txt").touch()
+    with pytest.raises(UserError, match="truncated"):
+        prepare_data(load_config())
+    assert [path.name for path in Path("data").iterdir()] == ["raw"]
+    assert Path("data/raw/index.csv").read_bytes() == before
+
+
+def test_corrected_masks_change_the_index(root: Path, own: Path) -> None:
+    """Its hash is all that DVC, caches and resumed trainings see of masks that stay where they are."""
+    set_parameters(root, {"data": FOLDER, "inputs": {"folder": "own"}})
+    prepare_data(load_config())
+    first = read_index(Path("data/raw/index.csv"))
+    changed = next(row for row in first.values() if row["mask_path"])
+    path = Path(changed["mask_path"])
+    assert changed["mask_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    with Image.open(path) as mask:
+        mask.transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    prepare_data(load_config())
+    second = read_index(Path("data/raw/index.csv"))
+    assert [name for name in first if first[name] != second[name]] == [changed["image_id"]]
 
 
 def test_download_stage_fails_in_one_line(root: Path, own: Path) -> None:
@@ -314,21 +348,20 @@ def test_download_stage_fails_in_one_line(root: Path, own: Path) -> None:
 
 def test_published_weights(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    module = stage(root, "weights")
     set_parameters(root, {"model": {"name": "vit_b", "checkpoint": "published"}})
-    known = module.CHECKPOINTS["vit_b"]
+    known = weights_module.CHECKPOINTS["vit_b"]
     name, size, sha256 = known.file, known.size, known.sha256
     with serve(Site(files={f"/sam/{name}": bytes(1000)})) as site:
-        monkeypatch.setenv(module.ADDRESS, f"{site.url}/sam/")
+        monkeypatch.setenv(weights_module.ADDRESS, f"{site.url}/sam/")
         with pytest.raises(UserError, match=f"has a file of 1000 bytes, expected {size}"):
-            module.main()
+            prepare_weights(load_config())
         assert not Path("models/pretrained/weights.json").exists()
-        monkeypatch.setitem(module.CHECKPOINTS, "vit_b", replace(known, size=1000))
+        monkeypatch.setitem(weights_module.CHECKPOINTS, "vit_b", replace(known, size=1000))
         with pytest.raises(UserError, match=f"expected {sha256}"):
-            module.main()
+            prepare_weights(load_config())
         right = hashlib.sha256(bytes(1000)).hexdigest()
-        monkeypatch.setitem(module.CHECKPOINTS, "vit_b", replace(known, size=1000, sha256=right))
-        module.main()
+        monkeypatch.setitem(weights_module.CHECKPOINTS, "vit_b", replace(known, size=1000, sha256=right))
+        prepare_weights(load_config())
         assert Path("models/pretrained/sam.pth").read_bytes() == bytes(1000)
         assert json.loads(Path("models/pretrained/weights.json").read_text()) == {
             "name": "vit_b",
@@ -338,30 +371,29 @@ def test_published_weights(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
         }
         asked = len(site.asked)
         shutil.rmtree("models")  # as DVC does before a rerun
-        module.main()
+        prepare_weights(load_config())
         assert len(site.asked) == asked
 
 
 def test_own_weights(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    module = stage(root, "weights")
     set_parameters(root, {"model": {"name": "compact", "checkpoint": "mine.safetensors"}})
     with pytest.raises(UserError, match=r"got mine\.safetensors \(no such file\)"):
-        module.main()
+        prepare_weights(load_config())
     Path("mine.safetensors").write_text("<html>")
     with pytest.raises(UserError, match=r"mine\.safetensors: an HTML page"):
-        module.main()
+        prepare_weights(load_config())
     shipped = (root / "foundation" / "compact.safetensors").read_bytes()
     Path("mine.safetensors").write_bytes(shipped[:-1])
     with pytest.raises(UserError, match=r"mine\.safetensors: cannot be read as weights"):
-        module.main()
+        prepare_weights(load_config())
     assert not Path("models/pretrained/weights.json").exists()
     Path("mine.safetensors").write_bytes(shipped)
     set_parameters(root, {"model": {"name": "vit_b", "checkpoint": "mine.safetensors"}})
     with pytest.raises(UserError, match=r"mine\.safetensors: holds weights of compact, expected vit_b"):
-        module.main()
+        prepare_weights(load_config())
     set_parameters(root, {"model": {"name": "compact", "checkpoint": "mine.safetensors"}})
-    module.main()
+    prepare_weights(load_config())
     told = json.loads(Path("models/pretrained/weights.json").read_text())
     assert told["sha256"] == hashlib.sha256(Path("models/pretrained/sam.safetensors").read_bytes()).hexdigest()
     assert (told["name"], told["source"], told["image_size"] > 0) == ("compact", "mine.safetensors", True)

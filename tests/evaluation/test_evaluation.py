@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +33,6 @@ from lesionsam.models.sam import Sam, build_sam
 from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
 from lesionsam.utils.images import read_image, read_mask
-from repo.import_graph import imported_names, module_files
 
 SIDE = 32
 PROMPTS = ("ring", "centre", "box", "zoom", "box+core", "tight")
@@ -372,41 +370,6 @@ def test_files_of_an_evaluation_agree_with_each_other(sam, samples, evaluation, 
     pixels = calibration.query("model == 'adapted' and prompt == 'box' and region == 'image'")["count"].sum()
     assert pixels == sum(s.width * s.height for s in samples)
     results.print_tables(table)
-
-
-def test_cache_gives_back_what_was_kept_and_its_key_follows_weights_and_settings(evaluation, samples, tmp_path):
-    odd = evaluation.labelled("zero-shot", "0")
-    odd.rows["image_id"] = "NA"
-    results.save_evaluation(tmp_path / "kept", odd, {"outline_offset": 0.25})
-    found = results.open_evaluation(tmp_path / "kept")
-    assert found is not None
-    pd.testing.assert_frame_equal(found[0].rows, odd.rows, check_dtype=False)
-    assert found[1] == {"outline_offset": 0.25}
-    assert results.open_evaluation(tmp_path / "missing") is None
-    weights = tmp_path / "w"
-    weights.write_bytes(b"1")
-    keys = [
-        results.cache_key(samples, [weights], {"seed": 0}),
-        results.cache_key(samples, [weights], {"seed": 1}),
-        results.cache_key(samples[1:], [weights], {"seed": 0}),
-    ]
-    weights.write_bytes(b"2")
-    keys.append(results.cache_key(samples, [weights], {"seed": 0}))
-    assert len(set(keys)) == 4
-
-
-def test_what_is_kept_depends_on_every_module_that_measures():
-    """A module of the evaluation or of what answers without a prompt, imported by another such, is in the key."""
-    families = re.compile(r"lesionsam\.(evaluation|inference|metrics|prompts|box)")
-    reached, left = set(), ["lesionsam.evaluation.evaluate", "lesionsam.inference.lesion"]
-    while left:
-        name = left.pop()
-        if name in module_files() and name not in reached:
-            reached.add(name)
-            left += [each for each in imported_names(module_files()[name]) if families.match(each)]
-    assert "lesionsam.inference.rank" in reached
-    assert reached <= {f"lesionsam.{name}" for name in results.MEASURES}
-    assert {f"lesionsam.{name}" for name in results.MEASURES} <= set(module_files())
 
 
 def test_pictures_show_best_median_and_worst_each_once(sam, samples, evaluation, tmp_path):

@@ -745,7 +745,7 @@ INDEXES: dict[str, tuple[Spoil, str]] = {
     "none": (gone(INDEX), "no such file; run `dvc repro download`"),
     "a folder": (folder_instead(INDEX), "is a folder; run `dvc repro -f download`"),
     "columns": (edit(INDEX, "image_id", "id"), "expected the columns image_id, split, image_path.*, got id, split"),
-    "rows": (put(INDEX, "image_id,split,image_path,mask_path,width,height,sha256\n"), "no rows"),
+    "rows": (put(INDEX, "image_id,split,image_path,mask_path,width,height,sha256,mask_sha256\n"), "no rows"),
     "split": (edit(INDEX, ",dev,", ",val,"), "line [2-5], split: expected train, dev, test, got 'val'"),
     "width": (edit(INDEX, ",48,", ",0,"), "line 2, width: expected a whole number of pixels, got '0'"),
     "raised digit": (

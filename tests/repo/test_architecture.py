@@ -25,6 +25,7 @@ LAYERS = [
     ["methods", "data", "inference"],
     ["training", "evaluation", "pretraining", "export", "annotation"],
     ["experiment", "report"],
+    ["pipeline"],
     ["sweep", "engine"],
     ["cli"],
     ["__main__"],
@@ -51,6 +52,7 @@ ONLY_IN = {
 TAKE_CONFIG = (
     "config",
     "experiment",
+    "pipeline",
     "sweep",
     "engine",
     "pretraining",
@@ -183,8 +185,8 @@ def test_modules_stay_readable(module: str) -> None:
 @pytest.mark.parametrize("stage", ["train", "report"])
 def test_how_predictions_are_made_is_nothing_that_a_training_or_a_report_depends_on(stage: str) -> None:
     """Else a change of the choice among candidates would train anew, and a training that was cut short would stop."""
-    assert not [path for path in dvc_stages()[stage]["deps"] if "/inference" in path]
-    assert [path for path in dvc_stages()["evaluate"]["deps"] if "/inference" in path]
+    assert not [name for name in import_graph.stage_modules(stage) if is_in(name, ("inference",))]
+    assert [name for name in import_graph.stage_modules("evaluate") if is_in(name, ("inference",))]
 
 
 def test_packages_hold_no_code() -> None:
@@ -212,12 +214,52 @@ def dvc_stages() -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("stage", dvc_stages())
-def test_stage_deps_name_the_modules_that_run(stage: str) -> None:
-    deps = dvc_stages()[stage]["deps"]
-    named = sorted(dep for dep in deps if dep.startswith(("src/", "stages/")))
-    needed = import_graph.stage_deps(f"stages/{stage}.py")
+def test_stage_deps_cover_the_modules_that_run(stage: str) -> None:
+    named = sorted(dep for dep in dvc_stages()[stage]["deps"] if import_graph.is_code(dep))
+    needed = import_graph.stage_deps(stage)
     missing, too_many = sorted(set(needed) - set(named)), sorted(set(named) - set(needed))
-    assert named == needed, f"{stage}: missing {missing}, not run {too_many}; see `python tests/repo/import_graph.py`"
+    assert named == needed, (
+        f"{stage}: missing {missing}, not run {too_many}; `python tests/repo/import_graph.py --write`"
+    )
+    for module in import_graph.stage_modules(stage):
+        path = module_files()[f"{PACKAGE}.{module}"].relative_to(ROOT)
+        assert any(path.is_relative_to(dep) for dep in named), f"{stage}: {path} is in no dep"
+
+
+def test_configuration_sweeps_and_pages_are_no_deps_of_a_training() -> None:
+    """A new key, preset, plot or page must not train again, nor fetch the data again."""
+    apart = (
+        "config",
+        "report",
+        "sweep",
+        "annotation",
+        "engine",
+        "export",
+        "cli",
+        "tracking",
+        "pretraining",
+        "data.check",
+    )
+    for stage in ("download", "boxes", "weights", "train"):
+        for dep in dvc_stages()[stage]["deps"]:
+            under = ROOT / dep
+            inside = [name for name, path in module_files().items() if path.is_relative_to(under)]
+            assert not [name for name in inside if is_in(name, apart)], f"{stage}: {dep}"
+
+
+def test_dvc_yaml_stays_short() -> None:
+    assert len((ROOT / "dvc.yaml").read_text(encoding="utf-8").splitlines()) <= 120
+    for script in (ROOT / "stages").glob("*.py"):
+        assert len(script.read_text(encoding="utf-8").splitlines()) <= 60, script.name
+
+
+@pytest.mark.parametrize("module", [*MODULES, *SCRIPTS])
+def test_modules_are_imported_from_where_they_are(module: str) -> None:
+    """A name taken from a package's `__init__` would hide the module behind it from deps and digests."""
+    files = module_files()
+    packages = {name for name, path in files.items() if path.name == "__init__.py"}
+    names = imported_names(files.get(module, ROOT / module)) - files.keys() - {f"{PACKAGE}.__version__"}
+    assert not [name for name in names if name.rpartition(".")[0] in packages]
 
 
 def test_every_stage_file_is_a_stage() -> None:
@@ -247,15 +289,15 @@ SECTION_NAMES = ("inputs", "data", "boxes", "model", "method", "train", "evaluat
 
 @pytest.mark.parametrize("stage", dvc_stages())
 def test_stage_reads_only_watched_sections(stage: str) -> None:
-    """`config.<section>` in the stage's own file needs that section in its params."""
-    tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text(encoding="utf-8"))
+    """`config.<section>` in the step's own module needs that section in its params."""
+    tree = ast.parse(module_files()[f"{PACKAGE}.pipeline.{stage}"].read_text(encoding="utf-8"))
     read = {
         node.attr
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "config"
     } & set(SECTION_NAMES)
     watched = {str(key).split(".")[0] for key in dvc_stages()[stage].get("params", [])}
-    assert read <= watched, f"stages/{stage}.py reads {sorted(read - watched)}; list it in the stage's params"
+    assert read <= watched, f"pipeline/{stage}.py reads {sorted(read - watched)}; list it in the stage's params"
 
 
 def test_import_graph_finds_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def annotate(
     """
     samples = []
     for image_id, entry in progress(index.items(), total=len(index), title="annotating"):
-        own = entry.get("lesions")
+        own, hashes = entry.get("lesions"), entry.get("lesion_sha256")
         masks = dict(own) if isinstance(own, Mapping) else {"0": str(entry.get("mask_path") or "")}
         for lesion_id, mask_path in masks.items():
             if not mask_path:
@@ -142,6 +142,10 @@ def annotate(
                     big_box=boxes[0],
                     small_box=boxes[1],
                     own_mask=own is not None,
+                    image_sha256=str(entry.get("sha256") or ""),
+                    mask_sha256=str(
+                        (hashes[lesion_id] if isinstance(hashes, Mapping) else entry.get("mask_sha256")) or ""
+                    ),
                 )
             )
     return samples

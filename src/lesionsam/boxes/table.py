@@ -162,7 +162,8 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
     big, small = parse_boxes(row, width, height)
     mask_path, lesion_id = str(entry.get("mask_path") or ""), row.get("lesion_id") or "0"
-    own = entry.get("lesions")
+    mask_sha256 = str(entry.get("mask_sha256") or "")
+    own, hashes = entry.get("lesions"), entry.get("lesion_sha256")
     if isinstance(own, Mapping):
         if lesion_id not in own:
             raise ValueError(
@@ -170,6 +171,7 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
                 "data/raw/lesions.csv)"
             )
         mask_path = str(own[lesion_id])
+        mask_sha256 = str(hashes[lesion_id]) if isinstance(hashes, Mapping) else ""
     return Sample(
         image_id=image_id,
         lesion_id=lesion_id,
@@ -181,6 +183,8 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
         big_box=big,
         small_box=small,
         own_mask=isinstance(own, Mapping),
+        image_sha256=str(entry.get("sha256") or ""),
+        mask_sha256=mask_sha256,
     )
 
 

@@ -25,6 +25,7 @@ from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.augment import Augmentation
+from lesionsam.data.contents import load_image, load_mask
 from lesionsam.data.dataset import LesionDataset, open_dataset
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
@@ -41,7 +42,7 @@ from lesionsam.models.transforms import preprocess, resize_longest, upscale
 from lesionsam.training.gradients import autocast, step_generator, total_loss
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.images import read_mask
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
 MAX_SIDE = 320
@@ -189,16 +190,6 @@ def out_of_memory_explained() -> Iterator[None]:
             f"the GPU's memory does not suffice ({str(error).splitlines()[0]}); try a smaller --image-size "
             "or a smaller model"
         ) from error
-
-
-def load_image(sample: Sample) -> np.ndarray:
-    """Read a sample's image, (H, W, 3) uint8 RGB, original frame."""
-    return read_image(sample.image_path)
-
-
-def load_mask(sample: Sample) -> np.ndarray | None:
-    """Read a sample's mask, (H, W) bool, original frame."""
-    return None if sample.mask_path is None else read_mask(sample.mask_path, (sample.width, sample.height))
 
 
 def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Sample]:

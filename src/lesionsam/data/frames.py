@@ -1,7 +1,7 @@
 """Decoded images, box priors and masks in the model frame, made once and kept in a cache folder.
 
-One folder per set of samples, keyed by everything its pixels depend on (files, boxes, side, decoder version); built
-beside its place and moved there when whole, so that a killed build leaves nothing that looks finished.
+One folder per set of samples, keyed by everything its pixels depend on (contents of the files, boxes, side, code);
+built beside its place and moved there when whole, so that a killed build leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes import prior as box_prior_module
 from lesionsam.boxes.geometry import model_frame_size, pixels_inside, to_model_frame
 from lesionsam.boxes.prior import OUTSIDE, box_prior
 from lesionsam.data.augment import resize
+from lesionsam.data.contents import load_image, load_mask, samples_digest
 from lesionsam.errors import UserError
 from lesionsam.models.transforms import resize_longest
 from lesionsam.types import Sample
+from lesionsam.utils.code import NO_RESULT, code_digest
 from lesionsam.utils.files import free_disk_bytes
-from lesionsam.utils.images import read_image, read_mask
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_without
 from lesionsam.utils.progress import progress, say
 
-VERSION = 2  # of decoding, resizing, box prior and storage: part of every key
 PRIOR_SCALE = 36.0  # int8 steps per logit; the prior lies in [-3.5, 3.5]
 PRIOR_SIDE = 128  # longest side of the image that the prior reads its colours from, pixels
 UNKNOWN = 255  # in masks: nobody drew one
@@ -90,7 +89,7 @@ def prepare(
     sample: Sample, others: np.ndarray, side: int, threshold_masks: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
-    image = read_image(sample.image_path)
+    image = load_image(sample)
     if image.shape[:2] != (sample.height, sample.width):
         raise UserError(
             f"{sample.image_path}: {image.shape[1]}x{image.shape[0]} px, but the index says {sample.width}x"
@@ -108,8 +107,8 @@ def prepare(
     logits = prior_at(small_image, sample.big_box * scale, sample.small_box * scale, others * scale, (height, width))
     prior[:height, :width] = np.round(logits * PRIOR_SCALE).astype(np.int8)
     mask = np.full((side, side), UNKNOWN, np.uint8)
-    if sample.mask_path is not None:
-        truth = read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold_masks)
+    truth = load_mask(sample, threshold=threshold_masks)
+    if truth is not None:
         if len(others) and not sample.own_mask:
             truth = truth & pixels_inside(sample.big_box, truth.shape)
         mask[:] = 0
@@ -129,23 +128,9 @@ def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
 
 
 def _key(samples: Sequence[Sample], side: int, threshold_masks: bool) -> str:
-    digest = hashlib.sha256(f"{VERSION}|{side}|{PRIOR_SIDE}|{PRIOR_SCALE}|{threshold_masks}".encode())
-    digest.update(Path(box_prior_module.__file__).read_bytes())  # another prior is another cache
-    for s in samples:
-        digest.update(
-            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
-        )
-        for path in (s.image_path, s.mask_path):
-            if path is not None:
-                try:
-                    status = path.stat()
-                except FileNotFoundError:
-                    raise UserError(
-                        f"{path}: no such file, named by the index for image {s.image_id!r}; "
-                        "restore it or run `dvc repro` from the download stage on"
-                    ) from None
-                digest.update(f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:20]
+    code = code_digest("data.frames", without=NO_RESULT)
+    text = f"{side}|{threshold_masks}|{code}|{samples_digest(samples)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def load_frames(
@@ -222,7 +207,7 @@ def _build(
                 array[k] = part
         for array in arrays:
             array.flush()
-        (temporary / INDEX_NAME).write_text(json.dumps({"version": VERSION, "side": side, "count": count}))
+        (temporary / INDEX_NAME).write_text(json.dumps({"side": side, "count": count}))
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""The index of a data set, data/raw/index.csv: one row per image with its split, files, size and hash.
+"""The index of a data set, data/raw/index.csv: one row per image with its split, files, size and hashes.
 
 Splits are train, dev (to select on) and test (read by nothing but the last evaluation). Every source ends in this one
-table, and everything after the download stage starts from it.
+table, and everything after the download stage starts from it. The hashes are of the files' contents: whatever asks
+later whether an image or a mask is still the same compares these.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import csv
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from lesionsam.errors import UserError
 from lesionsam.types import SPLITS
-from lesionsam.utils.files import atomic_write, whole_number
+from lesionsam.utils.files import atomic_write, sha256_file, whole_number
 
-COLUMNS = ("image_id", "split", "image_path", "mask_path", "width", "height", "sha256")
+COLUMNS = ("image_id", "split", "image_path", "mask_path", "width", "height", "sha256", "mask_sha256")
 LESIONS = "lesions.csv"  # beside index.csv where the source has a mask for each of several lesions
-LESION_COLUMNS = ("image_id", "lesion_id", "mask_path", "annotation_id", "category", "area")
+LESION_COLUMNS = ("image_id", "lesion_id", "mask_path", "annotation_id", "category", "area", "mask_sha256")
+NUM_THREADS = 4  # that hash files
 Row = dict[str, Any]
 
 
@@ -71,19 +74,32 @@ def summary(rows: Sequence[Row]) -> str:
     return ", ".join(f"{split} {counts[split]}" for split in SPLITS) + f"; {masks} of {len(rows)} images with a mask"
 
 
+def with_mask_hashes(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows with `mask_sha256`, of the mask's contents, added where it is missing; empty without a mask."""
+
+    def hashed(row: Row) -> Row:
+        if "mask_sha256" in row:
+            return row
+        return {**row, "mask_sha256": sha256_file(row["mask_path"]) if row["mask_path"] else ""}
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return list(pool.map(hashed, rows))
+
+
 def write_index(path: Path, rows: Iterable[Row]) -> None:
-    """Write index.csv atomically, by split and id."""
+    """Write index.csv atomically, by split and id; masks are read once, for their hashes."""
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for row in sorted(rows, key=lambda row: (SPLITS.index(row["split"]), row["image_id"])):
+        for row in sorted(with_mask_hashes(rows), key=lambda row: (SPLITS.index(row["split"]), row["image_id"])):
             writer.writerow([row[name] for name in COLUMNS])
 
 
 def read_index(path: Path) -> dict[str, Row]:
     """image_id -> row of index.csv, in its order; width and height are ints, mask_path is "" where there is none.
 
-    Where lesions.csv lies beside it, rows also have "lesions": lesion_id -> path of that lesion's own mask.
+    Where lesions.csv lies beside it, rows also have "lesions": lesion_id -> path of that lesion's own mask,
+    and "lesion_sha256": lesion_id -> hash of it.
 
     Raises:
         UserError: missing, or not such a table; names line and column.
@@ -107,16 +123,18 @@ def read_index(path: Path) -> dict[str, Row]:
             raise UserError(
                 f"{path.with_name(LESIONS)}: image {image_id!r} is not in {path.name}; run `dvc repro -f download`"
             )
-        rows[image_id]["lesions"] = lesions
+        rows[image_id]["lesions"] = {lesion_id: row["mask_path"] for lesion_id, row in lesions.items()}
+        rows[image_id]["lesion_sha256"] = {lesion_id: row["mask_sha256"] for lesion_id, row in lesions.items()}
     return rows
 
 
-def _read_lesions(path: Path) -> dict[str, dict[str, str]]:
+def _read_lesions(path: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Return image_id -> lesion_id -> row of lesions.csv; empty where there is no such file."""
     if not path.exists():
         return {}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for _, row in _read(path, LESION_COLUMNS):
-        found.setdefault(row["image_id"], {})[row["lesion_id"]] = row["mask_path"]
+        found.setdefault(row["image_id"], {})[row["lesion_id"]] = row
     return found
 
 

@@ -229,7 +229,7 @@ def _weights(
     if steps is not None:
         values["train.epochs"] = epochs_of(samples, steps, config.train.batch_size)
     config = with_values(config, values)
-    key = run_key(config, place.table_path, place.start)
+    key = run_key(config, samples, place.start)
     if target.exists() and key_path.exists() and key_path.read_text(encoding="utf-8") == key:
         return target
     scratch = folder / f"scratch-{key}"

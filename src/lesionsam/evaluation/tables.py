@@ -1,13 +1,10 @@
-"""An evaluation as files: tables, and the cache that avoids a second zero-shot evaluation."""
+"""An evaluation as files: tables for people and machines."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,7 @@ import pandas as pd
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.columns import ELLIPSE, LEAKING, PRIOR, PRIOR_OFFSET, Evaluation
 from lesionsam.prompts import NONE, ZOOM
-from lesionsam.types import Sample
-from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
+from lesionsam.utils.files import write_json_atomic, write_text_atomic
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
 BASELINES = (ELLIPSE, PRIOR, PRIOR_OFFSET)
@@ -29,32 +25,6 @@ LABEL_FREE_TITLES = {
     "entropy": "entropy [nats]",
     "predicted_iou": "predicted IoU",
 }
-MEASURES = (  # modules whose change makes an evaluation that was kept a different one
-    "metrics",
-    "evaluation.evaluate",
-    "evaluation.cases",
-    "evaluation.baselines",
-    "prompts",
-    "inference.decode",
-    "inference.image",
-    "inference.prediction",
-    "inference.zoom",
-    "inference.auto",
-    "inference.lesion",
-    "inference.rank",
-    "boxes.prior",
-    "boxes.geometry",
-    "boxes.table",
-    "utils.images",
-    "utils.random",
-    "data.frames",
-    "models.sam",
-    "models.checkpoint",
-    "models.transforms",
-    "models.decoder",
-    "models.attention",
-    "models.finetuned",
-)
 NOTES = {
     NONE: "none: no prompt; one lesion per image, of all candidates the one that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
@@ -275,46 +245,6 @@ def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
         for row in cells[1:]:
             shown.add_row(*(cell.replace(" [", "\n[").replace("] p", "]\np").replace("[", "\\[") for cell in row))
         console.print(shown)
-
-
-def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapping[str, object]) -> str:
-    """Digest of all that an evaluation depends on: lesions, files, weights, settings and the code that measures."""
-    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode())
-    for module in MEASURES:
-        spec = importlib.util.find_spec(f"lesionsam.{module}")
-        if spec is not None and spec.origin is not None:
-            digest.update(Path(spec.origin).read_bytes())
-    for path in weights:
-        digest.update(sha256_file(path).encode())
-    for s in samples:
-        digest.update(
-            f"{s.image_id}|{s.lesion_id}|{s.width}x{s.height}|{s.big_box.tolist()}|{s.small_box.tolist()}".encode()
-        )
-        for path in (s.image_path, s.mask_path):
-            if path is not None and path.exists():
-                digest.update(f"{path}|{path.stat().st_size}|{path.stat().st_mtime_ns}".encode())
-    return digest.hexdigest()[:24]
-
-
-def save_evaluation(folder: Path, evaluation: Evaluation, extra: Mapping[str, float]) -> None:
-    """Save an evaluation to a cache folder, completely or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f"{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    for name in ("rows", "calibration", "jitter"):
-        getattr(evaluation, name).to_csv(building / f"{name}.csv", index=False)
-    (building / "extra.json").write_text(json.dumps(dict(extra)), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    building.replace(folder)
-
-
-def open_evaluation(folder: Path) -> tuple[Evaluation, dict[str, float]] | None:
-    """Read what `save_evaluation` saved; None if there is nothing."""
-    if not (folder / "extra.json").exists():
-        return None
-    frames = [read_csv(folder / f"{name}.csv") for name in ("rows", "calibration", "jitter")]
-    return Evaluation(*frames), json.loads((folder / "extra.json").read_text(encoding="utf-8"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:

@@ -65,18 +65,6 @@ class Trained:
     trained: int
 
 
-def pretrained_weights(folder: Path) -> Path:
-    """Return the checkpoint that the weights stage has put into a folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
-    if not found:
-        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
-    return found[0]
-
-
 def input_side(config: Config, weights: Path) -> int:
     """Return the side S of the model's input: model.image_size, or the checkpoint's own."""
     return config.model.image_size or int(load_sam(config.model.name, weights).image_encoder.img_size)

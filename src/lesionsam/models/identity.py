@@ -13,18 +13,19 @@ import torch
 from torch import nn
 
 from lesionsam.models.sam import Sam
+from lesionsam.utils.code import NO_RESULT, code_digest, source_digest
 
 
 def frozen_identity(sam: Sam, num_blocks: int) -> str:
-    """SHA-256, 64 hex digits, of weights, structure and source code of what `trainable.encode_prefix` runs.
+    """Return the SHA-256, 64 hex digits, of weights, structure and code of what `prefix.encode_frozen` runs.
 
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
     digest, encoder = hashlib.sha256(), sam.image_encoder
     digest.update(repr(getattr(encoder, "execution", None)).encode())  # which of the exact attentions, see `attention`
-    library = {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)}
-    for path in sorted({*map(str, Path(__file__).parent.glob("*.py")), *filter(None, library)}):
-        digest.update(Path(path).read_bytes())
+    digest.update(code_digest("models.prefix", without=NO_RESULT).encode())
+    for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)})):
+        digest.update(source_digest(Path(path)).encode())
     tensors = {"pos_embed": encoder.pos_embed} if encoder.pos_embed is not None else {}
     for name, module in frozen_parts(sam, num_blocks):
         for inner, part in module.named_modules():

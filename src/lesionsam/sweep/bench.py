@@ -22,11 +22,12 @@ from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import build_method, prepare_sam
-from lesionsam.experiment.resume import code_digest
-from lesionsam.experiment.run import Data, input_side, open_data, pretrained_weights
+from lesionsam.experiment.resume import training_digest
+from lesionsam.experiment.run import Data, input_side, open_data
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
+from lesionsam.pipeline.paths import pretrained_weights
 from lesionsam.prompts import draw_prompts
 from lesionsam.sweep.space import Dimension
 from lesionsam.training.gradients import step_generator
@@ -88,7 +89,7 @@ class Bench:
 
         One that was cut short so begins anew under other code.
         """
-        text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()} {code_digest()}"
+        text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()} {training_digest()}"
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

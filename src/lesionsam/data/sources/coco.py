@@ -141,6 +141,7 @@ def _row(picture: _Picture, split: str, raw: Path) -> tuple[Row, list[Row]]:
                 "annotation_id": entry["id"],
                 "category": picture.source.categories[entry["category_id"]],
                 "area": int(mask.sum()),
+                "mask_sha256": sha256_file(path),
             }
         )
     row = {

@@ -1,0 +1,26 @@
+"""Where the steps of the pipeline read and write, relative to the project's folder, which is the current one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lesionsam.errors import UserError
+
+RAW, INDEX, BOXES = Path("data/raw"), Path("data/raw/index.csv"), Path("data/boxes.csv")
+PRETRAINED, ADAPTED = Path("models/pretrained"), Path("models/adapted")
+RESULTS, REPORT = Path("results"), Path("report")
+ARCHIVES, LOCK = Path(".archives"), Path("archives.lock.json")  # downloads that are kept, and their hashes
+SCRATCH, CACHE = Path(".scratch"), Path(".cache/frames")
+BOARDS = Path("tensorboard")
+
+
+def pretrained_weights(folder: Path = PRETRAINED) -> Path:
+    """Return the checkpoint that `prepare_weights` left in the folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [folder / name for name in ("sam.safetensors", "sam.pth") if (folder / name).exists()]
+    if not found:
+        raise UserError(f"{folder}: expected sam.safetensors or sam.pth, found neither; run `dvc repro weights`")
+    return found[0]

@@ -1,0 +1,175 @@
+"""Step train: two boxes and a pretrained SAM -> models/adapted/, resumable, tracked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from lesionsam.boxes.table import read_boxes
+from lesionsam.config.load import Config, flatten
+from lesionsam.data.index import read_index
+from lesionsam.experiment.build import strategy_of, trained_prompts
+from lesionsam.experiment.history import History
+from lesionsam.experiment.pictures import draw_epoch
+from lesionsam.experiment.resources import cost
+from lesionsam.experiment.resume import begin, finish, origin_of, run_key
+from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_side, open_data, selection_key, train
+from lesionsam.models.checkpoint import read_weights, save_sam
+from lesionsam.models.finetuned import save_tuned
+from lesionsam.models.sam import Sam
+from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
+from lesionsam.prompts import TRAINED_WITH
+from lesionsam.tracking.lineage import repository_root
+from lesionsam.tracking.tensorboard import Board
+from lesionsam.tracking.tracker import NullTracker, Tracker
+from lesionsam.training.loop import OBJECTIVE
+from lesionsam.training.state import save_head
+from lesionsam.utils.devices import torch_device
+from lesionsam.utils.files import sha256_file, write_json_atomic
+from lesionsam.utils.locks import file_lock
+from lesionsam.utils.processes import exit_with_parent, graceful_stop
+
+PARAMS = Path("params.yaml")
+
+
+def train_model(config: Config) -> Trained:
+    """Train in a scratch folder keyed by parameters, data and weights; move the result into place when it is whole.
+
+    A call that was cut short is resumed by the next one under the same parameters, data and code.
+
+    Args:
+        config: what params.yaml of the current folder holds.
+    """
+    exit_with_parent()
+    weights = pretrained_weights()
+    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
+    scratch = SCRATCH / "train"
+    folder = scratch / run_key(config, samples, weights)
+    with file_lock(scratch / "lock", "training"):
+        begin(folder, origin_of(config, samples, weights))
+        data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
+        score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
+        with _tracked(config, folder) as tracker:
+            trained = _train(config, data, weights, folder, tracker)
+        for name in ("run.json", "metrics.jsonl"):
+            if (folder / "run" / name).exists():
+                shutil.copy2(folder / "run" / name, folder / "out" / name)
+        shutil.rmtree(ADAPTED, ignore_errors=True)
+        ADAPTED.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(folder / "out", ADAPTED)
+        finish(folder)
+    progress = trained.progress
+    print(f"best {score} {progress.best_score:.4f} at epoch {progress.best_epoch}; weights in {ADAPTED}/")
+    return trained
+
+
+def _train(config: Config, data: Data, weights: Path, folder: Path, tracker: NullTracker) -> Trained:
+    """Train, and leave everything that models/adapted will hold in `folder`/out."""
+    out, history, score = folder / "out", History(folder / "history.csv"), selection_key(config, data.dev)
+    for split, dataset in (("train", data.train), ("dev", data.dev)):
+        tracker.log_dataset(f"{config.data.source}-{split}", sha256_file(BOXES)[:16], str(BOXES), split)
+        print(f"{split}: {len(dataset)} lesions")
+
+    def draw(sam: Sam, epoch: int) -> None:
+        path = folder / "overlays" / f"epoch_{epoch:04d}.png"
+        how = {"count": config.train.overlays, "num_points": config.method.num_points, "seed": SELECTION_SEED}
+        draw_epoch(path, sam, data.dev, **how, epoch=epoch)
+        tracker.log_picture(path, "dev_overlays", epoch)
+
+    shutil.rmtree(out, ignore_errors=True)
+    with ExitStack() as stack:
+        logs = [tracker.log, history.log]
+        if config.tracking.tensorboard:
+            board = Board(BOARDS / folder.name)
+            stack.callback(board.close)
+            logs.append(board.log)
+
+        def log(values: Mapping[str, float], step: int) -> None:
+            if score != OBJECTIVE:  # logged as dev_label_free already; it is no mean IoU
+                values = {name: value for name, value in values.items() if name != f"dev_{OBJECTIVE}"}
+            for each in logs:
+                each(values, step)
+
+        stop_requested = stack.enter_context(graceful_stop())
+        trained = train(
+            config,
+            data,
+            weights,
+            folder=folder,
+            log=log,
+            say=lambda line: print(line, flush=True),
+            after_epoch=draw if config.train.overlays else None,
+            save_last=lambda sam: save_sam(sam, out / "last.safetensors", name=config.model.name),
+            stop_requested=stop_requested,
+        )
+    _write_outputs(out, folder, config, trained, weights)
+    tracker.log_artifact(PARAMS, "config")
+    scores = {score: trained.progress.best_score}
+    tracker.log_checkpoint(out / "best.safetensors", "lesionsam", scores, trained.progress.step)
+    return trained
+
+
+def _write_outputs(out: Path, folder: Path, config: Config, trained: Trained, weights: Path) -> None:
+    """Write what models/adapted/ holds beside the last epoch's weights and the run's record.
+
+    `tuned.safetensors` is the small file of what was trained, beside `weights`, where the encoder's own were not.
+    """
+    notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
+    notes[TRAINED_WITH] = trained_prompts(config)
+    save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
+    if (strategy := strategy_of(config)).encoder != "blocks":
+        save_tuned(
+            trained.sam,
+            out / "tuned.safetensors",
+            name=config.model.name,
+            strategy=strategy,
+            base=weights,
+            base_state=read_weights(weights)[0],
+        )
+    save_head(trained.method, out / "head.safetensors")
+    write_json_atomic(out / "cost.json", cost(trained.progress, torch_device(config.runtime.device)))
+    shutil.copy2(PARAMS, out / PARAMS.name)
+    shutil.copy2(folder / "history.csv", out / "history.csv")
+    if (folder / "overlays").exists():
+        shutil.copytree(folder / "overlays", out / "overlays")
+
+
+@contextmanager
+def _tracked(config: Config, folder: Path) -> Iterator[NullTracker]:
+    """The run's tracker, closed with how the block ended; without tracking, only metrics.jsonl is written."""
+    tracker = _open_tracker(config, folder / "run")
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status, sys.exc_info()[1])
+
+
+def _open_tracker(config: Config, folder: Path) -> NullTracker:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.tracking.enabled:
+        return NullTracker(folder)
+    tags = {
+        "method": config.method.name,
+        "model": config.model.name,
+        "data": config.data.source,
+        "data.digest": sha256_file(BOXES)[:16],
+    }
+    return Tracker.open(
+        folder,
+        uri=config.tracking.uri,
+        experiment=config.tracking.experiment,
+        root=repository_root(Path.cwd()),
+        run_name=f"{config.method.name}-{config.model.name}-{config.data.source}",
+        params=flatten(config),
+        tags=tags,
+        system_metrics=config.tracking.system_metrics,
+    )
