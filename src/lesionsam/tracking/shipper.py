@@ -88,7 +88,9 @@ class Shipper:
             with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # the first operation reports it
                 make_store(root / "mlflow.db", spool_root(root))
         uri = self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}"
-        self._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+        if uri.startswith("sqlite:///") and (problem := store_problem(Path(uri.removeprefix("sqlite:///")))):
+            self.note(problem)  # for the owner's message
+            raise Unreachable(problem)
         self.client: MlflowClient = MlflowClient(uri)
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
@@ -97,8 +99,6 @@ class Shipper:
 
     def ship(self) -> bool:
         """Send the next unit and return whether there was one. Raise `Unreachable` if it has to be repeated."""
-        if self._database is not None and (problem := store_problem(self._database)):
-            raise Unreachable(problem)
         for journal in JOURNALS:
             lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
             if (first := next(lines, None)) is not None:
