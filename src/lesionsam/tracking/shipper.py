@@ -66,9 +66,8 @@ class Shipper:
     """Send one spool. `ship` does one unit of work: a batch of points, or one other operation.
 
     Args:
-        spool: of the run. replace_gone: give a run that was deleted on the server a successor; otherwise drop its
-        waiting
-        entries.
+        spool: of the run. replace_gone: give a run deleted on the server a successor; otherwise drop its waiting
+            entries.
     """
 
     def __init__(self, spool: Spool, *, replace_gone: bool) -> None:
@@ -91,7 +90,11 @@ class Shipper:
         if uri.startswith("sqlite:///") and (problem := store_problem(Path(uri.removeprefix("sqlite:///")))):
             self.note(problem)  # for the owner's message
             raise Unreachable(problem)
-        self.client: MlflowClient = MlflowClient(uri)
+        try:
+            self.client: MlflowClient = MlflowClient(uri)
+        except (MlflowException, SQLAlchemyError) as error:
+            self.note(_reason(error))
+            raise Unreachable(_reason(error)) from error
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
