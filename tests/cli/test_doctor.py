@@ -158,7 +158,7 @@ def test_the_tracking_store_and_what_waits_for_it(tmp_path: Path) -> None:
 
 
 def test_an_input_side_that_the_patch_does_not_divide_is_a_problem(tmp_path: Path) -> None:
-    root = project(tmp_path, **{"model.name": "vit_b", "model.image_size": "1000"})
+    root = project(tmp_path, name="name: compact -> name: vit_b", side="image_size: 0 -> image_size: 1000")
     assert "expected 0 or a multiple of 16 (the patch of vit_b), got 1000" in found(root, "params")[0].text
 
 

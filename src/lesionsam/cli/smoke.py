@@ -38,7 +38,7 @@ from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_name
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
-from lesionsam.models.transforms import preprocess, resize_longest, upscale
+from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.training.gradients import autocast, step_generator, total_loss
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.files import sha256_file
@@ -228,17 +228,16 @@ def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = 
 def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, float]:
     """Return the seconds of encoder and decoder, and the IoU of one mask prompted with the big box."""
     side, truth = int(sam.image_encoder.img_size), load_mask(sample)
-    small = resize_longest(load_image(sample), side)
-    frame = torch.zeros(1, 3, side, side, dtype=torch.uint8)
-    frame[0, :, : small.shape[0], : small.shape[1]] = torch.from_numpy(small.copy()).permute(2, 0, 1)
+    frame, sizes = model_frames([load_image(sample)], side)
+    height, width = sizes[0].tolist()
     box = to_model_frame(sample.big_box, sample.width, sample.height, side)
     begun = time.perf_counter()
-    features = encode(sam, preprocess(frame.to(device), torch.tensor([small.shape[:2]], device=device)))
+    features = encode(sam, preprocess(frame.to(device), sizes.to(device)))
     seconds = elapsed(begun, device)
     begun = time.perf_counter()
     prompts = Prompts(boxes=torch.from_numpy(box.astype(np.float32))[None].to(device))
     low_res, predicted = decode(sam, features, prompts)
-    logits = upscale(low_res[0, 0], small.shape[:2], (sample.height, sample.width), side).cpu().numpy()
+    logits = upscale(low_res[0, 0], (height, width), (sample.height, sample.width), side).cpu().numpy()
     decoder_seconds = elapsed(begun, device)
     if not np.isfinite(logits).all():
         raise UserError("prediction: the mask's logits are not finite; the weights are damaged or of another model")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from lesionsam.evaluation.tables import (
 )
 from lesionsam.overlays import sheet
 from lesionsam.report import charts as charts
-from lesionsam.report.page import LABEL_FREE, LINES, cost_cells, embedded, iou_columns, read_summary, write_page
+from lesionsam.report.page import (
+    LABEL_FREE,
+    LINES,
+    add_section,
+    cost_cells,
+    embedded,
+    iou_columns,
+    read_summary,
+    write_page,
+)
 from lesionsam.report.runs import EvaluatedRun, open_runs
 
 COMMON = (*BASELINES, ZERO_SHOT)  # models that runs on one test split share
@@ -229,19 +239,7 @@ def chart_groups(
     prompts, names = prompts_in(table), [name_of(run) for run in runs]
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
-
-    def add(
-        title: str,
-        source: str,
-        drawn: Sequence[charts.Chart],
-        text: str = "",
-        grids: Sequence[Mapping[str, object]] = (),
-    ) -> None:
-        if drawn or grids:
-            groups.append(
-                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
-            )
-
+    add = partial(add_section, groups)
     if "miou" in table:
         scatters = [charts.paired_scatter(rows, main, names[0], other) for other in names[1:]]
         add(

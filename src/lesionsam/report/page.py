@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -220,24 +221,25 @@ def notes(table: pd.DataFrame) -> list[str]:
     ]
 
 
+def add_section(
+    groups: list[dict[str, Any]],
+    title: str,
+    source: str,
+    drawn: Sequence[charts.Chart],
+    text: str = "",
+    grids: Sequence[Mapping[str, object]] = (),
+) -> None:
+    """Append a section of charts and tables to the page; nothing without either."""
+    if drawn or grids:
+        groups.append({"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)})
+
+
 def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the sections with charts; a section without data is left out."""
     prompts = prompts_in(table)
     main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
     groups: list[dict[str, Any]] = []
-
-    def add(
-        title: str,
-        source: str,
-        drawn: Sequence[charts.Chart],
-        text: str = "",
-        grids: Sequence[Mapping[str, object]] = (),
-    ) -> None:
-        if drawn or grids:
-            groups.append(
-                {"title": title, "source": source, "charts": list(drawn), "text": text, "tables": list(grids)}
-            )
-
+    add = partial(add_section, groups)
     if "miou" in table:
         rows = read_csv(results / "per_image.csv")
         drawn = [charts.miou_by_prompt(table, prompts)]

@@ -108,7 +108,11 @@ def serve(spool: Spool) -> int:
     """Send one run's entries until its owner closes it. Return the exit status: 0, or 3 if entries are left."""
     lock = spool.lock("sender", wait=True)
     closing = spool.folder / "closing"
-    shipper = Shipper(spool, replace_gone=True)
+    try:
+        shipper = Shipper(spool, replace_gone=True)
+    except Unreachable as error:  # a database that this MLflow cannot use: waiting does not help
+        print(error, file=sys.stderr)
+        return 3
     sampler = SystemSampler(spool) if shipper.meta["system_metrics"] else None
     if sampler is not None:
         sampler.sample()

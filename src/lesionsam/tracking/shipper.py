@@ -66,9 +66,8 @@ class Shipper:
     """Send one spool. `ship` does one unit of work: a batch of points, or one other operation.
 
     Args:
-        spool: of the run. replace_gone: give a run that was deleted on the server a successor; otherwise drop its
-        waiting
-        entries.
+        spool: of the run. replace_gone: give a run deleted on the server a successor; otherwise drop its waiting
+            entries.
     """
 
     def __init__(self, spool: Spool, *, replace_gone: bool) -> None:
@@ -88,8 +87,14 @@ class Shipper:
             with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # the first operation reports it
                 make_store(root / "mlflow.db", spool_root(root))
         uri = self.meta["uri"] or f"sqlite:///{root / 'mlflow.db'}"
-        self._database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-        self.client: MlflowClient = MlflowClient(uri)
+        if uri.startswith("sqlite:///") and (problem := store_problem(Path(uri.removeprefix("sqlite:///")))):
+            self.note(problem)  # for the owner's message
+            raise Unreachable(problem)
+        try:
+            self.client: MlflowClient = MlflowClient(uri)
+        except (MlflowException, SQLAlchemyError) as error:
+            self.note(_reason(error))
+            raise Unreachable(_reason(error)) from error
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
@@ -97,8 +102,6 @@ class Shipper:
 
     def ship(self) -> bool:
         """Send the next unit and return whether there was one. Raise `Unreachable` if it has to be repeated."""
-        if self._database is not None and (problem := store_problem(self._database)):
-            raise Unreachable(problem)
         for journal in JOURNALS:
             lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
             if (first := next(lines, None)) is not None:
