@@ -27,14 +27,16 @@ from lesionsam.evaluation.statistics import interval
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.sweep import storage as sweep_storage
 from lesionsam.sweep.bench import held_out, idle_gate, open_bench
-from lesionsam.sweep.charts import draw_pictures, importance
+from lesionsam.sweep.charts import draw_pictures
 from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation, spread
 from lesionsam.sweep.samplers import NumberedSampler, build_pruner, finished
 from lesionsam.sweep.search import Request, apply_best, sweep
 from lesionsam.sweep.space import Dimension, combinations, dead_keys, from_json, read_space, to_json
-from lesionsam.sweep.storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
-from lesionsam.sweep.trial import FULL, START, WINNER, Job, Place
-from lesionsam.sweep.worker import Duplicate, Plan, Surplus, Worker, draw, is_finished, state_of
+from lesionsam.sweep import study as sweep_study
+from lesionsam.sweep.storage import clear_errors, open_storage, printable_url, storage_url
+from lesionsam.sweep.study import Owner, is_finished, recover_lost_trials, state_name
+from lesionsam.sweep.trial import FULL, START, WINNER, FullTraining, StudyFolder
+from lesionsam.sweep.worker import Worker, WorkerSpec, draw
 
 
 @pytest.fixture(scope="session")
@@ -323,13 +325,13 @@ def test_a_sweep_from_start_to_applied_values(
     first = study.get_trials()[0]
     start = {"train.lr_encoder": 1e-3, "model.unfreeze_last_k": 0}
     assert first.user_attrs["values"] == first.user_attrs["start"] == start, "trial 0 is params.yaml as it stands"
-    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 4
+    assert [state_name(t) for t in study.get_trials()] == ["complete"] * 4
     assert len({str(values) for values in tried(study)}) == 4
     assert all(
         len(t.intermediate_values) == 1 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
-    place = Place.of(study.study_name)
-    whole = [pd.read_csv(Job(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()]
+    place = StudyFolder.of(study.study_name)
+    whole = [pd.read_csv(FullTraining(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()]
     expected = np.corrcoef(np.argsort(np.argsort([t.value for t in study.get_trials()])), np.argsort(np.argsort(whole)))
     assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
@@ -423,7 +425,7 @@ def test_a_trial_that_fails_counts_and_is_named(
     monkeypatch.setattr("lesionsam.sweep.trial.train", failing)
     set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}}, train__epochs=1)
     sweep(Request(trials=3))
-    assert sorted(state_of(t) for t in only_study().get_trials() if is_finished(t)) == [
+    assert sorted(state_name(t) for t in only_study().get_trials() if is_finished(t)) == [
         "complete",
         "complete",
         "failed",
@@ -504,7 +506,7 @@ def test_storages_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
             open_storage(url)
         assert words in str(caught.value)
         assert "secret" not in str(caught.value)
-        assert str(caught.value).startswith(f"storage {shown_url(url)}: ")
+        assert str(caught.value).startswith(f"storage {printable_url(url)}: ")
     holder.close()
     with pytest.raises(UserError, match="--storage: expected a database URL"):
         storage_url("somewhere")
@@ -577,7 +579,7 @@ def test_of_two_machines_neither_repeats_nor_exceeds(project: Path) -> None:
     space = {"model.unfreeze_last_k": {"low": 0, "high": 2}}
     set_params(sweep__space=space)
     values = to_values(load_config())
-    plan = Plan(values, to_json(read_space(load_config())), "s", "sqlite:///s.db", 2, 0.0, None)
+    plan = WorkerSpec(values, to_json(read_space(load_config())), "s", "sqlite:///s.db", 2, 0.0, None)
     worker = Worker(plan, storage)
     study.enqueue_trial({"model.unfreeze_last_k": 1})
     study.enqueue_trial({"model.unfreeze_last_k": 1})
@@ -598,7 +600,7 @@ def test_of_two_machines_neither_repeats_nor_exceeds(project: Path) -> None:
 def test_the_folders_of_an_earlier_study_are_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that was deleted, or another one: its runs, states and best weights are no part of this study."""
     monkeypatch.chdir(tmp_path)
-    place = Place.of("s")
+    place = StudyFolder.of("s")
     place.adopt("one", alone=True)
     for path in (place.scratch / "parent" / "run.json", place.scratch / "confirm" / "a.csv", place.out / "best.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -628,35 +630,35 @@ def test_nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root:
 def test_the_verdict_is_paired_over_images_with_seeds_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = configured(sweep__confirm_seeds=3)
-    jobs = comparisons(config, {"method.temperature": 0.2}, {"method.temperature": 0.1})
-    assert sorted({job.seed for job in jobs}) == [1000, 1001, 1002]
+    trainings = comparisons(config, {"method.temperature": 0.2}, {"method.temperature": 0.1})
+    assert sorted({training.seed for training in trainings}) == [1000, 1001, 1002]
     rng = np.random.default_rng(0)
     images = [f"{k:03d}" for k in range(12)]
     level = rng.uniform(0.2, 0.9, len(images))  # images differ far more than winner and start
-    place, expected = Place.of("s"), []
-    for job in jobs:
-        gain = np.full(len(images), 0.02 + 0.01 * (job.seed - 1001)) if job.which == WINNER else np.zeros(len(images))
+    place, expected = StudyFolder.of("s"), []
+    for training in trainings:
+        gain = np.full(len(images), 0.02 + 0.01 * (training.seed - 1001)) if training.kind == WINNER else np.zeros(len(images))
         score = level + gain
-        expected.append((job, score.mean()))
-        job.path(place).parent.mkdir(parents=True, exist_ok=True)
+        expected.append((training, score.mean()))
+        training.path(place).parent.mkdir(parents=True, exist_ok=True)
         rows = [
-            {"run": job.seed, "image_id": name, "prompt": p, "score": s}
+            {"run": training.seed, "image_id": name, "prompt": p, "score": s}
             for name, s in zip(images, score, strict=True)
             for p in ("ring", "box")
         ]
-        pd.DataFrame(rows).to_csv(job.path(place), index=False)
-    verdict = judge(config, place, jobs)
+        pd.DataFrame(rows).to_csv(training.path(place), index=False)
+    verdict = judge(config, place, trainings)
     assert verdict is not None
     assert verdict.difference == pytest.approx(0.02)
     assert verdict.seeds_sd == pytest.approx(0.01)
     assert (verdict.low, verdict.high) == pytest.approx(interval(np.full(12, 0.02), num_bootstrap=50, confidence=0.95))
     assert (verdict.num_images, verdict.num_seeds) == (12, 3)
     assert "better" in verdict.line(config, True)
-    jobs[0].path(place).unlink()
-    assert judge(config, place, jobs) is None, "no verdict before every training is there"
+    trainings[0].path(place).unlink()
+    assert judge(config, place, trainings) is None, "no verdict before every training is there"
     unsure = Verdict(0.6, 0.59, 0.01, -0.01, 0.03, 12, 3, 0.01)
     assert "not told apart" in unsure.line(config, True)
-    assert START in {job.which for job in jobs}
+    assert START in {training.kind for training in trainings}
 
 
 def test_an_older_file_gets_the_section(root: Path) -> None:
@@ -680,9 +682,9 @@ def test_trials_to_train_at_full_length_are_spread_over_the_ranking() -> None:
     for k, value in enumerate((0.3, 0.9, 0.1, 0.5, 0.7)):
         study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"values": {"train.clip": float(k)}}))
     study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, value=1.0))
-    jobs = spread(study, configured(train__seed=7), 3)
-    assert [job.values["train.clip"] for job in jobs] == [1.0, 3.0, 2.0], "best, middle, worst"
-    assert {job.seed for job in jobs} == {7}, "the trials' own seed"
+    trainings = spread(study, configured(train__seed=7), 3)
+    assert [training.values["train.clip"] for training in trainings] == [1.0, 3.0, 2.0], "best, middle, worst"
+    assert {training.seed for training in trainings} == {7}, "the trials' own seed"
     assert len(spread(study, configured(), 99)) == 5
     assert spread(study, configured(), 0) == []
 
@@ -711,7 +713,7 @@ def test_pictures_show_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             )
         )
     assert importance(study, space)["train.augment"] > 0.95
-    paths = draw_pictures(study, Place.of("s"), space, "value")
+    paths = draw_pictures(study, StudyFolder.of("s"), space, "value")
     assert set(paths) == {"history", "importance", "parallel"}
     for path in paths.values():
         assert real_read(path).std() > 10, "not an empty page"

@@ -24,11 +24,11 @@ from helpers.postgres_server import postgres, why_not
 from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from lesionsam.errors import UserError
 from lesionsam.sweep import storage as sweep_storage
-from lesionsam.sweep import study as sweep_study
+from lesionsam.sweep import closing as sweep_closing
 from lesionsam.sweep import worker as sweep_worker
 from lesionsam.sweep.search import Request, sweep
-from lesionsam.sweep.trial import Place
-from lesionsam.sweep.worker import is_finished, state_of
+from lesionsam.sweep.study import is_finished, state_name
+from lesionsam.sweep.trial import StudyFolder
 from lesionsam.tracking.spool import Spool, read_lines
 from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.utils.processes import started
@@ -155,7 +155,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     sweep(Request(trials=4, workers=1))
     study = only_study()
     finished = [t for t in study.get_trials() if is_finished(t)]
-    assert [state_of(t) for t in finished] == ["complete"] * 4
+    assert [state_name(t) for t in finished] == ["complete"] * 4
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     assert len({str(values) for values in tried(study)}) == 4, "no trial repeated"
     assert killed[0].user_attrs["values"] in tried(study)
@@ -174,7 +174,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
         assert len(steps) == 8, "a resumed attempt goes on with the curve of the first"
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
     assert pictures == {f"pictures/{name}.png" for name in ("history", "importance", "parallel")}
-    assert not (Place.of(study.study_name).scratch / "trials").exists()
+    assert not (StudyFolder.of(study.study_name).scratch / "trials").exists()
 
 
 def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, mo
     (trial,) = only_study().get_trials()
     assert trial.state == TrialState.COMPLETE
     assert trial.user_attrs["epoch"] >= 1
-    assert not any((Place.of(only_study().study_name).scratch / "trials").glob("*"))
+    assert not any((StudyFolder.of(only_study().study_name).scratch / "trials").glob("*"))
 
 
 def test_processes_that_make_a_database_at_once_all_get_it(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_database_that_is_locked_in_mid_trial(project: Path, monkeypatch: pyte
     monkeypatch.setattr(sweep_storage, "is_gone", lambda held: True)  # this very process ran the trial
     sweep(request)
     study = only_study("sqlite:///sweeps.db")
-    assert [state_of(t) for t in study.get_trials()] == ["complete", "lost", "complete"]
+    assert [state_name(t) for t in study.get_trials()] == ["complete", "lost", "complete"]
     assert len({str(values) for values in tried(study)}) == 2
     last = study.get_trials()[-1]
     assert last.user_attrs["values"] == study.get_trials()[1].user_attrs["values"]
@@ -279,7 +279,7 @@ def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatc
         sweep(Request(trials=1))
     sweep(Request(trials=1))
     first, second = only_study().get_trials()
-    assert (state_of(first), state_of(second)) == ("lost", "complete")
+    assert (state_name(first), state_name(second)) == ("lost", "complete")
     assert second.user_attrs["values"] == second.user_attrs["start"] == first.user_attrs["start"]
 
 
@@ -287,7 +287,7 @@ def test_without_an_mlflow_server_no_trial_is_lost(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs wait on disk, each with its one parent (tests/tracking/test_tracker.py sends such runs)."""
-    monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
+    monkeypatch.setattr(sweep_closing, "SERVER_SECONDS", 0.5)
     monkeypatch.setattr("lesionsam.sweep.search.SYNC_SECONDS", 0.5)
     set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")
     sweep(Request(trials=2))
@@ -295,7 +295,7 @@ def test_without_an_mlflow_server_no_trial_is_lost(
         capsys.readouterr().err
     )
     study = only_study()
-    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 2
+    assert [state_name(t) for t in study.get_trials()] == ["complete"] * 2
     spools = {spool.local_id: spool for spool in Spool.all(Path.cwd())}
     parent = spools.pop(study.user_attrs["parent"])
     assert [spool.read_json("meta.json")["parent"] for spool in spools.values()] == [parent.local_id] * 2
@@ -323,7 +323,7 @@ def test_postgresql_gives_what_sqlite_gives(project: Path) -> None:
         assert other.returncode == 0, said
         shared = optuna.load_study(study_name="one", storage=storage)
         trials = shared.get_trials()
-        assert [state_of(t) for t in trials] == ["complete"] * 5
+        assert [state_name(t) for t in trials] == ["complete"] * 5
         assert len({t.user_attrs["owner"]["pid"] for t in trials}) == 2, "both took part"
         results = {str(t.user_attrs["values"]): t.value for t in trials}
         expected = {str(t.user_attrs["values"]): t.value for t in local.get_trials()}
