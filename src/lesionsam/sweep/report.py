@@ -48,7 +48,7 @@ def table(study: optuna.Study, config: Config, space: Sequence[Dimension]) -> li
                 "note": t.user_attrs.get("error", ""),
             }
         )
-    return rows
+    return rows if any(row["note"] for row in rows) else [{k: v for k, v in row.items() if k != "note"} for row in rows]
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
@@ -66,7 +66,7 @@ def as_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def rank_correlation(study: optuna.Study) -> tuple[float, int] | None:
-    """Return Spearman's correlation of the label-free score with the true mean IoU over complete trials, and their number.
+    """Return Spearman's correlation of the label-free score with the true mean IoU over complete trials, and N.
 
     None for fewer than `MIN_RANKED`, without masks, or where either does not vary.
     """

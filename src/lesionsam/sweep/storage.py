@@ -172,9 +172,9 @@ def without_warnings() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(url: str, *, patience: float = PATIENCE_SECONDS) -> Iterator[BaseStorage]:
+def opened(url: str) -> Iterator[BaseStorage]:
     """Open a storage as `open_storage` does, and close its connections when the block ends."""
-    storage = open_storage(url, patience=patience)
+    storage = open_storage(url)
     try:
         yield storage
     finally:
@@ -183,11 +183,8 @@ def opened(url: str, *, patience: float = PATIENCE_SECONDS) -> Iterator[BaseStor
             storage.engine.dispose()
 
 
-def open_storage(url: str, *, patience: float = PATIENCE_SECONDS) -> BaseStorage:
-    """Connect to a storage, and create file and tables where they are missing.
-
-    Args:
-        patience: seconds for which later calls are repeated while the database is locked or restarts.
+def open_storage(url: str) -> BaseStorage:
+    """Connect to a storage, and create file and tables where they are missing. Later calls wait for a database.
 
     Raises:
         UserError: the file or database belongs to another program. Of SQLAlchemy: see `clear_errors`.
@@ -205,7 +202,7 @@ def open_storage(url: str, *, patience: float = PATIENCE_SECONDS) -> BaseStorage
                     heartbeat_interval=HEARTBEAT_SECONDS,
                     grace_period=GRACE_SECONDS,
                 )
-                storage.patience = patience
+                storage.patience = PATIENCE_SECONDS
                 return storage
             except (ProgrammingError, IntegrityError, OperationalError) as error:
                 # Another process created the tables at the same moment; SQLite calls that an operational error.

@@ -33,6 +33,7 @@ from lesionsam.tracking.spool import (
     spool_root,
     write_record,
 )
+from lesionsam.tracking.store import refuse_optuna_database
 
 Scalar = str | int | float | bool | None
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -183,6 +184,7 @@ class Tracker(NullTracker):
             local_id: of this run, where another process or machine knows it and run.json may be gone.
             send: False leaves sending to the next start or to `sync`.
         """
+        refuse_optuna_database(uri or f"sqlite:///{root / 'mlflow.db'}")
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
         resumed = bool(record or local_id)
