@@ -22,15 +22,14 @@ from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.sweep.bench import held_out, idle_gate, open_bench
 from lesionsam.sweep.charts import draw_pictures
-from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation, spread
-from lesionsam.sweep.samplers import NumberedSampler, build_pruner, finished
+from lesionsam.sweep.prepared import held_out, idle_gate, open_prepared
+from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation
+from lesionsam.sweep.samplers import NumberedSampler, build_pruner, draw, finished
 from lesionsam.sweep.search import Request, apply_best, sweep
 from lesionsam.sweep.space import Dimension, combinations, dead_keys, from_json, read_space, to_json
 from lesionsam.sweep.study import is_finished, state_name
-from lesionsam.sweep.trial import FULL, START, WINNER, FullTraining, StudyFolder
-from lesionsam.sweep.worker import draw
+from lesionsam.sweep.trial import START, WINNER, StudyFolder
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +181,7 @@ def test_a_key_that_another_dimension_brings_to_life_is_not_dead() -> None:
 
 def test_a_gate_that_trusts_the_same_images_everywhere_is_dead(project: Path) -> None:
     config, gate = load_config(), "method.gate.entropy_thresh"
-    bench = open_bench(config)
+    bench = open_prepared(config)
     idle = idle_gate(config, bench, [Dimension(gate, low=0.69, high=0.6931)])
     assert idle is not None
     assert "the same 8 of 8 images" in idle
@@ -313,8 +312,8 @@ def test_a_sweep_from_start_to_applied_values(
     read = set()
     opened = read_index(Path("data/raw/index.csv"))
     test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
-    monkeypatch.setattr("lesionsam.sweep.bench.read_image", lambda path: read.add(str(path)) or real_read(path))
-    sweep(Request(trials=4, apply=True, rank_check=9))
+    monkeypatch.setattr("lesionsam.sweep.prepared.read_image", lambda path: read.add(str(path)) or real_read(path))
+    sweep(Request(trials=4, apply=True))
     study = only_study()
     first = study.get_trials()[0]
     start = {"train.lr_encoder": 1e-3, "model.unfreeze_last_k": 0}
@@ -325,11 +324,6 @@ def test_a_sweep_from_start_to_applied_values(
         len(t.intermediate_values) == 1 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
     place = StudyFolder.of(study.study_name)
-    whole = [
-        pd.read_csv(FullTraining(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0]
-        for t in study.get_trials()
-    ]
-    expected = np.corrcoef(np.argsort(np.argsort([t.value for t in study.get_trials()])), np.argsort(np.argsort(whole)))
     assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
     table = pd.read_csv(place.out / "trials.csv")
@@ -340,7 +334,6 @@ def test_a_sweep_from_start_to_applied_values(
     out = capsys.readouterr().out
     assert f"best: trial {best.number}" in out
     assert "budget of a trial 1 of 2 epochs" in out
-    assert f"(1 and 2 epochs, one seed): Spearman {expected[0, 1]:+.2f} over 4 complete trials" in out
     assert not read & test_images
     changed = {
         key for key, value in flatten(load_config()).items() if value != flatten(validate(parse_yaml(before, "a")))[key]
@@ -449,7 +442,7 @@ def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> No
     """Boxes of people's own stay the same when pictures are exchanged."""
 
     def digest() -> str:
-        return open_bench(load_config()).digest()
+        return open_prepared(load_config()).digest()
 
     index = Path("data/raw/index.csv")
     whole, first = index.read_text("utf-8"), digest()
@@ -466,10 +459,10 @@ def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> No
 
 
 def test_a_trial_cut_short_begins_anew_under_other_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, config = open_bench(load_config()), load_config()
+    bench, config = open_prepared(load_config()), load_config()
     first = bench.run_key(config)
     assert bench.run_key(config) == first
-    monkeypatch.setattr("lesionsam.sweep.bench.code_digest", lambda: "other")
+    monkeypatch.setattr("lesionsam.sweep.prepared.code_digest", lambda: "other")
     assert bench.run_key(config) != first
 
 
@@ -555,18 +548,6 @@ def test_unseen_images_are_a_stable_share() -> None:
     assert held_out(names, 0.0) == set()
     assert len(held_out(names[:2], 0.9)) == 1
     assert held_out(names[:1], 0.5) == set()
-
-
-def test_trials_to_train_at_full_length_are_spread_over_the_ranking() -> None:
-    study = optuna.create_study(direction="maximize")
-    for k, value in enumerate((0.3, 0.9, 0.1, 0.5, 0.7)):
-        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"values": {"train.clip": float(k)}}))
-    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, value=1.0))
-    trainings = spread(study, configured(train__seed=7), 3)
-    assert [training.values["train.clip"] for training in trainings] == [1.0, 3.0, 2.0], "best, middle, worst"
-    assert {training.seed for training in trainings} == {7}, "the trials' own seed"
-    assert len(spread(study, configured(), 99)) == 5
-    assert spread(study, configured(), 0) == []
 
 
 def test_pictures_show_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,7 +199,7 @@ class Auto(Section):
 
 
 class Space(BaseModel):
-    """Free keys: `lesionsam.sweep_space` checks each against the schema itself."""
+    """Free keys: `lesionsam.sweep.space` checks each against the schema itself."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 

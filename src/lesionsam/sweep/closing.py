@@ -10,25 +10,23 @@ from dataclasses import asdict, dataclass, replace
 import optuna
 
 from lesionsam.config.load import Config, flatten
-from lesionsam.sweep.bench import Bench, zero_shot
 from lesionsam.sweep.charts import draw_pictures
+from lesionsam.sweep.prepared import PreparedData, zero_shot
 from lesionsam.sweep.report import (
     Verdict,
     as_text,
-    budget_correlation,
     by_label_free,
     comparisons,
     judge,
     rank_correlation,
     scored_by,
-    spread,
     summary,
     table,
     write,
 )
 from lesionsam.sweep.space import Dimension
 from lesionsam.sweep.study import best_trial, count_finished
-from lesionsam.sweep.trial import BEST_NAME, FullTraining, StudyFolder, best_note, budget, open_tracker
+from lesionsam.sweep.trial import BEST_NAME, StudyFolder, best_note, open_tracker
 from lesionsam.sweep.worker import WorkerSpec
 from lesionsam.sweep.workers import run_workers
 from lesionsam.tracking.tracker import NullTracker
@@ -42,7 +40,7 @@ class Session:
     """A command's part in a sweep."""
 
     config: Config
-    bench: Bench
+    prepared: PreparedData
     space: Sequence[Dimension]
     folder: StudyFolder
     study: optuna.Study
@@ -76,57 +74,35 @@ def note_zero_shot(session: Session, tracker: NullTracker) -> None:
             "warning: MLflow does not answer; runs are kept on disk and sent later, under their one parent",
             file=sys.stderr,
         )
-    score = zero_shot(config, session.bench)["label_free" if by_label_free(config, session.bench) else OBJECTIVE]
+    score = zero_shot(config, session.prepared)["label_free" if by_label_free(config, session.prepared) else OBJECTIVE]
     study.set_user_attr("zero_shot", score)
 
 
 def compare_with_start(session: Session) -> Verdict | None:
     """Train winner and start with new seeds, and judge them on images that no trial saw; None with none to compare."""
     config, study, best = session.config, session.study, best_trial(session.study)
-    if best is None or "start" in best.user_attrs or not session.bench.held:
+    if best is None or "start" in best.user_attrs or not session.prepared.held:
         return None
     trainings = comparisons(config, best.user_attrs["values"], study.user_attrs["start"])
-    run_trainings(session, trainings, f"comparing trial {best.number} with the start")
+    todo = [training for training in trainings if not training.path(session.folder).exists()]
+    if todo and not session.spec.is_past_deadline():
+        title = f"comparing trial {best.number} with the start"
+        print(f"{title}: {len(todo)} trainings of {config.train.epochs} epochs", flush=True)
+        workers = min(session.spec.workers, len(todo))
+        run_workers(replace(session.spec, trainings=tuple(map(asdict, todo)), workers=workers))
     return judge(config, session.folder, trainings)
 
 
-def check_budget(session: Session, count: int) -> tuple[float, int] | None:
-    """Return how well a trial's budget ranks: the rank correlation with whole runs, over trials trained again in full.
-
-    Args:
-        count: of trials to train again, spread over the ranking; 0 = none beyond those that were.
-    Returns:
-        Spearman's coefficient and the number of trials behind it; None where there are too few.
-    """
-    config = session.config
-    if budget(config) >= config.train.epochs:
-        if count:
-            print("a trial's budget is the whole run (sweep.epochs): nothing to check", flush=True)
-        return None
-    run_trainings(session, spread(session.study, config, count), "checking how well a trial's budget ranks")
-    return budget_correlation(session.study, config, session.folder)
-
-
-def run_trainings(session: Session, trainings: Sequence[FullTraining], title: str) -> None:
-    """Do the trainings that have no scores yet, unless the time is over."""
-    todo = [training for training in trainings if not training.path(session.folder).exists()]
-    if not todo or session.spec.is_past_deadline():
-        return
-    print(f"{title}: {len(todo)} trainings of {session.config.train.epochs} epochs", flush=True)
-    workers = min(session.spec.workers, len(todo))
-    run_workers(replace(session.spec, trainings=tuple(map(asdict, todo)), workers=workers))
-
-
-def finish(session: Session, tracker: NullTracker, verdict: Verdict | None, ranked: tuple[float, int] | None) -> None:
+def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> None:
     """Print table and summary, and keep them and the pictures in the sweep's folder and on its own run."""
     config, study, folder = session.config, session.study, session.folder
-    rows, lines = table(study, config, session.space), summary(study, config, session.bench, verdict, ranked)
+    rows, lines = table(study, config, session.space), summary(study, config, session.prepared, verdict)
     print(f"\n{as_text(rows)}\n")
     print(*lines, f"kept in {folder.out}/", sep="\n", flush=True)
     step = count_finished(study)
     for path in write(folder, rows, lines):
         tracker.log_artifact(path)
-    for name, path in draw_pictures(study, folder.out, session.space, scored_by(config, session.bench)).items():
+    for name, path in draw_pictures(study, folder.out, session.space, scored_by(config, session.prepared)).items():
         tracker.log_artifact(path, "pictures")
         tracker.log_picture(path, f"sweep_{name}", step)
     if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -137,8 +113,6 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None, rank
     points = {"sweep/best": best.value, "sweep/zero_shot": study.user_attrs["zero_shot"], "sweep/trials": step}
     if (label_free := rank_correlation(study)) is not None:
         points["sweep/label_free_rank_correlation"] = label_free[0]
-    if ranked is not None:
-        points["sweep/budget_rank_correlation"] = ranked[0]
     if verdict is not None:
         points |= {
             "sweep/difference": verdict.difference,

@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 
 from lesionsam.config.load import Config
 from lesionsam.evaluation.statistics import interval
-from lesionsam.sweep.bench import Bench
+from lesionsam.sweep.prepared import PreparedData
 from lesionsam.sweep.space import Dimension, Value
 from lesionsam.sweep.study import best_trial, complete_trials, is_finished, state_name
-from lesionsam.sweep.trial import FULL, START, WINNER, FullTraining, StudyFolder, budget, printable
+from lesionsam.sweep.trial import START, WINNER, FullTraining, StudyFolder, budget, printable
 from lesionsam.utils.files import write_text_atomic
 
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
@@ -66,36 +66,12 @@ def as_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def rank_correlation(study: optuna.Study) -> tuple[float, int] | None:
-    """Return Spearman's correlation of the label-free score with the true mean IoU over complete trials, and N.
+    """Return Spearman's correlation of label-free score and true mean IoU over complete trials, and their number.
 
     None for fewer than `MIN_RANKED`, without masks, or where either does not vary.
     """
     scores = [t.user_attrs.get("scores", {}) for t in complete_trials(study)]
-    return _spearman(np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s]))
-
-
-def spread(study: optuna.Study, config: Config, count: int) -> list[FullTraining]:
-    """Return trainings at full length of so many complete trials, spread evenly over their ranking."""
-    ranked = sorted(complete_trials(study), key=lambda t: (-(t.value or 0.0), t.number))
-    picked = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
-    return [FullTraining(FULL, config.train.seed, ranked[k].user_attrs["values"]) for k in picked]
-
-
-def budget_correlation(study: optuna.Study, config: Config, study_folder: StudyFolder) -> tuple[float, int] | None:
-    """Return Spearman's correlation of the trials' values with those at full length, and the number of trials.
-
-    None for fewer than `MIN_RANKED`, or where either does not vary.
-    """
-    pairs = []
-    for t in complete_trials(study):
-        path = FullTraining(FULL, config.train.seed, t.user_attrs["values"]).path(study_folder)
-        if path.exists():
-            pairs.append((t.value, float(pd.read_csv(path)["value"].iloc[0])))
-    return _spearman(np.array(pairs))
-
-
-def _spearman(pairs: np.ndarray) -> tuple[float, int] | None:
-    """Return rank correlation and N of (N, 2) pairs, None where there are too few or either column is constant."""
+    pairs = np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s])
     if len(pairs) < MIN_RANKED or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return None
     return float(np.asarray(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)), len(pairs)
@@ -166,15 +142,13 @@ def judge(config: Config, study_folder: StudyFolder, trainings: Sequence[FullTra
     )
 
 
-def summary(
-    study: optuna.Study, config: Config, bench: Bench, verdict: Verdict | None, ranked: tuple[float, int] | None
-) -> list[str]:
-    """Return the results in lines. ranked: of `budget_correlation`."""
+def summary(study: optuna.Study, config: Config, prepared: PreparedData, verdict: Verdict | None) -> list[str]:
+    """Return the results in lines."""
     best, trials = best_trial(study), shown_trials(study)
     counts = {
         state: sum(state_name(t) == state for t in trials) for state in ("complete", "pruned", "failed", "running")
     }
-    scored, what = sum(s.split == "dev" for s in bench.seen), scored_by(config, bench)
+    scored, what = sum(s.split == "dev" for s in prepared.seen), scored_by(config, prepared)
     lines = [
         f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count),
         f"value: {what} on {scored} development images at model size, best epoch; budget of a trial "
@@ -193,32 +167,41 @@ def summary(
             f"label-free score against true mean IoU: Spearman {label_free[0]:+.2f} over {label_free[1]} complete "
             "trials, each at its best epoch"
         )
-    if ranked is not None:
-        lines.append(
-            f"a trial's budget against the whole run ({budget(config)} and {config.train.epochs} epochs, one seed): "
-            f"Spearman {ranked[0]:+.2f} over {ranked[1]} complete trials spread over the ranking"
-        )
     if verdict is not None:
-        lines.append(verdict.line(config, bench.has_masks))
-    elif bench.held and config.sweep.confirm_seeds and "start" not in best.user_attrs:
+        lines.append(verdict.line(config, prepared.has_masks))
+    elif prepared.held and config.sweep.confirm_seeds and "start" not in best.user_attrs:
         lines.append("not compared on unseen images yet: the same command without --timeout does that")
     elif "start" in best.user_attrs:
         lines.append("params.yaml as it stood is the best found: nothing to compare")
-    elif not bench.held or not config.sweep.confirm_seeds:
+    elif not prepared.held or not config.sweep.confirm_seeds:
         lines.append(
             "not compared on unseen images (sweep.holdout or sweep.confirm_seeds is 0); the best of many leads by luck"
         )
     return lines
 
 
-def by_label_free(config: Config, bench: Bench) -> bool:
+def time_left(
+    finished: Sequence[FrozenTrial], config: Config, num_trials: int, num_workers: int, *, compares: bool
+) -> list[str]:
+    """Return the time left in words, judged by the finished trials: for the other trials, and for the comparison."""
+    seconds = sum(t.duration.total_seconds() for t in finished if t.duration is not None)
+    epochs = sum(max(t.intermediate_values, default=0) for t in finished)
+    if not epochs:
+        return []
+    rest = seconds / len(finished) * max(0, num_trials - len(finished)) / num_workers
+    after = seconds / epochs * config.train.epochs * 2 * config.sweep.confirm_seeds * compares / num_workers
+    found = [f"about {rest / 60:.0f} min left"] if rest > 90 else []
+    return found + ([f"then about {after / 60:.0f} min to compare"] if after > 90 else [])
+
+
+def by_label_free(config: Config, prepared: PreparedData) -> bool:
     """Return whether trials are scored without masks."""
-    return config.sweep.objective == "label_free" or not bench.has_masks
+    return config.sweep.objective == "label_free" or not prepared.has_masks
 
 
-def scored_by(config: Config, bench: Bench) -> str:
+def scored_by(config: Config, prepared: PreparedData) -> str:
     """Return the value of a trial in words."""
-    if by_label_free(config, bench):
+    if by_label_free(config, prepared):
         return "label-free score (core coverage, consistency, 1 - leakage)"
     return "mean IoU of ring, centre, box"
 

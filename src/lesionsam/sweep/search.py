@@ -1,6 +1,6 @@
 """Run a sweep: space, study, workers, comparison of winner and start, best values written into params.yaml.
 
-The other modules: `space` (what is searched), `bench` (what trials share), `storage` and `study` (what has been tried),
+Modules: `space` (what is searched), `prepared` (what trials share), `storage` and `study` (what has been tried),
 `worker` and `workers` (who takes trials), `trial` (one training), `closing` (comparison), `report` and `charts`.
 """
 
@@ -23,8 +23,8 @@ from lesionsam.config.edit import difference, edit_text
 from lesionsam.config.load import Config, load_config, parse_yaml, read_text, to_values, validate
 from lesionsam.config.presets import apply_preset
 from lesionsam.errors import UserError
-from lesionsam.sweep.bench import Bench, fixed_values, idle_gate, num_blocks, open_bench
-from lesionsam.sweep.closing import Session, check_budget, compare_with_start, finish, note_zero_shot, open_parent_run
+from lesionsam.sweep.closing import Session, compare_with_start, finish, note_zero_shot, open_parent_run
+from lesionsam.sweep.prepared import PreparedData, fixed_values, idle_gate, num_blocks, open_prepared
 from lesionsam.sweep.report import Verdict, as_text, scored_by, shown_trials, table
 from lesionsam.sweep.space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
 from lesionsam.sweep.storage import clear_errors, opened, printable_url, storage_url, study_lock
@@ -52,7 +52,6 @@ class Request:
     storage: str = ""
     apply: bool = False
     dry_run: bool = False
-    rank_check: int = 0
     preset: str = ""
     params: Path = Path("params.yaml")
 
@@ -67,11 +66,11 @@ def sweep(request: Request) -> None:
     if request.preset:
         config = on_preset(request.preset, read_text(request.params), request.params.name)[1]
     url, space = storage_url(request.storage), read_space(config)
-    bench = open_bench(config)
-    space = live_space(config, bench, space)
-    fixed = fixed_values(config, space, bench)
+    prepared = open_prepared(config)
+    space = live_space(config, prepared, space)
+    fixed = fixed_values(config, space, prepared)
     name = request.study or f"sweep-{sha256(dumps([to_json(space), fixed], sort_keys=True).encode()).hexdigest()[:8]}"
-    for line in announce(config, bench, space, name, url, request):
+    for line in announce(config, prepared, space, name, url, request):
         print(line, flush=True)
     if request.dry_run:
         return
@@ -83,7 +82,7 @@ def sweep(request: Request) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
     try:
         with clear_errors(url):
-            _search(request, config, bench, space, fixed, name, url)
+            _search(request, config, prepared, space, fixed, name, url)
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -96,7 +95,7 @@ def on_preset(preset: str, text: str, source: str) -> tuple[str, Config]:
     return edit_text(text, to_values(config), source), config
 
 
-def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list[Dimension]:
+def live_space(config: Config, prepared: PreparedData, space: Sequence[Dimension]) -> list[Dimension]:
     """Return the space without the keys that change nothing, and print each of those with its reason.
 
     Raises:
@@ -104,11 +103,11 @@ def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list
     """
     last = next((d for d in space if d.key == "model.unfreeze_last_k"), None)
     if last is not None:
-        blocks, most = num_blocks(config, bench), max((int(v) for v in last.choices), default=int(last.high))
+        blocks, most = num_blocks(config, prepared), max((int(v) for v in last.choices), default=int(last.high))
         if most > blocks:
             raise UserError(f"sweep.space: {last.key}: expected at most {blocks}, the encoder's blocks, got {most}")
     dead = foreign_keys(config) | dead_keys(config, space)
-    if (idle := idle_gate(config, bench, [d for d in space if d.key not in dead])) is not None:
+    if (idle := idle_gate(config, prepared, [d for d in space if d.key not in dead])) is not None:
         dead["method.gate.entropy_thresh"] = idle
     for key, why in dead.items():
         print(f"{key} changes nothing now and is left out: {why}", flush=True)
@@ -122,23 +121,23 @@ def live_space(config: Config, bench: Bench, space: Sequence[Dimension]) -> list
 
 
 def announce(
-    config: Config, bench: Bench, space: Sequence[Dimension], name: str, url: str, request: Request
+    config: Config, prepared: PreparedData, space: Sequence[Dimension], name: str, url: str, request: Request
 ) -> list[str]:
     """Return what is going to happen, in lines."""
-    s, scored = config.sweep, sum(one.split == "dev" for one in bench.seen)
+    s, scored = config.sweep, sum(one.split == "dev" for one in prepared.seen)
     points = combinations(space)
     trials = min(request.trials, request.trials if points is None else len(points))
-    by = scored_by(config, bench)
-    if s.objective == OBJECTIVE and not bench.has_masks:
+    by = scored_by(config, prepared)
+    if s.objective == OBJECTIVE and not prepared.has_masks:
         by += " (there are no masks, whatever sweep.objective says)"
     lines = [
         f"study {name} in {printable_url(url)}: up to {request.trials} trials, {s.sampler} sampler, {s.pruner} pruner",
         *(f"  {dimension}" for dimension in space),
-        f"  scored by {by} on {scored} development images; {len(bench.held)} more stay unseen for the comparison",
+        f"  scored by {by} on {scored} development images; {len(prepared.held)} more stay unseen for the comparison",
         f"  {budget(config)} of {config.train.epochs} epochs a trial; trial 0 is "
         f"{f'preset {request.preset}' if request.preset else request.params.name} as it stands",
     ]
-    if bench.held and s.confirm_seeds:
+    if prepared.held and s.confirm_seeds:
         lines.append(
             f"  then winner and start anew, {s.confirm_seeds} seeds each: {2 * s.confirm_seeds} trainings of "
             f"{config.train.epochs} epochs (together {2 * s.confirm_seeds * config.train.epochs}, the trials at most "
@@ -154,7 +153,7 @@ def announce(
 def _search(
     request: Request,
     config: Config,
-    bench: Bench,
+    prepared: PreparedData,
     space: list[Dimension],
     fixed: dict[str, object],
     name: str,
@@ -163,7 +162,7 @@ def _search(
     folder = StudyFolder.of(name)
     closing = folder.lock("parent.lock")  # its holder closes the sweep in this folder
     owner, points = Owner(folder.owners), combinations(space)
-    bench.data(config)  # decoded before the study's lock is taken
+    prepared.data(config)  # decoded before the study's lock is taken
     spec = WorkerSpec(
         values=to_values(config),
         space=to_json(space),
@@ -188,13 +187,13 @@ def _search(
                 if closes:
                     tracker = open_parent_run(config, folder, study)
             spec = replace(spec, parent=study.user_attrs.get("parent"))
-            session = Session(config, bench, space, folder, study, spec)
+            session = Session(config, prepared, space, folder, study, spec)
             if closes:
                 note_zero_shot(session, tracker)
             run_workers(spec)
             if closes:
                 verdict = compare_with_start(session)
-                finish(session, tracker, verdict, check_budget(session, request.rank_check))
+                finish(session, tracker, verdict)
             else:
                 print(f"\n{as_text(table(study, config, space))}\n", flush=True)
                 print("winner and start are compared by the command that made this study", flush=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from filelock import FileLock
 
@@ -20,7 +19,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.run import Trained, train
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.sweep.bench import Bench, score_held
+from lesionsam.sweep.prepared import PreparedData, score_held
 from lesionsam.sweep.space import Value, configured
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, Tracker
@@ -149,7 +148,7 @@ class Outcome:
 
 def run_trial(
     config: Config,
-    bench: Bench,
+    prepared: PreparedData,
     study_folder: StudyFolder,
     *,
     number: int,
@@ -168,7 +167,7 @@ def run_trial(
         over: called when the training has ended, before its run is closed; see `processes.holding`.
     """
     own = trial_config(config, values)
-    folder = trial_folder(config, bench, study_folder, values)
+    folder = trial_folder(config, prepared, study_folder, values)
     name = run_name(number, values)
     tags = {
         "mlflow.runName": name,  # a resumed attempt has another number
@@ -177,7 +176,7 @@ def run_trial(
         "method": own.method.name,
         "model": own.model.name,
         "data": own.data.source,
-        "data.digest": bench.digest(),
+        "data.digest": prepared.digest(),
     }
     tracker = open_tracker(own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own))
     history_path = folder / "epochs.json"
@@ -197,7 +196,7 @@ def run_trial(
     status, state = "KILLED", "interrupted"
     try:
         with silent():
-            trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
+            trained = train(own, prepared.data(own), prepared.weights, folder=folder, log=log, say=lambda _: None)
         over()
         keep_best(trained, own, study_folder, number, values)
         scores = dict(history[str(trained.progress.best_epoch)])
@@ -219,9 +218,11 @@ def run_trial(
         free_memory()
 
 
-def trial_folder(config: Config, bench: Bench, study_folder: StudyFolder, values: Mapping[str, Value]) -> Path:
+def trial_folder(
+    config: Config, prepared: PreparedData, study_folder: StudyFolder, values: Mapping[str, Value]
+) -> Path:
     """Return the scratch folder of a trial, by its values: another attempt at the same ones goes on there."""
-    return study_folder.scratch / "trials" / bench.run_key(trial_config(config, values))
+    return study_folder.scratch / "trials" / prepared.run_key(trial_config(config, values))
 
 
 def free_memory() -> None:
@@ -251,16 +252,15 @@ def best_note(study_folder: StudyFolder) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-WINNER, START, FULL = "winner", "start", "full"  # kinds of `FullTraining`
+WINNER, START = "winner", "start"  # kinds of `FullTraining`
 
 
 @dataclass(frozen=True)
 class FullTraining:
-    """A training at the full number of epochs, after the trials.
+    """A training of winner or start at the full number of epochs, for the comparison after the trials.
 
     Attributes:
-        kind: winner or start, trained anew for the comparison; full, a trial again, to see how well its budget ranks.
-        seed: of the training. values: of the search space.
+        kind: `WINNER` or `START`. seed: of the training. values: of the search space.
     """
 
     kind: str
@@ -270,19 +270,18 @@ class FullTraining:
     def path(self, study_folder: StudyFolder) -> Path:
         """Return the file of its scores."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
-        return study_folder.scratch / "confirm" / f"{digest}-{FULL if self.kind == FULL else self.seed}.csv"
+        return study_folder.scratch / "confirm" / f"{digest}-{self.seed}.csv"
 
-    def run(self, config: Config, bench: Bench, study_folder: StudyFolder) -> None:
-        """Train, and write the scores: of a comparison on unseen images, of a trial's repetition as the trial had."""
+    def run(self, config: Config, prepared: PreparedData, study_folder: StudyFolder) -> None:
+        """Train, and write the scores on the images that no trial saw."""
         changes = {"train.select": config.sweep.objective, "train.seed": self.seed, **self.values}
         own = configured(config, changes, self.kind)
-        folder = study_folder.scratch / "confirm" / bench.run_key(own)
+        folder = study_folder.scratch / "confirm" / prepared.run_key(own)
         with silent():
-            trained = train(own, bench.data(own), bench.weights, folder=folder, log=lambda *_: None, say=lambda _: None)
-            if self.kind == FULL:
-                rows = pd.DataFrame({"value": [trained.progress.best_score]})
-            else:
-                rows = score_held(own, bench, trained.sam, model=self.kind, run=str(self.seed))
+            trained = train(
+                own, prepared.data(own), prepared.weights, folder=folder, log=lambda *_: None, say=lambda _: None
+            )
+            rows = score_held(own, prepared, trained.sam, model=self.kind, run=str(self.seed))
         write_text_atomic(self.path(study_folder), rows.to_csv(index=False))
         shutil.rmtree(folder, ignore_errors=True)
         free_memory()

@@ -30,9 +30,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lesionsam.config.load import Config, validate
 from lesionsam.errors import run_guarded
-from lesionsam.sweep.bench import open_bench
-from lesionsam.sweep.samplers import NumberedSampler, build_pruner
-from lesionsam.sweep.space import Dimension, Value, combinations, from_json, same
+from lesionsam.sweep.prepared import open_prepared
+from lesionsam.sweep.report import time_left
+from lesionsam.sweep.samplers import NumberedSampler, build_pruner, draw
+from lesionsam.sweep.space import Value, combinations, from_json, same
 from lesionsam.sweep.storage import FAULTS, Database, LockLost, clear_errors, opened, study_lock, without_warnings
 from lesionsam.sweep.study import Owner, best_trial, is_alive, is_finished, recover_lost_trials, state_name
 from lesionsam.sweep.trial import TRIAL_ERRORS, FullTraining, StudyFolder, budget, printable, run_trial, trial_folder
@@ -81,20 +82,6 @@ class TrialReassigned(Exception):
     """This process did not answer, and its trial was given to another."""
 
 
-def draw(trial: Trial, space: Sequence[Dimension]) -> dict[str, Value]:
-    """Return a value for every key of the space, as it will be tried and written."""
-    values: dict[str, Value] = {}
-    for d in space:
-        if d.choices:
-            drawn = trial.suggest_categorical(d.key, d.choices)
-        elif d.whole:
-            drawn = trial.suggest_int(d.key, int(d.low), int(d.high), step=int(d.step), log=d.log)
-        else:
-            drawn = trial.suggest_float(d.key, d.low, d.high, step=d.step or None, log=d.log)
-        values[d.key] = d.rounded(drawn)
-    return values
-
-
 def equal_values(one: dict[str, Value], other: dict[str, Value]) -> bool:
     """Return whether two trials have the same values."""
     return all(same(other[key], value) for key, value in one.items())
@@ -107,7 +94,7 @@ class Worker:
         self.spec, self.storage, self.config, self.space = spec, storage, spec.config(), from_json(spec.space)
         if self.config.runtime.num_threads:
             torch.set_num_threads(self.config.runtime.num_threads)
-        self.folder, self.bench = StudyFolder.of(spec.study), open_bench(self.config)
+        self.folder, self.prepared = StudyFolder.of(spec.study), open_prepared(self.config)
         self.owner = Owner(self.folder.owners)
         self.begun = self.last_line = time.monotonic()
         self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, spec.trials)
@@ -201,7 +188,7 @@ class Worker:
             frozen = self._frozen(trial)
             if frozen.state != state:
                 raise TrialReassigned
-            shutil.rmtree(trial_folder(self.config, self.bench, self.folder, values), ignore_errors=True)
+            shutil.rmtree(trial_folder(self.config, self.prepared, self.folder, values), ignore_errors=True)
         self._print_result(frozen, time.monotonic() - begun)
 
     def _train(
@@ -226,7 +213,7 @@ class Worker:
         try:
             outcome = run_trial(
                 self.config,
-                self.bench,
+                self.prepared,
                 self.folder,
                 number=trial.number,
                 values=values,
@@ -276,7 +263,7 @@ class Worker:
         progress = [
             f"{len(finished)}/{self.spec.trials} done",
             *([f"best {best.value:.4f}"] if best is not None else []),
-            *time_left(finished, self.spec, self.config, 2 * self.config.sweep.confirm_seeds * bool(self.bench.held)),
+            *time_left(finished, self.config, self.spec.trials, self.spec.workers, compares=bool(self.prepared.held)),
         ]
         self.last_line = time.monotonic()
         print(
@@ -293,7 +280,7 @@ class Worker:
                 if training.path(self.folder).exists():
                     continue
                 begun = time.monotonic()
-                training.run(self.config, self.bench, self.folder)
+                training.run(self.config, self.prepared, self.folder)
                 done = sum(other.path(self.folder).exists() for other in trainings)
                 left = (time.monotonic() - self.begun) / done * (len(trainings) - done)
                 print(
@@ -301,18 +288,6 @@ class Worker:
                     f"{done}/{len(trainings)} done" + (f", about {left / 60:.0f} min left" if left > 90 else ""),
                     flush=True,
                 )
-
-
-def time_left(trials: Sequence[FrozenTrial], spec: WorkerSpec, config: Config, num_after: int) -> list[str]:
-    """Return the time left in words, judged by the finished trials: for the other trials, and the trainings after."""
-    seconds = [t.duration.total_seconds() for t in trials if t.duration is not None]
-    epochs = sum(max(t.intermediate_values, default=0) for t in trials)
-    if not epochs or not seconds:
-        return []
-    rest = sum(seconds) / len(seconds) * max(0, spec.trials - len(trials)) / spec.workers
-    after = sum(seconds) / epochs * config.train.epochs * num_after / spec.workers
-    found = [f"about {rest / 60:.0f} min left"] if rest > 90 else []
-    return found + ([f"then about {after / 60:.0f} min to compare"] if after > 90 else [])
 
 
 def run(spec: WorkerSpec) -> None:
