@@ -196,6 +196,7 @@ def test_a_locked_database_is_waited_for(
 
 
 @needs_postgres
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # SQLAlchemy drops broken connections
 @pytest.mark.parametrize("scheme", ["postgresql", "postgresql+psycopg"])
 def test_dropped_connections_and_a_restart_are_survived(server: PostgresServer, scheme: str) -> None:
     """The server drops idle connections; then it is away for a while, as in an update."""
@@ -335,6 +336,7 @@ def test_one_process_at_a_time_holds_the_lock(kind: str, tmp_path: Path, request
 
 
 @needs_postgres
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # SQLAlchemy drops broken connections
 def test_a_lock_that_a_restart_took_is_noticed(server: PostgresServer) -> None:
     url = server.create("restarted")
     with opened(url) as storage, pytest.raises(LockLost), study_lock(storage, url, "one"):

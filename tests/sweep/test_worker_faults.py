@@ -364,6 +364,7 @@ def test_postgresql_gives_what_sqlite_gives(project: Path) -> None:
 
 @pytest.mark.pipeline
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # SQLAlchemy drops broken connections
 def test_a_server_that_restarts_in_mid_trial_loses_no_trial(
     project: Path, helper: Callable[[Callable[[], None]], threading.Thread]
 ) -> None:
