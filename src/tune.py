@@ -37,13 +37,6 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be searched; run and write nothing.")
     ] = False,
-    rank_check: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Train so many trials, spread over the ranking, at full length too: how well does the budget rank?",
-        ),
-    ] = 0,
     preset: Annotated[str, typer.Option(help="Sweep on a preset of `lesionsam preset`; empty = params.yaml.")] = "",
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
@@ -58,7 +51,6 @@ def tune(
             storage=storage,
             apply=apply,
             dry_run=dry_run,
-            rank_check=rank_check,
             preset=preset,
             params=params,
         )

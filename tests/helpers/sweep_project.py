@@ -18,7 +18,7 @@ from lesionsam.data.index import read_index, write_index
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep.storage import open_storage
-from lesionsam.sweep.worker import is_finished
+from lesionsam.sweep.study import is_finished
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = {"train.lr_encoder": {"low": 1e-5, "high": 1e-3, "log": True}, "model.unfreeze_last_k": {"low": 0, "high": 2}}

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
-import sqlite3
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,20 @@ import pandas as pd
 import pytest
 
 from helpers.sweep_project import ROOT, SPACE, configured, only_study, prepare, set_params, tried
-from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, to_values, validate
+from lesionsam.config.load import default_text, flatten, load_config, parse_yaml, validate
 from lesionsam.config.upgrade import upgrade
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.sweep import storage as sweep_storage
-from lesionsam.sweep.bench import held_out, idle_gate, open_bench
-from lesionsam.sweep.charts import draw_pictures, importance
-from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation, spread
-from lesionsam.sweep.samplers import NumberedSampler, build_pruner, finished
+from lesionsam.sweep.charts import draw_pictures
+from lesionsam.sweep.prepared import held_out, idle_gate, open_prepared
+from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation
+from lesionsam.sweep.samplers import NumberedSampler, build_pruner, draw, finished
 from lesionsam.sweep.search import Request, apply_best, sweep
 from lesionsam.sweep.space import Dimension, combinations, dead_keys, from_json, read_space, to_json
-from lesionsam.sweep.storage import clear_errors, open_storage, owner, repair, retry, shown_url, storage_url
-from lesionsam.sweep.trial import FULL, START, WINNER, Job, Place
-from lesionsam.sweep.worker import Duplicate, Plan, Surplus, Worker, draw, is_finished, state_of
+from lesionsam.sweep.study import is_finished, state_name
+from lesionsam.sweep.trial import START, WINNER, StudyFolder
 
 
 @pytest.fixture(scope="session")
@@ -193,7 +188,7 @@ def test_a_key_that_another_dimension_brings_to_life_is_not_dead() -> None:
 
 def test_a_gate_that_trusts_the_same_images_everywhere_is_dead(project: Path) -> None:
     config, gate = load_config(), "method.gate.entropy_thresh"
-    bench = open_bench(config)
+    bench = open_prepared(config)
     idle = idle_gate(config, bench, [Dimension(gate, low=0.69, high=0.6931)])
     assert idle is not None
     assert "the same 8 of 8 images" in idle
@@ -327,30 +322,28 @@ def test_a_sweep_from_start_to_applied_values(
     read = set()
     opened = read_index(Path("data/raw/index.csv"))
     test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
-    monkeypatch.setattr("lesionsam.sweep.bench.read_image", lambda path: read.add(str(path)) or real_read(path))
-    sweep(Request(trials=4, apply=True, rank_check=9))
+    monkeypatch.setattr("lesionsam.sweep.prepared.read_image", lambda path: read.add(str(path)) or real_read(path))
+    sweep(Request(trials=4, apply=True))
     study = only_study()
     first = study.get_trials()[0]
     start = {"train.lr_encoder": 1e-3, "model.unfreeze_last_k": 0}
     assert first.user_attrs["values"] == first.user_attrs["start"] == start, "trial 0 is params.yaml as it stands"
-    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 4
+    assert [state_name(t) for t in study.get_trials()] == ["complete"] * 4
     assert len({str(values) for values in tried(study)}) == 4
     assert all(
         len(t.intermediate_values) == 1 and t.value == max(t.intermediate_values.values()) for t in study.get_trials()
     )
-    place = Place.of(study.study_name)
-    whole = [pd.read_csv(Job(FULL, 0, t.user_attrs["values"]).path(place))["value"].iloc[0] for t in study.get_trials()]
-    expected = np.corrcoef(np.argsort(np.argsort([t.value for t in study.get_trials()])), np.argsort(np.argsort(whole)))
+    place = StudyFolder.of(study.study_name)
     assert not (place.scratch / "trials").exists(), "nothing of a finished trial is left but the best weights"
     load_sam("compact", place.out / "best.safetensors")
     table = pd.read_csv(place.out / "trials.csv")
     best = study.best_trial
     assert list(table["value"]) == [round(t.value or 0, 4) for t in study.get_trials()]
-    assert {path.name for path in place.out.glob("*.png")} == {"history.png", "importance.png", "parallel.png"}
+    pictures = {path.stem for path in place.out.glob("*.png")}
+    assert pictures == {"history", "curves", "importance", "parallel"}
     out = capsys.readouterr().out
     assert f"best: trial {best.number}" in out
     assert "budget of a trial 1 of 2 epochs" in out
-    assert f"(1 and 2 epochs, one seed): Spearman {expected[0, 1]:+.2f} over 4 complete trials" in out
     assert not read & test_images
     changed = {
         key for key, value in flatten(load_config()).items() if value != flatten(validate(parse_yaml(before, "a")))[key]
@@ -433,91 +426,12 @@ def test_a_trial_that_fails_counts_and_is_named(
     monkeypatch.setattr("lesionsam.sweep.trial.train", failing)
     set_params(sweep__space={"model.unfreeze_last_k": {"low": 0, "high": 2}}, train__epochs=1)
     sweep(Request(trials=3))
-    assert sorted(state_of(t) for t in only_study().get_trials() if is_finished(t)) == [
+    assert sorted(state_name(t) for t in only_study().get_trials() if is_finished(t)) == [
         "complete",
         "complete",
         "failed",
     ]
     assert "out of memory: made up" in capsys.readouterr().out
-
-
-# ---- storages ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("url", ["sqlite:///a.db", "study.log"])
-def test_a_running_trial_whose_process_is_gone_is_queued_again(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    study = optuna.create_study(storage=open_storage(url))
-    with warnings.catch_warnings():  # Optuna wants `optimize` for its heartbeat; here no process is left to beat
-        warnings.simplefilter("ignore", UserWarning)
-        mine, theirs, gone = study.ask(), study.ask(), study.ask()
-    for trial, held in (
-        (mine, owner()),
-        (theirs, {**owner(), "host": "elsewhere"}),
-        (gone, {**owner(), "started": "0"}),
-    ):
-        trial.suggest_float("x", 0, 1)
-        trial.set_user_attr("owner", held)
-    gone.report(0.5, 1)
-    assert repair(study, {}) == 1
-    assert [t.state.name for t in study.get_trials()] == ["RUNNING", "RUNNING", "FAIL", "WAITING"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        again = study.ask()
-    assert again.number == 3
-    assert again.suggest_float("x", 0, 1) == gone.params["x"]
-    assert study.get_trials()[3].intermediate_values == {1: 0.5}
-
-
-def test_a_trial_that_kills_its_process_every_time_is_given_up() -> None:
-    study = optuna.create_study()
-    for _ in range(10):
-        if study.get_trials() and not study.get_trials(states=(optuna.trial.TrialState.WAITING,)):
-            break
-        trial = study.ask()
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        retry(study, study.get_trials()[trial.number])
-    assert len(study.get_trials()) == 1 + sweep_storage.MAX_RETRIES
-
-
-def test_a_torn_journal_is_repaired(tmp_path: Path) -> None:
-    path = tmp_path / "study.log"
-    study = optuna.create_study(study_name="one", storage=open_storage(str(path)))
-    study.add_trial(optuna.trial.create_trial(value=1.0))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"op_code": 4, "wor')
-    study = optuna.load_study(study_name="one", storage=open_storage(str(path)))
-    study.add_trial(optuna.trial.create_trial(value=2.0))
-    assert [t.value for t in study.get_trials()] == [1.0, 2.0]
-    assert path.read_bytes().startswith(whole)
-
-
-def test_storages_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_storage, "LOCK_SECONDS", 0.2)
-    locked = tmp_path / "locked.db"
-    holder = sqlite3.connect(locked)
-    holder.execute("create table a (b)")
-    holder.execute("begin exclusive")
-    (tmp_path / "no.db").write_text("no database, but a text that is long enough to be looked at " * 30)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        closed = probe.getsockname()[1]
-    cases = [
-        (f"sqlite:///{locked}", "database is locked; another program holds it"),
-        (f"sqlite:///{tmp_path / 'no.db'}", "not a database"),
-        (f"postgresql://me:secret@127.0.0.1:{closed}/x", "choose another --storage"),
-    ]
-    for url, words in cases:
-        with pytest.raises(UserError) as caught, clear_errors(url):
-            open_storage(url)
-        assert words in str(caught.value)
-        assert "secret" not in str(caught.value)
-        assert str(caught.value).startswith(f"storage {shown_url(url)}: ")
-    holder.close()
-    with pytest.raises(UserError, match="--storage: expected a database URL"):
-        storage_url("somewhere")
 
 
 def test_data_prepared_with_other_parameters_is_refused(project: Path) -> None:
@@ -538,7 +452,7 @@ def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> No
     """Boxes of people's own stay the same when pictures are exchanged."""
 
     def digest() -> str:
-        return open_bench(load_config()).digest()
+        return open_prepared(load_config()).digest()
 
     index = Path("data/raw/index.csv")
     whole, first = index.read_text("utf-8"), digest()
@@ -555,60 +469,17 @@ def test_trials_on_other_images_or_masks_are_another_studys(project: Path) -> No
 
 
 def test_a_trial_cut_short_begins_anew_under_other_code(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, config = open_bench(load_config()), load_config()
+    bench, config = open_prepared(load_config()), load_config()
     first = bench.run_key(config)
     assert bench.run_key(config) == first
-    monkeypatch.setattr("lesionsam.sweep.bench.code_digest", lambda: "other")
+    monkeypatch.setattr("lesionsam.sweep.prepared.code_digest", lambda: "other")
     assert bench.run_key(config) != first
-
-
-def test_a_live_process_keeps_its_trials_however_late_its_heart_beats(tmp_path: Path) -> None:
-    """A machine that slept: the database finds the beat stale, the process is there."""
-    storage = open_storage(f"sqlite:///{tmp_path / 'a.db'}")
-    study = optuna.create_study(storage=storage)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        mine, gone = study.ask(), study.ask()
-    mine.set_user_attr("owner", owner())
-    gone.set_user_attr("owner", {**owner(), "host": "elsewhere"})
-    for trial in (mine, gone):
-        study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
-    with sqlite3.connect(tmp_path / "a.db") as database:
-        database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
-    database.close()
-    repair(study, {})
-    assert [t.state.name for t in study.get_trials()] == ["RUNNING", "FAIL", "WAITING"]
-
-
-def test_of_two_machines_neither_repeats_nor_exceeds(project: Path) -> None:
-    """Another machine holds no lock of this one: its trials are seen in the study alone."""
-    storage = open_storage("sqlite:///s.db")
-    study = optuna.create_study(study_name="s", storage=storage, direction="maximize")
-    space = {"model.unfreeze_last_k": {"low": 0, "high": 2}}
-    set_params(sweep__space=space)
-    values = to_values(load_config())
-    plan = Plan(values, to_json(read_space(load_config())), "s", "sqlite:///s.db", 2, 0.0, None)
-    worker = Worker(plan, storage)
-    study.enqueue_trial({"model.unfreeze_last_k": 1})
-    study.enqueue_trial({"model.unfreeze_last_k": 1})
-    study.enqueue_trial({"model.unfreeze_last_k": 2})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        first, second, third = (worker.study.ask() for _ in range(3))
-    assert worker._values(first) == {"model.unfreeze_last_k": 1}
-    with pytest.raises(Duplicate, match="trial 0 has these values"):
-        worker._values(second)
-    with pytest.raises(Surplus):
-        worker._values(third)
-    frozen = study.get_trials()
-    assert {"duplicate_of": 0}.items() <= frozen[1].user_attrs.items()
-    assert frozen[2].user_attrs["surplus"]
 
 
 def test_the_folders_of_an_earlier_study_are_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that was deleted, or another one: its runs, states and best weights are no part of this study."""
     monkeypatch.chdir(tmp_path)
-    place = Place.of("s")
+    place = StudyFolder.of("s")
     place.adopt("one", alone=True)
     for path in (place.scratch / "parent" / "run.json", place.scratch / "confirm" / "a.csv", place.out / "best.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -638,35 +509,39 @@ def test_nothing_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root:
 def test_the_verdict_is_paired_over_images_with_seeds_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = configured(sweep__confirm_seeds=3)
-    jobs = comparisons(config, {"method.temperature": 0.2}, {"method.temperature": 0.1})
-    assert sorted({job.seed for job in jobs}) == [1000, 1001, 1002]
+    trainings = comparisons(config, {"method.temperature": 0.2}, {"method.temperature": 0.1})
+    assert sorted({training.seed for training in trainings}) == [1000, 1001, 1002]
     rng = np.random.default_rng(0)
     images = [f"{k:03d}" for k in range(12)]
     level = rng.uniform(0.2, 0.9, len(images))  # images differ far more than winner and start
-    place, expected = Place.of("s"), []
-    for job in jobs:
-        gain = np.full(len(images), 0.02 + 0.01 * (job.seed - 1001)) if job.which == WINNER else np.zeros(len(images))
+    place, expected = StudyFolder.of("s"), []
+    for training in trainings:
+        gain = (
+            np.full(len(images), 0.02 + 0.01 * (training.seed - 1001))
+            if training.kind == WINNER
+            else np.zeros(len(images))
+        )
         score = level + gain
-        expected.append((job, score.mean()))
-        job.path(place).parent.mkdir(parents=True, exist_ok=True)
+        expected.append((training, score.mean()))
+        training.path(place).parent.mkdir(parents=True, exist_ok=True)
         rows = [
-            {"run": job.seed, "image_id": name, "prompt": p, "score": s}
+            {"run": training.seed, "image_id": name, "prompt": p, "score": s}
             for name, s in zip(images, score, strict=True)
             for p in ("ring", "box")
         ]
-        pd.DataFrame(rows).to_csv(job.path(place), index=False)
-    verdict = judge(config, place, jobs)
+        pd.DataFrame(rows).to_csv(training.path(place), index=False)
+    verdict = judge(config, place, trainings)
     assert verdict is not None
     assert verdict.difference == pytest.approx(0.02)
     assert verdict.seeds_sd == pytest.approx(0.01)
     assert (verdict.low, verdict.high) == pytest.approx(interval(np.full(12, 0.02), num_bootstrap=50, confidence=0.95))
     assert (verdict.num_images, verdict.num_seeds) == (12, 3)
     assert "better" in verdict.line(config, True)
-    jobs[0].path(place).unlink()
-    assert judge(config, place, jobs) is None, "no verdict before every training is there"
+    trainings[0].path(place).unlink()
+    assert judge(config, place, trainings) is None, "no verdict before every training is there"
     unsure = Verdict(0.6, 0.59, 0.01, -0.01, 0.03, 12, 3, 0.01)
     assert "not told apart" in unsure.line(config, True)
-    assert START in {job.which for job in jobs}
+    assert START in {training.kind for training in trainings}
 
 
 def test_an_older_file_gets_the_section(root: Path) -> None:
@@ -685,20 +560,7 @@ def test_unseen_images_are_a_stable_share() -> None:
     assert held_out(names[:1], 0.5) == set()
 
 
-def test_trials_to_train_at_full_length_are_spread_over_the_ranking() -> None:
-    study = optuna.create_study(direction="maximize")
-    for k, value in enumerate((0.3, 0.9, 0.1, 0.5, 0.7)):
-        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"values": {"train.clip": float(k)}}))
-    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED, value=1.0))
-    jobs = spread(study, configured(train__seed=7), 3)
-    assert [job.values["train.clip"] for job in jobs] == [1.0, 3.0, 2.0], "best, middle, worst"
-    assert {job.seed for job in jobs} == {7}, "the trials' own seed"
-    assert len(spread(study, configured(), 99)) == 5
-    assert spread(study, configured(), 0) == []
-
-
 def test_pictures_show_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variance of a value that follows one key alone is that key's; pruned and failed trials do not count in it."""
     monkeypatch.chdir(tmp_path)
     config = configured({"train.clip": {"low": 0.1, "high": 2.0}, "train.augment": [True, False]})
     space = read_space(config)
@@ -720,9 +582,8 @@ def test_pictures_show_every_state(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 user_attrs=attributes,
             )
         )
-    assert importance(study, space)["train.augment"] > 0.95
-    paths = draw_pictures(study, Place.of("s"), space, "value")
-    assert set(paths) == {"history", "importance", "parallel"}
+    paths = draw_pictures(study, Path("pictures"), space, "value")
+    assert set(paths) == {"history", "curves", "importance", "parallel"}
     for path in paths.values():
         assert real_read(path).std() > 10, "not an empty page"
 

@@ -20,15 +20,15 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from helpers.postgres_server import postgres, why_not
+from helpers.postgres_server import postgres, postgres_server, why_not
 from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from lesionsam.errors import UserError
+from lesionsam.sweep import closing as sweep_closing
 from lesionsam.sweep import storage as sweep_storage
-from lesionsam.sweep import study as sweep_study
 from lesionsam.sweep import worker as sweep_worker
 from lesionsam.sweep.search import Request, sweep
-from lesionsam.sweep.trial import Place
-from lesionsam.sweep.worker import is_finished, state_of
+from lesionsam.sweep.study import is_finished, owner_path, state_name
+from lesionsam.sweep.trial import StudyFolder
 from lesionsam.tracking.spool import Spool, read_lines
 from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.utils.processes import start_time
@@ -102,6 +102,19 @@ def helper() -> Iterator[Callable[[Callable[[], None]], threading.Thread]]:
     assert not failures
 
 
+def owner_lock(study: optuna.Study, trial: FrozenTrial) -> Path:
+    """The lock file of a trial's worker."""
+    return owner_path(StudyFolder.of(study.study_name).owners, trial.user_attrs["owner"])
+
+
+def holder_of(path: Path) -> int:
+    """The process that holds a lock, by the kernel's list; 0 for none."""
+    inode = path.stat().st_ino
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    found = [int(fields[4]) for fields in lines if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}")]
+    return found[0] if found else 0
+
+
 def own_store() -> Any:
     """The project's own MLflow store; its library warns about its own use of SQLAlchemy."""
     with warnings.catch_warnings():
@@ -131,11 +144,10 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
         study = study_when_there()
 
         def under_way() -> list[FrozenTrial]:
-            running = study.get_trials(states=(TrialState.RUNNING,))
-            return [t for t in running if t.intermediate_values and "owner" in t.user_attrs]
+            return [t for t in study.get_trials(states=(TrialState.RUNNING,)) if t.intermediate_values]
 
         killed.append(wait_for(under_way)[0])
-        os.kill(killed[0].user_attrs["owner"]["pid"], signal.SIGKILL)
+        os.kill(holder_of(owner_lock(study, killed[0])), signal.SIGKILL)
         values = killed[0].user_attrs["values"]
         wait_for(lambda: [t for t in under_way() if t.number > killed[0].number and t.user_attrs["values"] == values])
         os.kill(os.getpid(), signal.SIGINT)  # what a terminal does: the workers are in sessions of their own
@@ -147,7 +159,8 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     assert "was killed (signal 9); another takes its place" in capfd.readouterr().out
     trials = only_study().get_trials()
     assert not [t for t in trials if t.state == TrialState.RUNNING]
-    assert not [t for t in trials if t.user_attrs.get("owner") and start_time(t.user_attrs["owner"]["pid"])], "orphans"
+    locks = [owner_lock(only_study(), t) for t in trials if "owner" in t.user_attrs]
+    assert not [lock for lock in locks if holder_of(lock)], "orphans"
     (parent,), children = mlflow_runs()
     assert parent.info.status == "KILLED"
     assert "RUNNING" not in {run.info.status for run in children}
@@ -155,7 +168,7 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     sweep(Request(trials=4, workers=1))
     study = only_study()
     finished = [t for t in study.get_trials() if is_finished(t)]
-    assert [state_of(t) for t in finished] == ["complete"] * 4
+    assert [state_name(t) for t in finished] == ["complete"] * 4
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     assert len({str(values) for values in tried(study)}) == 4, "no trial repeated"
     assert killed[0].user_attrs["values"] in tried(study)
@@ -173,8 +186,8 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
         assert steps == sorted(set(steps))
         assert len(steps) == 8, "a resumed attempt goes on with the curve of the first"
     pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
-    assert pictures == {f"pictures/{name}.png" for name in ("history", "importance", "parallel")}
-    assert not (Place.of(study.study_name).scratch / "trials").exists()
+    assert pictures == {f"pictures/{name}.png" for name in ("history", "curves", "importance", "parallel")}
+    assert not (StudyFolder.of(study.study_name).scratch / "trials").exists()
 
 
 def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +206,7 @@ def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, mo
     (trial,) = only_study().get_trials()
     assert trial.state == TrialState.COMPLETE
     assert trial.user_attrs["epoch"] >= 1
-    assert not any((Place.of(only_study().study_name).scratch / "trials").glob("*"))
+    assert not any((StudyFolder.of(only_study().study_name).scratch / "trials").glob("*"))
 
 
 def test_processes_that_make_a_database_at_once_all_get_it(tmp_path: Path) -> None:
@@ -234,35 +247,54 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> 
     os.close(writer)
 
 
-def test_a_database_that_is_locked_in_mid_trial(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line; nothing of what was done is lost; the same command goes on once the lock is gone."""
-    monkeypatch.setattr(sweep_storage, "LOCK_SECONDS", 0.2)
-    holder = sqlite3.connect("sweeps.db", check_same_thread=False)
+def lock_in_trial(
+    monkeypatch: pytest.MonkeyPatch, number: int, release_after: float | None
+) -> Callable[[], sqlite3.Connection]:
+    """Lock sweeps.db before the second epoch of a trial is reported, and release it after so many seconds, if any."""
+    holder = sqlite3.connect("sweeps.db", check_same_thread=False, isolation_level=None)
     real, locked = sweep_worker.run_trial, []
 
-    def locking(*args: Any, report: Callable[[float, int], bool], number: int, **keywords: Any) -> Any:
+    def locking(*args: Any, report: Callable[[float, int], bool], **keywords: Any) -> Any:
         def lock_first(score: float, epoch: int) -> bool:
-            if number == 1 and epoch == 2 and not locked:
+            if keywords["number"] == number and epoch == 2 and not locked:
                 locked.append(True)
                 holder.execute("begin exclusive")
+                if release_after is not None:
+                    threading.Timer(release_after, holder.rollback).start()
             return report(score, epoch)
 
-        return real(*args, report=lock_first, number=number, **keywords)
+        return real(*args, report=lock_first, **keywords)
 
     monkeypatch.setattr(sweep_worker, "run_trial", locking)
+    return lambda: holder
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_trial_goes_on_after_a_database_was_locked(
+    project: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Locked for longer than SQLite waits: no trial is lost, above all not trial 0."""
+    monkeypatch.setattr(sweep_storage, "BUSY_SECONDS", 0.2)
+    lock_in_trial(monkeypatch, number, 2.0)
+    sweep(Request(trials=2, storage="sqlite:///sweeps.db"))
+    assert [state_name(t) for t in only_study("sqlite:///sweeps.db").get_trials()] == ["complete"] * 2
+
+
+def test_a_database_that_stays_locked_in_mid_trial(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line; nothing of what was done is lost; the same command goes on once the lock is gone."""
+    monkeypatch.setattr(sweep_storage, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(sweep_storage, "PATIENCE_SECONDS", 0.5)
+    holder = lock_in_trial(monkeypatch, 0, None)()
     request = Request(trials=2, storage="sqlite:///sweeps.db")
     with pytest.raises(UserError, match=r"database is locked; another program holds it: end that, or choose another"):
         sweep(request)
     holder.rollback()
     holder.close()
-    monkeypatch.setattr(sweep_storage, "is_gone", lambda held: True)  # this very process ran the trial
     sweep(request)
-    study = only_study("sqlite:///sweeps.db")
-    assert [state_of(t) for t in study.get_trials()] == ["complete", "lost", "complete"]
-    assert len({str(values) for values in tried(study)}) == 2
-    last = study.get_trials()[-1]
-    assert last.user_attrs["values"] == study.get_trials()[1].user_attrs["values"]
-    assert sorted(last.intermediate_values) == [1, 2]
+    trials = only_study("sqlite:///sweeps.db").get_trials()
+    assert [state_name(t) for t in trials] == ["lost", "complete", "complete"]
+    assert trials[1].user_attrs["values"] == trials[0].user_attrs["start"], "params.yaml as it stands is tried again"
+    assert sorted(trials[1].intermediate_values) == [1, 2]
 
 
 def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +311,7 @@ def test_a_disk_that_is_full_in_a_trial_loses_no_trial(project: Path, monkeypatc
         sweep(Request(trials=1))
     sweep(Request(trials=1))
     first, second = only_study().get_trials()
-    assert (state_of(first), state_of(second)) == ("lost", "complete")
+    assert (state_name(first), state_name(second)) == ("lost", "complete")
     assert second.user_attrs["values"] == second.user_attrs["start"] == first.user_attrs["start"]
 
 
@@ -287,7 +319,7 @@ def test_without_an_mlflow_server_no_trial_is_lost(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Runs wait on disk, each with its one parent (tests/tracking/test_tracker.py sends such runs)."""
-    monkeypatch.setattr(sweep_study, "SERVER_SECONDS", 0.5)
+    monkeypatch.setattr(sweep_closing, "SERVER_SECONDS", 0.5)
     monkeypatch.setattr("lesionsam.sweep.search.SYNC_SECONDS", 0.5)
     set_params(tracking__enabled=True, tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")
     sweep(Request(trials=2))
@@ -295,7 +327,7 @@ def test_without_an_mlflow_server_no_trial_is_lost(
         capsys.readouterr().err
     )
     study = only_study()
-    assert [state_of(t) for t in study.get_trials()] == ["complete"] * 2
+    assert [state_name(t) for t in study.get_trials()] == ["complete"] * 2
     spools = {spool.local_id: spool for spool in Spool.all(Path.cwd())}
     parent = spools.pop(study.user_attrs["parent"])
     assert [spool.read_json("meta.json")["parent"] for spool in spools.values()] == [parent.local_id] * 2
@@ -323,8 +355,92 @@ def test_postgresql_gives_what_sqlite_gives(project: Path) -> None:
         assert other.returncode == 0, said
         shared = optuna.load_study(study_name="one", storage=storage)
         trials = shared.get_trials()
-        assert [state_of(t) for t in trials] == ["complete"] * 5
-        assert len({t.user_attrs["owner"]["pid"] for t in trials}) == 2, "both took part"
+        assert [state_name(t) for t in trials] == ["complete"] * 5
+        assert len({t.user_attrs["owner"] for t in trials}) == 2, "both took part"
         results = {str(t.user_attrs["values"]): t.value for t in trials}
         expected = {str(t.user_attrs["values"]): t.value for t in local.get_trials()}
         assert results == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(bool(why_not()), reason=why_not())
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # SQLAlchemy drops broken connections
+def test_a_server_that_restarts_in_mid_trial_loses_no_trial(
+    project: Path, helper: Callable[[Callable[[], None]], threading.Thread]
+) -> None:
+    """The server is away for a few seconds, as in an update."""
+    set_params(train__epochs=8)
+    with postgres_server() as server:
+        url = server.create("sweep")
+
+        def restart() -> None:
+            with sweep_storage.opened(url) as storage:
+                wait_for(lambda: "one" in optuna.get_all_study_names(storage))
+                study = optuna.load_study(study_name="one", storage=storage)
+                wait_for(lambda: study.get_trials() and study.get_trials()[0].intermediate_values)
+            server.restart(3.0)
+
+        thread = helper(restart)
+        sweep(Request(trials=2, study="one", storage=url))
+        thread.join(WAIT_S)
+        with sweep_storage.opened(url) as storage:
+            study = optuna.load_study(study_name="one", storage=storage)
+            assert [state_name(t) for t in study.get_trials()] == ["complete"] * 2
+            assert sorted(study.get_trials()[0].intermediate_values) == list(range(1, 9))
+
+
+NAMESPACES = ["unshare", "--pid", "--uts", "--fork", "--mount-proc"]
+
+
+def no_namespaces() -> str:
+    """Why there can be no PID and UTS namespaces here; empty where there can."""
+    try:
+        done = subprocess.run([*NAMESPACES, "hostname", "box"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"needs unshare: {error}"
+    return f"needs PID and UTS namespaces: {done.stderr.strip()}" if done.returncode else ""
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    "kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.skipif(bool(why_not()), reason=why_not()))]
+)
+@pytest.mark.parametrize("shared_folder", [False, True])
+def test_two_containers_of_one_name_share_a_study(
+    project: Path, tmp_path: Path, kind: str, shared_folder: bool
+) -> None:
+    """Host name and process numbers are the same in both: each trial is run once all the same, and none too many."""
+    if reason := no_namespaces():
+        pytest.skip(reason)
+    set_params(train__epochs=6)
+    other = project if shared_folder else Path(shutil.copytree(project, tmp_path / "other"))
+    program = f"hostname box && exec {sys.executable} {ROOT / 'src' / 'tune.py'} --trials 6 --study one --storage "
+
+    def share(url: str) -> None:
+        processes = [
+            subprocess.Popen(
+                [*NAMESPACES, "sh", "-c", program + url],
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for folder in (project, other)
+        ]
+        for process in processes:
+            said = process.communicate(timeout=2 * WAIT_S)[0]
+            assert process.returncode == 0, said
+            assert "given to another" not in said
+        with sweep_storage.opened(url) as storage:
+            trials = optuna.load_study(study_name="one", storage=storage).get_trials()
+        assert {state_name(t) for t in trials} <= {"complete", "duplicate"}, "no live trial was taken for lost"
+        finished = [t for t in trials if is_finished(t)]
+        assert len(finished) == 6
+        assert len({str(t.user_attrs["values"]) for t in finished}) == 6
+        assert len({t.user_attrs["owner"] for t in finished}) == 2, "both took part"
+
+    if kind == "sqlite":
+        share(f"sqlite:///{tmp_path / 'shared.db'}")
+    else:
+        with postgres() as url:
+            share(url)

@@ -1,9 +1,7 @@
-"""What a sweep leaves behind: its trials as a table, summary and pictures, and the comparison of winner and start."""
+"""Report a sweep: its trials as a table, a summary, and the comparison of winner and start."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,53 +14,45 @@ from scipy.stats import spearmanr
 
 from lesionsam.config.load import Config
 from lesionsam.evaluation.statistics import interval
-from lesionsam.sweep.bench import Bench
+from lesionsam.sweep.prepared import PreparedData
 from lesionsam.sweep.space import Dimension, Value
-from lesionsam.sweep.trial import FULL, START, WINNER, Job, Place, budget, shown
-from lesionsam.sweep.worker import is_finished, state_of
+from lesionsam.sweep.study import best_trial, complete_trials, is_finished, state_name
+from lesionsam.sweep.trial import START, WINNER, FullTraining, StudyFolder, budget, printable
 from lesionsam.utils.files import write_text_atomic
 
 MIN_RANKED = 4  # trials that a rank correlation is worth stating for
 SEED_OFFSET = 1000  # of the comparison's seeds, from train.seed: none that a trial used
 
 
-def listed(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials worth a row: all but those cut short (each was queued again) and duplicates that were not trained."""
+def shown_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials worth a row: all but lost ones (queued again) and duplicates (not trained)."""
     trials = study.get_trials(deepcopy=False)
     return [t for t in trials if is_finished(t) or t.state == TrialState.RUNNING]
 
 
-def winner(study: optuna.Study) -> FrozenTrial | None:
-    """The complete trial with the best value; of equals the first."""
-    complete = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-    return max(complete, key=lambda t: (t.value or 0.0, -t.number)) if complete else None
-
-
 def table(study: optuna.Study, config: Config, space: Sequence[Dimension]) -> list[dict[str, str]]:
-    """One row per trial: number, state, value, the keys' values, epochs (of its budget), duration."""
+    """Return one row per trial: number, state, value, the keys' values, epochs (of its budget), duration."""
     rows = []
-    for t in listed(study):
+    for t in shown_trials(study):
         values, scores = t.user_attrs.get("values", {}), t.user_attrs.get("scores", {})
         steps = max(t.intermediate_values, default=0)
         rows.append(
             {
                 "trial": f"{t.number}{' (start)' if 'start' in t.user_attrs else ''}",
-                "state": state_of(t),
+                "state": state_name(t),
                 "value": "" if t.value is None else f"{t.value:.4f}",
-                **{d.name: shown(values.get(d.key, "")) for d in space},
+                **{d.name: printable(values.get(d.key, "")) for d in space},
                 "epochs": f"{steps}/{budget(config)}",
                 "seconds": f"{t.duration.total_seconds():.0f}" if t.duration else "",
                 "label_free": f"{scores['label_free']:.4f}" if "label_free" in scores else "",
                 "note": t.user_attrs.get("error", ""),
             }
         )
-    if not any(row["note"] for row in rows):
-        rows = [{key: value for key, value in row.items() if key != "note"} for row in rows]
-    return rows
+    return rows if any(row["note"] for row in rows) else [{k: v for k, v in row.items() if k != "note"} for row in rows]
 
 
 def as_text(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows as a Markdown table in columns."""
+    """Return rows as a Markdown table in columns."""
     if not rows:
         return "no trial yet"
     names = list(rows[0])
@@ -76,46 +66,23 @@ def as_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def rank_correlation(study: optuna.Study) -> tuple[float, int] | None:
-    """Spearman's correlation of the label-free score with the true mean IoU over the complete trials, and how many.
+    """Return Spearman's correlation of label-free score and true mean IoU over complete trials, and their number.
 
     None for fewer than `MIN_RANKED`, without masks, or where either does not vary.
     """
-    scores = [t.user_attrs.get("scores", {}) for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    return _spearman(np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s]))
-
-
-def spread(study: optuna.Study, config: Config, count: int) -> list[Job]:
-    """Trainings at full length of so many complete trials, spread evenly over their ranking from best to worst."""
-    complete = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-    ranked = sorted(complete, key=lambda t: (-(t.value or 0.0), t.number))
-    places = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int))
-    return [Job(FULL, config.train.seed, ranked[k].user_attrs["values"]) for k in places]
-
-
-def budget_correlation(study: optuna.Study, config: Config, place: Place) -> tuple[float, int] | None:
-    """Spearman's correlation of the trials' values with those of the same at full length, and over how many trials.
-
-    None for fewer than `MIN_RANKED`, or where either does not vary.
-    """
-    pairs = []
-    for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        path = Job(FULL, config.train.seed, t.user_attrs["values"]).path(place)
-        if path.exists():
-            pairs.append((t.value, float(pd.read_csv(path)["value"].iloc[0])))
-    return _spearman(np.array(pairs))
-
-
-def _spearman(pairs: np.ndarray) -> tuple[float, int] | None:
-    """(N, 2) pairs -> rank correlation and N, None where there are too few or either column is constant."""
+    scores = [t.user_attrs.get("scores", {}) for t in complete_trials(study)]
+    pairs = np.array([(s["label_free"], s["miou"]) for s in scores if "miou" in s and "label_free" in s])
     if len(pairs) < MIN_RANKED or np.ptp(pairs[:, 0]) == 0 or np.ptp(pairs[:, 1]) == 0:
         return None
     return float(np.asarray(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)), len(pairs)
 
 
-def comparisons(config: Config, best: Mapping[str, Value], start: Mapping[str, Value]) -> list[Job]:
-    """The trainings of the closing comparison: both with the same new seeds, in turns."""
+def comparisons(config: Config, best: Mapping[str, Value], start: Mapping[str, Value]) -> list[FullTraining]:
+    """Return the trainings of the closing comparison: both with the same new seeds, in turns."""
     seeds = [config.train.seed + SEED_OFFSET + k for k in range(config.sweep.confirm_seeds)]
-    return [Job(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))]
+    return [
+        FullTraining(which, seed, dict(values)) for seed in seeds for which, values in ((WINNER, best), (START, start))
+    ]
 
 
 @dataclass(frozen=True)
@@ -132,7 +99,7 @@ class Verdict:
     seeds_sd: float
 
     def line(self, config: Config, has_masks: bool) -> str:
-        """In words, with the data it was measured on."""
+        """Return it in words, with the data it was measured on."""
         what = (
             "mean IoU of ring, centre, box at original size" if has_masks else "label-free score of ring, centre, box"
         )
@@ -146,12 +113,15 @@ class Verdict:
         )
 
 
-def judge(config: Config, place: Place, jobs: Sequence[Job]) -> Verdict | None:
-    """The verdict once every training of the comparison has its figures."""
-    if not jobs or not all(job.path(place).exists() for job in jobs):
+def judge(config: Config, study_folder: StudyFolder, trainings: Sequence[FullTraining]) -> Verdict | None:
+    """Return the verdict, None before every training of the comparison has its scores."""
+    if not trainings or not all(training.path(study_folder).exists() for training in trainings):
         return None
     rows = pd.concat(
-        [pd.read_csv(job.path(place), dtype={"image_id": str, "run": str}).assign(model=job.which) for job in jobs]
+        [
+            pd.read_csv(training.path(study_folder), dtype={"image_id": str, "run": str}).assign(model=training.kind)
+            for training in trainings
+        ]
     )
     per_image = rows.groupby(["image_id", "model"])["score"].mean().unstack("model")
     per_seed = rows.groupby(["run", "model"])["score"].mean().unstack("model")
@@ -172,13 +142,13 @@ def judge(config: Config, place: Place, jobs: Sequence[Job]) -> Verdict | None:
     )
 
 
-def summary(
-    study: optuna.Study, config: Config, bench: Bench, verdict: Verdict | None, ranked: tuple[float, int] | None
-) -> list[str]:
-    """What came out, in lines. ranked: of `budget_correlation`."""
-    best, trials = winner(study), listed(study)
-    counts = {state: sum(state_of(t) == state for t in trials) for state in ("complete", "pruned", "failed", "running")}
-    scored, what = sum(s.split == "dev" for s in bench.seen), scored_by(config, bench)
+def summary(study: optuna.Study, config: Config, prepared: PreparedData, verdict: Verdict | None) -> list[str]:
+    """Return the results in lines."""
+    best, trials = best_trial(study), shown_trials(study)
+    counts = {
+        state: sum(state_name(t) == state for t in trials) for state in ("complete", "pruned", "failed", "running")
+    }
+    scored, what = sum(s.split == "dev" for s in prepared.seen), scored_by(config, prepared)
     lines = [
         f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count),
         f"value: {what} on {scored} development images at model size, best epoch; budget of a trial "
@@ -187,7 +157,7 @@ def summary(
     if best is None:
         return [*lines, "no trial is complete"]
     start = next((t for t in trials if "start" in t.user_attrs and t.value is not None), None)
-    values = " ".join(f"{key}={shown(value)}" for key, value in best.user_attrs["values"].items())
+    values = " ".join(f"{key}={printable(value)}" for key, value in best.user_attrs["values"].items())
     lines.append(
         f"best: trial {best.number}, {best.value:.4f}, {values}"
         + (f"; start (trial {start.number}) {start.value:.4f}" if start is not None else "")
@@ -197,44 +167,49 @@ def summary(
             f"label-free score against true mean IoU: Spearman {label_free[0]:+.2f} over {label_free[1]} complete "
             "trials, each at its best epoch"
         )
-    if ranked is not None:
-        lines.append(
-            f"a trial's budget against the whole run ({budget(config)} and {config.train.epochs} epochs, one seed): "
-            f"Spearman {ranked[0]:+.2f} over {ranked[1]} complete trials spread over the ranking"
-        )
     if verdict is not None:
-        lines.append(verdict.line(config, bench.has_masks))
-    elif bench.held and config.sweep.confirm_seeds and "start" not in best.user_attrs:
+        lines.append(verdict.line(config, prepared.has_masks))
+    elif prepared.held and config.sweep.confirm_seeds and "start" not in best.user_attrs:
         lines.append("not compared on unseen images yet: the same command without --timeout does that")
     elif "start" in best.user_attrs:
         lines.append("params.yaml as it stood is the best found: nothing to compare")
-    elif not bench.held or not config.sweep.confirm_seeds:
+    elif not prepared.held or not config.sweep.confirm_seeds:
         lines.append(
             "not compared on unseen images (sweep.holdout or sweep.confirm_seeds is 0); the best of many leads by luck"
         )
     return lines
 
 
-def by_label_free(config: Config, bench: Bench) -> bool:
-    """Whether trials are scored without masks."""
-    return config.sweep.objective == "label_free" or not bench.has_masks
+def time_left(
+    finished: Sequence[FrozenTrial], config: Config, num_trials: int, num_workers: int, *, compares: bool
+) -> list[str]:
+    """Return the time left in words, judged by the finished trials: for the other trials, and for the comparison."""
+    seconds = sum(t.duration.total_seconds() for t in finished if t.duration is not None)
+    epochs = sum(max(t.intermediate_values, default=0) for t in finished)
+    if not epochs:
+        return []
+    rest = seconds / len(finished) * max(0, num_trials - len(finished)) / num_workers
+    after = seconds / epochs * config.train.epochs * 2 * config.sweep.confirm_seeds * compares / num_workers
+    found = [f"about {rest / 60:.0f} min left"] if rest > 90 else []
+    return found + ([f"then about {after / 60:.0f} min to compare"] if after > 90 else [])
 
 
-def scored_by(config: Config, bench: Bench) -> str:
-    """The value of a trial, in words."""
-    if by_label_free(config, bench):
+def by_label_free(config: Config, prepared: PreparedData) -> bool:
+    """Return whether trials are scored without masks."""
+    return config.sweep.objective == "label_free" or not prepared.has_masks
+
+
+def scored_by(config: Config, prepared: PreparedData) -> str:
+    """Return the value of a trial in words."""
+    if by_label_free(config, prepared):
         return "label-free score (core coverage, consistency, 1 - leakage)"
     return "mean IoU of ring, centre, box"
 
 
-def write(place: Place, rows: Sequence[Mapping[str, str]], lines: Sequence[str]) -> list[Path]:
-    """trials.csv and summary.md in the sweep's folder."""
-    place.out.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["trial"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text_atomic(place.out / "trials.csv", text.getvalue())
+def write(study_folder: StudyFolder, rows: Sequence[Mapping[str, str]], lines: Sequence[str]) -> list[Path]:
+    """Write trials.csv and summary.md into the sweep's folder, and return their paths."""
+    study_folder.out.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(study_folder.out / "trials.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     body = "\n".join(f"- {line}" for line in lines)
-    write_text_atomic(place.out / "summary.md", f"# {place.study}\n\n{body}\n\n{as_text(rows)}\n")
-    return [place.out / "trials.csv", place.out / "summary.md"]
+    write_text_atomic(study_folder.out / "summary.md", f"# {study_folder.study}\n\n{body}\n\n{as_text(rows)}\n")
+    return [study_folder.out / "trials.csv", study_folder.out / "summary.md"]

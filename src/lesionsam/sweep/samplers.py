@@ -1,4 +1,4 @@
-"""Who chooses a trial's values, and who stops it: Optuna's samplers and pruners as params.yaml names them."""
+"""Choose a trial's values and stop unpromising trials: Optuna's samplers and pruners as params.yaml names them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,32 @@ from typing import Any, cast
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lesionsam.config.load import Config
+from lesionsam.sweep.space import Dimension, Value
 from lesionsam.sweep.trial import budget
 
 STARTUP_TRIALS = 10  # random ones before the sampler models anything, at most; a third of few
 MEDIAN_STARTUP = 5  # trials before the median pruner stops one
 
 
+def draw(trial: Trial, space: Sequence[Dimension]) -> dict[str, Value]:
+    """Return a value for every key of the space, as it will be tried and written."""
+    values: dict[str, Value] = {}
+    for d in space:
+        if d.choices:
+            drawn = trial.suggest_categorical(d.key, d.choices)
+        elif d.whole:
+            drawn = trial.suggest_int(d.key, int(d.low), int(d.high), step=int(d.step), log=d.log)
+        else:
+            drawn = trial.suggest_float(d.key, d.low, d.high, step=d.step or None, log=d.log)
+        values[d.key] = d.rounded(drawn)
+    return values
+
+
 class NumberedSampler(BaseSampler):
-    """A sampler whose draws depend on the seed, the trial's number and the trials before, and on nothing else.
+    """A sampler whose draws depend on seed, trial number and earlier trials alone.
 
     A number is given out once, so no two workers draw alike, and neither does a sweep that was started again.
     """
@@ -32,7 +47,7 @@ class NumberedSampler(BaseSampler):
         self.at_random = False  # for the next trial, after a duplicate
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Start afresh from (seed, number)."""
+        """Seed a new sampler with (seed, number)."""
         seed = random.Random(f"{self._seed} {trial.number}").randrange(2**31)  # noqa: S311  # nosec B311
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -45,26 +60,26 @@ class NumberedSampler(BaseSampler):
         self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """As the sampler itself."""
+        """Call the sampler itself."""
         return self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """As the sampler itself; the Gaussian process is told of pruned trials too."""
+        """Call the sampler itself; a Gaussian process sees pruned trials too."""
         seen = cast(optuna.Study, WithPruned(study)) if isinstance(self._inner, GPSampler) else study
         return self._inner.sample_relative(seen, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """As the sampler itself."""
+        """Call the sampler itself."""
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        """As the sampler itself."""
+        """Call the sampler itself."""
         self._inner.after_trial(study, trial, state, values)
 
 
@@ -82,19 +97,19 @@ class WithPruned:
         return getattr(self._study, name)
 
     def _get_trials(self, deepcopy: bool, states: Sequence[TrialState], use_cache: bool) -> list[FrozenTrial]:
-        """As Optuna's, which its samplers call."""
+        """Return what Optuna's samplers ask for, pruned trials completed."""
         trials = self._study._get_trials(deepcopy, (*states, TrialState.PRUNED), use_cache)
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
         return [finished(t, complete) if t.state == TrialState.PRUNED else t for t in trials if is_usable(t)]
 
 
 def is_usable(trial: FrozenTrial) -> bool:
-    """Whether a trial tells something: a pruned one that reported nothing does not."""
+    """Return whether a trial has a value; a pruned one that reported nothing has none."""
     return trial.state != TrialState.PRUNED or bool(trial.intermediate_values)
 
 
 def finished(pruned: FrozenTrial, complete: Sequence[FrozenTrial]) -> FrozenTrial:
-    """A pruned trial as if it had gone on; see `WithPruned`."""
+    """Return a pruned trial as if it had gone on; see `WithPruned`."""
     last = max(pruned.intermediate_values)
     gains = [t.value - t.intermediate_values[last] for t in complete if t.value and last in t.intermediate_values]
     value = pruned.intermediate_values[last] + (median(gains) if gains else 0.0)
@@ -102,7 +117,7 @@ def finished(pruned: FrozenTrial, complete: Sequence[FrozenTrial]) -> FrozenTria
 
 
 def build_pruner(config: Config) -> optuna.pruners.BasePruner:
-    """The pruner of params.yaml on a trial's budget; its steps are epochs."""
+    """Return the pruner of params.yaml on a trial's budget; its steps are epochs."""
     epochs = budget(config)
     if config.sweep.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=MEDIAN_STARTUP, n_warmup_steps=max(1, round(epochs / 3)))

@@ -1,4 +1,4 @@
-"""The search space of a sweep: `sweep.space` of params.yaml against the schema, and which of its keys are dead."""
+"""Read the search space: `sweep.space` of params.yaml against the schema, and which of its keys change nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Dimension:
         return abs(steps - round(steps)) < 1e-8
 
     def values(self) -> list[Value] | None:
-        """Every value, or None where there is no end of them."""
+        """Return every value, or None if they are infinitely many."""
         if self.choices:
             return list(self.choices)
         if not self.step:
@@ -65,7 +65,7 @@ class Dimension:
         return [self.rounded(self.low + k * self.step) for k in range(count)] if count <= MAX_LISTED else None
 
     def rounded(self, value: Any) -> Value:
-        """A drawn value as it is tried and written: a number without step keeps `DIGITS` digits, within the range."""
+        """Return a drawn value as it is tried: a number without step is rounded to `DIGITS` digits within the range."""
         if self.choices or isinstance(value, str):
             return value
         if self.whole:
@@ -81,12 +81,12 @@ class Dimension:
 
 
 def same(one: object, other: object) -> bool:
-    """Equal, where true is not 1."""
+    """Return whether two values are equal; true is not 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
 def read_space(config: Config) -> list[Dimension]:
-    """The dimensions of `sweep.space`, in its order.
+    """Return the dimensions of `sweep.space`, in its order.
 
     Raises:
         UserError: empty, an unknown key, one that a training does not read, a range outside the key's limits, or one
@@ -102,11 +102,11 @@ def read_space(config: Config) -> list[Dimension]:
 
 
 def foreign_keys(config: Config) -> dict[str, str]:
-    """Keys of `sweep.space` that other variants read, and this configuration does not have -> why."""
-    values, held = to_values(config), flatten(config)
+    """Return keys of `sweep.space` that only other variants read -> why."""
+    values, current = to_values(config), flatten(config)
     needed = {key: read_when(key, values) for key in values["sweep"]["space"]}
     return {
-        key: f"{tag} is {held[tag]}, and only {' or '.join(words)} reads it"
+        key: f"{tag} is {current[tag]}, and only {' or '.join(words)} reads it"
         for key, (tag, words) in ((key, need) for key, need in needed.items() if need is not None)
     }
 
@@ -189,12 +189,12 @@ def _range(place: str, key: str, written: Mapping[str, Any], limits: Limits) -> 
 
 
 def configured(config: Config, changes: Mapping[str, Any], source: str = "sweep") -> Config:
-    """The configuration with some dotted keys changed, made to fit the variants that they choose."""
+    """Return the configuration with some dotted keys changed, fitted to the variants that they choose."""
     return validate(fit(unflatten(changes, to_values(config))), source)
 
 
 def combinations(space: Sequence[Dimension]) -> list[dict[str, Value]] | None:
-    """Every point of a finite space, or None where it is endless or too large to list."""
+    """Return every point of a finite space, or None if it is infinite or too large to list."""
     axes = [dimension.values() for dimension in space]
     if any(axis is None for axis in axes) or math.prod(len(axis or ()) for axis in axes) > MAX_LISTED:
         return None
@@ -202,12 +202,12 @@ def combinations(space: Sequence[Dimension]) -> list[dict[str, Value]] | None:
 
 
 def to_json(space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """The space as plain values."""
+    """Return the space as plain values."""
     return [asdict(dimension) for dimension in space]
 
 
 def from_json(held: Sequence[Mapping[str, Any]]) -> list[Dimension]:
-    """`to_json` back."""
+    """Return the space that `to_json` was given."""
     return [Dimension(**{**one, "choices": tuple(one["choices"])}) for one in held]
 
 
@@ -215,14 +215,14 @@ def from_json(held: Sequence[Mapping[str, Any]]) -> list[Dimension]:
 
 
 def dead_keys(config: Config, space: Sequence[Dimension]) -> dict[str, str]:
-    """Keys of the space that change nothing at any of its points -> why, from the method's own logic.
+    """Return keys that change nothing at any point of the space -> why, from the method's own logic.
 
-    What depends on the images (a gate that trusts the same ones at every threshold) is `sweep_data.idle_gate`.
+    What depends on the images (a gate that trusts the same ones at every threshold) is `prepared.idle_gate`.
     """
     by_key, held = {dimension.key: dimension for dimension in space}, flatten(config)
 
     def may(key: str, test: Callable[[Any], bool]) -> bool:
-        """Whether a key passes a test at some point of the space (a range: at either end)."""
+        """Return whether a key passes a test at some point of the space (a range: at either end)."""
         dimension = by_key.get(key)
         if dimension is None:
             return key in held and test(held[key])
@@ -242,7 +242,7 @@ def dead_keys(config: Config, space: Sequence[Dimension]) -> dict[str, str]:
 def _rules(
     may: Callable[[str, Callable[[Any], bool]], bool], on: Callable[[str], bool]
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(beginnings of keys, why they are dead), under what may be."""
+    """Yield (beginnings of keys, why they are dead)."""
 
     def one_of(*words: object) -> Callable[[Any], bool]:
         return lambda value: value in words

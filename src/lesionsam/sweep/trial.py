@@ -1,4 +1,4 @@
-"""One training of a sweep: a trial (on the trial's budget, pruned by epoch), or one of those that follow the trials."""
+"""Run one training of a sweep: a trial (on its budget, pruned by epoch), or one of full length after the trials."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
+from filelock import FileLock
 
 from lesionsam.config.load import Config, flatten
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.run import Trained, train
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.sweep.bench import Bench, score_held
+from lesionsam.sweep.prepared import PreparedData, score_held
 from lesionsam.sweep.space import Value, configured
-from lesionsam.sweep.storage import Lock
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.training.loop import OBJECTIVE
@@ -33,11 +32,11 @@ TRIAL_ERRORS = (UserError, RuntimeError, ValueError, MemoryError)  # fail one tr
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a study's files lie on this machine.
+class StudyFolder:
+    """The folders of a study in the project's folder.
 
     Attributes:
-        scratch: states of trainings under way, locks. out: what is kept: table, pictures, best weights.
+        scratch: states of trainings under way, locks. out: results: table, pictures, best weights.
     """
 
     study: str
@@ -45,20 +44,30 @@ class Place:
     out: Path
 
     @classmethod
-    def of(cls, study: str) -> Place:
-        """The folders of a study, by its name."""
+    def of(cls, study: str) -> StudyFolder:
+        """Return the folders of a study by its name."""
         folder = "".join(c if c.isalnum() or c in "-_." else "_" for c in study)
         return cls(study, Path(".scratch/sweep") / folder, Path("sweeps") / folder)
 
-    def lock(self, name: str = "lock", notice: str = "") -> Lock:
-        """A lock between this machine's processes."""
-        return Lock(self.scratch / name, notice)
+    @property
+    def owners(self) -> Path:
+        """Lock files of the workers that ran here, see `study.Owner`."""
+        return self.scratch / "owners"
+
+    def lock(self, name: str) -> FileLock:
+        """Return a lock between all processes that work in this folder."""
+        path = self.scratch / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
     def adopt(self, uid: str, *, alone: bool) -> None:
-        """Keep the folders for the study with this id: those of an earlier one by the same name are emptied.
+        """Use the folders for the study with this id; remove what an earlier study of the same name left.
+
+        Args:
+            alone: no other process works for a study of this name here.
 
         Raises:
-            UserError: a process of this machine is at work for that other study.
+            UserError: another process works for that earlier study.
         """
         note = self.scratch / "uid"
         held = note.read_text("utf-8") if note.exists() else ""
@@ -77,23 +86,25 @@ class Place:
 
 
 def budget(config: Config) -> int:
-    """Epochs of a trial."""
+    """Return the epochs of a trial."""
     return min(config.sweep.epochs or config.train.epochs, config.train.epochs)
 
 
 def trial_config(config: Config, values: Mapping[str, Value]) -> Config:
-    """params.yaml with a trial's values, its budget and the sweep's way of scoring."""
+    """Return params.yaml with a trial's values, its budget and the sweep's way of scoring."""
     changes: dict[str, Any] = {"train.epochs": budget(config), "train.select": config.sweep.objective, **values}
     return configured(config, changes, "trial")
 
 
 def run_name(number: int, values: Mapping[str, Value]) -> str:
-    """A run's name, by its values: "003 temperature=0.12 unfreeze_last_k=2"."""
-    return " ".join([f"{number:03d}", *(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in values.items())])
+    """Return a run's name: "003 temperature=0.12 unfreeze_last_k=2"."""
+    return " ".join(
+        [f"{number:03d}", *(f"{key.rpartition('.')[2]}={printable(value)}" for key, value in values.items())]
+    )
 
 
-def shown(value: object) -> str:
-    """A value in a table."""
+def printable(value: object) -> str:
+    """Return a value as tables and lines show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -108,7 +119,7 @@ def open_tracker(
     local_id: str | None = None,
     system_metrics: bool = False,
 ) -> NullTracker:
-    """A run of the sweep; without tracking only its metrics.jsonl. `parent` and `local_id` as in `Tracker.open`."""
+    """Open a run of the sweep; without tracking only metrics.jsonl. `parent` and `local_id`: see `Tracker.open`."""
     folder.mkdir(parents=True, exist_ok=True)
     if not config.tracking.enabled:
         return NullTracker(folder)
@@ -128,7 +139,7 @@ def open_tracker(
 
 @dataclass
 class Outcome:
-    """What a finished trial is remembered by: its value, and the true and label-free scores of its best epoch."""
+    """A complete trial's value, and the true and label-free scores of its best epoch."""
 
     value: float
     epoch: int
@@ -137,8 +148,8 @@ class Outcome:
 
 def run_trial(
     config: Config,
-    bench: Bench,
-    place: Place,
+    prepared: PreparedData,
+    study_folder: StudyFolder,
     *,
     number: int,
     values: Mapping[str, Value],
@@ -149,23 +160,23 @@ def run_trial(
 ) -> Outcome:
     """Train one trial, resumed where an earlier attempt stopped; its run is closed however it ends.
 
-    Its folder stays until `forget` is called, once the study knows how it ended: a kill between the two is resumed.
+    Its folder stays for the caller to remove once the study knows how it ended: a kill between the two is resumed.
 
     Args:
-        report: receives (score, epoch) and says whether the trial is to stop; `pruned` is then raised.
+        report: receives (score, epoch) and returns whether the trial is to stop; `pruned` is then raised.
         over: called when the training has ended, before its run is closed; see `processes.deferred_signals`.
     """
     own = trial_config(config, values)
-    folder = trial_folder(config, bench, place, values)
+    folder = trial_folder(config, prepared, study_folder, values)
     name = run_name(number, values)
     tags = {
         "mlflow.runName": name,  # a resumed attempt has another number
-        "sweep.study": place.study,
+        "sweep.study": study_folder.study,
         "sweep.trial": number,
         "method": own.method.name,
         "model": own.model.name,
         "data": own.data.source,
-        "data.digest": bench.digest(),
+        "data.digest": prepared.digest(),
     }
     tracker = open_tracker(own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own))
     history_path = folder / "epochs.json"
@@ -185,9 +196,9 @@ def run_trial(
     status, state = "KILLED", "interrupted"
     try:
         with silent():
-            trained = train(own, bench.data(own), bench.weights, folder=folder, log=log, say=lambda _: None)
+            trained = train(own, prepared.data(own), prepared.weights, folder=folder, log=log, say=lambda _: None)
         over()
-        keep_best(trained, own, place, number, values)
+        keep_best(trained, own, study_folder, number, values)
         scores = dict(history[str(trained.progress.best_epoch)])
         if all(prompt in scores for prompt in OBJECTIVE_PROMPTS):
             scores["miou"] = sum(scores[prompt] for prompt in OBJECTIVE_PROMPTS) / len(OBJECTIVE_PROMPTS)
@@ -207,73 +218,70 @@ def run_trial(
         free_memory()
 
 
-def trial_folder(config: Config, bench: Bench, place: Place, values: Mapping[str, Value]) -> Path:
-    """Scratch of a trial, by its values: another attempt at the same ones goes on there."""
-    return place.scratch / "trials" / bench.run_key(trial_config(config, values))
-
-
-def forget(config: Config, bench: Bench, place: Place, values: Mapping[str, Value]) -> None:
-    """Remove what a trial that ended left in scratch; its best weights, if they are the best of all, are kept."""
-    shutil.rmtree(trial_folder(config, bench, place, values), ignore_errors=True)
+def trial_folder(
+    config: Config, prepared: PreparedData, study_folder: StudyFolder, values: Mapping[str, Value]
+) -> Path:
+    """Return the scratch folder of a trial, by its values: another attempt at the same ones goes on there."""
+    return study_folder.scratch / "trials" / prepared.run_key(trial_config(config, values))
 
 
 def free_memory() -> None:
-    """Give back what the last training held."""
+    """Free the memory of the last training."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def keep_best(trained: Trained, config: Config, place: Place, number: int, values: Mapping[str, Value]) -> None:
-    """Keep a trial's weights where they are the best so far on this machine; there is one file of them."""
+def keep_best(
+    trained: Trained, config: Config, study_folder: StudyFolder, number: int, values: Mapping[str, Value]
+) -> None:
+    """Keep a trial's weights if they are the best so far in this folder."""
     score = trained.progress.best_score
-    with place.lock("best.lock"):
-        before = best_note(place)
+    with study_folder.lock("best.lock"):
+        before = best_note(study_folder)
         if not before or (score, -number) > (before["value"], -before["trial"]):
-            place.out.mkdir(parents=True, exist_ok=True)
-            save_sam(trained.sam, place.out / BEST_NAME, name=config.model.name, metadata={"trial": str(number)})
+            study_folder.out.mkdir(parents=True, exist_ok=True)
+            save_sam(trained.sam, study_folder.out / BEST_NAME, name=config.model.name, metadata={"trial": str(number)})
             note = {"trial": number, "value": score, "values": dict(values)}
-            write_text_atomic(place.out / BEST_NOTE, json.dumps(note))
+            write_text_atomic(study_folder.out / BEST_NOTE, json.dumps(note))
 
 
-def best_note(place: Place) -> dict[str, Any]:
-    """Trial, value and values of the weights that are kept on this machine; empty where there are none."""
-    path = place.out / BEST_NOTE
+def best_note(study_folder: StudyFolder) -> dict[str, Any]:
+    """Return trial, value and values of the best weights in this folder; empty where there are none."""
+    path = study_folder.out / BEST_NOTE
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-WINNER, START, FULL = "winner", "start", "full"  # kinds of `Job`
+WINNER, START = "winner", "start"  # kinds of `FullTraining`
 
 
 @dataclass(frozen=True)
-class Job:
-    """A training at the full number of epochs, after the trials.
+class FullTraining:
+    """A training of winner or start at the full number of epochs, for the comparison after the trials.
 
     Attributes:
-        which: winner or start, trained anew for the comparison; full, a trial again, to see how well its budget ranks.
-        seed: of the training. values: of the search space.
+        kind: `WINNER` or `START`. seed: of the training. values: of the search space.
     """
 
-    which: str
+    kind: str
     seed: int
     values: dict[str, Value]
 
-    def path(self, place: Place) -> Path:
-        """Its figures."""
+    def path(self, study_folder: StudyFolder) -> Path:
+        """Return the file of its scores."""
         digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode()).hexdigest()[:8]
-        return place.scratch / "confirm" / f"{digest}-{FULL if self.which == FULL else self.seed}.csv"
+        return study_folder.scratch / "confirm" / f"{digest}-{self.seed}.csv"
 
-
-def do(config: Config, bench: Bench, place: Place, job: Job) -> None:
-    """Train a job's values, and write its figures: of a comparison on unseen images, of a trial's as the trial had."""
-    own = configured(config, {"train.select": config.sweep.objective, "train.seed": job.seed, **job.values}, job.which)
-    folder = place.scratch / "confirm" / bench.run_key(own)
-    with silent():
-        trained = train(own, bench.data(own), bench.weights, folder=folder, log=lambda *_: None, say=lambda _: None)
-        if job.which == FULL:
-            rows = pd.DataFrame({"value": [trained.progress.best_score]})
-        else:
-            rows = score_held(own, bench, trained.sam, model=job.which, run=str(job.seed))
-    write_text_atomic(job.path(place), rows.to_csv(index=False))
-    shutil.rmtree(folder, ignore_errors=True)
-    free_memory()
+    def run(self, config: Config, prepared: PreparedData, study_folder: StudyFolder) -> None:
+        """Train, and write the scores on the images that no trial saw."""
+        changes = {"train.select": config.sweep.objective, "train.seed": self.seed, **self.values}
+        own = configured(config, changes, self.kind)
+        folder = study_folder.scratch / "confirm" / prepared.run_key(own)
+        with silent():
+            trained = train(
+                own, prepared.data(own), prepared.weights, folder=folder, log=lambda *_: None, say=lambda _: None
+            )
+            rows = score_held(own, prepared, trained.sam, model=self.kind, run=str(self.seed))
+        write_text_atomic(self.path(study_folder), rows.to_csv(index=False))
+        shutil.rmtree(folder, ignore_errors=True)
+        free_memory()

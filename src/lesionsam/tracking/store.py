@@ -19,6 +19,7 @@ import threading
 from importlib.metadata import version
 from pathlib import Path
 
+from lesionsam.errors import UserError
 from lesionsam.utils.processes import is_abandoned
 
 OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
@@ -95,3 +96,35 @@ def schema_problem(revision: str) -> str:
         f"the MLflow database was made by a newer MLflow (schema revision {revision} is unknown to the installed "
         f"{version('mlflow')}); install that MLflow, or set tracking.uri to another database"
     )
+
+
+def refuse_optuna_database(uri: str) -> None:
+    """Refuse a tracking database with Optuna's tables: both programs keep their version in a table `alembic_version`.
+
+    Args:
+        uri: of the tracking store. One that is no database, not there or does not answer passes.
+
+    Raises:
+        UserError: MLflow would end Optuna's studies.
+    """
+    if not uri.startswith(("sqlite:", "postgresql", "mysql")):
+        return
+    from sqlalchemy import create_engine, inspect, make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        url = make_url(uri)
+        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+            return
+        engine = create_engine(url)
+        try:
+            tables = set(inspect(engine).get_table_names())
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, ImportError):
+        return
+    if {"studies", "trials"} <= tables and "experiments" not in tables:
+        raise UserError(
+            f"tracking.uri: expected a database of MLflow's own, got one with Optuna's tables "
+            f"({url.render_as_string(hide_password=True)}); name another database"
+        )

@@ -30,6 +30,7 @@ from lesionsam.tracking.spool import (
     spool_root,
     write_record,
 )
+from lesionsam.tracking.store import refuse_optuna_database
 
 Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
@@ -185,6 +186,7 @@ class Tracker(NullTracker):
             local_id: of this run, if another process or machine knows it and run.json may be missing.
             send: False leaves sending to the next start or to `sync`.
         """
+        refuse_optuna_database(uri or f"sqlite:///{root / 'mlflow.db'}")
         folder.mkdir(parents=True, exist_ok=True)
         record = read_record(folder)
         resumed = bool(record or local_id)

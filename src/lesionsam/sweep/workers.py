@@ -13,48 +13,45 @@ from pathlib import Path
 import torch
 
 from lesionsam.errors import UserError
-from lesionsam.sweep.worker import END_SECONDS, Plan, run, to_text
+from lesionsam.sweep.worker import END_SECONDS, WorkerSpec, run, to_text
 
 MAX_RESTARTS = 3  # of workers that were killed
 
 
-def is_late(plan: Plan) -> bool:
-    """Whether the time is over."""
-    return bool(plan.deadline) and time.time() > plan.deadline
-
-
-def crew(plan: Plan, workers: int) -> None:
-    """Work on a plan, alone or with others, until it is done; workers that were killed are replaced.
+def run_workers(spec: WorkerSpec) -> None:
+    """Run the workers of a spec until they are done, one in this process, several each in its own.
 
     Raises:
-        KeyboardInterrupt: after every worker has closed its trial. UserError: the workers gave up.
+        KeyboardInterrupt: after every worker has handed back its trial. UserError: all workers gave up.
     """
-    if workers == 1:
-        run(plan)
+    if spec.workers == 1:
+        run(spec)
         return
-    threads = 0 if plan.values["runtime"]["num_threads"] else max(1, num_cores() // workers)
-    devices = torch.cuda.device_count() if plan.values["runtime"]["device"] == "auto" else 0
-    plans = [replace(plan, threads=threads, device=f"cuda:{k % devices}" if devices else "") for k in range(workers)]
+    threads = 0 if spec.values["runtime"]["num_threads"] else max(1, num_cores() // spec.workers)
+    devices = torch.cuda.device_count() if spec.values["runtime"]["device"] == "auto" else 0
+    specs = [
+        replace(spec, threads=threads, device=f"cuda:{k % devices}" if devices else "") for k in range(spec.workers)
+    ]
     processes: list[subprocess.Popen[str]] = []
     restarts = 0
     try:
-        for one in plans:
+        for one in specs:
             processes.append(start(one))
         while True:
             for k in [k for k, process in enumerate(processes) if (process.poll() or 0) < 0]:
-                if restarts < MAX_RESTARTS and not is_late(plan):
+                if restarts < MAX_RESTARTS and not spec.is_past_deadline():
                     restarts += 1
                     print(
                         f"worker {k + 1} was killed (signal {-processes[k].returncode}); another takes its place",
                         flush=True,
                     )
-                    processes[k] = start(plans[k])
+                    processes[k] = start(specs[k])
             if all(process.poll() is not None for process in processes):
                 break
             time.sleep(0.2)
     except KeyboardInterrupt:
         for process in processes:
-            process.terminate()  # before a worker has loaded its libraries this ends it, later it closes its trial
+            process.terminate()  # before a worker has loaded its libraries this ends it, later it hands back its trial
         for process in processes:
             try:
                 process.wait(END_SECONDS)
@@ -67,16 +64,16 @@ def crew(plan: Plan, workers: int) -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start(plan: Plan) -> subprocess.Popen[str]:
-    """A worker process in a session of its own: Ctrl-C reaches it once, through `crew`."""
+def start(spec: WorkerSpec) -> subprocess.Popen[str]:
+    """Start a worker process in a session of its own: Ctrl-C reaches it once, through `run_workers`."""
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    if plan.threads:
-        environment |= {"OMP_NUM_THREADS": str(plan.threads), "MKL_NUM_THREADS": str(plan.threads)}
+    if spec.threads:
+        environment |= {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
     process = subprocess.Popen(
         [sys.executable, "-m", "lesionsam.sweep.worker", str(os.getpid())],
         stdin=subprocess.PIPE,
@@ -85,7 +82,7 @@ def start(plan: Plan) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     if process.stdin is not None:
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `crew` sees that
-            process.stdin.write(to_text(plan))
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `run_workers` sees that
+            process.stdin.write(to_text(spec))
             process.stdin.close()
     return process

@@ -1,4 +1,4 @@
-"""What the trials of a sweep share: the prepared samples, split so that some development images stay unseen."""
+"""Prepare what all trials share: samples, of which some development images stay unseen, and pretrained weights."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ PREPARING = ("download", "boxes", "weights")  # stages of dvc.yaml
 
 
 @dataclass
-class Bench:
-    """The prepared data of one process; decoded frames are shared between processes through their cache.
+class PreparedData:
+    """Samples and weights that `dvc repro` prepared; processes share decoded frames through their cache.
 
     Attributes:
         seen: samples of train and of the development images that trials are scored on. held: those that no trial sees.
@@ -62,18 +62,18 @@ class Bench:
 
     @property
     def has_masks(self) -> bool:
-        """Whether every development image has a true mask."""
+        """Return whether every development image has a true mask."""
         return all(s.mask_path is not None for s in (*self.seen, *self.held) if s.split == "dev")
 
     def data(self, config: Config) -> Data:
-        """Training images, and the development images that trials are scored on."""
+        """Return training images, and the development images that trials are scored on."""
         size = config.model.image_size
         if size not in self._data:
             self._data[size] = open_data(config, self.seen, side=input_side(config, self.weights), cache=CACHE)
         return self._data[size]
 
     def digest(self) -> str:
-        """Of boxes, weights, images and masks; read once."""
+        """Return the hash of boxes, weights, images and masks; read once."""
         if not self._digest:
             images = {key: row["sha256"] for key, row in read_index(INDEX).items()}
             pairs = [
@@ -85,16 +85,16 @@ class Bench:
         return self._digest
 
     def run_key(self, config: Config) -> str:
-        """Name of a training's scratch folder: hash of parameters, data, pretrained weights and code.
+        """Return the name of a training's scratch folder: hash of parameters, data, pretrained weights and code.
 
-        One that was cut short so begins anew under other code.
+        After a change of code an unfinished training so begins anew.
         """
         text = f"{config_digest(config, ('model', 'method', 'train'))} {self.digest()} {training_digest()}"
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def open_bench(config: Config) -> Bench:
-    """The samples that `dvc repro` prepared, those of the test split left out.
+def open_prepared(config: Config) -> PreparedData:
+    """Return the samples that `dvc repro` prepared, without the test split.
 
     Raises:
         UserError: nothing is prepared yet, or no development images are left to score on.
@@ -104,19 +104,19 @@ def open_bench(config: Config) -> Bench:
             raise UserError(
                 f"{path}: expected what the pipeline prepares, found nothing; run `dvc repro {stages}` first"
             )
-    if changed := prepared_otherwise(config):
+    if changed := changed_since_preparation(config):
         raise UserError(f"{changed[0]}; run `dvc repro boxes weights` with these parameters first")
     samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split in ("train", "dev")]
     held = held_out([s.image_id for s in samples if s.split == "dev"], config.sweep.holdout)
-    return Bench(
+    return PreparedData(
         [s for s in samples if s.split == "train" or s.image_id not in held],
         [s for s in samples if s.split == "dev" and s.image_id in held],
         pretrained_weights(PRETRAINED),
     )
 
 
-def prepared_otherwise(config: Config) -> list[str]:
-    """Keys whose value is another one than the pipeline's stages had, by DVC's record; none where there is none."""
+def changed_since_preparation(config: Config) -> list[str]:
+    """Return keys with another value than in DVC's record of the preparing stages; none without a record."""
     if not LOCK.exists():
         return []
     stages, now, found = read_yaml(LOCK).get("stages", {}), flatten(config), []
@@ -132,19 +132,19 @@ def prepared_otherwise(config: Config) -> list[str]:
 
 
 def held_out(image_ids: Sequence[str], share: float) -> set[str]:
-    """The share of the development images that no trial sees, by hash of the id; at least one stays on either side."""
+    """Return the share of the development images that no trial sees, by hash of the id; at least one on either side."""
     ids = sorted(set(image_ids), key=lambda name: hashlib.sha256(f"sweep {name}".encode()).hexdigest())
     count = min(max(round(share * len(ids)), 1), len(ids) - 1) if share > 0 else 0
     return set(ids[: max(count, 0)])
 
 
-def zero_shot(config: Config, bench: Bench) -> dict[str, float]:
-    """Scores of the pretrained model on the images that trials are scored on."""
+def zero_shot(config: Config, prepared: PreparedData) -> dict[str, float]:
+    """Return scores of the pretrained model on the images that trials are scored on."""
     device = torch_device(config.runtime.device)
-    sam = load_sam(config.model.name, bench.weights, image_size=config.model.image_size).to(device)
+    sam = load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).to(device)
     return quick_evaluate(
         sam,
-        bench.data(config).dev,
+        prepared.data(config).dev,
         prompts=list(OBJECTIVE_PROMPTS),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
@@ -153,17 +153,17 @@ def zero_shot(config: Config, bench: Bench) -> dict[str, float]:
     )
 
 
-def num_blocks(config: Config, bench: Bench) -> int:
-    """Transformer blocks of the prepared model's encoder."""
+def num_blocks(config: Config, prepared: PreparedData) -> int:
+    """Return the number of transformer blocks of the prepared model's encoder."""
     if config.model.name in NUM_BLOCKS:
         return NUM_BLOCKS[config.model.name]
-    return len(load_sam(config.model.name, bench.weights, image_size=config.model.image_size).image_encoder.blocks)
+    return len(load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).image_encoder.blocks)
 
 
-def idle_gate(config: Config, bench: Bench, space: Sequence[Dimension]) -> str | None:
-    """Why the gate's threshold changes nothing on these images, None where it does or where training decides that.
+def idle_gate(config: Config, prepared: PreparedData, space: Sequence[Dimension]) -> str | None:
+    """Return why the gate's threshold changes nothing on these images, None if it does or if training decides that.
 
-    Where the target is made from image and boxes alone its entropy is known before training.
+    If the target is made from image and boxes alone, its entropy is known before training.
     """
     key, method = "method.gate.entropy_thresh", config.method
     dimension = next((d for d in space if d.key == key), None)
@@ -177,7 +177,7 @@ def idle_gate(config: Config, bench: Bench, space: Sequence[Dimension]) -> str |
         or not isinstance(method.target, PriorTarget | EllipseTarget)
     ):
         return None
-    entropies = target_entropies(config, bench)
+    entropies = target_entropies(config, prepared)
     thresholds = [float(v) for v in dimension.choices] or [dimension.low, dimension.high]
     trusted = [int((entropies <= threshold).sum()) for threshold in (min(thresholds), max(thresholds))]
     if trusted[0] != trusted[1]:
@@ -189,12 +189,12 @@ def idle_gate(config: Config, bench: Bench, space: Sequence[Dimension]) -> str |
 
 
 @torch.no_grad()
-def target_entropies(config: Config, bench: Bench) -> np.ndarray:
-    """(N,) mean binary entropy of every training image's target, nats, as the gate sees it."""
+def target_entropies(config: Config, prepared: PreparedData) -> np.ndarray:
+    """Return the (N,) mean binary entropy of every training image's target, nats, as the gate sees it."""
     device = torch_device(config.runtime.device)
-    data = bench.data(config).train
-    sam = prepare_sam(config, bench.weights, device)
-    method, _ = build_method(config, sam, bench.weights, data, device)
+    data = prepared.data(config).train
+    sam = prepare_sam(config, prepared.weights, device)
+    method, _ = build_method(config, sam, prepared.weights, data, device)
     if not isinstance(method, Contrastive):
         raise ValueError("only the contrastive method has a gate")
     found = []
@@ -205,17 +205,17 @@ def target_entropies(config: Config, bench: Bench) -> np.ndarray:
     return np.concatenate(found)
 
 
-def score_held(config: Config, bench: Bench, sam: Sam, *, model: str, run: str) -> pd.DataFrame:
-    """Figures at original size on the development images that no trial saw: model, run, image_id, prompt, score.
+def score_held(config: Config, prepared: PreparedData, sam: Sam, *, model: str, run: str) -> pd.DataFrame:
+    """Return scores at original size on the development images that no trial saw: model, run, image_id, prompt, score.
 
     score is the IoU where there are masks, else the mean of core coverage, consistency and 1 - leakage.
     """
     threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
     rows = evaluate_model(
         sam,
-        bench.held,
+        prepared.held,
         lambda sample: read_image(sample.image_path),
-        partial(_mask, threshold=threshold) if bench.has_masks else None,
+        partial(_mask, threshold=threshold) if prepared.has_masks else None,
         prompts=list(OBJECTIVE_PROMPTS),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
@@ -224,7 +224,9 @@ def score_held(config: Config, bench: Bench, sam: Sam, *, model: str, run: str) 
         model=model,
         run=run,
     ).rows
-    score = rows["iou"] if bench.has_masks else (rows["core_coverage"] + rows["consistency"] + 1 - rows["leakage"]) / 3
+    score = (
+        rows["iou"] if prepared.has_masks else (rows["core_coverage"] + rows["consistency"] + 1 - rows["leakage"]) / 3
+    )
     return rows[["model", "run", "image_id", "prompt"]].assign(score=score)
 
 
@@ -234,11 +236,11 @@ def _mask(sample: Sample, *, threshold: bool) -> np.ndarray | None:
     return read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold)
 
 
-def fixed_values(config: Config, space: Sequence[Dimension], bench: Bench) -> dict[str, object]:
-    """What all trials of a study share, flat: the rest of model, method and train, the scoring, data and weights."""
+def fixed_values(config: Config, space: Sequence[Dimension], prepared: PreparedData) -> dict[str, object]:
+    """Return what all trials of a study share, flat: other keys of model, method and train, scoring, data."""
     searched = {dimension.key for dimension in space}
     kept = ("model.", "method.", "train.", "sweep.objective", "sweep.epochs", "sweep.holdout", "evaluate.seed")
     values: dict[str, object] = {
         key: value for key, value in flatten(config).items() if key.startswith(kept) and key not in searched
     }
-    return values | {"data and weights": bench.digest()}
+    return values | {"data and weights": prepared.digest()}
