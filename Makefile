@@ -35,11 +35,11 @@ $(LOCKED): requirements.lock
 	  || { echo "error: Python 3.11 or later expected, got '$(PYTHON)'; name another: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV): about 6.5 GB of disk, a few minutes of download the first time"
 	@"$(PYTHON)" -m venv --clear $(VENV)
-	@# uv is many times as fast as pip. It comes from the lock like everything else; without it, pip does the work.
-	@awk '/^uv==/ { found = 1 } found { print; if (!/\\$$/) exit }' requirements.lock > $(VENV)/uv.txt
+	@# uv is many times as fast as pip. It comes from the lock like everything else; where the index lacks it, pip installs the rest.
+	@awk '/^[^ ]/ { is_uv = /^uv==/ } { print > ("$(VENV)/" (is_uv ? "uv.txt" : "rest.txt")) }' requirements.lock
 	@$(VENV)/bin/python -m pip install --quiet --require-hashes -r $(VENV)/uv.txt \
 	  && $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --require-hashes -r requirements.lock \
-	  || $(VENV)/bin/python -m pip install --quiet --require-hashes -r requirements.lock
+	  || $(VENV)/bin/python -m pip install --quiet --require-hashes -r $(VENV)/rest.txt
 	@touch $(LOCKED)
 
 $(READY): $(LOCKED) pyproject.toml
@@ -81,6 +81,7 @@ audit: ## known vulnerabilities of what requirements.lock pins, by pip-audit (ne
 	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
 package: $(READY) ## the wheel in dist/; the wheel and its extras in fresh environments: python tests/package/fresh.py (needs the network)
+	@rm -rf build  # setuptools would pack what an earlier build left there
 	uv build --quiet --wheel --out-dir dist .
 	@ls dist/*.whl
 

@@ -8,6 +8,7 @@ A refactor leaves them identical. Other processors round otherwise, so the test 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -91,8 +92,12 @@ def differences(golden: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    losses = measure()
-    if "--write" in sys.argv:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--check", action="store_true", help="compare with losses.json, to the last digit")
+    action.add_argument("--write", action="store_true", help="write losses.json")
+    arguments, losses = parser.parse_args(), measure()
+    if arguments.write:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         record = {"command": COMMAND, "commit": commit.stdout.strip(), "torch": torch.__version__, "losses": losses}
         GOLDEN.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

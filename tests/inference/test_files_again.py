@@ -29,9 +29,9 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from lesionsam.inference.files import predict_files
-from lesionsam.inference.outputs import Folder
-case, save = Path(sys.argv[1]), Folder.save_table
-Folder.save_table = lambda self: os._exit(9) if (self.out / "masks" / "one.png").is_file() else save(self)
+from lesionsam.inference.outputs import PredictionFolder
+case, save = Path(sys.argv[1]), PredictionFolder.save_table
+PredictionFolder.save_table = lambda self: os._exit(9) if (self.out / "masks" / "one.png").is_file() else save(self)
 predict_files([case / "one.png"], model=case / "weights.safetensors", boxes=case / "one.csv", out=case / "out",
               threshold=0.0001)
 """

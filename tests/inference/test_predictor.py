@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -811,3 +812,30 @@ def test_a_thousand_images_do_not_grow_in_memory(case: Path, monkeypatch: pytest
     assert predict(case, "images/copy*.png", source="boxes", overlays=False, shapes=False, batch_size=16) == 0
     assert len(sizes) == 1000
     assert sizes[-1] - sizes[200] < 8 * 2**20
+
+
+def test_a_predictor_opens_the_folder_of_a_training_or_an_export(tmp_path: Path) -> None:
+    image = np.full((48, 64, 3), 200, np.uint8)
+    (tmp_path / "adapted").mkdir()
+    shutil.copy(WEIGHTS, tmp_path / "adapted" / "best.safetensors")
+    by_folder, by_file = (Predictor(path) for path in (str(tmp_path / "adapted"), WEIGHTS))
+    masks = [each.predict(image, boxes=[10, 8, 50, 40])[0].mask for each in (by_folder, by_file)]
+    assert np.array_equal(*masks)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "no such file or folder; expected a weights file, or a folder that holds one"),
+        ([], r"expected best.safetensors, .* found none; name the file"),
+        (["a.pth", "b.pth"], r"found a.pth, b.pth; name the file"),
+    ],
+)
+def test_a_folder_without_one_weights_file_is_a_line(files: list[str] | None, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    if files is not None:
+        folder.mkdir()
+        for name in files:
+            (folder / name).touch()
+    with pytest.raises(UserError, match=message):
+        Predictor(folder)

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionsam.errors import UserError
-from lesionsam.models.compact import CompactArchitecture, Sam, build_compact
+from lesionsam.models.compact import CompactArchitecture, build_compact
 from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts
 
 TINY = CompactArchitecture(image_size=32, patch_size=8, width=16, depth=2, num_heads=2, prompt_width=16, decoder_mlp=32)

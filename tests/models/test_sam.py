@@ -23,7 +23,6 @@ from lesionsam.export.base import check_pictures, export, open_subject
 from lesionsam.export.plain import PTH_FORMAT
 from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.published import check_image_size
 from lesionsam.models.sam import at_size, build_sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess, resize_longest, upscale
 from lesionsam.types import Prompts
@@ -230,15 +229,6 @@ def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
         save_sam(tiny_sam(), path, name="compact", metadata=dict(sorted(notes.items(), reverse=k % 2 == 1)))
     assert len({path.read_bytes() for path in files}) == 1
     assert read_weights(files[0])[1].items() >= notes.items()
-
-
-@pytest.mark.parametrize(("name", "side", "fits"), [("vit_b", 1000, False), ("vit_b", 1008, True), ("vit_b", 0, True)])
-def test_an_impossible_side_is_known_before_any_file(name: str, side: int, fits: bool) -> None:
-    if fits:
-        check_image_size(name, side)
-        return
-    with pytest.raises(UserError, match=r"multiple of 16.*, got 1000; the nearest are 992 and 1008"):
-        check_image_size(name, side)
 
 
 def test_wrong_keys_shapes_values_and_containers(tmp_path: Path) -> None:

@@ -191,7 +191,8 @@ def test_parameters_exist(document: str) -> None:
     named = set(re.findall(r"-S '?([\w.+]+)=", text_of(document)))
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text_of(document)):
         match = re.fullmatch(r"(\w+(?:\.[\w+]+)+)(?:\.\*|: [\w.]+)?", code)
-        if match and match[1].split(".")[0] in sections and not is_symbol(match[1]):
+        is_file = match and match[1].endswith((".csv", ".jsonl"))
+        if match and not is_file and match[1].split(".")[0] in sections and not is_symbol(match[1]):
             named.add(match[1])
     assert named <= parameters(), f"{document}: no parameter {named - parameters()}"
 

@@ -472,7 +472,7 @@ def test_a_trial_cut_short_begins_anew_under_other_code(project: Path, monkeypat
     bench, config = open_prepared(load_config()), load_config()
     first = bench.run_key(config)
     assert bench.run_key(config) == first
-    monkeypatch.setattr("lesionsam.sweep.prepared.code_digest", lambda: "other")
+    monkeypatch.setattr("lesionsam.sweep.prepared.training_digest", lambda: "other")
     assert bench.run_key(config) != first
 
 

@@ -242,14 +242,12 @@ def _raw_params(root: Path) -> dict[str, Any]:
 
 def _params(root: Path) -> Iterator[Finding]:
     from lesionsam.config.load import load_config
-    from lesionsam.models.published import check_image_size
 
     path = root / "params.yaml"
     if not path.is_file():
         yield Finding("params", NOTE, "no params.yaml here: not a working folder", "lesionsam preset demo writes one")
         return
     config = load_config(path)
-    check_image_size(config.model.name, config.model.image_size)
     yield Finding("params", OK, f"{config.data.source} data, {config.model.name}, method {config.method.name}")
     if config.runtime.device.startswith("cuda"):
         import torch

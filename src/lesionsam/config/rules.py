@@ -41,7 +41,9 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
     if has("model.image_size") and 0 < v["model.image_size"] < 32:
         yield Issue("model.image_size", f"expected 0 or an integer from 32 to 4096, got {v['model.image_size']}")
     if str(v.get("model.name", "")).startswith("vit_") and v.get("model.image_size", 0) % PATCH:
-        yield Issue("model.image_size", f"expected a multiple of {PATCH} (SAM's patch), got {v['model.image_size']}")
+        side, below = v["model.image_size"], v["model.image_size"] // PATCH * PATCH
+        nearest = f"the nearest are {below} and {below + PATCH}"
+        yield Issue("model.image_size", f"expected a multiple of {PATCH} (SAM's patch), got {side}; {nearest}")
     if has("model.name", "model.checkpoint") and v["model.name"] == "compact" and v["model.checkpoint"] == "published":
         yield Issue("model.checkpoint", "expected a file when model.name is compact, got published")
     most = NUM_BLOCKS.get(v.get("model.name", ""), 64)

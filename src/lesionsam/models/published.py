@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lesionsam.errors import UserError
-
-PATCH_SIZE = 16  # of ViT-B, ViT-L and ViT-H, pixels
 BASE_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
@@ -39,19 +36,3 @@ CHECKPOINTS = {
 def published_name(sha256: str) -> str | None:
     """Return the model whose published checkpoint has this hash; None if there is none."""
     return next((name for name, checkpoint in CHECKPOINTS.items() if checkpoint.sha256 == sha256), None)
-
-
-def check_image_size(name: str, image_size: int) -> None:
-    """Check the input side of a published model before anything is downloaded.
-
-    Args:
-        name: of the model; the compact SAM's patch is known from its file only. image_size: pixels; 0 = its own.
-    Raises:
-        UserError: a side that the patch does not divide.
-    """
-    if name in CHECKPOINTS and image_size % PATCH_SIZE:
-        below = image_size // PATCH_SIZE * PATCH_SIZE
-        raise UserError(
-            f"model.image_size: expected 0 or a multiple of {PATCH_SIZE} (the patch of {name}), got {image_size}; "
-            f"the nearest are {below} and {below + PATCH_SIZE}"
-        )

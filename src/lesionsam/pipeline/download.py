@@ -15,7 +15,6 @@ from lesionsam.data.sources.coco import index_coco
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.isic import fetch_isic
 from lesionsam.data.sources.synthetic import write_dataset
-from lesionsam.models.published import check_image_size
 from lesionsam.pipeline.paths import ARCHIVES, INDEX, LOCK, RAW
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import say
@@ -23,7 +22,6 @@ from lesionsam.utils.progress import say
 
 def prepare_data(config: Config) -> None:
     """Write data/raw and its index; a failure leaves the data of before."""
-    check_image_size(config.model.name, config.model.image_size)  # before anything is downloaded
     with stage_lock("download"), replacing(RAW):
         rows = _fetch(config)
         check_rows(rows, f"data.source {config.data.source}")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from lesionsam.config.load import Config
 from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError
-from lesionsam.models.published import BASE_URL, CHECKPOINTS, check_image_size
+from lesionsam.models.published import BASE_URL, CHECKPOINTS
 from lesionsam.pipeline.paths import ARCHIVES, PRETRAINED
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
 from lesionsam.utils.processes import stage_lock
@@ -25,7 +25,6 @@ ASSUMED_SPEED = 12.5e6  # bytes/s, a line of 100 Mbit/s
 def prepare_weights(config: Config) -> None:
     """Write the checkpoint to models/pretrained, and weights.json last: while it is missing, the step has not ended."""
     model = config.model
-    check_image_size(model.name, model.image_size)
     for name in ("weights.json", "sam.pth", "sam.safetensors", "architecture.json"):
         (PRETRAINED / name).unlink(missing_ok=True)
     known = _published(model.name) if model.checkpoint == "published" else _own(model.name, Path(model.checkpoint))

@@ -10,10 +10,10 @@ from lesionsam.errors import UserError
 
 
 def torch_device(name: str) -> torch.device:
-    """runtime.device -> a device that is there.
+    """Return the device with this name: auto (a GPU if there is one), cpu, cuda or cuda:N.
 
     Raises:
-        UserError: a GPU was asked for and there is none.
+        UserError: another name, or a GPU where torch finds none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Progress with ETA: a bar on a terminal, a line now and then in a log."""
+"""Progress with the time left: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-QUIET_SECONDS = 5.0  # whatever ends sooner prints nothing in a log
+QUIET_SECONDS = 5.0  # shorter work prints nothing in a log
 LINE_SECONDS = 15.0
 _silenced: list[bool] = []
 
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Without bars and lines while the block runs: of something large that tells its own progress."""
+    """Print no bars and lines while the block runs; for long work that reports its own progress."""
     _silenced.append(True)
     try:
         yield
@@ -25,7 +25,7 @@ def silent() -> Iterator[None]:
 
 
 def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]:
-    """Yield the items, telling on stderr how far it is and how long it will take."""
+    """Yield the items and print the progress and the time left on stderr."""
     if _silenced:
         yield from items
         return
@@ -52,16 +52,13 @@ def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]
             )
 
 
-LINE_SECONDS = 15.0
-
-
 def say(line: str) -> None:
-    """One line of news on stderr."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def human_bytes(count: float) -> str:
-    """A number of bytes as people write it: 1 kB = 1000 B."""
+    """Return a number of bytes with its unit: 1 kB = 1000 B."""
     for unit in ("B", "kB", "MB"):
         if count < 999.5:
             return f"{count:.0f} {unit}"
@@ -70,17 +67,17 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration in its largest fitting unit."""
+    """Return a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Meter:
-    """Progress of bytes with speed and time left, a context manager.
+    """Show the progress of bytes with speed and time left; a context manager.
 
     Args:
-        title: what is moving. total: bytes in all. begun_at: bytes that were there before.
+        title: what is transferred. total: bytes in all. begun_at: bytes that were there before.
     """
 
     def __init__(self, title: str, total: int, begun_at: int = 0) -> None:
@@ -111,7 +108,7 @@ class Meter:
             self.bar.stop()
 
     def at(self, done: int) -> None:
-        """Bytes done so far, those there before included."""
+        """Update with the bytes done so far, including those that were there before."""
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
             return

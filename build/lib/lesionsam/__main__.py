@@ -1,5 +1,0 @@
-"""`python -m lesionsam` is `lesionsam`."""
-
-from lesionsam.cli.app import main
-
-main()

@@ -1,1 +1,0 @@
-"""Annotations of other tools: COCO, YOLO, CVAT, Label Studio, and the two-box CSV."""

@@ -1,1 +1,0 @@
-"""Files, images, processes, progress and devices. Import the module you need."""
