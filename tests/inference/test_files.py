@@ -383,6 +383,8 @@ def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path
     assert masks(case).keys() == before.keys()
     refused = CliRunner().invoke(app, [*arguments, "--zoom"])
     assert isinstance(refused.exception, UserError), "the prompt is box+core"
+    renamed = CliRunner().invoke(app, [*arguments, "--nearer"])
+    assert "--nearer: this option is now called --zoom" in str(renamed.exception)
 
 
 # --------------------------------------------------------------------------------------------------------- Predictor
