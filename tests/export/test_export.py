@@ -153,7 +153,8 @@ def test_exported_safetensors_are_asked_without_a_prompt_as_the_weights_were(tmp
     )
     assert outcome.faults == []
     notes = weights_metadata(tmp_path / "safetensors" / "sam.safetensors")
-    assert trained_without_prompt(notes) and trained_without_prompt(weights_metadata(tmp_path / "best.safetensors"))
+    assert trained_without_prompt(notes)
+    assert trained_without_prompt(weights_metadata(tmp_path / "best.safetensors"))
     assert notes["format"] == "pt"
 
 
