@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,8 +60,8 @@ def test_new_parameters_elsewhere_leave_the_training(edit: Edit) -> None:
 
     def added(text: str) -> str:
         for section in ("sweep", "report", "auto", "runtime"):
-            head = f"\n{section}:\n"
-            text = text.replace(head, f"{head}  added: 1\n", 1) if head in text else f"{text}{head}  added: 1\n"
+            head = re.compile(rf"^{section}:.*$", re.MULTILINE)
+            text = head.sub(r"\g<0>\n  added: 1", text) if head.search(text) else f"{text}{section}:\n  added: 1\n"
         return text
 
     code = dict.fromkeys(("schema.py", "load.py", "rules.py"), recoded) | {"schema_method.py": reworded}

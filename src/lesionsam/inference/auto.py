@@ -35,7 +35,8 @@ from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.types import Prompts
 
-NUM_UPSCALED = 16  # masks upscaled to the image's size at once
+NUM_UPSCALED = 16  # masks upscaled to the image's size at once, fewer for large images:
+MAX_UPSCALED_PIXELS = 32_000_000  # their pixels, all together
 EIGHT = np.ones((3, 3), int)  # neighbourhood of small regions: by sides and corners
 
 
@@ -193,8 +194,9 @@ def _masks_in_crop(
         if options.pred_iou_thresh > 0:
             good = predicted > options.pred_iou_thresh
         number, candidate = good.nonzero(as_tuple=True)  # number of the point, then of its candidate
-        for begin in range(0, len(number), NUM_UPSCALED):
-            which = number[begin : begin + NUM_UPSCALED], candidate[begin : begin + NUM_UPSCALED]
+        at_once = max(1, min(NUM_UPSCALED, MAX_UPSCALED_PIXELS // (height * width)))
+        for begin in range(0, len(number), at_once):
+            which = number[begin : begin + at_once], candidate[begin : begin + at_once]
             logits = upscale(low_res[which].float(), (int(sizes[0, 0]), int(sizes[0, 1])), (height, width), side)
             prompted = torch.from_numpy(grid[low:][which[0].cpu().numpy()])
             found.cat(
