@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
-REMEDY = (
-    "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers or model.image_size"
-)
+REMEDY = "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers or model.image_size"
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
