@@ -26,9 +26,8 @@ def upgrade(text: str, source: str = "params.yaml") -> tuple[str, Config]:
     if parse_yaml(text, source).get("version", 1) == 1:
         text = rewrite(text, _to_version_2)
     values = parse_yaml(text, source)
-    runtime = values.get("runtime")
-    for key in REMOVED if isinstance(runtime, dict) else ():
-        runtime.pop(key, None)
+    if isinstance(runtime := values.get("runtime"), dict):
+        values["runtime"] = {key: value for key, value in runtime.items() if key not in REMOVED}
     config = validate(fit(values), source)
     return edit_text(text, to_values(config), source), config
 

@@ -198,8 +198,9 @@ class Store:
                 file.write(data.data)
                 file.write(TOTAL.pack(checksum(data)))
             os.replace(temporary, path)  # without fsync: what a power cut leaves behind has another checksum
-        finally:
+        except OSError:
             temporary.unlink(missing_ok=True)
+            raise
 
     def _open_existing(self) -> None:
         there = (self.folder / SPACE).exists()
@@ -265,7 +266,7 @@ def mark_in_use(folder: Path) -> int | None:
 
 
 def remove_space(folder: Path, *, force: bool = False) -> bool:
-    """Delete a space unless a process has it open (`force`: even then; open files stay readable)."""
+    """Delete a space unless a process has it open (`force`: even then; that process computes its entries again)."""
     with suppress(FileNotFoundError):
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
