@@ -10,10 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
-REMEDY = (
-    "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
-    "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size"
-)
+REMEDY = "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers or model.image_size"
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -38,6 +35,15 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, numpy or torch says that memory ran out, of a CPU or a GPU."""
+    # torch raises no MemoryError: "can't allocate memory" on a CPU, "CUDA out of memory. Tried to allocate" on a GPU.
+    words = ("allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in words)
+    )
+
+
 def run_guarded(main: Callable[[], object]) -> None:
     """Run a stage or command; print an error that the user can fix as one line on stderr and exit non-zero.
 
@@ -54,8 +60,7 @@ def run_guarded(main: Callable[[], object]) -> None:
     except MemoryError:
         _end(f"error: out of memory; {REMEDY}", 2)
     except RuntimeError as error:
-        # torch raises no MemoryError: "can't allocate memory" on a CPU, "CUDA out of memory. Tried to allocate" else.
-        if not any(words in str(error) for words in ("allocate memory", "out of memory")):
+        if not is_out_of_memory(error):
             raise
         _end(f"error: out of memory ({str(error).splitlines()[0][:160]}); {REMEDY}", 2)
     except OSError as error:

@@ -368,6 +368,14 @@ def test_upgrade_from_version_1_renames_and_keeps_comments() -> None:
     assert same.items() <= flatten(default_values()).items()
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_upgrade_drops_the_keys_of_removed_cache_tiers(version: int) -> None:
+    old = default_text() if version == 2 else first_version(OLD_METHOD)
+    new, config = upgrade(f"{old.rstrip()}\n  cache_memory_gb: 1.0 # mine\n  cache_gpu_gb: 0.0\n")
+    assert new == upgrade(old)[0]
+    assert config.runtime.cache_gb == 20
+
+
 def test_upgrade_of_the_supervised_method_keeps_its_weight() -> None:
     new, config = upgrade(first_version("  beta: 0.7 # mine\n", "supervised"))
     assert isinstance(config.method, SupervisedMethod)
@@ -389,3 +397,14 @@ def test_an_older_file_names_the_command() -> None:
 def test_upgrade_of_a_newer_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"version: expected an integer \(2\), got 3"):
         upgrade(default_text().replace("version: 2", "version: 3"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("vit-b-")])
+@pytest.mark.parametrize("edition", ["isic2016", "isic2018"])
+def test_presets_for_memory_change_how_eight_images_are_computed_and_not_how_many(edition: str, name: str) -> None:
+    _, before = applied(f"{edition}-vit-b")
+    _, after = applied(f"{edition}-vit-b", name)
+    t = after.train
+    assert t.batch_size * t.accumulate == before.train.batch_size * before.train.accumulate == 8
+    side = before.model.image_size
+    assert after.model.model_copy(update={"image_size": side}) == before.model

@@ -24,7 +24,7 @@ from helpers.tiny import tiny_data, tiny_sam
 from helpers.training import CPU, Stop, differing, run, stop_at, weights
 from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.data import activation_store
-from lesionsam.data.activation_store import ENTRIES, INDEX, RECORD, SPACE, Budget, Store, checksum, space_folders
+from lesionsam.data.activation_store import SPACE, SUFFIX, TOTAL, Budget, Store, checksum, space_folders
 from lesionsam.data.activations import Activations, image_key
 from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import LesionDataset
@@ -42,6 +42,7 @@ from lesionsam.models.trainable import select_trainable
 from lesionsam.types import Batch
 
 FLIPS = Augmentation(flips=True)
+SIZE = 4 * 4 * 32 * 4 + TOTAL.size  # bytes of an entry of `helpers.activations`
 
 
 def config(**changes: Any) -> Any:
@@ -175,7 +176,9 @@ def test_every_orientation_is_an_entry_of_its_own(data: LesionDataset, tmp_path:
     store = Store(tmp_path / "cache", trained.caches.train.stores["prefix"].space, Budget(tmp_path, 0, print))  # type: ignore[union-attr]
     batches = [batch for epoch in range(3) for batch in data.epoch(4, seed=0, epoch=epoch, augmentation=FLIPS)]
     shown = {key for batch in [*batches, *data.batches(8)] for key in keys_of(batch)}
-    assert set(store._slots) == shown, "those of training, and as they are for the evaluation, which shares the space"
+    assert set(store.folder.glob(f"*{SUFFIX}")) == {store.path(key) for key in shown}, (
+        "those of training, and as they are for the evaluation, which shares the space"
+    )
     assert len(shown) > 2 * 8
     store.close()
 
@@ -290,7 +293,7 @@ def test_what_is_written_is_read_by_another_process_and_while_it_is_written(tmp_
     reader.write(keys(6), values(6))  # four of them are there
     writer.refresh()
     assert found(writer) == [True] * 6
-    assert (writer.folder / ENTRIES).stat().st_size == 6 * writer.entry_bytes
+    assert {path.stat().st_size for path in writer.folder.glob(f"*{SUFFIX}")} == {writer.entry_bytes} == {SIZE}
 
 
 def test_half_precision_and_other_types_come_back_as_they_were(tmp_path: Path) -> None:
@@ -303,14 +306,15 @@ def test_half_precision_and_other_types_come_back_as_they_were(tmp_path: Path) -
         assert torch.equal(into, wanted[1])
 
 
-@pytest.mark.parametrize("place", [0, 1000, 4 * 4 * 32 * 4 - 1])
+@pytest.mark.parametrize("place", [0, 1000, SIZE - TOTAL.size - 1, SIZE - 1])
 def test_a_flipped_bit_is_a_miss_and_is_built_anew(tmp_path: Path, place: int) -> None:
-    folder, lines = filled(tmp_path), []
-    size = 4 * 4 * 32 * 4
-    content = bytearray((folder / ENTRIES).read_bytes())
-    content[2 * size + place] ^= 0x10
-    (folder / ENTRIES).write_bytes(content)
+    filled(tmp_path)
+    lines: list[str] = []
     store = open_store(tmp_path, lines=lines)
+    path = store.path(keys(6)[2])
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
     assert found(store) == [True, True, False, True, True, True]
     assert len(lines) == 1
     assert "is damaged; what is bad in it is computed again" in lines[0]
@@ -320,31 +324,16 @@ def test_a_flipped_bit_is_a_miss_and_is_built_anew(tmp_path: Path, place: int) -
     assert found(open_store(tmp_path)) == [True] * 6, "and stays so"
 
 
-@pytest.mark.parametrize(
-    ("name", "left", "survivors"), [(ENTRIES, 3.5, 3), (ENTRIES, 0, 0), (INDEX, 3.5, 3), (INDEX, 0, 0)]
-)
-def test_a_file_cut_short_keeps_what_is_whole(tmp_path: Path, name: str, left: float, survivors: int) -> None:
-    folder = filled(tmp_path)
-    unit = RECORD.size if name == INDEX else 4 * 4 * 32 * 4
-    os.truncate(folder / name, int(left * unit))
+@pytest.mark.parametrize("left", [0, 1, 2048, SIZE - 1])
+def test_a_file_cut_short_costs_its_entry_alone(tmp_path: Path, left: int) -> None:
+    filled(tmp_path)
     store = open_store(tmp_path)
-    assert found(store) == [True] * survivors + [False] * (6 - survivors)
+    os.truncate(store.path(keys(6)[3]), left)
+    assert found(store) == [True] * 3 + [False] + [True] * 2
     store.write(keys(6), values(6))
     assert found(store) == [True] * 6
     store.close()
     assert found(open_store(tmp_path)) == [True] * 6
-
-
-def test_a_damaged_index_record_costs_its_entry_alone(tmp_path: Path) -> None:
-    folder = filled(tmp_path)
-    content = bytearray((folder / INDEX).read_bytes())
-    content[RECORD.size * 1 + 20] ^= 1  # the slot
-    content[RECORD.size * 4 + 3] ^= 1  # the key
-    (folder / INDEX).write_bytes(content)
-    store = open_store(tmp_path)
-    assert found(store) == [True, False, True, True, False, True]
-    store.write(keys(6), values(6))
-    assert found(store) == [True] * 6
 
 
 @pytest.mark.parametrize("note", ["", "{", "[]", '{"space": {}}', '{"space": {"part": "another"}}'])
@@ -362,9 +351,10 @@ def test_a_run_on_a_damaged_cache_is_the_same_run(data: LesionDataset, tmp_path:
     Trained(contrastive(), data, tmp_path / "filling", tmp_path / "cache")
     rng = np.random.default_rng(0)
     for folder in space_folders(tmp_path / "cache"):
-        content = np.frombuffer((folder / ENTRIES).read_bytes(), np.uint8).copy()
-        content[rng.integers(0, len(content), 20)] ^= 0x40
-        (folder / ENTRIES).write_bytes(content[: len(content) * 3 // 4].tobytes())
+        for path in sorted(folder.glob(f"*{SUFFIX}"))[::2]:
+            content = np.frombuffer(path.read_bytes(), np.uint8).copy()
+            content[rng.integers(0, len(content))] ^= 0x40
+            path.write_bytes(content[: len(content) - rng.integers(0, 2)].tobytes())
     damaged = Trained(contrastive(), data, tmp_path / "damaged", tmp_path / "cache")
     assert 0 < damaged.share < 1
     assert any("is damaged" in line for line in damaged.lines)
@@ -415,9 +405,10 @@ def test_writers_that_are_killed_or_write_at_once_leave_only_whole_entries(tmp_p
     store, into = open_store(tmp_path), torch.empty(64, 1024)
     there = len(store)
     assert there > 10
-    assert set(store._slots) == {
-        key for key in store._slots if store.read(key, into) and bool((into == key[0] + 256 * key[1]).all())
-    }
+    for path in store.folder.glob(f"*{SUFFIX}"):
+        key = bytes.fromhex(path.stem)
+        assert store.read(key, into)
+        assert bool((into == key[0] + 256 * key[1]).all())
     store.write([b"x" * 16], torch.zeros(1, 64, 1024))
     assert len(store) == there + 1
     assert store.read(b"x" * 16, into)
@@ -427,7 +418,6 @@ def test_writers_that_are_killed_or_write_at_once_leave_only_whole_entries(tmp_p
 
 
 def test_the_space_unused_longest_goes_first_and_one_in_use_never(tmp_path: Path) -> None:
-    size = 4 * 4 * 32 * 4
     old, older = filled(tmp_path, part="old"), filled(tmp_path, part="older")
     os.utime(old, (2000, 2000))
     os.utime(older, (1000, 1000))
@@ -435,7 +425,7 @@ def test_the_space_unused_longest_goes_first_and_one_in_use_never(tmp_path: Path
     used = open_store(tmp_path, part="used")
     used.write(keys(6), values(6))
     os.utime(used.folder, (1, 1))
-    room = 3 * (6 * (size + RECORD.size)) + 10
+    room = activation_store.stored_bytes(old) * 3 + 10
     store = open_store(tmp_path, limit=room, lines=lines, part="new")
     store.write(keys(6), values(6))
     assert found(store) == [True] * 6
@@ -445,7 +435,7 @@ def test_the_space_unused_longest_goes_first_and_one_in_use_never(tmp_path: Path
     store.write(keys(40), values(40))
     assert used.folder.exists(), "in use"
     total = sum(activation_store.stored_bytes(folder) for folder in space_folders(tmp_path))
-    assert room - 2 * size < total <= room + RECORD.size
+    assert room - 2 * SIZE < total <= room + 300, "space.json"
     assert lines == [
         f"activation cache: {tmp_path} holds as much as it may, 0.0 GB (runtime.cache_gb); what is not in "
         "it is computed in every epoch"
@@ -478,7 +468,7 @@ def test_a_full_disk_ends_the_cache_with_a_line_and_not_the_training(
     lines: list[str] = []
     store = open_store(tmp_path / "store", lines=lines)
     store.write(keys(1), values(6)[:1])
-    files_of_at_most(4 * 4 * 32 * 4 * 5 // 2)  # in the middle of the third entry
+    files_of_at_most(SIZE // 2)  # in the middle of the second entry
     store.write(keys(6), values(6))
     files_of_at_most(resource.RLIM_INFINITY if resource.getrlimit(resource.RLIMIT_FSIZE)[1] < 0 else 1 << 40)
     assert not store.writable
@@ -486,9 +476,10 @@ def test_a_full_disk_ends_the_cache_with_a_line_and_not_the_training(
         f"activation cache: {store.folder} cannot be written (the disk is full); training goes on without "
         "it, or free some space"
     ]
-    assert found(store) == [True, True, False, False, False, False], "what is there is still used"
+    assert found(store) == [True, False, False, False, False, False], "what is there is still used"
     store.write(keys(6), values(6))
-    assert len(store) == 2, "and nothing more is tried"
+    assert len(store) == 1, "and nothing more is tried"
+    assert not [*store.folder.glob("*.tmp")]
     store.close()
     again = open_store(tmp_path / "store")
     again.write(keys(6), values(6))

@@ -8,6 +8,7 @@ the file, the row, column or key, what was expected and what came. `tests/cli/te
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -139,7 +140,8 @@ def make_own(folder: Path) -> None:
             )
             table.append(f"{name},0,{known},{WIDTH},{HEIGHT},{BOXES}")
     (folder / "own" / "boxes.csv").write_text("\n".join([*table, ""]))
-    write_index(folder / "data" / "raw" / "index.csv", rows)
+    with contextlib.chdir(folder):  # the masks, whose hashes are taken, lie relative to the project
+        write_index(Path("data/raw/index.csv"), rows)
     (folder / "params.yaml").write_text(params({}))
 
 

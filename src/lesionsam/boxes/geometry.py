@@ -57,7 +57,8 @@ def box_slices(box: np.ndarray, shape: tuple[int, int]) -> tuple[slice, slice]:
 
 def _centres_between(low: float, high: float, length: int) -> tuple[int, int]:
     """Return (start, stop) of the pixels k of an axis with low <= k + 0.5 < high; stop <= start where there is none."""
-    return max(math.ceil(float(low) - 0.5), 0), min(math.ceil(float(high) - 0.5), length)
+    stop = min(math.ceil(float(high) - 0.5), length)
+    return max(math.ceil(float(low) - 0.5), 0), max(stop, 0)  # a negative stop would count from the far side
 
 
 def jitter_box(box: np.ndarray, draws: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def predict(
     zoom: Annotated[
         bool, typer.Option("--zoom", help="Enlarge the surroundings of each box to the model's whole input.")
     ] = False,
-    nearer: Annotated[bool, typer.Option("--nearer", hidden=True)] = False,
+    nearer: Annotated[bool, typer.Option("--nearer", hidden=True, help="Old name of --zoom.")] = False,
     threshold: Annotated[
         float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")
     ] = 0.5,

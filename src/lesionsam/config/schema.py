@@ -265,8 +265,6 @@ class Runtime(Section):
     cache_gb: float = Field(
         ge=0, description="disk for the frozen encoder's activations, all runs together [GB]; 0 = no cache"
     )
-    cache_memory_gb: float = Field(ge=0, description="part of it kept in memory by each process [GB]")
-    cache_gpu_gb: float = Field(ge=0, description="part of it kept on the GPU [GB]")
 
 
 class Config(Section):

@@ -11,6 +11,7 @@ from lesionsam.config.load import parse_yaml, to_values, validate
 from lesionsam.config.schema import VERSION, Config
 from lesionsam.config.schema_method import OLD_WEIGHTS
 
+REMOVED = ("cache_memory_gb", "cache_gpu_gb")  # of runtime: parts of the cache in memory and on the GPU
 GONE = {"contrastive": "beta"}  # it scaled a printed number only
 
 
@@ -24,7 +25,10 @@ def upgrade(text: str, source: str = "params.yaml") -> tuple[str, Config]:
     """
     if parse_yaml(text, source).get("version", 1) == 1:
         text = rewrite(text, _to_version_2)
-    config = validate(fit(parse_yaml(text, source)), source)
+    values = parse_yaml(text, source)
+    if isinstance(runtime := values.get("runtime"), dict):
+        values["runtime"] = {key: value for key, value in runtime.items() if key not in REMOVED}
+    config = validate(fit(values), source)
     return edit_text(text, to_values(config), source), config
 
 

@@ -1,9 +1,9 @@
-"""Store activations on disk: one flat file of equal entries and an index, shared by runs, trials and processes.
+"""Store activations on disk: a file per entry, shared by runs, trials and processes.
 
-There is a folder per space (everything that the values depend on beside the image: see `Store`). It holds
-`entries.bin`, entry after entry; `index.bin`, one record per entry, written after it; and `space.json`, which describes
-the values. A record has a checksum of its own and one of its entry, verified on every read, so that what a killed
-writer, a full disk or a bad sector left behind is a cache miss. Several processes may read and write at once.
+There is a folder per space (everything that the values depend on beside the image: see `Store`). It holds the entries,
+`<key>.bin`, each the bytes of its values and their checksum, and `space.json`, which describes them. An entry is
+written beside its place and renamed, and its checksum is verified on every read, so that what a killed writer, a full
+disk or a bad sector left behind is a cache miss. Several processes may read and write at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -20,27 +21,20 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from lesionsam.utils.files import free_disk_bytes, write_json_atomic
-from lesionsam.utils.locks import lock_exclusive, lock_shared, unlock
+from lesionsam.utils.locks import lock_exclusive, lock_shared
 
-VERSION = 1  # of the files' form: part of every space
-ENTRIES, INDEX, SPACE, IN_USE = "entries.bin", "index.bin", "space.json", "in-use"
-RECORD = struct.Struct("<16sIQI")  # key, slot of its entry, the entry's checksum, CRC of what precedes
-GRANT = 64 << 20  # bytes written between two checks of the disk
+VERSION = 2  # of the files' form: part of every space
+SUFFIX, SPACE, IN_USE = ".bin", "space.json", "in-use"
+TOTAL = struct.Struct("<I")  # the checksum, behind the values
+GRANT = 256 << 20  # bytes written between two checks of the disk
 RESERVE = 1 << 30  # bytes of the disk that are left to others
 PAGE = 512  # 8-byte words that a checksum adds up
-
-
-class Slot(NamedTuple):
-    """The place of an entry in `entries.bin`, counted in entries, and its checksum."""
-
-    number: int
-    checksum: int
 
 
 def checksum(data: np.ndarray) -> int:
@@ -126,29 +120,28 @@ class Store:
         self.shape: tuple[int, ...] | None = None  # of an entry, known once there is one
         self.dtype: torch.dtype | None = None
         self.writable = True
-        self._slots: dict[bytes, Slot] = {}
-        self._read_to, self._num_slots = 0, 0
-        self._files: tuple[int, int, int] | None = None  # of entries, index and use
+        self._use: int | None = None  # descriptor of `mark_in_use`
         self._lock = threading.RLock()
-        with self._faults("opened"):
-            self._open_existing()
+        self.refresh()
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return num_entries(self.folder)
 
     @property
     def entry_bytes(self) -> int:
-        """Size of an entry; 0 while there is none."""
-        return 0 if self.shape is None or self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
+        """Size of an entry's file; 0 while there is none."""
+        if self.shape is None or self.dtype is None:
+            return 0
+        return math.prod(self.shape) * self.dtype.itemsize + TOTAL.size
 
-    # ---- reading -----------------------------------------------------------------------------------------------------
+    def path(self, key: bytes) -> Path:
+        """Return the file of an entry."""
+        return self.folder / f"{key.hex()}{SUFFIX}"
 
     def refresh(self) -> None:
-        """Read the index records that other processes have added."""
+        """Open the space if another process has created it."""
         with self._lock, self._faults("read"):
             self._open_existing()
-            if self._files is not None:
-                self._read_index()
 
     def read(self, key: bytes, into: torch.Tensor) -> bool:
         """Copy an entry.
@@ -158,25 +151,20 @@ class Store:
         Returns:
             Whether it was there and undamaged; if not, the content of `into` is undefined.
         """
-        slot = self._slots.get(key)
-        if slot is None or self._files is None:
-            return False
-        data = byte_view(into)
+        data, total = byte_view(into), bytearray(TOTAL.size)
         try:
-            done = os.preadv(self._files[0], [data.data], slot.number * self.entry_bytes)
+            with self.path(key).open("rb", buffering=0) as file:
+                done = os.readv(file.fileno(), [data.data, total])
+        except FileNotFoundError:
+            return False
         except OSError:  # a sector that cannot be read
             done = 0
-        if done == len(data) and checksum(data) == slot.checksum:
+        if done == self.entry_bytes and TOTAL.pack(checksum(data)) == total:
             return True
-        with self._lock:
-            if self._slots.get(key) == slot:  # not merely rewritten meanwhile
-                del self._slots[key]
-        self.budget.warn_once(
-            f"activation cache: {self.folder / ENTRIES} is damaged; what is bad in it is computed again"
-        )
+        with suppress(OSError):
+            self.path(key).unlink(missing_ok=True)
+        self.budget.warn_once(f"activation cache: {self.folder} is damaged; what is bad in it is computed again")
         return False
-
-    # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, keys: Sequence[bytes], values: torch.Tensor) -> None:
         """Add entries that are not stored yet; those that do not fit are left out, and a failing disk ends writing.
@@ -187,37 +175,38 @@ class Store:
         if not self.writable:
             return
         with self._lock, self._faults("written"):
-            self._open_existing()
-            if self._files is None or (self.shape, self.dtype) != (tuple(values.shape[1:]), values.dtype):
-                self._create(tuple(values.shape[1:]), values.dtype)
-            if self._files is None:
+            self._open(tuple(values.shape[1:]), values.dtype)
+            if self._use is None:
                 return
-            entries, index, _ = self._files
-            with locked(index):
-                self._read_index()
-                os.ftruncate(index, self._read_to)  # a record that a killed writer left half
-                for key, value in zip(keys, values, strict=True):
-                    if key in self._slots:
-                        continue
+            for key, value in zip(keys, values, strict=True):
+                if not self.path(key).exists():
                     if not self.budget.grant(self.entry_bytes):
                         break
-                    data = byte_view(value)
-                    write_at(entries, data.data, self._num_slots * self.entry_bytes)
-                    body = RECORD.pack(key, self._num_slots, checksum(data), 0)[:-4]
-                    write_at(index, body + struct.pack("<I", zlib.crc32(body)), self._read_to)
-                    self._read_index()
+                    self._write_entry(self.path(key), byte_view(value))
 
     def close(self) -> None:
-        """Close the files; the space may be removed then."""
+        """End the use of the space; it may be removed then."""
         with self._lock:
-            for descriptor in self._files or ():
-                os.close(descriptor)
-            self._files, self._slots = None, {}
+            if self._use is not None:
+                os.close(self._use)
+            self._use = None
 
-    # ---- parts -------------------------------------------------------------------------------------------------------
+    def _write_entry(self, path: Path, data: np.ndarray) -> None:
+        temporary = path.with_name(f"{path.stem}-{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data.data)
+                file.write(TOTAL.pack(checksum(data)))
+            os.replace(temporary, path)  # without fsync: what a power cut leaves behind has another checksum
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _open_existing(self) -> None:
-        if self._files is not None or not (self.folder / SPACE).exists():
+        there = (self.folder / SPACE).exists()
+        if not there:  # never made, or removed by `lesionsam cache clear`
+            self.close()
+        if not there or self._use is not None:
             return
         use = mark_in_use(self.folder)
         if use is None:
@@ -227,45 +216,24 @@ class Store:
             if note["space"] != self.space:
                 raise ValueError("another space")
             self.shape, self.dtype = tuple(note["shape"]), getattr(torch, note["dtype"])
-            self._open_files(use)
         except (ValueError, KeyError, TypeError, AttributeError):  # damaged, or of another space: start anew
             os.close(use)
             remove_space(self.folder)
-
-    def _open_files(self, use: int) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._files = (os.open(self.folder / ENTRIES, flags, 0o666), os.open(self.folder / INDEX, flags, 0o666), use)
-        self._slots, self._read_to, self._num_slots = {}, 0, 0
+            return
+        self._use = use
         os.utime(self.folder)
-        self._read_index()
 
-    def _create(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.close()
-        if (self.folder / SPACE).exists() and not remove_space(self.folder):  # of another shape, and in use
-            self.writable = False
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.shape, self.dtype = shape, dtype
-        note = {"space": self.space, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
-        write_json_atomic(self.folder / SPACE, note)
-        use = mark_in_use(self.folder)
-        if use is not None:
-            self._open_files(use)
-
-    def _read_index(self) -> None:
-        if self._files is None:
-            return
-        index = self._files[1]
-        size = os.fstat(index).st_size // RECORD.size * RECORD.size
-        if size < self._read_to:  # cut by something else
-            self._slots, self._read_to, self._num_slots = {}, 0, 0
-        data = os.pread(index, size - self._read_to, self._read_to)
-        for start in range(0, len(data) // RECORD.size * RECORD.size, RECORD.size):
-            key, slot, total, crc = RECORD.unpack_from(data, start)
-            self._num_slots += 1  # one record, one slot, whether it can be read or not
-            if zlib.crc32(data[start : start + RECORD.size - 4]) == crc:
-                self._slots[key] = Slot(slot, total)
-        self._read_to += len(data)
+    def _open(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Open the space for entries of this shape and dtype; make it where there is none."""
+        self._open_existing()
+        if self._use is not None and (self.shape, self.dtype) != (shape, dtype):
+            self.close()
+            self.writable = remove_space(self.folder)  # unless another process uses it
+        if self._use is None and self.writable:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            note = {"space": self.space, "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+            write_json_atomic(self.folder / SPACE, note)
+            self._open_existing()
 
     @contextmanager
     def _faults(self, what: str) -> Iterator[None]:
@@ -280,27 +248,6 @@ class Store:
                 f"activation cache: {self.folder} cannot be {what} ({reason}); training goes on without it"
                 + (", or free some space" if full else "")
             )
-
-
-# ---- the files of a space --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(descriptor: int) -> Iterator[None]:
-    """Lock a file exclusively."""
-    lock_exclusive(descriptor)
-    try:
-        yield
-    finally:
-        unlock(descriptor)
-
-
-def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all bytes, in as many calls as needed."""
-    view = memoryview(data).cast("B")
-    while view:
-        done = os.pwrite(descriptor, view, offset)
-        view, offset = view[done:], offset + done
 
 
 def mark_in_use(folder: Path) -> int | None:
@@ -319,7 +266,7 @@ def mark_in_use(folder: Path) -> int | None:
 
 
 def remove_space(folder: Path, *, force: bool = False) -> bool:
-    """Delete a space unless a process has it open (`force`: even then; open files stay readable)."""
+    """Delete a space unless a process has it open (`force`: even then; that process computes its entries again)."""
     with suppress(FileNotFoundError):
         descriptor = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -331,12 +278,17 @@ def remove_space(folder: Path, *, force: bool = False) -> bool:
 
 
 def space_folders(root: Path) -> list[Path]:
-    """Return the folders that hold a space."""
-    return [path for path in root.iterdir() if (path / ENTRIES).exists()] if root.is_dir() else []
+    """Return the folders of the spaces."""
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def num_entries(folder: Path) -> int:
+    """Return the number of entries of a space."""
+    return sum(1 for _ in folder.glob(f"*{SUFFIX}"))
 
 
 def used_at(folder: Path) -> float:
-    """Return when a space was last opened, seconds since the epoch."""
+    """Return when a space was last opened or added to, seconds since the epoch."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -346,7 +298,8 @@ def used_at(folder: Path) -> float:
 def stored_bytes(folder: Path) -> int:
     """Return the bytes of a space's files."""
     total = 0
-    for name in (ENTRIES, INDEX):
-        with suppress(FileNotFoundError):
-            total += (folder / name).stat().st_size
+    with suppress(FileNotFoundError), os.scandir(folder) as files:
+        for file in files:
+            with suppress(FileNotFoundError):  # renamed or removed meanwhile
+                total += file.stat().st_size
     return total

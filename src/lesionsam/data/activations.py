@@ -131,12 +131,10 @@ class Activations:
     def _gather(self, name: str, fetched: Fetched, computed: dict[int, torch.Tensor]) -> torch.Tensor:
         rows = fetched.rows[name]
         if rows.host is not None and rows.found.all():
-            values = rows.host.to(self.device, non_blocking=True)
-        else:
-            found = {} if rows.host is None else {k: rows.host[k] for k in np.flatnonzero(rows.found)}
-            at = {k: row.to(self.device, non_blocking=True) for k, row in found.items()} | computed
-            values = torch.stack([at[k] for k in range(len(fetched.keys))])
-        return values
+            return rows.host.to(self.device, non_blocking=True)
+        found = {} if rows.host is None else {k: rows.host[k] for k in np.flatnonzero(rows.found)}
+        at = {k: row.to(self.device, non_blocking=True) for k, row in found.items()} | computed
+        return torch.stack([at[k] for k in range(len(fetched.keys))])
 
     # ---- on to the disk ----------------------------------------------------------------------------------------------
 

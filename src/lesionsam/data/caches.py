@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lesionsam.data.activation_store import INDEX, RECORD, SPACE, remove_space, space_folders, used_at
+from lesionsam.data.activation_store import SPACE, num_entries, remove_space, space_folders, used_at
 from lesionsam.data.frames import BUILDING, INDEX_NAME
 
 FRAMES, ACTIVATIONS = "frames", "activations"
@@ -44,9 +44,8 @@ def _folders(root: Path) -> Iterator[tuple[Path, str]]:
             yield folder, f"{note.get('count', '?')} decoded images, {note.get('side', '?')} px"
     for folder in sorted(space_folders(root / ACTIVATIONS)):
         space = read_note(folder / SPACE).get("space", {})
-        count = (folder / INDEX).stat().st_size // RECORD.size if (folder / INDEX).exists() else 0
         part, side, precision = (space.get(name, "?") for name in ("part", "side", "precision"))
-        yield folder, f"{count} activations of {part}, {side} px, {precision}"
+        yield folder, f"{num_entries(folder)} activations of {part}, {side} px, {precision}"
 
 
 def clear(root: Path) -> tuple[int, list[Path]]:

@@ -23,7 +23,7 @@ from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import build_method, learning_groups, num_steps, prepare_sam, training_settings
 from lesionsam.experiment.caches import open_caches
-from lesionsam.experiment.resources import parts_that_fit
+from lesionsam.experiment.resources import memory_limit
 from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
@@ -148,9 +148,8 @@ def train(
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
     kept = method.kept.get_submodule("sam")
-    parts = parts_that_fit(config, sam, method, device, say)
     check_disk(folder, method)
-    with open_caches(config, data.activations, sam, method, device, say) as caches:
+    with memory_limit(device), open_caches(config, data.activations, sam, method, device, say) as caches:
         loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
         evaluate: Evaluate = partial(
             _evaluate,
@@ -170,7 +169,6 @@ def train(
             evaluate=evaluate,
             log=log,
             folder=folder,
-            parts=parts,
             say=say,
             stop_requested=stop_requested,
         )

@@ -63,7 +63,6 @@ def fit(
     evaluate: Evaluate,
     log: Log,
     folder: Path,
-    parts: int = 1,
     say: Callable[[str], None] = print,
     stop_requested: Callable[[], int] = lambda: 0,
 ) -> Progress:
@@ -74,7 +73,6 @@ def fit(
         evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
         log: receives (values, step).
         folder: scratch folder of this run alone; holds the training states and best.pt.
-        parts: number of parts that each batch is computed in, to save memory; doubled if the memory runs out.
         stop_requested: returns the number of a signal that asks the run to stop, else 0.
     Raises:
         Interrupted: the run was asked to stop and has saved its state.
@@ -83,7 +81,7 @@ def fit(
     s, device = settings, groups[0].parameters[0].device
     optimizer = build_optimizer(groups, weight_decay=s.weight_decay, betas=s.betas)
     scaler = torch.amp.GradScaler(device.type, enabled=s.precision == "fp16" and device.type == "cuda")
-    at = load_state(folder, method, optimizer, scaler) or Progress(parts=parts)
+    at = load_state(folder, method, optimizer, scaler) or Progress()
     if at.step:
         say(f"resuming after epoch {at.epoch}, step {at.step}")
     steps, values, clock = Steps(optimizer, scaler, at, say), StepLog(at, log), Clock(at)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from lesionsam.errors import UserError
+from lesionsam.errors import UserError, is_out_of_memory
 from lesionsam.methods.base import Method
 from lesionsam.training.state import Progress
 from lesionsam.types import Batch
@@ -60,8 +60,10 @@ def with_smaller_parts(
         snapshot = Snapshot.take(method, at)
         try:
             return compute(at.parts)
-        except torch.OutOfMemoryError as error:
-            reason = str(error).partition("\n")[0]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0] or type(error).__name__
         snapshot.restore(method, at)  # after the except block: its traceback holds the tensors of the failed pass
         gc.collect()
         if torch.cuda.is_available():
@@ -69,7 +71,7 @@ def with_smaller_parts(
         size = len(batches[0].ids)
         if size // (2 * at.parts) < method.smallest_batch:
             raise UserError(
-                f"the GPU's memory does not hold a step of {size // at.parts} image(s) ({reason}); lower "
+                f"memory does not hold a step of {size // at.parts} image(s) ({reason}); lower "
                 "model.image_size, train fewer blocks (model.unfreeze_last_k) or set train.precision to bf16"
             )
         at.parts *= 2
