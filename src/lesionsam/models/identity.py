@@ -22,7 +22,6 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
     digest, encoder = hashlib.sha256(), sam.image_encoder
-    digest.update(repr(getattr(encoder, "execution", None)).encode())  # which of the exact attentions, see `attention`
     digest.update(code_digest("models.prefix", without=NO_RESULT).encode())
     for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)})):
         digest.update(source_digest(Path(path)).encode())

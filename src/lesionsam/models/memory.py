@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lesionsam.models.attention import Execution, choose
+from lesionsam.models.attention import choose
 from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam, patch_size
 
@@ -61,16 +61,11 @@ def predict_step(
     """
     encoder: Any = sam.image_encoder
     a, split, num_blocks = 4 if precision == "fp32" else 2, num_frozen_blocks(sam), len(encoder.blocks)
-    execution: Execution = getattr(encoder, "execution", Execution())
     side = int(encoder.img_size)
     grid, channels = side // patch_size(sam), sam.prompt_encoder.embed_dim
-    costs = [block_bytes(block, grid, a, execution.attention, device) for block in encoder.blocks]
+    costs = [block_bytes(block, grid, a, device) for block in encoder.blocks]
     trained = costs[max(split, 0) :] if split <= num_blocks else []
-    tokens = grid * grid * encoder.get_parameter("patch_embed.proj.weight").shape[0]
-    if execution.checkpoint and trained:
-        per_image = len(trained) * tokens * R + max(trained)
-    else:
-        per_image = sum(trained)
+    per_image = sum(trained)
     if split <= num_blocks:
         per_image += neck_bytes(grid, channels, a)
     casts = 2 * sum(p.numel() for p in sam.parameters() if p.requires_grad) if a == 2 else 0
@@ -101,28 +96,24 @@ def held_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(storages.values()) + trained
 
 
-def block_bytes(block: Any, grid: int, a: int, attention: str, device: str) -> int:
+def block_bytes(block: Any, grid: int, a: int, device: str) -> int:
     """Return the bytes that torch saves of one image in one block of the encoder.
 
     Args:
-        grid: H' = W'. a: bytes of a number in a matrix product. attention: a backend of `attention`, or auto.
+        grid: H' = W'. a: bytes of a number in a matrix product.
     """
     width, heads = block.attn.qkv.in_features, block.attn.num_heads
     hidden = block.mlp.lin1.out_features
     window = block.window_size or grid
     padded = -(-grid // window) * window
     count, real, keys = padded * padded, grid * grid, window * window
-    if attention == "auto":
-        dtype = torch.bfloat16 if a == 2 else torch.float32
-        attention = choose(device, dtype, needs_grad=True, num_tokens=keys)
+    dtype = torch.bfloat16 if a == 2 else torch.float32
     wide = width + heads * 2 * window  # channels of q or k beside which the position terms lie
     of_attention = {
         "folded": 4 * count * wide * a,
-        "chunked": count * wide * a + 3 * count * width * a,
         "sdpa": count * keys * heads * a + 4 * count * width * a,
         "plain": count * keys * heads * a + 2 * count * wide * a + count * width * a,
-        "original": (2 if a == 4 else 3) * count * keys * heads * a + 2 * count * width * a,
-    }[attention]
+    }[choose(device, dtype, needs_grad=True, num_tokens=keys)]
     # Inputs of the two norms and of the four linear layers, the MLP before its activation, q twice for the positions.
     return real * (2 * width * R + 3 * width * a + 2 * hidden * a) + 2 * count * width * a + of_attention
 
