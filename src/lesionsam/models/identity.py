@@ -37,7 +37,7 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
 
 
 def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the encoder's leading part; `num_blocks` as `trainable.num_frozen_blocks` counts, from 0."""
+    """The modules of the encoder's leading part; `num_blocks` as `prefix.num_frozen_blocks` counts, from 0."""
     encoder = sam.image_encoder
     yield "patch_embed", encoder.patch_embed
     for k, block in enumerate(encoder.blocks[:num_blocks]):
