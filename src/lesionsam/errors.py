@@ -14,6 +14,7 @@ REMEDY = (
     "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers, "
     "runtime.cache_memory_gb, runtime.cache_gpu_gb or model.image_size"
 )
+SHOWN = 5  # names that a message lists
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -30,9 +31,9 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first names of a list as text, and the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 class Interrupted(KeyboardInterrupt):
