@@ -56,7 +56,7 @@ def overlay(
         (h, w, 3) uint8; h includes the caption.
     """
     height, width = image.shape[:2]
-    for name, mask in (("truth", True), ("prediction", prediction)):
+    for name, mask in (("truth", truth), ("prediction", prediction)):
         if mask is not None and mask.shape != (height, width):
             raise ValueError(f"{name} {mask.shape} does not fit the image {(height, width)}")
     scale = min(max_side, max(height, width, MIN_SIDE)) / max(height, width)
