@@ -67,7 +67,7 @@ class Campaign:
     def call(self, out: Path, options: dict[str, Any], fatal: tuple[int, int] | None = None) -> None:
         """What `lesionsam predict` does. fatal: a file's number and the signal that comes as it is renamed."""
         if self.without:
-            inference_files.Run._is_there = lambda run, place, key: place in run.folder.rows
+            inference_files.PredictRun._is_there = lambda run, place, key: place in run.folder.rows
         rename, count = os.replace, 0
 
         def counted(*places: Any, **named: Any) -> None:
