@@ -51,10 +51,9 @@ def ways(
         "original": partial(original, q, k, v, (tables[0], tables[1]), side)
     }
     for name in BACKENDS:
-        if name != "original":
-            found[name] = lambda name=name: relative_attention(
-                q[None], k[None], v[None], positions(tables[0], side), positions(tables[1], side), DEPTH**-0.5, name
-            )[0]
+        found[name] = lambda name=name: relative_attention(
+            q[None], k[None], v[None], positions(tables[0], side), positions(tables[1], side), DEPTH**-0.5, name
+        )[0]
     return found, [q, k, v, *tables]
 
 
@@ -124,7 +123,7 @@ def main() -> int:
         f"head; {provenance(device)}. "
         + "Not measured on a GPU." * (device.type == "cpu")
         + "\n\n"
-        + table(["tokens x heads", *BACKENDS], rows)
+        + table(["tokens x heads", "original", *BACKENDS], rows)
     )
     print(f"\n{text}\n")
     if a.write:

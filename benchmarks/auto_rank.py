@@ -2,7 +2,7 @@
 
 FOLDER holds images/{train,val} and masks/{train,val}. As in the comparison, a sixth of its train images, by hash of
 their names, are the development images; the val images are not touched. The weights are fitted on the other train
-images, every second one seen from farther away as in training (`data.widening`), without any mask: ridge regression of
+images, every second one seen from farther away as in training (`data.augment`), without any mask: ridge regression of
 a candidate's IoU with the thresholded box prior of that image's two boxes, offset found from the boxes. The true masks
 of the development images say what the fit is worth, and how far the last decoding should zoom. Prints, as
 Markdown, on the development images as they are and from farther away: the mean IoU of each rule on the comparing grid,

@@ -1,10 +1,10 @@
 """Try the data engine with a simulated annotator on real pairs: `python benchmarks/engine_trial.py FOLDER`; resumable.
 
-The annotator draws as `boxes.simulate_boxes`, and takes a proposal as it is where the whole lesion lies in the big box,
-that is not far too large, and the core lies on the lesion; corrects it where most of it is right; else rejects it and
-draws. What each costs is stated in seconds: two boxes at the 7 s that people were measured to take for a box by four
-clicks (Papadopoulos et al. 2017, arXiv:1708.02750), five times less than the older way, so drawing is not made dear; a
-look, and one box more, for a correction. The seconds of a look are an assumption.
+The annotator draws as `boxes.annotator.simulate_boxes`, and takes a proposal as it is where the whole lesion lies in
+the big box, that is not far too large, and the core lies on the lesion; corrects it where most of it is right; else
+rejects it and draws. What each costs is stated in seconds: two boxes at the 7 s that people were measured to take for a
+box by four clicks (Papadopoulos et al. 2017, arXiv:1708.02750), five times less than the older way, so drawing is not
+made dear; a look, and one box more, for a correction. The seconds of a look are an assumption.
 """
 
 from __future__ import annotations
@@ -24,22 +24,13 @@ from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, CORRECTED, DRAWN, OPEN, Box, Lesion, rounded
 from lesionsam.annotation.review import Proposals, confirmed_log_areas, proposals_path, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.boxes.annotator import annotator_rng, simulate_boxes
+from lesionsam.boxes.annotator import SIMULATED, annotator_rng, simulate_boxes
 from lesionsam.config.load import Config, load_config, with_values
 from lesionsam.data.index import id_hash
 from lesionsam.engine.command import start_weights
 from lesionsam.engine.history import Round, count_sources, read_rounds
 from lesionsam.engine.report import CURVE, curve, write_report
-from lesionsam.engine.round import (
-    SEED,
-    SIMULATED,
-    EngineFolders,
-    mask_paths,
-    pairs_of,
-    quality_on,
-    run_round,
-    set_threads,
-)
+from lesionsam.engine.round import SEED, EngineFolders, mask_paths, pairs_of, quality_on, run_round, set_threads
 from lesionsam.errors import run_guarded
 from lesionsam.metrics import bounding_box
 from lesionsam.utils.files import write_bytes_atomic, write_json_atomic

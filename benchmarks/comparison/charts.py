@@ -31,7 +31,7 @@ def curve(figures: pd.DataFrame, num_all: int) -> pd.DataFrame:
     """Return the rows of supervised runs by number of masks: masks, prompt, miou, low, high.
 
     Args:
-        figures: long format, see `evidence.read_units`. num_all: masks of the row that has all of them.
+        figures: long format, see `comparison.units.read_units`. num_all: masks of the row that has all of them.
     """
     table = statistics.table(figures, reference=None, **INTERVALS)
     counts = {

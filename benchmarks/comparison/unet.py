@@ -134,7 +134,7 @@ def evaluate_unet(
     Args:
         side: S of the model frame, as it was trained.
     Returns:
-        the columns of `evaluation.ROW_COLUMNS` that it has, a row per lesion and prompt source.
+        the columns of `evaluation.columns.ROW_COLUMNS` that it has, a row per lesion and prompt source.
     """
     device = next(network.parameters()).device
     images, rows = by_image(samples), []

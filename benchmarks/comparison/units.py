@@ -61,7 +61,7 @@ class Row:
         seeds: how many. margin: least and greatest share by which the simulated big box is too large.
         trains: False for what is evaluated as it is. tests: False for a row that only tunes on the development split.
         masks: number of training lesions that it may see, drawn by seed and repeated to as many steps; 0 = all.
-        network: sam, or unet for `evidence_unet`.
+        network: sam, or unet for `comparison.unet`.
     """
 
     name: str
@@ -184,7 +184,7 @@ def run_unit(
 ) -> None:
     """Train and evaluate one unit and write its CSV (last, so that it stands for a finished unit).
 
-    The CSV's rows are those of `evaluation.evaluate_model`, with the row's name as model and the seed as run.
+    The CSV's rows are those of `evaluation.evaluate.evaluate_model`, with the row's name as model and the seed as run.
 
     Args:
         track: folder whose mlflow.db gets a run of it; None: none does.

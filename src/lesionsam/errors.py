@@ -6,11 +6,12 @@ import errno
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 REMEDY = "end other programs, or lower train.batch_size, evaluate.batch_size, runtime.num_workers or model.image_size"
+SHOWN = 5  # names that a message lists
 NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -25,6 +26,11 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 2) -> None:
         super().__init__(" ".join(message.split()))
         self.exit_code = exit_code
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first names of a list as text, and the number of the others."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 class Interrupted(KeyboardInterrupt):

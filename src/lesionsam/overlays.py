@@ -160,16 +160,14 @@ def _fit(line: str, font: Any, width: int) -> str:
     return line.rstrip() + "..."
 
 
-def legend(
-    width: int, *, truth: bool = True, prediction: bool = True, boxes: bool = True, points: bool = False
-) -> np.ndarray:
+def legend(width: int, *, prediction: bool = True, boxes: bool = True, points: bool = False) -> np.ndarray:
     """Return the legend of the lines, (h, width, 3) uint8, wrapped to the width."""
     size = round(min(18, max(12, width / 45)))
     font = ImageFont.load_default(size)
     entries = [
         (name, style)
         for name, style, shown in (
-            ("expert's outline", "truth", truth),
+            ("expert's outline", "truth", True),
             ("prediction", "prediction", prediction),
             ("big box", "big", boxes),
             ("small box", "small", boxes),

@@ -72,7 +72,7 @@ def test_few_masks_make_as_many_steps_and_grow_within_a_seed() -> None:
 
 
 def figures(scores: dict[str, float], prompts: tuple[str, ...] = ("ring", "centre", "box")) -> pd.DataFrame:
-    """Long format as `evidence.read_units` gives it: 12 images, two seeds, every prompt."""
+    """Long format as `comparison.units.read_units` gives it: 12 images, two seeds, every prompt."""
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, 12)
     table = pd.DataFrame(

@@ -46,7 +46,7 @@ def processes(folder: Path) -> dict[int, str]:
         try:
             if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                if command and "tracking_sender" not in command:
+                if command and "lesionsam.tracking.sender" not in command:
                     found[int(entry.name)] = command
         except OSError:  # ended meanwhile
             continue

@@ -15,7 +15,7 @@ from PIL import Image
 
 from chaos.run import Run, has_traceback, in_child
 from helpers.tiny import tiny_sam
-from lesionsam.inference import files as inference_run
+from lesionsam.inference import files as inference_files
 from lesionsam.inference import outputs as inference_outputs
 from lesionsam.inference.files import predict_files
 from lesionsam.models.checkpoint import save_sam
@@ -67,7 +67,7 @@ class Campaign:
     def call(self, out: Path, options: dict[str, Any], fatal: tuple[int, int] | None = None) -> None:
         """What `lesionsam predict` does. fatal: a file's number and the signal that comes as it is renamed."""
         if self.without:
-            inference_run.Run._is_there = lambda run, place, key: place in run.folder.rows
+            inference_files.PredictRun._is_there = lambda run, place, key: place in run.folder.rows
         rename, count = os.replace, 0
 
         def counted(*places: Any, **named: Any) -> None:

@@ -24,7 +24,7 @@ from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.export import base as exporting
-from lesionsam.export import standalone as plain
+from lesionsam.export import standalone
 from lesionsam.export.base import Check, Format, Prompt, Segment, Subject, export, open_subject
 from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
 from lesionsam.export.vanilla_sam import plain_state, registry_name, reload_copied
@@ -59,7 +59,7 @@ VIT_LIKE = {
 def vit_like() -> Sam:
     """Random weights, every one of them away from the zero or one that it starts with."""
     torch.manual_seed(1)
-    sam = plain.build(VIT_LIKE)
+    sam = standalone.build(VIT_LIKE)
     with torch.no_grad():
         for value in sam.parameters():
             value.add_(torch.randn(value.shape) * 0.05)
@@ -68,7 +68,7 @@ def vit_like() -> Sam:
 
 def subject_of(sam: Sam, name: str = "vit_b") -> Subject:
     """A model that lies in no file."""
-    return Subject(sam, name, Path("none.pth"), "0" * 64, plain.numbers_of(sam), registry_name(sam))
+    return Subject(sam, name, Path("none.pth"), "0" * 64, standalone.numbers_of(sam), registry_name(sam))
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_the_shipped_builder_stands_alone(subject: Subject, tmp_path: Path) -> N
 def test_published_models_are_known_by_their_numbers(name: str) -> None:
     with torch.device("meta"):
         sam = sam_model_registry[name]()
-        again = plain.build(plain.numbers_of(sam))
+        again = standalone.build(standalone.numbers_of(sam))
     assert {key: value.shape for key, value in again.state_dict().items()} == {
         key: value.shape for key, value in sam.state_dict().items()
     }
@@ -292,7 +292,7 @@ def test_hugging_face_knows_every_key() -> None:
     for name in ("vit_b", "vit_h"):
         with torch.device("meta"):
             sam = sam_model_registry[name]()
-            model = SamModel(config_of(plain.numbers_of(sam)))
+            model = SamModel(config_of(standalone.numbers_of(sam)))
         wanted = {key: value.shape for key, value in model.state_dict().items()}
         found = renamed_state(sam.state_dict(), 3)
         assert {key: value.shape for key, value in found.items()} == wanted
@@ -561,7 +561,7 @@ def test_generated_pictures_stand_in_for_a_folder() -> None:
 
 
 def test_build_and_save_agree_on_the_compact_numbers() -> None:
-    numbers = plain.numbers_of(build_sam("compact", architecture=ARCHITECTURE))
+    numbers = standalone.numbers_of(build_sam("compact", architecture=ARCHITECTURE))
     assert numbers["image_size"] == ARCHITECTURE.image_size
     assert numbers["global_attn_indexes"] == list(range(ARCHITECTURE.depth))
     assert numbers["window_size"] == 0

@@ -26,8 +26,7 @@ from lesionsam.errors import UserError
 from lesionsam.formats import rle
 from lesionsam.formats.convert import FORMATS, WRITERS, convert, guess_format, read_annotations
 from lesionsam.formats.gather import find_pictures
-from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, from_samples, with_small_boxes
-from lesionsam.types import Sample
+from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, with_small_boxes
 
 # pycocotools 2.0.11 decodes through an array class that numpy 2 finds old-fashioned.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -145,15 +144,6 @@ def test_any_boxes_come_back(drawn: list[tuple[Any, Any]], width: int, height: i
     with tempfile.TemporaryDirectory() as folder:
         WRITERS[form](Path(folder) / "file", wanted)
         same(read_annotations(Path(folder) / "file", form), wanted)
-
-
-def test_samples_become_annotations() -> None:
-    sample = Sample(
-        "a", "0", "dev", Path("x/images/a.jpg"), None, 20, 10, np.array([1, 2, 9, 8.0]), np.array([3, 3, 4, 4.0])
-    )
-    found = from_samples([sample, replace(sample, lesion_id="1")], Path("x"))
-    assert found.pictures == (Picture("a", "images/a.jpg", 20, 10, "dev"),)
-    assert [one.lesion_id for one in found.lesions] == ["0", "1"]
 
 
 # -------------------------------------------------------------------------------------------- what other tools write

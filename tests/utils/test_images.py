@@ -14,6 +14,7 @@ import tifffile
 from PIL import Image
 
 from lesionsam.errors import UserError
+from lesionsam.utils import images
 from lesionsam.utils.images import check_image, image_size, num_pages, read_image, read_mask, read_reduced
 
 RAMP = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
@@ -194,7 +195,8 @@ def test_missing_and_folder(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
-def test_random_damage_never_escapes_as_another_exception(tmp_path: Path) -> None:
+def test_random_damage_never_escapes_as_another_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 10**6)
     rng = np.random.default_rng(1)
     path = tmp_path / "x"
     refused = 0
@@ -205,22 +207,24 @@ def test_random_damage_never_escapes_as_another_exception(tmp_path: Path) -> Non
             data[rng.integers(0, min(400, len(data)), 4)] = rng.integers(0, 256, 4)
             path.write_bytes(data.tobytes())
             try:
-                read_image(path, max_pixels=10**6)
+                read_image(path)
             except UserError:
                 refused += 1
     assert 40 < refused < 240
 
 
-def test_pixel_cap_is_checked_before_decoding(tmp_path: Path) -> None:
+def test_pixel_cap_is_checked_before_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     (tmp_path / "bomb.png").write_bytes(SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", b"xxxx"))
     for read in (read_image, check_image, read_mask):
         with pytest.raises(UserError, match="60000x60000 = 3600 megapixels; expected at most 200"):
             read(tmp_path / "bomb.png")
     path = save(tmp_path / "a.png", Image.fromarray(RAMP))
-    assert read_image(path, max_pixels=2400).shape == RAMP.shape
+    monkeypatch.setattr(images, "MAX_PIXELS", 2400)
+    assert read_image(path).shape == RAMP.shape
+    monkeypatch.setattr(images, "MAX_PIXELS", 2399)
     with pytest.raises(UserError, match="expected at most 0"):
-        read_image(path, max_pixels=2399)
+        read_image(path)
 
 
 def test_a_hundred_megapixels_come_without_warning(tmp_path: Path) -> None:

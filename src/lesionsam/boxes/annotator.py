@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -13,6 +14,9 @@ from lesionsam.types import Sample
 from lesionsam.utils.images import read_mask
 from lesionsam.utils.progress import progress
 from lesionsam.utils.random import keyed_rng
+
+# As in presets/demo.yaml: of boxes simulated outside a run's parameters.
+SIMULATED: dict[str, Any] = {"margin": (0.10, 0.20), "core": (0.45, 0.55), "jitter": 0.03, "min_area": 16}
 
 
 def simulate_boxes(

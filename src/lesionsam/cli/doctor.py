@@ -17,14 +17,14 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from lesionsam.errors import UserError
+from lesionsam.errors import UserError, listed
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
 # Without these nothing trains or predicts; the rest is for one command each.
@@ -44,7 +44,6 @@ CORE = (
     "rich",
     "typer",
 )
-SHOWN = 4  # packages, stages or splits that a line names
 LITTLE_MEMORY, LITTLE_DISK = 4e9, 2e9  # bytes; below them a line becomes a note
 # Bytes of the archives; they are unpacked, and DVC keeps a copy: three times that.
 ARCHIVES = {"isic2016": 0.84e9, "isic2017": 12.1e9, "isic2018": 13.6e9}
@@ -119,10 +118,6 @@ def _gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
-
-
 def _python(root: Path) -> Iterator[Finding]:
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     yield Finding("python", OK, text)
@@ -156,7 +151,7 @@ def _installed(name: str) -> str | None:
 def _packages(root: Path) -> Iterator[Finding]:
     missing_core = [name for name in CORE if _installed(name) is None]
     if missing_core:
-        yield Finding("packages", PROBLEM, f"missing: {_some(missing_core)}", "make setup")
+        yield Finding("packages", PROBLEM, f"missing: {listed(missing_core)}", "make setup")
     lock = root / "requirements.lock"
     if not lock.is_file():
         if not missing_core:
@@ -172,7 +167,9 @@ def _packages(root: Path) -> Iterator[Finding]:
         if (here[name] or number).split("+")[0] != number
     ]
     if missing or other:
-        text = "; ".join(([f"not installed: {_some(missing)}"] if missing else []) + ([_some(other)] if other else []))
+        text = "; ".join(
+            ([f"not installed: {listed(missing)}"] if missing else []) + ([listed(other)] if other else [])
+        )
         yield Finding("packages", NOTE, f"not those of {lock.name}: {text}", "make setup")
     elif not missing_core:
         yield Finding("packages", OK, f"{len(wanted)} as in {lock.name}; torch {here.get('torch')}")
@@ -389,7 +386,7 @@ def _dvc(root: Path) -> Iterator[Finding]:
         return
     stages = list(json.loads(done.stdout or "{}"))
     if stages:
-        yield Finding("dvc", NOTE, f"changed since they ran, or never run: {_some(stages)}", "dvc repro")
+        yield Finding("dvc", NOTE, f"changed since they ran, or never run: {listed(stages)}", "dvc repro")
     else:
         yield Finding("dvc", OK, "every stage is up to date")
 

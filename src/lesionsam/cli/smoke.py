@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from lesionsam import metrics
-from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.annotator import SIMULATED, annotate
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
 from lesionsam.data.augment import Augmentation
@@ -31,18 +31,19 @@ from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
-from lesionsam.experiment import build as experiment_parts
-from lesionsam.experiment import run as experiment
+from lesionsam.experiment.build import choose_trained, learning_groups
 from lesionsam.experiment.resources import peak_memory
+from lesionsam.experiment.run import build_method
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_name
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
 from lesionsam.models.transforms import model_frames, preprocess, upscale
 from lesionsam.training.gradients import autocast, step_generator, total_loss
+from lesionsam.training.optimizer import build_optimizer, clip_gradients
 from lesionsam.types import Prompts, Sample
+from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_mask
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
 MAX_SIDE = 320
@@ -72,7 +73,7 @@ def smoke(
     Raises:
         UserError: a file that is no checkpoint of this model, too little memory, or a value that is not finite.
     """
-    where = experiment.torch_device(device)
+    where = torch_device(device)
     if image_size is None:
         image_size = CPU_IMAGE_SIZE if where.type == "cpu" and name != "compact" else 0
     if not checkpoint.is_file():
@@ -195,33 +196,7 @@ def out_of_memory_explained() -> Iterator[None]:
 def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> list[Sample]:
     """Generate a few images on disk, with simulated boxes."""
     rows = write_dataset(folder, seed=0, counts={"train": num_train, "test": num_test}, max_side=MAX_SIDE)
-    samples = []
-    for row in rows:
-        width, height = int(row["width"]), int(row["height"])
-        mask_path = Path(str(row["mask_path"]))
-        boxes = simulate_boxes(
-            read_mask(mask_path, (width, height)),
-            np.random.default_rng(len(samples)),
-            margin=(0.1, 0.2),
-            core=(0.45, 0.55),
-            jitter=0.03,
-            min_area=16,
-        )
-        if boxes is None:
-            raise ValueError(f"{row['image_id']}: generated without a lesion")
-        samples.append(
-            Sample(
-                str(row["image_id"]),
-                "0",
-                str(row["split"]),
-                Path(str(row["image_path"])),
-                mask_path,
-                width,
-                height,
-                *boxes,
-            )
-        )
-    return samples
+    return annotate({str(row["image_id"]): row for row in rows}, root=Path(), seed=0, **SIMULATED)
 
 
 @torch.inference_mode()
@@ -254,15 +229,11 @@ def train_one_step(
 ) -> dict[str, float]:
     """Take one step of the default method with the loop's parts; check that loss, gradient and weights are finite."""
     t = config.train
-    experiment_parts.choose_trained(config, sam)
-    method, _ = experiment.build_method(config, sam, checkpoint, data, device)
+    choose_trained(config, sam)
+    method, _ = build_method(config, sam, checkpoint, data, device)
     parameters = trained_parameters(method.model)
-    groups = experiment_parts.learning_groups(config, method)
-    optimizer = torch.optim.AdamW(
-        [{"params": list(g.parameters), "lr": g.learning_rate} for g in groups],
-        weight_decay=t.weight_decay,
-        betas=(t.beta1, t.beta2),
-    )
+    groups = learning_groups(config, method)
+    optimizer = build_optimizer(groups, weight_decay=t.weight_decay, betas=(t.beta1, t.beta2))
     method.model.train()
     batch = next(data.epoch(NUM_TRAIN, seed=t.seed, epoch=0, augmentation=Augmentation(flips=t.augment))).to(device)
     begun = time.perf_counter()
@@ -270,7 +241,7 @@ def train_one_step(
         terms, _ = method.losses(batch, step_generator(t.seed, 0))
     total = total_loss(terms)
     total.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, t.clip))
+    norm = float(clip_gradients(groups, t.clip))
     optimizer.step()
     method.after_step()
     seconds = elapsed(begun, device)

@@ -75,7 +75,7 @@ class LesionDataset:
         seed: Sequence[int] = (),
     ) -> Batch:
         """Collate samples, each in a variant: 0 (as it is) to 7 are the orientations of `orient`; 8 to 15 the same of
-        the widened frame, see `widening.widen`.
+        the widened frame, see `augment.widen`.
 
         Args:
             limits: of distortions beside that, each a function of (seed, index of the sample); None or all 0: none.

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, OPEN, ImageState, 
 from lesionsam.annotation.review import ImageProposal, Proposals, confirmed_log_areas, proposals_path, propose_for_image
 from lesionsam.annotation.store import Change, Store, utc_now
 from lesionsam.annotation.table import outside
-from lesionsam.boxes.annotator import annotate
+from lesionsam.boxes.annotator import SIMULATED, annotate
 from lesionsam.config.load import Config, with_values
 from lesionsam.data.index import dev_ids, id_hash
 from lesionsam.engine.history import (
@@ -56,8 +55,7 @@ from lesionsam.utils.progress import progress
 MIN_LABELLED = 8  # images with boxes that a round needs
 DEV_SHARE = 0.15  # of the labelled images that select the best epoch
 ENGINE_NAME = "engine"
-SIMULATED: dict[str, Any] = {"margin": (0.10, 0.20), "core": (0.45, 0.55), "jitter": 0.03, "min_area": 16}
-SEED = 0  # of boxes simulated from masks, as in presets/demo.yaml and in the evidence, like `SIMULATED`
+SEED = 0  # of boxes simulated from masks, as in presets/demo.yaml and in benchmarks/comparison
 
 
 @dataclass(frozen=True)

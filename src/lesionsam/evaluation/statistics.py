@@ -94,7 +94,7 @@ def table(rows: pd.DataFrame, *, reference: str | None, num_bootstrap: int, conf
     """Summarise rows to one row per model and prompt source.
 
     Args:
-        rows: long format of `evaluation.Evaluation.rows`, with the columns model, run, prompt, image_id and figures.
+        rows: long format of `columns.Evaluation.rows`, with the columns model, run, prompt, image_id and figures.
         reference: model against which the same images are tested in pairs; None for no test.
     Returns:
         model, prompt, num_images, num_runs, miou, low, high, runs_sd (standard deviation over runs of their mean IoU),
@@ -207,7 +207,7 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
 
 
 def calibration_scores(calibration: pd.DataFrame) -> pd.DataFrame:
-    """Return ECE and Brier score per model, prompt and region from the bin sums of `Evaluation.calibration`."""
+    """Return ECE and Brier score per model, prompt and region from the bin sums of `columns.Evaluation.calibration`."""
     keys = ["model", "prompt", "region"]
     sums = calibration.assign(gap=(calibration["truth_sum"] - calibration["probability_sum"]).abs())
     total = sums.groupby(keys, sort=False)[["gap", "squared_error", "count"]].sum().reset_index()

@@ -12,7 +12,7 @@ from typing import Any
 
 from lesionsam.config.load import Config, config_digest, flatten
 from lesionsam.data.contents import boxes_text, image_sha256, mask_sha256, samples_digest
-from lesionsam.errors import UserError
+from lesionsam.errors import UserError, listed
 from lesionsam.types import Sample
 from lesionsam.utils.code import NO_RESULT, code_digest, module_digests
 from lesionsam.utils.files import remove_leftovers, sha256_file, write_json_atomic
@@ -22,7 +22,6 @@ DONE = "done-"  # begins the name of a scratch folder that is being removed
 ANYWAY = "LESIONSAM_RESUME"  # environment variable: `anyway` goes on under code that has changed
 SECTIONS = ("model", "method", "train")
 TRAINING = "experiment.run"  # the module that trains; whatever it imports counts too
-SHOWN = 4  # of the names that a message could hold
 
 
 def origin_of(config: Config, samples: Sequence[Sample], weights: Path) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def begin(folder: Path, origin: Mapping[str, Any], say: Callable[[str], None] = 
             if left.parent != folder and any(left.parent.glob("state-*.pt")):
                 say(
                     f"an unfinished training of other settings stays in {left.parent} "
-                    f"({_some(differences(_read(left.parent), origin))}); this one begins anew"
+                    f"({listed(differences(_read(left.parent), origin))}); this one begins anew"
                 )
     write_json_atomic(folder / ORIGIN, dict(origin))
 
@@ -106,7 +105,7 @@ def _refusal(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     if not old.get("code"):
         return "it is not noted by which code"
     other = [name for name, digest in new["code"].items() if old["code"].get(name, digest) != digest]
-    return f"the code has changed since ({_some(other)})" if other else ""
+    return f"the code has changed since ({listed(other)})" if other else ""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -126,7 +125,3 @@ def _read(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

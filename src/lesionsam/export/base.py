@@ -20,7 +20,7 @@ import torch
 import lesionsam
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
-from lesionsam.export import standalone as plain
+from lesionsam.export import standalone
 from lesionsam.export.folders import building, prepare, replace, tidy
 from lesionsam.export.vanilla_sam import plain_state, registry_name
 from lesionsam.inference.image import ImagePredictor
@@ -193,7 +193,7 @@ def open_subject(weights: Path) -> Subject:
         UserError: see `models.checkpoint.load_sam`.
     """
     sam = load_sam(None, weights).requires_grad_(False)
-    numbers = plain.numbers_of(sam)
+    numbers = standalone.numbers_of(sam)
     return Subject(
         sam, WIDTHS.get(numbers["width"], "compact"), weights, sha256_file(weights), numbers, registry_name(sam)
     )

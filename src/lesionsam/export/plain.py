@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lesionsam.export import standalone as plain
+from lesionsam.export import standalone
 from lesionsam.export.base import Format, Segment, Subject, with_predictor
 from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
 from lesionsam.models.checkpoint import weights_metadata
@@ -18,8 +18,8 @@ PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 
 
 def _write_builder(subject: Subject, folder: Path) -> None:
-    (folder / plain.ARCHITECTURE).write_text(json.dumps(dict(subject.numbers), indent=2) + "\n", encoding="utf-8")
-    shutil.copyfile(plain.__file__, folder / "load_sam.py")
+    (folder / standalone.ARCHITECTURE).write_text(json.dumps(dict(subject.numbers), indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(standalone.__file__, folder / "load_sam.py")
 
 
 def write_pth(subject: Subject, folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything import SamPredictor, sam_model_registry
 
-from lesionsam.export import standalone as plain
+from lesionsam.export import standalone
 from lesionsam.models.finetuned import merged_state
 from lesionsam.models.sam import WIDTHS, Sam
 
@@ -27,7 +27,7 @@ def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
         UserError: the model carries adapters, which no plain weights can hold.
     """
     state = {key: value.detach().cpu().float().clone() for key, value in merged_state(sam).items()}
-    numbers = plain.numbers_of(sam)
+    numbers = standalone.numbers_of(sam)
     length = 2 * (numbers["image_size"] // numbers["patch_size"]) - 1
     for k, block in enumerate(sam.image_encoder.blocks):
         for axis in "hw":
@@ -40,12 +40,12 @@ def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
 
 def registry_name(sam: Sam) -> str | None:
     """Return the name under which `sam_model_registry` builds this architecture; None if it does not."""
-    numbers = plain.numbers_of(sam)
+    numbers = standalone.numbers_of(sam)
     name = WIDTHS.get(numbers["width"])
     if name is None or numbers["image_size"] != PUBLISHED_SIDE:
         return None
     with torch.device("meta"):
-        return name if plain.numbers_of(sam_model_registry[name]()) == numbers else None
+        return name if standalone.numbers_of(sam_model_registry[name]()) == numbers else None
 
 
 def reload_registry(name: str, path: Path) -> Sam:

@@ -49,6 +49,14 @@ class Instances:
     categories: dict[int, str]
     annotations: tuple[dict[str, Any], ...]
 
+    def objects(self) -> tuple[dict[int, list[dict[str, Any]]], int]:
+        """Return image id -> its annotations sorted by id, crowds (iscrowd) left out, and the number of crowds."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        wanted = [entry for entry in self.annotations if not entry.get("iscrowd")]
+        for entry in sorted(wanted, key=lambda entry: entry["id"]):
+            found.setdefault(entry["image_id"], []).append(entry)
+        return found, len(self.annotations) - len(wanted)
+
 
 def load_instances(path: Path, categories: Sequence[str] = ()) -> Instances:
     """Read a COCO file.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lesionsam.boxes.table import TOLERANCE
-from lesionsam.errors import UserError
+from lesionsam.errors import UserError, listed
 from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, Shape, checked, checked_name, show
 from lesionsam.types import SPLITS
 from lesionsam.utils.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size, size_mismatch
@@ -101,11 +101,6 @@ class Gathered:
             *(f"{len(places)} {reason} were left out: {listed(places)}" for reason, places in self.left_out.items()),
         ]
         return checked(Annotations(tuple(self.pictures.values()), tuple(lesions), tuple(notes)), self.source)
-
-
-def listed(places: Sequence[str], most: int = 5) -> str:
-    """Return the first places of a list as text."""
-    return ", ".join(places[:most]) + (f" and {len(places) - most} more" if len(places) > most else "")
 
 
 def _side(value: object) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lesionsam.errors import UserError
-from lesionsam.formats.gather import Gathered, listed
+from lesionsam.errors import UserError, listed
+from lesionsam.formats.gather import Gathered
 from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape, need_names
 from lesionsam.formats.rle import polygon_box
 from lesionsam.formats.safe import number, read_json

@@ -8,7 +8,7 @@ labels holds one box per lesion: it is taken as the big one, and `with_small_box
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
 from lesionsam.formats.rle import decode
-from lesionsam.types import Sample
 
 BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
 CORE = 0.45  # boxes.core_low of the default: the least share that the simulated annotator draws
@@ -165,16 +164,6 @@ def with_small_boxes(annotations: Annotations, core: float = CORE) -> Annotation
         "centre; set method.target.looseness to how much the given boxes exceed the lesion (0: they are tight)"
     )
     return replace(annotations, lesions=tuple(lesions), notes=(*annotations.notes, note))
-
-
-def from_samples(samples: Sequence[Sample], images: Path | None = None) -> Annotations:
-    """Convert samples to annotations, in their order; file names are relative to `images`, or the bare names."""
-    pictures: dict[str, Picture] = {}
-    for s in samples:
-        name = s.image_path.relative_to(images).as_posix() if images is not None else s.image_path.name
-        pictures.setdefault(s.image_id, Picture(s.image_id, name, s.width, s.height, s.split))
-    lesions = tuple(Lesion(s.image_id, s.lesion_id, s.big_box, s.small_box) for s in samples)
-    return Annotations(tuple(pictures.values()), lesions)
 
 
 def lesion_mask(lesion: Lesion, picture: Picture, source: str = "") -> np.ndarray:

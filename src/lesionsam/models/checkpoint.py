@@ -36,7 +36,7 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     Args:
         name: compact, vit_b, vit_l or vit_h; None = whichever the file holds.
         checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), a .safetensors of `save_sam` (with
-            adapters, where it holds some), or the small file of `models.adapted.save_tuned`.
+            adapters, where it holds some), or the small file of `models.finetuned.save_tuned`.
         image_size: side S of the input, pixels; 0 = that of the file.
         base: the pretrained weights that a small file belongs to; no other file needs it.
     Raises:

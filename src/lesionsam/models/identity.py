@@ -22,7 +22,6 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
     digest, encoder = hashlib.sha256(), sam.image_encoder
-    digest.update(repr(getattr(encoder, "execution", None)).encode())  # which of the exact attentions, see `attention`
     digest.update(code_digest("models.prefix", without=NO_RESULT).encode())
     for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)})):
         digest.update(source_digest(Path(path)).encode())
@@ -38,7 +37,7 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
 
 
 def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the encoder's leading part; `num_blocks` as `trainable.num_frozen_blocks` counts, from 0."""
+    """The modules of the encoder's leading part; `num_blocks` as `prefix.num_frozen_blocks` counts, from 0."""
     encoder = sam.image_encoder
     yield "patch_embed", encoder.patch_embed
     for k, block in enumerate(encoder.blocks[:num_blocks]):

@@ -72,7 +72,7 @@ def patch_size(sam: Sam) -> int:
 
 
 def encode(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """Encode preprocessed images, (B, 3, S, S) -> (B, C, H', W'); blocks run as set by `attention.set_execution`."""
+    """Encode preprocessed images, (B, 3, S, S) -> (B, C, H', W')."""
     encoder = sam.image_encoder
     return encoder.neck(run_blocks(encoder, embed(sam, images), 0).permute(0, 3, 1, 2))
 

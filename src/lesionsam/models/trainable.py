@@ -18,7 +18,7 @@ def select_trainable(
 
     Args:
         encoder: `none`; `blocks` for transformer blocks and the neck; `adapter` or `lora` for what
-            `models.adapted.attach` put in.
+            `models.finetuned.attach` put in.
         unfreeze_last_k: with blocks: the last K blocks and the neck; 0 = the whole encoder.
         train_decoder: the mask decoder trains. train_prompt_encoder: the prompt encoder; None = as the decoder.
     Raises:

@@ -14,7 +14,7 @@ from lesionsam.models.compact import CompactArchitecture
 ROWS = ("box", "centre", "ring", "box+prior", "prior")
 SETS = {"shapes": "held-out shapes", "data": "development images", "probe": "real images"}
 SEEN = {
-    "shapes": "generated shapes only: `lesionsam.data.shapes`. No photograph,\n"
+    "shapes": "generated shapes only: `lesionsam.pretraining.shapes`. No photograph,\n"
     "no lesion and no annotation of a person took part. It is a stand-in for trying, testing and teaching; it knows "
     "far less\nthan SAM.",
     "data": "the training images and masks of the parameter file's section `data`.",
@@ -36,7 +36,7 @@ def card_text(
     images: str,
     num_parameters: int,
 ) -> str:
-    """Return the card as Markdown; scores are keyed "set/prompt" as `pretrain.measure` returns them; images: key of
+    """Return the card as Markdown; scores are keyed "set/prompt" as `run.measure` returns them; images: key of
     SEEN.
     """
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from lesionsam.boxes.annotator import simulate_boxes
+from lesionsam.boxes.annotator import SIMULATED, simulate_boxes
 from lesionsam.boxes.prior import box_prior
 from lesionsam.config.load import load_config, with_values
 from lesionsam.config.schema import Foundation
@@ -53,6 +54,7 @@ LEARNING_RATE, FINAL_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 0.01, 200, 0.05
 EMA_DECAY = 0.999
 IOU_WEIGHT, CANDIDATES_WEIGHT = 0.05, 0.5
 MEASURE_SECONDS, SAVE_SECONDS = 240.0, 180.0
+PROBE_IMAGES = 100
 HELD_OUT_SEED = 777_000_001
 CHUNK_SEED_STRIDE = 1_000_003
 MEASURED = ("box", "centre", "ring")
@@ -89,7 +91,7 @@ def pretrain(
         seed: of weights, shapes, batches and prompts.
         state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
         bfloat16: autocast of encoder and decoder; weights and losses stay float32.
-        images: what is trained on instead of generated shapes, and what to measure on; see `foundation_data.open_pool`.
+        images: what is trained on instead of generated shapes, and what to measure on; see `data.open_pool`.
         probe: folder with images/train/*.jpg and masks/train/*.png to measure on; never trained or selected on.
         log: takes each progress line.
     Returns:
@@ -105,9 +107,10 @@ def pretrain(
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     progress = PretrainProgress()
+    parts = {"model": sam, "average": average, "optimiser": optimiser, "generator": generator}
     run = {**asdict(architecture), "seed": seed, "images": "shapes" if images is None else "data"}
     if resume and state_path.is_file():
-        progress = _restore(state_path, run, sam, average, optimiser, generator)
+        progress = _restore(state_path, run, parts)
         log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
     pool = _Pool(architecture, seed, progress.chunks) if images is None else images[0]
     held_out = {"shapes": held_out_shapes(architecture)} | ({} if images is None else {"data": images[1]})
@@ -142,10 +145,10 @@ def pretrain(
             log(_line(progress, minutes, mean_loss, rate))
         if progress.seconds - saved > SAVE_SECONDS:
             saved = progress.seconds
-            _save_state(state_path, run, sam, average, optimiser, generator, progress)
+            _save_state(state_path, run, parts, progress)
     progress.scores = measure(average, held_out)
     log(_line(progress, minutes, mean_loss, 0.0))
-    _save_state(state_path, run, sam, average, optimiser, generator, progress)
+    _save_state(state_path, run, parts, progress)
     return average, progress
 
 
@@ -192,11 +195,11 @@ def held_out_shapes(architecture: CompactArchitecture) -> Targets:
     return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
 
 
-def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int = 100) -> Targets:
+def read_probe(folder: Path, architecture: CompactArchitecture) -> Targets:
     """Read the first images of a folder into the model frame, with simulated boxes 10 to 20 % too large."""
     side, rng = architecture.image_size, np.random.default_rng(0)
     rows: list[tuple[Tensor, ...]] = []
-    for path in sorted((folder / "images" / "train").glob("*.jpg"))[:num_images]:
+    for path in sorted((folder / "images" / "train").glob("*.jpg"))[:PROBE_IMAGES]:
         image = read_image(path)
         mask_path = folder / "masks" / "train" / f"{path.stem}.png"
         mask = Image.fromarray(read_mask(mask_path, (image.shape[1], image.shape[0])))
@@ -205,7 +208,7 @@ def read_probe(folder: Path, architecture: CompactArchitecture, num_images: int 
         pixels, truth = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
         pixels[:height, :width] = resized
         truth[:height, :width] = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)) > 127
-        boxes = simulate_boxes(truth, rng, margin=(0.1, 0.2), core=(0.45, 0.55), jitter=0.03, min_area=16)
+        boxes = simulate_boxes(truth, rng, **SIMULATED)
         if boxes is None:
             continue
         big, small = boxes
@@ -291,38 +294,14 @@ def _line(progress: PretrainProgress, minutes: float, loss: float, rate: float) 
     )
 
 
-def _save_state(
-    path: Path,
-    run: Mapping[str, object],
-    sam: Sam,
-    average: Sam,
-    optimiser: torch.optim.Optimizer,
-    generator: torch.Generator,
-    progress: PretrainProgress,
-) -> None:
+def _save_state(path: Path, run: Mapping[str, object], parts: Mapping[str, Any], progress: PretrainProgress) -> None:
+    states = {name: part.get_state() if name == "generator" else part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
-    torch.save(
-        {
-            "run": dict(run),
-            "progress": asdict(progress),
-            "model": sam.state_dict(),
-            "average": average.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "generator": generator.get_state(),
-        },
-        buffer,
-    )
+    torch.save({"run": dict(run), "progress": asdict(progress), **states}, buffer)
     write_bytes_atomic(path, buffer.getvalue())
 
 
-def _restore(
-    path: Path,
-    run: Mapping[str, object],
-    sam: Sam,
-    average: Sam,
-    optimiser: torch.optim.Optimizer,
-    generator: torch.Generator,
-) -> PretrainProgress:
+def _restore(path: Path, run: Mapping[str, object], parts: Mapping[str, Any]) -> PretrainProgress:
     state = torch.load(path, weights_only=True)
     held = {"images": "shapes"} | state.get("run", {})
     if held != dict(run):
@@ -330,10 +309,8 @@ def _restore(
             f"{key} {held.get(key)}, not {value}" for key, value in run.items() if held.get(key) != value
         )
         raise UserError(f"{path}: belongs to a run with {differing}; --fresh starts anew, --state names another file")
-    sam.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimiser.load_state_dict(state["optimiser"])
-    generator.set_state(state["generator"])
+    for name, part in parts.items():
+        (part.set_state if name == "generator" else part.load_state_dict)(state[name])
     return PretrainProgress(**state["progress"])
 
 
@@ -359,18 +336,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = with_values(load_config(options.params, check_files=False), given, "lesionsam foundation")
     f = config.foundation
     torch.set_num_threads(options.threads)
-    architecture, commit = (
-        CompactArchitecture(
-            image_size=f.image_size,
-            patch_size=f.patch_size,
-            width=f.width,
-            depth=f.depth,
-            num_heads=f.num_heads,
-            prompt_width=f.prompt_width,
-            decoder_mlp=f.decoder_mlp,
-        ),
-        current_commit(Path(__file__).parent),
-    )
+    sizes = {name: getattr(f, name) for name in CompactArchitecture.__dataclass_fields__}
+    architecture, commit = CompactArchitecture(**sizes), current_commit(Path(__file__).parent)
     images = None
     if f.images == "data":
         images = open_pool(config, architecture.image_size, 4 * architecture.grid, Path())

@@ -51,10 +51,10 @@ class Chart:
     caption: str
 
 
-def chart(draw: Callable[[Axes], None], caption: str, *, width: float = 5.4, height: float = 3.6) -> Chart:
+def chart(draw: Callable[[Axes], None], caption: str, *, height: float = 3.6) -> Chart:
     """Run `draw(axes)` and return the figure as SVG; no global matplotlib state is touched."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(5.4, height), layout="constrained")
         draw(figure.subplots())
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

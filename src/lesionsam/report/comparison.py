@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,18 +17,9 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.columns import LEAKING, ROW_COLUMNS
 from lesionsam.evaluation.picks import DISPUTED, GROUPS
-from lesionsam.evaluation.tables import (
-    ADAPTED,
-    BASELINES,
-    NOTES,
-    ZERO_SHOT,
-    print_tables,
-    prompts_in,
-    read_csv,
-    sections,
-)
+from lesionsam.evaluation.tables import ADAPTED, BASELINES, ZERO_SHOT, print_tables, prompts_in, read_csv, sections
 from lesionsam.overlays import sheet
-from lesionsam.report import charts as charts
+from lesionsam.report import charts
 from lesionsam.report.page import (
     LABEL_FREE,
     LINES,
@@ -37,6 +27,9 @@ from lesionsam.report.page import (
     cost_cells,
     embedded,
     iou_columns,
+    main_prompt,
+    notes,
+    ranked,
     read_summary,
     write_page,
 )
@@ -149,10 +142,9 @@ def content(
         "story": story(runs, summaries, rows),
         "headline": headline(table, names),
         "tables": tables,
-        "notes": [
-            *(note for name, note in NOTES.items() if name in {*prompts_in(table), *table["model"]}),
-            "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml.",
-        ],
+        "notes": notes(
+            table, "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml."
+        ),
         "chart_groups": chart_groups(runs, summaries[0], rows, table),
         "cases": shared_pictures(runs),
         "reproduce": "The same page from the same runs:",
@@ -237,7 +229,7 @@ def chart_groups(
 ) -> list[dict[str, Any]]:
     """Return the sections with charts; a section without data is left out."""
     prompts, names = prompts_in(table), [name_of(run) for run in runs]
-    main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
+    main = main_prompt(prompts)
     groups: list[dict[str, Any]] = []
     add = partial(add_section, groups)
     if "miou" in table:
@@ -273,7 +265,7 @@ def chart_groups(
     }
     add("Training", "each run's models/adapted/history.csv", score_charts(histories))
     took = [
-        (name, cost_cells(json.loads((run.training / "cost.json").read_text(encoding="utf-8"))))
+        (name, cost_cells(run.training))
         for name, run in zip(names, runs, strict=True)
         if run.training is not None and (run.training / "cost.json").is_file()
     ]
@@ -367,9 +359,8 @@ def shared_pictures(runs: Sequence[EvaluatedRun]) -> list[dict[str, object]]:
 
 def drawn_lesions(folder: Path) -> dict[str, Path]:
     """Return lesion (as in file names, see `evaluation.picks.Pick.file_name`) -> its picture, worst cases first."""
-    groups = (*reversed(GROUPS), DISPUTED)
     found: dict[str, Path] = {}
-    for group in groups:
-        for path in sorted(folder.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1])):
+    for group in (*reversed(GROUPS), DISPUTED):
+        for path in ranked(folder, group):
             found.setdefault(path.stem.split("_", 2)[2], path)
     return found

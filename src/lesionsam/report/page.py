@@ -30,7 +30,7 @@ from lesionsam.evaluation.tables import (
     read_csv,
     sections,
 )
-from lesionsam.report import charts as charts
+from lesionsam.report import charts
 from lesionsam.utils.files import write_text_atomic
 
 MAX_BYTES = 15_000_000  # of the page
@@ -69,7 +69,7 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
         story=story(params, summary),
         headline=headline(table),
         tables=tables(table, summary),
-        notes=notes(table),
+        notes=notes(table, "From results/table.csv and results/summary.json."),
         chart_groups=chart_groups(results, training, table),
         cases=[
             *cases(results / "overlays", training / "overlays", summary["has_truth"]),
@@ -213,12 +213,15 @@ def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, ob
     return out
 
 
-def notes(table: pd.DataFrame) -> list[str]:
-    """Return the notes needed to read the tables."""
+def notes(table: pd.DataFrame, source: str) -> list[str]:
+    """Return the notes needed to read the tables, and their source."""
     shown = {*prompts_in(table), *table["model"]}
-    return [note for name, note in NOTES.items() if name in shown] + [
-        "From results/table.csv and results/summary.json."
-    ]
+    return [*(note for name, note in NOTES.items() if name in shown), source]
+
+
+def main_prompt(prompts: Sequence[str]) -> str:
+    """Return the prompt of the charts that show one alone."""
+    return next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
 
 
 def add_section(
@@ -237,7 +240,7 @@ def add_section(
 def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the sections with charts; a section without data is left out."""
     prompts = prompts_in(table)
-    main = next((prompt for prompt in ("box", "centre", "ring") if prompt in prompts), prompts[0])
+    main = main_prompt(prompts)
     groups: list[dict[str, Any]] = []
     add = partial(add_section, groups)
     if "miou" in table:
@@ -252,7 +255,7 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
         if GATE in history and history[GATE].notna().any():
             add("What the gate let through", f"{short_path(training)}/history.csv", [charts.gate_chart(history)])
     if (training / "cost.json").exists():
-        took = cost_cells(json.loads((training / "cost.json").read_text(encoding="utf-8")))
+        took = cost_cells(training)
         add(
             "Time and memory",
             f"{short_path(training)}/cost.json",
@@ -343,7 +346,7 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
     by = "IoU" if has_truth else "agreement between prompts"
     out: list[dict[str, object]] = []
     for group in GROUPS:
-        found = sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+        found = ranked(overlays, group)
         if found:
             text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
             out.append(
@@ -367,6 +370,11 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
     return out
 
 
+def ranked(overlays: Path, group: str) -> list[Path]:
+    """Return a group's pictures in the order of their ranks, see `evaluation.picks.Pick.file_name`."""
+    return sorted(overlays.glob(f"{group}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+
+
 def label_issues(results: Path, has_truth: bool) -> list[dict[str, object]]:
     """Return the lesions whose mask should be checked, with their pictures; empty without masks."""
     if not has_truth:
@@ -380,7 +388,7 @@ def label_issues(results: Path, has_truth: bool) -> list[dict[str, object]]:
         [str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
         for r in found.to_dict("records")
     ]
-    drawn = sorted((results / "overlays").glob(f"{DISPUTED}_*.png"), key=lambda path: int(path.name.split("_")[1]))
+    drawn = ranked(results / "overlays", DISPUTED)
     return [
         {
             "title": "Worth a second look at the label",
@@ -392,8 +400,9 @@ def label_issues(results: Path, has_truth: bool) -> list[dict[str, object]]:
     ]
 
 
-def cost_cells(took: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table of cost.json."""
+def cost_cells(training: Path) -> list[list[str]]:
+    """Return the table of a training's cost.json."""
+    took = json.loads((training / "cost.json").read_text(encoding="utf-8"))
     seconds, steps = float(took["seconds"]), max(1, int(took["steps"]))
     return [
         ["steps", "in all", "per step", f"peak memory of the {took['memory_of']}", "on"],

@@ -93,14 +93,14 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     raise UserError(f"{text}: no such file, folder or run; {EXPECTED}{remedy}")
 
 
-def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None = None) -> Promotion:
+def promote(run: str | Path = TRAINED, *, alias: str = ALIAS) -> Promotion:
     """Register a run's model under `NAME`, with its test table, and point an alias at it.
 
     A model that is registered already keeps its version; then only the alias moves.
 
     Args:
         run: folder of the train stage (its run.json names the run), or an MLflow run id. alias: letters, digits,
-            - and _. root: as in `resolve_model`.
+            - and _.
     Raises:
         UserError: no such run, a run without evaluation or without weights, a folder whose weights are not those that
             the run logged, an alias that MLflow does not take.
@@ -110,8 +110,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS, root: Path | None 
             f"--alias: expected letters, digits, - and _, beginning with a letter, and neither `latest` nor"
             f" a version such as v1; got {alias!r}"
         )
-    root = repository_root(Path.cwd()) if root is None else root
-    folder = Path(run)
+    root, folder = repository_root(Path.cwd()), Path(run)
     if folder.is_dir():
         name = _recorded_run(folder, root)
     elif match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", str(run)):

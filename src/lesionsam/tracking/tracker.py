@@ -217,7 +217,6 @@ class Tracker(NullTracker):
         uri: str,
         experiment: str,
         root: Path,
-        run_name: str = "evaluate",
         tags: Mapping[str, str] | None = None,
         send: bool = True,
     ) -> Tracker:
@@ -230,7 +229,7 @@ class Tracker(NullTracker):
         record = read_record(folder)
         local_id = record.get("local_id") or uuid.uuid4().hex
         known = spool_root(root) / local_id / "meta.json"
-        meta = {"run_name": run_name} if not known.exists() else {}
+        meta = {"run_name": "evaluate"} if not known.exists() else {}
         meta |= {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "system_metrics": False}
         spool = prepare_spool(root, local_id, meta, record.get("run_id"))
         tracker = cls(spool, None, send=send)

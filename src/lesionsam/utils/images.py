@@ -38,7 +38,7 @@ SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # these exchange wid
 Image.MAX_IMAGE_PIXELS = None
 
 
-def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path: Path | str) -> np.ndarray:
     """Decode an image of any usual kind.
 
     Grey becomes three equal channels; palettes and CMYK are converted; 16 bits are scaled to 8 (not clipped), floats of
@@ -48,29 +48,29 @@ def read_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Returns:
         (H, W, 3) uint8 RGB, EXIF orientation applied.
     Raises:
-        UserError: missing, empty, not an image, truncated, damaged, or more than `max_pixels`.
+        UserError: missing, empty, not an image, truncated, damaged, or more than `MAX_PIXELS`.
     """
     path = Path(path)
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         _load(image, path)
         return _to_rgb(_upright(image), path)
 
 
-def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: Path | str) -> tuple[int, int]:
     """Return (width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
     path = Path(path)
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
         return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
 
 
-def check_image(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def check_image(path: Path | str) -> tuple[int, int]:
     """Decode an image to its end and return its (width, height) after EXIF transpose.
 
     JPEGs are decoded at an eighth of their size, which reads every byte at a quarter of the time or less.
     """
     path = Path(path)
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         width, height = image.size
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         _load(image, path)
@@ -86,7 +86,7 @@ def size_mismatch(path: Path, stated: object, place: str) -> str:
         path: of the image, readable. stated: (width, height) as `place`, the annotations, gives them.
     """
     width, height = image_size(path)
-    with _open(path, MAX_PIXELS) as image:
+    with _open(path) as image:
         is_turned = TURNS.get(_orientation(image)) in SIDEWAYS
     stated_width, stated_height = tuple(stated) if isinstance(stated, tuple | list) else ("?", "?")
     text = f"{place} says {stated_width}x{stated_height} px, the file has {width}x{height} px"
@@ -100,7 +100,7 @@ def size_mismatch(path: Path, stated: object, place: str) -> str:
     return f"{text}: width and height are exchanged; correct them in {place}"
 
 
-def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, tuple[int, int]]:
+def read_reduced(path: Path | str, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Decode a small copy of an image, for display and not for measuring.
 
     JPEGs are decoded at a half, a quarter or an eighth where that suffices.
@@ -113,7 +113,7 @@ def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS
         UserError: as `read_image`.
     """
     path = Path(path)
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         whole = image.size
         image.draft("RGB", (longest, longest))
         _load(image, path)
@@ -131,9 +131,7 @@ def read_reduced(path: Path | str, longest: int, *, max_pixels: int = MAX_PIXELS
     return pixels, (whole[1], whole[0]) if turn in SIDEWAYS else whole
 
 
-def read_mask(
-    path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
+def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False) -> np.ndarray:
     """Decode a lesion mask.
 
     Accepted are two levels, 0 for background and 1, 255 or 65535 for lesion; two colours of which one is black; or two
@@ -149,7 +147,7 @@ def read_mask(
             `threshold`, or a shape that only the transparency holds.
     """
     path = Path(path)
-    with _open(path, max_pixels) as image:
+    with _open(path) as image:
         form = image.format
         if (pages := _num_pages(image)) > 1:
             raise UserError(f"{path}: mask has {pages} pages; expected one; join the lesions in one page of 0 and 255")
@@ -208,13 +206,13 @@ def _num_pages(image: Image.Image) -> int:
     return max(1, pages)
 
 
-def num_pages(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> int:
+def num_pages(path: Path | str) -> int:
     """Return the number of pages of an image file, of which `read_image` reads the first.
 
     Raises:
         UserError: as `read_image`, from the header alone.
     """
-    with _open(Path(path), max_pixels) as image:
+    with _open(Path(path)) as image:
         return _num_pages(image)
 
 
@@ -226,7 +224,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path}: file is empty; expected an image ({', '.join(FORMATS)})")
@@ -241,11 +239,11 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read as an image: {error}; copy or export it again") from None
     width, height = image.size
-    if width * height > max_pixels:
+    if width * height > MAX_PIXELS:
         image.close()
         raise UserError(
             f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
-            f"{max_pixels / 1e6:.0f}; scale the image down first"
+            f"{MAX_PIXELS / 1e6:.0f}; scale the image down first"
         )
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]

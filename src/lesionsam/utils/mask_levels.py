@@ -119,6 +119,6 @@ def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
         yield values[top : top + rows]
 
 
-def _listed(values: Iterable[object], most: int = 8) -> str:
+def _listed(values: Iterable[object]) -> str:
     texts = [str(value) for value in values]
-    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
+    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")

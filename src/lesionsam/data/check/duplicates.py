@@ -99,9 +99,7 @@ def oriented(detail: np.ndarray, orientation: int) -> np.ndarray:
     return detail.swapaxes(-1, -2) if orientation & 4 else detail
 
 
-def near_pairs(
-    prints: Sequence[Fingerprint], *, max_distance: int = MAX_DISTANCE, min_correlation: float = MIN_CORRELATION
-) -> list[Pair]:
+def near_pairs(prints: Sequence[Fingerprint], *, min_correlation: float = MIN_CORRELATION) -> list[Pair]:
     """Return every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
 
     All pairs are compared, 8 times: at 10,000 images about 400 million Hamming distances.
@@ -120,7 +118,7 @@ def near_pairs(
         turned = hashes(frequencies, orientation)
         for start in range(0, len(usable), BLOCK):
             distances = np.bitwise_count(turned[start : start + BLOCK, None] ^ plain[None, start:])
-            for row, column in np.argwhere(distances <= max_distance):
+            for row, column in np.argwhere(distances <= MAX_DISTANCE):
                 i, j = start + int(row), start + int(column)
                 if i >= j:
                     continue

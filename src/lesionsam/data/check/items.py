@@ -169,26 +169,19 @@ def _coco(found: ImageSet, file: Path, images: Path, split: str, categories: Seq
     except UserError as error:
         found.note(ERROR, "annotations", str(error))
         return
-    objects: dict[int, list[dict[str, Any]]] = {}
-    crowds = 0
-    for entry in source.annotations:
-        if entry.get("iscrowd"):
-            crowds += 1
-        else:
-            objects.setdefault(entry["image_id"], []).append(entry)
+    objects, crowds = source.objects()
     for key, image in source.images.items():
         try:
             path = images / checked_name(image.get("file_name"), f"{file}: image {key}")
         except UserError as error:
             found.note(ERROR, "annotations", str(error))
             continue
-        held = tuple(sorted(objects.get(key, ()), key=lambda entry: entry["id"]))
         found.items.append(
             Item(
                 path.stem,
                 split,
                 path,
-                objects=held,
+                objects=tuple(objects.get(key, ())),
                 place=str(file),
                 stated_size=(image.get("width"), image.get("height")),
             )

@@ -36,9 +36,9 @@ def blend(picture: np.ndarray, colour: np.ndarray, weight: np.ndarray) -> np.nda
     return picture + weight[..., None] * (colour.astype(np.float32) - picture)
 
 
-def curve(start: np.ndarray, middle: np.ndarray, end: np.ndarray, num_points: int = 14) -> np.ndarray:
-    """Points (num_points, 2) of the quadratic Bezier curve with these control points, each (2,) XY."""
-    t = np.linspace(0, 1, num_points)[:, None]
+def curve(start: np.ndarray, middle: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return 14 points, (14, 2), of the quadratic Bezier curve with these control points, each (2,) XY."""
+    t = np.linspace(0, 1, 14)[:, None]
     return (1 - t) ** 2 * start + 2 * t * (1 - t) * middle + t**2 * end
 
 

@@ -84,13 +84,7 @@ def index_coco(
 def _pictures(folder: Path, split: str, annotations: str, images: str, categories: Sequence[str]) -> list[_Picture]:
     source = load_instances(folder / annotations.replace(SPLIT, split), categories)
     place = folder / images.replace(SPLIT, split)
-    objects: dict[int, list[dict[str, Any]]] = {}
-    crowds = 0
-    for entry in source.annotations:
-        if entry.get("iscrowd"):
-            crowds += 1
-        else:
-            objects.setdefault(entry["image_id"], []).append(entry)
+    objects, crowds = source.objects()
     pictures, stems = [], {}
     for key, image in source.images.items():
         path = place / checked_name(image.get("file_name"), f"{source.path}: image {key}")
@@ -101,7 +95,7 @@ def _pictures(folder: Path, split: str, annotations: str, images: str, categorie
             )
         stems[path.stem] = key
         if key in objects:
-            pictures.append(_Picture(source, key, path, tuple(sorted(objects[key], key=lambda entry: entry["id"]))))
+            pictures.append(_Picture(source, key, path, tuple(objects[key])))
     if crowds:
         say(f"note: {source.path}: {crowds} crowd annotations (iscrowd) are left out, as they are not one lesion each")
     if empty := len(source.images) - len(pictures):
