@@ -36,6 +36,7 @@ OUTPUTS = (
     ".scratch",
     ".scratch/boxes.lock",
     ".scratch/download.lock",
+    ".scratch/weights.lock",
 )
 
 

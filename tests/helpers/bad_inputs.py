@@ -735,7 +735,7 @@ table_cases = [
         "convert csv",
         "table: half a small box",
         edit("boxes.csv", "30,20\n", "30,\n"),
-        (r"boxes\.csv: line 2, small_y1: expected all four numbers of the small box, or none",),
+        (r"boxes\.csv: line 2, small_y1: expected all four numbers of the core, or none",),
     ),
 ]
 
@@ -743,6 +743,7 @@ table_cases = [
 # -------------------------------------------------------------------------------------------------------- the index
 
 INDEX = "data/raw/index.csv"
+LESION_COLUMNS = "image_id,lesion_id,mask_path,annotation_id,category,area,mask_sha256"
 INDEXES: dict[str, tuple[Spoil, str]] = {
     "none": (gone(INDEX), "no such file; run `dvc repro download`"),
     "a folder": (folder_instead(INDEX), "is a folder; run `dvc repro -f download`"),
@@ -758,17 +759,17 @@ INDEXES: dict[str, tuple[Spoil, str]] = {
         edit(INDEX, ",48,", f",{'9' * 5000},"),
         "line 2, width: expected a whole number of pixels, got '99",
     ),
-    "cut row": (edit(INDEX, ",48,", "\n,48,"), "line 2: expected 7 fields as in the header"),
+    "cut row": (edit(INDEX, ",48,", "\n,48,"), "line 2: expected 8 fields as in the header"),
     "bytes": (put(INDEX, b"\xff\xfe"), "not UTF-8 text"),
     "a huge cell": (edit(INDEX, "own/images", "x" * 200_000), "line 2"),
     "lesions of no image": (
-        put("data/raw/lesions.csv", "image_id,lesion_id,mask_path,annotation_id,category,area\nzz,0,m.png,1,x,9\n"),
+        put("data/raw/lesions.csv", f"{LESION_COLUMNS}\nzz,0,m.png,1,x,9,{'0' * 64}\n"),
         r"lesions\.csv: image 'zz' is not in index\.csv",
     ),
     "lesions' columns": (put("data/raw/lesions.csv", "image_id,mask\n"), r"lesions\.csv: expected the columns"),
     "lesions' cut row": (
-        put("data/raw/lesions.csv", "image_id,lesion_id,mask_path,annotation_id,category,area\np2,0\n"),
-        r"lesions\.csv: line 2: expected 6 fields",
+        put("data/raw/lesions.csv", f"{LESION_COLUMNS}\np2,0\n"),
+        r"lesions\.csv: line 2: expected 7 fields",
     ),
     "lesions' bytes": (put("data/raw/lesions.csv", b"\xff\xfe"), r"lesions\.csv: not UTF-8 text"),
 }
@@ -918,8 +919,8 @@ def header(text: str, length: int | None = None) -> bytes:
 
 
 POSITION = "image_encoder.pos_embed"
-PLAIN = "not a plain file of weights: damaged, or it would run code when loaded"
-DAMAGED = "cannot be read as weights, damaged or cut short"
+PLAIN = "holds a Python object .* beside the weights, and loading it could run code"
+DAMAGED = "cannot be read as weights[:,] (no checkpoint, or|damaged or) cut short"
 PICKLES: dict[str, tuple[Callable[[], bytes], str]] = {
     "os.system": (saved(lambda: Runs(os.system, "touch pwned")), PLAIN),
     "os.mkdir among tensors": (saved(lambda: {POSITION: Runs(os.mkdir, "pwned")}), PLAIN),
@@ -939,7 +940,7 @@ FILES: dict[str, tuple[bytes | Callable[[], bytes], str]] = {
     "a tensor": (saved(lambda: tensors().ones(3)), "holds a Tensor; expected tensors by name"),
     "a training's state": (
         saved(lambda: {"model": {"a": tensors().ones(3)}, "epoch": 3}),
-        "expected tensors alone, as in SAM's .pth files; model, epoch holds something else",
+        "holds no SAM: expected the key image_encoder.pos_embed among others, found 1 keys",
     ),
     "another model": (
         saved(lambda: {"conv.weight": tensors().ones(3)}),
@@ -989,8 +990,11 @@ SAFE: dict[str, tuple[Spoil, str]] = {
         changed(lambda state, notes: state.update({POSITION: tensors().ones(1, 0, 0, 32)})),
         r"sam\.safetensors",
     ),
-    "no architecture": (changed(lambda state, notes: notes.pop("architecture")), "no compact architecture stated"),
-    "architecture of text": (changed(lambda state, notes: notes.update(architecture="[1]")), "no compact architecture"),
+    "no architecture": (changed(lambda state, notes: notes.pop("architecture")), "does not state its architecture"),
+    "architecture of text": (
+        changed(lambda state, notes: notes.update(architecture="[1]")),
+        "does not state its architecture",
+    ),
     "architecture lacks a key": (
         changed(lambda state, notes: notes.update(architecture='{"width": 32}')),
         "compact architecture needs exactly the keys",
@@ -1013,7 +1017,7 @@ SAFE: dict[str, tuple[Spoil, str]] = {
     ),
     "half of a file": (
         changed(lambda state, notes: notes.update(tuned="lora", base="sam.pth")),
-        "holds only what was trained, and needs the weights it was trained on",
+        "holds only the trained parameters and needs the weights it was trained on",
     ),
 }
 OWN_SAM = "own/sam.safetensors"
@@ -1160,7 +1164,7 @@ COCOS: dict[str, tuple[object, str]] = {
         "annotation 1, bbox: expected a finite number",
     ),
     "outside": (annotation(bbox=[10, 6, 90, 22]), "lesion '0', big_x1: 100 lies outside the image 'a' of 48x32 px"),
-    "nested the wrong way": (annotation(bbox=[22, 13, 2, 2]), r"annotation 2: the small box .* lies inside no big box"),
+    "nested the wrong way": (annotation(bbox=[22, 13, 2, 2]), r"annotation 2: the core .* lies inside no big box"),
     "a name that leaves": (image(file_name="../../a.png"), "expected a file name below the folder of images, got"),
     "a name that is none": (image(file_name=["a.png"]), "expected a file name below the folder of images"),
     "no size": (
@@ -1326,7 +1330,7 @@ format_cases = [
         "convert csv",
         "option: a share of 0",
         nothing,
-        ("share of the small box: expected a number between 0 and 1",),
+        ("share of the core: expected a number between 0 and 1",),
         ("data", "convert", "boxes.csv", "new.json", "--images", "photos", "--core", "0"),
     ),
 ]

@@ -190,7 +190,7 @@ def unwrap(path: Path, loaded: Mapping[Any, Any]) -> dict[Any, Any]:
     if prefix and set(prefix.rstrip(".").split(".")) <= PREFIXES:
         state = {key.removeprefix(prefix) if isinstance(key, str) else key: value for key, value in state.items()}
         notes.append(f"removed the prefix {prefix!r} from keys")
-    if notes:
+    if notes and POSITION in state:  # otherwise the error that follows says all
         _note(f"{path}: {'; '.join(notes)}")
     return state
 
