@@ -107,7 +107,7 @@ def lay_out(folder: Path, root: Path, masks: bool = True, **how: Any) -> tuple[P
     write_png(results / "overlays" / "disputed_1_e.png", rng.integers(0, 255, (30, 40, 3), dtype=np.uint8))
     curves = {
         "loss": [3.0, 2.0, 1.5],
-        "objective": [0.5, 0.6, 0.7],
+        "objective" if masks else "label_free": [0.5, 0.6, 0.7],
         "trusted": [0.2, 0.5, 0.9],
         "trusted_small": [0.1, 0.2, 0.3],
     }

@@ -84,7 +84,7 @@ def test_an_images_rows_are_those_that_its_last_call_asked_for(case: Path, capsy
     again(case, boxes=f"one,a,{BOX}one,b,{BOX}")
     capsys.readouterr()
     again(case, boxes=f"one,c,{BOX}")  # in place of the one without a prompt: the same file, another lesion
-    assert "note: 2 masks of earlier calls on these images" in capsys.readouterr().err
+    assert "note: removed 2 masks of earlier calls on these images" in capsys.readouterr().err
     assert list(rows(case)) == [("one", "c")]
     assert [path.name for path in (case / "out/masks").rglob("*.png")] == ["one.png"]
 

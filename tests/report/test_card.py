@@ -121,7 +121,7 @@ def test_without_masks_nothing_is_claimed_about_size(run: Path) -> None:
     text = card(run)
     assert "By lesion size: not known" in text
     assert "agreement between prompts" in text
-    assert "by what needs no mask" in text
+    assert "by a score that needs no mask" in text
 
 
 @pytest.mark.parametrize(
