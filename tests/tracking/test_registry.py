@@ -176,7 +176,7 @@ def test_weights_that_the_run_did_not_log_are_refused(project: Path, tmp_path: P
 def test_no_store_and_a_dead_server_are_one_line_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".git").mkdir()
-    with pytest.raises(UserError, match="no such MLflow store"):
+    with pytest.raises(UserError, match="no such MLflow database"):
         resolve_model("models:/lesionsam@champion")
     assert not (tmp_path / "mlflow.db").exists(), "asking makes no store"
     (tmp_path / "params.yaml").write_text("tracking:\n  uri: http://127.0.0.1:9\n")

@@ -428,7 +428,7 @@ def test_a_database_that_mlflow_cannot_use_is_named_and_left_alone(
     """MLflow would recommend `db upgrade`, which fails, and add its tables to another program's file."""
     path = tmp_path / "mlflow.db"
     with closing(sqlite3.connect(path)) as database:
-        for table in ("experiments", "runs") if kind == "newer" else ("trials", "studies"):
+        for table in ("experiments", "runs") if kind == "newer" else ("patients", "visits"):
             database.execute(f"CREATE TABLE {table} (a)")
         if kind == "newer":
             database.execute("CREATE TABLE alembic_version (version_num)")
