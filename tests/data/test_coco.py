@@ -362,7 +362,7 @@ def test_preset_waits_for_the_files(own: Path) -> None:
     ("old", "new", "message"),
     [
         (
-            'annotations: "annotations/{split}.json"',
+            "annotations: annotations/{split}.json",
             "annotations: a.json",
             "data.annotations: expected a path with {split} in it, got the text 'a.json'",
         ),

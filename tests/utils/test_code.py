@@ -102,7 +102,8 @@ def test_the_closure_holds_what_python_loads() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("lesionsam.") for name in done.stdout.split()}
-    assert loaded <= set(closure(TRAINING))
+    faces_only = {"utils.lazy"}  # `__init__` files import it, which do not count
+    assert loaded <= set(closure(TRAINING)) | faces_only
     assert {"training.loop", "models.decoder", "losses"} <= loaded
 
 
