@@ -161,7 +161,7 @@ def test_exported_safetensors_are_asked_without_a_prompt_as_the_weights_were(tmp
 def test_a_pth_is_tensors_alone(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(subject, [PTH_FORMAT], tmp_path, pictures=pictures(1))
     predictor = run_readme(tmp_path / "pth", monkeypatch)["predictor"]
-    predictor.set_image(np.asarray(Image.open(tmp_path / "pth" / "image.jpg")))
+    predictor.set_image(np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "pth" / "image.jpg"))))
     masks, _, _ = predictor.predict(box=np.array([5, 8, 30, 60]), multimask_output=False)
     assert np.array_equal(masks[0], expected_mask(subject, tmp_path / "pth"))
     state = torch.load(tmp_path / "pth" / "sam.pth", weights_only=True)
@@ -485,8 +485,8 @@ def test_a_check_sees_what_differs() -> None:
         ([], "expected --all or --format, one of pth, safetensors, hf, onnx, mlflow"),
         (["--format", "tflite"], "--format: expected one of pth, .*, got 'tflite'"),
         (["--all", "--model", "nowhere.pth"], "nowhere.pth: no such file, folder or run"),
-        (["--all", "--model", "models:/lesionsam@champion"], "no such MLflow store"),
-        (["--format", "pth", "--model", "text.pth"], "not a plain file of weights"),
+        (["--all", "--model", "models:/lesionsam@champion"], "no such MLflow database"),
+        (["--format", "pth", "--model", "text.pth"], "cannot be read as weights"),
         (["--format", "pth", "--model", "weights", "--images", "empty"], "expected a folder with images"),
         (["--format", "pth", "--model", "weights", "--images", "empty", "--num-images", "0"], "--num-images: expected"),
         (["--format", "pth", "--model", "weights", "--images", "broken"], r"broken/a\.png: not an image"),

@@ -25,6 +25,7 @@ REQUIREMENTS = (
     "torchvision",
     "segment-anything==1.0",
     "safetensors>=0.5",
+    "filelock>=3.30",
     "numpy>=2",
     "pandas>=2.2",
     "pillow>=11",
