@@ -151,7 +151,7 @@ def test_repro_trains_the_winner_of_a_sweep(project: Path) -> None:
     done = run(project, sys.executable, "src/tune.py", "--trials", "2", "--apply")
     assert "`dvc repro` trains with these values" in done.stdout
     changed = run(project, "git", "diff", "--unified=0", "params.yaml").stdout.splitlines()[-2:]
-    expected = [["-", "lr_decoder:", "0.3"], ["+", "lr_decoder:", "4.0e-4"]]
+    expected = [["-", "lr_decoder:", "0.3"], ["+", "lr_decoder:", "0.0004"]]
     assert [line.split("#")[0].split() for line in changed] == expected
     assert run(project, "git", "diff", "--numstat").stdout.split() == ["1", "1", "params.yaml"]
     ran = run(project, "dvc", "repro", "--dry", "train").stdout
