@@ -395,9 +395,9 @@ def test_what_changed_during_a_sweep_stays_when_the_winner_is_applied(
     apply_best(Request(), best, None)
     changed = [(old, new) for old, new in zip(before, path.read_text("utf-8").splitlines(), strict=True) if old != new]
     assert [(old.split("#")[0].split(), new.split("#")[0].split()) for old, new in changed] == [
-        (["lr_encoder:", "1.0e-3"], ["lr_encoder:", "2.5e-4"])
+        (["lr_encoder:", "1.0e-3"], ["lr_encoder:", "0.00025"])
     ]
-    assert "+  lr_encoder: 2.5e-4" in capsys.readouterr().out
+    assert "+  lr_encoder: 0.00025" in capsys.readouterr().out
     worse = Verdict(0.5, 0.6, -0.1, -0.2, -0.05, 12, 5, 0.01)
     apply_best(Request(), optuna.trial.create_trial(value=1.0, user_attrs={"values": {"train.clip": 0.1}}), worse)
     assert load_config().train.clip == 0.7, "on unseen images it was worse"
