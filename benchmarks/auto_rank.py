@@ -80,13 +80,13 @@ def further_answers(
         features: (1, C, H', W'). frames: (1, 3, S, S) uint8. size: (h, w) of the image part. mask, truth: (h', w')
             bool, comparing grid. big: (4,) XYXY, model frame.
     """
-    side, found = int(sam.image_encoder.img_size), largest_component_box(mask)
+    found = largest_component_box(mask)
     if found is None:
         raise ValueError("mask: expected one that is not empty")
     around = found * np.array([size[1] / mask.shape[1], size[0] / mask.shape[0]] * 2)
 
     def held(logits: torch.Tensor) -> float:
-        shown = upscale(logits, size, (truth.shape[0], truth.shape[1]), side) > sam.mask_threshold
+        shown = upscale(logits, size, (truth.shape[0], truth.shape[1]), sam.frame) > sam.mask_threshold
         return float(iou_matrix(shown.numpy()[None], truth[None])[0, 0])
 
     def zoomed(box: np.ndarray, looseness: float, surroundings: float) -> float:

@@ -28,9 +28,8 @@ from lesionsam.data.loader import Loader
 from lesionsam.experiment.build import build_method, prepare_sam
 from lesionsam.experiment.caches import open_caches
 from lesionsam.methods.base import Method
-from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam
 from lesionsam.training import liveness
 from lesionsam.training.loop import Settings, fit
 from lesionsam.training.optimizer import parameter_groups
@@ -65,8 +64,7 @@ class Bench:
         sam = build_sam(name, architecture=architecture)
         save_sam(sam, self.weights, name=name)
         samples = generated_samples(folder / "images", count, 0)
-        side = int(sam.image_encoder.img_size)
-        self.data: LesionDataset = open_dataset(samples, side, folder / "frames", with_masks=True)
+        self.data: LesionDataset = open_dataset(samples, sam.frame, folder / "frames", with_masks=True)
 
     def config(self, **changes: Any) -> Config:
         """Return the default parameters with these dotted keys (written with __) changed."""

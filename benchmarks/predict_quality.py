@@ -97,7 +97,7 @@ def main() -> int:
                 lesion_id="0",
                 shape=images.shapes[0],
                 input_size=images.input_sizes[0],
-                side=images.side,
+                frame=images.frame,
             )
             seconds[name] = seconds.get(name, 0.0) + time.process_time() - begun
             ious.setdefault(name, []).append(iou(one.mask, truth))

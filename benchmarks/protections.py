@@ -72,7 +72,7 @@ def main() -> int:
         folder = Path(name)
         samples = [s for s in generated_samples(folder / "images", STEPS * t.batch_size, 0) if s.split == "train"]
         sam = prepare_sam(config, weights, CPU)
-        data = open_dataset(samples, int(sam.image_encoder.img_size), folder / "frames", with_masks=True)
+        data = open_dataset(samples, sam.frame, folder / "frames", with_masks=True)
         method, _ = build_method(config, sam, weights, data, CPU)
         runs, points = 0, []
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 import naive_step
@@ -35,15 +34,15 @@ from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment.build import contrastive_options
 from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
-from lesionsam.models.compact import PIXEL_MEAN, PIXEL_STD
+from lesionsam.models.checkpoint import build_sam
 from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
-from lesionsam.models.sam import build_sam, decode, encode
+from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.sam1 import build_numbers
 from lesionsam.models.teacher import Teacher
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.training.gradients import Part, add_gradients, autocast, total_loss
-from lesionsam.types import Batch
+from lesionsam.types import Batch, Frame
 from lesionsam.utils.devices import torch_device
 from naive_step import Draws, NaiveStep
 from record import Limits, interleaved, multiplications, provenance, ratio, record, table
@@ -63,39 +62,32 @@ COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring point
 
 def field_sam(side: int, width: int, depth: int) -> Sam:
     """Build a SAM like SAM's own sizes, with windows of 14 and four global blocks, but of any width and side."""
-    grid, quarter = side // 16, depth / 4
-    encoder = ImageEncoderViT(
-        img_size=side,
-        patch_size=16,
-        embed_dim=width,
-        depth=depth,
-        num_heads=max(1, width // 64),
-        mlp_ratio=4,
-        out_chans=256,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=14,
-        global_attn_indexes=tuple(math.ceil(quarter * (k + 1)) - 1 for k in range(4)),
-    )
-    prompts = PromptEncoder(
-        embed_dim=256, image_embedding_size=(grid, grid), input_image_size=(side, side), mask_in_chans=16
-    )
-    decoder = MaskDecoder(
-        num_multimask_outputs=3,
-        transformer_dim=256,
-        iou_head_depth=3,
-        iou_head_hidden_dim=256,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8),
-    )
-    return Sam(encoder, prompts, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
+    numbers = {
+        "image_size": side,
+        "patch_size": 16,
+        "width": width,
+        "depth": depth,
+        "num_heads": max(1, width // 64),
+        "mlp_dim": 4 * width,
+        "window_size": 14,
+        "global_attn_indexes": [math.ceil(depth / 4 * (k + 1)) - 1 for k in range(4)],
+        "prompt_width": 256,
+        "mask_in_chans": 16,
+        "decoder_depth": 2,
+        "decoder_num_heads": 8,
+        "decoder_mlp": 2048,
+        "num_multimask_outputs": 3,
+        "iou_head_depth": 3,
+        "iou_head_hidden_dim": 256,
+    }
+    return build_numbers(numbers, "field")
 
 
 def random_sam(name: str, side: int, width: int, depth: int) -> Sam:
     """Build `field` or one of SAM's own models with random weights, positions included."""
     torch.manual_seed(SEED)
     sam = field_sam(side, width, depth) if name == "field" else build_sam(name)
-    for key, p in sam.image_encoder.named_parameters():
+    for key, p in sam.encoder.named_parameters():
         if "rel_pos" in key or key == "pos_embed":  # segment_anything starts them at 0, for checkpoints to fill
             nn.init.normal_(p, std=0.05)
     return sam.eval()
@@ -105,7 +97,9 @@ def generated_batch(side: int, count: int, device: torch.device) -> Batch:
     """Return generated lesions in the model frame, with masks."""
     with tempfile.TemporaryDirectory() as folder:
         samples = generated_samples(Path(folder) / "images", count, SEED)
-        return open_dataset(samples, side, Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
+        return (
+            open_dataset(samples, Frame(side), Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
+        )
 
 
 class Pair:
@@ -152,7 +146,7 @@ class Pair:
         prompts = draw_prompts(
             "ring", self.batch.big_boxes, self.batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=generator
         )
-        cells = self.method.sam.prompt_encoder.image_embedding_size[0]
+        cells = self.method.sam.grid
         keys = torch.rand(4, len(self.batch.ids), cells * cells, generator=generator)
         if prompts.points is None:
             raise TypeError("ring prompts are points")
@@ -161,7 +155,7 @@ class Pair:
     @torch.no_grad()
     def with_activations(self) -> Batch:
         """Return the batch with the activations that a cache holds."""
-        images, split = preprocess(self.batch.images, self.batch.sizes), self.method.frozen_blocks
+        images, split = self.method.sam.normalize(self.batch.images, self.batch.sizes), self.method.frozen_blocks
         with autocast(self.device, self.precision):
             if split < 0:  # nothing is frozen but the pretrained model
                 return replace(
@@ -267,7 +261,7 @@ def spread_masks(sam: Sam, batch: Batch) -> None:
     prompts = draw_prompts(
         "ring", batch.big_boxes, batch.small_boxes, num_points=naive_step.NUM_POINTS, generator=step_generator()
     )
-    low_res, _ = decode(sam, encode(sam, preprocess(batch.images, batch.sizes)), prompts)
+    low_res, _ = decode(sam, encode(sam, sam.normalize(batch.images, batch.sizes)), prompts)
     last: Any = sam.mask_decoder.output_hypernetworks_mlps[0].layers[-1]
     factor = 3 / low_res.std() * low_res.mean().sign()
     last.weight.mul_(factor)

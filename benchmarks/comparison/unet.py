@@ -25,16 +25,17 @@ from lesionsam.experiment.run import Data
 from lesionsam.losses import soft_mask_loss
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import known_masks, mean_over
-from lesionsam.models.transforms import model_frames, preprocess
+from lesionsam.models.transforms import image_region, model_frames
 from lesionsam.training.loop import OBJECTIVE, fit
 from lesionsam.training.optimizer import Group
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, load_best
-from lesionsam.types import Batch, Sample
+from lesionsam.types import Batch, Frame, Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.progress import progress
 
 ENCODER = "resnet18"
+IMAGENET = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # mean and deviation of RGB in 0..255
 BOXED = ("box", "box+core")  # prompt sources under which its mask is cut to the big box
 
 
@@ -58,9 +59,15 @@ class Segmenter(Method):
         """Nothing follows a step."""
 
 
+def normalize(images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Return (B, 3, S, S) float32 with ImageNet's mean and deviation, 0 on the padding."""
+    mean, std = (torch.tensor(value, device=images.device).view(1, 3, 1, 1) for value in IMAGENET)
+    return (images.float() - mean) / std * image_region(sizes, images.shape[-1])[:, None]
+
+
 def logits_of(network: nn.Module, images: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """(B, S, S) float32 logits of (B, 3, S, S) uint8 RGB whose image parts have (B, 2) sizes."""
-    return network(preprocess(images, sizes))[:, 0].float()
+    return network(normalize(images, sizes))[:, 0].float()
 
 
 def build_unet(seed: int) -> nn.Module:
@@ -123,7 +130,7 @@ def evaluate_unet(
     load_image: LoadImage,
     load_mask: LoadMask,
     *,
-    side: int,
+    frame: Frame,
     batch_size: int,
     tolerance: float = metrics.BOUNDARY_TOLERANCE,
     model: str,
@@ -132,7 +139,7 @@ def evaluate_unet(
     """Its figures at original size: without a prompt as it is, under `box` and `box+core` cut to the big box.
 
     Args:
-        side: S of the model frame, as it was trained.
+        frame: the model frame, as it was trained.
     Returns:
         the columns of `evaluation.columns.ROW_COLUMNS` that it has, a row per lesion and prompt source.
     """
@@ -142,11 +149,11 @@ def evaluate_unet(
     for start in progress(starts, total=len(starts), title=f"evaluating {model}"):
         chunk = images[start : start + batch_size]
         with torch.inference_mode():
-            frames, sizes = model_frames([load_checked(lesions[0], load_image) for lesions in chunk], side)
-            answers = network(preprocess(frames.to(device), sizes.to(device)))[:, 0].float()
+            frames, sizes = model_frames([load_checked(lesions[0], load_image) for lesions in chunk], frame)
+            answers = logits_of(network, frames.to(device), sizes.to(device))
         for lesions, answer in zip(chunk, answers, strict=True):
             for case in build_cases(lesions, load_mask):
-                whole = upscaled(answer, case, side)
+                whole = upscaled(answer, case, frame)
                 cut = np.full_like(whole, OUTSIDE)
                 cut[case.big] = whole[case.big]
                 key = {

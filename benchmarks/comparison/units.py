@@ -36,7 +36,7 @@ from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.experiment.auto import auto_options
 from lesionsam.experiment.build import trained_prompts
-from lesionsam.experiment.run import input_side, open_data, train
+from lesionsam.experiment.run import input_frame, open_data, train
 from lesionsam.inference.lesion import LesionSearch
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
@@ -211,7 +211,7 @@ def _run_unit(
     notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": unit_digest(config, row, sha256_file(weights))}
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
-        data = open_data(config, samples, side=input_side(config, weights), cache=out / "frames")
+        data = open_data(config, samples, frame=input_frame(config, weights), cache=out / "frames")
         if row.masks:
             data = replace(data, train=few(data.train, row.masks, seed))
         say = partial(print, f"[{row.name} seed {seed}]", flush=True)
@@ -242,7 +242,7 @@ def _run_unit(
             test,
             load_image,
             load_mask,
-            side=input_side(config, weights),
+            frame=input_frame(config, weights),
             batch_size=config.evaluate.batch_size,
             model=row.name,
             run=str(seed),

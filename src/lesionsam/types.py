@@ -1,7 +1,7 @@
 """Frozen values that pass between packages, with their shapes and coordinate frames.
 
-Frames. *Original*: pixels of the image after EXIF transpose. *Model*: SAM's square input of side S, longest side
-resized to S, padded right and bottom. Boxes are XYXY, half-open, floats. Points are XY. Arrays are row, column.
+Frames. *Original*: pixels of the image after EXIF transpose. *Model*: SAM's square input of side S, see `Frame`. Boxes
+are XYXY, half-open, floats. Points are XY. Arrays are row, column.
 """
 
 from __future__ import annotations
@@ -22,6 +22,20 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy CPU values to a device without blocking: a GPU is not synchronised, as `values.to(device)` does."""
     held = values.pin_memory() if device.type == "cuda" else values  # page-locked; torch keeps it until it is copied
     return held.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The model frame: the square of pixels that a SAM takes images in.
+
+    Attributes:
+        side: S, pixels.
+        squash: the image is stretched to S x S, as SAM 2 and SAM 3 do. Otherwise its longest side becomes S and the
+            rest is padded right and bottom, as SAM does.
+    """
+
+    side: int
+    squash: bool = False
 
 
 @dataclass(frozen=True)

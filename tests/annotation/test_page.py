@@ -21,8 +21,7 @@ from lesionsam.annotation.bundle import BUNDLE, WEB, banner, compile_page, sourc
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.serve import add_model
 from lesionsam.annotation.store import Change, journal_path
-from lesionsam.models.checkpoint import save_sam
-from lesionsam.models.sam import build_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = '<img src=x onerror="document.title=String(1)">'

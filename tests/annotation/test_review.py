@@ -41,9 +41,8 @@ from lesionsam.formats.rle import decode
 from lesionsam.inference.files import predict_files
 from lesionsam.inference.predictor import Predictor
 from lesionsam.metrics import iou
-from lesionsam.models.checkpoint import load_sam, save_sam
+from lesionsam.models.checkpoint import build_sam, load_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam
 from lesionsam.models.transforms import upscale
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.utils.images import read_mask
@@ -128,7 +127,7 @@ def test_an_adapted_model_proposes_what_it_finds_without_a_prompt(tmp_path: Path
         found = best_candidate(model, features, pictures.small(entry, PRIOR_SIDE))
         starts[path] = None if found is None else found[0]
         (one,) = Predictor(path).predict(small, auto=True)
-        auto = upscale(torch.from_numpy(model.lesion(features)), features.size, one.mask.shape, model.side).numpy() > 0
+        auto = upscale(torch.from_numpy(model.lesion(features)), features.size, one.mask.shape, model.frame).numpy() > 0
         assert np.count_nonzero(auto != one.mask) <= 4
     expected = Model(adapted, pictures)
     assert (starts[adapted] == (expected.lesion(expected.features(entry)) > 0)).all()

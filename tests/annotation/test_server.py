@@ -29,9 +29,8 @@ from lesionsam.annotation.catalogue import key_of
 from lesionsam.annotation.gate import HEADERS, MAX_BODY, is_loopback
 from lesionsam.annotation.serve import annotate, default_table, listen
 from lesionsam.errors import UserError
-from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam
 
 NASTY = '<img src=x onerror="document.title=1">'
 NAMES = ("a", "b c", "病变 é", NASTY)

@@ -28,6 +28,7 @@ from lesionsam.boxes.prior import (
     outline_offset,
 )
 from lesionsam.data.frames import prior_at
+from lesionsam.types import Frame
 from lesionsam.utils.images import read_image, read_mask
 
 BIG, SMALL, SHAPE = np.array([20.0, 30.0, 100.0, 90.0]), np.array([50.0, 50.0, 70.0, 70.0]), (120, 128)
@@ -289,7 +290,7 @@ def test_on_real_images_the_prior_beats_the_ellipse_and_the_offset_does_not_hurt
         pair = simulate_boxes(mask, rng, margin=(0.1, 0.2), core=(0.4, 0.6), jitter=0.05, min_area=16)
         assert pair is not None
         image = read_image(path)
-        shape = model_frame_size(image.shape[1], image.shape[0], side)
+        shape = model_frame_size(image.shape[1], image.shape[0], Frame(side))
         scale = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
         priors.append(prior_at(image, *pair, np.zeros((0, 4)), shape))
         boxes.append(pair[0] * scale)

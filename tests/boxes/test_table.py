@@ -17,6 +17,7 @@ from lesionsam.boxes.annotator import annotate, simulate_boxes
 from lesionsam.boxes.geometry import model_frame_size, to_model_frame
 from lesionsam.boxes.table import COLUMNS, REQUIRED, read_boxes, write_boxes
 from lesionsam.errors import UserError
+from lesionsam.types import Frame
 
 MARGIN, CORE, JITTER = (0.1, 0.2), (0.3, 0.5), 0.05
 STYLES = ("blob", "fragments", "cut", "thin", "ring", "dot")
@@ -324,9 +325,11 @@ def test_no_file_and_a_folder_are_named(tmp_path: Path) -> None:
 @given(width=st.integers(20, 5000), height=st.integers(20, 5000), side=st.sampled_from([96, 256, 1024]))
 def test_the_model_frame_is_that_of_sams_own_transform(width: int, height: int, side: int) -> None:
     theirs = ResizeLongestSide(side)
-    assert model_frame_size(width, height, side) == theirs.get_preprocess_shape(height, width, side)
+    assert model_frame_size(width, height, Frame(side)) == theirs.get_preprocess_shape(height, width, side)
     box = np.array([0.1 * width, 0.2 * height, 0.8 * width, 0.9 * height])
-    assert to_model_frame(box, width, height, side) == pytest.approx(theirs.apply_boxes(box[None], (height, width))[0])
-    assert to_model_frame(box[:2], width, height, side) == pytest.approx(
+    assert to_model_frame(box, width, height, Frame(side)) == pytest.approx(
+        theirs.apply_boxes(box[None], (height, width))[0]
+    )
+    assert to_model_frame(box[:2], width, height, Frame(side)) == pytest.approx(
         theirs.apply_coords(box[None, :2], (height, width))[0]
     )

@@ -14,7 +14,7 @@ from helpers.activations import filled, found, open_store
 from helpers.cli import lesionsam
 from lesionsam.data.caches import cached, clear, folder_bytes
 from lesionsam.data.frames import load_frames
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sample = Sample(
         "image", "0", "train", Path("image.png"), None, 50, 40, np.array([5.0, 5, 40, 35]), np.array([10.0, 10, 30, 30])
     )
-    load_frames([sample], 32, Path(".cache/frames"))
+    load_frames([sample], Frame(32), Path(".cache/frames"))
     killed = Path(".cache/frames/building-abc")
     killed.mkdir()
     (killed / "images.npy").write_bytes(b"half")

@@ -27,6 +27,7 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.cases import build_cases, by_image
 from lesionsam.formats.convert import convert
 from lesionsam.formats.rle import encode, runs_of
+from lesionsam.types import Frame
 from lesionsam.utils.images import read_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -106,7 +107,7 @@ def test_same_frames_as_the_folder_source(generated: Path, tmp_path: Path, monke
     ):
         write_index(tmp_path / name / "index.csv", rows)
         samples = annotate(read_index(tmp_path / name / "index.csv"), root=Path(), **ANNOTATOR)
-        frames.append(load_frames(samples, 64, tmp_path / "cache" / name))
+        frames.append(load_frames(samples, Frame(64), tmp_path / "cache" / name))
     for field in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes"):
         assert np.array_equal(getattr(frames[0], field), getattr(frames[1], field)), field
 
@@ -190,7 +191,7 @@ def test_each_lesion_has_its_own_prompt_and_truth(own: Path, tmp_path: Path) -> 
     assert [sample.lesion_id for sample in samples] == ["0", "1", "2"]
     assert len({tuple(sample.big_box) for sample in samples}) == 3
     cases = list(build_cases(by_image(samples)[0], lambda s: read_mask(s.mask_path) if s.mask_path else None))
-    frames = load_frames(samples, 80, tmp_path / "cache")
+    frames = load_frames(samples, Frame(80), tmp_path / "cache")
     for case, mask, framed in zip(cases, (RING, CORNER), frames.masks, strict=False):
         assert case.truth is not None
         assert np.array_equal(case.truth, mask)

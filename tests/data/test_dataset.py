@@ -26,7 +26,7 @@ from lesionsam.data.contents import image_sha256, mask_sha256
 from lesionsam.data.dataset import NUM_ORIENTATIONS, LesionDataset, open_dataset, orient, orient_box, oriented_size
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, load_frames, other_boxes
 from lesionsam.errors import UserError
-from lesionsam.types import Batch, Sample
+from lesionsam.types import Batch, Frame, Sample
 from lesionsam.utils import code
 from lesionsam.utils.code import PACKAGE, module_files
 
@@ -206,9 +206,9 @@ def test_batches_in_order_cover_the_set_once() -> None:
 
 def test_frames_hold_what_the_files_hold(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "files")
-    found = load_frames(samples, SIDE, tmp_path / "cache")
+    found = load_frames(samples, Frame(SIDE), tmp_path / "cache")
     for k, sample in enumerate(samples):
-        height, width = model_frame_size(sample.width, sample.height, SIDE)
+        height, width = model_frame_size(sample.width, sample.height, Frame(SIDE))
         assert found.sizes[k].tolist() == [height, width]
         assert max(height, width) == SIDE
         with Image.open(sample.image_path) as image:
@@ -229,7 +229,7 @@ def test_frames_hold_what_the_files_hold(tmp_path: Path) -> None:
 
 def test_workers_change_nothing(tmp_path: Path) -> None:
     samples = write_samples(tmp_path / "files")
-    none, two = (load_frames(samples, SIDE, tmp_path / f"cache{n}", num_workers=n) for n in (0, 2))
+    none, two = (load_frames(samples, Frame(SIDE), tmp_path / f"cache{n}", num_workers=n) for n in (0, 2))
     for name in ("images", "priors", "masks", "sizes", "big_boxes", "small_boxes"):
         assert np.array_equal(getattr(none, name), getattr(two, name)), name
 
@@ -239,7 +239,7 @@ def test_a_killed_worker_is_announced_and_the_rest_decoded_without_it(
 ) -> None:
     """As the system kills the greediest process when memory runs out."""
     samples = write_samples(tmp_path)
-    whole = load_frames(samples, SIDE, tmp_path / "whole")
+    whole = load_frames(samples, Frame(SIDE), tmp_path / "whole")
     real, here = frames_module.prepare, os.getpid()
 
     def dying(sample: Sample, *arguments: Any) -> Any:
@@ -250,7 +250,7 @@ def test_a_killed_worker_is_announced_and_the_rest_decoded_without_it(
     monkeypatch.setattr(dying, "__qualname__", "prepare")  # a worker finds it under this name
     monkeypatch.setattr(dying, "__module__", frames_module.__name__)
     monkeypatch.setattr(frames_module, "prepare", dying)
-    again = load_frames(samples, SIDE, tmp_path / "again", num_workers=2)
+    again = load_frames(samples, Frame(SIDE), tmp_path / "again", num_workers=2)
     for name in ("images", "priors", "masks"):
         assert np.array_equal(getattr(again, name), getattr(whole, name))
     assert capsys.readouterr().err.count("a process that decodes images was killed") == 1
@@ -266,7 +266,7 @@ def test_several_lesions_of_an_image_know_each_other(tmp_path: Path) -> None:
     left = replace(sample, big_box=np.array([3.0, 8, 24, 34]), small_box=np.array([8.0, 14, 16, 26]))
     right = replace(sample, lesion_id="1", big_box=np.array([36.0, 10, 64, 44]), small_box=np.array([45.0, 20, 55, 30]))
     assert [boxes.tolist() for boxes in other_boxes([left, right])] == [[[36, 10, 64, 44]], [[3, 8, 24, 34]]]
-    data = open_dataset([left, right], 64, tmp_path / "cache", with_masks=True)
+    data = open_dataset([left, right], Frame(64), tmp_path / "cache", with_masks=True)
     batch = data.batch([0, 1])
     assert batch.masks is not None
     assert batch.ids == ("image0/0", "image0/1")
@@ -300,15 +300,15 @@ def test_frames_are_made_once_and_made_anew_when_anything_changes(
 ) -> None:
     samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
     seen = counting(monkeypatch)
-    first = load_frames(samples, SIDE, cache)
+    first = load_frames(samples, Frame(SIDE), cache)
     assert len(seen) == 4
-    again = load_frames(samples, SIDE, cache)
+    again = load_frames(samples, Frame(SIDE), cache)
     assert len(seen) == 4
     assert np.array_equal(first.priors, again.priors)
 
     def decodes(changed: list[Sample], side: int = SIDE, threshold: bool = False) -> bool:
         before = len(seen)
-        load_frames(changed, side, cache, threshold_masks=threshold)
+        load_frames(changed, Frame(side), cache, threshold_masks=threshold)
         return len(seen) > before
 
     assert decodes(samples, side=64)
@@ -332,13 +332,13 @@ def test_a_file_replaced_with_its_size_and_date_kept_is_decoded_anew(
     samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
     samples = [replace(sample, **{kind: bitmap(getattr(sample, kind))}) for sample in samples]
     path: Path = getattr(samples[0], kind)
-    load_frames(samples, SIDE, cache)
+    load_frames(samples, Frame(SIDE), cache)
     seen, before = counting(monkeypatch), path.stat()
     with Image.open(path) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-    load_frames(samples, SIDE, cache)
+    load_frames(samples, Frame(SIDE), cache)
     assert len(seen) == 4
 
 
@@ -346,15 +346,15 @@ def test_frames_are_made_anew_for_other_code_and_not_for_other_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, cache = write_samples(tmp_path / "files", [WIDE]), tmp_path / "cache"
-    load_frames(samples, SIDE, cache)
+    load_frames(samples, Frame(SIDE), cache)
     seen = counting(monkeypatch)
     worded = package_copy(tmp_path / "worded", dict.fromkeys(module_files(PACKAGE), reworded))
     monkeypatch.setattr(code, "PACKAGE", worded)
-    load_frames(samples, SIDE, cache)
+    load_frames(samples, Frame(SIDE), cache)
     assert seen == []
     for name in ("boxes.prior", "utils.images"):
         monkeypatch.setattr(code, "PACKAGE", package_copy(tmp_path / name, {name: recoded}))
-        load_frames(samples, SIDE, cache)
+        load_frames(samples, Frame(SIDE), cache)
     assert len(seen) == 2
 
 
@@ -374,7 +374,7 @@ def test_a_file_that_is_not_the_one_of_the_index_is_refused(tmp_path: Path, kind
     with Image.open(path) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
     with pytest.raises(UserError, match=rf"{path.name}: not the file that data/raw/index.csv lists"):
-        load_frames([listed], SIDE, tmp_path / "cache")
+        load_frames([listed], Frame(SIDE), tmp_path / "cache")
 
 
 def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,15 +382,15 @@ def test_an_interrupted_build_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         counting(patch, fail_at=2)
         with pytest.raises(KeyboardInterrupt):
-            load_frames(samples, SIDE, cache)
+            load_frames(samples, Frame(SIDE), cache)
     assert list(cache.iterdir()) == []
     with monkeypatch.context() as patch:
         counting(patch, fail_at=2)
         patch.setattr(frames_module.shutil, "rmtree", lambda *arguments, **options: None)  # as after a kill
         with pytest.raises(KeyboardInterrupt):
-            load_frames(samples, SIDE, cache)
+            load_frames(samples, Frame(SIDE), cache)
     assert len(list(cache.glob("building-*"))) == 1
-    assert load_frames(samples, SIDE, cache).images.shape == (4, SIDE, SIDE, 3)
+    assert load_frames(samples, Frame(SIDE), cache).images.shape == (4, SIDE, SIDE, 3)
     assert not list(cache.glob("building-*")), "gigabytes, each time"
 
 
@@ -399,7 +399,7 @@ def test_two_that_want_the_same_images_decode_them_once(tmp_path: Path, monkeypa
     samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
     real, waits, found, seen = frames_module.prepare, threading.Event(), [], []
     monkeypatch.setattr(frames_module, "say", lambda line: waits.set())
-    second = threading.Thread(target=lambda: found.append(load_frames(samples, SIDE, cache)), daemon=True)
+    second = threading.Thread(target=lambda: found.append(load_frames(samples, Frame(SIDE), cache)), daemon=True)
 
     def prepare(*arguments: Any) -> Any:
         seen.append(arguments)
@@ -409,7 +409,7 @@ def test_two_that_want_the_same_images_decode_them_once(tmp_path: Path, monkeypa
         return real(*arguments)
 
     monkeypatch.setattr(frames_module, "prepare", prepare)
-    first = load_frames(samples, SIDE, cache)
+    first = load_frames(samples, Frame(SIDE), cache)
     second.join(60)
     assert np.array_equal(first.images, found[0].images)
     assert len(seen) == len(samples)
@@ -417,12 +417,12 @@ def test_two_that_want_the_same_images_decode_them_once(tmp_path: Path, monkeypa
 
 def test_a_folder_without_its_index_is_not_taken_for_finished(tmp_path: Path) -> None:
     samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
-    wanted = np.array(load_frames(samples, SIDE, cache).images)
+    wanted = np.array(load_frames(samples, Frame(SIDE), cache).images)
     (folder,) = cache.iterdir()
     assert json.loads((folder / "frames.json").read_text())["count"] == 4
     for path in folder.iterdir():
         path.unlink()  # an empty folder is what a crash between two of the system's writes may leave
-    assert np.array_equal(load_frames(samples, SIDE, cache).images, wanted)
+    assert np.array_equal(load_frames(samples, Frame(SIDE), cache).images, wanted)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
@@ -432,13 +432,13 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     assert samples[1].mask_path is not None
     Image.new("L", (10, 10)).save(samples[1].mask_path)
     with pytest.raises(UserError, match=r"mask1\.png: mask is 10x10 px; expected 40x64"):
-        load_frames(samples, SIDE, cache)
+        load_frames(samples, Frame(SIDE), cache)
     samples[2].image_path.write_bytes(samples[2].image_path.read_bytes()[:300])
     with pytest.raises(UserError, match=r"image2\.png"):
-        load_frames(samples[2:], SIDE, cache)
+        load_frames(samples[2:], Frame(SIDE), cache)
     samples[3].image_path.unlink()
     with pytest.raises(UserError, match=r"image3\.png: no such file, named by the index for image 'image3'"):
-        load_frames(samples[3:], SIDE, cache)
+        load_frames(samples[3:], Frame(SIDE), cache)
     assert list(cache.iterdir()) == []
 
 
@@ -454,7 +454,7 @@ def test_an_image_too_thin_for_the_model_is_named(tmp_path: Path) -> None:
         small_box=np.array([20.0, 0.5, 40, 1.5]),
     )
     with pytest.raises(UserError, match=r"image0\.png: an image of 400x2 px is too thin"):
-        load_frames([thin], SIDE, tmp_path / "cache")
+        load_frames([thin], Frame(SIDE), tmp_path / "cache")
 
 
 def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,5 +462,5 @@ def test_too_little_disk_is_said_before_the_work(tmp_path: Path, monkeypatch: py
     seen = counting(monkeypatch)
     monkeypatch.setattr(frames_module, "free_disk_bytes", lambda path: 1000)
     with pytest.raises(UserError, match=r"GB needed for 4 decoded images.*free space or lower model\.image_size"):
-        load_frames(samples, SIDE, tmp_path / "cache")
+        load_frames(samples, Frame(SIDE), tmp_path / "cache")
     assert seen == []

@@ -39,9 +39,8 @@ from lesionsam.engine.report import summary_sentences
 from lesionsam.engine.round import EngineFolders, epochs_of, pairs_of, run_round
 from lesionsam.errors import UserError
 from lesionsam.experiment.build import trained_prompts
-from lesionsam.models.checkpoint import read_weights, save_sam
+from lesionsam.models.checkpoint import build_sam, read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import build_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Sample
 

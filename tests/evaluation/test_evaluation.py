@@ -27,11 +27,11 @@ from lesionsam.evaluation.picks import disputed, pick_cases
 from lesionsam.evaluation.pictures import write_pictures
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.inference.predictor import Predictor
-from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam
-from lesionsam.models.transforms import resize_longest
-from lesionsam.types import Sample
+from lesionsam.models.sam import Sam
+from lesionsam.models.transforms import resize_to_frame
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.images import read_image, read_mask
 
 SIDE = 32
@@ -132,9 +132,9 @@ def test_rows_equal_a_plain_recomputation(sam, samples):
     """segment_anything's own forward of one image with its big box, measured with the plain metrics."""
     sample = samples[0]
     row = evaluated(sam, [sample], prompts=("box",), jitter=()).rows.iloc[0]
-    small = resize_longest(load_image(sample), SIDE)
+    small = resize_to_frame(load_image(sample), Frame(SIDE))
     pixels = torch.from_numpy(small.copy()).permute(2, 0, 1)
-    box = torch.from_numpy(to_model_frame(sample.big_box, sample.width, sample.height, SIDE))[None].float()
+    box = torch.from_numpy(to_model_frame(sample.big_box, sample.width, sample.height, Frame(SIDE)))[None].float()
     with torch.no_grad():
         low_res = sam(
             [{"image": pixels, "original_size": (sample.height, sample.width), "boxes": box}], multimask_output=False
@@ -252,7 +252,7 @@ def test_baselines_find_an_ellipse_of_another_colour(samples):
 
 def test_quick_figures_equal_the_full_ones_where_model_and_original_frame_are_one(sam, tmp_path):
     same = write_samples(tmp_path, [(SIDE, SIDE)] * 3)
-    dataset = open_dataset(same, SIDE, tmp_path / "cache", with_masks=True)
+    dataset = open_dataset(same, Frame(SIDE), tmp_path / "cache", with_masks=True)
     prompts = ("ring", "centre", "box")
     quick = quick_evaluate(sam, dataset, prompts=prompts, seed=0, batch_size=2, device="cpu")
     full = evaluated(sam, same, prompts=prompts, jitter=()).rows
@@ -262,7 +262,7 @@ def test_quick_figures_equal_the_full_ones_where_model_and_original_frame_are_on
     assert quick["core_coverage"] == pytest.approx(full["core_coverage"].mean(), abs=5e-3)
     assert quick["leakage"] == pytest.approx(full["leakage"].mean(), abs=5e-3)
     assert 0 <= quick["label_free"] <= 1
-    bare = open_dataset([replace(s, mask_path=None) for s in same], SIDE, tmp_path / "cache", with_masks=True)
+    bare = open_dataset([replace(s, mask_path=None) for s in same], Frame(SIDE), tmp_path / "cache", with_masks=True)
     assert "objective" not in quick_evaluate(sam, bare, prompts=prompts, seed=0, batch_size=2, device="cpu")
 
 

@@ -16,11 +16,10 @@ from lesionsam.config.presets import preset_values
 from lesionsam.experiment.build import build_method, choose_trained, learning_groups, prepare_sam, strategy_of
 from lesionsam.experiment.run import Data, Trained, train
 from lesionsam.models import adapters, lora
-from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
+from lesionsam.models.checkpoint import build_sam, load_sam, read_weights, save_sam
 from lesionsam.models.finetuned import merged_state, save_tuned
-from lesionsam.models.sam import Sam, build_sam, encode
+from lesionsam.models.sam import Sam, encode
 from lesionsam.models.trainable import trained_counts, trained_parameters
-from lesionsam.models.transforms import preprocess
 from lesionsam.training.gradients import step_generator, total_loss
 
 CPU = torch.device("cpu")
@@ -149,7 +148,7 @@ def test_what_is_written_predicts_as_what_was_trained(preset: str, weights: Path
     config = configured(preset)
     result = trained(config, weights, tmp_path / "run")
     batch = tiny_data(3).batch(range(3))
-    images = preprocess(batch.images, batch.sizes)
+    images = result.sam.normalize(batch.images, batch.sizes)
     wanted = encode(result.sam, images).detach()
     save_sam(result.sam, tmp_path / "best.safetensors", name="compact")
     save_tuned(

@@ -24,15 +24,15 @@ from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
 from lesionsam.export import base as exporting
-from lesionsam.export import standalone
 from lesionsam.export.base import Check, Format, Prompt, Segment, Subject, export, open_subject
 from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
 from lesionsam.export.vanilla_sam import plain_state, registry_name, reload_copied
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.inference.lesion import trained_without_prompt
-from lesionsam.models.checkpoint import load_sam, save_sam, weights_metadata
+from lesionsam.models import standalone
+from lesionsam.models.checkpoint import build_sam, load_sam, save_sam, weights_metadata
 from lesionsam.models.finetuned import Strategy, attach
-from lesionsam.models.sam import Sam, at_size, build_sam, encode
+from lesionsam.models.sam import Sam, at_size, encode
 from lesionsam.prompts import TRAINED_WITH
 
 # Like ViT-B in all but the numbers: windows that do not fill the grid, and blocks of both kinds.
@@ -287,7 +287,7 @@ def test_hugging_face_knows_every_key() -> None:
     pytest.importorskip("transformers")
     from transformers import SamModel
 
-    from lesionsam.export.huggingface import config_of, renamed_state
+    from lesionsam.models.hub import config_of, renamed_state
 
     for name in ("vit_b", "vit_h"):
         with torch.device("meta"):

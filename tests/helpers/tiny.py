@@ -11,8 +11,9 @@ import torch
 from lesionsam.boxes.prior import OUTSIDE, box_prior
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE, Frames
+from lesionsam.models.checkpoint import build_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam
+from lesionsam.models.sam import Sam
 from lesionsam.types import Sample
 
 SIDE = 32

@@ -22,9 +22,9 @@ from lesionsam.inference.files import predict_files
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.inference.inputs import Source, find_images, plan
 from lesionsam.metrics import mean_entropy
-from lesionsam.models.checkpoint import save_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.sam import Sam, build_sam
+from lesionsam.models.sam import Sam
 
 TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)
 HEADER = "image_id,lesion_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1"

@@ -14,8 +14,8 @@ from torch import nn
 
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.inference.image import ImagePredictor
-from lesionsam.models.checkpoint import load_sam
-from lesionsam.models.sam import at_size, build_sam
+from lesionsam.models.checkpoint import build_sam, load_sam
+from lesionsam.models.sam import at_size
 
 SIZES = [(128, 128), (97, 131), (211, 73), (64, 301), (400, 300)]  # (height, width): smaller, odd, narrow, larger
 Prompt = dict[str, np.ndarray]

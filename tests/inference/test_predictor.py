@@ -50,9 +50,9 @@ from lesionsam.inference.zoom import BACKGROUND_LOGIT, decode_zoomed
 from lesionsam.metrics import iou_matrix
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import model_frames, preprocess
+from lesionsam.models.transforms import model_frames
 from lesionsam.prompts import TRAINED_WITH
-from lesionsam.types import Prompts
+from lesionsam.types import Frame, Prompts
 from lesionsam.utils.images import read_image, read_mask
 
 SHARP = 40.0  # of the tiny SAM's logits: masks are then neither empty nor whole
@@ -189,10 +189,10 @@ def looked_at_again(sam: Sam, features: torch.Tensor, mask: np.ndarray, size: tu
 def test_the_most_plausible_automatic_mask_is_looked_at_first(per_batch: int) -> None:
     """Against a plain computation over all candidates of the grid; the decoder's own answer is one more candidate."""
     sam, image = tiny_sam(sharpness=SHARP), picture(64, 64, 3)
-    frames, sizes = model_frames([image], sam.image_encoder.img_size)
+    frames, sizes = model_frames([image], sam.frame)
     size = int(sizes[0, 0]), int(sizes[0, 1])
     with torch.inference_mode():
-        features = encode(sam, preprocess(frames, sizes))
+        features = encode(sam, sam.normalize(frames, sizes))
         grid = [(x * size[1] / 6, y * size[0] / 6) for y in (1, 3, 5) for x in (1, 3, 5)]
         best = (-1.0, np.zeros((0, 0)))
         for point in grid:
@@ -241,13 +241,13 @@ def test_the_box_of_the_second_decoding_is_around_the_largest_component_and_insi
 def test_zooming_on_the_whole_image_changes_nothing() -> None:
     """What is shown reaches beyond the image on every side: nothing is cut off, nothing is enlarged."""
     sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
-    side, boxes = int(sam.image_encoder.img_size), np.array([[10.0, 12, 30, 24], [4, 20, 20, 40]])
-    frames, sizes = model_frames([picture(44, 64, 0), picture(64, 64, 1)], side)
+    side, boxes = sam.side, np.array([[10.0, 12, 30, 24], [4, 20, 20, 40]])
+    frames, sizes = model_frames([picture(44, 64, 0), picture(64, 64, 1)], Frame(side))
     parts = [(int(height), int(width)) for height, width in sizes]
     logits, quality = decode_zoomed(sam, frames, parts, boxes, looseness=0.0, surroundings=20.0)
     with torch.inference_mode():
         prompts = Prompts(boxes=torch.tensor(boxes, dtype=torch.float32))
-        expected, predicted = decode(sam, encode(sam, preprocess(frames, sizes)), prompts)
+        expected, predicted = decode(sam, encode(sam, sam.normalize(frames, sizes)), prompts)
     for k, (height, width) in enumerate(parts):
         cells = [length * logits.shape[-1] // side for length in (height, width)]
         assert torch.allclose(logits[k, : cells[0], : cells[1]], expected[k, 0, : cells[0], : cells[1]], atol=1e-3)
@@ -268,12 +268,12 @@ def test_zooming_on_a_box_on_the_last_pixel_shows_that_pixel(box: list[float]) -
 def test_a_zoomed_mask_comes_back_to_its_place() -> None:
     """Against SciPy's interpolation of the answer to the surroundings alone, cut out by hand."""
     sam = tiny_sam(sharpness=SHARP, architecture=COARSE)
-    side, image = int(sam.image_encoder.img_size), picture(64, 64, 2)
-    frames, _ = model_frames([image], side)
+    side, image = sam.side, picture(64, 64, 2)
+    frames, _ = model_frames([image], Frame(side))
     for box, (x0, y0, x1, y1) in (((20, 24, 40, 34), (15, 14, 45, 44)), ((0, 30, 20, 50), (0, 25, 25, 55))):
         part = frames[0, :, y0:y1, x0:x1].permute(1, 2, 0).numpy()
         shown = side / max(part.shape[:2])
-        enlarged, sizes = model_frames([part], side)
+        enlarged, sizes = model_frames([part], Frame(side))
         low, high = np.array(box[:2], float), np.array(box[2:], float)
         middle, half = (low + high) / 2, (high - low) * 0.55
         prompt = np.concatenate([np.maximum(middle - half, 0), middle + half])
@@ -281,7 +281,7 @@ def test_a_zoomed_mask_comes_back_to_its_place() -> None:
         with torch.inference_mode():
             answer, _ = decode(
                 sam,
-                encode(sam, preprocess(enlarged, sizes)),
+                encode(sam, sam.normalize(enlarged, sizes)),
                 Prompts(boxes=torch.tensor(prompt[None], dtype=torch.float32)),
             )
         found, _ = decode_zoomed(sam, frames, [(side, side)], np.array([box], float), looseness=0.1, surroundings=1.5)
@@ -486,7 +486,7 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     predict(case, source="boxes", ensemble=4)
     assert [int(row["area"]) for row in table(case)] != alone
     sam, image = tiny_sam(sharpness=SHARP), picture(60, 90, 0)
-    images = EncodedImages.of([image], sam.image_encoder.img_size).encoded(sam)
+    images = EncodedImages.of([image], sam.frame).encoded(sam)
     box = np.array([10.0, 8, 60, 50])
     prompt, members = LesionPrompt(box, box), DecodeOptions("box", num_members=2)
     (single,) = decode_lesions(sam, images, [prompt], [0], ["one/0"], DecodeOptions("box"))

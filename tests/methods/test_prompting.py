@@ -11,7 +11,6 @@ from scipy.stats import chisquare
 from helpers.tiny import SIDE, tiny_data, tiny_sam
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, encode
-from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import PADDING, points_in, prompts_from_masks, tight_boxes, with_correction
 from lesionsam.types import Batch, Prompts
 
@@ -140,7 +139,7 @@ def test_every_image_keeps_its_own_prompts_as_segment_anything_pads_them() -> No
     """The batched answer equals segment_anything's own decoder, image by image, given the same padded points."""
     sam: Sam = tiny_sam()
     batch, masks = some(5)
-    features = encode(sam, preprocess(batch.images, batch.sizes))
+    features = encode(sam, sam.normalize(batch.images, batch.sizes))
     for kind in ("points", "box+points"):
         prompts = drawn(kind, batch, masks, seed=3, negative=0.5)
         assert prompts.points is not None

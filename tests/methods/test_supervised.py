@@ -193,9 +193,8 @@ def test_a_click_makes_the_second_round_what_segment_anything_makes_of_it() -> N
     method = supervised(corrections=1, prompts={"box": 1.0}, prompts_per_image=1)
     with torch.no_grad():
         y, _, _ = method.decode(batch, generator())
-        from lesionsam.models.transforms import preprocess
 
-        features = encode(method.sam, preprocess(batch.images, batch.sizes))
+        features = encode(method.sam, method.sam.normalize(batch.images, batch.sizes))
         first, _ = decode_candidates(method.sam, features, Prompts(boxes=batch.big_boxes), slice(0, 1))
         assert torch.allclose(y[:1], first, atol=1e-4)
         assert batch.masks is not None

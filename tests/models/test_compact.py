@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lesionsam.errors import UserError
-from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.checkpoint import build_sam
+from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts
@@ -23,7 +24,7 @@ WEIGHTS = Path(__file__).parents[2] / "foundation" / "compact.safetensors"
 
 def tiny_sam(seed: int = 0) -> Sam:
     torch.manual_seed(seed)
-    return build_compact(TINY)
+    return build_sam("compact", architecture=TINY)
 
 
 def prompts_of_every_kind(num: int, seed: int = 1) -> dict[str, Prompts]:
@@ -42,9 +43,12 @@ def prompts_of_every_kind(num: int, seed: int = 1) -> dict[str, Prompts]:
 
 
 def test_default_architecture_is_a_million_parameters_of_plain_segment_anything() -> None:
-    sam = build_compact(CompactArchitecture())
+    sam = build_sam("compact", architecture=CompactArchitecture())
     assert sum(p.numel() for p in sam.parameters()) == 1_096_904
-    assert {type(part).__module__.split(".")[0] for part in sam.modules()} <= {"segment_anything", "torch"}
+    assert {type(part).__module__.split(".")[0] for part in sam.modules() if part is not sam} <= {
+        "segment_anything",
+        "torch",
+    }
     assert sam.image_format == "RGB"
     assert sam.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])  # segment_anything.build_sam
 
@@ -125,7 +129,8 @@ def test_shipped_weights_are_small_half_precision_and_fit_their_stated_architect
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert metadata["name"] == "compact"
-    sam = build_compact(CompactArchitecture.from_mapping(json.loads(metadata["architecture"]), str(WEIGHTS)))
+    architecture = CompactArchitecture.from_mapping(json.loads(metadata["architecture"]), str(WEIGHTS))
+    sam = build_sam("compact", architecture=architecture)
     state = load_file(WEIGHTS)
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert sam.load_state_dict(state).missing_keys == []

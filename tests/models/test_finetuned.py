@@ -13,8 +13,7 @@ from safetensors import safe_open
 from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
-from lesionsam.models.checkpoint import load_sam, read_weights, save_sam
-from lesionsam.models.compact import build_compact
+from lesionsam.models.checkpoint import build_sam, load_sam, read_weights, save_sam
 from lesionsam.models.finetuned import Strategy, attach, merged_state, save_tuned
 from lesionsam.models.prefix import num_frozen_blocks
 from lesionsam.models.sam import Sam, encode
@@ -100,7 +99,7 @@ def test_the_low_rank_update_equals_a_plain_computation() -> None:
     sam = adapted(LORA)
     attention = sam.image_encoder.blocks[0].attn
     x = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(2))
-    for name in lora.TARGETS:
+    for name in ("qkv", "proj"):
         base, layer = tiny_sam().image_encoder.blocks[0].attn.get_submodule(name), attention.get_submodule(name)
         a, b = (layer.get_parameter(f"lora_{factor}.default.weight") for factor in "AB")
         assert a.shape == (3, WIDTH)
@@ -141,7 +140,7 @@ def test_it_is_what_peft_alone_makes_of_the_same_factors() -> None:
 def test_merged_equals_attached_in_plain_segment_anything_and_in_place() -> None:
     sam = adapted(LORA)
     before = {key: value.clone() for key, value in sam.state_dict().items()}
-    plain = build_compact(ARCHITECTURE)
+    plain = build_sam("compact", architecture=ARCHITECTURE)
     plain.load_state_dict(merged_state(sam), strict=True)
     assert torch.allclose(encode(plain, images()), encode(sam, images()), atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in sam.state_dict().items()), "the model is left alone"
@@ -185,7 +184,7 @@ def test_the_whole_file_comes_back(strategy: Strategy, tmp_path: Path) -> None:
     assert torch.allclose(encode(again, images()), encode(sam, images()), atol=1e-5)
     assert not any(lora.MARK in key or "base_layer" in key for key in again.state_dict())
     if strategy.encoder == "lora":
-        build_compact(ARCHITECTURE).load_state_dict(again.state_dict(), strict=True)
+        build_sam("compact", architecture=ARCHITECTURE).load_state_dict(again.state_dict(), strict=True)
     save_sam(again, tmp_path / "again.safetensors", name="compact")
     twice = load_sam("compact", tmp_path / "again.safetensors").state_dict()
     assert all(torch.equal(value, twice[key]) for key, value in again.state_dict().items())

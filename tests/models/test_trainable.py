@@ -21,7 +21,6 @@ from lesionsam.models.prefix import (
 from lesionsam.models.sam import Sam, encode
 from lesionsam.models.teacher import Teacher, copy_trained
 from lesionsam.models.trainable import select_trainable, trained_parameters
-from lesionsam.models.transforms import preprocess
 
 CASES = [("blocks", 0, False), ("blocks", 0, True), ("blocks", 1, False), ("blocks", 2, True), ("none", 0, True)]
 
@@ -114,7 +113,7 @@ def test_a_batch_is_encoded_from_what_it_carries(case: tuple[str, int, bool]) ->
     sam, batch = chosen(tiny_sam(), *case), tiny_data(3).batch([0, 1, 2], [0, 5, 3])
     split = num_frozen_blocks(sam)
     features = encode_batch(sam, batch)
-    assert torch.allclose(features, encode(sam, preprocess(batch.images, batch.sizes)), atol=1e-5)
+    assert torch.allclose(features, encode(sam, sam.normalize(batch.images, batch.sizes)), atol=1e-5)
     assert features.requires_grad is (case[0] == "blocks")
     if split >= 0:
         prefix, _ = frozen_part(sam, batch, split)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from helpers.tiny import tiny_data
 from lesionsam.config.load import default_values, validate
 from lesionsam.errors import UserError
-from lesionsam.models.checkpoint import load_sam, save_sam
-from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.checkpoint import build_sam, load_sam, save_sam
+from lesionsam.models.compact import CompactArchitecture
 from lesionsam.pretraining import run as foundation
 from lesionsam.pretraining.card import card_text, current_commit
 from lesionsam.pretraining.data import DataPool, open_pool, targets_of
@@ -48,7 +48,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_parameter_is_trained(targets: Targets) -> None:
     torch.manual_seed(0)
-    sam, generator = build_compact(TINY).train(), seeded()
+    sam, generator = build_sam("compact", architecture=TINY).train(), seeded()
     for _ in range(12):  # until every kind of prompt came by
         foundation.step_loss(sam, targets[torch.arange(4)], generator).backward()
     still = [name for name, p in sam.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
@@ -59,7 +59,7 @@ def test_every_parameter_is_trained(targets: Targets) -> None:
 
 def test_a_few_steps_lower_the_loss(targets: Targets) -> None:
     torch.manual_seed(0)
-    sam = build_compact(TINY).train()
+    sam = build_sam("compact", architecture=TINY).train()
     optimiser = torch.optim.AdamW(sam.parameters(), lr=2e-3)
     losses = []
     for step in range(80):
@@ -85,7 +85,7 @@ def test_a_run_ends_in_time_resumes_and_writes_weights(short: None, tmp_path: Pa
     save_sam(sam.half(), out, name="compact")
     with safe_open(out, "pt") as file:
         assert json.loads(file.metadata()["architecture"])["width"] == TINY.width
-    again = build_compact(TINY)
+    again = build_sam("compact", architecture=TINY)
     again.load_state_dict(load_file(out))
     for name, value in sam.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value.float())
@@ -115,7 +115,7 @@ def test_a_chunk_of_a_run_is_always_the_same(short: None) -> None:
 
 def test_measured_scores_are_those_of_the_masks(targets: Targets) -> None:
     """Priors that are the truth score 1, their opposite 0."""
-    sam = build_compact(TINY)
+    sam = build_sam("compact", architecture=TINY)
     large = targets[targets.masks.flatten(1).float().mean(1) > 0.1]
     logits = torch.nn.functional.adaptive_avg_pool2d(large.masks.float(), 4 * TINY.grid) * 2 - 1
     scores = foundation.measure(sam, {"right": replace(large, priors=logits), "wrong": replace(large, priors=-logits)})
@@ -157,7 +157,7 @@ def test_the_cards_scores_are_those_of_the_shipped_weights() -> None:
     rows = re.findall(r"^\| held-out shapes, (\S+) \| ([.\d]+) \|", (FOLDER / "card.md").read_text(), re.MULTILINE)
     assert {kind for kind, _ in rows} == {"box", "centre", "ring", "box+prior", "prior"}
     architecture = CompactArchitecture()
-    sam = build_compact(architecture)
+    sam = build_sam("compact", architecture=architecture)
     sam.load_state_dict(load_file(FOLDER / "compact.safetensors"))
     scores = foundation.measure(sam, {"shapes": foundation.held_out_shapes(architecture)})
     for kind, value in rows:

@@ -22,7 +22,7 @@ from lesionsam.inference.lesion import LesionSearch, find_lesions, trained_witho
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode
-from lesionsam.models.transforms import image_part, model_frames, preprocess, upscale
+from lesionsam.models.transforms import image_part, model_frames, upscale
 from lesionsam.prompts import TRAINED_WITH, seeded_prompts
 from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file
@@ -75,7 +75,7 @@ class Model:
         self.name, self.digest = weights.name, sha256_file(weights)[:12]
         metadata = weights_metadata(weights)
         self.is_adapted, self._search = TRAINED_WITH in metadata, LesionSearch(trained_without_prompt(metadata))
-        self.side = int(self.sam.image_encoder.img_size)
+        self.frame, self.side = self.sam.frame, self.sam.side
         self.level = logit(threshold)
         self._features = Cache(FEATURE_BYTES)
         self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
@@ -119,8 +119,8 @@ class Model:
     @torch.inference_mode()
     def encoded(self, image: np.ndarray) -> Features:
         """Return the features of an image, (h, w, 3) uint8."""
-        frames, sizes = model_frames([image], self.side)
-        values = encode(self.sam, preprocess(frames.to(self.device), sizes.to(self.device)))
+        frames, sizes = model_frames([image], self.frame)
+        values = encode(self.sam, self.sam.normalize(frames.to(self.device), sizes.to(self.device)))
         return Features(values, frames, (int(sizes[0, 0]), int(sizes[0, 1])))
 
     @torch.inference_mode()
@@ -135,7 +135,7 @@ class Model:
         """
         width, height = size
         outer, core = (
-            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.frame), dtype=torch.float32)[None]
             for box in (big, small)
         )
         prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
@@ -189,12 +189,12 @@ class Model:
         features = self.encoded(image)
         height, width = image.shape[:2]
         outer, core = (
-            torch.tensor(to_model_frame(np.array(box, float), width, height, self.side), dtype=torch.float32)[None]
+            torch.tensor(to_model_frame(np.array(box, float), width, height, self.frame), dtype=torch.float32)[None]
             for box in (big, small)
         )
         prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
         low_res, _ = decode(self.sam, features.values, prompts.to(self.device))
-        logits = upscale(low_res[0, 0].float(), features.size, (height, width), self.side)
+        logits = upscale(low_res[0, 0].float(), features.size, (height, width), self.frame)
         return (logits > self.level).cpu().numpy()
 
     def _work(self) -> None:

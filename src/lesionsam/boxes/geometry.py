@@ -11,24 +11,30 @@ import math
 import numpy as np
 from scipy import ndimage
 
+from lesionsam.types import Frame
 from lesionsam.utils.random import keyed_rng
 
 
-def model_frame_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """Return (height, width) after SAM's resize: the longest side becomes `side`, both are rounded half up."""
-    scale = side / max(width, height)
+def model_frame_size(width: int, height: int, frame: Frame) -> tuple[int, int]:
+    """Return (height, width) of the image part of the model frame.
+
+    Padded: the longest side becomes S, both are rounded half up, as by SAM's ResizeLongestSide. Squashed: (S, S).
+    """
+    if frame.squash:
+        return frame.side, frame.side
+    scale = frame.side / max(width, height)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
-def to_model_frame(coordinates: np.ndarray, width: int, height: int, side: int) -> np.ndarray:
-    """Scale original pixels to the model frame as SAM's ResizeLongestSide does.
+def to_model_frame(coordinates: np.ndarray, width: int, height: int, frame: Frame) -> np.ndarray:
+    """Scale original pixels to the model frame.
 
     Args:
-        coordinates: (..., 2k) XYXY... or XY. width, height: of the image, pixels. side: S of the model frame.
+        coordinates: (..., 2k) XYXY... or XY. width, height: of the image, pixels.
     Returns:
         (..., 2k) float64, model frame.
     """
-    new_height, new_width = model_frame_size(width, height, side)
+    new_height, new_width = model_frame_size(width, height, frame)
     factors = np.resize(np.array([new_width / width, new_height / height]), coordinates.shape[-1])
     return coordinates * factors
 

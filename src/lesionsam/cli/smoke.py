@@ -38,7 +38,7 @@ from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.published import CHECKPOINTS, published_name
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.trainable import trained_parameters
-from lesionsam.models.transforms import model_frames, preprocess, upscale
+from lesionsam.models.transforms import model_frames, upscale
 from lesionsam.training.gradients import autocast, step_generator, total_loss
 from lesionsam.training.optimizer import build_optimizer, clip_gradients
 from lesionsam.types import Prompts, Sample
@@ -99,7 +99,7 @@ def smoke(
         begun = time.perf_counter()
         sam = load_sam(name, checkpoint, image_size=image_size).to(where).eval()
         figures["load"] = elapsed(begun, where)
-        num_parameters, side = sum(p.numel() for p in sam.parameters()), int(sam.image_encoder.img_size)
+        num_parameters, side = sum(p.numel() for p in sam.parameters()), sam.side
         say(f"load        {figures['load']:.1f} s, {num_parameters / 1e6:.1f} M parameters, input {side} x {side} px")
 
         samples = generated_samples(Path(folder))
@@ -135,7 +135,7 @@ def smoke(
             + ")"
         )
 
-        data = open_dataset(train, side, Path(folder) / "frames", with_masks=True)
+        data = open_dataset(train, sam.frame, Path(folder) / "frames", with_masks=True)
         figures |= train_one_step(config, sam, checkpoint, data, where)
         say(
             f"train       {figures['step']:.2f} s for a step of {NUM_TRAIN} images, {figures['trained'] / 1e6:.1f} M "
@@ -202,17 +202,17 @@ def generated_samples(folder: Path, num_train: int = NUM_TRAIN, num_test: int = 
 @torch.inference_mode()
 def predict_one(sam: Sam, sample: Sample, device: torch.device) -> dict[str, float]:
     """Return the seconds of encoder and decoder, and the IoU of one mask prompted with the big box."""
-    side, truth = int(sam.image_encoder.img_size), load_mask(sample)
-    frame, sizes = model_frames([load_image(sample)], side)
+    truth = load_mask(sample)
+    frame, sizes = model_frames([load_image(sample)], sam.frame)
     height, width = sizes[0].tolist()
-    box = to_model_frame(sample.big_box, sample.width, sample.height, side)
+    box = to_model_frame(sample.big_box, sample.width, sample.height, sam.frame)
     begun = time.perf_counter()
-    features = encode(sam, preprocess(frame.to(device), sizes.to(device)))
+    features = encode(sam, sam.normalize(frame.to(device), sizes.to(device)))
     seconds = elapsed(begun, device)
     begun = time.perf_counter()
     prompts = Prompts(boxes=torch.from_numpy(box.astype(np.float32))[None].to(device))
     low_res, predicted = decode(sam, features, prompts)
-    logits = upscale(low_res[0, 0], (height, width), (sample.height, sample.width), side).cpu().numpy()
+    logits = upscale(low_res[0, 0], (height, width), (sample.height, sample.width), sam.frame).cpu().numpy()
     decoder_seconds = elapsed(begun, device)
     if not np.isfinite(logits).all():
         raise UserError("prediction: the mask's logits are not finite; the weights are damaged or of another model")

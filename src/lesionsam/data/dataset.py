@@ -14,7 +14,7 @@ import torch
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.data.augment import NO_AUGMENTATION, Augmentation, Distortion, distort, widen
 from lesionsam.data.frames import PRIOR_SCALE, UNKNOWN, Frames, load_frames
-from lesionsam.types import Batch, Sample
+from lesionsam.types import Batch, Frame, Sample
 
 NUM_ORIENTATIONS = 8  # flips and quarter turns: the symmetries of the square
 
@@ -189,7 +189,7 @@ def expanded(batch: Batch) -> Batch:
 
 def open_dataset(
     samples: Sequence[Sample],
-    side: int,
+    frame: Frame,
     cache: Path,
     *,
     with_masks: bool,
@@ -197,8 +197,8 @@ def open_dataset(
     num_workers: int = 0,
     title: str = "images",
 ) -> LesionDataset:
-    """Decode (or reopen) the samples at side S and wrap them."""
-    frames = load_frames(samples, side, cache, threshold_masks=threshold_masks, num_workers=num_workers, title=title)
+    """Decode (or reopen) the samples in a model frame and wrap them."""
+    frames = load_frames(samples, frame, cache, threshold_masks=threshold_masks, num_workers=num_workers, title=title)
     return LesionDataset(samples, frames, with_masks=with_masks)
 
 

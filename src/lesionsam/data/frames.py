@@ -23,8 +23,8 @@ from lesionsam.boxes.prior import OUTSIDE, box_prior
 from lesionsam.data.augment import resize
 from lesionsam.data.contents import load_image, load_mask, samples_digest
 from lesionsam.errors import UserError
-from lesionsam.models.transforms import resize_longest
-from lesionsam.types import Sample
+from lesionsam.models.transforms import resize_to_frame
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.code import NO_RESULT, code_digest
 from lesionsam.utils.files import free_disk_bytes
 from lesionsam.utils.locks import file_lock
@@ -43,7 +43,7 @@ class Frames:
     """The N samples in the model frame of side S; images, priors and masks are memory-mapped from the cache.
 
     Attributes:
-        images: (N, S, S, 3) uint8 RGB, zero-padded right and bottom.
+        images: (N, S, S, 3) uint8 RGB.
         priors: (N, S, S) int8, logits times `PRIOR_SCALE`.
         masks: (N, S, S) uint8, 1 lesion, 0 not, `UNKNOWN` everywhere where there is no mask.
         sizes: (N, 2) int64, height and width of the image part. big_boxes, small_boxes: (N, 4) float32 XYXY.
@@ -71,7 +71,7 @@ def prior_at(
         (height, width) float32 logits.
     """
     side = min(PRIOR_SIDE, max(image.shape[:2]))
-    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], side))
+    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], Frame(side)))
     scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
     ignore = np.zeros((height, width), bool)
     for other in others:
@@ -86,7 +86,7 @@ def prior_at(
 
 
 def prepare(
-    sample: Sample, others: np.ndarray, side: int, threshold_masks: bool
+    sample: Sample, others: np.ndarray, frame: Frame, threshold_masks: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return one sample in the model frame: image (S, S, 3) uint8, prior (S, S) int8, mask (S, S) uint8."""
     image = load_image(sample)
@@ -96,12 +96,13 @@ def prepare(
             f"{sample.height}; the file has changed: run `dvc repro` from the download stage on"
         )
     try:
-        small_image = resize_longest(image, side)
+        small_image = resize_to_frame(image, frame)
     except UserError as error:
         raise UserError(f"{sample.image_path}: {error}") from None
     height, width = small_image.shape[:2]
-    frame = np.zeros((side, side, 3), np.uint8)
-    frame[:height, :width] = small_image
+    side = frame.side
+    framed = np.zeros((side, side, 3), np.uint8)
+    framed[:height, :width] = small_image
     scale = np.array([width / sample.width, height / sample.height] * 2)
     prior = np.full((side, side), np.int8(OUTSIDE * PRIOR_SCALE))
     logits = prior_at(small_image, sample.big_box * scale, sample.small_box * scale, others * scale, (height, width))
@@ -113,7 +114,7 @@ def prepare(
             truth = truth & pixels_inside(sample.big_box, truth.shape)
         mask[:] = 0
         mask[:height, :width] = resize(truth.astype(np.uint8) * np.uint8(255), height, width) > 127
-    return frame, prior, mask
+    return framed, prior, mask
 
 
 def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
@@ -127,15 +128,15 @@ def other_boxes(samples: Sequence[Sample]) -> list[np.ndarray]:
     ]
 
 
-def _key(samples: Sequence[Sample], side: int, threshold_masks: bool) -> str:
+def _key(samples: Sequence[Sample], frame: Frame, threshold_masks: bool) -> str:
     code = code_digest("data.frames", without=NO_RESULT)
-    text = f"{side}|{threshold_masks}|{code}|{samples_digest(samples)}"
+    text = f"{frame}|{threshold_masks}|{code}|{samples_digest(samples)}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def load_frames(
     samples: Sequence[Sample],
-    side: int,
+    frame: Frame,
     cache: Path,
     *,
     threshold_masks: bool = False,
@@ -145,22 +146,22 @@ def load_frames(
     """Decode, resize and compute the priors of all samples, or open what an earlier call kept.
 
     Args:
-        samples: in the order wanted. side: S. cache: folder that holds one subfolder per key.
+        samples: in the order wanted. cache: folder that holds one subfolder per key.
         num_workers: processes that decode; 0 decodes in this one.
     Raises:
         UserError: an image or mask that cannot be read, or too little disk.
     """
-    folder = cache / _key(samples, side, threshold_masks)
+    folder = cache / _key(samples, frame, threshold_masks)
     others = other_boxes(samples)
     if not (folder / INDEX_NAME).exists():
         with file_lock(cache.with_name(f".{cache.name}-{folder.name}.lock"), f"decoding {title}", waiting=say):
             if not (folder / INDEX_NAME).exists():  # nobody made it meanwhile
-                _build(samples, others, side, folder, threshold_masks, num_workers, title)
+                _build(samples, others, frame, folder, threshold_masks, num_workers, title)
     os.utime(folder)
-    sizes = np.array([model_frame_size(s.width, s.height, side) for s in samples], np.int64).reshape(-1, 2)
+    sizes = np.array([model_frame_size(s.width, s.height, frame) for s in samples], np.int64).reshape(-1, 2)
 
     def framed(box: np.ndarray, s: Sample) -> np.ndarray:
-        return to_model_frame(box, s.width, s.height, side).astype(np.float32)
+        return to_model_frame(box, s.width, s.height, frame).astype(np.float32)
 
     return Frames(
         *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "priors", "masks")),
@@ -174,12 +175,13 @@ def load_frames(
 def _build(
     samples: Sequence[Sample],
     others: Sequence[np.ndarray],
-    side: int,
+    frame: Frame,
     folder: Path,
     threshold_masks: bool,
     num_workers: int,
     title: str,
 ) -> None:
+    side = frame.side
     temporary = folder.with_name(f"{BUILDING}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # left by one that was killed: gigabytes, each time
     needed = len(samples) * side * side * 5
@@ -200,7 +202,7 @@ def _build(
             np.lib.format.open_memmap(temporary / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
             for name, (shape, dtype) in shapes.items()
         ]
-        arguments = list(zip(samples, others, [side] * count, [threshold_masks] * count, strict=True))
+        arguments = list(zip(samples, others, [frame] * count, [threshold_masks] * count, strict=True))
         decoded = _prepared(arguments, num_workers)
         for k, parts in enumerate(progress(decoded, total=count, title=f"decoding {title}")):
             for array, part in zip(arrays, parts, strict=True):

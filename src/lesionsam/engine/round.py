@@ -43,7 +43,7 @@ from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import trained_prompts
 from lesionsam.experiment.resume import run_key
-from lesionsam.experiment.run import input_side, open_data, train
+from lesionsam.experiment.run import input_frame, open_data, train
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Sample
@@ -231,7 +231,7 @@ def _weights(
     if target.exists() and key_path.exists() and key_path.read_text(encoding="utf-8") == key:
         return target
     scratch = folder / f"scratch-{key}"
-    data = open_data(config, samples, side=input_side(config, place.start), cache=scratch / "frames")
+    data = open_data(config, samples, frame=input_frame(config, place.start), cache=scratch / "frames")
     trained = train(config, data, place.start, folder=scratch, log=lambda values, step: None, say=say)
     save_sam(
         trained.sam,

@@ -23,7 +23,7 @@ from lesionsam.evaluation.columns import (
     long_frame,
 )
 from lesionsam.evaluation.evaluate import lesion_key
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.progress import progress
 
 
@@ -51,7 +51,7 @@ def evaluate_baselines(
         image = load_image(lesions[0])
         for sample in lesions:
             others = np.array([other.big_box for other in lesions if other is not sample], float).reshape(-1, 4)
-            height, width = model_frame_size(sample.width, sample.height, min(PRIOR_SIDE, max(image.shape[:2])))
+            height, width = model_frame_size(sample.width, sample.height, Frame(min(PRIOR_SIDE, max(image.shape[:2]))))
             priors.append(prior_at(image, sample.big_box, sample.small_box, others, (height, width)))
             bigs.append(sample.big_box * np.array([width / sample.width, height / sample.height] * 2))
     offset = outline_offset(priors, bigs, looseness)

@@ -23,7 +23,7 @@ from lesionsam.inference.lesion import LesionSearch
 from lesionsam.inference.prediction import DecodedMask, LesionPrompt
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import upscale
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.progress import progress
 
 LoadImage = Callable[[Sample], np.ndarray]  # -> (H, W, 3) uint8 RGB, original frame
@@ -125,7 +125,6 @@ def predict_cases(
         (case, {request: mask}), image by image.
     """
     images = by_image(samples)
-    side = int(sam.image_encoder.img_size)
     was_training = sam.training
     sam.to(device).eval()
     try:
@@ -134,7 +133,7 @@ def predict_cases(
             chunk = images[start : start + batch_size]
             cases = [case for lesions in chunk for case in build_cases(lesions, load_mask)]
             rows = [k for k, lesions in enumerate(chunk) for _ in lesions]
-            framed = EncodedImages.of([load_checked(lesions[0], load_image) for lesions in chunk], side)
+            framed = EncodedImages.of([load_checked(lesions[0], load_image) for lesions in chunk], sam.frame)
             # Memory layout of the training's batches: convolutions of another one differ in the last bit.
             frames = framed.frames.contiguous(memory_format=torch.channels_last)
             encoded = replace(framed, frames=frames).encoded(sam)
@@ -217,7 +216,7 @@ def _key(sample: Sample) -> str:
     return f"{sample.image_id}/{sample.lesion_id}"
 
 
-def upscaled(low_res: torch.Tensor, case: Case, side: int) -> np.ndarray:
+def upscaled(low_res: torch.Tensor, case: Case, frame: Frame) -> np.ndarray:
     """Upscale (T, T) low-resolution logits to (H, W) float32 at the case's original size."""
-    scaled = model_frame_size(case.shape[1], case.shape[0], side)
-    return upscale(low_res, scaled, case.shape, side).cpu().numpy()
+    scaled = model_frame_size(case.shape[1], case.shape[0], frame)
+    return upscale(low_res, scaled, case.shape, frame).cpu().numpy()

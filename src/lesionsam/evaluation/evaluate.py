@@ -53,7 +53,6 @@ def evaluate_model(
         [(prompt, float(share)) for share in jitter for prompt in JITTER_PROMPTS] if load_mask is not None else []
     )
     requests: list[Request] = list(dict.fromkeys(wanted + jittered))
-    side = int(sam.image_encoder.img_size)
     rows: list[dict[str, object]] = []
     curve: list[dict[str, object]] = []
     sums: dict[tuple[str, str], metrics.Calibration] = {}
@@ -73,7 +72,7 @@ def evaluate_model(
         own: list[dict[str, object]] = []
         in_box: list[np.ndarray] = []
         for request, mask in masks.items():
-            logits = upscaled(mask.low_res, case, side)
+            logits = upscaled(mask.low_res, case, sam.frame)
             if request in wanted:
                 row = _row(logits, case, request[0], mask.predicted_iou, boundary_tolerance, sums)
                 own.append(row)

@@ -65,7 +65,7 @@ def write_pictures(
         of_lesion = [pick for pick in picks if (pick.image_id, pick.lesion_id) == (sample.image_id, sample.lesion_id)]
         if not of_lesion or (prompt, 0.0) not in masks:
             continue
-        prediction = upscaled(masks[(prompt, 0.0)].low_res, case, int(sam.image_encoder.img_size)) > 0
+        prediction = upscaled(masks[(prompt, 0.0)].low_res, case, sam.frame) > 0
         for pick in of_lesion:
             drawn[pick] = overlay(
                 load_image(sample),

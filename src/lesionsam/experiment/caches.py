@@ -16,7 +16,6 @@ from lesionsam.methods.base import Method
 from lesionsam.models.identity import arithmetic, frozen_identity
 from lesionsam.models.prefix import encode_frozen, num_frozen_blocks
 from lesionsam.models.sam import Sam
-from lesionsam.models.transforms import preprocess
 from lesionsam.training.gradients import autocast
 from lesionsam.types import Batch
 
@@ -52,11 +51,11 @@ def open_caches(
     def store(model: Sam, num_blocks: int, precision: str) -> Store:
         if num_blocks not in identities:
             identities[num_blocks] = frozen_identity(model, num_blocks)
-        num_all = len(model.image_encoder.blocks)
+        num_all = len(model.blocks)
         part = f"{config.model.name}: " + ("features" if num_blocks > num_all else f"{num_blocks} of {num_all} blocks")
         space = {
             "part": part,
-            "side": int(model.image_encoder.img_size),
+            "side": model.side,
             "precision": precision,
             "identity": identities[num_blocks],
             "arithmetic": arithmetic(device),
@@ -86,7 +85,7 @@ def computing(sam: Sam, reference: Sam | None, device: torch.device, precision: 
 
     def compute(batch: Batch, names: Sequence[str]) -> dict[str, torch.Tensor]:
         with autocast(device, precision):
-            images = preprocess(batch.images, batch.sizes)
+            images = sam.normalize(batch.images, batch.sizes)
             if "prefix" not in names and reference is not None:
                 return {"reference": encode_frozen(reference, images, num_frozen_blocks(reference))[0]}
             wanted = reference if "reference" in names else None

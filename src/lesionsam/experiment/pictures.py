@@ -9,7 +9,6 @@ import torch
 
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import preprocess
 from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.prompts import seeded_prompts
 
@@ -28,7 +27,7 @@ def draw_epoch(
     index = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
     device = next(sam.parameters()).device
     batch = data.batch(index).to(device)
-    features = encode(sam, preprocess(batch.images, batch.sizes))
+    features = encode(sam, sam.normalize(batch.images, batch.sizes))
     pictures = []
     for kind in SHOWN:
         prompts = seeded_prompts(kind, batch.big_boxes, batch.small_boxes, batch.ids, num_points=num_points, seed=seed)

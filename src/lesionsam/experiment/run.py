@@ -26,12 +26,12 @@ from lesionsam.experiment.caches import open_caches
 from lesionsam.experiment.resources import memory_limit
 from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.models.sam import Sam
+from lesionsam.models.sam import Sam, sam_of
 from lesionsam.models.trainable import trained_counts
 from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, check_disk, load_best
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.devices import slow_precision, torch_device
 
 SELECTION_SEED = 0  # of the development prompts, the same in every epoch and run
@@ -65,16 +65,16 @@ class Trained:
     trained: int
 
 
-def input_side(config: Config, weights: Path) -> int:
-    """Return the side S of the model's input: model.image_size, or the checkpoint's own."""
-    return config.model.image_size or int(load_sam(config.model.name, weights).image_encoder.img_size)
+def input_frame(config: Config, weights: Path) -> Frame:
+    """Return the frame that the model takes images in, at model.image_size or the checkpoint's own side."""
+    return load_sam(config.model.name, weights, image_size=config.model.image_size).frame
 
 
-def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Path) -> Data:
+def open_data(config: Config, samples: Sequence[Sample], *, frame: Frame, cache: Path) -> Data:
     """Decode the training and development samples, or reopen them from the cache.
 
     Args:
-        side: S of the model's input. cache: folder of decoded frames; activations go into a folder beside it.
+        frame: that the model takes images in. cache: folder of decoded frames; activations go into a folder beside it.
     Raises:
         UserError: an empty split, or a supervised run on images without masks.
     """
@@ -90,7 +90,7 @@ def open_data(config: Config, samples: Sequence[Sample], *, side: int, cache: Pa
         wanted = split == "dev" or isinstance(config.method, SupervisedMethod) or config.method.monitor_masks
         sets[split] = open_dataset(
             chosen,
-            side,
+            frame,
             cache,
             with_masks=wanted,
             threshold_masks=threshold,
@@ -147,7 +147,7 @@ def train(
     teacher = method.teacher
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
-    kept = method.kept.get_submodule("sam")
+    kept = sam_of(method.kept)
     check_disk(folder, method)
     with memory_limit(device), open_caches(config, data.activations, sam, method, device, say) as caches:
         loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)

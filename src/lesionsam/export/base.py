@@ -20,13 +20,14 @@ import torch
 import lesionsam
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
-from lesionsam.export import standalone
 from lesionsam.export.folders import building, prepare, replace, tidy
 from lesionsam.export.vanilla_sam import plain_state, registry_name
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.metrics import iou
+from lesionsam.models import standalone
 from lesionsam.models.checkpoint import load_sam
-from lesionsam.models.sam import WIDTHS, Sam
+from lesionsam.models.sam import Sam
+from lesionsam.models.sam1 import WIDTHS
 from lesionsam.utils.extras import missing_library
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image

@@ -1,14 +1,8 @@
-"""Export SAM as a Hugging Face `SamModel` directory with its processor. Only this module imports transformers.
-
-The two implementations hold the same weights under other names. The map below is complete: loading is strict on both
-sides.
-"""
+"""Export a model as a folder of the Hugging Face Hub with its processor."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,105 +10,9 @@ import numpy as np
 import torch
 
 from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
-from lesionsam.models.transforms import resize_longest
-
-# segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.
-KEY_MAP = (
-    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
-    (r"image_encoder\.blocks\.(\d+)\.norm(\d)", r"vision_encoder.layers.\1.layer_norm\2"),
-    (r"image_encoder\.blocks", "vision_encoder.layers"),
-    (r"image_encoder\.patch_embed\.proj", "vision_encoder.patch_embed.projection"),
-    (r"image_encoder\.neck\.0", "vision_encoder.neck.conv1"),
-    (r"image_encoder\.neck\.1", "vision_encoder.neck.layer_norm1"),
-    (r"image_encoder\.neck\.2", "vision_encoder.neck.conv2"),
-    (r"image_encoder\.neck\.3", "vision_encoder.neck.layer_norm2"),
-    (r"image_encoder", "vision_encoder"),
-    (r"prompt_encoder\.point_embeddings", "prompt_encoder.point_embed"),
-    (r"prompt_encoder\.mask_downscaling\.0", "prompt_encoder.mask_embed.conv1"),
-    (r"prompt_encoder\.mask_downscaling\.1", "prompt_encoder.mask_embed.layer_norm1"),
-    (r"prompt_encoder\.mask_downscaling\.3", "prompt_encoder.mask_embed.conv2"),
-    (r"prompt_encoder\.mask_downscaling\.4", "prompt_encoder.mask_embed.layer_norm2"),
-    (r"prompt_encoder\.mask_downscaling\.6", "prompt_encoder.mask_embed.conv3"),
-    (r"mask_decoder\.output_upscaling\.0", "mask_decoder.upscale_conv1"),
-    (r"mask_decoder\.output_upscaling\.1", "mask_decoder.upscale_layer_norm"),
-    (r"mask_decoder\.output_upscaling\.3", "mask_decoder.upscale_conv2"),
-    (r"mask_decoder\.transformer\.norm_final_attn", "mask_decoder.transformer.layer_norm_final_attn"),
-    (r"mask_decoder\.transformer\.layers\.(\d+)\.norm(\d)", r"mask_decoder.transformer.layers.\1.layer_norm\2"),
-)
-HEAD = re.compile(r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head))\.layers\.(\d+)\.")
-HEAD_DEPTH = 3  # of the heads that make a mask's weights, in both implementations
-TIED_KEY = "prompt_encoder.shared_embedding.positional_embedding"  # transformers' second name of one tensor
-
-
-def renamed_state(state: Mapping[str, torch.Tensor], iou_head_depth: int) -> dict[str, torch.Tensor]:
-    """Return the tensors under transformers' keys.
-
-    Args:
-        state: segment_anything's keys. iou_head_depth: layers of the head that predicts IoUs.
-    """
-    out = {}
-    for key, value in state.items():
-        if match := HEAD.match(key):  # proj_in, layers.0 to layers.(n - 3), proj_out
-            depth = iou_head_depth if "iou" in match[1] else HEAD_DEPTH
-            index = int(match[2])
-            place = "proj_in" if index == 0 else "proj_out" if index == depth - 1 else f"layers.{index - 1}"
-            out[f"{match[1]}.{place}.{key[match.end() :]}"] = value
-            continue
-        pattern, new = next(((old, new) for old, new in KEY_MAP if re.match(rf"{old}(?=\.|$)", key)), (None, ""))
-        out[key if pattern is None else re.sub(rf"^{pattern}", new, key)] = value
-    out[TIED_KEY] = out["shared_image_embedding.positional_embedding"]
-    return out
-
-
-def config_of(numbers: Mapping[str, Any]) -> Any:
-    """Return the SamConfig of an architecture (see `standalone.numbers_of`)."""
-    from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
-
-    n = numbers
-    vision = SamVisionConfig(
-        hidden_size=n["width"],
-        output_channels=n["prompt_width"],
-        num_hidden_layers=n["depth"],
-        num_attention_heads=n["num_heads"],
-        image_size=n["image_size"],
-        patch_size=n["patch_size"],
-        mlp_ratio=n["mlp_dim"] / n["width"],
-        mlp_dim=n["mlp_dim"],
-        window_size=n["window_size"],
-        global_attn_indexes=list(n["global_attn_indexes"]),
-        num_pos_feats=n["prompt_width"] // 2,
-    )
-    prompts = SamPromptEncoderConfig(
-        hidden_size=n["prompt_width"],
-        image_size=n["image_size"],
-        patch_size=n["patch_size"],
-        mask_input_channels=n["mask_in_chans"],
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=n["prompt_width"],
-        mlp_dim=n["decoder_mlp"],
-        num_hidden_layers=n["decoder_depth"],
-        num_attention_heads=n["decoder_num_heads"],
-        num_multimask_outputs=n["num_multimask_outputs"],
-        iou_head_depth=n["iou_head_depth"],
-        iou_head_hidden_dim=n["iou_head_hidden_dim"],
-        layer_norm_eps=1e-5,
-    )  # of segment_anything's decoder; transformers' own default is 1e-6
-    return SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Disable transformers' progress bars inside the block; they would break into ours."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
+from lesionsam.models.hub import config_of, renamed_state, without_bars
+from lesionsam.models.transforms import resize_to_frame
+from lesionsam.types import Frame
 
 
 def write(subject: Subject, folder: Path) -> None:
@@ -125,7 +23,7 @@ def write(subject: Subject, folder: Path) -> None:
     with torch.device("meta"):
         model = SamModel(config_of(subject.numbers))
     model.load_state_dict(state, assign=True)  # strict: no key too many, none too few
-    with _without_bars():
+    with without_bars():
         model.eval().save_pretrained(folder)
     side, mask_side = subject.side, 4 * subject.side // subject.numbers["patch_size"]
     SamProcessor(
@@ -148,7 +46,7 @@ def reload(subject: Subject, folder: Path) -> Segment:
     from transformers import SamModel, SamProcessor
 
     # B615 is about a hub's revisions; this is the folder just written, and nothing else is looked at.
-    with _without_bars():
+    with without_bars():
         model = SamModel.from_pretrained(folder, local_files_only=True).eval()  # nosec B615
         processor = SamProcessor.from_pretrained(folder, local_files_only=True)  # nosec B615
 
@@ -173,7 +71,10 @@ def reload(subject: Subject, folder: Path) -> Segment:
         return model(image_embeddings=known[0], **inputs, multimask_output=False), sizes
 
     def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
-        image, small = image.copy(), resize_longest(image, subject.side).copy()  # torch warns of what it may not write
+        image, small = (
+            image.copy(),
+            resize_to_frame(image, Frame(subject.side)).copy(),
+        )  # torch warns of what it may not write
         scale = np.array(small.shape[1::-1]) / np.array(image.shape[1::-1])
         outputs, small_features, features = [], [], []
         for prompt in prompts:

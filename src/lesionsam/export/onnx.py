@@ -21,8 +21,9 @@ from torch.export import Dim
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
-from lesionsam.models.sam import Sam
-from lesionsam.models.transforms import resize_longest
+from lesionsam.models.sam1 import Sam1
+from lesionsam.models.transforms import resize_to_frame
+from lesionsam.types import Frame
 
 OPSET = 18
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
@@ -35,9 +36,9 @@ INLINE_BYTES = 1 << 30  # weights beyond this go into a file beside the graph: p
 class EncoderGraph(nn.Module):
     """SAM's image encoder: (B, 3, h, w) float32 RGB of 0..255, longest side S -> image_embeddings (B, C, H', W')."""
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam1) -> None:
         super().__init__()
-        self.encoder, self.side = sam.image_encoder, int(sam.image_encoder.img_size)
+        self.encoder, self.side = sam.image_encoder, sam.side
         self.mean, self.std = (
             torch.nn.Parameter(value.detach().view(1, 3, 1, 1).clone(), requires_grad=False)
             for value in (sam.pixel_mean, sam.pixel_std)
@@ -59,9 +60,9 @@ class DecoderGraph(nn.Module):
     of an ambiguous prompt.
     """
 
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam1) -> None:
         super().__init__()
-        self.prompts, self.decoder, self.side = sam.prompt_encoder, sam.mask_decoder, int(sam.image_encoder.img_size)
+        self.prompts, self.decoder, self.side = sam.prompt_encoder, sam.mask_decoder, sam.side
 
     def forward(
         self,
@@ -206,7 +207,7 @@ def reload(subject: Subject, folder: Path) -> Segment:
 
     def segment(image: np.ndarray, prompts: Sequence[Prompt]) -> list[PromptOutput]:
         size = image.shape[0], image.shape[1]
-        pixels = resize_longest(image, side).astype(np.float32).transpose(2, 0, 1)[None]
+        pixels = resize_to_frame(image, Frame(side)).astype(np.float32).transpose(2, 0, 1)[None]
         embeddings = encoder.run(None, {"images": pixels})[0]
         outputs = []
         for prompt in prompts:
@@ -231,7 +232,7 @@ def prompt_points(prompt: Prompt, size: tuple[int, int], side: int) -> tuple[np.
     if prompt.points is not None and prompt.labels is not None:
         points, labels = [*np.asarray(prompt.points, float)], [*np.asarray(prompt.labels, float)]
     corners = np.zeros((1, 2)) if prompt.box is None else np.asarray(prompt.box, float).reshape(2, 2)
-    framed = to_model_frame(np.array([*points, *corners]), size[1], size[0], side)
+    framed = to_model_frame(np.array([*points, *corners]), size[1], size[0], Frame(side))
     kinds = [*labels, *([-1.0] if prompt.box is None else [2.0, 3.0])]
     return framed.astype(np.float32)[None], np.array([kinds], np.float32)
 

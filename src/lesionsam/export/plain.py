@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from lesionsam.export import standalone
 from lesionsam.export.base import Format, Segment, Subject, with_predictor
 from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
+from lesionsam.models import standalone
 from lesionsam.models.checkpoint import weights_metadata
 from lesionsam.models.finetuned import safetensors_bytes
 

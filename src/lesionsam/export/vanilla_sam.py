@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from segment_anything import SamPredictor, sam_model_registry
 
-from lesionsam.export import standalone
+from lesionsam.models import standalone
 from lesionsam.models.finetuned import merged_state
-from lesionsam.models.sam import WIDTHS, Sam
+from lesionsam.models.sam import Sam
+from lesionsam.models.sam1 import WIDTHS
 
 PUBLISHED_SIDE = 1024
 

@@ -32,7 +32,7 @@ from torchvision.ops.boxes import batched_nms, box_area
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.inference.prediction import LesionPrompt, Prediction, review_reasons
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import model_frames, preprocess, upscale
+from lesionsam.models.transforms import model_frames, upscale
 from lesionsam.types import Prompts
 
 NUM_UPSCALED = 16  # masks upscaled to the image's size at once, fewer for large images:
@@ -181,11 +181,12 @@ def _masks_in_crop(
     x0, y0, x1, y1 = crop
     part = image[y0:y1, x0:x1]
     height, width = part.shape[:2]
-    side = int(sam.image_encoder.img_size)
-    frames, sizes = model_frames([part], side)
-    features = encode(sam, preprocess(frames.to(device), sizes.to(device)))
+    frames, sizes = model_frames([part], sam.frame)
+    features = encode(sam, sam.normalize(frames.to(device), sizes.to(device)))
     grid = build_point_grid(per_side) * (width, height)
-    framed = torch.as_tensor(to_model_frame(grid, width, height, side), dtype=torch.float32, device=device)[:, None]
+    framed = torch.as_tensor(to_model_frame(grid, width, height, sam.frame), dtype=torch.float32, device=device)[
+        :, None
+    ]
     for low in range(0, len(grid), options.points_per_batch):
         points = framed[low : low + options.points_per_batch]
         prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=device))
@@ -197,7 +198,7 @@ def _masks_in_crop(
         at_once = max(1, min(NUM_UPSCALED, MAX_UPSCALED_PIXELS // (height * width)))
         for begin in range(0, len(number), at_once):
             which = number[begin : begin + at_once], candidate[begin : begin + at_once]
-            logits = upscale(low_res[which].float(), (int(sizes[0, 0]), int(sizes[0, 1])), (height, width), side)
+            logits = upscale(low_res[which].float(), (int(sizes[0, 0]), int(sizes[0, 1])), (height, width), sam.frame)
             prompted = torch.from_numpy(grid[low:][which[0].cpu().numpy()])
             found.cat(
                 _select(logits, predicted[which].float(), prompted, crop, image.shape[:2], options, sam.mask_threshold)

@@ -17,7 +17,7 @@ from lesionsam.inference.zoom import decode_zoomed
 from lesionsam.metrics import batch_iou
 from lesionsam.models.sam import Sam, decode
 from lesionsam.prompts import NONE, POINTS, ZOOM, seeded_prompts
-from lesionsam.types import Prompts
+from lesionsam.types import Frame, Prompts
 
 SEED, NUM_POINTS = 0, 10  # of drawn prompts; as in the evaluation's defaults
 ENSEMBLE_SHARE = 0.1  # boxes of an ensemble's members: sides and centre change by up to this share of the side
@@ -71,7 +71,7 @@ def decode_lesions(
         return _decode_points(sam, images, prompts, rows)
     if options.kind == ZOOM:
         part = images[list(rows)]
-        boxes = _framed([_boxes(prompt)[0] for prompt in prompts], part.shapes, images.side)
+        boxes = _framed([_boxes(prompt)[0] for prompt in prompts], part.shapes, images.frame)
         logits, predicted = decode_zoomed(sam, part.frames, part.input_sizes, boxes)
         return [DecodedMask(one, iou) for one, iou in zip(logits, predicted.tolist(), strict=True)]
     return _decode_boxes(sam, images, prompts, rows, keys, options)
@@ -96,7 +96,7 @@ def _decode_boxes(
                 jitter_boxes(*pair, shape, share=ENSEMBLE_SHARE, key=f"{options.seed}|ensemble|{member}|{key}")
                 for pair, shape, key in zip(boxes, shapes, keys, strict=True)
             ]
-        big, small = (_tensor(_framed([pair[k] for pair in boxes], shapes, images.side)) for k in (0, 1))
+        big, small = (_tensor(_framed([pair[k] for pair in boxes], shapes, images.frame)) for k in (0, 1))
         made = seeded_prompts(options.kind, big, small, keys, num_points=options.num_points, seed=options.seed)
         drawn = drawn or made
         low_res, iou = decode(sam, features, made.to(features.device), rows=rows)
@@ -113,7 +113,7 @@ def _decode_boxes(
     points = None if drawn is None or drawn.points is None else drawn.points.numpy()
     decoded = []
     for k, (height, width) in enumerate(shapes):
-        own = None if points is None else points[k] / to_model_frame(np.ones(2), width, height, images.side)
+        own = None if points is None else points[k] / to_model_frame(np.ones(2), width, height, images.frame)
         labels = None if own is None else np.ones(len(own), np.int64)
         quality = float(predicted[k]) / options.num_members
         decoded.append(DecodedMask(mean[k], quality, float(agreement[k]), own, labels))
@@ -129,7 +129,7 @@ def _decode_points(
     for count in sorted(set(counts)):
         chosen = [k for k, number in enumerate(counts) if number == count]
         shapes = [images.shapes[rows[k]] for k in chosen]
-        points = _tensor(_framed([np.asarray(prompts[k].points) for k in chosen], shapes, images.side))
+        points = _tensor(_framed([np.asarray(prompts[k].points) for k in chosen], shapes, images.frame))
         labels = torch.from_numpy(np.stack([np.asarray(prompts[k].labels) for k in chosen]))
         features = images.known_features
         made = Prompts(points, labels).to(features.device)
@@ -146,11 +146,11 @@ def _boxes(prompt: LesionPrompt) -> tuple[np.ndarray, np.ndarray]:
     return prompt.big_box, prompt.small_box
 
 
-def _framed(coordinates: Sequence[np.ndarray], shapes: Sequence[tuple[int, int]], side: int) -> np.ndarray:
+def _framed(coordinates: Sequence[np.ndarray], shapes: Sequence[tuple[int, int]], frame: Frame) -> np.ndarray:
     """Scale N arrays of original pixels, each of an image of its own shape (H, W), to the model frame: (N, ...)."""
     return np.stack(
         [
-            to_model_frame(np.asarray(each, float), width, height, side)
+            to_model_frame(np.asarray(each, float), width, height, frame)
             for each, (height, width) in zip(coordinates, shapes, strict=True)
         ]
     )

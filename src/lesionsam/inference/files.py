@@ -105,7 +105,7 @@ class PredictRun:
         self, sam: Sam, options: PredictOptions, folder: PredictionFolder, device: torch.device | str, batch_size: int
     ) -> None:
         self.sam, self.options, self.folder, self.device = sam.to(device).eval(), options, folder, device
-        self.batch_size, self.side = batch_size, int(sam.image_encoder.img_size)
+        self.batch_size, self.frame = batch_size, sam.frame
         self.num_done = self.num_kept = self.num_review = self.num_faults = 0
         self.saved = time.monotonic()
         self._of_image: dict[str, list[tuple[str, str]]] = {}  # image_id -> row keys of earlier calls with `everything`
@@ -164,7 +164,7 @@ class PredictRun:
             return None
         image = read_image(job.path)
         try:
-            framed = EncodedImages.of([image], self.side)
+            framed = EncodedImages.of([image], self.frame)
         except UserError as error:
             raise UserError(f"{job.path}: {error}") from None
         targets, faults = [], []
@@ -229,7 +229,7 @@ class PredictRun:
                 lesion_id=target.lesion.lesion_id,
                 shape=images.shapes[k],
                 input_size=images.input_sizes[k],
-                side=self.side,
+                frame=self.frame,
                 threshold=self.options.threshold,
             )
             row = self.folder.write(

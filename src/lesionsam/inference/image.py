@@ -12,8 +12,8 @@ import torch
 
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import model_frames, preprocess, upscale
-from lesionsam.types import Prompts
+from lesionsam.models.transforms import model_frames, upscale
+from lesionsam.types import Frame, Prompts
 
 
 def check_rgb(image: np.ndarray) -> None:
@@ -27,28 +27,32 @@ class EncodedImages:
     """B images in the model frame, with their features.
 
     Attributes:
-        frames: (B, 3, S, S) uint8, padded with 0 right and bottom. input_sizes: B of (h, w), their image parts.
+        frames: (B, 3, S, S) uint8. frame: what they are. input_sizes: B of (h, w), their image parts.
         shapes: B of (H, W), original pixels. features: (B, C, H', W'), or None before `encoded`.
     """
 
     frames: torch.Tensor
+    frame: Frame
     input_sizes: Sequence[tuple[int, int]]
     shapes: Sequence[tuple[int, int]]
     features: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, images: Sequence[np.ndarray], side: int) -> EncodedImages:
-        """Resize and pad B (H, W, 3) uint8 RGB images; does not encode them."""
-        frames, sizes = model_frames(images, side)
+    def of(cls, images: Sequence[np.ndarray], frame: Frame) -> EncodedImages:
+        """Bring B (H, W, 3) uint8 RGB images into the model frame; does not encode them."""
+        frames, sizes = model_frames(images, frame)
         parts = [(height, width) for height, width in sizes.tolist()]
-        return cls(frames, parts, [(image.shape[0], image.shape[1]) for image in images])
+        return cls(frames, frame, parts, [(image.shape[0], image.shape[1]) for image in images])
 
     @classmethod
     def cat(cls, parts: Sequence[EncodedImages]) -> EncodedImages:
         """Join several batches that are not encoded yet."""
         sizes = [size for part in parts for size in part.input_sizes]
         return cls(
-            torch.cat([part.frames for part in parts]), sizes, [shape for part in parts for shape in part.shapes]
+            torch.cat([part.frames for part in parts]),
+            parts[0].frame,
+            sizes,
+            [shape for part in parts for shape in part.shapes],
         )
 
     @torch.inference_mode()
@@ -56,12 +60,12 @@ class EncodedImages:
         """Return the same images with their features, on the model's device."""
         device = next(sam.parameters()).device
         frames, sizes = self.frames.to(device), torch.tensor(self.input_sizes, device=device)
-        return replace(self, features=encode(sam, preprocess(frames, sizes)))
+        return replace(self, features=encode(sam, sam.normalize(frames, sizes)))
 
     @property
     def side(self) -> int:
         """Return S, side of the model frame, pixels."""
-        return self.frames.shape[-1]
+        return self.frame.side
 
     @property
     def known_features(self) -> torch.Tensor:
@@ -73,7 +77,9 @@ class EncodedImages:
     def __getitem__(self, rows: list[int]) -> EncodedImages:
         """Return some of the images; one may be taken several times."""
         sizes, shapes = [self.input_sizes[k] for k in rows], [self.shapes[k] for k in rows]
-        return EncodedImages(self.frames[rows], sizes, shapes, None if self.features is None else self.features[rows])
+        return EncodedImages(
+            self.frames[rows], self.frame, sizes, shapes, None if self.features is None else self.features[rows]
+        )
 
 
 class FeatureCache:
@@ -94,7 +100,7 @@ class FeatureCache:
     def encode(self, image: np.ndarray) -> EncodedImages:
         """Return an image with its features, a batch of one; ValueError unless it is (H, W, 3) uint8 RGB."""
         check_rgb(image)
-        images = EncodedImages.of([image], int(self.sam.image_encoder.img_size))
+        images = EncodedImages.of([image], self.sam.frame)
         # All that the encoder sees; hashing the image itself would take longer than resizing it.
         key = hashlib.sha256(images.frames.numpy().tobytes() + str(images.input_sizes).encode()).digest()
         if key not in self._kept:
@@ -126,7 +132,7 @@ class ImagePredictor:
     @property
     def side(self) -> int:
         """Return S, side of the model's input, pixels."""
-        return int(self.sam.image_encoder.img_size)
+        return self.sam.side
 
     def reset_image(self) -> None:
         """Drop the image and all cached features."""
@@ -192,7 +198,7 @@ class ImagePredictor:
         prompts = Prompts(points, labels, boxes, masks).to(self.device)
         low_res, predicted = decode(self.sam, features, prompts, multimask_output)
         low_res = low_res[0].float()
-        logits = upscale(low_res, self.input_size, self.original_size, self.side)
+        logits = upscale(low_res, self.input_size, self.original_size, self.sam.frame)
         full = logits if return_logits else logits > self.sam.mask_threshold
         return full.cpu().numpy(), predicted[0].float().cpu().numpy(), low_res.cpu().numpy()
 
@@ -200,5 +206,5 @@ class ImagePredictor:
         """Scale original pixels to the model frame, with a batch axis."""
         height, width = self.original_size
         return torch.as_tensor(
-            to_model_frame(np.asarray(coordinates, float), width, height, self.side), dtype=torch.float32
+            to_model_frame(np.asarray(coordinates, float), width, height, self.sam.frame), dtype=torch.float32
         )[None]

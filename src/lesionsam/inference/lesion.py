@@ -126,7 +126,7 @@ def candidates(
     Args:
         features: (1, C, H', W'). frame: (3, S, S) uint8. size: (h, w) of its image part.
     """
-    picture, side = small_picture(frame, size), int(sam.image_encoder.img_size)
+    picture, side = small_picture(frame, size), sam.side
     shown, small, predicted, stability = _grid_masks(sam, features, size, search.auto)
     weights = np.where(small.any((1, 2)), predicted.clip(0, 1) * stability, 0)
     first = [shown[k] for k in _distinct(small, weights * plausibility(torch.from_numpy(small)).numpy())]
@@ -165,7 +165,7 @@ def _grid_masks(
     if options.points_per_side < 1:
         raise ValueError(f"points_per_side: expected at least 1, got {options.points_per_side}")
     grid = torch.as_tensor(build_point_grid(options.points_per_side) * size[::-1], dtype=torch.float32)[:, None]
-    side = int(sam.image_encoder.img_size)
+    side = sam.side
     shown, small, predicted, stability = [], [], [], []
     for points in grid.to(features.device).split(options.points_per_batch):
         prompts = Prompts(points, torch.ones(points.shape[:2], dtype=torch.int64, device=points.device))
@@ -205,7 +205,7 @@ def _distinct(masks: np.ndarray, scores: np.ndarray) -> list[int]:
 
 def _on_comparison_grid(logits: torch.Tensor, size: tuple[int, int], sam: Sam) -> torch.Tensor:
     """Average (K, T, T) logits onto the comparison grid and threshold them: (K, h, w) bool on the CPU."""
-    part = image_part(logits, size, int(sam.image_encoder.img_size))[:, None]
+    part = image_part(logits, size, sam.side)[:, None]
     return (F.interpolate(part, on_grid(size), mode="area")[:, 0] > sam.mask_threshold).cpu()
 
 

@@ -11,6 +11,7 @@ import torch
 from lesionsam.boxes.geometry import box_slices
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.transforms import upscale
+from lesionsam.types import Frame
 
 # When a mask deserves a review. What these thresholds find: docs/log.md, "Predict and export on real images".
 LOW_IOU = 0.6  # predicted IoU
@@ -93,16 +94,16 @@ def to_prediction(
     lesion_id: str,
     shape: tuple[int, int],
     input_size: tuple[int, int],
-    side: int,
+    frame: Frame,
     threshold: float = 0.5,
 ) -> Prediction:
     """Upscale a decoded mask to the image's own size and compute its scores.
 
     Args:
-        shape: (H, W), original pixels. input_size: (h, w) of the image part of the model frame of side `side`.
+        shape: (H, W), original pixels. input_size: (h, w) of the image part of the model frame.
         threshold: probability above which a pixel is lesion.
     """
-    logits = upscale(decoded.low_res, input_size, shape, side).cpu().numpy()
+    logits = upscale(decoded.low_res, input_size, shape, frame).cpu().numpy()
     cut = math.log(threshold / (1 - threshold))
     mask = logits > cut
     outer = np.count_nonzero(logits > cut - STABILITY_OFFSET)

@@ -180,7 +180,7 @@ class Predictor:
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
         if options.kind == ZOOM:
-            images = EncodedImages.of([image], int(self.sam.image_encoder.img_size))
+            images = EncodedImages.of([image], self.sam.frame)
         else:
             images = self.cache.encode(image)
         keys = [f"{image_id}/{lesion.lesion_id}" for lesion in lesions]
@@ -193,7 +193,7 @@ class Predictor:
                 lesion_id=lesion.lesion_id,
                 shape=images.shapes[0],
                 input_size=images.input_sizes[0],
-                side=images.side,
+                frame=images.frame,
                 threshold=self.threshold,
             )
             for one, prompt, lesion in zip(decoded, prompts, lesions, strict=True)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from lesionsam.boxes.geometry import loosen
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import model_frames, preprocess
-from lesionsam.types import Prompts
+from lesionsam.models.transforms import model_frames
+from lesionsam.types import Frame, Prompts
 
 BOX_SURROUNDINGS = 1.35  # side of the crop around a given box, in its longer sides; chosen on development images
 BACKGROUND_LOGIT = -10.0  # of what the crop does not show, and of an image in which no mask is found
@@ -40,7 +40,7 @@ def decode_zoomed(
     Returns:
         (N, T, T) float32 logits of the whole model frame, `BACKGROUND_LOGIT` beside the crop; (N,) predicted IoU.
     """
-    side, device = int(sam.image_encoder.img_size), next(sam.parameters()).device
+    device = next(sam.parameters()).device
     crops, windows, prompted = [], [], []
     for frame, size, box in zip(frames, sizes, boxes, strict=True):
         centre, reach = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * surroundings / 2
@@ -50,31 +50,37 @@ def decode_zoomed(
         x0, y0, x1, y1 = window.tolist()
         crops.append(np.ascontiguousarray(frame[:, y0:y1, x0:x1].permute(1, 2, 0).cpu().numpy()))
         windows.append(window)
-        prompted.append((loosen(box, looseness, size) - [x0, y0, x0, y0]) * side / max(x1 - x0, y1 - y0))
-    enlarged, parts = model_frames(crops, side)
-    features = encode(sam, preprocess(enlarged.to(device), parts.to(device)))
+        prompted.append((loosen(box, looseness, size) - [x0, y0, x0, y0]) * np.tile(_zoom(window, sam.frame), 2))
+    enlarged, parts = model_frames(crops, sam.frame)
+    features = encode(sam, sam.normalize(enlarged.to(device), parts.to(device)))
     prompts = Prompts(boxes=torch.tensor(np.stack(prompted), dtype=torch.float32, device=device))
     logits, predicted = decode(sam, features, prompts)
     whole = [
-        _uncrop(one[0], window, size, side) for one, window, size in zip(logits.float(), windows, sizes, strict=True)
+        _uncrop(one[0], window, size, sam.frame)
+        for one, window, size in zip(logits.float(), windows, sizes, strict=True)
     ]
     return torch.stack(whole), predicted[:, 0].float()
 
 
-def _uncrop(logits: torch.Tensor, window: np.ndarray, size: tuple[int, int], side: int) -> torch.Tensor:
+def _zoom(window: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return (2,) pixels of the enlarged frame per pixel of the whole one, along x and y."""
+    lengths = window[2:] - window[:2]
+    return frame.side / (lengths if frame.squash else np.repeat(lengths.max(), 2))
+
+
+def _uncrop(logits: torch.Tensor, window: np.ndarray, size: tuple[int, int], frame: Frame) -> torch.Tensor:
     """Resample (T, T) logits of an enlarged crop to the whole model frame, `BACKGROUND_LOGIT` beside the crop.
 
     Args:
         window: (4,) XYXY of the crop, pixels of the frame. size: (h, w) of the frame's image part; where the window
-            ends with it, the padding beyond gets the values at its edge. side: S.
+            ends with it, the padding beyond gets the values at its edge.
     """
-    low, high = window[:2], window[2:]
-    zoom = side / (high - low).max()  # pixels of the enlarged frame per pixel of the whole one
+    low, high, zoom, side = window[:2], window[2:], _zoom(window, frame), frame.side
     centres = (torch.arange(logits.shape[-1], device=logits.device) + 0.5) * side / logits.shape[-1]
     places, inside = [], []
     for axis in (0, 1):  # x, y
         clamped = centres.clamp(float(low[axis]), float(high[axis]))
-        places.append((clamped - float(low[axis])) * zoom * 2 / side - 1)  # grid_sample's -1 to 1
+        places.append((clamped - float(low[axis])) * float(zoom[axis]) * 2 / side - 1)  # grid_sample's -1 to 1
         before, after = int(low[axis]) > 0, int(high[axis]) < size[1 - axis]  # is there image beyond the crop?
         inside.append(((centres >= low[axis]) | (not before)) & ((centres < high[axis]) | (not after)))
     grid = torch.stack(torch.meshgrid(places[0], places[1], indexing="xy"), -1)

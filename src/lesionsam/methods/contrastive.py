@@ -31,9 +31,8 @@ from lesionsam.methods.prompting import decode_mixture
 from lesionsam.methods.targets import ellipse_logits, placebo_target
 from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.models.projection import ProjectionHead
-from lesionsam.models.sam import Sam, decode, encode
+from lesionsam.models.sam import Sam, decode, encode, sam_of
 from lesionsam.models.teacher import Teacher
-from lesionsam.models.transforms import preprocess
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts, to_device
 
@@ -98,7 +97,7 @@ class Contrastive(Method):
 
     def __init__(self, sam: Sam, reference: Sam | None, options: ContrastiveOptions) -> None:
         self.options, self.sam, self.reference = options, sam, reference
-        self.head: ProjectionHead = ProjectionHead(sam.prompt_encoder.embed_dim, options.head_norm)
+        self.head: ProjectionHead = ProjectionHead(sam.embed_dim, options.head_norm)
         self.head.to(sam.pixel_mean.device)
         self.head.requires_grad_(options.weights["contrast"] > 0)
         self.student = Student(sam, self.head).to(sam.pixel_mean.device)
@@ -144,7 +143,7 @@ class Contrastive(Method):
         """Return the images or cells that each mean is over: the gate and missing masks leave some out."""
         f_t = self.encode_teacher(batch) if self.options.target in ("teacher", "fused") else None
         m, _, trusted = self.target(batch, f_t, self.teacher_prompts(batch, generator))
-        cells = self.sam.prompt_encoder.image_embedding_size[0]
+        cells = self.sam.grid
         return {
             "mask": known_masks(batch, cells)[1].sum(),
             "contrast": (self.anchors(batch, m, cells).flatten(1).any(1) & trusted).sum(),
@@ -169,7 +168,7 @@ class Contrastive(Method):
             f = encode_suffix(self.sam, tokens, split)
             batch = replace(batch, prefix=tokens)
         else:
-            images, f_r = preprocess(batch.images, batch.sizes), batch.reference
+            images, f_r = self.sam.normalize(batch.images, batch.sizes), batch.reference
             f = encode(self.sam, images)
             if reference is not None and f_r is None:
                 f_r, _ = encode_frozen(reference, images, num_frozen_blocks(reference))
@@ -180,9 +179,9 @@ class Contrastive(Method):
         """Return f_t, or None if there is no teacher."""
         if self.teacher is None:
             return None
-        teacher, split = self.teacher.module.sam, self.frozen_blocks
+        teacher, split = sam_of(self.teacher.module), self.frozen_blocks
         if split < 0:
-            return encode(teacher, preprocess(batch.images, batch.sizes))
+            return encode(teacher, teacher.normalize(batch.images, batch.sizes))
         tokens, _ = frozen_part(self.sam, batch, split, None)
         return encode_suffix(teacher, tokens, split)
 
@@ -203,7 +202,7 @@ class Contrastive(Method):
             m (B, T, T) in [0, 1], mean entropy (B,) nats, trusted (B,) bool.
         """
         o = self.options
-        side, grid = batch.images.shape[-1], 4 * self.sam.prompt_encoder.image_embedding_size[0]
+        side, grid = batch.images.shape[-1], 4 * self.sam.grid
         if o.target in ("prior", "fused"):
             if batch.prior is None:
                 raise ValueError("the batch carries no box prior")
@@ -213,7 +212,7 @@ class Contrastive(Method):
         if o.target in ("teacher", "fused"):
             if f_t is None or self.teacher is None:
                 raise ValueError("this target needs the teacher's features")
-            low_res, _ = decode(self.teacher.module.sam, f_t, prompts)
+            low_res, _ = decode(sam_of(self.teacher.module), f_t, prompts)
             taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
             risen = (self.student.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
             v = o.teacher_weight * risen
@@ -248,10 +247,10 @@ class Contrastive(Method):
         if f_t is None or self.teacher is None:
             raise ValueError("the contrastive term needs the teacher")
         cells, side = f.shape[-1], batch.images.shape[-1]
-        z = self.head(f).flatten(2).transpose(1, 2)  # (B, N, 64)
+        z = self.head(self.sam.embedding(f)).flatten(2).transpose(1, 2)  # (B, N, 64)
         with torch.no_grad():
             teacher_head = self.teacher.module.get_submodule("head") if o.head_ema else self.head
-            z_t = teacher_head(f_t).flatten(2).transpose(1, 2)
+            z_t = teacher_head(self.sam.embedding(f_t)).flatten(2).transpose(1, 2)
         pseudo = to_grid(m, cells) > 0.5
         core = box_grid(batch.small_boxes, cells, side)
         big = box_grid(batch.big_boxes, cells, side) | core  # the core of a tiny lesion may round to a cell outside

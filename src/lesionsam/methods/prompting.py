@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, to_device
@@ -53,5 +52,5 @@ def decode_mixture(
         picked = to_device(group, features.device)
         big, small = batch.big_boxes[picked], batch.small_boxes[picked]
         groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
-    low_res, iou = decode_groups(sam, features, groups, slice(0, 1))
+    low_res, iou = sam.decode_groups(features, groups, slice(0, 1))
     return low_res[:, 0], iou[:, 0], torch.cat([picked for picked, _ in groups])

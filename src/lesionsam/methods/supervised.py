@@ -18,7 +18,6 @@ from lesionsam.losses import MASK_LOSSES, MASK_TERMS, hard_iou
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import known_masks, mean_over, to_grid
 from lesionsam.methods.prompting import draw_groups
-from lesionsam.models.decoder import decode_groups
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam
 from lesionsam.models.teacher import Teacher
@@ -147,14 +146,14 @@ class Supervised(Method):
             picked = to_device(group, features.device)
             groups.append((picked, self.prompt(kind, batch, picked, masks, generator)))
         rows = torch.cat([picked for picked, _ in groups])
-        answers = [decode_groups(self.sam, features, groups, tokens)]
+        answers = [self.sam.decode_groups(features, groups, tokens)]
         for _ in range(o.corrections):
             answered = answers[-1][0][:, 0].split([len(picked) for picked, _ in groups])
             groups = [
                 (picked, with_correction(prompts, y, masks[picked], valid[picked], generator))
                 for (picked, prompts), y in zip(groups, answered, strict=True)
             ]
-            answers.append(decode_groups(self.sam, features, groups, tokens))
+            answers.append(self.sam.decode_groups(features, groups, tokens))
         logits, predictions = zip(*answers, strict=True)
         return torch.cat(logits), torch.cat(predictions), rows.repeat(len(answers))
 

@@ -1,26 +1,26 @@
 """Bottleneck adapters in SAM's image encoder (Houlsby et al. 2019, arXiv:1902.00751).
 
-Two in every chosen transformer block, as in the paper's figure 2: one on the attention's output and one on the MLP's,
-each before the block adds its shortcut. a(x) = x + up(GELU(down(x))); `up` starts at zero, so that the adapted model
-begins as the pretrained one. Unlike in the paper the layer norms stay frozen.
+Two in every chosen transformer block, as in the paper's figure 2: one on the attention's output and one on the MLP's
+(SAM 3: on the MLP's alone), each before the block adds its shortcut. a(x) = x + up(GELU(down(x))); `up` starts at zero,
+so that the adapted model begins as the pretrained one. Unlike in the paper the layer norms stay frozen.
 
-The blocks stay segment_anything's own: an adapter hangs on its part as the submodule `adapter` and acts through a
+The blocks stay the library's own: an adapter hangs on its part as the submodule `adapter` and acts through a
 forward hook, so that every key of the pretrained weights keeps its name and the adapters add theirs
 (`image_encoder.blocks.0.attn.adapter.down.weight`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.errors import UserError
+from lesionsam.models.sam import Sam
 
-PARTS = ("attn", "mlp")  # of a block: what carries an adapter
 MARK = ".adapter."  # in the names of their parameters
 
 
@@ -53,7 +53,7 @@ def chosen_blocks(sam: Sam, last_k: int, key: str) -> list[nn.Module]:
     Raises:
         UserError: K beyond the number of blocks; `key` is the parameter that it names.
     """
-    blocks = list(sam.image_encoder.blocks)
+    blocks = list(sam.blocks)
     if not 0 <= last_k <= len(blocks):
         raise UserError(f"{key}: expected 0 to {len(blocks)} (the encoder's blocks), got {last_k}")
     return blocks[len(blocks) - last_k :] if last_k else blocks
@@ -69,17 +69,24 @@ def insert_adapters(sam: Sam, *, dim: int, last_k: int, seed: int) -> None:
     """
     if dim < 1:
         raise UserError(f"model.adapter_dim: expected at least 1 hidden unit, got {dim}")
-    position = sam.image_encoder.get_parameter("pos_embed")
+    if not sam.adapted_parts:
+        raise UserError(f"model.encoder: {sam.name} has no transformer blocks for adapters; choose blocks or none")
+    on_meta = next(sam.parameters()).is_meta
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for block in chosen_blocks(sam, last_k, "model.adapter_last_k"):
-            for name in PARTS:
+            for name in sam.adapted_parts:
                 part = block.get_submodule(name)
-                with torch.device("meta" if position.is_meta else "cpu"):
-                    adapter = Bottleneck(position.shape[-1], dim)
-                part.add_module("adapter", adapter if position.is_meta else adapter.to(position.device))
+                with torch.device("meta" if on_meta else "cpu"):
+                    adapter = Bottleneck(output_width(part), dim)
+                part.add_module("adapter", adapter if on_meta else adapter.to(next(sam.parameters()).device))
                 part.register_forward_hook(_adapt)
     sam.train(sam.training)
+
+
+def output_width(part: nn.Module) -> int:
+    """Return the channels that a block's part puts out: those of its last linear layer."""
+    return [layer for layer in part.modules() if isinstance(layer, nn.Linear)][-1].out_features
 
 
 def has_adapters(sam: nn.Module) -> bool:
@@ -92,5 +99,5 @@ def adapter_shape(state: Mapping[str, torch.Tensor]) -> tuple[int, int] | None:
     downs = {key: value for key, value in state.items() if key.endswith(f"{MARK}down.weight")}
     if not downs:
         return None
-    first = min(int(key.split("blocks.")[1].split(".")[0]) for key in downs)
+    first = min(int(found[1]) for key in downs if (found := re.search(r"\.(?:blocks|layers)\.(\d+)\.", key)))
     return next(iter(downs.values())).shape[0], first

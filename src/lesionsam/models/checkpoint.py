@@ -14,29 +14,63 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from segment_anything import sam_model_registry
 
 from lesionsam.errors import UserError
-from lesionsam.models import adapters
-from lesionsam.models.compact import CompactArchitecture, build_compact
-from lesionsam.models.finetuned import TUNED, apply_tuned, required_base, safetensors_bytes
+from lesionsam.models import adapters, standalone
+from lesionsam.models.compact import CompactArchitecture
+from lesionsam.models.finetuned import SHOWN_KEYS, TUNED, apply_tuned, required_base, safetensors_bytes
+from lesionsam.models.hub import CONFIG, read_hub_folder
 from lesionsam.models.lora import merged_lora_state
-from lesionsam.models.sam import POSITION, SHOWN_KEYS, WIDTHS, Sam, at_size, patch_size
+from lesionsam.models.sam import Sam, at_size
+from lesionsam.models.sam1 import POSITION, WIDTHS, build_numbers, build_registered
+from lesionsam.models.sam2 import build_sam2, config_class, no_random_weights
 from lesionsam.utils.files import whole_number, write_bytes_atomic
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training tools store the weights
 PREFIXES = {"module", "sam_model", "model", "sam"}  # put before SAM's keys by DataParallel, Lightning and others
 COMPILED = "_orig_mod."  # by torch.compile
-ARCHITECTURE = "architecture.json"  # written beside the weights by `lesionsam export`
+
+
+def build_sam(name: str, *, image_size: int = 0, architecture: CompactArchitecture | None = None) -> Sam:
+    """Build a SAM of segment_anything with random weights, in eval mode.
+
+    Args:
+        name: compact, vit_b, vit_l or vit_h. image_size: side S of the input, pixels; 0 = the model's own.
+        architecture: of the compact one.
+    """
+    if name == "compact":
+        return at_size(build_numbers((architecture or CompactArchitecture()).numbers()), image_size)
+    return at_size(build_registered(name), image_size)
+
+
+def build_architecture(numbers: Mapping[str, Any], name: str, source: str) -> Sam:
+    """Build the model of `Sam.architecture` with random weights.
+
+    Raises:
+        UserError: numbers of no model; `source` names the file.
+    """
+    try:
+        if "transformers" in numbers:
+            given = dict(numbers["transformers"])
+            return build_sam2(config_class(given.get("model_type", ""), source).from_dict(given), name)
+        if set(numbers) == set(CompactArchitecture.__dataclass_fields__):
+            return build_numbers(CompactArchitecture.from_mapping(numbers, source).numbers(), name)
+        return build_numbers(numbers, name)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"{source}: the architecture that it states cannot be built ({reason}); fetch it again"
+        ) from None
 
 
 def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: Path | None = None) -> Sam:
     """Load a SAM with the weights of a file, on the CPU, in float32, in eval mode.
 
     Args:
-        name: compact, vit_b, vit_l or vit_h; None = whichever the file holds.
+        name: model.name of params.yaml; None = whichever the file holds.
         checkpoint: SAM's .pth (or a file with the same keys, such as MedSAM's), a .safetensors of `save_sam` (with
-            adapters, where it holds some), or the small file of `models.finetuned.save_tuned`.
+            adapters, where it holds some), the small file of `models.finetuned.save_tuned`, or a folder in the form of
+            the Hugging Face Hub (config.json, model.safetensors).
         image_size: side S of the input, pixels; 0 = that of the file.
         base: the pretrained weights that a small file belongs to; no other file needs it.
     Raises:
@@ -53,19 +87,14 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
         sam = load_sam(name or metadata.get("name"), base, image_size=size or 0)
         apply_tuned(sam, checkpoint, state, metadata, base, read_weights(base)[0])
         return at_size(sam, image_size).eval()
-    held = detect_model(checkpoint, state, metadata)
-    if name not in (None, held):
+    sam = _skeleton(checkpoint, state, metadata)
+    if name not in (None, sam.name):
         raise UserError(
-            f"{checkpoint}: holds weights of {held}, expected {name}; change model.name or model.checkpoint"
+            f"{checkpoint}: holds weights of {sam.name}, expected {name}; change model.name or model.checkpoint"
         )
-    architecture = read_architecture(checkpoint, metadata) if held == "compact" else None
-    with torch.device("meta"):  # no time for random weights: every tensor comes from the file
-        sam = build_compact(architecture) if architecture is not None else sam_model_registry[held]()
-        sam = at_size(sam, state[POSITION].shape[1] * patch_size(sam))
-        if (bottleneck := adapters.adapter_shape(state)) is not None:
-            dim, first = bottleneck
-            depth = len(sam.image_encoder.blocks)
-            adapters.insert_adapters(sam, dim=dim, last_k=max(depth - first, 0), seed=0)
+    if (bottleneck := adapters.adapter_shape(state)) is not None:
+        dim, first = bottleneck
+        adapters.insert_adapters(sam, dim=dim, last_k=max(len(sam.blocks) - first, 0), seed=0)
     expected = sam.state_dict()
     faults = [
         f"{len(keys)} {what} ({', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''})"
@@ -77,7 +106,7 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
         if keys
     ]
     if faults:
-        raise UserError(f"{checkpoint}: does not fit {held}: keys {', '.join(faults)}")
+        raise UserError(f"{checkpoint}: does not fit {sam.name}: keys {', '.join(faults)}")
     for key, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{checkpoint}: {key} holds values that are not finite; the training that wrote it failed")
@@ -86,48 +115,68 @@ def load_sam(name: str | None, checkpoint: Path, *, image_size: int = 0, base: P
     return at_size(sam, image_size).eval()
 
 
-def detect_model(path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """Return the model that weights belong to: the file's own statement, or by the width of the encoder's tokens."""
+def _skeleton(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Sam:
+    """Build the model that weights belong to, at their side of the input: as the file states, or by its shapes."""
+    numbers, stated = read_architecture(path, metadata), metadata.get("name", "")
+    if numbers is not None and "transformers" in numbers:
+        with no_random_weights():
+            sam = build_architecture(numbers, stated, str(path))
+        return at_size(sam, whole_number(metadata.get("image_size", "")) or 0)
     if POSITION not in state or state[POSITION].ndim != 4:
         keys = ", ".join(list(state)[:SHOWN_KEYS])
         raise UserError(
             f"{path}: holds no SAM: expected the key {POSITION} among others, found {len(state)} keys "
-            f"({keys}{', ...' if len(state) > SHOWN_KEYS else ''})"
+            f"({keys}{', ...' if len(state) > SHOWN_KEYS else ''}); a model of the Hub is named by its folder, with "
+            "config.json"
         )
-    stated = metadata.get("name")
-    return stated if stated in (*WIDTHS.values(), "compact") else WIDTHS.get(state[POSITION].shape[-1], "compact")
+    registered = stated if stated in WIDTHS.values() else WIDTHS.get(state[POSITION].shape[-1])
+    with torch.device("meta"):  # no time for random weights: every tensor comes from the file
+        if numbers is not None and registered is None:
+            sam = build_architecture(numbers, stated or "compact", str(path))
+        elif registered is not None and stated in ("", registered):
+            sam = build_registered(registered)
+        elif numbers is not None:
+            sam = build_architecture(numbers, stated, str(path))
+        else:
+            raise UserError(
+                f"{path}: holds a SAM of another size than ViT-B, ViT-L and ViT-H, and does not state its "
+                f"architecture; keep {standalone.ARCHITECTURE} of the export beside it, or use the .safetensors file "
+                "of the training or export"
+            )
+        return at_size(sam, state[POSITION].shape[1] * sam.patch_size)
 
 
-def read_architecture(path: Path, metadata: dict[str, str]) -> CompactArchitecture:
-    """Return the architecture of a compact SAM from its file's metadata."""
+def read_architecture(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the architecture that a weights file states, or `architecture.json` beside it; None without one."""
+    beside = path.with_name(standalone.ARCHITECTURE)
+    source = path
     try:
-        numbers = json.loads(metadata.get("architecture", ""))
-    except json.JSONDecodeError:
-        numbers = None
-    exported = path.with_name(ARCHITECTURE)
-    if numbers is None and exported.is_file():
-        try:
-            stated = json.loads(exported.read_text(encoding="utf-8"))
-            numbers = {name: stated[name] for name in CompactArchitecture.__dataclass_fields__}
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{exported}: not an export's architecture ({error}); export the model again") from None
+        if "architecture" in metadata:
+            numbers = json.loads(metadata["architecture"])
+        elif beside.is_file():
+            source, numbers = beside, json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return None
+    except ValueError as error:
+        raise UserError(f"{source}: no readable architecture ({error}); export the model again") from None
     if not isinstance(numbers, dict):
-        raise UserError(
-            f"{path}: holds a SAM of another size than ViT-B, ViT-L and ViT-H, and does not state its architecture; "
-            f"keep {ARCHITECTURE} of the export beside it, or use the .safetensors file of the training or export"
-        )
-    return CompactArchitecture.from_mapping(numbers, str(path))
+        raise UserError(f"{source}: no readable architecture; export the model again")
+    return numbers
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a weights file: its tensors on the CPU, and its metadata (empty for .pth)."""
+    if (path / CONFIG).is_file():
+        return read_hub_folder(path)
     try:
         with path.open("rb") as file:
             head = file.read(64).lstrip()
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file; run `dvc repro weights`, or name another") from None
     except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; expected a weights file") from None
+        raise UserError(
+            f"{path}: is a folder without {CONFIG}; expected a weights file or a model of the Hub"
+        ) from None
     if re.match(rb"\s*<[!?a-zA-Z]", head):  # a safetensors file too may begin with "<": its header's length
         raise UserError(f"{path}: an HTML page, not weights; fetch the file again and check its address")
     try:
@@ -209,26 +258,13 @@ def weights_metadata(path: Path) -> dict[str, str]:
 
 
 def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None = None) -> None:
-    """Write segment_anything's keys as safetensors, atomically, low-rank updates merged; adapters keep keys of their
-    own.
+    """Write the model's own keys as safetensors, atomically, low-rank updates merged; adapters keep keys of their own.
 
     Args:
-        name: compact, vit_b, vit_l or vit_h. metadata: further entries; the compact one's architecture is added.
+        name: model.name of params.yaml. metadata: further entries; name, side and architecture are added.
     """
-    encoder, decoder = sam.image_encoder, sam.mask_decoder
-    notes = {"name": name, "image_size": str(encoder.img_size)} | (metadata or {})
-    if name == "compact":
-        attention = encoder.blocks[0].attn
-        trained_grid = (attention.rel_pos_h.shape[0] + 1) // 2  # whatever side `at_size` has set since
-        numbers = {
-            "image_size": trained_grid * patch_size(sam),
-            "patch_size": patch_size(sam),
-            "width": encoder.get_parameter("pos_embed").shape[-1],
-            "depth": len(encoder.blocks),
-            "num_heads": attention.num_heads,
-            "prompt_width": decoder.transformer_dim,
-            "decoder_mlp": decoder.transformer.layers[0].mlp.lin1.out_features,
-        }
-        notes["architecture"] = json.dumps(numbers)
+    notes = {"name": name, "image_size": str(sam.side)} | (metadata or {})
+    if name not in WIDTHS.values():
+        notes["architecture"] = json.dumps(sam.architecture(), sort_keys=True)
     state = {key: value.detach().cpu().contiguous() for key, value in merged_lora_state(sam).items()}
     write_bytes_atomic(path, safetensors_bytes(state, notes))

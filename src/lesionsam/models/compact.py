@@ -1,22 +1,15 @@
-"""Build the compact SAM: segment_anything's own modules, unmodified, with small numbers.
+"""The numbers of the compact SAM.
 
-It replaces SAM where published weights cannot be fetched, in tests, and for a first try within a minute. Kirillov et
-al. 2023, arXiv:2304.02643, built as in segment_anything.build_sam.
+It replaces SAM where published weights cannot be fetched, in tests, and for a first try within a minute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
-
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import nn
 
 from lesionsam.errors import UserError
 
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 MAX_STATED = 16_384  # of any number in a file's metadata: beyond it a model would not be built, but the memory filled
 
 
@@ -75,38 +68,23 @@ class CompactArchitecture:
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
 
-
-def build_compact(architecture: CompactArchitecture) -> Sam:
-    """Build a Sam of this architecture with random weights (torch's global generator), in eval mode."""
-    a = architecture
-    encoder = ImageEncoderViT(
-        img_size=a.image_size,
-        patch_size=a.patch_size,
-        embed_dim=a.width,
-        depth=a.depth,
-        num_heads=a.num_heads,
-        mlp_ratio=4,
-        out_chans=a.prompt_width,
-        qkv_bias=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=0,
-        global_attn_indexes=tuple(range(a.depth)),
-    )
-    prompt_encoder = PromptEncoder(
-        embed_dim=a.prompt_width,
-        image_embedding_size=(a.grid, a.grid),
-        input_image_size=(a.image_size, a.image_size),
-        mask_in_chans=16,
-    )
-    decoder = MaskDecoder(
-        num_multimask_outputs=3,
-        transformer_dim=a.prompt_width,
-        iou_head_depth=3,
-        iou_head_hidden_dim=64,
-        transformer=TwoWayTransformer(depth=2, embedding_dim=a.prompt_width, mlp_dim=a.decoder_mlp, num_heads=4),
-    )
-    sam = Sam(encoder, prompt_encoder, decoder, pixel_mean=list(PIXEL_MEAN), pixel_std=list(PIXEL_STD))
-    # segment_anything starts the position embedding at 0, for checkpoints to fill.
-    nn.init.trunc_normal_(encoder.get_parameter("pos_embed"), std=0.02)
-    return sam.eval()
+    def numbers(self) -> dict:
+        """Return the numbers of `standalone.build`."""
+        return {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "width": self.width,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_dim": 4 * self.width,
+            "window_size": 0,
+            "global_attn_indexes": list(range(self.depth)),
+            "prompt_width": self.prompt_width,
+            "mask_in_chans": 16,
+            "decoder_depth": 2,
+            "decoder_num_heads": 4,
+            "decoder_mlp": self.decoder_mlp,
+            "num_multimask_outputs": 3,
+            "iou_head_depth": 3,
+            "iou_head_hidden_dim": 64,
+        }

@@ -1,4 +1,4 @@
-"""Store a fine-tuned SAM: as plain segment_anything weights, or as a small file beside the pretrained ones.
+"""Store a fine-tuned SAM: as plain weights, or as a small file beside the pretrained ones.
 
 Low-rank updates are added to the weights that they update and leave no trace. Bottleneck adapters hold a non-linearity
 and cannot be merged: they keep keys of their own, and only this project reads them.
@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from segment_anything.modeling import Sam
 
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
+from lesionsam.models.sam import Sam
 from lesionsam.utils.files import sha256_file, write_bytes_atomic
 
 TUNED = "tuned"  # metadata key that marks a small file
@@ -68,7 +68,7 @@ def attach(sam: Sam, strategy: Strategy, *, seed: int = 0) -> None:
 
 
 def merged_state(sam: Sam) -> dict[str, torch.Tensor]:
-    """Return a state dict that loads into plain segment_anything: its keys, shapes and behaviour.
+    """Return a state dict that loads into the plain model: its keys, shapes and behaviour.
 
     Raises:
         UserError: the model carries adapters, which no plain model can hold.
@@ -76,7 +76,7 @@ def merged_state(sam: Sam) -> dict[str, torch.Tensor]:
     if adapters.has_adapters(sam):
         raise UserError(
             "model.encoder: adapters cannot be merged into SAM's own weights (they hold a GELU of their own), so there "
-            "is no plain segment_anything file of this model; train with lora, blocks or none to export one"
+            "is no plain file of this model; train with lora, blocks or none to export one"
         )
     return lora.merged_lora_state(sam)
 
@@ -113,14 +113,14 @@ def save_tuned(
 
     Args:
         sam: with its adapters or updates attached; what requires a gradient is saved.
-        name: compact, vit_b, vit_l or vit_h. base: the pretrained weights file that was trained on.
+        name: model.name of params.yaml. base: the pretrained weights file that was trained on.
         base_state: its tensors, see `checkpoint.read_weights`.
     """
     state = {_short(key): p.detach().cpu().contiguous() for key, p in sam.named_parameters() if p.requires_grad}
     notes = {
         TUNED: strategy.encoder,
         "name": name,
-        "image_size": str(sam.image_encoder.img_size),
+        "image_size": str(sam.side),
         "base": base.name,
         "base_sha256": sha256_file(base),
         "base_tensors_sha256": tensors_sha256(base_state),

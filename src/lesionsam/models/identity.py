@@ -21,12 +21,16 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
 
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
-    digest, encoder = hashlib.sha256(), sam.image_encoder
-    digest.update(code_digest("models.prefix", without=NO_RESULT).encode())
-    for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (encoder, *encoder.blocks)})):
+    digest = hashlib.sha256(str(sam.frame).encode())
+    for module in ("models.prefix", sam.__module__.removeprefix("lesionsam.")):
+        digest.update(code_digest(module, without=NO_RESULT).encode())
+    for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (sam.encoder, *sam.blocks)})):
         digest.update(source_digest(Path(path)).encode())
-    tensors = {"pos_embed": encoder.pos_embed} if encoder.pos_embed is not None else {}
+    tensors = {}
     for name, module in frozen_parts(sam, num_blocks):
+        if isinstance(module, nn.Parameter):
+            tensors[name] = module
+            continue
         for inner, part in module.named_modules():
             digest.update(f"{name}.{inner} {type(part).__qualname__} {plain_settings(part)}".encode())
         tensors |= {f"{name}.{inner}": value for inner, value in [*module.named_parameters(), *module.named_buffers()]}
@@ -36,14 +40,13 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
     return digest.hexdigest()
 
 
-def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the encoder's leading part; `num_blocks` as `prefix.num_frozen_blocks` counts, from 0."""
-    encoder = sam.image_encoder
-    yield "patch_embed", encoder.patch_embed
-    for k, block in enumerate(encoder.blocks[:num_blocks]):
+def frozen_parts(sam: Sam, num_blocks: int) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+    """Yield the modules of the encoder's leading part; `num_blocks` as `prefix.num_frozen_blocks` counts, from 0."""
+    yield from sam.stem()
+    for k, block in enumerate(sam.blocks[:num_blocks]):
         yield f"blocks.{k}", block
-    if num_blocks > len(encoder.blocks):
-        yield "neck", encoder.neck
+    if num_blocks > len(sam.blocks):
+        yield from sam.neck()
 
 
 def plain_settings(module: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Low-rank updates of the attention's qkv and proj (LoRA, Hu et al. 2021, arXiv:2106.09685). Only this module imports
-peft.
+"""Low-rank updates of the attention's linear layers (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+Only this module imports peft.
 
 W x becomes W x + (alpha / rank) B A dropout(x) with A (rank, in) random and B (out, rank) zero, so that the model
 starts as the pretrained one. peft wraps each layer: its weight is then called `qkv.base_layer.weight` and the factors
@@ -11,19 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.errors import UserError
 from lesionsam.models.adapters import chosen_blocks
+from lesionsam.models.sam import Sam
 
-TARGETS = ("qkv", "proj")  # of a block's attention
 MARK = ".lora_"  # in the names of the factors
 ADAPTER_NAME = "default"  # peft's
 
 
 def attach_lora(sam: Sam, *, rank: int, alpha: float, dropout: float, last_k: int, seed: int) -> None:
-    """Attach low-rank updates to qkv and proj of the last K blocks, 0 = all; nothing else changes.
+    """Attach low-rank updates to the attention of the last K blocks, 0 = all; nothing else changes.
 
     Args:
         rank: of the update. alpha: the update counts alpha / rank times. dropout: of the update's input, in training.
@@ -34,10 +34,12 @@ def attach_lora(sam: Sam, *, rank: int, alpha: float, dropout: float, last_k: in
     if rank < 1:
         raise UserError(f"model.lora_rank: expected at least 1, got {rank}; model.encoder: none trains no encoder part")
     chosen = [id(block) for block in chosen_blocks(sam, last_k, "model.lora_last_k")]
-    numbers = [k for k, block in enumerate(sam.image_encoder.blocks) if id(block) in chosen]
+    if not sam.lora_targets:
+        raise UserError(f"model.encoder: {sam.name} has no attention for low-rank updates; choose blocks or none")
     from peft import LoraConfig, inject_adapter_in_model  # here, as it takes seconds to import
 
-    targets = [f"image_encoder.blocks.{k}.attn.{name}" for k in numbers for name in TARGETS]
+    blocks = [name for name, module in sam.named_modules() if id(module) in chosen]
+    targets = [f"{block}.{name}" for block in blocks for name in sam.lora_targets]
     trains = {name: p.requires_grad for name, p in sam.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling import Sam
 
-from lesionsam.models.attention import run_blocks
-from lesionsam.models.sam import embed, encode
-from lesionsam.models.transforms import preprocess
+from lesionsam.models.sam import Sam, encode, parameters_of
 from lesionsam.types import Batch
 
 
 def num_frozen_blocks(sam: Sam) -> int:
-    """Return the number of frozen leading blocks (with the patch embedding); -1 if the embedding trains.
+    """Return the number of frozen leading blocks (with the stem); -1 if the stem trains.
 
     The neck counts as one block more: blocks + 1 where nothing of the encoder trains.
     """
-    encoder = sam.image_encoder
-    if any(p.requires_grad for p in encoder.patch_embed.parameters()) or (
-        encoder.pos_embed is not None and encoder.pos_embed.requires_grad
-    ):
+    if any(p.requires_grad for p in parameters_of(sam.stem())):
         return -1
-    stages = [*encoder.blocks, encoder.neck]
-    training = (k for k, stage in enumerate(stages) if any(p.requires_grad for p in stage.parameters()))
-    return next(training, len(stages))
+    stages = [*(block.parameters() for block in sam.blocks), parameters_of(sam.neck())]
+    return next((k for k, stage in enumerate(stages) if any(p.requires_grad for p in stage)), len(stages))
 
 
 def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """Run the encoder's leading part.
 
     Args:
-        images: (B, 3, S, S) preprocessed. num_blocks: as `num_frozen_blocks` counts them, the neck as the last.
+        images: (B, 3, S, S) normalised. num_blocks: as `num_frozen_blocks` counts them, the neck as the last.
     Returns:
-        (B, H', W', width) tokens after patch embedding and `num_blocks` blocks; features (B, C, H', W') with the neck.
+        tokens (B, ...) after the stem and `num_blocks` blocks; features (B, C, H', W') with the neck.
     """
-    encoder = sam.image_encoder
-    tokens = run_blocks(encoder, embed(sam, images), 0, num_blocks)
-    return encoder.neck(tokens.permute(0, 3, 1, 2)) if num_blocks > len(encoder.blocks) else tokens
+    tokens = sam.run_blocks(sam.embed(images), 0, num_blocks)
+    return sam.finish(tokens) if num_blocks > len(sam.blocks) else tokens
 
 
 def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -44,10 +36,8 @@ def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tens
 
     Tokens in half precision are continued in the precision of the weights, as the encoder's residual stream is.
     """
-    encoder = sam.image_encoder
-    tokens = tokens.to(torch.promote_types(tokens.dtype, encoder.get_parameter("patch_embed.proj.weight").dtype))
-    tokens = run_blocks(encoder, tokens, num_blocks)
-    return tokens if num_blocks > len(encoder.blocks) else encoder.neck(tokens.permute(0, 3, 1, 2))
+    tokens = tokens.to(torch.promote_types(tokens.dtype, next(sam.encoder.parameters()).dtype))
+    return tokens if num_blocks > len(sam.blocks) else sam.finish(sam.run_blocks(tokens, num_blocks))
 
 
 @torch.no_grad()
@@ -61,7 +51,7 @@ def encode_frozen(
     autocast both are rounded to bfloat16 (the features after they were computed from exact tokens).
 
     Args:
-        images: (B, 3, S, S) preprocessed. num_blocks: from 0, see `num_frozen_blocks`.
+        images: (B, 3, S, S) normalised. num_blocks: from 0, see `num_frozen_blocks`.
         reference: the pretrained SAM, whose leading `num_blocks` blocks equal the student's; None: no features wanted.
     Returns:
         what `encode_prefix` gives, contiguous; features (B, C, H', W') of `reference`, contiguous, or None.
@@ -89,12 +79,12 @@ def frozen_part(
     """Return `encode_frozen` of a batch, or the values that the batch carries from a cache."""
     if batch.prefix is not None and (batch.reference is not None or reference is None):
         return batch.prefix, batch.reference
-    return encode_frozen(sam, preprocess(batch.images, batch.sizes), num_blocks, reference)
+    return encode_frozen(sam, sam.normalize(batch.images, batch.sizes), num_blocks, reference)
 
 
 def encode_batch(sam: Sam, batch: Batch) -> torch.Tensor:
     """Return the features (B, C, H', W') of a batch; its frozen part comes from `frozen_part`."""
     split = num_frozen_blocks(sam)
     if split < 0:
-        return encode(sam, preprocess(batch.images, batch.sizes))
+        return encode(sam, sam.normalize(batch.images, batch.sizes))
     return encode_suffix(sam, frozen_part(sam, batch, split)[0], split)

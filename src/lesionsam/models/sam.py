@@ -1,91 +1,170 @@
-"""Build, encode and decode SAM in batches, with segment_anything's own modules.
+"""The interface to a Segment Anything model, whoever wrote it: encode frames, decode prompts, what trains.
 
-Nothing of segment_anything is changed: `models.attention` and `models.decoder` run its modules' weights.
+Implementations: `models.sam1` on segment_anything's modules (SAM, MedSAM, SlimSAM, the compact SAM) and `models.sam2`
+on transformers' (SAM 2.1, EdgeTAM, SAM 3). Nothing outside this package asks which one it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from segment_anything import modeling, sam_model_registry
+from torch import Tensor, nn
 
 from lesionsam.errors import UserError
-from lesionsam.models.attention import run_blocks
-from lesionsam.models.compact import CompactArchitecture, build_compact
-from lesionsam.models.decoder import decode_groups
-from lesionsam.types import Prompts, to_device
+from lesionsam.models.transforms import image_region
+from lesionsam.types import Frame, Prompts, to_device
 
-Sam: TypeAlias = modeling.Sam  # segment_anything's own class, for the modules that may not import it
-WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
-POSITION = "image_encoder.pos_embed"
-SHOWN_KEYS = 3  # of those that a message could name
+Groups = Sequence[tuple[Tensor | None, Prompts]]
 
 
-def build_sam(name: str, *, image_size: int = 0, architecture: CompactArchitecture | None = None) -> Sam:
-    """Build a SAM with random weights, in eval mode.
+class Sam(nn.Module, ABC):
+    """A SAM: image encoder, prompt encoder and mask decoder.
 
-    Args:
-        name: compact, vit_b, vit_l or vit_h. image_size: side S of the input, pixels; 0 = the model's own.
-        architecture: of the compact one.
+    The encoder is a stem, a list of blocks and a neck. Its features are one tensor (B, C, H', W') whose first
+    `embed_dim` channels are the image embedding; finer feature maps that a decoder takes follow, each folded to the
+    embedding's resolution by pixel_unshuffle.
+
+    Attributes:
+        name: model.name of params.yaml that it answers to. pixel_mean, pixel_std: (3,) or (3, 1, 1) of RGB in 0..255.
+        mask_threshold: logit above which a pixel is foreground.
+        encoder_prefix: how the names of the encoder's parameters begin.
+        lora_targets: names of the linear layers of a block's attention. adapted_parts: names of the parts of a block
+            whose outputs carry an adapter. Both may be empty: the encoder is no list of transformer blocks.
     """
-    sam = build_compact(architecture or CompactArchitecture()) if name == "compact" else sam_model_registry[name]()
-    return at_size(sam, image_size).eval()
+
+    name: str
+    pixel_mean: Tensor
+    pixel_std: Tensor
+    mask_threshold: float = 0.0
+    prompt_encoder: Any
+    mask_decoder: Any
+    encoder_prefix: str
+    lora_targets: tuple[str, ...]
+    adapted_parts: tuple[str, ...] = ("attn", "mlp")
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def frame(self) -> Frame:
+        """Return the frame that the model takes images in."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> int:
+        """Return H' = W', the side of the image embedding in cells; low-resolution masks have 4 H' a side."""
+
+    @property
+    @abstractmethod
+    def embed_dim(self) -> int:
+        """Return the channels of the image embedding."""
+
+    @property
+    @abstractmethod
+    def encoder(self) -> nn.Module:
+        """Return the image encoder."""
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """Return the encoder's blocks in their order."""
+
+    @abstractmethod
+    def stem(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Yield name and module or parameter of what runs before the first block."""
+
+    @abstractmethod
+    def neck(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
+        """Yield name and module or parameter of what makes features of the last tokens."""
+
+    @abstractmethod
+    def resize_input(self, side: int) -> None:
+        """Set the side of the input; `at_size` checks it first."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> int:
+        """Return what the side of the input must be a multiple of, pixels."""
+
+    @abstractmethod
+    def architecture(self) -> dict:
+        """Return JSON values from which `checkpoint.build_architecture` makes the same model with random weights."""
+
+    @property
+    def side(self) -> int:
+        """Return S, the side of the input, pixels."""
+        return self.frame.side
+
+    # ---- what it computes --------------------------------------------------------------------------------------------
+
+    def normalize(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Return pixels as the encoder takes them.
+
+        Args:
+            images: (B, 3, S, S) uint8 RGB. sizes: (B, 2) height and width of the image part.
+        Returns:
+            (B, 3, S, S) float32: (x - mean) / std inside the image part, 0 on the padding.
+        """
+        mean, std = (value.to(images.device).view(1, 3, 1, 1) for value in (self.pixel_mean, self.pixel_std))
+        return (images.float() - mean) / std * image_region(sizes, images.shape[-1])[:, None]
+
+    @abstractmethod
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Return the tokens before the first block, (B, 3, S, S) normalised -> (B, ...)."""
+
+    @abstractmethod
+    def run_blocks(self, tokens: Tensor, start: int, stop: int | None = None) -> Tensor:
+        """Run tokens through blocks `start` to `stop` (exclusive; None = all)."""
+
+    @abstractmethod
+    def finish(self, tokens: Tensor) -> Tensor:
+        """Run the neck: tokens after the last block -> features (B, C, H', W')."""
+
+    @abstractmethod
+    def decode_groups(self, features: Tensor, groups: Groups, chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Decode groups of prompts, each group of one kind.
+
+        Args:
+            features: (B, C, H', W'). groups: (G,) int64 images and their G prompt sets, model frame; an image may come
+                several times, in any group. None: a single group, every image once and in order.
+            chosen: which of the mask tokens; token 0 is the single mask, the others are the candidates of an ambiguous
+                prompt.
+        Returns:
+            low-resolution logits (R, K, 4H', 4W') and predicted IoUs (R, K) of the K chosen tokens, R the sum of all
+            G, group by group.
+        """
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """Return the image embedding (B, embed_dim, H', W') of features."""
+        return features[:, : self.embed_dim]
 
 
 def at_size(sam: Sam, image_size: int) -> Sam:
-    """Set the side of the model's input: position embeddings are interpolated.
-
-    Relative positions keep their size, that of the grid they were trained on: SAM's blocks interpolate those of global
-    attention as they run, and windows do not change.
+    """Set the side of the model's input.
 
     Args:
         image_size: S, pixels; 0 leaves the model as it is.
     Raises:
         UserError: a side that the patch does not divide.
     """
-    encoder = sam.image_encoder
-    if image_size in (0, encoder.img_size):
-        return sam
-    patch = patch_size(sam)
-    if image_size < patch or image_size % patch:
-        raise UserError(f"model.image_size: expected a multiple of the patch, {patch}, got {image_size}")
-    grid = image_size // patch
-    position = encoder.get_parameter("pos_embed")
-    # Antialiased also where it grows: torch's other bicubic kernel turns a ramp into stairs.
-    resized = F.interpolate(
-        position.detach().permute(0, 3, 1, 2), size=(grid, grid), mode="bicubic", align_corners=False, antialias=True
-    )
-    encoder.pos_embed = torch.nn.Parameter(resized.permute(0, 2, 3, 1).contiguous(), position.requires_grad)
-    encoder.img_size = image_size
-    prompt_encoder = sam.prompt_encoder
-    prompt_encoder.image_embedding_size, prompt_encoder.input_image_size = (grid, grid), (image_size, image_size)
-    prompt_encoder.mask_input_size = (4 * grid, 4 * grid)
+    if image_size not in (0, sam.side):
+        if image_size < sam.patch_size or image_size % sam.patch_size:
+            raise UserError(f"model.image_size: expected a multiple of {sam.patch_size} ({sam.name}), got {image_size}")
+        sam.resize_input(image_size)
     return sam
 
 
-def patch_size(sam: Sam) -> int:
-    """Return the side of a patch, pixels."""
-    return sam.image_encoder.get_parameter("patch_embed.proj.weight").shape[-1]
-
-
-def encode(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """Encode preprocessed images, (B, 3, S, S) -> (B, C, H', W')."""
-    encoder = sam.image_encoder
-    return encoder.neck(run_blocks(encoder, embed(sam, images), 0).permute(0, 3, 1, 2))
-
-
-def embed(sam: Sam, images: torch.Tensor) -> torch.Tensor:
-    """Return the tokens before the first block, (B, 3, S, S) preprocessed -> (B, H', W', width), positions added."""
-    tokens, position = sam.image_encoder.patch_embed(images), sam.image_encoder.pos_embed
-    return tokens if position is None else tokens + position
+def encode(sam: Sam, pixels: Tensor) -> Tensor:
+    """Encode normalised images, (B, 3, S, S) -> features (B, C, H', W')."""
+    return sam.finish(sam.run_blocks(sam.embed(pixels), 0))
 
 
 def decode(
-    sam: Sam, features: torch.Tensor, prompts: Prompts, multimask: bool = False, *, rows: Sequence[int] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sam: Sam, features: Tensor, prompts: Prompts, multimask: bool = False, *, rows: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Decode prompts, each on its image of a batch.
 
     Args:
@@ -96,4 +175,18 @@ def decode(
         low_res_masks (R, 1 or 3, 4H', 4W') logits and iou_predictions (R, 1 or 3).
     """
     images = None if rows is None else to_device(torch.tensor(rows, dtype=torch.int64), features.device)
-    return decode_groups(sam, features, [(images, prompts)], slice(1, None) if multimask else slice(0, 1))
+    return sam.decode_groups(features, [(images, prompts)], slice(1, None) if multimask else slice(0, 1))
+
+
+def parameters_of(parts: Iterator[tuple[str, nn.Module | nn.Parameter]]) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the stem or neck."""
+    for _, part in parts:
+        yield from (part.parameters() if isinstance(part, nn.Module) else [part])
+
+
+def sam_of(module: nn.Module) -> Sam:
+    """Return the SAM of a method's model, which holds it as the submodule `sam`."""
+    sam = module.get_submodule("sam")
+    if not isinstance(sam, Sam):
+        raise TypeError(f"sam: expected a Sam, got {type(sam).__name__}")
+    return sam

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from segment_anything.modeling import Sam
 from torch import nn
 
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
+from lesionsam.models.sam import Sam, parameters_of
 
 
 def select_trainable(
@@ -17,23 +17,21 @@ def select_trainable(
     """Set `requires_grad` of every parameter.
 
     Args:
-        encoder: `none`; `blocks` for transformer blocks and the neck; `adapter` or `lora` for what
+        encoder: `none`; `blocks` for blocks and the neck; `adapter` or `lora` for what
             `models.finetuned.attach` put in.
         unfreeze_last_k: with blocks: the last K blocks and the neck; 0 = the whole encoder.
         train_decoder: the mask decoder trains. train_prompt_encoder: the prompt encoder; None = as the decoder.
     Raises:
         UserError: K beyond the number of blocks, or nothing left to train.
     """
-    blocks = sam.image_encoder.blocks
+    blocks = sam.blocks
     if unfreeze_last_k > len(blocks):
         raise UserError(
             f"model.unfreeze_last_k: expected 0 to {len(blocks)} (the encoder's blocks), got {unfreeze_last_k}"
         )
     sam.requires_grad_(False)
     if encoder == "blocks":
-        parts: Iterable[nn.Module] = [sam.image_encoder]
-        if unfreeze_last_k:
-            parts = [*blocks[len(blocks) - unfreeze_last_k :], sam.image_encoder.neck]
+        parts: Iterable[nn.Module] = blocks[len(blocks) - unfreeze_last_k :] if unfreeze_last_k else [sam.encoder]
         for part in parts:
             part.requires_grad_(True)
     mark = {"adapter": adapters.MARK, "lora": lora.MARK}.get(encoder)
@@ -41,6 +39,8 @@ def select_trainable(
         if mark is not None and mark in name:
             p.requires_grad_(True)
     sam.mask_decoder.requires_grad_(train_decoder)
+    for p in parameters_of(sam.neck()):
+        p.requires_grad_(encoder == "blocks")
     sam.prompt_encoder.requires_grad_(train_decoder if train_prompt_encoder is None else train_prompt_encoder)
     if not any(p.requires_grad for p in sam.parameters()):
         raise UserError(
@@ -54,17 +54,18 @@ def trained_counts(module: nn.Module) -> dict[str, int]:
     Parts without trained parameters are left out.
     """
     marks = {
-        "adapters": adapters.MARK,
-        "lora": lora.MARK,
-        "encoder": "image_encoder.",
-        "decoder": "mask_decoder.",
-        "prompt_encoder": "prompt_encoder.",
-        "head": "head.",
+        adapters.MARK: "adapters",
+        lora.MARK: "lora",
+        "image_encoder.": "encoder",
+        "vision_encoder.": "encoder",
+        "mask_decoder.": "decoder",
+        "prompt_encoder.": "prompt_encoder",
+        "head.": "head",
     }
     counts: dict[str, int] = {}
     for name, p in module.named_parameters():
         if p.requires_grad:
-            part = next((part for part, mark in marks.items() if mark in name), "other")
+            part = next((part for mark, part in marks.items() if mark in name), "other")
             counts[part] = counts.get(part, 0) + p.numel()
     return counts
 

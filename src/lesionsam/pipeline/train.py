@@ -17,7 +17,7 @@ from lesionsam.experiment.history import History
 from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key
-from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_side, open_data, selection_key, train
+from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_frame, open_data, selection_key, train
 from lesionsam.models.checkpoint import read_weights, save_sam
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
@@ -51,7 +51,7 @@ def train_model(config: Config) -> Trained:
     folder = scratch / run_key(config, samples, weights)
     with file_lock(scratch / "lock", "training"):
         begin(folder, origin_of(config, samples, weights))
-        data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
+        data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
         score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
         with _tracked(config, folder) as tracker:
             trained = _train(config, data, weights, folder, tracker)

@@ -68,7 +68,7 @@ def _own(name: str, checkpoint: Path) -> dict[str, object]:
     else:
         from lesionsam.models.checkpoint import load_sam  # here, as it takes seconds to import and is seldom needed
 
-        side = load_sam(name, checkpoint).image_encoder.img_size
+        side = load_sam(name, checkpoint).side
     target = PRETRAINED / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")
     copy_atomic(checkpoint, target)
     if (architecture := checkpoint.with_name("architecture.json")).is_file():  # a compact SAM's exported .pth needs it

@@ -15,6 +15,7 @@ from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.methods.grid import to_grid
 from lesionsam.pretraining.shape_prompts import Targets
+from lesionsam.types import Frame
 
 INDEX, BOXES, CACHE = Path("data/raw/index.csv"), Path("data/boxes.csv"), Path(".cache/frames")
 NUM_MEASURED = 100  # development images that progress is measured on, at most
@@ -80,7 +81,7 @@ def open_pool(config: Config, side: int, grid: int, root: Path) -> tuple[DataPoo
         sets.append(
             open_dataset(
                 chosen,
-                side,
+                Frame(side),
                 root / CACHE,
                 with_masks=True,
                 threshold_masks=threshold,

@@ -33,16 +33,17 @@ from lesionsam.config.schema import Foundation
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.checkpoint import save_sam
-from lesionsam.models.compact import CompactArchitecture, build_compact
+from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
-from lesionsam.models.transforms import preprocess, resize_longest
+from lesionsam.models.sam1 import build_numbers
+from lesionsam.models.transforms import resize_to_frame
 from lesionsam.pretraining import shape_prompts
 from lesionsam.pretraining.card import card_text, current_commit, describe_machine
 from lesionsam.pretraining.data import DataPool, open_pool
 from lesionsam.pretraining.shape_prompts import Targets, make_targets
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Prompts
+from lesionsam.types import Frame, Prompts
 from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic
 from lesionsam.utils.images import read_image, read_mask
 
@@ -102,7 +103,7 @@ def pretrain(
     architecture = architecture or CompactArchitecture()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    sam = build_compact(architecture).train()
+    sam = build_numbers(architecture.numbers()).train()
     average = copy.deepcopy(sam).requires_grad_(False).eval()
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
@@ -154,7 +155,7 @@ def pretrain(
 
 def step_loss(sam: Sam, batch: Targets, generator: torch.Generator) -> Tensor:
     """Return the loss of three decodings: 2 BCE + Dice on the low-resolution grid, and the IoU head's squared error."""
-    features = encode(sam, preprocess(batch.images, batch.sizes))
+    features = encode(sam, sam.normalize(batch.images, batch.sizes))
     targets = F.adaptive_avg_pool2d(batch.masks.float(), batch.priors.shape[-1])
     boxed = shape_prompts.box_prompts(batch, generator)
     pointed = shape_prompts.point_prompts(batch, generator)
@@ -203,7 +204,7 @@ def read_probe(folder: Path, architecture: CompactArchitecture) -> Targets:
         image = read_image(path)
         mask_path = folder / "masks" / "train" / f"{path.stem}.png"
         mask = Image.fromarray(read_mask(mask_path, (image.shape[1], image.shape[0])))
-        resized = resize_longest(image, side)
+        resized = resize_to_frame(image, Frame(side))
         height, width = resized.shape[:2]
         pixels, truth = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
         pixels[:height, :width] = resized
@@ -242,7 +243,7 @@ def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
         ious: dict[str, list[Tensor]] = {}
         for part in torch.arange(len(targets)).split(32):
             batch = targets[part]
-            features = encode(sam, preprocess(batch.images, batch.sizes))
+            features = encode(sam, sam.normalize(batch.images, batch.sizes))
             logits = {"prior": batch.priors[:, None]}
             for kind in MEASURED:
                 prompts = draw_prompts(kind, batch.big, batch.small, num_points=10, generator=generator)

@@ -23,7 +23,7 @@ from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.build import build_method, prepare_sam
 from lesionsam.experiment.resume import training_digest
-from lesionsam.experiment.run import Data, input_side, open_data
+from lesionsam.experiment.run import Data, input_frame, open_data
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
@@ -69,7 +69,7 @@ class PreparedData:
         """Return training images, and the development images that trials are scored on."""
         size = config.model.image_size
         if size not in self._data:
-            self._data[size] = open_data(config, self.seen, side=input_side(config, self.weights), cache=CACHE)
+            self._data[size] = open_data(config, self.seen, frame=input_frame(config, self.weights), cache=CACHE)
         return self._data[size]
 
     def digest(self) -> str:
@@ -157,7 +157,7 @@ def num_blocks(config: Config, prepared: PreparedData) -> int:
     """Return the number of transformer blocks of the prepared model's encoder."""
     if config.model.name in NUM_BLOCKS:
         return NUM_BLOCKS[config.model.name]
-    return len(load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).image_encoder.blocks)
+    return len(load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).blocks)
 
 
 def idle_gate(config: Config, prepared: PreparedData, space: Sequence[Dimension]) -> str | None:
