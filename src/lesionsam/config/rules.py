@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionsam.config.schema import CocoData, Config, FolderData
-from lesionsam.config.schema_method import NUM_BLOCKS, PATCH
+from lesionsam.config.zoo import known
 
 UNREAD = "own"  # path of an input that is not read; the repository has this folder
 
@@ -40,13 +40,22 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
             yield Issue("data.dev_fraction", "expected a number above 0 when data.test_split is val, got 0")
     if has("model.image_size") and 0 < v["model.image_size"] < 32:
         yield Issue("model.image_size", f"expected 0 or an integer from 32 to 4096, got {v['model.image_size']}")
-    if str(v.get("model.name", "")).startswith("vit_") and v.get("model.image_size", 0) % PATCH:
-        side, below = v["model.image_size"], v["model.image_size"] // PATCH * PATCH
-        nearest = f"the nearest are {below} and {below + PATCH}"
-        yield Issue("model.image_size", f"expected a multiple of {PATCH} (SAM's patch), got {side}; {nearest}")
+    model = known(v.get("model.name"))
+    if v.get("model.image_size", 0) % model.multiple:
+        side, below = v["model.image_size"], v["model.image_size"] // model.multiple * model.multiple
+        nearest = f"the nearest are {below} and {below + model.multiple}"
+        yield Issue(
+            "model.image_size", f"expected a multiple of {model.multiple} ({v['model.name']}), got {side}; {nearest}"
+        )
+    if v.get("model.encoder") in ("adapter", "lora") and not model.attention:
+        yield Issue(
+            "model.encoder",
+            f"expected none or blocks: {v['model.name']} has no attention for {v['model.encoder']}, got "
+            f"{v['model.encoder']}",
+        )
     if has("model.name", "model.checkpoint") and v["model.name"] == "compact" and v["model.checkpoint"] == "published":
         yield Issue("model.checkpoint", "expected a file when model.name is compact, got published")
-    most = NUM_BLOCKS.get(v.get("model.name", ""), 64)
+    most = model.blocks
     for key in ("model.unfreeze_last_k", "model.adapter_last_k", "model.lora_last_k"):
         if v.get(key, 0) > most:
             yield Issue(key, f"expected at most {most}, the blocks of {v['model.name']}, got {v[key]}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lesionsam.config.zoo import ZOO
+
 MAX_ENTROPY = 0.6932  # ln 2, rounded up
-NUM_BLOCKS = {"vit_b": 12, "vit_l": 24, "vit_h": 32}  # transformer blocks of SAM's own encoders
-PATCH = 16  # side of a patch of SAM's own encoders [px]
+NAME = rf"^({'|'.join(map(re.escape, ZOO))}|[\w.-]+(/[\w.-]+)+)$"
 
 
 class Section(BaseModel):
@@ -22,9 +24,14 @@ LAST_K = "in the last K transformer blocks; 0 = in all"
 
 
 class AnyModel(Section):
-    name: Literal["compact", "vit_b", "vit_l", "vit_h"] = Field(description="compact | vit_b | vit_l | vit_h")
+    name: str = Field(
+        pattern=NAME,
+        title=f"{', '.join(ZOO)}, a model of the Hugging Face Hub (OWNER/NAME) or a folder",
+        description="compact | vit_b | sam2.1-tiny | sam3 | ..., a model of the Hub (OWNER/NAME) or a folder",
+    )
+    revision: str = Field(default="main", min_length=1, description="branch, tag or commit of a model of the Hub")
     checkpoint: str = Field(
-        min_length=1, description="file, or `published` for SAM's own weights (downloaded and verified)"
+        min_length=1, description="file, or `published` for the model's own weights (downloaded and verified)"
     )
     image_size: int = Field(ge=0, le=4096, description="side of the model's input [px]; 0 = the model's own")
     train_decoder: bool = Field(description="train the mask decoder")
@@ -51,7 +58,7 @@ class AdapterEncoder(AnyModel):
 class LoraEncoder(AnyModel):
     encoder: Literal["lora"] = Field(description=ENCODER)
     lora_rank: int = Field(
-        ge=1, le=1024, description="rank of the updates of the attention's qkv and proj", examples=[8]
+        ge=1, le=1024, description="rank of the updates of the attention's linear layers", examples=[8]
     )
     lora_alpha: float = Field(gt=0, le=4096, description="the updates are scaled by alpha / rank", examples=[16.0])
     lora_dropout: float = Field(ge=0, lt=1, description="dropout of the updates' input, in training", examples=[0.0])

@@ -21,13 +21,14 @@ import lesionsam
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.export.folders import building, prepare, replace, tidy
-from lesionsam.export.vanilla_sam import plain_state, registry_name
+from lesionsam.export.vanilla_sam import plain_state
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import standalone
 from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.finetuned import merged_state
 from lesionsam.models.sam import Sam
-from lesionsam.models.sam1 import WIDTHS
+from lesionsam.models.sam1 import WIDTHS, Sam1
 from lesionsam.utils.extras import missing_library
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
@@ -78,25 +79,29 @@ class Subject:
     """The model to export.
 
     Attributes:
-        sam: on the CPU, in eval mode. name: compact, vit_b, vit_l or vit_h. weights: its file.
-        sha256: of that file. numbers: see `standalone.numbers_of`. registry: see `vanilla_sam.registry_name`.
+        sam: on the CPU, in eval mode. weights: its file. sha256: of that file. numbers: see `Sam.architecture`.
     """
 
     sam: Sam
-    name: str
     weights: Path
     sha256: str
     numbers: Mapping[str, Any]
-    registry: str | None
+
+    @property
+    def original(self) -> Sam1:
+        """Return the model, which must be one of segment_anything's; UserError otherwise."""
+        if not isinstance(self.sam, Sam1):
+            raise UserError(f"{self.sam.name} is no model of segment_anything; export it as hf or mlflow")
+        return self.sam
 
     @property
     def side(self) -> int:
         """Return S, the side of the model's input in pixels."""
-        return int(self.numbers["image_size"])
+        return self.sam.side
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the weights under segment_anything's keys, see `vanilla_sam.plain_state`."""
-        return plain_state(self.sam)
+        """Return the weights under the keys of the model's own library."""
+        return plain_state(self.sam) if isinstance(self.sam, Sam1) else merged_state(self.sam)
 
     def num_bytes(self) -> int:
         """Return the size of the weights in float32."""
@@ -109,6 +114,7 @@ class Format:
 
     Attributes:
         name: of `--format` and folder. reader: name of the library that loads it. packages: whose versions matter.
+        any_sam: whether it holds every model, not segment_anything's alone.
         write: puts the model's files into an empty folder. reload: loads them from there by the foreign library.
         usage: Markdown on how to load the model and predict.
     """
@@ -119,6 +125,7 @@ class Format:
     write: Callable[[Subject, Path], None]
     reload: Callable[[Subject, Path], Segment]
     usage: Callable[[Subject], str]
+    any_sam: bool = False
 
 
 @dataclass
@@ -194,10 +201,8 @@ def open_subject(weights: Path) -> Subject:
         UserError: see `models.checkpoint.load_sam`.
     """
     sam = load_sam(None, weights).requires_grad_(False)
-    numbers = standalone.numbers_of(sam)
-    return Subject(
-        sam, WIDTHS.get(numbers["width"], "compact"), weights, sha256_file(weights), numbers, registry_name(sam)
-    )
+    numbers = standalone.numbers_of(sam) if isinstance(sam, Sam1) else sam.architecture()
+    return Subject(sam, weights, sha256_file(weights), numbers)
 
 
 def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np.ndarray]]:
@@ -288,6 +293,8 @@ def export(
     for form in formats:
         with building(out, form.name) as folder:
             try:
+                if not form.any_sam:
+                    subject.original  # noqa: B018
                 form.write(subject, folder)
                 check = compare(ours, form.reload(subject, folder), pictures, f"checking {form.name}")
             except UserError as error:
@@ -328,7 +335,7 @@ def card(subject: Subject, form: Format, check: Check, folder: Path) -> dict[str
     return {
         "format": form.name,
         "model": {
-            "name": subject.name,
+            "name": subject.sam.name,
             "weights": subject.weights.as_posix(),
             "weights_sha256": subject.sha256,
             "architecture": dict(subject.numbers),
@@ -353,9 +360,12 @@ def readme(subject: Subject, form: Format, check: Check) -> str:
     header.
     """
     head = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
-    kind = "the compact SAM of LesionSAM" if subject.name == "compact" else f"SAM {subject.name} (Kirillov et al. 2023)"
+    name = subject.sam.name
+    kind = {"compact": "the compact SAM of LesionSAM"} | {
+        known: f"SAM {known} (Kirillov et al. 2023)" for known in WIDTHS.values()
+    }
     used = ", ".join(f"{name} {number}" for name, number in versions(("torch", *form.packages)).items())
-    return f"""{head if form.name == "hf" else ""}# {form.reader}: {kind}
+    return f"""{head if form.name == "hf" else ""}# {form.reader}: {kind.get(name, name)}
 
 Input of {subject.side} px. **Not a medical device**: nothing here has been validated for diagnosis or treatment.
 

@@ -142,4 +142,4 @@ environment from `requirements.txt`.
 """
 
 
-FORMAT = Format("mlflow", "mlflow.pyfunc", ("mlflow", "segment-anything"), write, reload, _usage)
+FORMAT = Format("mlflow", "mlflow.pyfunc", ("mlflow", "segment-anything"), write, reload, _usage, any_sam=True)

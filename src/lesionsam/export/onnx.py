@@ -128,7 +128,7 @@ def write(subject: Subject, folder: Path) -> None:
     import onnx  # noqa: F401  # torch.onnx finds it by itself: named here so that its lack is one clear line
     import onnxscript  # noqa: F401
 
-    sam, side = subject.sam, subject.side
+    sam, side = subject.original, subject.side
     channels, grid = subject.numbers["prompt_width"], side // subject.numbers["patch_size"]
     external = subject.num_bytes() > INLINE_BYTES
     count, points, height, width = Dim("prompts"), Dim("points"), Dim("height", max=side), Dim("width", max=side)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from lesionsam.export.base import Format, Segment, Subject, with_predictor
-from lesionsam.export.vanilla_sam import reload_copied, reload_registry, sam_predictor
+from lesionsam.export.vanilla_sam import registry_name, reload_copied, reload_registry, sam_predictor
 from lesionsam.models import standalone
 from lesionsam.models.checkpoint import weights_metadata
 from lesionsam.models.finetuned import safetensors_bytes
+from lesionsam.models.sam1 import WIDTHS
 
 PTH, SAFETENSORS = "sam.pth", "sam.safetensors"
 
@@ -33,18 +34,21 @@ def write_safetensors(subject: Subject, folder: Path) -> None:
 
     The training's metadata decide how the model predicts without a prompt.
     """
-    notes = weights_metadata(subject.weights) | {"name": subject.name, "image_size": str(subject.side), "format": "pt"}
-    if subject.name == "compact":
-        keys = ("image_size", "patch_size", "width", "depth", "num_heads", "prompt_width", "decoder_mlp")
-        notes["architecture"] = json.dumps({key: subject.numbers[key] for key in keys})
+    notes = weights_metadata(subject.weights) | {
+        "name": subject.sam.name,
+        "image_size": str(subject.side),
+        "format": "pt",
+    }
+    if subject.sam.name not in WIDTHS.values():
+        notes["architecture"] = json.dumps(dict(subject.numbers), sort_keys=True)
     (folder / SAFETENSORS).write_bytes(safetensors_bytes(subject.state(), notes))
     _write_builder(subject, folder)
 
 
 def reload_pth(subject: Subject, folder: Path) -> Segment:
     """Load with segment_anything's registry if it knows the model, otherwise with the builder in the folder."""
-    if subject.registry is not None:
-        return with_predictor(sam_predictor(reload_registry(subject.registry, folder / PTH)))
+    if (name := registry_name(subject.original)) is not None:
+        return with_predictor(sam_predictor(reload_registry(name, folder / PTH)))
     return with_predictor(sam_predictor(reload_copied(folder, PTH)))
 
 
@@ -60,17 +64,18 @@ This format cannot record which prompts the weights were trained with, as `{SAFE
 
 
 def _usage(subject: Subject, weights: str) -> str:
+    name = registry_name(subject.original)
     by_registry = (
         f"""segment_anything builds this model by itself:
 
 ```python
 from segment_anything import SamPredictor, sam_model_registry
-predictor = SamPredictor(sam_model_registry["{subject.registry}"](checkpoint="{weights}"))
+predictor = SamPredictor(sam_model_registry["{name}"](checkpoint="{weights}"))
 ```
 
 or, with the builder in this folder:
 """
-        if subject.registry is not None and weights == PTH
+        if name is not None and weights == PTH
         else """segment_anything's `sam_model_registry` does not build
 this model from this file; the builder in this folder does, out of segment_anything's own modules:
 """

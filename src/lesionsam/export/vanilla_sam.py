@@ -7,17 +7,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import SamPredictor, modeling, sam_model_registry
 
 from lesionsam.models import standalone
 from lesionsam.models.finetuned import merged_state
-from lesionsam.models.sam import Sam
-from lesionsam.models.sam1 import WIDTHS
+from lesionsam.models.sam1 import WIDTHS, Sam1
 
 PUBLISHED_SIDE = 1024
 
 
-def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
+def plain_state(sam: Sam1) -> dict[str, torch.Tensor]:
     """Return segment_anything's keys -> float32 tensors on the CPU, of the shapes that its constructors make.
 
     A model whose input side was changed keeps the relative positions of its training grid, and SAM's blocks interpolate
@@ -39,7 +38,7 @@ def plain_state(sam: Sam) -> dict[str, torch.Tensor]:
     return state
 
 
-def registry_name(sam: Sam) -> str | None:
+def registry_name(sam: Sam1) -> str | None:
     """Return the name under which `sam_model_registry` builds this architecture; None if it does not."""
     numbers = standalone.numbers_of(sam)
     name = WIDTHS.get(numbers["width"])
@@ -49,12 +48,12 @@ def registry_name(sam: Sam) -> str | None:
         return name if standalone.numbers_of(sam_model_registry[name]()) == numbers else None
 
 
-def reload_registry(name: str, path: Path) -> Sam:
+def reload_registry(name: str, path: Path) -> modeling.Sam:
     """Load as segment_anything does: `sam_model_registry[name](checkpoint=path)`."""
     return sam_model_registry[name](checkpoint=str(path)).eval()
 
 
-def reload_copied(folder: Path, weights: str) -> Sam:
+def reload_copied(folder: Path, weights: str) -> modeling.Sam:
     """Load with the builder file that lies beside the weights."""
     spec = importlib.util.spec_from_file_location("load_sam", folder / "load_sam.py")
     if spec is None or spec.loader is None:
@@ -64,6 +63,6 @@ def reload_copied(folder: Path, weights: str) -> Sam:
     return module.load(folder / weights)
 
 
-def sam_predictor(sam: Sam) -> SamPredictor:
+def sam_predictor(sam: modeling.Sam) -> SamPredictor:
     """Return segment_anything's predictor."""
     return SamPredictor(sam)

@@ -23,7 +23,7 @@ from lesionsam.models.hub import CONFIG, read_hub_folder
 from lesionsam.models.lora import merged_lora_state
 from lesionsam.models.sam import Sam, at_size
 from lesionsam.models.sam1 import POSITION, WIDTHS, build_numbers, build_registered
-from lesionsam.models.sam2 import build_sam2, config_class, no_random_weights
+from lesionsam.models.sam2 import Sam2, build_sam2_model, no_random_weights
 from lesionsam.utils.files import whole_number, write_bytes_atomic
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training tools store the weights
@@ -51,8 +51,7 @@ def build_architecture(numbers: Mapping[str, Any], name: str, source: str) -> Sa
     """
     try:
         if "transformers" in numbers:
-            given = dict(numbers["transformers"])
-            return build_sam2(config_class(given.get("model_type", ""), source).from_dict(given), name)
+            return Sam2(build_sam2_model(numbers["transformers"]), name)
         if set(numbers) == set(CompactArchitecture.__dataclass_fields__):
             return build_numbers(CompactArchitecture.from_mapping(numbers, source).numbers(), name)
         return build_numbers(numbers, name)

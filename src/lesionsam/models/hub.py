@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 
 from lesionsam.errors import UserError
 from lesionsam.models import standalone
-from lesionsam.models.sam2 import FAMILIES
+from lesionsam.models.sam import Sam
+from lesionsam.models.sam2 import FAMILIES, SAM3, Sam2, build_sam2_model, no_random_weights, quiet
 
 CONFIG = "config.json"
+FILES = ["*.json", "*.safetensors", "README.md"]
 # segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.
 KEY_MAP = (
     (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
@@ -139,6 +141,42 @@ def original_state(state: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]
     return {key: state[hub_key(key, numbers["iou_head_depth"])] for key in own}
 
 
+def classes_of(sam: Sam) -> tuple[str, str]:
+    """Return the names of transformers' classes of a model and of its processor."""
+    if not isinstance(sam, Sam2):
+        return "SamModel", "SamProcessor"
+    return sam.family.model, "Sam3TrackerProcessor" if sam.family is SAM3 else "Sam2Processor"
+
+
+def to_transformers(sam: Sam, state: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
+    """Return a model and its processor of transformers, at the side of this SAM's input.
+
+    Args:
+        state: the weights under the keys of the SAM's own library, shaped for that side.
+    """
+    import transformers
+
+    side, mask_side = sam.side, 4 * sam.grid
+    if isinstance(sam, Sam2):
+        with no_random_weights():
+            model = build_sam2_model(sam.architecture()["transformers"])
+        model.load_state_dict(dict(state), assign=True)
+        kind = transformers.Sam3ImageProcessor if sam.family is SAM3 else transformers.Sam2ImageProcessor
+        images = kind(size={"height": side, "width": side}, mask_size={"height": mask_side, "width": mask_side})
+        return model.eval(), getattr(transformers, classes_of(sam)[1])(images, target_size=side)
+    numbers = standalone.numbers_of(sam)
+    with torch.device("meta"), quiet():
+        model = transformers.SamModel(config_of(numbers))
+    model.load_state_dict(renamed_state(state, numbers["iou_head_depth"]), assign=True)  # strict
+    images = transformers.SamImageProcessor(
+        size={"longest_edge": side},
+        pad_size={"height": side, "width": side},
+        mask_size={"longest_edge": mask_side},
+        mask_pad_size={"height": mask_side, "width": mask_side},
+    )
+    return model.eval(), transformers.SamProcessor(images)
+
+
 def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a model in the form of the Hub.
 
@@ -158,7 +196,7 @@ def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     kind = getattr(transformers, FAMILIES[model_type].model if model_type != "sam" else "SamModel")
     # B615 is about a hub's revisions; this is a folder on this machine, and nothing else is looked at.
     try:
-        with without_bars():
+        with quiet():
             model, found = kind.from_pretrained(  # nosec B615
                 folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
@@ -195,17 +233,73 @@ def model_type_of(folder: Path) -> str:
         raise UserError(f"{path}: states no model_type ({error}); fetch it again") from None
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Silence transformers' progress bars and notes inside the block; they would break into ours."""
-    from transformers.utils import logging
+@dataclass(frozen=True)
+class Fetched:
+    """A model that lies in a folder.
 
-    was_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    Attributes:
+        facts: of its origin: revision (the commit), licence; what is unknown is left out.
+    """
+
+    folder: Path
+    facts: dict[str, str]
+
+
+def fetch_model(place: str, revision: str) -> Fetched:
+    """Return the folder of a model: `place` itself, or its files fetched from the Hub into the Hub's own cache.
+
+    An interrupted download is resumed by the next call. Without a network the cached files are used.
+
+    Args:
+        place: a folder with config.json, or OWNER/NAME. revision: branch, tag or commit.
+    Raises:
+        UserError: no such model or revision, access that is not granted, no network, no weights as safetensors.
+    """
+    if Path(place).is_dir():
+        model_type_of(Path(place))
+        return Fetched(Path(place), {})
+    from huggingface_hub import constants, errors, snapshot_download
+
+    address = f"{constants.ENDPOINT}/{place}"
     try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if was_on:
-            logging.enable_progress_bar()
+        folder = Path(snapshot_download(place, revision=revision, allow_patterns=FILES))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"model.name: access to {place} must be granted: accept its licence at {address}, then log in with "
+            "`hf auth login` (or set HF_TOKEN)"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"model.name: {address} does not exist, or is private; check the name, or log in with `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"model.revision: {place} has no branch, tag or commit {revision!r}") from None
+    except errors.HFValidationError:
+        raise UserError(
+            f"model.name: no folder {place}, and no name of a model of the Hub (OWNER/NAME); check it"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"model.name: {place} is not in the cache and {constants.ENDPOINT} cannot be reached; connect once, or "
+            "name a folder that holds it"
+        ) from None
+    except (errors.HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"model.name: {place} could not be fetched ({reason}); run again, it resumes") from None
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.name: {place} holds no weights as safetensors; name a file of weights instead")
+    facts = {"revision": folder.name}
+    if licence := _licence(folder / "README.md"):
+        facts["licence"] = licence
+    return Fetched(folder, facts)
+
+
+def _licence(card: Path) -> str:
+    """Return the licence that a model card states; empty without one."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(card).data if card.is_file() else None
+    except (ValueError, OSError):
+        return ""
+    return str(getattr(data, "license_name", None) or getattr(data, "license", None) or "")

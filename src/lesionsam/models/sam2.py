@@ -6,7 +6,8 @@ arXiv:2408.00714; Zhou et al. 2025, arXiv:2501.07256; Carion et al. 2025, arXiv:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lesionsam.errors import UserError
 from lesionsam.models.sam import Groups, Sam
 from lesionsam.types import Frame, Prompts
 
@@ -76,6 +76,8 @@ class Sam2(Sam):
     vision_encoder: Any
     shared_image_embedding: Any
     no_memory_embedding: nn.Parameter
+    family: Family
+    config: Any
 
     def __init__(self, model: Any, name: str) -> None:
         super().__init__()
@@ -156,8 +158,16 @@ class Sam2(Sam):
         return self.side // self.grid
 
     def architecture(self) -> dict:
-        """Return the configuration of transformers."""
-        return {"transformers": self.config.to_diff_dict()}
+        """Return the configuration of transformers, at the present side of the input."""
+        config, grid = copy.deepcopy(self.config), self.grid
+        config.prompt_encoder_config.image_size = self.side
+        vision = config.vision_config
+        vision.backbone_feature_sizes = [[4 * grid, 4 * grid], [2 * grid, 2 * grid], [grid, grid]]
+        if self.family is SAM2:
+            vision.backbone_config.image_size = [self.side, self.side]
+        elif self.family is SAM3:
+            vision.backbone_config.image_size = self.side
+        return {"transformers": config.to_diff_dict()}
 
     def resize_input(self, side: int) -> None:
         """Set the sizes that the modules keep; position embeddings are interpolated or tiled as the model runs."""
@@ -168,7 +178,8 @@ class Sam2(Sam):
         if self.family is SAM3:
             config = self.config.vision_config.backbone_config
             config = type(config).from_dict(config.to_dict() | {"image_size": side})
-            for layer in self.blocks:
+            layers: Sequence[Any] = self.blocks
+            for layer in layers:
                 places = layer.precompute_positions(config, layer.window_size)
                 layer.position_ids = places.to(layer.position_ids.device)
 
@@ -242,8 +253,10 @@ class Sam2(Sam):
                 [(self.side // (4 << k), width) for k, width in enumerate(channels)] if num_blocks else [(self.side, 3)]
             )
         config, ends = self.vision_encoder.backbone.config, self._stage_ends()
-        side, width, shapes = self.side // int(config.patch_stride[0]), config.hidden_size, []
-        for k, block in enumerate(self.blocks[:num_blocks]):
+        side, width = self.side // int(config.patch_stride[0]), int(config.hidden_size)
+        shapes: list[tuple[int, int]] = []
+        blocks: Sequence[Any] = self.blocks
+        for k, block in enumerate(blocks[:num_blocks]):
             side, width = side // (block.query_stride[0] if block.query_stride else 1), block.dim_out
             if k in ends:
                 shapes.append((side, width))
@@ -316,17 +329,20 @@ class Sam2(Sam):
         return table(torch.stack([columns, rows], -1)).permute(2, 0, 1)[None]
 
 
-def config_class(model_type: str, source: str) -> Any:
-    """Return transformers' class of configurations of one of `FAMILIES`.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and notes inside the block; they would break into ours."""
+    from transformers.utils import logging
 
-    Raises:
-        UserError: another model_type; `source` names the file.
-    """
-    if model_type not in FAMILIES:
-        raise UserError(f"{source}: holds a model of type {model_type!r}, expected one of sam, {', '.join(FAMILIES)}")
-    import transformers  # here, as it takes seconds to import
-
-    return getattr(transformers, FAMILIES[model_type].model.removesuffix("Model") + "Config")
+    was_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if was_on:
+            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -338,8 +354,17 @@ def no_random_weights() -> Iterator[None]:
         yield
 
 
-def build_sam2(config: Any, name: str) -> Sam2:
-    """Build the model of a configuration of transformers with random weights."""
-    import transformers
+def build_sam2_model(values: Mapping[str, Any]) -> Any:
+    """Build a model of transformers from the values of its config.json, with random weights.
 
-    return Sam2(getattr(transformers, FAMILIES[config.model_type].model)(config), name)
+    Raises:
+        ValueError: another model_type than those of `FAMILIES`.
+    """
+    if values.get("model_type") not in FAMILIES:
+        raise ValueError(f"model_type {values.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    import transformers  # here, as it takes seconds to import
+
+    kind = FAMILIES[values["model_type"]].model
+    with quiet():
+        config = getattr(transformers, kind.removesuffix("Model") + "Config").from_dict(dict(values))
+        return getattr(transformers, kind)(config)

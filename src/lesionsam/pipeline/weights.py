@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lesionsam.config.load import Config
+from lesionsam.config.zoo import known
 from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
@@ -27,9 +28,14 @@ def prepare_weights(config: Config) -> None:
     model = config.model
     for name in ("weights.json", "sam.pth", "sam.safetensors", "architecture.json"):
         (PRETRAINED / name).unlink(missing_ok=True)
-    known = _published(model.name) if model.checkpoint == "published" else _own(model.name, Path(model.checkpoint))
-    write_json_atomic(PRETRAINED / "weights.json", known)
-    say(f"{known['name']}: {known['source']}, SHA-256 {str(known['sha256'])[:16]}...")
+    if model.checkpoint != "published":
+        facts = _own(model.name, Path(model.checkpoint))
+    elif model.name in CHECKPOINTS:
+        facts = _published(model.name)
+    else:
+        facts = _from_hub(model.name, known(model.name).repo or model.name, model.revision)
+    write_json_atomic(PRETRAINED / "weights.json", facts)
+    say(f"{facts['name']}: {facts['source']}, SHA-256 {str(facts['sha256'])[:16]}...")
 
 
 def _published(name: str) -> dict[str, object]:
@@ -44,6 +50,17 @@ def _published(name: str) -> dict[str, object]:
     return {"name": name, "sha256": sha256, "source": f"{base}/{file}", "image_size": PUBLISHED_SIDE}
 
 
+def _from_hub(name: str, place: str, revision: str) -> dict[str, object]:
+    """Fetch a model of the Hugging Face Hub, or read a folder in its form; return the content of weights.json."""
+    from lesionsam.models.checkpoint import load_sam, save_sam  # here, as they take seconds to import
+    from lesionsam.models.hub import fetch_model
+
+    fetched = fetch_model(place, revision)
+    sam, target = load_sam(None, fetched.folder), PRETRAINED / "sam.safetensors"
+    save_sam(sam, target, name=name, metadata=fetched.facts)
+    return {"name": name, "sha256": sha256_file(target), "source": place, "image_size": sam.side, **fetched.facts}
+
+
 def _header(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file; empty where it is not one, or is cut short."""
     try:
@@ -55,6 +72,8 @@ def _header(path: Path) -> dict[str, str]:
 
 def _own(name: str, checkpoint: Path) -> dict[str, object]:
     """Copy the user's file, once it has proved to hold that model; return the content of weights.json."""
+    if (checkpoint / "config.json").is_file():
+        return _from_hub(name, checkpoint.as_posix(), "")
     if not checkpoint.is_file():
         raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
     notes = _header(checkpoint)

@@ -15,7 +15,8 @@ import torch
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config, config_digest, flatten, read_yaml
 from lesionsam.config.schema import FolderData
-from lesionsam.config.schema_method import NUM_BLOCKS, ContrastiveMethod, EllipseTarget, PriorTarget
+from lesionsam.config.schema_method import ContrastiveMethod, EllipseTarget, PriorTarget
+from lesionsam.config.zoo import known
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import evaluate_model
@@ -155,8 +156,8 @@ def zero_shot(config: Config, prepared: PreparedData) -> dict[str, float]:
 
 def num_blocks(config: Config, prepared: PreparedData) -> int:
     """Return the number of transformer blocks of the prepared model's encoder."""
-    if config.model.name in NUM_BLOCKS:
-        return NUM_BLOCKS[config.model.name]
+    if known(config.model.name).side:
+        return known(config.model.name).blocks
     return len(load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).blocks)
 
 
