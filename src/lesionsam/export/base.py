@@ -360,12 +360,10 @@ def readme(subject: Subject, form: Format, check: Check) -> str:
     header.
     """
     head = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
-    name = subject.sam.name
-    kind = {"compact": "the compact SAM of LesionSAM"} | {
-        known: f"SAM {known} (Kirillov et al. 2023)" for known in WIDTHS.values()
-    }
+    kinds = {known: f"SAM {known} (Kirillov et al. 2023)" for known in WIDTHS.values()}
+    kind = (kinds | {"compact": "the compact SAM of LesionSAM"}).get(subject.sam.name, subject.sam.name)
     used = ", ".join(f"{name} {number}" for name, number in versions(("torch", *form.packages)).items())
-    return f"""{head if form.name == "hf" else ""}# {form.reader}: {kind.get(name, name)}
+    return f"""{head if form.name == "hf" else ""}# {form.reader}: {kind}
 
 Input of {subject.side} px. **Not a medical device**: nothing here has been validated for diagnosis or treatment.
 

@@ -33,9 +33,9 @@ def attach_lora(sam: Sam, *, rank: int, alpha: float, dropout: float, last_k: in
     """
     if rank < 1:
         raise UserError(f"model.lora_rank: expected at least 1, got {rank}; model.encoder: none trains no encoder part")
-    chosen = [id(block) for block in chosen_blocks(sam, last_k, "model.lora_last_k")]
     if not sam.lora_targets:
         raise UserError(f"model.encoder: {sam.name} has no attention for low-rank updates; choose blocks or none")
+    chosen = [id(block) for block in chosen_blocks(sam, last_k, "model.lora_last_k")]
     from peft import LoraConfig, inject_adapter_in_model  # here, as it takes seconds to import
 
     blocks = [name for name, module in sam.named_modules() if id(module) in chosen]
