@@ -32,10 +32,10 @@ LAYERS = [
 ]
 # Foreign library -> the only packages, or single modules, that may import it.
 ONLY_IN = {
-    "segment_anything": ("models", "inference.auto", "inference.lesion", "export.standalone", "export.vanilla_sam"),
+    "segment_anything": ("models", "inference.auto", "inference.lesion", "export.vanilla_sam"),
     "peft": ("models",),
     "segmentation_models_pytorch": (),
-    "transformers": ("export.huggingface",),
+    "transformers": ("models.sam2", "models.hub", "export.huggingface"),
     "onnx": ("export.onnx",),
     "onnxscript": ("export.onnx",),
     "onnxruntime": ("export.onnx",),

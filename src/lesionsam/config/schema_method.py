@@ -29,7 +29,7 @@ class AnyModel(Section):
         title=f"{', '.join(ZOO)}, a model of the Hugging Face Hub (OWNER/NAME) or a folder",
         description="compact | vit_b | sam2.1-tiny | sam3 | ..., a model of the Hub (OWNER/NAME) or a folder",
     )
-    revision: str = Field(default="main", min_length=1, description="branch, tag or commit of a model of the Hub")
+    revision: str = Field(min_length=1, description="branch, tag or commit of a model of the Hub")
     checkpoint: str = Field(
         min_length=1, description="file, or `published` for the model's own weights (downloaded and verified)"
     )
