@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -9,8 +11,12 @@ from lesionsam.types import Batch
 
 
 def to_grid(values: torch.Tensor, side: int) -> torch.Tensor:
-    """Average by area, (B, S, S) -> (B, side, side); side divides S."""
-    return F.avg_pool2d(values[:, None].float(), values.shape[-1] // side)[:, 0]
+    """Average by area, (B, S, S) -> (B, side, side); cells of SAM 3 are 3.5 pixels wide."""
+    whole = values.shape[-1]
+    repeats = side // math.gcd(whole, side)  # pixels are repeated until cells are whole numbers of them
+    if repeats > 1:
+        values = values.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+    return F.avg_pool2d(values[:, None].float(), repeats * whole // side)[:, 0]
 
 
 def box_cells(boxes: torch.Tensor, cells: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,7 +146,7 @@ def classes_of(sam: Sam) -> tuple[str, str]:
     """Return the names of transformers' classes of a model and of its processor."""
     if not isinstance(sam, Sam2):
         return "SamModel", "SamProcessor"
-    return sam.family.model, "Sam3TrackerProcessor" if sam.family is SAM3 else "Sam2Processor"
+    return sam.family.model, "Sam3TrackerProcessor" if sam.family == SAM3 else "Sam2Processor"
 
 
 def to_transformers(sam: Sam, state: Mapping[str, torch.Tensor]) -> tuple[Any, Any]:
@@ -162,7 +162,7 @@ def to_transformers(sam: Sam, state: Mapping[str, torch.Tensor]) -> tuple[Any, A
         with no_random_weights():
             model = build_sam2_model(sam.architecture()["transformers"])
         model.load_state_dict(dict(state), assign=True)
-        kind = transformers.Sam3ImageProcessor if sam.family is SAM3 else transformers.Sam2ImageProcessor
+        kind = transformers.Sam3ImageProcessor if sam.family == SAM3 else transformers.Sam2ImageProcessor
         images = kind(size={"height": side, "width": side}, mask_size={"height": mask_side, "width": mask_side})
         return model.eval(), getattr(transformers, classes_of(sam)[1])(images, target_size=side)
     numbers = standalone.numbers_of(sam)

@@ -120,11 +120,11 @@ class Sam2(Sam):
     def stem(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         """Yield patch and position embeddings."""
         backbone = self.vision_encoder.backbone
-        if self.family is SAM2:
+        if self.family == SAM2:
             yield "patch_embed", backbone.patch_embed
             yield "pos_embed", backbone.pos_embed
             yield "pos_embed_window", backbone.pos_embed_window
-        elif self.family is SAM3:
+        elif self.family == SAM3:
             yield "embeddings", backbone.embeddings
             yield "layer_norm", backbone.layer_norm
 
@@ -148,7 +148,7 @@ class Sam2(Sam):
     @property
     def patch_size(self) -> int:
         """Return what the side must be a multiple of: the ViT's patch, or the coarsest level and Hiera's windows."""
-        if self.family is SAM3:
+        if self.family == SAM3:
             return int(self.config.vision_config.backbone_config.patch_size)
         return 32
 
@@ -163,9 +163,9 @@ class Sam2(Sam):
         config.prompt_encoder_config.image_size = self.side
         vision = config.vision_config
         vision.backbone_feature_sizes = [[4 * grid, 4 * grid], [2 * grid, 2 * grid], [grid, grid]]
-        if self.family is SAM2:
+        if self.family == SAM2:
             vision.backbone_config.image_size = [self.side, self.side]
-        elif self.family is SAM3:
+        elif self.family == SAM3:
             vision.backbone_config.image_size = self.side
         return {"transformers": config.to_diff_dict()}
 
@@ -175,7 +175,7 @@ class Sam2(Sam):
         prompts = self.prompt_encoder
         prompts.input_image_size, prompts.image_embedding_size = side, (grid, grid)
         prompts.mask_input_size = (4 * grid, 4 * grid)
-        if self.family is SAM3:
+        if self.family == SAM3:
             config = self.config.vision_config.backbone_config
             config = type(config).from_dict(config.to_dict() | {"image_size": side})
             layers: Sequence[Any] = self.blocks
@@ -188,10 +188,10 @@ class Sam2(Sam):
     def embed(self, pixels: Tensor) -> Tensor:
         """Return patch embeddings with positions, packed; see `run_blocks`. EdgeTAM: the pixels."""
         backbone = self.vision_encoder.backbone
-        if self.family is SAM2:
+        if self.family == SAM2:
             tokens = backbone.patch_embed(pixels)
             tokens = tokens + backbone._get_pos_embed(tokens.shape[1:3])
-        elif self.family is SAM3:
+        elif self.family == SAM3:
             tokens = backbone.layer_norm(backbone.embeddings(pixels))
         else:
             tokens = pixels
@@ -210,7 +210,7 @@ class Sam2(Sam):
         if stop <= start:
             return tokens
         maps = self._unpack(tokens, start)
-        if self.family is EDGETAM:
+        if self.family == EDGETAM:
             maps = list(self.blocks[0](maps[0]).last_hidden_state)
             return torch.cat([one.permute(0, 2, 3, 1).flatten(1) for one in maps], 1)
         ends = self._stage_ends()
@@ -228,7 +228,7 @@ class Sam2(Sam):
     def finish(self, tokens: Tensor) -> Tensor:
         """Run the neck; equals get_image_embeddings of transformers, the maps folded into one tensor."""
         maps = self._unpack(tokens, len(self.blocks))
-        if self.family is SAM3:
+        if self.family == SAM3:
             levels = list(self.vision_encoder.neck(maps[-1].permute(0, 3, 1, 2))[0])
         else:
             count = self.vision_encoder.num_feature_levels
@@ -239,14 +239,14 @@ class Sam2(Sam):
         return torch.cat([coarse, F.pixel_unshuffle(fine, 4), F.pixel_unshuffle(middle, 2)], 1)
 
     def _stage_ends(self) -> list[int]:
-        return self.vision_encoder.backbone.stage_ends if self.family is SAM2 else [len(self.blocks) - 1]
+        return self.vision_encoder.backbone.stage_ends if self.family == SAM2 else [len(self.blocks) - 1]
 
     def _map_shapes(self, num_blocks: int) -> list[tuple[int, int]]:
         """Return (side, channels) of the maps that `run_blocks` keeps after so many blocks."""
-        if self.family is SAM3:
+        if self.family == SAM3:
             config = self.config.vision_config.backbone_config
             return [(self.side // self.patch_size, config.hidden_size)]
-        if self.family is EDGETAM:
+        if self.family == EDGETAM:
             convolutions = self.vision_encoder.neck.convs
             channels = [convolution.in_channels for convolution in reversed(convolutions)]
             return (
@@ -266,7 +266,7 @@ class Sam2(Sam):
         """Return the maps (B, h, w, C) of packed tokens; the pixels (B, 3, S, S) before EdgeTAM's backbone."""
         shapes = self._map_shapes(num_blocks)
         parts = tokens.split([side * side * width for side, width in shapes], 1)
-        if self.family is EDGETAM and num_blocks == 0:
+        if self.family == EDGETAM and num_blocks == 0:
             return [parts[0].view(-1, 3, self.side, self.side)]
         return [part.reshape(-1, side, side, width) for part, (side, width) in zip(parts, shapes, strict=True)]
 

@@ -58,6 +58,7 @@ def trained_counts(module: nn.Module) -> dict[str, int]:
         lora.MARK: "lora",
         "image_encoder.": "encoder",
         "vision_encoder.": "encoder",
+        "no_memory_embedding": "encoder",
         "mask_decoder.": "decoder",
         "prompt_encoder.": "prompt_encoder",
         "head.": "head",
