@@ -203,8 +203,8 @@ def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray
     outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
     if outside > TOLERANCE:
         raise ValueError(
-            f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box "
-            f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
+            f"small_x0..small_y1: small box {show_box(small)} of {image_id!r} leaves the big box "
+            f"{show_box(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
             "exchanged?)"
         )
     return np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
@@ -244,5 +244,6 @@ def check_box(box: np.ndarray, names: Sequence[str], width: int, height: int, im
     return np.clip(box, 0, limits)
 
 
-def _show(box: np.ndarray) -> str:
+def show_box(box: Iterable[float]) -> str:
+    """Format a box for a message."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"

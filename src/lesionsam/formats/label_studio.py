@@ -152,7 +152,7 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
         at = f"region {key or place}"
         if not isinstance(value, dict):
             raise UserError(f"{where}, {at}: expected a value with the place of the {kind}")
-        scale, segmentation = np.array([width, height]) / 100, None
+        scale = np.array([width, height]) / 100
         turns = value.get("rotation", 0), region.get("image_rotation") or 0
         if any(number(turn, f"{where}, {at}, rotation") for turn in turns):
             raise UserError(f"{where}, {at}: turned; expected an upright {kind} on an image as it lies")
@@ -165,12 +165,11 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
             if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
                 raise UserError(f"{where}, {at}: expected points as [[x, y], ...] in percent")
             xy = np.array([[number(v, f"{where}, {at}") for v in point] for point in points]).reshape(-1, 2) * scale
-            segmentation = [xy.ravel().tolist()]
             try:
-                box = polygon_box(segmentation)
+                box = polygon_box([xy.ravel().tolist()])
             except ValueError as error:
                 raise UserError(f"{where}, {at}: {error}") from None
-        shapes.append(Shape(words.get(key, ""), box, at, _note(region), segmentation, ties.get(key, "")))
+        shapes.append(Shape(words.get(key, ""), box, at, _note(region), ties.get(key, "")))
     return shapes
 
 
