@@ -16,7 +16,7 @@ import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape, need_names
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape
 from lesionsam.formats.rle import decode, mask_box, polygon_box
 from lesionsam.formats.safe import number, read_json
 from lesionsam.utils.files import write_text_atomic
@@ -158,7 +158,6 @@ def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.
 
 def write_coco(path: Path, annotations: Annotations) -> None:
     """Write a COCO file: "big" and "small" as categories 1 and 2."""
-    need_names(annotations, "COCO")
     images, entries, numbers = [], [], {}
     for number_, picture in enumerate(annotations.pictures, 1):
         numbers[picture.image_id] = number_

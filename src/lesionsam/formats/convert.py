@@ -10,7 +10,7 @@ from lesionsam.formats.coco import read_coco, write_coco
 from lesionsam.formats.cvat import read_cvat, write_cvat
 from lesionsam.formats.gather import find_pictures
 from lesionsam.formats.label_studio import read_label_studio, write_label_studio
-from lesionsam.formats.records import CORE, Annotations, Labels, Picture, with_small_boxes
+from lesionsam.formats.records import CORE, Annotations, Labels, Picture, need_names, with_small_boxes
 from lesionsam.formats.safe import read_bytes
 from lesionsam.formats.table import read_table, write_table
 from lesionsam.formats.yolo import read_yolo, write_yolo
@@ -108,6 +108,8 @@ def convert(
     if not found.lesions:
         raise UserError(f"{source}: no boxes in it; expected one or two per lesion")
     found = with_small_boxes(found, core)
+    if to_form != "csv":
+        need_names(found, to_form)
     WRITERS[to_form](target, found)
     return Annotations(found.pictures, found.lesions, (*found.notes, *_lost(found, to_form)))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape, need_names
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape
 from lesionsam.formats.rle import polygon_box
 from lesionsam.formats.safe import number, read_xml
 from lesionsam.utils.files import whole_number, write_text_atomic
@@ -85,7 +85,6 @@ def _shape(element: Element, where: str, picture: Picture) -> Shape:
 
 def write_cvat(path: Path, annotations: Annotations) -> None:
     """Write a CVAT file; the attribute subset of an image is its split."""
-    need_names(annotations, "CVAT")
     write_text_atomic(path, "\n".join(_lines(annotations)) + "\n")
 
 
