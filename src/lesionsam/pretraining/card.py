@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from lesionsam.models.compact import CompactArchitecture
+from lesionsam.tracking.lineage import lineage_tags
 
 ROWS = ("box", "centre", "ring", "box+prior", "prior")
-SETS = {"shapes": "held-out shapes", "data": "development images", "probe": "real images"}
+SETS = {"shapes": "held-out shapes", "data": "development images"}
 SEEN = {
     "shapes": "generated shapes only: `lesionsam.pretraining.shapes`. No photograph,\n"
     "no lesion and no annotation of a person took part. It is a stand-in for trying, testing and teaching; it knows "
@@ -67,9 +65,8 @@ mask prompts: the box prior (scaled 0.7 to 3 times) and its own earlier logits. 
 candidates.
 
 Zero-shot mean IoU in the model's frame (single mask, threshold 0). Big boxes of the held-out shapes are up to 50 % too
-large, those of real images 10 to 20 %. Ring: ten points between the two boxes, all called foreground, which is often
-false. Box+prior: the big box with the box prior as mask prompt; prior: the box prior itself, no network. Real images
-were measured on, never trained or selected on: the run ends by the clock.
+large. Ring: ten points between the two boxes, all called foreground, which is often false. Box+prior: the big box with
+the box prior as mask prompt; prior: the box prior itself, no network.
 
 | zero-shot | mean IoU |
 |---|---|
@@ -77,22 +74,8 @@ were measured on, never trained or selected on: the run ends by the clock.
 """
 
 
-def describe_machine(threads: int) -> str:
-    """Return cores and kind of processor, and the number of threads used."""
-    return f"{os.cpu_count()}-core {platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def current_commit(folder: Path) -> str:
     """Return the commit of the source tree, with a note if files differ; "unknown" outside a Git clone."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return "unknown"
-    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no", "--", "src") else commit
+    tags = lineage_tags(folder)
+    commit = tags.get("mlflow.source.git.commit", "unknown")
+    return f"{commit} with changes" if tags.get("git.dirty") == "true" else commit
