@@ -12,7 +12,7 @@ from skimage.measure import approximate_polygon, find_contours
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import pixels_inside
-from lesionsam.data.frames import PRIOR_SIDE, prior_at
+from lesionsam.data.frames import prior_at
 from lesionsam.metrics import iou
 
 CORE_SHARE = 0.5  # of the lesion's extent that a suggested core takes, shrunk until it lies on the lesion
@@ -111,6 +111,3 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
 def logit(probability: float) -> float:
     """Return ln(p / (1 - p))."""
     return math.log(probability / (1 - probability))
-
-
-__all__ = ["PRIOR_SIDE", "agreement", "logit", "on_grid", "prior_logits", "rings", "suggest_core"]

@@ -5,25 +5,16 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from lesionsam.engine.history import STAGES, Round
+from lesionsam.report.charts import STYLE
 from lesionsam.utils.files import write_bytes_atomic, write_text_atomic
 
 REPORT, CURVE = "report.md", "curve.png"
 COLOURS = ("#0b62a3", "#d1702a", "#2c7a3f", "#7a4fa3")
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ee",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 SHOWN = "objective"  # mean of ring, centre and box prompts
 
 
