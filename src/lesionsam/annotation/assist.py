@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -106,8 +105,3 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
     core = np.concatenate([np.maximum(centre - half, outer[:2]), np.minimum(centre + half, outer[2:])])
     x0, y0, x1, y1 = (round(float(value), 2) for value in core)
     return x0, y0, x1, y1
-
-
-def logit(probability: float) -> float:
-    """Return ln(p / (1 - p))."""
-    return math.log(probability / (1 - probability))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import logit
 
-from lesionsam.annotation.assist import logit
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.annotation.pictures import Cache, Pictures
 from lesionsam.boxes.geometry import to_model_frame
@@ -73,7 +73,7 @@ class Model:
         metadata = weights_metadata(weights)
         self._search = LesionSearch(trained_without_prompt(metadata))
         self.side = int(self.sam.image_encoder.img_size)
-        self.level = logit(threshold)
+        self.level = float(logit(threshold))
         self._features = Cache(FEATURE_BYTES)
         self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
         self._start, self._has_thread = threading.Lock(), False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lesionsam.models.compact import CompactArchitecture
@@ -19,24 +18,31 @@ SEEN = {
 }
 
 
+@dataclass
+class PretrainProgress:
+    """State of a run: steps, chunks, wall-clock and processor seconds, last scores by "set/prompt" (`run.measure`)."""
+
+    step: int = 0
+    chunks: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
+
+
 def card_text(
     *,
     command: str,
     commit: str,
     seed: int,
     machine: str,
-    steps: int,
-    minutes: float,
-    cpu_minutes: float,
-    scores: Mapping[str, float],
+    progress: PretrainProgress,
     sha256: str,
     architecture: CompactArchitecture,
     images: str,
     num_parameters: int,
 ) -> str:
-    """Return the card as Markdown; scores are keyed "set/prompt" as `run.measure` returns them; images: key of
-    SEEN.
-    """
+    """Return the card as Markdown; images: key of SEEN."""
+    scores = progress.scores
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())
     table = "\n".join(
         f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |"
@@ -55,7 +61,8 @@ Segment-anything's own modules with small numbers ({numbers}; {num_parameters:,}
 | commit | {commit} |
 | seed | {seed} |
 | machine | {machine} |
-| duration | {steps} steps, {minutes:.0f} minutes by the clock, {cpu_minutes:.0f} of the processor |
+| duration | {progress.step} steps, {progress.seconds / 60:.0f} minutes by the clock, \
+{progress.cpu_seconds / 60:.0f} of the processor |
 | weights | moving average, float16; SHA-256 {sha256} |
 
 The learning rate follows the clock, so the same command gives much the same scores, not the same bytes.

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import preprocess
 from lesionsam.pretraining import shape_prompts
-from lesionsam.pretraining.card import card_text, current_commit
+from lesionsam.pretraining.card import PretrainProgress, card_text, current_commit
 from lesionsam.pretraining.data import DataPool, open_pool
 from lesionsam.pretraining.shape_prompts import Targets, make_targets
 from lesionsam.prompts import draw_prompts
@@ -55,17 +55,6 @@ HELD_OUT_SEED = 777_000_001
 CHUNK_SEED_STRIDE = 1_000_003
 MEASURED = ("box", "centre", "ring")
 CARDS = {"compact.safetensors": "card.md"}  # the shipped weights' card; any other file's has its name
-
-
-@dataclass
-class PretrainProgress:
-    """State of a run: steps, chunks, wall-clock and processor seconds, last measured scores."""
-
-    step: int = 0
-    chunks: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 def pretrain(
@@ -315,10 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         commit=commit,
         seed=f.seed,
         machine=f"{os.cpu_count()}-core {platform.machine()} CPU, {options.threads} thread(s)",
-        steps=progress.step,
-        minutes=progress.seconds / 60,
-        cpu_minutes=progress.cpu_seconds / 60,
-        scores=progress.scores,
+        progress=progress,
         sha256=sha256_file(options.out),
         architecture=architecture,
         images=f.images,
