@@ -161,11 +161,7 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
         )
     entry = index[image_id]
     width, height = int(str(entry["width"])), int(str(entry["height"]))
-    for name, known in (("width", width), ("height", height)):
-        if row.get(name) and row[name] != str(known):
-            raise ValueError(
-                f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose"
-            )
+    check_size(row, width, height)
     if row.get("split") and row["split"] != entry["split"]:
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
     big, small = parse_boxes(row, width, height)
@@ -176,6 +172,15 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
             "data/raw/lesions.csv)"
         )
     return sample_of(image_id, lesion_id, entry, root, big, small)
+
+
+def check_size(row: Mapping[str, str], width: int, height: int) -> None:
+    """Raise ValueError where a row states another size than its image has, pixels."""
+    for name, known in (("width", width), ("height", height)):
+        if row.get(name) and row[name] != str(known):
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {row['image_id']!r} is {width}x{height} px after EXIF transpose"
+            )
 
 
 def sample_of(
