@@ -145,7 +145,7 @@ def test_a_caption_stands_below_and_is_cut_to_the_width() -> None:
 
 
 def test_the_legend_shows_what_is_asked_and_wraps() -> None:
-    whole, short = legend(1000, points=True), legend(1000, prediction=False, boxes=False)
+    whole, short = legend(1000, points=True), legend(1000, prediction=False)
     assert whole.shape[1] == short.shape[1] == 1000
     assert close_to(whole, overlays.PREDICTION).any()
     assert not close_to(short, overlays.PREDICTION).any()

@@ -160,7 +160,7 @@ def _fit(line: str, font: Any, width: int) -> str:
     return line.rstrip() + "..."
 
 
-def legend(width: int, *, prediction: bool = True, boxes: bool = True, points: bool = False) -> np.ndarray:
+def legend(width: int, *, prediction: bool = True, points: bool = False) -> np.ndarray:
     """Return the legend of the lines, (h, width, 3) uint8, wrapped to the width."""
     size = round(min(18, max(12, width / 45)))
     font = ImageFont.load_default(size)
@@ -169,8 +169,8 @@ def legend(width: int, *, prediction: bool = True, boxes: bool = True, points: b
         for name, style, shown in (
             ("expert's outline", "truth", True),
             ("prediction", "prediction", prediction),
-            ("big box", "big", boxes),
-            ("small box", "small", boxes),
+            ("big box", "big", True),
+            ("small box", "small", True),
             ("foreground point", "point", points),
             ("background point", "cross", points),
         )

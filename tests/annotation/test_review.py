@@ -1,4 +1,4 @@
-"""Proposals, their order of doubt, decisions on them, and the masks that are written."""
+"""Proposals, their order of doubt, and decisions on them."""
 
 from __future__ import annotations
 
@@ -18,34 +18,18 @@ import torch
 from PIL import Image
 
 from helpers.annotating import SIZE, Served, draw_images, sent, serving
-from lesionsam.annotation.assist import PRIOR_SIDE
 from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.model import DETAIL, Model
 from lesionsam.annotation.pictures import Cache, Pictures
-from lesionsam.annotation.products import COCO, Products, mask_name
-from lesionsam.annotation.proposals import (
-    Proposed,
-    best_candidate,
-    boxes_of_mask,
-    colour_candidate,
-    distinct,
-    doubt,
-    oddness,
-    propose,
-)
+from lesionsam.annotation.proposals import Proposed, boxes_of_mask, doubt, found_lesion, oddness, propose
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.review import ImageProposal, Review, confirmed_log_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.formats.convert import read_annotations
-from lesionsam.formats.rle import decode
-from lesionsam.inference.files import predict_files
+from lesionsam.data.frames import PRIOR_SIDE
 from lesionsam.inference.predictor import Predictor
-from lesionsam.metrics import iou
-from lesionsam.models.checkpoint import build_sam, load_sam, save_sam
+from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.transforms import upscale
-from lesionsam.prompts import TRAINED_WITH
-from lesionsam.utils.images import read_mask
 
 NAMES = ("one", "two", "three", "a b/'".replace("/", "∕"))
 TINY = CompactArchitecture(image_size=64, patch_size=8, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=64)
@@ -81,18 +65,7 @@ def drawn_lesion(size: tuple[int, int] = (128, 96)) -> tuple[np.ndarray, np.ndar
     return np.clip(np.where(mask[..., None], (115, 70, 60), (205, 165, 145)) + noise, 0, 255).astype(np.uint8), mask
 
 
-def test_colour_alone_finds_what_is_dark_and_central() -> None:
-    from skimage.color import rgb2lab
-
-    picture, mask = drawn_lesion()
-    found = colour_candidate(rgb2lab(picture))
-    assert found is not None
-    assert iou(found, mask) > 0.9
-    assert colour_candidate(np.zeros((20, 30, 3))) is None  # nothing stands out
-
-
-def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
-    """Even a model of random weights: the colours carry the proposal then."""
+def test_a_proposal_lies_on_the_lesion(tmp_path: Path, root: Path) -> None:
     picture, mask = drawn_lesion((640, 480))
     (tmp_path / "images").mkdir()
     x, y = np.meshgrid(np.arange(640) + 0.5, np.arange(480) + 0.5)
@@ -101,7 +74,7 @@ def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
         tmp_path / "images" / "a.png"
     )
     pictures = Pictures()
-    model = Model(weights, pictures)
+    model = Model(root / "foundation" / "compact.safetensors", pictures)
     (entry,) = Catalogue([tmp_path / "images"]).entries
     found = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), (640, 480), "a")
     assert found is not None
@@ -111,27 +84,20 @@ def test_a_proposal_lies_on_the_lesion(tmp_path: Path, weights: Path) -> None:
     assert picture.shape == (480, 640, 3)
 
 
-def test_an_adapted_model_proposes_what_it_finds_without_a_prompt(tmp_path: Path, weights: Path) -> None:
-    """And only that one: nothing is known of others' candidates."""
+def test_a_model_proposes_what_it_finds_without_a_prompt(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "images").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
     Image.fromarray(pixels).resize((480, 480)).save(tmp_path / "images" / "a.png")
     (entry,) = Catalogue([tmp_path / "images"]).entries
-    pictures, adapted = Pictures(), tmp_path / "adapted.safetensors"
-    save_sam(load_sam(None, weights), adapted, name="compact", metadata={TRAINED_WITH: "ring centre box"})
-    starts = {}
-    for path in (weights, adapted):
-        model = Model(path, pictures)
-        assert model.is_adapted is (path == adapted)
-        features, small = model.features(entry), pictures.small(entry, DETAIL * model.side)
-        found = best_candidate(model, features, pictures.small(entry, PRIOR_SIDE))
-        starts[path] = None if found is None else found[0]
-        (one,) = Predictor(path).predict(small, auto=True)
-        auto = upscale(torch.from_numpy(model.lesion(features)), features.size, one.mask.shape, model.frame).numpy() > 0
-        assert np.count_nonzero(auto != one.mask) <= 4
-    expected = Model(adapted, pictures)
-    assert (starts[adapted] == (expected.lesion(expected.features(entry)) > 0)).all()
-    assert starts[weights] is None or (starts[weights] != starts[adapted]).any()
+    pictures = Pictures()
+    model = Model(weights, pictures)
+    features, small = model.features(entry), pictures.small(entry, DETAIL * model.side)
+    found = found_lesion(model, features, pictures.small(entry, PRIOR_SIDE))
+    assert found is not None
+    assert (found[0] == (model.lesion(features) > 0)).all()
+    (one,) = Predictor(weights).predict(small, auto=True)
+    auto = upscale(torch.from_numpy(model.lesion(features)), features.size, one.mask.shape, model.frame).numpy() > 0
+    assert np.count_nonzero(auto != one.mask) <= 4
 
 
 def test_boxes_of_a_mask_are_an_annotators() -> None:
@@ -142,12 +108,6 @@ def test_boxes_of_a_mask_are_an_annotators() -> None:
     assert (x1 - x0, y1 - y0) == pytest.approx((48 * 1.25, 34 * 1.25), abs=1)  # 25 % too large
     assert mask[round(v0) : round(v1), round(u0) : round(u1)].all()
     assert boxes_of_mask(np.zeros((9, 9), bool), (9, 9)) is None
-
-
-def test_candidates_that_are_one_are_taken_once() -> None:
-    masks = np.zeros((4, 10, 10), bool)
-    masks[0, :5], masks[1, :5], masks[2, 5:], masks[3, :, :] = True, True, True, True
-    assert distinct(masks, np.array([0.5, 0.9, 0.7, -1.0])) == [1, 2]
 
 
 def proposed(**changes: float) -> Proposed:
@@ -301,114 +261,6 @@ def test_proposals_are_kept_and_a_changed_image_gets_a_new_one(tmp_path: Path, w
     lines = (tmp_path / "boxes.proposals.jsonl").read_text().splitlines()
     assert "\n".join(lines[:2]) + "\n" == kept
     assert [json.loads(line)["image_id"] for line in lines[3:]] == ["two"]
-
-
-def test_masks_are_written_as_predict_writes_them(served: Served, tmp_path: Path, weights: Path) -> None:
-    """PNG by PNG the masks of `lesionsam predict --prompt box+core`; COCO tells where they come from."""
-    served.save("one", 0, "a", [sent(seconds=3.5)])
-    served.save("two", 0, "b", [sent(), sent("1", [10, 10, 100, 90], [20, 20, 60, 60])])
-    served.save(NAMES[3], 0, "c", [sent()])
-    assert served.desk.products is not None
-    served.desk.products.finish(60)
-    assert served.desk.products.problem == ""
-    folder = tmp_path / "boxes.masks"
-    names = {
-        ("one", "0"): "one.png",
-        ("two", "0"): "two_0.png",
-        ("two", "1"): "two_1.png",
-        (NAMES[3], "0"): mask_name(NAMES[3], "0", is_only=True),
-    }
-    assert {path.name for path in folder.iterdir()} == {*names.values(), COCO}
-    predict_files(
-        [tmp_path / "images" / f"{name}.png" for name in ("one", "two")],
-        boxes=tmp_path / "boxes.csv",
-        model=weights,
-        out=tmp_path / "predicted",
-        prompt="box+core",
-        overlays=False,
-    )
-    for key, name in names.items():
-        if key[0] != NAMES[3]:
-            assert np.array_equal(read_mask(folder / name, SIZE), read_mask(tmp_path / "predicted" / "masks" / name))
-    document = json.loads((folder / COCO).read_text())
-    files = {image["id"]: Path(image["file_name"]).stem for image in document["images"]}
-    masks = [each for each in document["annotations"] if each["category_id"] == 3]
-    for each in masks:
-        mask = decode(each["segmentation"], SIZE[1], SIZE[0])
-        name = names[files[each["image_id"]], each["attributes"]["lesion_id"]]
-        assert np.array_equal(mask, read_mask(folder / name))
-        assert each["area"] == mask.sum()
-        assert (each["attributes"]["source"], each["attributes"]["threshold"]) == ("drawn", 0.5)
-    back = read_annotations(folder / COCO, "coco")
-    assert {(each.image_id, each.lesion_id): tuple(each.big_box) for each in back.lesions} == {
-        ("one", "0"): tuple(sent()["big"]),
-        ("two", "0"): tuple(sent()["big"]),
-        ("two", "1"): (10, 10, 100, 90),
-        (NAMES[3], "0"): tuple(sent()["big"]),
-    }
-
-
-def test_masks_follow_the_table_over_restarts(tmp_path: Path, weights: Path) -> None:
-    draw_images(tmp_path / "images", NAMES[:2])
-    folder = tmp_path / "boxes.masks"
-
-    def state() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
-
-    def settle(served: Served) -> dict[str, int]:
-        assert served.desk.products is not None
-        served.desk.products.finish(60)
-        return state()
-
-    with serving(tmp_path, weights=weights) as served:
-        served.save("one", 0, "a", [sent(), sent("1", [10, 10, 100, 90], [20, 20, 60, 60])])
-        first = settle(served)
-        assert set(first) == {"one_0.png", "one_1.png", COCO}
-    with serving(tmp_path, weights=weights) as served:
-        assert settle(served) == first  # nothing made twice
-    with serving(tmp_path, weights=weights) as served:
-        served.save("one", 1, "b", [sent()])
-        assert set(settle(served)) == {"one.png", COCO}
-    (folder / "one.png").unlink()
-    text = (tmp_path / "boxes.csv").read_text()
-    (tmp_path / "boxes.csv").write_text(text + "two,0,320,240,50,50,200,180,90,90,150,140\n")
-    with serving(tmp_path, weights=weights) as served:
-        assert set(settle(served)) == {"one.png", "two.png", COCO}  # made up for
-    with serving(tmp_path, weights=weights) as served:
-        served.save("one", 2, "c")
-        served.save("two", 0, "d")  # a row found at the start is where revisions begin
-        assert set(settle(served)) == {COCO}
-
-
-def test_an_image_that_cannot_be_read_keeps_its_masks(tmp_path: Path, weights: Path) -> None:
-    """A drive that is away for a moment costs no mask; with the image the mask is made again."""
-    draw_images(tmp_path / "images", NAMES[:2])
-    catalogue, pictures = Catalogue([tmp_path / "images"]), Pictures()
-    store, model = Store(tmp_path / "boxes.csv", catalogue), Model(weights, pictures)
-
-    def masks() -> dict[str, int]:
-        Products(tmp_path / "boxes.masks", catalogue, store, model).write_all()
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "boxes.masks").glob("*.png")}
-
-    for name in NAMES[:2]:
-        store.save(name, Change(0, "ann", name, lesions=(Lesion("0", (80, 60, 240, 180), (130, 100, 190, 140)),)), SIZE)
-    first, image = masks(), (tmp_path / "images" / "one.png").read_bytes()
-    assert set(first) == {"one.png", "two.png"}
-    (tmp_path / "images" / "one.png").write_bytes(b"<html>")
-    (tmp_path / "images" / "two.png").unlink()
-    assert masks() == first
-    (tmp_path / "images" / "one.png").write_bytes(image)
-    assert masks()["one.png"] != first["one.png"]  # the file is another one now
-    assert (
-        len(
-            [
-                each
-                for each in json.loads((tmp_path / "boxes.masks" / COCO).read_text())["annotations"]
-                if each["category_id"] == 3
-            ]
-        )
-        == 2
-    )
 
 
 def test_a_value_is_made_once_however_many_ask() -> None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def no_dvc(monkeypatch: pytest.MonkeyPatch) -> None:
     """`dvc status` takes seconds; the test that wants it puts it back."""
-    monkeypatch.setitem(doctor.LOOKS, "dvc", lambda root: iter([Finding("dvc", OK, "every stage is up to date")]))
+    monkeypatch.setitem(doctor.LOOKS, "dvc", lambda root: iter([(OK, "every stage is up to date")]))
 
 
 def found(root: Path, what: str) -> list[Finding]:

@@ -117,26 +117,26 @@ def test_copies_are_found_and_others_are_not(made: Path) -> None:
     """Generated lesions: every copy in every form, and no two different ones."""
     images = [Image.open(path).convert("RGB") for path in sorted((made / "images").rglob("*.*"))]
     prints = [fingerprint(np.asarray(image)) for image in images]
-    assert near_pairs(prints) == []
+    assert near_pairs(prints) == {}
     for name, change in COPIES.items():
         for one, image in zip(prints[:4], images[:4], strict=True):
             pair = near_pairs([one, fingerprint(np.asarray(change(image)))])
-            assert len(pair) == 1, name
-            assert pair[0].correlation >= MIN_CORRELATION
+            assert list(pair) == [(0, 1)], name
+            assert pair[0, 1] >= MIN_CORRELATION
 
 
 def test_flat_pictures_match_nothing() -> None:
     flat = fingerprint(np.full((40, 40, 3), 128, np.uint8))
     assert flat.detail is None
-    assert near_pairs([flat, flat]) == []
-    assert near_pairs([]) == []
+    assert near_pairs([flat, flat]) == {}
+    assert near_pairs([]) == {}
 
 
 def test_likeness_on_real_images(isic_sample: Path) -> None:
     """The margin that the docstring claims, on a part: different images, and copies of some."""
     paths = sorted((isic_sample / "images").rglob("*.jpg"))[::7]
     prints = [fingerprint(read_image(path)) for path in paths]
-    assert max((pair.correlation for pair in near_pairs(prints, min_correlation=0.3)), default=0) < 0.8
+    assert max(near_pairs(prints, min_correlation=0.3).values(), default=0) < 0.8
     for path, one in zip(paths[::30], prints[::30], strict=True):
         for change in COPIES.values():
             assert near_pairs([one, fingerprint(np.asarray(change(Image.open(path).convert("RGB"))))])
@@ -154,9 +154,6 @@ def test_a_sound_set(own: Path) -> None:
     for seen in report.own:
         mask = read_mask(seen.item.masks[0])
         assert seen.shares == (mask.mean(),)
-        assert seen.extent is not None
-        x0, y0, x1, y1 = seen.extent.astype(int)
-        assert mask.sum() == mask[y0:y1, x0:x1].sum()
         assert seen.cut == bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
 
 
@@ -318,11 +315,6 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         lambda own: save_copy(image_of(own, "train"), own / "images/train/z_superpixels.png", COPIES["paler"]),
         "warning",
         "by its name a mask or ISIC's superpixels",
-    ),
-    "known overlap": (
-        lambda own: image_of(own, "train").rename(own / "images/train/ISIC_0001184.jpg"),
-        "note",
-        "ISIC_0001184 is a training and a test image of ISIC 2016",
     ),
     "other files": (lambda own: (own / "images/train/notes.txt").write_text("x"), "note", "1 files are not images"),
 }

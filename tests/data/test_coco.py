@@ -25,7 +25,6 @@ from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.synthetic import write_dataset
 from lesionsam.errors import UserError
 from lesionsam.evaluation.cases import build_cases, by_image
-from lesionsam.formats.convert import convert
 from lesionsam.formats.rle import encode, runs_of
 from lesionsam.types import Frame
 from lesionsam.utils.images import read_mask
@@ -61,17 +60,22 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(row[f"{kind}_path"], target)
     for split in ("train", "val", "test"):
-        (base / "boxes.csv").write_text(
-            "image_id,big_x0,big_y0,big_x1,big_y1\n"
-            + "".join(f"{path.stem},0,0,9,9\n" for path in sorted((base / "own" / "images" / split).iterdir()))
-        )
-        found = convert(
-            base / "boxes.csv",
-            base / "own" / "annotations" / f"{split}.json",
-            images=base / "own" / "images" / split,
-            masks=base / "own" / "masks" / split,
-        )
-        assert all(lesion.segmentation is not None for lesion in found.lesions)
+        masks = [(path, read_mask(path)) for path in sorted((base / "own" / "masks" / split).iterdir())]
+        names = {path.stem: path.name for path in (base / "own" / "images" / split).iterdir()}
+        document = {
+            "images": [
+                {"id": k, "file_name": names[path.stem], "width": mask.shape[1], "height": mask.shape[0]}
+                for k, (path, mask) in enumerate(masks)
+            ],
+            "categories": [{"id": 3, "name": "lesion"}],
+            "annotations": [
+                {"id": k, "image_id": k, "category_id": 3, "segmentation": encode(mask)}
+                for k, (_, mask) in enumerate(masks)
+            ],
+        }
+        path = base / "own" / "annotations" / f"{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document))
     return base
 
 

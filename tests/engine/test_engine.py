@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -205,20 +204,13 @@ def test_two_rounds_on_files(place: EngineFolders, config: Config) -> None:
     assert all(
         (each.lesions[0].model, each.changed_by) == (first.model.partition("@")[0], "engine") for each in automatic
     )
-    coco = json.loads((place.table_path.parent / "boxes.masks" / "coco.json").read_text())
-    sources = [each["attributes"]["source"] for each in coco["annotations"] if each["category_id"] == 3]
-    assert sources.count("automatic") <= second.num_automatic
-    assert set(sources) == {"drawn", "corrected", "accepted", "automatic"}
     assert summary_sentences(read_rounds(place.out))[0] == "Stage reached: automatic."
 
     trained = (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns
     lines = (place.out / "rounds.jsonl").read_text().splitlines()
     (place.out / "rounds.jsonl").write_text(lines[0] + "\n")  # as if killed before the round was written
-    shutil.rmtree(place.table_path.parent / "boxes.masks")
-    (place.table_path.parent / "boxes.masks").write_text("")  # nothing can be written there
     said.clear()
     again = run_round(place, config, auto=True, share=0.8, steps=2, say=said.append)
-    assert said[-1].startswith("warning: masks cannot be written")
     assert (place.out / "round-02" / "model.safetensors").stat().st_mtime_ns == trained
     assert (again.num_automatic, again.stage, again.threshold) == (second.num_automatic, second.stage, second.threshold)
     assert again.model == second.model

@@ -105,40 +105,6 @@ def test_a_turned_coco_box_is_refused(tmp_path: Path) -> None:
     assert len(read_annotations(upright, "coco").lesions) == 1
 
 
-FAULTY = {
-    "bytes as text": ({"size": [120, 160], "counts": "b'PPY1'"}, "annotation 7: RLE: the character"),
-    "too short": ({"size": [120, 160], "counts": [100, 50]}, "annotation 7: RLE: the runs cover 150 pixels"),
-    "outside": ([[10, 10, 300, 10, 300, 90]], "annotation 7: polygon: leaves the image"),
-    "without a pixel": ([[1.1, 1.1, 1.2, 1.1, 1.2, 1.2]], "annotation 7: its segmentation has no pixel"),
-    "no segmentation": ("a string", "annotation 7: segmentation: expected polygons or RLE, got text"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTY)
-@pytest.mark.parametrize("form", ["coco", "cvat"])
-def test_faulty_segmentations_end_in_one_line(tmp_path: Path, fault: str, form: str) -> None:
-    segmentation, message = FAULTY[fault]
-    path = coco(tmp_path / "a.json", {"segmentation": segmentation})
-    with pytest.raises(UserError, match=message) as caught:
-        convert(path, tmp_path / "out", to_form=form)
-    assert str(path) in str(caught.value)
-    assert not (tmp_path / "out").exists()
-    convert(path, tmp_path / "out.csv")  # holds boxes alone, which are sound
-
-
-@pytest.mark.parametrize("form", ["coco", "cvat"])
-def test_polygons_without_a_pixel_end_in_one_line(tmp_path: Path, form: str) -> None:
-    source = studio(tmp_path / "ls.json", region("r", "polygon", points=[[1.0, 1.0], [1.1, 1.0], [1.1, 1.1]]))
-    with pytest.raises(UserError, match="region r: its segmentation has no pixel"):
-        convert(source, tmp_path / "out", to_form=form)
-    (tmp_path / "cvat.xml").write_text(
-        '<annotations><image id="0" name="a.png" width="160" height="120"><polygon label="lesion" '
-        'points="1.1,1.1;1.2,1.1;1.2,1.2"/></image></annotations>'
-    )
-    with pytest.raises(UserError, match="polygon 1: its segmentation has no pixel"):
-        convert(tmp_path / "cvat.xml", tmp_path / "out", to_form=form)
-
-
 @pytest.fixture
 def phone(tmp_path: Path) -> Path:
     """An upright image of 300 x 400 px, stored as 400 x 300 px with an EXIF orientation, as phones do."""

@@ -95,8 +95,6 @@ def serving(
     finally:  # whatever happened: no thread goes on into the next test
         if desk.review is not None:
             desk.review.stop()
-        if desk.products is not None:
-            desk.products.finish(5)
         if server is not None and thread is not None:
             server.should_exit = True
             thread.join(10)

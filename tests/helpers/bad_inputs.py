@@ -1222,7 +1222,7 @@ CVATS: dict[str, tuple[str, str]] = {
         '<!DOCTYPE a SYSTEM "file:///etc/hostname"><annotations/>',
         "line 1: holds a document type or entities",
     ),
-    "deep": ("<a>" * 50, "line 1: elements nested deeper than 32"),
+    "deep": ("<a>" * 100_000 + "</a>" * 100_000, "<a>: expected CVAT for images"),
     "not XML": ("image_id,big_x0", "line 1: not XML"),
     "video": ("<annotations><track/></annotations>", "<track>: expected CVAT for images"),
     "a word": (CVAT.replace('xtl="10"', 'xtl="left"'), "box 1: xtl: expected a finite number, got 'left'"),

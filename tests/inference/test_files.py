@@ -93,7 +93,6 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
     assert {path.name for path in (case / "out" / "overlays").iterdir()} == set(masks(case))
     assert sorted(path.name for path in (case / "out").iterdir()) == [
         "coco.json",
-        "coco_polygons.json",
         "masks",
         "overlays",
         "polygons",
@@ -383,8 +382,6 @@ def test_the_command_line_passes_everything_on_and_the_exit_code_back(case: Path
     assert masks(case).keys() == before.keys()
     refused = CliRunner().invoke(app, [*arguments, "--zoom"])
     assert isinstance(refused.exception, UserError), "the prompt is box+core"
-    renamed = CliRunner().invoke(app, [*arguments, "--nearer"])
-    assert "--nearer: this option is now called --zoom" in str(renamed.exception)
 
 
 # --------------------------------------------------------------------------------------------------------- Predictor

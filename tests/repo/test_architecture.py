@@ -43,7 +43,7 @@ ONLY_IN = {
     "torch.utils.tensorboard": ("tracking",),
     "optuna": ("sweep",),
     "dvc": (),
-    "pydantic": ("config", "annotation.server"),
+    "pydantic": ("config", "annotation"),
     "fastapi": ("annotation",),
     "starlette": ("annotation",),
     "uvicorn": ("annotation",),

@@ -14,8 +14,7 @@ import pytest
 from helpers.report import Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report.comparison import compare, score_charts, setting_cells, shared_pictures, side_by_side
-from lesionsam.report.page import training_charts
+from lesionsam.report.comparison import compare, setting_cells, shared_pictures, side_by_side
 from lesionsam.report.runs import EvaluatedRun, commit_of, in_folder, open_runs, short
 
 
@@ -101,7 +100,7 @@ def test_settings_that_differ_and_no_others(pair: tuple[Path, Path], tmp_path: P
     assert setting_cells(runs_of(*pair)) == [["", "first", "second"], ["method.temperature", "0.1", "0.3"]]
     shutil.copytree(pair[1] / "results", tmp_path / "alone")
     bare = in_folder(tmp_path / "alone", "alone")
-    assert bare.training is None
+    assert bare.params is None
     assert setting_cells([runs_of(pair[0])[0], bare])[1][2] == "not known"
 
 
@@ -132,9 +131,9 @@ def test_what_cannot_be_compared_is_one_clear_line(pair: tuple[Path, Path], tmp_
             pass
     part = tmp_path / "part"
     shutil.copytree(pair[0], part)
-    (part / "results" / "jitter.csv").unlink()
+    (part / "results" / "per_image.csv").unlink()
     with (
-        pytest.raises(UserError, match=r"part: its evaluation is not whole, without jitter.csv"),
+        pytest.raises(UserError, match=r"part: its evaluation is not whole, without per_image.csv"),
         open_runs([first, str(part)], tmp_path),
     ):
         pass
@@ -204,18 +203,3 @@ def test_experiments_and_commits_come_out_of_dvc(pair: tuple[Path, Path], tmp_pa
         pass
     assert "results" in str(told.value).partition("(")[2].partition(")")[0]  # what DVC misses
     assert "help" not in str(told.value)
-
-
-def test_scores_of_two_kinds_never_share_a_chart() -> None:
-    """Also where an earlier version wrote the label-free score under `objective`."""
-    masks = pd.DataFrame({"epoch": [1, 2], "objective": [0.7, 0.8], "label_free": [0.9, 0.91]})
-    copied = pd.DataFrame({"epoch": [1, 2], "objective": [0.9, 0.95], "label_free": [0.9, 0.95]})
-    empty = pd.DataFrame({"epoch": [1, 2], "objective": [None, None], "label_free": [0.9, 0.95]})
-    kinds = {"both": (masks, masks), "one": (masks, copied), "none": (copied, empty)}
-    captions = {
-        name: [drawn.caption.split(" by epoch")[0] for drawn in score_charts({"a": first, "b": second})]
-        for name, (first, second) in kinds.items()
-    }
-    assert captions == {"both": ["Mean IoU"], "one": ["Label-free score"], "none": ["Label-free score"]}
-    assert [drawn.caption.split(",")[1].strip() for drawn in training_charts(masks)] == ["mean IoU", "label-free score"]
-    assert [drawn.caption.split(",")[1].strip() for drawn in training_charts(copied)] == ["label-free score"]

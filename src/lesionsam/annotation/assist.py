@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from skimage.measure import approximate_polygon, find_contours
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import pixels_inside
-from lesionsam.data.frames import PRIOR_SIDE, prior_at
+from lesionsam.data.frames import prior_at
 from lesionsam.metrics import iou
 
 CORE_SHARE = 0.5  # of the lesion's extent that a suggested core takes, shrunk until it lies on the lesion
@@ -106,11 +105,3 @@ def suggest_core(image: np.ndarray, size: tuple[int, int], big: Sequence[float],
     core = np.concatenate([np.maximum(centre - half, outer[:2]), np.minimum(centre + half, outer[2:])])
     x0, y0, x1, y1 = (round(float(value), 2) for value in core)
     return x0, y0, x1, y1
-
-
-def logit(probability: float) -> float:
-    """Return ln(p / (1 - p))."""
-    return math.log(probability / (1 - probability))
-
-
-__all__ = ["PRIOR_SIDE", "agreement", "logit", "on_grid", "prior_logits", "rings", "suggest_core"]

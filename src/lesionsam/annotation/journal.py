@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,37 +48,28 @@ class Journal:
             if cut:
                 self._last_lines[name] = line
         for line in reversed(lines):
-            entry = self._parse(line)
+            _, entry = self._parse(line)
             if self.tail and entry.get("before") != self.tail[0].get("before"):
                 break
             self.tail.insert(0, entry)
 
-    def _parse(self, line: str) -> dict[str, Any]:
+    def _parse(self, line: str) -> tuple[ImageState, dict[str, Any]]:
+        """Return the state and all values of a line."""
         try:
             entry = json.loads(line)
-            if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), str):
-                raise ValueError("no image_id")
+            return state_from_dict(entry), entry
         except ValueError as error:
+            reason = " ".join(str(error).splitlines()[:3])
             raise UserError(
-                f"{self.path}: a line is damaged ({error}): {line[:60]!r}; remove that line; the boxes "
-                "themselves are in the table"
+                f"{self.path}: a line is damaged ({reason}): {line[:60]!r}; remove that line; the boxes themselves are "
+                "in the table"
             ) from None
-        return entry
 
     def states(self) -> dict[str, ImageState]:
         """Return the last state of each image, in the order of its first change."""
-        found = {}
-        for line in self._last_lines.values():
-            entry = self._parse(line)
-            try:
-                found[entry["image_id"]] = state_from_dict(entry)
-            except (TypeError, KeyError, ValueError) as error:
-                raise UserError(
-                    f"{self.path}: a line lacks something ({error}): {line[:60]!r}; remove that line; the "
-                    "boxes themselves are in the table"
-                ) from None
+        states = [self._parse(line)[0] for line in self._last_lines.values()]
         self._last_lines.clear()
-        return found
+        return {state.image_id: state for state in states}
 
     def append(self, states: Sequence[ImageState], before: str, after: str) -> int:
         """Write the new states of images and wait until they are on disk.
@@ -114,4 +106,4 @@ class Journal:
 
 
 def _line(state: ImageState, digests: Mapping[str, str]) -> str:
-    return json.dumps({**state.as_dict(), **digests}, ensure_ascii=False) + "\n"
+    return json.dumps({**asdict(state), **digests}, ensure_ascii=False) + "\n"

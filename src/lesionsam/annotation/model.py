@@ -11,26 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import logit
 
-from lesionsam.annotation.assist import logit
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.annotation.pictures import Cache, Pictures
-from lesionsam.annotation.records import Box
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
 from lesionsam.inference.lesion import LesionSearch, find_lesions, trained_without_prompt
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode
-from lesionsam.models.transforms import image_part, model_frames, upscale
-from lesionsam.prompts import TRAINED_WITH, seeded_prompts
-from lesionsam.types import Prompts
+from lesionsam.models.transforms import image_part, model_frames
+from lesionsam.prompts import seeded_prompts
 from lesionsam.utils.files import sha256_file
 
 PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
 FEATURE_BYTES = 512 << 20
 DETAIL = 2  # the picture that is encoded is decoded at this many times the model's side
-AT_ONCE = 25  # prompts in one decoder pass
 MAX_AHEAD = 16  # images waiting to be encoded
 
 
@@ -74,9 +71,9 @@ class Model:
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
         self.name, self.digest = weights.name, sha256_file(weights)[:12]
         metadata = weights_metadata(weights)
-        self.is_adapted, self._search = TRAINED_WITH in metadata, LesionSearch(trained_without_prompt(metadata))
+        self._search = LesionSearch(trained_without_prompt(metadata))
         self.frame, self.side = self.sam.frame, self.sam.side
-        self.level = logit(threshold)
+        self.level = float(logit(threshold))
         self._features = Cache(FEATURE_BYTES)
         self._ahead: queue.Queue[Entry] = queue.Queue(MAX_AHEAD)
         self._start, self._has_thread = threading.Lock(), False
@@ -156,46 +153,6 @@ class Model:
         """Return (t, u) float32 logits of the image part without a prompt, as `lesionsam predict --auto` finds them."""
         (found,) = find_lesions(self.sam, features.values, features.frame, [features.size], search=self._search)
         return image_part(found.low_res.float().cpu().numpy(), features.size, self.side)
-
-    @torch.inference_mode()
-    def candidates(self, features: Features, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Decode three masks for each of N points.
-
-        Args:
-            places: (N, 2) XY, shares of the image.
-        Returns:
-            (3 N, t, u) float32 logits of the image part and (3 N,) predicted IoUs.
-        """
-        height, width = features.size
-        points = torch.tensor(places * (width, height), dtype=torch.float32)[:, None].to(self.device)
-        labels = torch.ones(points.shape[:2], dtype=torch.int64, device=self.device)
-        parts = [
-            decode(self.sam, features.values, Prompts(some, label), multimask=True, rows=[0] * len(some))
-            for some, label in zip(points.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
-        ]
-        low_res = torch.cat([part[0] for part in parts]).flatten(0, 1).float().cpu().numpy()
-        predicted = torch.cat([part[1] for part in parts]).flatten().float().cpu().numpy()
-        return image_part(low_res, features.size, self.side), predicted
-
-    @torch.inference_mode()
-    def full_mask(self, image: np.ndarray, key: str, big: Box, small: Box) -> np.ndarray:
-        """Return the mask at the image's own size, from the full image, as `lesionsam predict` writes it.
-
-        Args:
-            image: (H, W, 3) uint8.
-        Returns:
-            (H, W) bool.
-        """
-        features = self.encoded(image)
-        height, width = image.shape[:2]
-        outer, core = (
-            torch.tensor(to_model_frame(np.array(box, float), width, height, self.frame), dtype=torch.float32)[None]
-            for box in (big, small)
-        )
-        prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
-        low_res, _ = decode(self.sam, features.values, prompts.to(self.device))
-        logits = upscale(low_res[0, 0].float(), features.size, (height, width), self.frame)
-        return (logits > self.level).cpu().numpy()
 
     def _work(self) -> None:
         while True:

@@ -1,10 +1,7 @@
 """Propose a lesion for an image without boxes: a mask from no prompt, its two boxes, and a doubt from 0 to 1.
 
-Masks: a model that was adapted here is asked as `lesionsam predict --auto` asks it. Any other is asked at a grid of
-points for three candidates each (as segment-anything's automatic masks, Kirillov et al. 2023, section 7), one more
-comes from colour alone, and the one is taken that looks most like a lesion: on such models this was the better way, on
-adapted ones the worse (docs/log.md). The mask gets two boxes, drawn as an annotator would draw them; model and box
-prior answer them, and their mask gets boxes again. Doubt joins what the two say of the final boxes.
+The model is asked as `lesionsam predict --auto` asks it. The mask gets two boxes, drawn as an annotator would draw
+them; model and box prior answer them, and their mask gets boxes again. Doubt joins what the two say of the final boxes.
 """
 
 from __future__ import annotations
@@ -20,20 +17,11 @@ from lesionsam.annotation.assist import agreement, on_grid, prior_logits
 from lesionsam.annotation.model import BoxMask, Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes.annotator import simulate_boxes
-from lesionsam.inference.rank import colour_candidate
-from lesionsam.metrics import iou
 
-GRID = 5  # points a side
-MARGIN = 0.1  # of the image's sides that the grid leaves out
-LEAST_AREA, MOST_AREA = 0.004, 0.8  # share of the image that a lesion may take
-STABLE = 1.0  # logits by which the threshold is moved for the stability score
-KEPT = 4  # candidates whose colours are looked at
-SAME = 0.8  # IoU above which two candidates are one
 BAND = 0.08  # width of the surroundings, share of the image's longer side
 LOOSENESS = 0.25  # by which the proposed big box is larger than the mask: a lesion that sticks out costs a correction
 CORE = 0.5  # of the mask's extent that the proposed core takes, shrunk until it lies inside
 COLOUR_BLUR = 1.5  # pixels of the small picture
-CENTRAL = 0.25  # radius within which lesions lie, as a share of the sides
 ROUNDS = 2  # of boxes and mask from each other
 
 
@@ -44,7 +32,7 @@ class Proposed:
     Attributes:
         big, small: boxes, pixels of the image. predicted_iou: the model's own of its mask.
         entropy: mean over the big box, nats. agreement: IoU of model and box prior. area: of the mask, share of the
-        image. score: how the candidate that it began as stands out from its surroundings, 0 to 1.
+        image. score: how the mask that it began as stands out from its surroundings, 0 to 1.
     """
 
     big: Box
@@ -65,7 +53,7 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
     Returns:
         None where nothing looks like a lesion.
     """
-    found = best_candidate(model, features, picture)
+    found = found_lesion(model, features, picture)
     if found is None:
         return None
     mask, score = found
@@ -115,97 +103,32 @@ def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | 
     return big, small
 
 
-def best_candidate(model: Model, features: Features, picture: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """Return the candidate most like a lesion, (h, w) bool on the model's grid, and its colour contrast, 0 to 1."""
-    lab = ndimage.gaussian_filter(rgb2lab(picture), (COLOUR_BLUR, COLOUR_BLUR, 0))
-    best = model.lesion(features) > model.level if model.is_adapted else best_of_grid(model, features, picture, lab)
-    if best is None or not best.any():
+def found_lesion(model: Model, features: Features, picture: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """Return the lesion that the model finds, (h, w) bool on its grid, and its colour contrast, 0 to 1."""
+    mask = model.lesion(features) > model.level
+    if not mask.any():
         return None
-    contrast, _ = colour_contrast(lab, best)
-    return best, contrast / (1 + contrast)
+    contrast = colour_contrast(ndimage.gaussian_filter(rgb2lab(picture), (COLOUR_BLUR, COLOUR_BLUR, 0)), mask)
+    return mask, contrast / (1 + contrast)
 
 
-def best_of_grid(model: Model, features: Features, picture: np.ndarray, lab: np.ndarray) -> np.ndarray | None:
-    """Return the mask of the best `lesion_score`, of those from a grid of points and one by colour.
+def colour_contrast(lab: np.ndarray, mask: np.ndarray) -> float:
+    """Return the difference of the mean colours of a mask and the band around it, over their spread; 0 without a band.
 
     Args:
-        lab: the picture in CIELAB, smoothed.
+        lab: (H, W, 3) CIELAB. mask: (h, w) bool, the same picture.
     """
-    logits, predicted = model.candidates(features, grid_points())
-    masks = logits > model.level
-    stable = (logits > model.level + STABLE).sum((1, 2)) / np.maximum((logits > model.level - STABLE).sum((1, 2)), 1)
-    quality = predicted.clip(0, 1) * stable * (1 - on_rim(masks))
-    area = masks.mean((1, 2))
-    quality[(area < LEAST_AREA) | (area > MOST_AREA)] = -1
-    chosen = [masks[k] for k in distinct(masks, quality)]
-    by_colour = colour_candidate(lab)
-    if by_colour is not None and LEAST_AREA <= by_colour.mean() <= MOST_AREA:
-        chosen.append(
-            ndimage.zoom(by_colour.astype(np.float32), np.array(masks.shape[1:]) / by_colour.shape, order=1) > 0.5
-        )
-    scored = [(lesion_score(picture, lab, mask), k) for k, mask in enumerate(chosen) if mask.any()]
-    if not scored or max(scored)[0] <= 0:
-        return None
-    return chosen[max(scored)[1]]
-
-
-def grid_points() -> np.ndarray:
-    """Return the grid of points, (GRID ** 2, 2) XY in shares of the image."""
-    line = np.linspace(MARGIN, 1 - MARGIN, GRID)
-    return np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
-
-
-def on_rim(masks: np.ndarray) -> np.ndarray:
-    """Return the share of the frame's outermost pixels that each mask covers, (N, h, w) bool -> (N,)."""
-    return np.concatenate([masks[:, 0], masks[:, -1], masks[:, :, 0], masks[:, :, -1]], 1).mean(1)
-
-
-def distinct(masks: np.ndarray, quality: np.ndarray) -> list[int]:
-    """Return the indices of the best masks whose pairwise IoU is below `SAME`."""
-    kept: list[int] = []
-    for k in np.argsort(-quality):
-        if quality[k] <= 0 or len(kept) == KEPT:
-            break
-        unions = [(masks[k] | masks[j]).sum() for j in kept]
-        if all((masks[k] & masks[j]).sum() < SAME * union for j, union in zip(kept, unions, strict=True)):
-            kept.append(int(k))
-    return kept
-
-
-def lesion_score(picture: np.ndarray, lab: np.ndarray, mask: np.ndarray) -> float:
-    """Score how much a mask looks like the lesion of a dermoscopic picture; scores are comparable within one image.
-
-    Central, off the frame, of another colour than its surroundings, not tiny, and such that the box prior of its own
-    boxes finds it again. The product was chosen on real training images (docs/log.md).
-    """
-    height, width = mask.shape
-    rows, columns = np.nonzero(mask)
-    distance = np.hypot((rows.mean() + 0.5) / height - 0.5, (columns.mean() + 0.5) / width - 0.5)
-    boxes = boxes_of_mask(mask, (width, height))
-    if boxes is None:
-        return 0.0
-    prior = prior_logits(picture, (width, height), *boxes) > 0
-    there = ndimage.zoom(mask.astype(np.float32), np.array(prior.shape) / mask.shape, order=1) > 0.5
-    again = iou(prior, there) if there.any() else 0.0
-    _, length = colour_contrast(lab, mask)
-    central, free = np.exp(-((distance / CENTRAL) ** 2)), 1 - on_rim(mask[None])[0]
-    return float(central * free * again * length * mask.mean() ** 0.25)
-
-
-def colour_contrast(lab: np.ndarray, mask: np.ndarray) -> tuple[float, float]:
-    """Return two contrasts of a mask with the band around it: the difference of mean colours over their spread, and the
-    difference itself, CIELAB units; zeros where there is no band."""
     inside = ndimage.zoom(mask.astype(np.float32), np.array(lab.shape[:2]) / mask.shape, order=1) > 0.5
     reach = max(3, round(BAND * max(lab.shape)))
     near = ndimage.binary_dilation(inside, iterations=2)
     band = ndimage.binary_dilation(near, iterations=reach - 2) & ~near
     if inside.sum() < 4 or band.sum() < 4:
-        return 0.0, 0.0
+        return 0.0
     difference = lab[inside].mean(0) - lab[band].mean(0)
     length = float(np.linalg.norm(difference))
     along = difference / max(length, 1e-6)
     spread = np.sqrt((np.var(lab[inside] @ along) + np.var(lab[band] @ along)) / 2) + 1.0
-    return float(length / spread), length
+    return float(length / spread)
 
 
 def doubt(found: Proposed, usual: Sequence[float]) -> tuple[float, list[str]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
+
+from pydantic import TypeAdapter
 
 from lesionsam.boxes.table import TOLERANCE
 from lesionsam.errors import UserError
@@ -88,24 +89,10 @@ class ImageState:
         """Return the seconds that annotators spent on the image and its lesions."""
         return self.seconds + sum(lesion.seconds for lesion in self.lesions)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the state as JSON values for the journal; `state_from_dict` reads them back."""
-        return asdict(self)
-
 
 def state_from_dict(values: Mapping[str, Any]) -> ImageState:
-    """Read what `ImageState.as_dict` wrote; unknown keys are ignored."""
-    lesions = tuple(_lesion_from_dict(each) for each in values.get("lesions", ()))
-    known = {name: values[name] for name in ImageState.__dataclass_fields__ if name in values and name != "lesions"}
-    return ImageState(**known, lesions=lesions)
-
-
-def _lesion_from_dict(values: Mapping[str, Any]) -> Lesion:
-    known = {name: values[name] for name in Lesion.__dataclass_fields__ if name in values}
-    known["big"], known["small"] = tuple(known["big"]), tuple(known["small"])
-    if known.get("proposed"):
-        known["proposed"] = tuple(tuple(box) for box in known["proposed"])
-    return Lesion(**known)
+    """Read a state as `asdict` gives it, from JSON; unknown keys are ignored, ValueError if one is wrong."""
+    return TypeAdapter(ImageState).validate_python(values)
 
 
 def rounded(box: Sequence[float]) -> Box:
@@ -114,30 +101,27 @@ def rounded(box: Sequence[float]) -> Box:
     return x0, y0, x1, y1
 
 
-def checked_boxes(big: Sequence[float], small: Sequence[float], width: int, height: int) -> tuple[Box, Box]:
+def checked_boxes(big: Box, small: Box, width: int, height: int) -> tuple[Box, Box]:
     """Check two boxes that a page sent and clip them: the big one to the frame, the small one to the big one.
 
     Raises:
         UserError: what is wrong with them.
     """
-    boxes = []
-    for name, box in (("big box", big), ("core", small)):
-        if len(box) != 4 or not all(isinstance(value, int | float) and math.isfinite(value) for value in box):
-            raise UserError(f"{name}: expected four finite numbers, got {box!r}")
-        low, high = [max(0.0, box[0]), max(0.0, box[1])], [min(float(width), box[2]), min(float(height), box[3])]
-        if boxes:
-            outer = boxes[0]
-            over = max(outer[0] - box[0], outer[1] - box[1], box[2] - outer[2], box[3] - outer[3])
-            if over > TOLERANCE:
-                raise UserError(f"core: leaves the big box by {over:.1f} px; it must lie inside it")
-            low, high = [max(low[k], outer[k]) for k in (0, 1)], [min(high[k], outer[k + 2]) for k in (0, 1)]
-        if high[0] - low[0] < MIN_SIDE - 0.01 or high[1] - low[1] < MIN_SIDE - 0.01:
-            raise UserError(
-                f"{name}: expected sides of at least {MIN_SIDE:g} px inside the image of {width}x{height} "
-                f"px, got {[round(value, 2) for value in box]}"
-            )
-        boxes.append(rounded((*low, *high)))
-    return boxes[0], boxes[1]
+    outer = _clipped("big box", big, (0.0, 0.0, float(width), float(height)), (width, height))
+    over = max(outer[0] - small[0], outer[1] - small[1], small[2] - outer[2], small[3] - outer[3])
+    if over > TOLERANCE:
+        raise UserError(f"core: leaves the big box by {over:.1f} px; it must lie inside it")
+    return outer, _clipped("core", small, outer, (width, height))
+
+
+def _clipped(name: str, box: Box, frame: Box, size: tuple[int, int]) -> Box:
+    x0, y0, x1, y1 = (*map(max, box[:2], frame[:2]), *map(min, box[2:], frame[2:]))
+    if not (x1 - x0 >= MIN_SIDE - 0.01 and y1 - y0 >= MIN_SIDE - 0.01):  # also where one is not a number
+        raise UserError(
+            f"{name}: expected sides of at least {MIN_SIDE:g} px inside the image of {size[0]}x{size[1]} px, got "
+            f"{[round(value, 2) for value in box]}"
+        )
+    return rounded((x0, y0, x1, y1))
 
 
 def merged(old: Lesion | None, new: Lesion, who: str, when: str, seconds: float, *, automatic: bool = False) -> Lesion:

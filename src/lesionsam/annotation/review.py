@@ -12,13 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lesionsam.annotation.assist import PRIOR_SIDE
+from pydantic import TypeAdapter
+
 from lesionsam.annotation.catalogue import Catalogue, Entry
 from lesionsam.annotation.model import Model
 from lesionsam.annotation.pictures import Pictures, Stamp
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
 from lesionsam.annotation.records import AUTOMATIC, OPEN, Box, rounded
 from lesionsam.annotation.store import Store
+from lesionsam.data.frames import PRIOR_SIDE
 from lesionsam.data.index import id_hash
 from lesionsam.errors import UserError
 
@@ -75,25 +77,11 @@ class Proposals:
         self._is_cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a crash
         for values in _lines(path):
             if values.get("model") == self.name:
-                numbers: dict[str, Any] = dict(values["lesion"] or {})
-                numbers |= {key: tuple(numbers[key]) for key in ("big", "small") if key in numbers}
-                lesion = Proposed(**numbers) if numbers else None
-                self.found[values["image_id"]] = ImageProposal(
-                    values["image_id"], tuple(values["stamp"]), tuple(values["size"]), lesion
-                )
+                self.found[values["image_id"]] = TypeAdapter(ImageProposal).validate_python(values)
 
     def add(self, found: ImageProposal) -> None:
         """Add a proposal and append it to the file, without fsync: a line cut by a crash is computed again."""
-        line = json.dumps(
-            {
-                "image_id": found.image_id,
-                "model": self.name,
-                "stamp": found.stamp,
-                "size": found.size,
-                "lesion": found.lesion and asdict(found.lesion),
-            },
-            ensure_ascii=False,
-        )
+        line = json.dumps({"model": self.name, **asdict(found)}, ensure_ascii=False)
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -166,8 +154,9 @@ class Review:
         self._failed: set[str] = set()
         self._first: list[Entry] = []
         self._busy_until = 0.0
-        self._ordered: tuple[tuple[int, int], list[tuple[str, float]]] = ((-1, -1), [])
-        self._areas: tuple[tuple[int, int], list[float]] = ((-1, -1), [])
+        self._seen = (-1, -1)  # versions of proposals and table that the next two are of
+        self._areas: list[float] = []
+        self._ordered: list[tuple[str, float]] | None = None
         self._end = threading.Event()
 
     def start(self) -> None:
@@ -208,9 +197,9 @@ class Review:
     def usual(self) -> list[float]:
         """Return `confirmed_log_areas`, computed again after a change."""
         now = (self.proposals.version, self.store.clock)
-        if self._areas[0] != now:
-            self._areas = now, confirmed_log_areas(self.store, self.proposals)
-        return self._areas[1]
+        if self._seen != now:
+            self._areas, self._ordered, self._seen = confirmed_log_areas(self.store, self.proposals), None, now
+        return self._areas
 
     def boxes(self, entry: Entry) -> tuple[Box, Box] | None:
         """Return the two proposed boxes for an image as it is now, or None."""
@@ -219,9 +208,8 @@ class Review:
 
     def queue(self) -> list[tuple[str, float]]:
         """Return (key, doubt) of the open images with a proposal, see `with_spot_checks`."""
-        now = (self.proposals.version, self.store.clock)
-        if self._ordered[0] != now:
-            usual = self.usual()
+        usual = self.usual()
+        if self._ordered is None:
             known = [
                 (entry.key, found)
                 for found in list(self.proposals.found.values())
@@ -232,8 +220,8 @@ class Review:
                 for key, found in known
                 if found.lesion is not None and self.store.state(found.image_id).status == OPEN
             ]
-            self._ordered = now, with_spot_checks(doubts, len(known) - len(doubts))
-        return self._ordered[1]
+            self._ordered = with_spot_checks(doubts, len(known) - len(doubts))
+        return self._ordered
 
     def left(self) -> int:
         """Return the number of open images without a proposal."""

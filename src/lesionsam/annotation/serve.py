@@ -25,7 +25,6 @@ from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
 from lesionsam.utils.locks import file_lock
 
-FINISH_SECONDS = 10.0  # for masks that are still to be written when the page is closed; the rest at the next start
 PORT = 8350  # tried first; any free one where it is taken
 
 
@@ -67,21 +66,16 @@ def annotate(
         finally:
             if desk.review is not None:
                 desk.review.stop()
-            if desk.products is not None:
-                desk.products.finish(FINISH_SECONDS)
 
 
 def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") -> None:
-    """Load a model and start its proposals and masks; imports torch, which a page without a model does not need."""
+    """Load a model and start its proposals; imports torch, which a page without a model does not need."""
     from lesionsam.annotation.model import Model
-    from lesionsam.annotation.products import Products, masks_folder
     from lesionsam.annotation.review import Review
 
     desk.model = Model(weights, desk.pictures, threshold=threshold, device=device)
     desk.review = Review(desk.catalogue, desk.store, desk.pictures, desk.model)
-    desk.products = Products(masks_folder(desk.store.path), desk.catalogue, desk.store, desk.model)
     desk.review.start()
-    desk.products.start()
 
 
 def default_table(images: Path) -> Path:

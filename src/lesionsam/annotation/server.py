@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.staticfiles import StaticFiles
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from lesionsam.annotation.assist import PRIOR_SIDE, agreement, prior_logits, rings, suggest_core
+from lesionsam.annotation.assist import agreement, prior_logits, rings, suggest_core
 from lesionsam.annotation.catalogue import Catalogue, Entry, key_of
 from lesionsam.annotation.pictures import LEVELS, Pictures
-from lesionsam.annotation.records import MARKS, MAX_LESIONS, MAX_NAME, MAX_SECONDS, ImageState, Lesion
+from lesionsam.annotation.records import MARKS, MAX_LESIONS, MAX_NAME, MAX_SECONDS, Box, ImageState, Lesion
 from lesionsam.annotation.store import Change, Conflict, Store
 from lesionsam.annotation.table import outside
+from lesionsam.data.frames import PRIOR_SIDE
 from lesionsam.errors import UserError
 
 if TYPE_CHECKING:  # a page without a model need not wait for torch
     from lesionsam.annotation.model import Model
-    from lesionsam.annotation.products import Products
     from lesionsam.annotation.review import Review
 
 WEB = FilePath(__file__).parent / "web"
-FILES = {
-    "": ("index.html", "text/html; charset=utf-8"),
-    "annotate.js": ("annotate.js", "text/javascript; charset=utf-8"),
-    "annotate.css": ("annotate.css", "text/css; charset=utf-8"),
-    "icon.svg": ("icon.svg", "image/svg+xml"),
-}
 JPEG = "image/jpeg"
 WAIT_SECONDS = 0.08  # how long a preview waits for the model's features before it goes without
 
+
+def check_order(box: Box) -> Box:
+    """Return a box; ValueError unless it has an area."""
+    if box[2] <= box[0] or box[3] <= box[1]:
+        raise ValueError(f"expected XYXY with x0 < x1 and y0 < y1, got {list(box)}")
+    return box
+
+
 Number = Annotated[float, Field(ge=-1e7, le=1e7, allow_inf_nan=False)]
-Four = Annotated[list[Number], Field(min_length=4, max_length=4)]
+Four = tuple[Number, Number, Number, Number]
+Ordered = Annotated[Four, AfterValidator(check_order)]
 Key = Annotated[str, Path(pattern="^[0-9a-f]{16}$")]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
 
@@ -57,7 +59,7 @@ class SentLesion(Strict):
     big: Four
     small: Four
     core: Annotated[str, Field(pattern="^(drawn|suggested)$")] = "drawn"
-    proposed: Annotated[list[Four], Field(min_length=2, max_length=2)] | None = None
+    proposed: tuple[Four, Four] | None = None
     agreed: bool = False
     seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = 0.0
 
@@ -78,8 +80,8 @@ class SentBoxes(Strict):
     """Boxes to preview; without a core, one is suggested."""
 
     id: Name = "0"
-    big: Four
-    small: Four | None = None
+    big: Ordered
+    small: Ordered | None = None
     others: Annotated[list[Four], Field(max_length=MAX_LESIONS)] = []
 
 
@@ -95,7 +97,7 @@ class Desk:
 
     Attributes:
         who: name of the annotator until the page says another. title: of the page.
-        review, products: with a model, what it proposes and the masks it writes.
+        review: with a model, what it proposes.
     """
 
     catalogue: Catalogue
@@ -105,13 +107,11 @@ class Desk:
     who: str
     title: str
     review: Review | None = None
-    products: Products | None = None
 
     def busy(self) -> None:
         """Pause background work, as an annotator is drawing."""
-        for part in (self.review, self.products):
-            if part is not None:
-                part.busy()
+        if self.review is not None:
+            self.review.busy()
 
     def entry(self, key: str) -> Entry:
         """Return the image of a key.
@@ -126,18 +126,14 @@ class Desk:
             raise UserError(entry.fault)
         return entry
 
-    def summary(self, image_id: str) -> list[Any]:
+    def summary(self, entry: Entry) -> list[Any]:
         """Return what the list shows of an image: status, number of lesions, revision."""
-        state = self.store.state(image_id)
-        return [state.status, len(state.lesions), state.revision]
+        state = self.store.state(entry.image_id)
+        return ["faulty", 0, 0] if entry.fault else [state.status, len(state.lesions), state.revision]
 
 
 def shown(error: UserError | OSError, path: FilePath | None = None) -> str:
-    """Return an error's message without the server's folders.
-
-    Args:
-        path: of the file that it may name.
-    """
+    """Return an error's message without the server's folders; `path` is of the file that it may name."""
     if isinstance(error, OSError):
         where = FilePath(str(error.filename)).name if error.filename else "the table of boxes"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -169,24 +165,10 @@ def create_app(desk: Desk) -> FastAPI:
     def _disk(_: Request, error: OSError) -> Response:
         return JSONResponse({"problem": shown(error)}, 503)
 
-    for address in FILES:
-        app.get(f"/{address}")(_file_answer(address))
     _add_images(app, desk)
     _add_help(app, desk)
+    app.mount("/", StaticFiles(directory=WEB, html=True))
     return app
-
-
-@cache
-def _file(name: str) -> bytes:
-    return (WEB / name).read_bytes()
-
-
-def _file_answer(address: str) -> Callable[[], Response]:
-    def answer() -> Response:
-        name, kind = FILES[address]
-        return Response(_file(name), media_type=kind)
-
-    return answer
 
 
 def _add_images(app: FastAPI, desk: Desk) -> None:
@@ -194,20 +176,16 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/api/session")
     def session() -> Response:
-        problem = _table_problem(desk.store)
-        images = [
-            [entry.key, entry.image_id, *(desk.summary(entry.image_id) if not entry.fault else ("faulty", 0, 0))]
-            for entry in desk.catalogue.entries
-        ]
+        problem, store = _table_problem(desk.store), desk.store
         return JSONResponse(
             {
                 "who": desk.who,
                 "title": desk.title,
-                "table": desk.store.path.name,
-                "clock": desk.store.clock,
-                "store": key_of(str(desk.store.path.resolve())),
+                "table": store.path.name,
+                "clock": store.clock,
+                "store": key_of(str(store.path.resolve())),
                 "model": desk.model and {"name": desk.model.name, "threshold": desk.model.threshold},
-                "images": images,
+                "images": [[each.key, each.image_id, *desk.summary(each)] for each in desk.catalogue.entries],
                 "problem": problem,
             }
         )
@@ -217,28 +195,21 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
         problem = _table_problem(desk.store)
         now, ids = desk.store.changes_since(clock)
         entries = (desk.catalogue.by_id.get(image_id) for image_id in ids)
-        changed = [[entry.key, *desk.summary(entry.image_id)] for entry in entries if entry is not None]
-        return JSONResponse(
-            {
-                "clock": now,
-                "changed": changed,
-                "problem": problem or (desk.products.problem if desk.products else ""),
-                "proposed": desk.review.count if desk.review else 0,
-            }
-        )
+        changed = [[entry.key, *desk.summary(entry)] for entry in entries if entry is not None]
+        proposed = desk.review.count if desk.review else 0
+        return JSONResponse({"clock": now, "changed": changed, "problem": problem, "proposed": proposed})
 
     @app.get("/api/images/{key}")
     def image(key: Key) -> Response:
         entry = desk.entry(key)
         width, height = desk.pictures.size(entry)
         state = desk.store.state(entry.image_id)
-        wrong = [lesion.lesion_id for lesion in state.lesions if outside(lesion.boxes, width, height)]
-        problem = (
-            f"lesion {wrong[0]} of {desk.store.path.name} lies outside this image of {width}x{height} px; "
-            "boxes are pixels of the upright image"
-            if wrong
-            else ""
-        )
+        problem = ""
+        if wrong := [lesion.lesion_id for lesion in state.lesions if outside(lesion.boxes, width, height)]:
+            problem = (
+                f"lesion {wrong[0]} of {desk.store.path.name} lies outside this image of {width}x{height} px; "
+                "boxes are pixels of the upright image"
+            )
         return JSONResponse(
             {
                 "width": width,
@@ -264,8 +235,6 @@ def _add_images(app: FastAPI, desk: Desk) -> None:
             state = desk.store.save(entry.image_id, _change(desk, entry, sent), size)
         except Conflict as conflict:
             return JSONResponse({"problem": str(conflict), "state": _as_sent(conflict.state)}, 409)
-        if desk.products is not None:
-            desk.products.note(entry.image_id)
         return JSONResponse({"state": _as_sent(state), "clock": desk.store.clock})
 
     @app.get("/api/queue")
@@ -315,30 +284,16 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
     lesions = []
     for each in sent.lesions:
         check_text(each.id, "lesion id")
-        is_proposed = (
-            known is not None
-            and each.proposed is not None
-            and (_box(each.proposed[0]), _box(each.proposed[1])) == known
-        )
-        lesion = Lesion(
-            each.id, _box(each.big), _box(each.small), core=each.core, source="accepted" if each.agreed else "drawn"
-        )
-        if is_proposed and desk.model is not None:
+        lesion = Lesion(each.id, each.big, each.small, core=each.core, source="accepted" if each.agreed else "drawn")
+        if known is not None and each.proposed == known and desk.model is not None:
             lesion = replace(lesion, proposed=known, model=desk.model.digest, threshold=desk.model.threshold)
         lesions.append(lesion)
     if len({each.id for each in sent.lesions}) != len(sent.lesions):
         raise UserError("two lesions of one image have the same id; load the page again")
     check_text(sent.who, "name")
     seconds = {each.id: each.seconds for each in sent.lesions if each.seconds} | ({"": sent.seconds})
-    return Change(
-        sent.base,
-        sent.who.strip() or desk.who,
-        sent.change,
-        sent.mark,
-        tuple(lesions),
-        seconds,
-        shown=desk.model.label if sent.shown and known and desk.model else "",
-    )
+    label = desk.model.label if sent.shown and known and desk.model else ""
+    return Change(sent.base, sent.who or desk.who, sent.change, sent.mark, tuple(lesions), seconds, shown=label)
 
 
 def check_text(text: str, what: str) -> None:
@@ -347,13 +302,8 @@ def check_text(text: str, what: str) -> None:
     Raises:
         UserError: line breaks, control characters, spaces at an end, half characters.
     """
-    if not text.isprintable() or text != text.strip() or any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+    if not text.isprintable() or text != text.strip():
         raise UserError(f"{what}: expected plain text without line breaks, got {text!a}")
-
-
-def _box(values: list[float]) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = values
-    return x0, y0, x1, y1
 
 
 def _add_help(app: FastAPI, desk: Desk) -> None:
@@ -365,11 +315,8 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
         desk.busy()
         size = desk.pictures.size(entry)
         small_picture = desk.pictures.small(entry, PRIOR_SIDE)
-        big, others = _box(sent.big), [_box(box) for box in sent.others]
-        _check_order(big)
-        small = _box(sent.small) if sent.small else suggest_core(small_picture, size, big, others)
-        _check_order(small)
-        return JSONResponse({"small": small, **preview_of(desk, entry, sent.id, big, small, others)})
+        small = sent.small or suggest_core(small_picture, size, sent.big, sent.others)
+        return JSONResponse({"small": small, **preview_of(desk, entry, sent.id, sent.big, small, sent.others)})
 
     @app.post("/api/prepare")
     def prepare(sent: SentKeys) -> Response:
@@ -382,11 +329,6 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
         return JSONResponse({})
 
 
-def _check_order(box: tuple[float, float, float, float]) -> None:
-    if box[2] - box[0] <= 0 or box[3] - box[1] <= 0:
-        raise UserError(f"box: expected XYXY with x0 < x1 and y0 < y1, got {list(box)}")
-
-
 def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tuple, others: list) -> dict[str, Any]:
     """Return outlines of the box prior's and the model's mask for two boxes, and their IoU."""
     size = desk.pictures.size(entry)
@@ -396,8 +338,7 @@ def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tupl
     found: dict[str, Any] = {"prior": {"rings": rings(prior, step, size)}, "model": None, "pending": False}
     if desk.model is None:
         return found
-    features = desk.model.features_soon(entry, WAIT_SECONDS)
-    if features is None:
+    if (features := desk.model.features_soon(entry, WAIT_SECONDS)) is None:
         return found | {"pending": True}
     answer = desk.model.answer(features, size, f"{entry.image_id}/{lesion_id}", big, small)
     found["model"] = {

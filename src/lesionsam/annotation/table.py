@@ -9,22 +9,14 @@ import codecs
 import csv
 import hashlib
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lesionsam.annotation.records import Box, Lesion, rounded
-from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, parse_boxes, read_rows
+from lesionsam.boxes.table import TOLERANCE, header, parse_boxes, read_rows, row_of
 from lesionsam.errors import UserError
-from lesionsam.utils.files import decimal_number, whole_number
-
-COORDINATES = (*BIG, *SMALL)
-
-
-def columns(with_split: bool) -> tuple[str, ...]:
-    """Return the header; `split` is kept where a table has it."""
-    return ("image_id", "lesion_id", *(("split",) if with_split else ()), "width", "height", *COORDINATES)
+from lesionsam.utils.files import whole_number
 
 
 @dataclass
@@ -44,7 +36,7 @@ class Table:
 
     def text(self) -> str:
         """Return the text of the file."""
-        head = ",".join(columns(self.with_split))
+        head = ",".join(header(self.with_split))
         return "\n".join([head, *(line for lines in self.lines.values() for line in lines)]) + "\n"
 
     def with_image(self, image_id: str, lesions: Sequence[Lesion], size: tuple[int, int]) -> Table:
@@ -69,17 +61,8 @@ class Table:
         return new
 
     def _line(self, image_id: str, lesion: Lesion, size: tuple[int, int]) -> str:
-        split = [self.splits.get(image_id, "")] if self.with_split else []
-        return _csv_line(
-            [
-                image_id,
-                lesion.lesion_id,
-                *split,
-                str(size[0]),
-                str(size[1]),
-                *(f"{value:.2f}" for box in lesion.boxes for value in box),
-            ]
-        )
+        split = self.splits.get(image_id, "") if self.with_split else None
+        return _csv_line(row_of(image_id, lesion.lesion_id, split, size, *lesion.boxes))
 
 
 def _csv_line(values: Iterable[str]) -> str:
@@ -106,9 +89,8 @@ def read_table(path: Path) -> Table:
         return Table()
     rows = read_rows(path)
     table = Table(with_split=bool(rows) and "split" in rows[0][1])
-    names = columns(table.with_split)
-    simple = _plain_rows([row for _, row in rows])
-    for k, (line, row) in enumerate(rows):
+    names = header(table.with_split)
+    for line, row in rows:
         image_id, lesion_id = row["image_id"], row.get("lesion_id") or "0"
         lesions = table.boxes.setdefault(image_id, {})
         if lesion_id in lesions:
@@ -116,7 +98,7 @@ def read_table(path: Path) -> Table:
                 f"{path}: line {line}, image_id, lesion_id: {image_id!r}, {lesion_id!r} stands there "
                 "already; give each lesion of an image its own lesion_id"
             )
-        lesions[lesion_id] = simple[k] or _careful(path, line, row)
+        lesions[lesion_id] = _boxes(path, line, row)
         if table.with_split and row["split"]:
             table.splits[image_id] = row["split"]
         values = {**row, "lesion_id": lesion_id}
@@ -124,23 +106,8 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def _plain_rows(rows: Sequence[Mapping[str, str]]) -> list[tuple[Box, Box] | None]:
-    """Return the boxes of rows that are plainly valid; None for rows that need the full check."""
-    found: list[tuple[Box, Box] | None] = []
-    for row in rows:
-        try:
-            values = [decimal_number(row[name]) for name in COORDINATES]
-        except ValueError:
-            found.append(None)
-            continue
-        x0, y0, x1, y1, u0, v0, u1, v1 = values
-        right = 0 <= x0 <= u0 < u1 <= x1 < math.inf and 0 <= y0 <= v0 < v1 <= y1 < math.inf
-        found.append((rounded(values[:4]), rounded(values[4:])) if right else None)
-    return found
-
-
-def _careful(path: Path, line: int, row: Mapping[str, str]) -> tuple[Box, Box]:
-    """Return the boxes of a row that exceeds its frame by rounding, clipped as `boxes.table` clips them."""
+def _boxes(path: Path, line: int, row: Mapping[str, str]) -> tuple[Box, Box]:
+    """Return the boxes of a row, clipped as `boxes.table` clips them."""
     sizes = [whole_number(row.get(name, "")) or 10**6 for name in ("width", "height")]
     try:
         big, small = parse_boxes(row, *sizes)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from lesionsam.boxes.table import sample_of
 from lesionsam.errors import UserError
 from lesionsam.types import Sample
 from lesionsam.utils.images import read_mask
@@ -115,7 +116,7 @@ def annotate(
     """
     samples = []
     for image_id, entry in progress(index.items(), total=len(index), title="annotating"):
-        own, hashes = entry.get("lesions"), entry.get("lesion_sha256")
+        own = entry.get("lesions")
         masks = dict(own) if isinstance(own, Mapping) else {"0": str(entry.get("mask_path") or "")}
         for lesion_id, mask_path in masks.items():
             if not mask_path:
@@ -134,22 +135,5 @@ def annotate(
                     f"{mask_path}: no lesion of at least {min_area} pixels (boxes.min_area); the mask has "
                     f"{int(mask.sum())} foreground pixels: remove image and mask, or correct the mask"
                 )
-            samples.append(
-                Sample(
-                    image_id=image_id,
-                    lesion_id=lesion_id,
-                    split=str(entry["split"]),
-                    image_path=root / str(entry["image_path"]),
-                    mask_path=root / mask_path,
-                    width=width,
-                    height=height,
-                    big_box=boxes[0],
-                    small_box=boxes[1],
-                    own_mask=own is not None,
-                    image_sha256=str(entry.get("sha256") or ""),
-                    mask_sha256=str(
-                        (hashes[lesion_id] if isinstance(hashes, Mapping) else entry.get("mask_sha256")) or ""
-                    ),
-                )
-            )
+            samples.append(sample_of(image_id, lesion_id, entry, root, *boxes))
     return samples

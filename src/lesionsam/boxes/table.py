@@ -22,22 +22,30 @@ REQUIRED = ("image_id", *BIG, *SMALL)
 TOLERANCE = 0.5  # pixels by which a hand-drawn box may stick out before it counts as wrong; it is cut there
 
 
+def header(with_split: bool = True) -> list[str]:
+    """Return the columns of a two-box CSV, with or without `split`."""
+    return [name for name in COLUMNS if with_split or name != "split"]
+
+
+def row_of(
+    image_id: str, lesion_id: str, split: str | None, size: tuple[int, int], *boxes: Iterable[float]
+) -> list[str]:
+    """Return a row of a two-box CSV, coordinates to a hundredth of a pixel.
+
+    Args:
+        split: None where the table has no such column. size: (width, height). boxes: the big and the small one, XYXY.
+    """
+    split_field = [] if split is None else [split]
+    return [image_id, lesion_id, *split_field, *map(str, size), *(f"{value:.2f}" for box in boxes for value in box)]
+
+
 def write_boxes(path: Path, samples: Iterable[Sample]) -> None:
-    """Write the two-box CSV atomically, one row per sample, coordinates to a hundredth of a pixel."""
+    """Write the two-box CSV atomically, one row per sample."""
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer.writerow(header())
         for s in samples:
-            writer.writerow(
-                [
-                    s.image_id,
-                    s.lesion_id,
-                    s.split,
-                    s.width,
-                    s.height,
-                    *(f"{value:.2f}" for value in (*s.big_box, *s.small_box)),
-                ]
-            )
+            writer.writerow(row_of(s.image_id, s.lesion_id, s.split, (s.width, s.height), s.big_box, s.small_box))
 
 
 def read_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: Path) -> list[Sample]:
@@ -153,38 +161,49 @@ def _parse_row(row: Mapping[str, str], index: Mapping[str, Mapping[str, object]]
         )
     entry = index[image_id]
     width, height = int(str(entry["width"])), int(str(entry["height"]))
-    for name, known in (("width", width), ("height", height)):
-        if row.get(name) and row[name] != str(known):
-            raise ValueError(
-                f"{name}: got {row[name]}, but image {image_id!r} is {width}x{height} px after EXIF transpose"
-            )
+    check_size(row, width, height)
     if row.get("split") and row["split"] != entry["split"]:
         raise ValueError(f"split: got {row['split']!r}, but image {image_id!r} is in split {entry['split']!r}")
     big, small = parse_boxes(row, width, height)
-    mask_path, lesion_id = str(entry.get("mask_path") or ""), row.get("lesion_id") or "0"
-    mask_sha256 = str(entry.get("mask_sha256") or "")
+    own, lesion_id = entry.get("lesions"), row.get("lesion_id") or "0"
+    if isinstance(own, Mapping) and lesion_id not in own:
+        raise ValueError(
+            f"lesion_id: {lesion_id!r} is no lesion of image {image_id!r}; it has {', '.join(own)} (see "
+            "data/raw/lesions.csv)"
+        )
+    return sample_of(image_id, lesion_id, entry, root, big, small)
+
+
+def check_size(row: Mapping[str, str], width: int, height: int) -> None:
+    """Raise ValueError where a row states another size than its image has, pixels."""
+    for name, known in (("width", width), ("height", height)):
+        if row.get(name) and row[name] != str(known):
+            raise ValueError(
+                f"{name}: got {row[name]}, but image {row['image_id']!r} is {width}x{height} px after EXIF transpose"
+            )
+
+
+def sample_of(
+    image_id: str, lesion_id: str, entry: Mapping[str, object], root: Path, big: np.ndarray, small: np.ndarray
+) -> Sample:
+    """Return a lesion with its boxes, (4,) XYXY each, from its image's row of the index."""
+    mask_path, mask_sha256 = entry.get("mask_path"), entry.get("mask_sha256")
     own, hashes = entry.get("lesions"), entry.get("lesion_sha256")
     if isinstance(own, Mapping):
-        if lesion_id not in own:
-            raise ValueError(
-                f"lesion_id: {lesion_id!r} is no lesion of image {image_id!r}; it has {', '.join(own)} (see "
-                "data/raw/lesions.csv)"
-            )
-        mask_path = str(own[lesion_id])
-        mask_sha256 = str(hashes[lesion_id]) if isinstance(hashes, Mapping) else ""
+        mask_path, mask_sha256 = own[lesion_id], hashes[lesion_id] if isinstance(hashes, Mapping) else ""
     return Sample(
         image_id=image_id,
         lesion_id=lesion_id,
         split=str(entry["split"]),
         image_path=root / str(entry["image_path"]),
-        mask_path=root / mask_path if mask_path else None,
-        width=width,
-        height=height,
+        mask_path=root / str(mask_path) if mask_path else None,
+        width=int(str(entry["width"])),
+        height=int(str(entry["height"])),
         big_box=big,
         small_box=small,
         own_mask=isinstance(own, Mapping),
         image_sha256=str(entry.get("sha256") or ""),
-        mask_sha256=mask_sha256,
+        mask_sha256=str(mask_sha256 or ""),
     )
 
 
@@ -203,8 +222,8 @@ def check_small(big: np.ndarray, small: np.ndarray, image_id: str) -> np.ndarray
     outside = np.maximum(big[:2] - small[:2], small[2:] - big[2:]).max()
     if outside > TOLERANCE:
         raise ValueError(
-            f"small_x0..small_y1: small box {_show(small)} of {image_id!r} leaves the big box "
-            f"{_show(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
+            f"small_x0..small_y1: small box {show_box(small)} of {image_id!r} leaves the big box "
+            f"{show_box(big)} by {outside:.1f} px; the core must lie inside the rough extent (are the two "
             "exchanged?)"
         )
     return np.concatenate([np.maximum(small[:2], big[:2]), np.minimum(small[2:], big[2:])])
@@ -244,5 +263,6 @@ def check_box(box: np.ndarray, names: Sequence[str], width: int, height: int, im
     return np.clip(box, 0, limits)
 
 
-def _show(box: np.ndarray) -> str:
+def show_box(box: Iterable[float]) -> str:
+    """Format a box for a message."""
     return "[" + ", ".join(f"{value:g}" for value in box) + "]"

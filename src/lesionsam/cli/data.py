@@ -19,17 +19,11 @@ def convert(
         Path, typer.Argument(metavar="FROM", help="File to read, or folder of YOLO files.", show_default=False)
     ],
     target: Annotated[
-        Path,
-        typer.Argument(
-            metavar="TO",
-            help="File to write, or new folder for YOLO files; {split} in it: one for each split.",
-            show_default=False,
-        ),
+        Path, typer.Argument(metavar="TO", help="File to write, or new folder for YOLO files.", show_default=False)
     ],
     form: Annotated[str, typer.Option("--format", help=f"Of TO: {FORMATS}; unset: by its ending.")] = "",
     from_form: Annotated[str, typer.Option("--from-format", help="Of FROM; unset: by its ending and content.")] = "",
     images: Annotated[Path | None, typer.Option(help="Folder of the images, for their names and sizes.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Folder of masks to take along, where TO can hold them.")] = None,
     big: Annotated[str, typer.Option(help="Label of the big boxes.")] = "big",
     small: Annotated[str, typer.Option(help="Label of the small boxes.")] = "small",
     category: Annotated[list[str] | None, typer.Option(help="Of COCO: read this one only; may be repeated.")] = None,
@@ -53,7 +47,6 @@ def convert(
         from_form=from_form,
         to_form=form,
         images=images,
-        masks=masks,
         labels=Labels(big, small),
         categories=category or (),
         classes=names,

@@ -52,7 +52,6 @@ def predict(
     zoom: Annotated[
         bool, typer.Option("--zoom", help="Enlarge the surroundings of each box to the model's whole input.")
     ] = False,
-    nearer: Annotated[bool, typer.Option("--nearer", hidden=True, help="Old name of --zoom.")] = False,
     threshold: Annotated[
         float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")
     ] = 0.5,
@@ -76,8 +75,6 @@ def predict(
     from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
-    if nearer:
-        raise UserError("--nearer: this option is now called --zoom")
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
     uses_auto = source.kind in ("auto", "everything")
     if params is not None and not uses_auto:

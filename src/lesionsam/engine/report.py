@@ -5,25 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from lesionsam.engine.history import STAGES, Round
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
+from lesionsam.report.charts import STYLE
 from lesionsam.utils.files import write_bytes_atomic, write_text_atomic
 
 REPORT, CURVE = "report.md", "curve.png"
 COLOURS = ("#0b62a3", "#d1702a", "#2c7a3f", "#7a4fa3")
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e9ee",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 SHOWN = "objective"  # mean of ring, centre and box prompts
 
 
@@ -66,49 +58,29 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], name: str) -> byte
 
 
 def _lines(rounds: Sequence[Round]) -> list[str]:
-    head = (
-        "round",
-        "stage",
-        "drawn",
-        "corrected",
-        "accepted",
-        "automatic",
-        "left",
-        "people's minutes",
-        "accepted unchanged",
-        "doubt that may stand",
-        "mIoU ring / centre / box",
-    )
-    lines = [
-        "# The data engine",
+    rows = [_cells(each) for each in rounds]
+    table = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
+    return [
+        *("# The data engine", "", f"![Quality against people's time]({CURVE})", ""),
+        *("| " + " | ".join(map(str, cells)) + " |" for cells in table),
         "",
-        f"![Quality against people's time]({CURVE})",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
+        *(f"- {sentence}" for sentence in summary_sentences(rounds)),
     ]
-    for each in rounds:
-        quality = (
-            " / ".join(f"{each.quality[prompt]:.3f}" for prompt in ("ring", "centre", "box")) if each.quality else ""
-        )
-        share = (
-            ""
-            if each.accepted_share is None
-            else (f"{100 * each.accepted_share:.0f} % of {sum(each.outcomes.values())}")
-        )
-        limit = "" if each.threshold is None else f"{each.threshold:.2f}"
-        cells = (
-            each.number,
-            each.stage,
-            *(each.sources[name] for name in ("drawn", "corrected", "accepted", "automatic")),
-            each.num_left,
-            f"{each.seconds / 60:.1f}",
-            share,
-            limit,
-            quality,
-        )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return [*lines, "", *(f"- {sentence}" for sentence in summary_sentences(rounds))]
+
+
+def _cells(one: Round) -> dict[str, object]:
+    """Return the row of a round: column -> content."""
+    quality, share, reviewed = one.quality, one.accepted_share, sum(one.outcomes.values())
+    return {
+        "round": one.number,
+        "stage": one.stage,
+        **{name: one.sources[name] for name in ("drawn", "corrected", "accepted", "automatic")},
+        "left": one.num_left,
+        "people's minutes": f"{one.seconds / 60:.1f}",
+        "accepted unchanged": "" if share is None else f"{100 * share:.0f} % of {reviewed}",
+        "doubt that may stand": "" if one.threshold is None else f"{one.threshold:.2f}",
+        "mIoU ring / centre / box": " / ".join(f"{quality[name]:.3f}" for name in OBJECTIVE_PROMPTS if quality),
+    }
 
 
 def summary_sentences(rounds: Sequence[Round]) -> list[str]:

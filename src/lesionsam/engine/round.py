@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.annotation.catalogue import Catalogue, Entry
+from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.model import Model
 from lesionsam.annotation.pictures import Pictures
-from lesionsam.annotation.products import Products, masks_folder
 from lesionsam.annotation.proposals import doubt
 from lesionsam.annotation.records import ACCEPTED, AUTOMATIC, OPEN, ImageState, Lesion
 from lesionsam.annotation.review import ImageProposal, Proposals, confirmed_log_areas, proposals_path, propose_for_image
@@ -135,14 +134,6 @@ def run_round(
         auto,
     )
     write_rounds(place.out, [*rounds, found])
-    if num_automatic:
-        try:
-            Products(masks_folder(place.table_path), place.catalogue, store, model).write_all()
-        except OSError as error:
-            say(
-                f"warning: masks cannot be written: {error}; `lesionsam annotate` writes them when it is opened with "
-                "this model"
-            )
     return found
 
 
@@ -198,17 +189,8 @@ def _accept(store: Store, reviews: ReviewSummary, pictures: Pictures) -> None:
             continue
         boxes = found.lesion.big, found.lesion.small
         lesion = Lesion("0", *boxes, proposed=boxes, model=digest, threshold=float(threshold))
-        store.save(
-            image_id,
-            Change(
-                store.state(image_id).revision,
-                ENGINE_NAME,
-                f"{ENGINE_NAME}-{digest}",
-                lesions=(lesion,),
-                automatic=True,
-            ),
-            found.size,
-        )
+        base, change = store.state(image_id).revision, f"{ENGINE_NAME}-{digest}"
+        store.save(image_id, Change(base, ENGINE_NAME, change, lesions=(lesion,), automatic=True), found.size)
 
 
 def _weights(
@@ -302,21 +284,13 @@ def propose_all(
     ]
     faults = 0
     for entry in progress(waiting, total=len(waiting), title="proposing"):
-        found = _look(model, pictures, entry)
-        if found is None:
+        try:
+            proposals.add(propose_for_image(model, pictures, entry))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
             faults += 1
-        else:
-            proposals.add(found)
     if faults:
         say(f"{faults} images could not be read; each is named above")
-
-
-def _look(model: Model, pictures: Pictures, entry: Entry) -> ImageProposal | None:
-    try:
-        return propose_for_image(model, pictures, entry)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return None
 
 
 def quality_on(samples: Sequence[Sample], weights: Path, config: Config) -> dict[str, float]:

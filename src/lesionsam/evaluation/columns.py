@@ -5,46 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
+from lesionsam.evaluation.statistics import LABEL_FREE, METRICS
 from lesionsam.metrics import Calibration
 
 ELLIPSE, PRIOR, PRIOR_OFFSET = "ellipse", "box prior", "box prior + offset"
 LEAKING = "tight"  # prompt source: the bounding box of the true mask, which leaks the label
 
-ROW_COLUMNS = (
-    "model",
-    "run",
-    "prompt",
-    "image_id",
-    "lesion_id",
-    "width",
-    "height",
-    "lesion_share",
-    "iou",
-    "dice",
-    "boundary_f1",
-    "hd95",
-    "thresholded_jaccard",
-    "predicted_share",
-    "predicted_iou",
-    "entropy",
-    "core_coverage",
-    "leakage",
-    "consistency",
-)
+LESION = ("image_id", "lesion_id", "width", "height", "lesion_share")
+ROW_COLUMNS = ("model", "run", "prompt", *LESION, *METRICS, "predicted_share", *LABEL_FREE)
 JITTER_COLUMNS = ("model", "run", "prompt", "share", "image_id", "lesion_id", "iou")
-CALIBRATION_COLUMNS = (
-    "model",
-    "run",
-    "prompt",
-    "region",
-    "bin",
-    "count",
-    "probability_sum",
-    "truth_sum",
-    "squared_error",
-)
+SUMS = ("count", "probability_sum", "truth_sum", "squared_error")
+CALIBRATION_COLUMNS = ("model", "run", "prompt", "region", "bin", *SUMS)
 
 
 @dataclass(frozen=True)
@@ -83,18 +57,12 @@ def long_frame(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> 
 
 def calibration_frame(sums: Mapping[tuple[str, str], Calibration]) -> pd.DataFrame:
     """Return the calibration of each (prompt, region) as `CALIBRATION_COLUMNS`, a row per bin."""
-    rows = []
+    frames = []
     for (prompt, region), c in sums.items():
-        for k in range(len(c.counts)):  # the squared error is one number: it stands in the first bin's row
-            rows.append(
-                {
-                    "prompt": prompt,
-                    "region": region,
-                    "bin": k,
-                    "count": c.counts[k],
-                    "probability_sum": c.probability_sums[k],
-                    "truth_sum": c.truth_sums[k],
-                    "squared_error": c.squared_error if k == 0 else 0.0,
-                }
-            )
-    return long_frame(rows, CALIBRATION_COLUMNS)
+        squared = np.zeros(len(c.counts))
+        squared[0] = c.squared_error  # one number: it stands in the first bin's row
+        values = dict(zip(SUMS, (c.counts, c.probability_sums, c.truth_sums, squared), strict=True))
+        frames.append(pd.DataFrame({"prompt": prompt, "region": region, "bin": range(len(c.counts)), **values}))
+    if not frames:
+        return long_frame([], CALIBRATION_COLUMNS)
+    return pd.concat(frames, ignore_index=True).reindex(columns=list(CALIBRATION_COLUMNS))

@@ -166,18 +166,8 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
         model, prompt, stratum, share_low, share_high (of the lesions in it), num_images, miou, low, high, failure_rate;
         empty without masks.
     """
-    columns = [
-        "model",
-        "prompt",
-        "stratum",
-        "share_low",
-        "share_high",
-        "num_images",
-        "miou",
-        "low",
-        "high",
-        "failure_rate",
-    ]
+    columns = ["model", "prompt", "stratum", "share_low", "share_high", "num_images", "miou", "low", "high"]
+    columns.append("failure_rate")
     if not has_truth(rows):
         return pd.DataFrame(columns=columns)
     rows = rows.dropna(subset=["iou"])
@@ -189,20 +179,8 @@ def strata(rows: pd.DataFrame, *, num_bootstrap: int, confidence: float) -> pd.D
         for model, prompt, group in groups(rows[which == k]):
             values = per_image(group, "iou").to_numpy()
             low, high = interval(values, num_bootstrap=num_bootstrap, confidence=confidence)
-            out.append(
-                [
-                    model,
-                    prompt,
-                    name,
-                    group["lesion_share"].min(),
-                    group["lesion_share"].max(),
-                    values.size,
-                    float(values.mean()),
-                    low,
-                    high,
-                    failures(group),
-                ]
-            )
+            shares = group["lesion_share"].min(), group["lesion_share"].max()
+            out.append([model, prompt, name, *shares, values.size, float(values.mean()), low, high, failures(group)])
     return pd.DataFrame(out, columns=columns)
 
 

@@ -118,16 +118,8 @@ def jitter_curve(jitter: pd.DataFrame, *, num_bootstrap: int, confidence: float)
     out = []
     for (model, prompt, share), group in jitter.groupby(["model", "prompt", "share"], sort=False):
         values = statistics.per_image(group, "iou").to_numpy()
-        out.append(
-            (
-                model,
-                prompt,
-                share,
-                len(values),
-                values.mean(),
-                *statistics.interval(values, num_bootstrap=num_bootstrap, confidence=confidence),
-            )
-        )
+        low, high = statistics.interval(values, num_bootstrap=num_bootstrap, confidence=confidence)
+        out.append((model, prompt, share, len(values), values.mean(), low, high))
     return pd.DataFrame(out, columns=["model", "prompt", "share", "num_images", "miou", "low", "high"])
 
 

@@ -1,8 +1,7 @@
 """Read and write COCO instances JSON: images, categories, and an annotation per object with box, polygons or RLE.
 
 Two boxes are two annotations of the categories "big" and "small"; attributes.lesion_id, which CVAT too reads and
-writes, ties them together, and ties the mask of a third category, "lesion", to them. COCO's boxes are x, y, width,
-height.
+writes, ties them together. COCO's boxes are x, y, width, height.
 """
 
 from __future__ import annotations
@@ -17,17 +16,7 @@ import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import (
-    BIG_LABEL,
-    MASK_LABEL,
-    SMALL_LABEL,
-    Annotations,
-    Labels,
-    Picture,
-    Shape,
-    lesion_mask,
-    need_names,
-)
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape
 from lesionsam.formats.rle import decode, mask_box, polygon_box
 from lesionsam.formats.safe import number, read_json
 from lesionsam.utils.files import write_text_atomic
@@ -144,13 +133,7 @@ def read_coco(
             raise UserError(f"{path}: {place}: a box turned by {str(turn)[:20]} degrees; expected an upright box")
         box = shape_box(entry, image["height"], image["width"], f"{path}: {place}")
         gathered.shapes[ids[entry["image_id"]]].append(
-            Shape(
-                instances.categories[entry["category_id"]],
-                box,
-                place,
-                str(attributes.get("lesion_id", "")),
-                entry.get("segmentation") or None,
-            )
+            Shape(instances.categories[entry["category_id"]], box, place, str(attributes.get("lesion_id", "")))
         )
     return gathered.finish(labels or Labels())
 
@@ -174,51 +157,36 @@ def shape_box(entry: dict[str, Any], height: int, width: int, place: str) -> np.
 
 
 def write_coco(path: Path, annotations: Annotations) -> None:
-    """Write a COCO file: "big" and "small" as categories 1 and 2, masks, where there are any, as "lesion", 3."""
-    write_text_atomic(path, json.dumps(coco_document(annotations), indent=1, allow_nan=False) + "\n")
-
-
-def coco_document(annotations: Annotations) -> dict[str, Any]:
-    """Return the document of `write_coco` as a value for JSON."""
-    need_names(annotations, "COCO")
-    images, entries = [], []
-    pictures = {picture.image_id: picture for picture in annotations.pictures}
-    numbers = {}
+    """Write a COCO file: "big" and "small" as categories 1 and 2."""
+    images, entries, numbers = [], [], {}
     for number_, picture in enumerate(annotations.pictures, 1):
         numbers[picture.image_id] = number_
         images.append(
             {"id": number_, "file_name": picture.file_name, "width": picture.width, "height": picture.height}
             | ({"split": picture.split} if picture.split else {})
         )
-
-    def add(image_id: str, lesion_id: str, category: int, box: np.ndarray, area: float, segmentation: Any) -> None:
-        x0, y0, x1, y1 = (float(value) for value in box)
-        entries.append(
-            {
-                "id": len(entries) + 1,
-                "image_id": numbers[image_id],
-                "category_id": category,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": area,
-                "iscrowd": 0,
-                "segmentation": segmentation,
-                "attributes": {"lesion_id": lesion_id},
-            }
-        )
-
     for lesion in annotations.lesions:
         for category, box in ((1, lesion.big_box), (2, lesion.small_box)):
             if box is not None:
-                add(lesion.image_id, lesion.lesion_id, category, box, float(np.prod(box[2:] - box[:2])), [])
-        if lesion.segmentation is not None:
-            mask = lesion_mask(lesion, pictures[lesion.image_id])
-            add(lesion.image_id, lesion.lesion_id, 3, mask_box(mask), int(mask.sum()), lesion.segmentation)
-    names = [BIG_LABEL, SMALL_LABEL, MASK_LABEL]
-    categories = [{"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate(names, 1)]
-    return {
+                x0, y0, x1, y1 = (float(value) for value in box)
+                entry = {
+                    "id": len(entries) + 1,
+                    "image_id": numbers[lesion.image_id],
+                    "category_id": category,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                    "segmentation": [],
+                    "attributes": {"lesion_id": lesion.lesion_id},
+                }
+                entries.append(entry)
+    document = {
         "info": {"description": "two boxes per lesion; attributes.lesion_id ties them together"},
         "licenses": [],
         "images": images,
         "annotations": entries,
-        "categories": categories,
+        "categories": [
+            {"id": k, "name": name, "supercategory": "lesion"} for k, name in enumerate((BIG_LABEL, SMALL_LABEL), 1)
+        ],
     }
+    write_text_atomic(path, json.dumps(document, indent=1, allow_nan=False) + "\n")

@@ -1,8 +1,7 @@
 """Read and write CVAT for images 1.1: an XML file with an element per image and, inside it, per shape.
 
 Two boxes are two <box> elements labelled "big" and "small"; the attribute lesion_id, or else CVAT's group, ties them
-together. A mask is a <mask> or <polygon> of any other label with the same lesion_id. Tracks of CVAT for video and
-turned boxes are refused.
+together. A <polygon> or <mask> counts with the box around it. Tracks of CVAT for video and turned boxes are refused.
 """
 
 from __future__ import annotations
@@ -10,26 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
-from typing import Any
+from xml.etree.ElementTree import Element  # nosec B405
 
 import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import (
-    BIG_LABEL,
-    MASK_LABEL,
-    SMALL_LABEL,
-    Annotations,
-    Labels,
-    Lesion,
-    Picture,
-    Shape,
-    lesion_mask,
-    need_names,
-)
-from lesionsam.formats.rle import decode, encode, mask_box, polygon_box, runs_of
-from lesionsam.formats.safe import Element, number, read_xml
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape
+from lesionsam.formats.rle import polygon_box
+from lesionsam.formats.safe import number, read_xml
 from lesionsam.utils.files import whole_number, write_text_atomic
 
 EXPECTED = "CVAT for images 1.1 XML"
@@ -44,19 +32,19 @@ def read_cvat(path: Path, labels: Labels | None = None, pictures: Mapping[str, P
         UserError: names file, image and shape.
     """
     root = read_xml(path, EXPECTED)
-    if root.tag != "annotations" or root.first("track") is not None:
+    if root.tag != "annotations" or root.find("track") is not None:
         raise UserError(
             f"{path}: <{'track' if root.tag == 'annotations' else root.tag}>: expected {EXPECTED}, with an "
             "<image> per image (export as 'CVAT for images 1.1')"
         )
     gathered = Gathered(str(path), known=pictures)
-    for image in root.all("image"):
-        held = image.attributes
+    for image in root.findall("image"):
+        held = image.attrib
         image_id = gathered.add(
             held.get("name", ""), _whole(held.get("width")), _whole(held.get("height")), held.get("subset", "")
         )
         picture = gathered.pictures[image_id]
-        for place, element in enumerate(image.children, 1):
+        for place, element in enumerate(image, 1):
             if element.tag not in ("box", "polygon", "mask"):
                 if element.tag != "tag":
                     where = f"image {picture.file_name!r} {element.tag} {place}"
@@ -77,48 +65,26 @@ def _whole(text: str | None) -> object:
 
 
 def _shape(element: Element, where: str, picture: Picture) -> Shape:
-    held = element.attributes
+    held = element.attrib
     lesion_id = next(
-        (child.text.strip() for child in element.all("attribute") if child.attributes.get("name") == "lesion_id"), ""
+        ((child.text or "").strip() for child in element.findall("attribute") if child.get("name") == "lesion_id"), ""
     )
-    segmentation: Any = None
-    if element.tag == "box":
+    if element.tag == "polygon":
+        pairs = [pair.split(",") for pair in held.get("points", "").split(";")]
+        box = polygon_box([[number(value, where) for pair in pairs for value in pair]])
+    elif element.tag == "mask":  # given by the rectangle around it
+        x, y, w, h = (number(held.get(name), f"{where}: {name}") for name in ("left", "top", "width", "height"))
+        box = np.array([x, y, x + w, y + h])
+    else:
         if number(held.get("rotation", "0"), where):
             raise ValueError(f"turned by {held['rotation']} degrees; expected an upright box")
         box = np.array([number(held.get(name), f"{where}: {name}") for name in ("xtl", "ytl", "xbr", "ybr")])
-    elif element.tag == "polygon":
-        pairs = [pair.split(",") for pair in held.get("points", "").split(";")]
-        segmentation = [[number(value, where) for pair in pairs for value in pair]]
-        box = polygon_box(segmentation)
-    else:
-        mask = _read_mask(held, where, picture)
-        box, segmentation = mask_box(mask), encode(mask)
     group = held.get("group_id", "")
-    return Shape(held.get("label", ""), box, where, lesion_id, segmentation, "" if group == "0" else group)
-
-
-def _read_mask(held: dict[str, str], where: str, picture: Picture) -> np.ndarray:
-    """Decode a mask, (H, W) bool; CVAT's runs go along the rows of the mask's rectangle."""
-    left, top, width, height = (
-        int(number(held.get(name), f"{where}: {name}")) for name in ("left", "top", "width", "height")
-    )
-    if min(left, top) < 0 or min(width, height) < 1 or left + width > picture.width or top + height > picture.height:
-        raise ValueError(
-            f"rectangle {width}x{height} at {left}, {top} leaves the image of {picture.width}x{picture.height} px"
-        )
-    runs = [int(number(value, where)) for value in held.get("rle", "").split(",")]
-    # the same runs down the columns of the turned rectangle
-    part = decode({"size": [width, height], "counts": runs}, width, height).T
-    mask = np.zeros((picture.height, picture.width), bool)
-    mask[top : top + height, left : left + width] = part
-    if not mask.any():
-        raise ValueError("mask is empty; remove it")
-    return mask
+    return Shape(held.get("label", ""), box, where, lesion_id, "" if group == "0" else group)
 
 
 def write_cvat(path: Path, annotations: Annotations) -> None:
     """Write a CVAT file; the attribute subset of an image is its split."""
-    need_names(annotations, "CVAT")
     write_text_atomic(path, "\n".join(_lines(annotations)) + "\n")
 
 
@@ -131,8 +97,8 @@ def _lines(annotations: Annotations) -> Iterator[str]:
     yield "<annotations>"
     yield "  <version>1.1</version>"
     yield f"  <meta><task><size>{len(annotations.pictures)}</size><mode>annotation</mode><labels>"
-    for label, kind in ((BIG_LABEL, "rectangle"), (SMALL_LABEL, "rectangle"), (MASK_LABEL, "mask")):
-        yield f"    <label><name>{label}</name><type>{kind}</type>{attribute}</label>"
+    for label in (BIG_LABEL, SMALL_LABEL):
+        yield f"    <label><name>{label}</name><type>rectangle</type>{attribute}</label>"
     yield "  </labels></task></meta>"
     lesions = annotations.by_picture()
     for number_, picture in enumerate(annotations.pictures):
@@ -142,12 +108,12 @@ def _lines(annotations: Annotations) -> Iterator[str]:
             f'height="{picture.height}">'
         )
         for group, lesion in enumerate(lesions[picture.image_id], 1):
-            yield from _shapes(lesion, group, picture)
+            yield from _shapes(lesion, group)
         yield "  </image>"
     yield "</annotations>"
 
 
-def _shapes(lesion: Lesion, group: int, picture: Picture) -> Iterator[str]:
+def _shapes(lesion: Lesion, group: int) -> Iterator[str]:
     common = f'source="manual" occluded="0" z_order="0" group_id="{group}"'
     name = f'<attribute name="lesion_id">{_text(lesion.lesion_id)}</attribute>'
     for label, box in ((BIG_LABEL, lesion.big_box), (SMALL_LABEL, lesion.small_box)):
@@ -157,14 +123,6 @@ def _shapes(lesion: Lesion, group: int, picture: Picture) -> Iterator[str]:
                 for side, value in zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True)
             )
             yield f'    <box label="{label}" {corners} {common}>{name}</box>'
-    if lesion.segmentation is not None:
-        mask = lesion_mask(lesion, picture)
-        x0, y0, x1, y1 = (int(value) for value in mask_box(mask))
-        runs = ", ".join(map(str, runs_of(mask[y0:y1, x0:x1].T)))
-        yield (
-            f'    <mask label="{MASK_LABEL}" rle="{runs}" left="{x0}" top="{y0}" width="{x1 - x0}" '
-            f'height="{y1 - y0}" {common}>{name}</mask>'
-        )
 
 
 def _text(text: str) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes.table import TOLERANCE
+from lesionsam.boxes.table import TOLERANCE, show_box
 from lesionsam.errors import UserError, listed
-from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, Shape, checked, checked_name, show
+from lesionsam.formats.records import Annotations, Labels, Lesion, Picture, Shape, checked, checked_name
 from lesionsam.types import SPLITS
 from lesionsam.utils.images import IMAGE_SUFFIXES, MAX_PIXELS, image_size, size_mismatch
 
@@ -89,9 +89,8 @@ class Gathered:
             except ValueError as error:
                 raise UserError(f"{self.source}: image {image_id!r}: {error}") from None
             lesions += found
-            used = {lesion.place for lesion in found if lesion.segmentation is not None}
             for shape in shapes if two else ():
-                if shape.label.lower() not in (big, small) and shape.place not in used:
+                if shape.label.lower() not in (big, small):
                     self.leave_out(
                         f"shapes with other labels than {labels.big!r} and {labels.small!r}",
                         f"image {image_id!r} {shape.place}",
@@ -112,14 +111,11 @@ def _side(value: object) -> int:
 
 def _single(image_id: str, shapes: Sequence[Shape]) -> list[Lesion]:
     names = _names([shape.lesion_id for shape in shapes])
-    return [
-        Lesion(image_id, name, shape.box, None, shape.segmentation, shape.place)
-        for name, shape in zip(names, shapes, strict=True)
-    ]
+    return [Lesion(image_id, name, shape.box) for name, shape in zip(names, shapes, strict=True)]
 
 
 def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[Lesion]:
-    """Pair the boxes of one picture; shapes with other labels count as the mask of the lesion whose id they carry."""
+    """Pair the boxes of one picture."""
     bigs = [k for k, shape in enumerate(shapes) if shape.label.lower() == big]
     smalls = [k for k, shape in enumerate(shapes) if shape.label.lower() == small]
     owner: dict[int, int] = {}  # big -> small
@@ -139,24 +135,16 @@ def _pair(image_id: str, shapes: Sequence[Shape], big: str, small: str) -> list[
         free = [b for b in fits[k] if b not in owner]
         if not free:
             raise ValueError(
-                f"{shapes[k].place}: the core {show(shapes[k].box)} lies inside no big box that has "
+                f"{shapes[k].place}: the core {show_box(shapes[k].box)} lies inside no big box that has "
                 "none yet; draw its big box or remove it"
             )
         before = [b for b in free if b == k - 1]
         owner[before[0] if before else min(free, key=lambda b: _area(shapes[b].box))] = k
-    masks = {
-        shape.lesion_id: shape
-        for shape in shapes
-        if shape.label.lower() not in (big, small) and shape.lesion_id and shape.segmentation is not None
-    }
     names = _names([shapes[b].lesion_id for b in bigs])
-    lesions = []
-    for name, b in zip(names, bigs, strict=True):
-        mask = masks.get(shapes[b].lesion_id)
-        segmentation, place = (mask.segmentation, mask.place) if mask is not None else (None, "")
-        small_box = shapes[owner[b]].box if b in owner else None
-        lesions.append(Lesion(image_id, name, shapes[b].box, small_box, segmentation, place))
-    return lesions
+    return [
+        Lesion(image_id, name, shapes[b].box, shapes[owner[b]].box if b in owner else None)
+        for name, b in zip(names, bigs, strict=True)
+    ]
 
 
 def _home(shapes: Sequence[Shape], small: int, bigs: Sequence[int]) -> int | None:

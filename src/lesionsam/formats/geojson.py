@@ -58,8 +58,3 @@ def feature(mask: np.ndarray, properties: Mapping[str, Any]) -> dict[str, Any]:
         "properties": dict(properties),
         "geometry": {"type": "MultiPolygon", "coordinates": coordinates},
     }
-
-
-def coco_polygons(coordinates: list[list[list[list[float]]]]) -> list[list[float]]:
-    """Return the outer rings of a MultiPolygon as COCO polygons: x0, y0, x1, y1, ... without holes, not closed."""
-    return [[value for point in polygon[0][:-1] for value in point] for polygon in coordinates]

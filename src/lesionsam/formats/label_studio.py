@@ -18,7 +18,7 @@ import numpy as np
 
 from lesionsam.errors import UserError, listed
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape, need_names
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Lesion, Picture, Shape
 from lesionsam.formats.rle import polygon_box
 from lesionsam.formats.safe import number, read_json
 from lesionsam.utils.files import write_json_atomic
@@ -29,10 +29,6 @@ UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the nam
 NOTE = "lesion_id: "
 LOCAL = "/data/local-files/?d="
 GEOMETRY = ("x", "points", "rle", "vertices", "imageDataURL")  # what a region's value has where it is a shape
-CONFIG = """<View>
-  <Image name="image" value="$image"/>
-  <RectangleLabels name="box" toName="image"><Label value="big"/><Label value="small"/></RectangleLabels>
-</View>"""
 
 
 def read_label_studio(
@@ -152,7 +148,7 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
         at = f"region {key or place}"
         if not isinstance(value, dict):
             raise UserError(f"{where}, {at}: expected a value with the place of the {kind}")
-        scale, segmentation = np.array([width, height]) / 100, None
+        scale = np.array([width, height]) / 100
         turns = value.get("rotation", 0), region.get("image_rotation") or 0
         if any(number(turn, f"{where}, {at}, rotation") for turn in turns):
             raise UserError(f"{where}, {at}: turned; expected an upright {kind} on an image as it lies")
@@ -165,12 +161,11 @@ def _shapes(regions: list[dict[str, Any]], width: int, height: int, where: str) 
             if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
                 raise UserError(f"{where}, {at}: expected points as [[x, y], ...] in percent")
             xy = np.array([[number(v, f"{where}, {at}") for v in point] for point in points]).reshape(-1, 2) * scale
-            segmentation = [xy.ravel().tolist()]
             try:
-                box = polygon_box(segmentation)
+                box = polygon_box([xy.ravel().tolist()])
             except ValueError as error:
                 raise UserError(f"{where}, {at}: {error}") from None
-        shapes.append(Shape(words.get(key, ""), box, at, _note(region), segmentation, ties.get(key, "")))
+        shapes.append(Shape(words.get(key, ""), box, at, _note(region), ties.get(key, "")))
     return shapes
 
 
@@ -195,8 +190,8 @@ def _note(region: dict[str, Any]) -> str:
 
 
 def write_label_studio(path: Path, annotations: Annotations) -> None:
-    """Write tasks with annotations for a project with the labelling set-up `CONFIG`, its images in local storage."""
-    need_names(annotations, "Label Studio")
+    """Write tasks for a project with images in local storage: an <Image name="image" value="$image"/> and
+    <RectangleLabels name="box" toName="image"> of the labels big and small."""
     lesions = annotations.by_picture()
     tasks = []
     for place, picture in enumerate(annotations.pictures, 1):

@@ -1,25 +1,21 @@
 """Define the records that every format is read into and written from, check them, and add missing cores.
 
-A lesion has a big box and a small one. Tools that know one box per object hold them as two, labelled "big" and "small",
-tied together by the lesion's id where the format has a place for it. Where it has none, a core belongs to the big
-one that contains it: to the one written just before it if that does, else to the smallest. A file without those two
-labels holds one box per lesion: it is taken as the big one, and `with_small_boxes` makes the other.
+A lesion has a big box and a small one. Tools that know one box per object hold them as two, labelled "big" and "small";
+`gather` says which belong together. A file without those two labels holds one box per lesion: it is taken as the big
+one, and `with_small_boxes` makes the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from lesionsam.boxes.table import BIG, SMALL, TOLERANCE, check_box, check_small
 from lesionsam.errors import UserError
-from lesionsam.formats.rle import decode
 
-BIG_LABEL, SMALL_LABEL, MASK_LABEL = "big", "small", "lesion"
+BIG_LABEL, SMALL_LABEL = "big", "small"
 CORE = 0.45  # boxes.core_low of the default: the least share that the simulated annotator draws
 
 
@@ -48,15 +44,12 @@ class Lesion:
     Attributes:
         lesion_id: unique within the picture.
         big_box, small_box: (4,) float64 XYXY, half-open, original pixels; small_box is None until one is made.
-        segmentation: COCO's polygons or RLE of the lesion, or None. place: where a file holds it, for messages.
     """
 
     image_id: str
     lesion_id: str
     big_box: np.ndarray
     small_box: np.ndarray | None = None
-    segmentation: Any = None
-    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,6 @@ class Shape:
     Attributes:
         box: (4,) float64 XYXY, original pixels; the bounding box of a polygon or mask.
         place: where it stands, for messages. lesion_id: as the file names it, or "".
-        segmentation: COCO's, or None.
         group: what the file ties shapes together by where it names no lesion, or "".
     """
 
@@ -98,7 +90,6 @@ class Shape:
     box: np.ndarray
     place: str
     lesion_id: str = ""
-    segmentation: Any = None
     group: str = ""
 
 
@@ -109,11 +100,6 @@ def checked_name(file_name: object, place: str) -> PurePosixPath:
     if not path.stem or unfit:
         raise UserError(f"{place}: expected a file name below the folder of images, got {str(file_name)[:80]!r}")
     return path
-
-
-def show(box: Iterable[float]) -> str:
-    """Format a box for a message."""
-    return "[" + ", ".join(f"{value:g}" for value in box) + "]"
 
 
 def checked(annotations: Annotations, source: str) -> Annotations:
@@ -164,24 +150,6 @@ def with_small_boxes(annotations: Annotations, core: float = CORE) -> Annotation
         "centre; set method.target.looseness to how much the given boxes exceed the lesion (0: they are tight)"
     )
     return replace(annotations, lesions=tuple(lesions), notes=(*annotations.notes, note))
-
-
-def lesion_mask(lesion: Lesion, picture: Picture, source: str = "") -> np.ndarray:
-    """Return the mask of a lesion's segmentation, (H, W) bool with at least one pixel.
-
-    Raises:
-        UserError: names image and place: a segmentation that is faulty, leaves the image or has no pixel.
-    """
-    try:
-        mask = decode(lesion.segmentation, picture.height, picture.width)
-    except ValueError as error:
-        problem = str(error)
-    else:
-        if mask.any():
-            return mask
-        problem = "its segmentation has no pixel; remove it or draw it again"
-    where = lesion.place or f"lesion {lesion.lesion_id!r}"
-    raise UserError(f"{source + ': ' if source else ''}image {picture.image_id!r}, {where}: {problem}")
 
 
 def need_names(annotations: Annotations, form: str) -> None:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes.table import BIG, REQUIRED, SMALL, read_rows
+from lesionsam.boxes.table import BIG, REQUIRED, SMALL, header, read_rows, row_of
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
 from lesionsam.formats.records import Annotations, Lesion, Picture, checked
 from lesionsam.formats.safe import number
 from lesionsam.utils.files import atomic_write, whole_number
-
-COLUMNS = ("image_id", "lesion_id")
 
 
 def read_table(path: Path, pictures: Mapping[str, Picture] | None = None) -> Annotations:
@@ -78,7 +76,7 @@ def write_table(path: Path, annotations: Annotations) -> None:
     with_split = all(pictures[lesion.image_id].split for lesion in annotations.lesions)
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*COLUMNS, *(["split"] if with_split else []), "width", "height", *BIG, *SMALL])
+        writer.writerow(header(with_split))
         for lesion in annotations.lesions:
             if lesion.small_box is None:
                 raise UserError(
@@ -86,13 +84,5 @@ def write_table(path: Path, annotations: Annotations) -> None:
                     f"needs {', '.join(REQUIRED)}"
                 )
             picture = pictures[lesion.image_id]
-            writer.writerow(
-                [
-                    lesion.image_id,
-                    lesion.lesion_id,
-                    *([picture.split] if with_split else []),
-                    picture.width,
-                    picture.height,
-                    *(f"{value:.2f}" for value in (*lesion.big_box, *lesion.small_box)),
-                ]
-            )
+            size, split = (picture.width, picture.height), picture.split if with_split else None
+            writer.writerow(row_of(lesion.image_id, lesion.lesion_id, split, size, lesion.big_box, lesion.small_box))

@@ -16,7 +16,7 @@ import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.gather import Gathered
-from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape, need_names
+from lesionsam.formats.records import BIG_LABEL, SMALL_LABEL, Annotations, Labels, Picture, Shape
 from lesionsam.formats.safe import number, read_bytes
 from lesionsam.utils.files import whole_number, write_text_atomic
 
@@ -121,7 +121,6 @@ def write_yolo(folder: Path, annotations: Annotations) -> None:
     Raises:
         UserError: the folder already holds files.
     """
-    need_names(annotations, "YOLO")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty; choose a new folder for the label files")
     for picture, lesions in zip(annotations.pictures, annotations.by_picture().values(), strict=True):

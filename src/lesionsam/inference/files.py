@@ -292,7 +292,7 @@ def predict_files(
 
     Writes, each file completely or not at all: masks/<image_id>.png (<image_id>_<lesion_id>.png if an image has several
     rows, <image_id>/<number>.png for `everything`) of 0 and 255 at the image's original size, overlays/ and polygons/
-    (GeoJSON) of the same names, predictions.csv, and coco.json and coco_polygons.json of all rows of that table. Masks
+    (GeoJSON) of the same names, predictions.csv, and coco.json of all rows of that table. Masks
     of an earlier call with the same model, prompts, threshold and image are kept; its other masks of these images are
     removed, those of other images stay in the table.
 
@@ -343,10 +343,8 @@ def predict_files(
             run.save()
         folder.save_coco({job.image_id: job.path.name for job in jobs})
     faults = len(problems) + run.num_faults
-    print(
-        f"{run.num_done} masks written to {out / 'masks'}"
-        + (f", {run.num_kept} kept from before" if run.num_kept else "")
-        + (f", {run.num_review} of them to review (column `review_reasons`)" if run.num_review else "")
-        + (f"; {faults} faults, named above" if faults else "")
-    )
+    kept = f", {run.num_kept} kept from before" if run.num_kept else ""
+    review = f", {run.num_review} of them to review (column `review_reasons`)" if run.num_review else ""
+    named = f"; {faults} faults, named above" if faults else ""
+    print(f"{run.num_done} masks written to {out / 'masks'}{kept}{review}{named}")
     return 1 if faults else 0

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes.table import BIG, COLUMNS, SMALL, check_box, check_small, parse_box, parse_boxes, read_rows
+from lesionsam.boxes.table import (
+    BIG,
+    COLUMNS,
+    SMALL,
+    check_box,
+    check_size,
+    check_small,
+    parse_box,
+    parse_boxes,
+    read_rows,
+)
 from lesionsam.errors import UserError
 from lesionsam.inference.prediction import NO_PROMPT, LesionPrompt
 from lesionsam.prompts import KINDS, NONE, POINTS
@@ -131,7 +141,7 @@ class Lesion:
         parts = []
         for line, row in self.rows:
             try:
-                _check_size(row, width, height)
+                check_size(row, width, height)
                 if source.kind == "points":
                     parts.append(_parse_point(row, width, height))
                 elif needs_small(source.prompt):
@@ -183,14 +193,6 @@ def _check_coordinate(name: str, value: float, limit: int, image: str) -> None:
         raise ValueError(f"{name}: expected a finite number of pixels, got {value}")
     if not 0 <= value <= limit:
         raise ValueError(f"{name}: {value:g} lies outside the image {image}; points are in original pixels")
-
-
-def _check_size(row: dict[str, str], width: int, height: int) -> None:
-    for name, known in (("width", width), ("height", height)):
-        if row.get(name, str(known)) not in ("", str(known)):
-            raise ValueError(
-                f"{name}: got {row[name]}, but image {row['image_id']!r} is {width}x{height} px after EXIF transpose"
-            )
 
 
 def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, float, int]:

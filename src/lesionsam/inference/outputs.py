@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from lesionsam.errors import UserError
-from lesionsam.formats.geojson import coco_polygons, feature
+from lesionsam.formats.geojson import feature
 from lesionsam.formats.rle import encode, mask_box
 from lesionsam.inference.inputs import Job, file_stem, needs_small
 from lesionsam.inference.prediction import Prediction
@@ -24,20 +24,9 @@ from lesionsam.utils.progress import progress
 TABLE = "predictions.csv"
 BEGUN = ".begun"  # names of masks that the table does not list yet; removed once it does
 ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson"}
-COLUMNS = (
-    "image_id",
-    "lesion_id",
-    "width",
-    "height",
-    "mask",
-    "area",
-    "predicted_iou",
-    "entropy",
-    "stability",
-    "review_reasons",
-    "key",
-)
-COCO = {"coco.json": "RLE, exact", "coco_polygons.json": "outer rings, without holes"}
+SCORES = ("predicted_iou", "entropy", "stability")  # of `Prediction`
+COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", *SCORES, "review_reasons", "key")
+COCO = "coco.json"
 CATEGORY = {"id": 1, "name": "lesion", "supercategory": "lesion"}
 Row = dict[str, str]
 
@@ -176,22 +165,10 @@ class PredictionFolder:
                     "bbox": _xywh(prediction.mask) if area else [0, 0, 0, 0],
                 }
                 write_text_atomic(path, json.dumps(feature(prediction.mask, properties)) + "\n")
-        numbers = (
-            "" if np.isnan(value) else f"{value:.4f}"
-            for value in (prediction.predicted_iou, prediction.entropy, prediction.stability)
-        )
+        numbers = (f"{value:.4f}".replace("nan", "") for value in (getattr(prediction, name) for name in SCORES))
+        lesion = prediction.image_id, prediction.lesion_id, width, height
         mask = self.files(file_name)[0].relative_to(self.out).as_posix()
-        return (
-            prediction.image_id,
-            prediction.lesion_id,
-            width,
-            height,
-            mask,
-            area,
-            *numbers,
-            "; ".join(prediction.review_reasons),
-            key,
-        )
+        return (*lesion, mask, area, *numbers, "; ".join(prediction.review_reasons), key)
 
     def record(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Put rows into the table, all of them at once; see `COLUMNS`."""
@@ -212,8 +189,7 @@ class PredictionFolder:
 
     def _drop_coco(self) -> None:
         """Remove the COCO JSON, which describes the whole table; `save_coco` writes it again."""
-        for name in COCO:
-            (self.out / name).unlink(missing_ok=True)
+        (self.out / COCO).unlink(missing_ok=True)
 
     def save_coco(self, file_names: Mapping[str, str]) -> None:
         """Collect the polygons' files into COCO JSON, one image at a time.
@@ -221,15 +197,13 @@ class PredictionFolder:
         Args:
             file_names: image_id -> name of the image file, of this call's; others' are in their polygons' files.
         """
-        if not self.shapes or not self.rows:
-            return
-        for name, about in COCO.items():
-            with atomic_write(self.out / name, "w") as file:
-                self._collect(file, about, file_names, polygons=name == "coco_polygons.json")
+        if self.shapes and self.rows:
+            with atomic_write(self.out / COCO, "w") as file:
+                self._collect(file, file_names)
 
-    def _collect(self, file: IO[str], about: str, file_names: Mapping[str, str], *, polygons: bool) -> None:
+    def _collect(self, file: IO[str], file_names: Mapping[str, str]) -> None:
         numbers: dict[str, int] = {}
-        info = {"description": f"masks of `lesionsam predict` ({about}); not a medical device"}
+        info = {"description": "masks of `lesionsam predict` (RLE, exact); not a medical device"}
         file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": [{json.dumps(CATEGORY)}],\n')
         for row in self.rows.values():
             numbers.setdefault(row["image_id"], len(numbers) + 1)
@@ -238,7 +212,6 @@ class PredictionFolder:
         for number, (row, drawn) in enumerate(self._features(), 1):
             properties = drawn["properties"]
             known.setdefault(row["image_id"], properties.get("image", row["image_id"]))
-            shape = coco_polygons(drawn["geometry"]["coordinates"]) if polygons else properties["segmentation"]
             entry = {
                 "id": number,
                 "image_id": numbers[row["image_id"]],
@@ -246,7 +219,7 @@ class PredictionFolder:
                 "iscrowd": 0,
                 "bbox": properties["bbox"],
                 "area": properties["area"],
-                "segmentation": shape,
+                "segmentation": properties["segmentation"],
                 "score": properties["predicted_iou"],
                 "attributes": {"lesion_id": row["lesion_id"]},
             }

@@ -127,8 +127,7 @@ def review_reasons(
 ) -> tuple[str, ...]:
     """Return why a person should check a mask, by the thresholds at the top of this module.
 
-    Leakage and coverage count the pixels whose centres lie in a box, as the evaluation does. They counted every pixel
-    that a box touches before.
+    Leakage and coverage count the pixels whose centres lie in a box, as the evaluation does.
 
     Args:
         mask: (H, W) bool. stability, agreement: NaN if unknown.

@@ -48,8 +48,7 @@ class Predictor:
         model: a weights file, a folder that holds one (models/adapted, an export), or a SAM; the weights must not
             change while the Predictor lives.
         num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
-        auto: settings of the automatic masks. decode_without_prompt: see `inference.lesion.LesionSearch`; None: as the
-            metadata of the weights file say, False for a SAM.
+        auto: settings of the automatic masks.
     """
 
     def __init__(
@@ -60,16 +59,15 @@ class Predictor:
         num_cached: int = 8,
         threshold: float = 0.5,
         auto: AutoMaskOptions = AUTO_DEFAULTS,
-        decode_without_prompt: bool | None = None,
     ) -> None:
         check_threshold(threshold)
-        decode = decode_without_prompt or False
+        self.search = LesionSearch(auto=auto)
         if isinstance(model, str | Path):
             path = find_weights(Path(model))
-            model = load_sam(None, path)
-            if decode_without_prompt is None:
-                decode = trained_without_prompt(weights_metadata(path))
-        self.search = LesionSearch(decode, auto)
+            model, self.search = (
+                load_sam(None, path),
+                LesionSearch(trained_without_prompt(weights_metadata(path)), auto),
+            )
         self.cache = FeatureCache(model, device, num_cached)
         self.sam, self.device, self.threshold = self.cache.sam, self.cache.device, threshold
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lesionsam.models.compact import CompactArchitecture
+from lesionsam.tracking.lineage import lineage_tags
 
 ROWS = ("box", "centre", "ring", "box+prior", "prior")
-SETS = {"shapes": "held-out shapes", "data": "development images", "probe": "real images"}
+SETS = {"shapes": "held-out shapes", "data": "development images"}
 SEEN = {
     "shapes": "generated shapes only: `lesionsam.pretraining.shapes`. No photograph,\n"
     "no lesion and no annotation of a person took part. It is a stand-in for trying, testing and teaching; it knows "
@@ -21,24 +18,31 @@ SEEN = {
 }
 
 
+@dataclass
+class PretrainProgress:
+    """State of a run: steps, chunks, wall-clock and processor seconds, last scores by "set/prompt" (`run.measure`)."""
+
+    step: int = 0
+    chunks: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
+
+
 def card_text(
     *,
     command: str,
     commit: str,
     seed: int,
     machine: str,
-    steps: int,
-    minutes: float,
-    cpu_minutes: float,
-    scores: Mapping[str, float],
+    progress: PretrainProgress,
     sha256: str,
     architecture: CompactArchitecture,
     images: str,
     num_parameters: int,
 ) -> str:
-    """Return the card as Markdown; scores are keyed "set/prompt" as `run.measure` returns them; images: key of
-    SEEN.
-    """
+    """Return the card as Markdown; images: key of SEEN."""
+    scores = progress.scores
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(architecture).items())
     table = "\n".join(
         f"| {SETS[name]}, {kind} | {scores[f'{name}/{kind}']:.4f} |"
@@ -57,7 +61,8 @@ Segment-anything's own modules with small numbers ({numbers}; {num_parameters:,}
 | commit | {commit} |
 | seed | {seed} |
 | machine | {machine} |
-| duration | {steps} steps, {minutes:.0f} minutes by the clock, {cpu_minutes:.0f} of the processor |
+| duration | {progress.step} steps, {progress.seconds / 60:.0f} minutes by the clock, \
+{progress.cpu_seconds / 60:.0f} of the processor |
 | weights | moving average, float16; SHA-256 {sha256} |
 
 The learning rate follows the clock, so the same command gives much the same scores, not the same bytes.
@@ -67,9 +72,8 @@ mask prompts: the box prior (scaled 0.7 to 3 times) and its own earlier logits. 
 candidates.
 
 Zero-shot mean IoU in the model's frame (single mask, threshold 0). Big boxes of the held-out shapes are up to 50 % too
-large, those of real images 10 to 20 %. Ring: ten points between the two boxes, all called foreground, which is often
-false. Box+prior: the big box with the box prior as mask prompt; prior: the box prior itself, no network. Real images
-were measured on, never trained or selected on: the run ends by the clock.
+large. Ring: ten points between the two boxes, all called foreground, which is often false. Box+prior: the big box with
+the box prior as mask prompt; prior: the box prior itself, no network.
 
 | zero-shot | mean IoU |
 |---|---|
@@ -77,22 +81,8 @@ were measured on, never trained or selected on: the run ends by the clock.
 """
 
 
-def describe_machine(threads: int) -> str:
-    """Return cores and kind of processor, and the number of threads used."""
-    return f"{os.cpu_count()}-core {platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
-
-
 def current_commit(folder: Path) -> str:
     """Return the commit of the source tree, with a note if files differ; "unknown" outside a Git clone."""
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return "unknown"
-    return f"{commit} with changes" if git("status", "--porcelain", "--untracked-files=no", "--", "src") else commit
+    tags = lineage_tags(folder)
+    commit = tags.get("mlflow.source.git.commit", "unknown")
+    return f"{commit} with changes" if tags.get("git.dirty") == "true" else commit

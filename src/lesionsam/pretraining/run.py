@@ -12,22 +12,20 @@ import argparse
 import copy
 import io
 import math
+import os
+import platform
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from lesionsam.boxes.annotator import SIMULATED, simulate_boxes
-from lesionsam.boxes.prior import box_prior
 from lesionsam.config.load import load_config, with_values
 from lesionsam.config.schema import Foundation
 from lesionsam.errors import UserError, run_guarded
@@ -37,15 +35,13 @@ from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.sam1 import build_numbers
-from lesionsam.models.transforms import resize_to_frame
 from lesionsam.pretraining import shape_prompts
-from lesionsam.pretraining.card import card_text, current_commit, describe_machine
+from lesionsam.pretraining.card import PretrainProgress, card_text, current_commit
 from lesionsam.pretraining.data import DataPool, open_pool
 from lesionsam.pretraining.shape_prompts import Targets, make_targets
 from lesionsam.prompts import draw_prompts
-from lesionsam.types import Frame, Prompts
+from lesionsam.types import Prompts
 from lesionsam.utils.files import sha256_file, write_bytes_atomic, write_text_atomic
-from lesionsam.utils.images import read_image, read_mask
 
 BATCH_SIZE = 8
 POOL_CHUNKS = 84  # chunks of images kept, about 70 objects each; the oldest give way
@@ -55,22 +51,10 @@ LEARNING_RATE, FINAL_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 1e-3, 0.01, 200, 0.05
 EMA_DECAY = 0.999
 IOU_WEIGHT, CANDIDATES_WEIGHT = 0.05, 0.5
 MEASURE_SECONDS, SAVE_SECONDS = 240.0, 180.0
-PROBE_IMAGES = 100
 HELD_OUT_SEED = 777_000_001
 CHUNK_SEED_STRIDE = 1_000_003
 MEASURED = ("box", "centre", "ring")
 CARDS = {"compact.safetensors": "card.md"}  # the shipped weights' card; any other file's has its name
-
-
-@dataclass
-class PretrainProgress:
-    """State of a run: steps, chunks, wall-clock and processor seconds, last measured scores."""
-
-    step: int = 0
-    chunks: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    scores: dict[str, float] = field(default_factory=dict)
 
 
 def pretrain(
@@ -81,7 +65,6 @@ def pretrain(
     architecture: CompactArchitecture | None = None,
     resume: bool = False,
     bfloat16: bool = True,
-    probe: Path | None = None,
     images: tuple[DataPool, Targets] | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[Sam, PretrainProgress]:
@@ -93,7 +76,6 @@ def pretrain(
         state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
         bfloat16: autocast of encoder and decoder; weights and losses stay float32.
         images: what is trained on instead of generated shapes, and what to measure on; see `data.open_pool`.
-        probe: folder with images/train/*.jpg and masks/train/*.png to measure on; never trained or selected on.
         log: takes each progress line.
     Returns:
         the running average of the weights as a Sam in eval mode, and the finished progress.
@@ -115,8 +97,6 @@ def pretrain(
         log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
     pool = _Pool(architecture, seed, progress.chunks) if images is None else images[0]
     held_out = {"shapes": held_out_shapes(architecture)} | ({} if images is None else {"data": images[1]})
-    if probe is not None:
-        held_out["probe"] = read_probe(probe, architecture)
     clock, cpu_clock = time.monotonic() - progress.seconds, time.process_time() - progress.cpu_seconds
     measured, saved, mean_loss = progress.seconds, progress.seconds, float("nan")
     while (share := (time.monotonic() - clock) / (60 * minutes)) < 1:
@@ -194,41 +174,6 @@ def held_out_shapes(architecture: CompactArchitecture) -> Targets:
     """Return about 140 objects that no run trains on."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
-
-
-def read_probe(folder: Path, architecture: CompactArchitecture) -> Targets:
-    """Read the first images of a folder into the model frame, with simulated boxes 10 to 20 % too large."""
-    side, rng = architecture.image_size, np.random.default_rng(0)
-    rows: list[tuple[Tensor, ...]] = []
-    for path in sorted((folder / "images" / "train").glob("*.jpg"))[:PROBE_IMAGES]:
-        image = read_image(path)
-        mask_path = folder / "masks" / "train" / f"{path.stem}.png"
-        mask = Image.fromarray(read_mask(mask_path, (image.shape[1], image.shape[0])))
-        resized = resize_to_frame(image, Frame(side))
-        height, width = resized.shape[:2]
-        pixels, truth = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
-        pixels[:height, :width] = resized
-        truth[:height, :width] = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.BILINEAR)) > 127
-        boxes = simulate_boxes(truth, rng, **SIMULATED)
-        if boxes is None:
-            continue
-        big, small = boxes
-        padding = np.ones((side, side), bool)
-        padding[:height, :width] = False
-        prior = torch.from_numpy(box_prior(pixels, big, small, padding))[None]
-        rows.append(
-            (
-                torch.from_numpy(pixels).permute(2, 0, 1),
-                torch.tensor([height, width]),
-                torch.from_numpy(truth),
-                torch.from_numpy(big).float(),
-                torch.from_numpy(small).float(),
-                F.adaptive_avg_pool2d(prior, 4 * architecture.grid)[0],
-            )
-        )
-    if not rows:
-        raise UserError(f"{folder}: expected images/train/*.jpg and masks/train/*.png to measure on, found none")
-    return Targets(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 @torch.no_grad()
@@ -329,7 +274,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--state", type=Path, default=Path(".cache/foundation/state.pt"), help="training state")
     parser.add_argument("--fresh", action="store_true", help="start anew even where --state holds an earlier run")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
-    parser.add_argument("--probe", type=Path, help="folder of real images to measure on; never trained or selected on")
     options = parser.parse_args(arguments)
     given = {
         f"foundation.{name}": value for name in Foundation.model_fields if (value := getattr(options, name)) is not None
@@ -349,7 +293,6 @@ def main(arguments: list[str] | None = None) -> None:
         architecture=architecture,
         resume=not options.fresh,
         bfloat16=not options.float32,
-        probe=options.probe,
         images=images,
         log=lambda line: print(line, flush=True),
     )
@@ -360,11 +303,8 @@ def main(arguments: list[str] | None = None) -> None:
         command=" ".join(["lesionsam foundation", *words]),
         commit=commit,
         seed=f.seed,
-        machine=describe_machine(options.threads),
-        steps=progress.step,
-        minutes=progress.seconds / 60,
-        cpu_minutes=progress.cpu_seconds / 60,
-        scores=progress.scores,
+        machine=f"{os.cpu_count()}-core {platform.machine()} CPU, {options.threads} thread(s)",
+        progress=progress,
         sha256=sha256_file(options.out),
         architecture=architecture,
         images=f.images,

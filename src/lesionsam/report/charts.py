@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from lesionsam.utils.pages import data_uri
 
 COLOURS = {
     "adapted": "#0b62a3",
@@ -40,6 +41,8 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "lesionsam",
 }
 CHANCE = "#9aa1ad"  # of reference lines
+LINE: dict[str, Any] = {"lw": 1.8, "marker": "o", "ms": 4}
+MARK: dict[str, Any] = {"fmt": "o", "ms": 5, "lw": 1.6}  # with an interval
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,6 @@ def chart(draw: Callable[[Axes], None], caption: str, *, height: float = 3.6) ->
     return Chart(data_uri(buffer.getvalue(), "image/svg+xml"), caption, caption)
 
 
-def data_uri(data: bytes, kind: str) -> str:
-    """Return bytes as a data URI."""
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def colour(name: str, others: Sequence[str] = ()) -> str:
     """Return a model's colour: its fixed one, or one by its position among the models without."""
     if name in COLOURS:
@@ -85,9 +83,7 @@ def miou_by_prompt(table: pd.DataFrame, prompts: Sequence[str]) -> Chart:
             y = np.array([row for row, _ in shown], float) + (k - (len(models) - 1) / 2) * 0.13
             means = part.loc[[prompt for _, prompt in shown]]
             spread = np.abs(means[["low", "high"]].to_numpy().T - means["miou"].to_numpy())
-            axes.errorbar(
-                means["miou"], y, xerr=spread, fmt="o", ms=5, lw=1.6, color=colour(model, models), label=model
-            )
+            axes.errorbar(means["miou"], y, xerr=spread, **MARK, color=colour(model, models), label=model)
         axes.set_yticks(range(len(prompts)), prompts)
         axes.invert_yaxis()
         axes.set_xlabel("mean IoU over test images")
@@ -115,18 +111,12 @@ def paired_scatter(rows: pd.DataFrame, prompt: str, first: str, second: str) -> 
 
 def training_curves(history: pd.DataFrame, names: Sequence[str], label: str, caption: str) -> Chart:
     """Draw columns of history.csv by epoch."""
+    colours = (COLOURS["adapted"], COLOURS["zero-shot"], COLOURS["box prior + offset"], *OTHER_COLOURS)
 
     def draw(axes: Axes) -> None:
         for k, name in enumerate(names):
-            axes.plot(
-                history["epoch"],
-                history[name],
-                lw=1.8,
-                marker="o",
-                ms=2.5,
-                label=name.removeprefix("train_").removeprefix("dev_"),
-                color=(COLOURS["adapted"], COLOURS["zero-shot"], COLOURS["box prior + offset"], *OTHER_COLOURS)[k % 8],
-            )
+            label_ = name.removeprefix("train_").removeprefix("dev_")
+            axes.plot(history["epoch"], history[name], **LINE, label=label_, color=colours[k % 8])
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend(fontsize=9, ncols=2)
 
@@ -153,26 +143,6 @@ def gate_chart(history: pd.DataFrame) -> Chart:
     return chart(draw, "How many targets the entropy gate let through, by size of the target in the model's frame.")
 
 
-def score_by_run(histories: Mapping[str, pd.DataFrame], column: str, label: str) -> Chart:
-    """Draw one column of several runs' history.csv by epoch."""
-
-    def draw(axes: Axes) -> None:
-        for name, history in histories.items():
-            axes.plot(
-                history["epoch"],
-                history[column],
-                lw=1.8,
-                marker="o",
-                ms=2.5,
-                label=name,
-                color=colour(name, list(histories)),
-            )
-        axes.set(xlabel="epoch", ylabel=f"{label} of development images")
-        axes.legend(fontsize=9)
-
-    return chart(draw, f"{label[:1].upper()}{label[1:]} by epoch: column {column} of each run's history.csv.")
-
-
 def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:
     """Draw the mean IoU by lesion size for one prompt source."""
     part = strata[strata["prompt"] == prompt]
@@ -183,7 +153,7 @@ def strata_chart(strata: pd.DataFrame, prompt: str) -> Chart:
             own = part[part["model"] == model]
             x = np.array([names.index(name) for name in own["stratum"]]) + (k - (len(models) - 1) / 2) * 0.12
             spread = np.abs(own[["low", "high"]].to_numpy().T - own["miou"].to_numpy())
-            axes.errorbar(x, own["miou"], yerr=spread, fmt="o", ms=5, lw=1.6, color=colour(model, models), label=model)
+            axes.errorbar(x, own["miou"], yerr=spread, **MARK, color=colour(model, models), label=model)
         axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("mean IoU")
         axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
@@ -197,22 +167,11 @@ def jitter_chart(jitter: pd.DataFrame) -> Chart:
 
     def draw(axes: Axes) -> None:
         for (model, prompt), part in jitter.groupby(["model", "prompt"], sort=False):
-            part = part.sort_values("share")
-            solid = prompt == "box"
-            axes.plot(
-                part["share"] * 100,
-                part["miou"],
-                lw=1.8,
-                marker="o" if solid else "s",
-                ms=4,
-                ls="-" if solid else "--",
-                color=colour(str(model), models),
-                label=f"{model}, {prompt}",
-            )
+            part, solid, paint = part.sort_values("share"), prompt == "box", colour(str(model), models)
+            shares, style = part["share"] * 100, "-" if solid else "--"
+            axes.plot(shares, part["miou"], **LINE, ls=style, color=paint, label=f"{model}, {prompt}")
             if solid:
-                axes.fill_between(
-                    part["share"] * 100, part["low"], part["high"], color=colour(str(model), models), alpha=0.12, lw=0
-                )
+                axes.fill_between(shares, part["low"], part["high"], color=paint, alpha=0.12, lw=0)
         axes.set(xlabel="boxes scaled and shifted by up to [%]", ylabel="mean IoU")
         axes.legend(fontsize=9)
 
@@ -229,16 +188,9 @@ def calibration_chart(calibration: pd.DataFrame, prompt: str, scores: dict[str, 
         for model in models:
             own = part[part["model"] == model]
             label = f"{model} (ECE {scores[model]:.3f})" if model in scores else model
-            axes.plot(
-                own["confidence"], own["accuracy"], lw=1.8, marker="o", ms=4, color=colour(model, models), label=label
-            )
-        axes.set(
-            xlabel="predicted probability of lesion",
-            ylabel="share that is lesion",
-            xlim=(0, 1),
-            ylim=(0, 1),
-            aspect="equal",
-        )
+            axes.plot(own["confidence"], own["accuracy"], **LINE, color=colour(model, models), label=label)
+        axes.set(xlabel="predicted probability of lesion", ylabel="share that is lesion")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.legend(fontsize=9, loc="upper left")
 
     return chart(draw, f"Calibration of pixels inside the big box, prompt {prompt}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ from lesionsam.evaluation.tables import ADAPTED, BASELINES, ZERO_SHOT, print_tab
 from lesionsam.overlays import sheet
 from lesionsam.report import charts
 from lesionsam.report.page import (
-    LABEL_FREE,
     LINES,
     add_section,
-    cost_cells,
     embedded,
-    iou_columns,
+    figure,
+    grid,
     main_prompt,
     notes,
     ranked,
@@ -133,9 +131,9 @@ def content(
 ) -> dict[str, object]:
     """Return the template's variables, except the command."""
     names, first = [name_of(run) for run in runs], name_of(runs[0])
-    tables = [{"title": title, "cells": cells, "main": first} for title, cells in sections(table, first)]
+    tables = [grid(title, cells, first) for title, cells in sections(table, first)]
     if differing := setting_cells(runs):
-        tables.append({"title": "What was set differently", "cells": differing, "main": None})
+        tables.append(grid("What was set differently", differing))
     return {
         "title": f"{len(runs)} runs side by side",
         "subtitle": ", ".join(f"{name}: {run.found}" for name, run in zip(names, runs, strict=True)),
@@ -145,13 +143,13 @@ def content(
         "notes": notes(
             table, "Figures made from each run's results/per_image.csv, settings from its models/adapted/params.yaml."
         ),
-        "chart_groups": chart_groups(runs, summaries[0], rows, table),
+        "chart_groups": chart_groups(rows, table, names),
         "cases": shared_pictures(runs),
         "reproduce": "The same page from the same runs:",
         "details": [
-            (f"params.yaml of {name}", (run.training / "params.yaml").read_text(encoding="utf-8"))
+            (f"params.yaml of {name}", run.params.read_text(encoding="utf-8"))
             for name, run in zip(names, runs, strict=True)
-            if run.training is not None and (run.training / "params.yaml").is_file()
+            if run.params is not None
         ],
     }
 
@@ -194,22 +192,17 @@ def headline(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
             label, value = "Mean IoU over prompts", own["miou"].mean()
         else:
             label, value = "Agreement between prompts", own["consistency"].mean()
-        out.append({"label": name, "value": f"{value:.3f}", "note": label})
+        out.append(figure(name, value, label))
     return out
 
 
 def settings(run: EvaluatedRun) -> dict[str, str]:
     """Return the parameters of a run that affect its figures, dotted keys; empty if unknown."""
-    if run.training is None or not (run.training / "params.yaml").is_file():
+    if run.params is None:
         return {}
-
-    def flat(value: object, key: str) -> dict[str, str]:
-        if isinstance(value, Mapping):
-            return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}").items()}
-        return {key: str(value)}
-
-    values = read_yaml(run.training / "params.yaml")
-    return {k: v for section in SECTIONS if section in values for k, v in flat(values[section], section).items()}
+    values = read_yaml(run.params)
+    flat = pd.json_normalize({section: values[section] for section in SECTIONS if section in values})
+    return {str(key): str(value) for key, value in flat.iloc[0].items()}
 
 
 def setting_cells(runs: Sequence[EvaluatedRun]) -> list[list[str]]:
@@ -224,104 +217,22 @@ def setting_cells(runs: Sequence[EvaluatedRun]) -> list[list[str]]:
     return [["", *(name_of(run) for run in runs)], *rows] if rows else []
 
 
-def chart_groups(
-    runs: Sequence[EvaluatedRun], summary: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame
-) -> list[dict[str, Any]]:
-    """Return the sections with charts; a section without data is left out."""
-    prompts, names = prompts_in(table), [name_of(run) for run in runs]
-    main = main_prompt(prompts)
-    groups: list[dict[str, Any]] = []
-    add = partial(add_section, groups)
-    if "miou" in table:
-        scatters = [charts.paired_scatter(rows, main, names[0], other) for other in names[1:]]
-        add(
-            "By prompt and by lesion",
-            "each run's results/per_image.csv",
-            [charts.miou_by_prompt(table, prompts), *scatters],
-        )
-        add(
-            "Lesions that changed most",
-            "each run's results/per_image.csv",
-            [],
-            f"IoU, mean over the prompts that do not leak the mask, against {names[0]}.",
-            [
-                {"title": f"{other} minus {names[0]}", "cells": cells, "main": None}
-                for other in names[1:]
-                if len(cells := changed_cells(rows, names[0], other)) > 1
-            ],
-        )
-        strata = statistics.strata(rows, num_bootstrap=summary["num_bootstrap"], confidence=summary["confidence"])
-        own = strata[strata["model"].isin([*names, ZERO_SHOT])]
-        add(
-            "By lesion size",
-            "each run's results/per_image.csv",
-            [charts.strata_chart(own, prompt) for prompt in dict.fromkeys((main, "centre")) if prompt in prompts],
-        )
-    add_curves(add, runs, main)
-    histories = {
-        name: pd.read_csv(run.training / "history.csv")
-        for name, run in zip(names, runs, strict=True)
-        if run.training is not None and (run.training / "history.csv").is_file()
-    }
-    add("Training", "each run's models/adapted/history.csv", score_charts(histories))
-    took = [
-        (name, cost_cells(run.training))
-        for name, run in zip(names, runs, strict=True)
-        if run.training is not None and (run.training / "cost.json").is_file()
+def chart_groups(rows: pd.DataFrame, table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the sections with charts and the lesions that changed most; none without masks."""
+    if "miou" not in table:
+        return []
+    prompts, first, source = prompts_in(table), names[0], "each run's results/per_image.csv"
+    scatters = [charts.paired_scatter(rows, main_prompt(prompts), first, other) for other in names[1:]]
+    changed = [
+        grid(f"{other} minus {first}", cells)
+        for other in names[1:]
+        if len(cells := changed_cells(rows, first, other)) > 1
     ]
-    if took:
-        cells = [["", *took[0][1][0]], *([name, *each[1]] for name, each in took)]
-        add(
-            "Time and memory",
-            "each run's models/adapted/cost.json",
-            [],
-            grids=[{"title": "Training", "cells": cells, "main": None}],
-        )
+    groups: list[dict[str, Any]] = []
+    add_section(groups, "By prompt and by lesion", source, [charts.miou_by_prompt(table, prompts), *scatters])
+    text = f"IoU, mean over the prompts that do not leak the mask, against {first}."
+    add_section(groups, "Lesions that changed most", source, [], text, changed)
     return groups
-
-
-def score_charts(histories: Mapping[str, pd.DataFrame]) -> list[charts.Chart]:
-    """Return the development scores by epoch: mean IoU and label-free score in charts of their own.
-
-    The label-free score is drawn only if not every run has a mean IoU.
-    """
-    by_iou = {name: history for name, history in histories.items() if "objective" in iou_columns(history)}
-    by_label_free = {
-        name: history
-        for name, history in histories.items()
-        if LABEL_FREE in history and history[LABEL_FREE].notna().any()
-    }
-    drawn = []
-    if len(by_iou) > 1:
-        drawn.append(charts.score_by_run(by_iou, "objective", "mean IoU"))
-    if len(by_label_free) > 1 and len(by_iou) < len(histories):
-        drawn.append(charts.score_by_run(by_label_free, LABEL_FREE, "label-free score"))
-    return drawn
-
-
-def add_curves(add: Any, runs: Sequence[EvaluatedRun], main: str) -> None:
-    """Add the jitter and reliability curves of the adapted models, from each run's evaluation."""
-    jitter, calibration, scores = [], [], {}
-    for run in runs:
-        for name, kept in (("jitter", jitter), ("calibration", calibration)):
-            frame = read_csv(run.results / f"{name}.csv")
-            kept.append(frame[frame["model"] == ADAPTED].assign(model=name_of(run)))
-        table = read_csv(run.results / "table.csv")
-        row = table[(table["model"] == ADAPTED) & (table["prompt"] == main)]
-        if "ece_big_box" in table and row["ece_big_box"].notna().any():
-            scores[name_of(run)] = float(row["ece_big_box"].iloc[0])
-    if any(len(frame) for frame in jitter):
-        add(
-            "Sloppy boxes",
-            "each run's results/jitter.csv, on all its own lesions",
-            [charts.jitter_chart(pd.concat([frame for frame in jitter if len(frame)]))],
-        )
-    if any(len(frame) for frame in calibration):
-        add(
-            "Calibration",
-            "each run's results/calibration.csv and table.csv, on all its own lesions",
-            [charts.calibration_chart(pd.concat([frame for frame in calibration if len(frame)]), main, scores)],
-        )
 
 
 def changed_cells(rows: pd.DataFrame, first: str, second: str) -> list[list[str]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 from PIL import Image
 
@@ -32,6 +29,7 @@ from lesionsam.evaluation.tables import (
 )
 from lesionsam.report import charts
 from lesionsam.utils.files import write_text_atomic
+from lesionsam.utils.pages import jpeg_uri, render
 
 MAX_BYTES = 15_000_000  # of the page
 JPEG_QUALITY = 82
@@ -65,7 +63,8 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
     write_page(
         output,
         title="Two boxes per lesion: what the adapted model does",
-        subtitle=subtitle(params, summary),
+        subtitle=f"{params['data']['source']} data · model {params['model']['name']} · method "
+        f"{params['method']['name']} · {summary['num_images']} test images, {summary['num_lesions']} lesions",
         story=story(params, summary),
         headline=headline(table),
         tables=tables(table, summary),
@@ -103,7 +102,7 @@ def write_page(output: Path, **content: object) -> None:
     Raises:
         UserError: a page over `MAX_BYTES`, or a place that cannot be written.
     """
-    text = page().render(**content)
+    text = render("lesionsam.report", "report.html", **content)
     size = len(text.encode())
     if size > MAX_BYTES:
         raise UserError(
@@ -116,23 +115,6 @@ def write_page(output: Path, **content: object) -> None:
         raise UserError(f"{output}: cannot be written ({error.strerror}); name another place") from None
 
 
-def page() -> jinja2.Template:
-    """Return the page's template."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = (resources.files("lesionsam.report") / "templates" / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(source)
-
-
-def subtitle(params: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Return one line: data, model, method, size of the test set."""
-    return (
-        f"{params['data']['source']} data · model {params['model']['name']} · method {params['method']['name']} · "
-        f"{summary['num_images']} test images, {summary['num_lesions']} lesions"
-    )
-
-
 def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     """Return the introduction: labels, what trained, how it was selected and measured."""
     method, model, boxes = params["method"], params["model"], params["boxes"]
@@ -141,10 +123,9 @@ def story(params: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
         if boxes["source"] == "simulated"
         else "drawn by an annotator"
     )
-    supervised = method["name"] == "supervised"
     labels = (
         "The model was trained with true masks."
-        if supervised
+        if method["name"] == "supervised"
         else f"The model was adapted from two boxes per lesion, {drawn}: a big one that holds the lesion "
         "and a small one inside it. "
         f"No mask took part in training; the target of the pseudo-mask term is “{method['target']['kind']}”."
@@ -178,38 +159,32 @@ def headline(table: pd.DataFrame) -> list[dict[str, str]]:
     """Return the figures at the top of the page."""
     own = table[table["model"] == ADAPTED].set_index("prompt")
     if "miou" not in table:
-        return [
-            {
-                "label": LABEL_FREE_TITLES[name].capitalize(),
-                "value": f"{own[name].mean():.3f}",
-                "note": "mean over prompts",
-            }
-            for name in ("consistency", "core_coverage", "leakage")
-            if name in own
-        ]
+        shown = [name for name in ("consistency", "core_coverage", "leakage") if name in own]
+        return [figure(LABEL_FREE_TITLES[name].capitalize(), own[name].mean(), "mean over prompts") for name in shown]
     before = table[table["model"] == ZERO_SHOT].set_index("prompt")
     return [
-        {
-            "label": f"Mean IoU, prompt {prompt}",
-            "value": f"{own.loc[prompt, 'miou']:.3f}",
-            "note": f"zero-shot {before.loc[prompt, 'miou']:.3f}",
-        }
+        figure(f"Mean IoU, prompt {prompt}", own.loc[prompt, "miou"], f"zero-shot {before.loc[prompt, 'miou']:.3f}")
         for prompt in (*statistics.OBJECTIVE_PROMPTS, "box+core")
         if prompt in own.index and prompt in before.index
     ]
 
 
+def figure(label: str, value: Any, note: str) -> dict[str, str]:
+    """Return a number of the headline for the template."""
+    return {"label": label, "value": f"{value:.3f}", "note": note}
+
+
+def grid(title: str, cells: Sequence[Sequence[str]], main: str | None = None) -> dict[str, object]:
+    """Return a table for the template; the row of the model `main` stands out."""
+    return {"title": title, "cells": cells, "main": main}
+
+
 def tables(table: pd.DataFrame, summary: Mapping[str, Any]) -> list[dict[str, object]]:
     """Return the main tables and the comparison with the baselines."""
-    out = [{"title": title, "cells": cells, "main": ADAPTED} for title, cells in sections(table)]
-    if summary["against_baselines"]:
-        out.append(
-            {
-                "title": "Adapted model minus what needs no network, paired over images",
-                "cells": baseline_cells(pd.DataFrame(summary["against_baselines"])),
-                "main": None,
-            }
-        )
+    out = [grid(title, cells, ADAPTED) for title, cells in sections(table)]
+    if against := summary["against_baselines"]:
+        title = "Adapted model minus what needs no network, paired over images"
+        out.append(grid(title, baseline_cells(pd.DataFrame(against))))
     return out
 
 
@@ -239,7 +214,7 @@ def add_section(
 
 def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dict[str, Any]]:
     """Return the sections with charts; a section without data is left out."""
-    prompts = prompts_in(table)
+    prompts, trained = prompts_in(table), f"{training.parent.name}/{training.name}"
     main = main_prompt(prompts)
     groups: list[dict[str, Any]] = []
     add = partial(add_section, groups)
@@ -251,66 +226,42 @@ def chart_groups(results: Path, training: Path, table: pd.DataFrame) -> list[dic
         add("By prompt and by image", "results/table.csv and results/per_image.csv", drawn)
     if (training / "history.csv").exists():
         history = pd.read_csv(training / "history.csv")
-        add("Training", f"{short_path(training)}/history.csv", training_charts(history))
+        add("Training", f"{trained}/history.csv", training_charts(history))
         if GATE in history and history[GATE].notna().any():
-            add("What the gate let through", f"{short_path(training)}/history.csv", [charts.gate_chart(history)])
+            add("What the gate let through", f"{trained}/history.csv", [charts.gate_chart(history)])
     if (training / "cost.json").exists():
-        took = cost_cells(training)
-        add(
-            "Time and memory",
-            f"{short_path(training)}/cost.json",
-            [],
-            grids=[{"title": "Training", "cells": took, "main": None}],
-        )
+        add("Time and memory", f"{trained}/cost.json", [], grids=[grid("Training", cost_cells(training))])
     strata = read_csv(results / "strata.csv")
     if len(strata):
         shown = strata[~strata["model"].isin(BASELINES[1:])]
-        edges = strata.drop_duplicates("stratum")
         sizes = "; ".join(
-            f"{r['stratum']}: {r['share_low']:.1%} to {r['share_high']:.1%} of the image" for _, r in edges.iterrows()
+            f"{r['stratum']}: {r['share_low']:.1%} to {r['share_high']:.1%} of the image"
+            for _, r in strata.drop_duplicates("stratum").iterrows()
         )
-        add(
-            "By lesion size",
-            "results/strata.csv",
-            [
-                charts.strata_chart(shown, prompt)
-                for prompt in dict.fromkeys((main, "centre"))
-                if prompt in set(shown["prompt"])
-            ],
-            f"Tertiles of the test lesions: {sizes}.",
-        )
+        wanted = [prompt for prompt in dict.fromkeys((main, "centre")) if prompt in set(shown["prompt"])]
+        drawn = [charts.strata_chart(shown, prompt) for prompt in wanted]
+        add("By lesion size", "results/strata.csv", drawn, f"Tertiles of the test lesions: {sizes}.")
     jitter, calibration = read_csv(results / "jitter.csv"), read_csv(results / "calibration.csv")
     if len(jitter):
-        add(
-            "Sloppy boxes",
-            "results/jitter.csv",
-            [charts.jitter_chart(jitter)],
+        text = (
             "Width, height and centre of both boxes drawn anew within the share given; "
-            "the far end of the curve is well beyond an annotator's care.",
+            "the far end of the curve is well beyond an annotator's care."
         )
+        add("Sloppy boxes", "results/jitter.csv", [charts.jitter_chart(jitter)], text)
     if len(calibration) and "ece_big_box" in table:
-        scores = (
-            table[table["prompt"] == main].dropna(subset=["ece_big_box"]).set_index("model")["ece_big_box"].to_dict()
-        )
-        add(
-            "Calibration",
-            "results/calibration.csv",
-            [charts.calibration_chart(calibration, main, scores)],
+        known = table[table["prompt"] == main].dropna(subset=["ece_big_box"])
+        drawn = [charts.calibration_chart(calibration, main, known.set_index("model")["ece_big_box"].to_dict())]
+        text = (
             "A well calibrated model lies on the line. ECE is over pixels inside the big box; "
-            "over the whole image it is in results/table.csv.",
+            "over the whole image it is in results/table.csv."
         )
+        add("Calibration", "results/calibration.csv", drawn, text)
     return groups
-
-
-def short_path(folder: Path) -> str:
-    """Return the last two parts of a folder's path."""
-    return f"{folder.parent.name}/{folder.name}"
 
 
 def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     """Return the charts of history.csv: loss terms, and development scores with one axis per kind of score."""
     numeric = [name for name in history.select_dtypes("number").columns if history[name].notna().any()]
-    groups = {"mean IoU": iou_columns(history), "label-free score": [name for name in numeric if name == LABEL_FREE]}
     scores = (*IOU_SCORES, LABEL_FREE)
     losses = [
         name
@@ -319,55 +270,36 @@ def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
         and name.removeprefix("train_") not in NOT_LOSSES
         and not name.startswith(("dev_", GATE))
     ][:MAX_CURVES]
-    out = []
-    if losses:
-        out.append(
-            charts.training_curves(history, losses, "mean over the epoch", "Loss terms and monitors during training.")
-        )
-    for label, names in groups.items():
-        if names:
-            caption = f"Development images, {label}, on the model's frame (quick figures)."
-            out.append(charts.training_curves(history, names, f"{label} of development images", caption))
-    return out
-
-
-def iou_columns(history: pd.DataFrame) -> list[str]:
-    """Return the columns of history.csv that hold a mean IoU.
-
-    Earlier versions wrote the label-free score under the name `objective` too where it selected; it is left out then.
-    """
-    known = [name for name in IOU_SCORES if name in history and history[name].notna().any()]
-    copied = LABEL_FREE in history and "objective" in known and history["objective"].equals(history[LABEL_FREE])
-    return [name for name in known if not (copied and name == "objective")]
+    drawn = [(losses, "mean over the epoch", "Loss terms and monitors during training.")]
+    for label, kind in (("mean IoU", IOU_SCORES), ("label-free score", (LABEL_FREE,))):
+        caption = f"Development images, {label}, on the model's frame (quick figures)."
+        drawn.append(([name for name in kind if name in numeric], f"{label} of development images", caption))
+    return [charts.training_curves(history, names, label, caption) for names, label, caption in drawn if names]
 
 
 def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, object]]:
     """Return the best, median and worst cases and the last epoch's development pictures."""
     by = "IoU" if has_truth else "agreement between prompts"
-    out: list[dict[str, object]] = []
-    for group in GROUPS:
-        found = ranked(overlays, group)
-        if found:
-            text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
-            out.append(
-                {
-                    "title": f"{group.capitalize()} cases",
-                    "text": text if group == GROUPS[0] else "",
-                    "tables": [],
-                    "pictures": [picture(path) for path in found[:MAX_PICTURES]],
-                }
-            )
-    last = sorted(epochs.glob("*.png"))[-1:] if epochs.is_dir() else []
-    if last:
-        out.append(
-            {
-                "title": "Development images, last epoch",
-                "text": f"From {short_path(epochs)}.",
-                "tables": [],
-                "pictures": [picture(path) for path in last],
-            }
-        )
+    text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
+    out = [
+        case_group(f"{group.capitalize()} cases", text if group == GROUPS[0] else "", found)
+        for group in GROUPS
+        if (found := ranked(overlays, group))
+    ]
+    if last := sorted(epochs.glob("*.png"))[-1:]:
+        out.append(case_group("Development images, last epoch", f"From {epochs.parent.name}/{epochs.name}.", last))
     return out
+
+
+def case_group(
+    title: str, text: str, paths: Sequence[Path], grids: Sequence[Mapping[str, object]] = ()
+) -> dict[str, object]:
+    """Return a section of pictures for the template, at most `MAX_PICTURES`."""
+    pictures = []
+    for path in paths[:MAX_PICTURES]:
+        with Image.open(path) as image:
+            pictures.append(embedded(image, path.stem))
+    return {"title": title, "text": text, "tables": list(grids), "pictures": pictures}
 
 
 def ranked(overlays: Path, group: str) -> list[Path]:
@@ -388,16 +320,12 @@ def label_issues(results: Path, has_truth: bool) -> list[dict[str, object]]:
         [str(r["image_id"]), str(r["lesion_id"]), f"{r['consistency']:.3f}", f"{r['iou']:.3f}"]
         for r in found.to_dict("records")
     ]
-    drawn = ranked(results / "overlays", DISPUTED)
-    return [
-        {
-            "title": "Worth a second look at the label",
-            "text": "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be "
-            "wrong. From results/per_image.csv and results/overlays.",
-            "tables": [{"title": "Agreement and IoU, the widest gap first", "cells": cells, "main": None}],
-            "pictures": [picture(path) for path in drawn[:MAX_PICTURES]],
-        }
-    ]
+    text = (
+        "Whatever the prompt, the model gives the same answer here, and the mask is another. Either may be wrong. From "
+        "results/per_image.csv and results/overlays."
+    )
+    shown = grid("Agreement and IoU, the widest gap first", cells)
+    return [case_group("Worth a second look at the label", text, ranked(results / "overlays", DISPUTED), [shown])]
 
 
 def cost_cells(training: Path) -> list[list[str]]:
@@ -416,15 +344,7 @@ def cost_cells(training: Path) -> list[list[str]]:
     ]
 
 
-def picture(path: Path) -> dict[str, str]:
-    """Return a PNG file as a JPEG inside the page."""
-    with Image.open(path) as image:
-        return embedded(image, path.stem)
-
-
 def embedded(image: Image.Image, name: str) -> dict[str, str]:
     """Return an image as a JPEG inside the page."""
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY)
     safe = "".join(c if c.isalnum() else "-" for c in name)
-    return {"name": safe, "uri": charts.data_uri(buffer.getvalue(), "image/jpeg")}
+    return {"name": safe, "uri": jpeg_uri(image, JPEG_QUALITY)}

@@ -14,9 +14,8 @@ from pathlib import Path
 from lesionsam.errors import UserError
 from lesionsam.tracking.registry import fetch_evaluation
 
-RESULTS, TRAINING = Path("results"), Path("models/adapted")
-NEEDED = ("summary.json", "per_image.csv", "table.csv", "strata.csv", "jitter.csv", "calibration.csv")
-OF_TRAINING = ("params.yaml", "history.csv", "cost.json")  # shown on the page; the weights are not needed
+RESULTS, PARAMS = Path("results"), Path("models/adapted/params.yaml")
+NEEDED = ("summary.json", "per_image.csv")
 GET_SECONDS = 600.0
 EXPECTED = (
     "expected a folder with results/, a commit, branch or experiment (`dvc exp show` lists them), or an MLflow run id"
@@ -29,12 +28,12 @@ class EvaluatedRun:
 
     Attributes:
         name: as shown, unique among the compared runs. results: folder with `NEEDED`.
-        training: folder with some of `OF_TRAINING`, or None. found: description of where it was found.
+        params: file of its parameters, or None. found: description of where it was found.
     """
 
     name: str
     results: Path
-    training: Path | None
+    params: Path | None
     found: str
 
 
@@ -84,7 +83,9 @@ def open_run(text: str, name: str, root: Path, scratch: Path) -> EvaluatedRun:
         run = in_folder(path, name)
     elif match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
         fetch_evaluation(match[1], scratch, root=root)
-        run = EvaluatedRun(name, scratch / "evaluation", scratch / "config", f"MLflow run {match[1]}")
+        run = EvaluatedRun(
+            name, scratch / "evaluation", _file(scratch / "config" / PARAMS.name), f"MLflow run {match[1]}"
+        )
     elif commit := commit_of(text, root):
         run = fetch_commit(text, commit, name, root, scratch)
     else:
@@ -98,10 +99,9 @@ def open_run(text: str, name: str, root: Path, scratch: Path) -> EvaluatedRun:
 
 def in_folder(path: Path, name: str) -> EvaluatedRun:
     """Return the run of a folder: the root of a project, or its results alone."""
-    for results, training in ((path / RESULTS, path / TRAINING), (path, path.resolve().parent / TRAINING)):
+    for results, params in ((path / RESULTS, path / PARAMS), (path, path.resolve().parent / PARAMS)):
         if (results / NEEDED[0]).is_file():
-            beside = training if (training / OF_TRAINING[0]).is_file() else None
-            return EvaluatedRun(name, results, beside, f"folder {path}")
+            return EvaluatedRun(name, results, _file(params), f"folder {path}")
     raise UserError(
         f"{path}: no evaluation in it, neither {RESULTS / NEEDED[0]} nor {NEEDED[0]}; run `dvc repro evaluate` there"
     )
@@ -135,10 +135,13 @@ def fetch_commit(text: str, commit: str, name: str, root: Path, scratch: Path) -
             f"{text}: DVC does not give its results ({problem}); `dvc pull` fetches them from a remote, "
             "`dvc repro` in that commit makes them"
         )
-    (scratch / TRAINING).mkdir(parents=True)
-    for file in OF_TRAINING:  # a file that an older run lacks is left out of the page
-        dvc_get(root, (TRAINING / file).as_posix(), commit, scratch / TRAINING / file)
-    return EvaluatedRun(name, scratch / RESULTS, scratch / TRAINING, f"commit {commit[:10]}")
+    (scratch / PARAMS).parent.mkdir(parents=True)
+    dvc_get(root, PARAMS.as_posix(), commit, scratch / PARAMS)
+    return EvaluatedRun(name, scratch / RESULTS, _file(scratch / PARAMS), f"commit {commit[:10]}")
+
+
+def _file(path: Path) -> Path | None:
+    return path if path.is_file() else None
 
 
 def dvc_get(root: Path, path: str, commit: str, target: Path) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from lesionsam.boxes.geometry import box_slices
 from lesionsam.boxes.table import scan_boxes
 from lesionsam.data.check.duplicates import near_pairs
 from lesionsam.data.check.image import Inspection, inspect
 from lesionsam.data.check.items import ERROR, NOTE, ORDER, WARNING, ImageSet, Issue, Item
-from lesionsam.data.sources.isic import EDITIONS
 from lesionsam.data.sources.parallel import outcomes
 from lesionsam.errors import UserError
+from lesionsam.metrics import bounding_box
 from lesionsam.types import Sample
 from lesionsam.utils.files import whole_number
 from lesionsam.utils.progress import progress
@@ -99,7 +100,8 @@ def check(
     _names(report)
     if (path := boxes or found.boxes) is not None:
         _boxes(report, path)
-    report.issues += _about_the_whole(report)
+    if not report.samples and not any(seen.shares for seen in report.own):
+        report.issues.append(Issue(NOTE, "mask", "no masks and no boxes: training needs one or the other"))
     report.issues.sort(key=lambda issue: SEVERITIES.index(issue.severity))
     return report
 
@@ -125,8 +127,9 @@ def _compare(report: Report) -> None:
         elif same_pixels != k:
             report.matches.append(Match(same_pixels, k, SAME_PIXELS))
     different = sorted(first_pixels.values())
-    for pair in near_pairs([mark for k in different if (mark := report.inspections[k].fingerprint) is not None]):
-        report.matches.append(Match(different[pair.first], different[pair.second], NEAR, pair.correlation))
+    marks = [mark for k in different if (mark := report.inspections[k].fingerprint) is not None]
+    for (first, second), correlation in near_pairs(marks).items():
+        report.matches.append(Match(different[first], different[second], NEAR, correlation))
     report.matches = [match for match in report.matches if match.first < report.num_own]
     report.matches.sort(key=lambda match: not _across(report, match.first, match.second))
     for match in report.matches:
@@ -196,14 +199,20 @@ def _boxes(report: Report, path: Path) -> None:
         report.issues.append(Issue(ERROR, "boxes", str(error)))
         return
     report.issues += [Issue(ERROR, "boxes", f"{path}: {problem}") for problem in problems]
-    by_image: dict[str, list[Sample]] = {}
-    for sample in report.samples:
-        by_image.setdefault(sample.image_id, []).append(sample)
-    if without := len(inspections) - len(by_image):
+    boxes = by_image(report.samples)
+    if without := len(inspections) - len(boxes):
         report.issues.append(Issue(NOTE, "boxes", f"{path}: {without} of {len(inspections)} images have no row"))
-    for image_id, samples in progress(by_image.items(), total=len(by_image), title="comparing boxes and masks"):
+    for image_id, samples in progress(boxes.items(), total=len(boxes), title="comparing boxes and masks"):
         if inspections[image_id].shares:
             _against_masks(report, path, inspections[image_id].item, samples)
+
+
+def by_image(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    """Return image_id -> its samples."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.image_id, []).append(sample)
+    return found
 
 
 def sound_boxes(inspections: Sequence[Inspection], path: Path) -> tuple[list[Sample], list[str]]:
@@ -236,64 +245,20 @@ def _against_masks(report: Report, path: Path, item: Item, samples: Sequence[Sam
         number = len(masks) if number is None else number
         own = whole if len(samples) == 1 else masks[number] if len(masks) > 1 and number < len(masks) else None
         place = f"{path}: lesion {sample.lesion_id!r} of {sample.image_id!r}"
-        core = _cut(whole if own is None else own, sample.small_box)
+        texts = []
+        core = (whole if own is None else own)[box_slices(sample.small_box, (height, width))]
         if core.size and (background := 1 - float(core.mean())) > BACKGROUND:
-            report.issues.append(
-                Issue(
-                    WARNING,
-                    "boxes",
-                    f"{place}: {background:.0%} of the core is not lesion in the mask; it should lie inside the lesion",
-                    sample.image_id,
+            texts.append(f"{background:.0%} of the core is not lesion in the mask; it should lie inside the lesion")
+        tight = None if own is None else bounding_box(own)
+        if own is not None and tight is not None:
+            outside = 1 - np.count_nonzero(own[box_slices(sample.big_box, (height, width))]) / np.count_nonzero(own)
+            if outside > OUTSIDE:
+                texts.append(
+                    f"{outside:.0%} of the lesion in the mask lies outside the big box; it should hold the lesion"
                 )
-            )
-        if own is None:
-            continue
-        total = int(np.count_nonzero(own))
-        outside = 1 - np.count_nonzero(_cut(own, sample.big_box)) / max(1, total)
-        if outside > OUTSIDE:
-            report.issues.append(
-                Issue(
-                    WARNING,
-                    "boxes",
-                    f"{place}: {outside:.0%} of the lesion in the mask lies "
-                    "outside the big box; it should hold the lesion",
-                    sample.image_id,
-                )
-            )
-        rows, columns = np.flatnonzero(own.any(1)), np.flatnonzero(own.any(0))
-        if total:
-            sides = np.array([columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]], float)
-            report.looseness.append(float(((sample.big_box[2:] - sample.big_box[:2]) / sides).mean() - 1))
-
-
-def _cut(mask: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Return the pixels of a mask whose centres lie in a box; a view."""
-    x0, y0, x1, y1 = (max(0, int(value)) for value in np.ceil(box - 0.5))
-    return mask[y0:y1, x0:x1]
-
-
-def _about_the_whole(report: Report) -> Iterator[Issue]:
-    numbered = sum(bool(_isic(seen)) for seen in report.own)
-    if numbered and report.num_own == len(report.inspections):
-        yield Issue(
-            NOTE,
-            "id",
-            f"{numbered} images carry ISIC numbers: the editions of 2016, 2017 and 2018 share "
-            "images, so compare with another edition you report on (--against FOLDER)",
-        )
-    for edition in EDITIONS.values():
-        for seen in report.own:
-            if _isic(seen) in edition.overlap:
-                yield Issue(
-                    NOTE,
-                    "id",
-                    f"{seen.item.path}: {_isic(seen)} is a training and a test image of ISIC "
-                    f"{edition.year}; never train on it and report on that edition",
-                    seen.item.image_id,
-                )
-    masked = sum(bool(seen.shares) for seen in report.own)
-    if masked == 0 and not report.samples:
-        yield Issue(NOTE, "mask", "no masks and no boxes: training needs one or the other")
+            sides = (sample.big_box[2:] - sample.big_box[:2]) / (tight[2:] - tight[:2])
+            report.looseness.append(float(sides.mean() - 1))
+        report.issues += [Issue(WARNING, "boxes", f"{place}: {text}", sample.image_id) for text in texts]
 
 
 def summary(report: Report) -> list[str]:

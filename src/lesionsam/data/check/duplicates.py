@@ -43,16 +43,6 @@ class Fingerprint:
     detail: np.ndarray | None
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two images that show the same; first < second are positions, distance is in bits of 64."""
-
-    first: int
-    second: int
-    distance: int
-    correlation: float
-
-
 def fingerprint(image: np.ndarray) -> Fingerprint:
     """Compute the fingerprint of an image (H, W, 3) uint8 RGB."""
     digest = hashlib.sha256(f"{image.shape}".encode())
@@ -99,32 +89,32 @@ def oriented(detail: np.ndarray, orientation: int) -> np.ndarray:
     return detail.swapaxes(-1, -2) if orientation & 4 else detail
 
 
-def near_pairs(prints: Sequence[Fingerprint], *, min_correlation: float = MIN_CORRELATION) -> list[Pair]:
-    """Return every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
+def near_pairs(
+    prints: Sequence[Fingerprint], *, min_correlation: float = MIN_CORRELATION
+) -> dict[tuple[int, int], float]:
+    """Find every pair of images that show the same, up to a flip or a quarter turn; those of equal pixels included.
 
     All pairs are compared, 8 times: at 10,000 images about 400 million Hamming distances.
 
     Returns:
-        Pairs by position, each once, in its best orientation.
+        (first, second) position -> correlation in the pair's best orientation, sorted.
     """
-    usable = np.array([k for k, each in enumerate(prints) if each.detail is not None], int)
+    usable = [k for k, each in enumerate(prints) if each.detail is not None]
     if len(usable) < 2:
-        return []
+        return {}
     frequencies = np.stack([prints[k].frequencies for k in usable])
-    details = np.stack([prints[k].detail for k in usable if prints[k].detail is not None])
+    details = [detail.astype(np.float32) for each in prints if (detail := each.detail) is not None]
     plain = hashes(frequencies)
-    best: dict[tuple[int, int], Pair] = {}
+    best: dict[tuple[int, int], float] = {}
     for orientation in range(8):
         turned = hashes(frequencies, orientation)
         for start in range(0, len(usable), BLOCK):
             distances = np.bitwise_count(turned[start : start + BLOCK, None] ^ plain[None, start:])
             for row, column in np.argwhere(distances <= MAX_DISTANCE):
                 i, j = start + int(row), start + int(column)
-                if i >= j:
-                    continue
-                fine = oriented(details[i].astype(np.float32), orientation)
-                correlation = float(np.vdot(fine, details[j].astype(np.float32)))
-                key = (int(usable[i]), int(usable[j]))
-                if correlation >= min_correlation and (key not in best or best[key].correlation < correlation):
-                    best[key] = Pair(*key, int(distances[row, column]), correlation)
-    return sorted(best.values(), key=lambda pair: (pair.first, pair.second))
+                if i < j:
+                    correlation = float(np.vdot(oriented(details[i], orientation), details[j]))
+                    if correlation >= min_correlation:
+                        key = usable[i], usable[j]
+                        best[key] = max(correlation, best.get(key, correlation))
+    return dict(sorted(best.items()))

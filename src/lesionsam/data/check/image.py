@@ -11,6 +11,7 @@ from lesionsam.data.check.duplicates import Fingerprint, fingerprint
 from lesionsam.data.check.items import ERROR, WARNING, Issue, Item
 from lesionsam.data.sources.folder import MASK_ENDING
 from lesionsam.errors import UserError
+from lesionsam.metrics import bounding_box
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import num_pages, read_image, size_mismatch
 
@@ -30,7 +31,7 @@ class Inspection:
         width, height: pixels, 0 where the image cannot be read. sha256: of the file.
         fingerprint: to compare pictures by.
         shares: part of the image that each lesion covers. pieces: of all lesions together, from `MIN_PART` pixels on.
-        cut: a lesion touches the frame. extent: (4,) XYXY around all lesions, or None.
+        cut: a lesion touches the frame.
     """
 
     item: Item
@@ -42,7 +43,6 @@ class Inspection:
     shares: tuple[float, ...] = ()
     pieces: int = 0
     cut: bool = False
-    extent: np.ndarray | None = None
 
     @property
     def is_read(self) -> bool:
@@ -109,13 +109,12 @@ def _with_masks(seen: Inspection, issues: list[Issue]) -> Inspection:
             issues.append(Issue(WARNING, "mask", text, item.image_id))
         shares.append(share)
         whole |= mask
-    if not shares:
-        return replace(seen, issues=tuple(issues))
-    rows, columns = np.flatnonzero(whole.any(1)), np.flatnonzero(whole.any(0))
-    extent = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
-    cut = bool(extent[0] == 0 or extent[1] == 0 or extent[2] == seen.width or extent[3] == seen.height)
-    pieces = _num_pieces(whole[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    return replace(seen, issues=tuple(issues), shares=tuple(shares), pieces=pieces, cut=cut, extent=extent)
+    seen, extent = replace(seen, issues=tuple(issues)), bounding_box(whole)
+    if extent is None:
+        return seen
+    x0, y0, x1, y1 = extent.astype(int).tolist()
+    cut = x0 == 0 or y0 == 0 or x1 == seen.width or y1 == seen.height
+    return replace(seen, shares=tuple(shares), pieces=_num_pieces(whole[y0:y1, x0:x1]), cut=cut)
 
 
 def _num_pieces(mask: np.ndarray) -> int:

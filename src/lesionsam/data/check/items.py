@@ -16,7 +16,7 @@ from lesionsam.config.load import load_config
 from lesionsam.config.schema import CocoData, Config, CsvBoxes, FolderData
 from lesionsam.data.index import dev_ids, read_index
 from lesionsam.data.sources.coco import SPLIT, object_mask
-from lesionsam.data.sources.folder import MASK_ENDING
+from lesionsam.data.sources.folder import match_masks, scan_images
 from lesionsam.errors import UserError
 from lesionsam.formats.coco import load_instances
 from lesionsam.formats.records import checked_name
@@ -127,16 +127,12 @@ def _folder(folder: Path, threshold: bool) -> ImageSet:
 
 
 def _split(found: ImageSet, place: Path, masks: Path, split: str, threshold: bool) -> list[Item]:
-    images = _stems(found, place)
+    images = _images(found, place)
     drawn: dict[str, Path] = {}
     if images and masks.is_dir():
-        strays = []
-        for stem, path in _stems(found, masks).items():
-            name = stem if stem in images else stem.removesuffix(MASK_ENDING)
-            if name not in images:
-                strays.append(path)
-            elif (other := drawn.setdefault(name, path)) is not path:
-                found.note(ERROR, "name", f"{path}: {other.name} is a mask of the same image; keep one of them")
+        drawn, strays, twins = match_masks(images, _images(found, masks))
+        for line in twins:
+            found.note(ERROR, "name", line)
         for path in strays:
             found.note(WARNING, "mask", f"{path}: no image of this name in {place}; it would not be read")
         if 0 < len(drawn) < len(images):
@@ -147,17 +143,11 @@ def _split(found: ImageSet, place: Path, masks: Path, split: str, threshold: boo
     ]
 
 
-def _stems(found: ImageSet, folder: Path) -> dict[str, Path]:
+def _images(found: ImageSet, folder: Path) -> dict[str, Path]:
     """Return stem in lower case -> image file."""
-    stems: dict[str, Path] = {}
-    others = 0
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.name.startswith(".") or path.is_dir():
-            continue
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            others += 1
-        elif (other := stems.setdefault(path.stem.lower(), path)) is not path:
-            found.note(ERROR, "name", f"{path}: same name as {other.name}, apart from case or ending; rename one")
+    stems, twins, others = scan_images(folder) if folder.is_dir() else ({}, [], 0)
+    for line in twins:
+        found.note(ERROR, "name", line)
     if others and stems:
         found.note(NOTE, "name", f"{folder}: {others} files are not images and are left out")
     return stems

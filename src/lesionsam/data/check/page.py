@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
-from lesionsam.data.check.checks import NEAR, SEVERITIES, Report, sound_boxes, summary
+from lesionsam.data.check.checks import NEAR, SEVERITIES, Report, by_image, sound_boxes, summary
 from lesionsam.data.check.image import Inspection, inspect
 from lesionsam.data.check.items import ImageSet, Item
 from lesionsam.data.index import id_hash
@@ -22,11 +18,11 @@ from lesionsam.overlays import overlay, sheet, write_png
 from lesionsam.types import Sample
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.images import read_image
+from lesionsam.utils.pages import jpeg_uri, render
 from lesionsam.utils.progress import progress
 
 SIDE, JPEG_QUALITY = 320, 80
 MAX_ISSUES, MAX_PAIRS = 500, 24  # on the page
-BARS = 20
 
 
 def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
@@ -35,7 +31,7 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
     Args:
         num_pictures: images shown, those with errors and warnings first, the rest spread over the splits.
     """
-    boxes = _boxes_of(report.samples)
+    boxes = by_image(report.samples)
     shown = pick(report, num_pictures)
     pictures = [_figure(seen, boxes, report) for seen in progress(shown, total=len(shown), title="drawing pictures")]
     pairs = [
@@ -47,16 +43,12 @@ def write_page(report: Report, path: Path, *, num_pictures: int = 60) -> int:
         }
         for match in report.matches[:MAX_PAIRS]
     ]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = (resources.files("lesionsam.data.check") / "templates" / "data_check.html").read_text(encoding="utf-8")
-    text = environment.from_string(source).render(
-        name=report.name,
+    text = render(
+        "lesionsam.data.check",
+        "data_check.html",
+        set_name=report.name,
         lines=summary(report),
         counts=[(name, report.count(name)) for name in SEVERITIES],
-        table=_table(report),
-        charts=list(_charts(report)),
         issues=report.issues[:MAX_ISSUES],
         more_issues=max(0, len(report.issues) - MAX_ISSUES),
         pairs=pairs,
@@ -81,13 +73,6 @@ def pick(report: Report, count: int) -> list[Inspection]:
     )[:count]
 
 
-def _boxes_of(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
-    for sample in samples:
-        found.setdefault(sample.image_id, []).append(sample)
-    return found
-
-
 def _figure(
     seen: Inspection, boxes: dict[str, list[Sample]], report: Report, *, with_issues: bool = True
 ) -> dict[str, Any]:
@@ -100,7 +85,7 @@ def _figure(
         *([f"{seen.pieces} pieces"] if seen.pieces > max(1, len(seen.shares)) else []),
     ]
     return {
-        "uri": _uri(draw(item, boxes.get(item.image_id, []), SIDE)),
+        "uri": jpeg_uri(Image.fromarray(draw(item, boxes.get(item.image_id, []), SIDE)), JPEG_QUALITY),
         "title": item.image_id,
         "split": item.split,
         "facts": " · ".join(facts),
@@ -123,74 +108,6 @@ def draw(item: Item, samples: Sequence[Sample], side: int, caption: str | None =
     return overlay(image, truth=truth, big=big, small=small, caption=caption, max_side=side)
 
 
-def _uri(picture: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _table(report: Report) -> list[list[str]]:
-    """Return a table with a row per split: images, with masks, lesions, cut, pieces, sizes."""
-    rows = [
-        [
-            "split",
-            "images",
-            "readable",
-            "with mask",
-            "lesions",
-            "median share",
-            "cut by the frame",
-            "in several pieces",
-            "median size",
-        ]
-    ]
-    for split in report.splits():
-        inspections = [seen for seen in report.own if seen.item.split == split]
-        read = [seen for seen in inspections if seen.is_read]
-        shares = [share for seen in read for share in seen.shares]
-        middle = sorted((seen.width * seen.height, seen.width, seen.height) for seen in read)[len(read) // 2 :][:1]
-        rows.append(
-            [
-                split or "(none)",
-                str(len(inspections)),
-                str(len(read)),
-                str(sum(bool(seen.shares) for seen in read)),
-                str(len(shares)),
-                f"{np.median(shares):.1%}" if shares else "",
-                str(sum(seen.cut for seen in read)),
-                str(sum(seen.pieces > max(1, len(seen.shares)) for seen in read)),
-                *(f"{width}x{height}" for _, width, height in middle),
-            ]
-        )
-    return rows
-
-
-def _charts(report: Report) -> Iterable[dict[str, Any]]:
-    """Yield histograms as bars of heights in percent of the highest."""
-    shares = [share for seen in report.own for share in seen.shares]
-    sides = [max(seen.width, seen.height) for seen in report.own if seen.is_read]
-    for title, values, unit in (
-        ("Share of the image that a lesion covers", np.array(shares) * 100, "%"),
-        ("Longer side of the images", np.array(sides, float), "px"),
-        ("Big box larger than the lesion by", np.array(report.looseness) * 100, "%"),
-    ):
-        if len(values) > 1 and np.ptp(values) > 0:
-            counts, edges = np.histogram(values, BARS)
-            yield {
-                "title": title,
-                "low": f"{edges[0]:.0f} {unit}",
-                "high": f"{edges[-1]:.0f} {unit}",
-                "bars": [
-                    {
-                        "height": round(100 * count / counts.max()),
-                        "count": int(count),
-                        "range": f"{low:.3g} to {high:.3g} {unit}",
-                    }
-                    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
-                ],
-            }
-
-
 def write_sheet(
     found: ImageSet, path: Path, *, ids: Sequence[str], boxes: Path | None, count: int, columns: int
 ) -> int:
@@ -210,7 +127,7 @@ def write_sheet(
     if unread := [seen for seen in inspections if not seen.is_read]:
         raise UserError(unread[0].issues[0].text)
     table = boxes or found.boxes
-    held = _boxes_of(sound_boxes(inspections, table)[0]) if table is not None else {}
+    held = by_image(sound_boxes(inspections, table)[0]) if table is not None else {}
     pictures = []
     for seen in progress(inspections, total=len(inspections), title="drawing pictures"):
         facts = [seen.item.split or "no split", f"{seen.width}x{seen.height}", *(f"{s:.1%}" for s in seen.shares[:3])]

@@ -35,6 +35,7 @@ MAX_BACKOFF_SECONDS = 60.0
 SPARE_BYTES = 64 << 20  # left free on the disk
 USER_AGENT = "lesionsam (downloads for research; Python urllib)"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+PART, NOTE, SEAL = ".part", ".part.json", ".verified.json"  # endings of what lies beside a download
 
 
 @dataclass(frozen=True)
@@ -146,24 +147,16 @@ def fetch(remote: Remote, folder: Path, *, lock_path: Path | None = None, backof
                 "delete it and run again"
             )
         digest = _download(remote, target, expected, backoff)
-        part = _part(target)
+        part = _beside(target, PART)
         os.replace(part, target)
         fsync_folder(folder)
-        _note(target).unlink(missing_ok=True)
+        _beside(target, NOTE).unlink(missing_ok=True)
         _finish(remote, target, digest, lock_path)
     return target
 
 
-def _part(target: Path) -> Path:
-    return target.with_name(target.name + ".part")
-
-
-def _note(target: Path) -> Path:
-    return target.with_name(target.name + ".part.json")
-
-
-def _seal(target: Path) -> Path:
-    return target.with_name(target.name + ".verified.json")
+def _beside(target: Path, ending: str) -> Path:
+    return target.with_name(target.name + ending)
 
 
 def _recorded(lock_path: Path) -> dict[str, dict[str, Any]]:
@@ -183,7 +176,7 @@ def _hash_existing(path: Path) -> str:
 def _still_verified(target: Path, expected: str | None) -> bool:
     """Return whether the file is, by size and time, the one hashed before; saves hashing 11 GB each time."""
     try:
-        seal = json.loads(_seal(target).read_text(encoding="utf-8"))
+        seal = json.loads(_beside(target, SEAL).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return False
     state = target.stat()
@@ -192,7 +185,7 @@ def _still_verified(target: Path, expected: str | None) -> bool:
 
 def _finish(remote: Remote, target: Path, digest: str, lock_path: Path | None) -> None:
     state = target.stat()
-    write_json_atomic(_seal(target), {"sha256": digest, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
+    write_json_atomic(_beside(target, SEAL), {"sha256": digest, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
     if remote.sha256 is None and lock_path is not None:
         with file_lock(target.parent / ".hashes.lock", lock_path.name, waiting=say):
             known = _recorded(lock_path)
@@ -205,23 +198,24 @@ def _finish(remote: Remote, target: Path, digest: str, lock_path: Path | None) -
 def _download(remote: Remote, target: Path, expected: str | None, backoff: float) -> str:
     """Fill the part file to its end and return its SHA-256, verified; addresses are tried in turn."""
     reasons: list[str] = []
+    part = _beside(target, PART)
     for url in remote.urls:
         fruitless, received = 0, False
         while True:
-            before = _length(_part(target))
+            before = _length(part)
             try:
                 resumed, digest = _attempt(remote, url, target, expected)
             except Refused as error:
                 reasons.append(f"{url} {error}")
                 break
             except Dropped as error:
-                gained = _length(_part(target)) > before
+                gained = _length(part) > before
                 received, fruitless = received or gained, 0 if gained else fruitless + 1
                 if fruitless >= MAX_FRUITLESS or (error.unreachable and not received):
                     reasons.append(f"{url} {error}")
                     break
                 pause = min(MAX_BACKOFF_SECONDS, max(error.wait, backoff * 2**fruitless))
-                say(f"{remote.name}: {url} {error}; going on at {human_bytes(_length(_part(target)))} in {pause:.0f} s")
+                say(f"{remote.name}: {url} {error}; going on at {human_bytes(_length(part))} in {pause:.0f} s")
                 time.sleep(pause)
                 continue
             if expected in (None, digest):
@@ -246,16 +240,16 @@ def _length(path: Path) -> int:
 
 
 def _discard(target: Path) -> None:
-    for path in (_part(target), _note(target)):
+    for path in (_beside(target, PART), _beside(target, NOTE)):
         path.unlink(missing_ok=True)
 
 
 def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tuple[bool, str]:
     """Make one request; return whether it resumed an earlier part, and the SHA-256 of the complete part file."""
-    part = _part(target)
+    part = _beside(target, PART)
     note: dict[str, Any] = {}
     with suppress(FileNotFoundError, ValueError):
-        note = json.loads(_note(target).read_text(encoding="utf-8"))
+        note = json.loads(_beside(target, NOTE).read_text(encoding="utf-8"))
     have, total = _length(part), remote.size or note.get("size")
     if have and total and have == total and (expected or note):
         return True, _hash_existing(part)  # killed between the last byte and the rename
@@ -280,7 +274,7 @@ def _attempt(remote: Remote, url: str, target: Path, expected: str | None) -> tu
                     f"{target}: {human_bytes(size - have)} to download, but only "
                     f"{human_bytes(free_disk_bytes(target.parent))} free on this disk; free some space"
                 )
-            write_json_atomic(_note(target), {"url": url, "size": size, "validator": validator(answer)})
+            write_json_atomic(_beside(target, NOTE), {"url": url, "size": size, "validator": validator(answer)})
             return bool(start), _receive(remote, answer, part, start, size)
     except Refused as error:
         cause = error.__cause__

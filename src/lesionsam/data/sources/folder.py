@@ -6,7 +6,7 @@ STEM_segmentation; upper and lower case do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def index_folder(
     if dev_fraction == 0 and test_split == "val":
         raise UserError("data.dev_fraction: expected a number above 0 when data.test_split is val, got 0")
     folders = {"train": "train", test_split: "test"} | ({"val": "dev"} if dev_fraction == 0 else {})
-    found = {name: _stems(folder / "images" / name) for name in folders}
+    found = {name: _images(folder / "images" / name) for name in folders}
     for name in ("val", "test"):
         if name not in folders and (folder / "images" / name).is_dir():
             say(
@@ -49,7 +49,7 @@ def index_folder(
     chosen = dev_ids((path.stem for path in found["train"].values()), dev_fraction)
     jobs: list[Callable[[], Row]] = []
     for name, images in found.items():
-        masks = _match_masks(folder / "masks" / name, images)
+        masks = _masks(folder / "masks" / name, images)
         for stem, image_path in images.items():
             split = "dev" if name == "train" and image_path.stem in chosen else folders[name]
             copy = masks_out / split / f"{image_path.stem}.png" if threshold_masks and masks_out else None
@@ -59,19 +59,47 @@ def index_folder(
     return rows
 
 
-def _stems(folder: Path) -> dict[str, Path]:
-    """Return stem in lower case -> image file; hidden files and other kinds are left out."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
+def scan_images(folder: Path) -> tuple[dict[str, Path], list[str], int]:
+    """List the images of a folder; hidden files and folders are left out.
+
+    Returns:
+        stem in lower case -> image file; a line of text for each stem that repeats; number of files of other kinds.
+    """
     found: dict[str, Path] = {}
-    others = 0
+    twins, others = [], 0
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir():
             continue
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             others += 1
         elif (other := found.setdefault(path.stem.lower(), path)) is not path:
-            raise UserError(f"{path}: same name as {other.name}, apart from case or ending; rename one of them")
+            twins.append(f"{path}: same name as {other.name}, apart from case or ending; rename one of them")
+    return found, twins, others
+
+
+def match_masks(images: Mapping[str, Path], masks: Mapping[str, Path]) -> tuple[dict[str, Path], list[Path], list[str]]:
+    """Match masks with images, both by stem in lower case.
+
+    Returns:
+        stem of the image -> mask file; masks of no image; a line of text for each second mask of an image.
+    """
+    matched: dict[str, Path] = {}
+    strays, twins = [], []
+    for stem, path in masks.items():
+        name = stem if stem in images else stem.removesuffix(MASK_ENDING)
+        if name not in images:
+            strays.append(path)
+        elif (other := matched.setdefault(name, path)) is not path:
+            twins.append(f"{path}: {other.name} is a mask of the same image; keep one of them")
+    return matched, strays, twins
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected images ({', '.join(IMAGE_SUFFIXES)}) in it")
+    found, twins, others = scan_images(folder)
+    if twins:
+        raise UserError(twins[0])
     if not found:
         raise UserError(f"{folder}: no images in it; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     if others:
@@ -79,24 +107,19 @@ def _stems(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _match_masks(folder: Path, images: dict[str, Path]) -> dict[str, Path]:
+def _masks(folder: Path, images: Mapping[str, Path]) -> dict[str, Path]:
     """Return stem of the image in lower case -> mask file."""
     if not folder.is_dir():
         return {}
-    masks: dict[str, Path] = {}
-    stray: list[Path] = []
-    for stem, path in _stems(folder).items():
-        name = stem if stem in images else stem.removesuffix(MASK_ENDING)
-        if name not in images:
-            stray.append(path)
-        elif (other := masks.setdefault(name, path)) is not path:
-            raise UserError(f"{path}: {other.name} is a mask of the same image; keep one of them")
+    masks, strays, twins = match_masks(images, _images(folder))
+    if twins:
+        raise UserError(twins[0])
     if not masks:
         raise UserError(
-            f"{stray[0]}: no image of this name; expected masks called as their image, or with {MASK_ENDING} added"
+            f"{strays[0]}: no image of this name; expected masks called as their image, or with {MASK_ENDING} added"
         )
-    if stray:
-        say(f"note: {len(stray)} masks in {folder} belong to no image, the first is {stray[0].name}")
+    if strays:
+        say(f"note: {len(strays)} masks in {folder} belong to no image, the first is {strays[0].name}")
     if len(masks) < len(images):
         say(f"note: {len(images) - len(masks)} of {len(images)} images have no mask in {folder}")
     return masks

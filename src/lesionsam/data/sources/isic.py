@@ -20,30 +20,36 @@ from pathlib import Path
 
 from lesionsam.data.index import Row, dev_ids, id_hash
 from lesionsam.data.sources.archives import Archive, LocalArchive, RemoteArchive, find_members
-from lesionsam.data.sources.download import SPARE_BYTES, Dropped, Refused, Remote, fetch, request
+from lesionsam.data.sources.download import SPARE_BYTES, Remote, fetch
 from lesionsam.errors import UserError
 from lesionsam.utils.files import free_disk_bytes, write_bytes_atomic
 from lesionsam.utils.images import image_size
-from lesionsam.utils.progress import Meter, human_bytes, human_seconds, say
+from lesionsam.utils.progress import Meter, human_bytes, say
 
 OFFICIAL = ("https://isic-archive.s3.amazonaws.com/challenges", "https://isic-challenge-data.s3.amazonaws.com")
 IMAGE = re.compile(r"(ISIC_\d{7})\.jpe?g", re.IGNORECASE)  # the 2017 archives also hold ISIC_..._superpixels.png
 MASK = re.compile(r"(ISIC_\d{7})_segmentation\.png", re.IGNORECASE)
-ASSUMED_SPEED = 12.5e6  # bytes/s, a line of 100 Mbit/s, for the estimate before the first byte
 NUM_CONNECTIONS = 4
+Pairs = dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]]  # split -> image id -> members: image, mask
+
+
+# SHA-256 of the archives, where the challenge publishes them.
+PUBLISHED = {
+    "ISIC2018_Task1-2_Training_Input.zip": "80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f",
+    "ISIC2018_Task1_Training_GroundTruth.zip": "99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c",
+    "ISIC2018_Task1-2_Validation_Input.zip": "0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797",
+    "ISIC2018_Task1_Validation_GroundTruth.zip": "f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285",
+    "ISIC2018_Task1-2_Test_Input.zip": "e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d",
+    "ISIC2018_Task1_Test_GroundTruth.zip": "2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82",
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One archive of an edition.
-
-    Attributes:
-        name: file name. bytes: its size, to about 5 % where `exact` is False. sha256: as published, or None.
-    """
+    """One archive of an edition: its file name and its bytes, to about 5 % where `exact` is False."""
 
     name: str
     bytes: int
-    sha256: str | None = None
     exact: bool = False
 
 
@@ -112,46 +118,18 @@ EDITIONS = {
         2018,
         {
             "train": Split(
-                Part(
-                    "ISIC2018_Task1-2_Training_Input.zip",
-                    11_165_358_566,
-                    "80f98572347a2d7a376227fa9eb2e4f7459d317cb619865b8b9910c81446675f",
-                    True,
-                ),
-                Part(
-                    "ISIC2018_Task1_Training_GroundTruth.zip",
-                    27_402_895,
-                    "99f8b2bb3c4d6af483362010715f7e7d5d122d9f6c02cac0e0d15bef77c7604c",
-                    True,
-                ),
+                Part("ISIC2018_Task1-2_Training_Input.zip", 11_165_358_566, exact=True),
+                Part("ISIC2018_Task1_Training_GroundTruth.zip", 27_402_895, exact=True),
                 2594,
             ),
             "dev": Split(
-                Part(
-                    "ISIC2018_Task1-2_Validation_Input.zip",
-                    239_231_159,
-                    "0ea920fcfe512d12a6e620b50b50233c059f67b10146e1479c82be58ff15a797",
-                    True,
-                ),
-                Part(
-                    "ISIC2018_Task1_Validation_GroundTruth.zip",
-                    759_706,
-                    "f6911e9c0a64e6d687dd3ca466ca927dd5e82145cb2163b7a1e5b37d7a716285",
-                    True,
-                ),
+                Part("ISIC2018_Task1-2_Validation_Input.zip", 239_231_159, exact=True),
+                Part("ISIC2018_Task1_Validation_GroundTruth.zip", 759_706, exact=True),
                 100,
             ),
             "test": Split(
-                Part(
-                    "ISIC2018_Task1-2_Test_Input.zip",
-                    2_200_000_000,
-                    "e59ae1f69f4ed16f09db2cb1d76c2a828487b63d28f6ab85997f5616869b127d",
-                ),
-                Part(
-                    "ISIC2018_Task1_Test_GroundTruth.zip",
-                    9_000_000,
-                    "2e8f6edce454a5bdee52485e39f92bd6eddf357e81f39018d05512175238ef82",
-                ),
+                Part("ISIC2018_Task1-2_Test_Input.zip", 2_200_000_000),
+                Part("ISIC2018_Task1_Test_GroundTruth.zip", 9_000_000),
                 1000,
             ),
         },
@@ -187,22 +165,23 @@ def fetch_isic(
         raise UserError(f"data.dev_fraction: expected a number above 0, as {source} has no validation set, got 0")
     splits = {name: split for name, split in edition.splits.items() if name != "dev" or dev_fraction == 0}
     folder = archives / source
-    remotes = {
-        part.name: _remote(part, edition.year, base_url)
-        for split in splits.values()
-        for part in (split.masks, split.images)
-    }
+    parts = [part for split in splits.values() for part in (split.masks, split.images)]
+    remotes = {part.name: _remote(part, edition.year, base_url) for part in parts}
+    if not subset:
+        if not base_url:
+            total = sum(part.bytes for part in parts)
+            places = [folder / f"{part.name}{ending}" for part in parts for ending in ("", ".part")]
+            here = sum(path.stat().st_size for path in places if path.exists())
+            _plan(source, max(0, total - here), total, folder, raw, f"{human_bytes(here)} of it already here")
+        for part in sorted(parts, key=lambda part: part.bytes):  # the small ones first, so that a fault shows early
+            fetch(remotes[part.name], folder, lock_path=lock_path, backoff=backoff)
     with ExitStack() as stack:
-        if subset:
-            opened: dict[str, Archive] = {
-                name: _open_some(remote, folder, stack, backoff) for name, remote in remotes.items()
-            }
-        else:
-            parts = [part for split in splits.values() for part in (split.masks, split.images)]
-            _plan(source, parts, remotes, folder, raw, known_sizes=not base_url)
-            for part in sorted(parts, key=lambda part: part.bytes):  # the small ones first, so that a fault shows early
-                fetch(remotes[part.name], folder, lock_path=lock_path, backoff=backoff)
-            opened = {name: stack.enter_context(LocalArchive(folder / name)) for name in remotes}
+        opened: dict[str, Archive] = {}
+        for name, remote in remotes.items():  # of a subset, members by Range requests, unless the archive is here
+            if (folder / name).exists():
+                opened[name] = stack.enter_context(LocalArchive(folder / name))
+            else:
+                opened[name] = RemoteArchive(name, remote.urls, backoff)
         pairs = _pairs(splits, opened, subset)
         if not (subset or base_url):
             for name, split in splits.items():
@@ -210,7 +189,9 @@ def fetch_isic(
                     say(f"warning: {source}: expected {split.count} {name} pairs, got {len(pairs[name])}")
         jobs = list(_jobs(pairs, splits, opened, _leave_out(edition, pairs), dev_fraction))
         if subset:
-            _plan_some(source, jobs, folder, raw)
+            remote = [job for job in jobs if isinstance(job.archive, RemoteArchive) and not _kept(job, folder).exists()]
+            packed, unpacked = sum(job.info.compress_size for job in remote), sum(job.info.file_size for job in jobs)
+            _plan(source, packed, unpacked, folder, raw, f"{len(jobs) // 2} image and mask pairs")
         return _without_copies(_write(jobs, raw, folder if subset else None))
 
 
@@ -218,20 +199,10 @@ def _remote(part: Part, year: int, base_url: str) -> Remote:
     if base_url:
         return Remote(part.name, (f"{base_url.rstrip('/')}/{year}/{part.name}",))
     urls = tuple(f"{base}/{year}/{part.name}" for base in OFFICIAL)
-    return Remote(part.name, urls, part.bytes if part.exact else None, part.sha256)
+    return Remote(part.name, urls, part.bytes if part.exact else None, PUBLISHED.get(part.name))
 
 
-def _open_some(remote: Remote, folder: Path, stack: ExitStack, backoff: float) -> Archive:
-    """Open the whole archive where it is on disk, else its members by Range requests."""
-    if (folder / remote.name).exists():
-        return stack.enter_context(LocalArchive(folder / remote.name))
-    return RemoteArchive(remote.name, remote.urls, backoff)
-
-
-def _pairs(
-    splits: dict[str, Split], opened: dict[str, Archive], subset: int
-) -> dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]]:
-    """Return split -> image id -> (image member, mask member)."""
+def _pairs(splits: dict[str, Split], opened: dict[str, Archive], subset: int) -> Pairs:
     pairs = {}
     for name, split in splits.items():
         images = find_members(opened[split.images.name], IMAGE)
@@ -252,7 +223,7 @@ def _pairs(
     return pairs
 
 
-def _leave_out(edition: Edition, pairs: dict[str, dict]) -> set[str]:
+def _leave_out(edition: Edition, pairs: Pairs) -> set[str]:
     """Return training and dev ids that are also in test, or known to be, and report them in one line."""
     selected_on = set().union(*(pairs[name] for name in pairs if name != "test"))
     doubled = selected_on & (edition.overlap | pairs["test"].keys())
@@ -275,11 +246,7 @@ class _Job:
 
 
 def _jobs(
-    pairs: dict[str, dict[str, tuple[zipfile.ZipInfo, zipfile.ZipInfo]]],
-    splits: dict[str, Split],
-    opened: dict[str, Archive],
-    left_out: set[str],
-    dev_fraction: float,
+    pairs: Pairs, splits: dict[str, Split], opened: dict[str, Archive], left_out: set[str], dev_fraction: float
 ) -> Iterator[_Job]:
     for name, members in pairs.items():
         ids = [image_id for image_id in members if name == "test" or image_id not in left_out]
@@ -367,47 +334,16 @@ def _without_copies(rows: Iterable[Row]) -> list[Row]:
     return list(kept.values())
 
 
-def _plan(
-    source: str, parts: list[Part], remotes: dict[str, Remote], folder: Path, raw: Path, *, known_sizes: bool
-) -> None:
-    """Report what will be fetched and how long it will take; refuse if the disk has no room for it."""
-    sizes = {part.name: part.bytes if known_sizes else _served_size(remotes[part.name]) for part in parts}
-    here = sum(_length(folder / name) or _length(folder / f"{name}.part") for name in sizes)
-    total = sum(sizes.values())
-    _say_plan(source, max(0, total - here), total, folder, raw, f"{human_bytes(here)} of it already here")
-
-
-def _plan_some(source: str, jobs: list[_Job], folder: Path, raw: Path) -> None:
-    packed = sum(
-        job.info.compress_size
-        for job in jobs
-        if isinstance(job.archive, RemoteArchive) and not _kept(job, folder).exists()
-    )
-    total = sum(job.info.file_size for job in jobs)
-    _say_plan(source, packed, total, folder, raw, f"{len(jobs) // 2} image and mask pairs")
-
-
-def _say_plan(source: str, download: int, unpacked: int, folder: Path, raw: Path, detail: str) -> None:
+def _plan(source: str, download: int, unpacked: int, folder: Path, raw: Path, detail: str) -> None:
+    """Report what will be fetched; refuse if the disk has no room for it."""
     free = free_disk_bytes(folder)
     needed = download + 2 * unpacked  # unpacked once in the working tree and once in DVC's cache
     say(
-        f"{source}: {human_bytes(download)} to download ({detail}), about {human_seconds(download / ASSUMED_SPEED)} at "
-        f"100 Mbit/s; {human_bytes(needed)} of disk with {raw} and DVC's copy of it, {human_bytes(free)} free"
+        f"{source}: {human_bytes(download)} to download ({detail}); {human_bytes(needed)} of disk with {raw} and DVC's "
+        f"copy of it, {human_bytes(free)} free"
     )
     if free < needed + SPARE_BYTES:
         raise UserError(
             f"{folder}: {source} needs {human_bytes(needed)} of disk, only {human_bytes(free)} free; free "
             "some, or set data.subset to fetch fewer images"
         )
-
-
-def _served_size(remote: Remote) -> int:
-    try:
-        with request(remote.urls[0], method="HEAD") as answer:
-            return int(answer.headers.get("Content-Length") or 0)
-    except (Refused, Dropped):
-        return 0  # the download itself will say what is wrong
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
