@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import io
+import json
 import math
 import os
 import platform
@@ -32,7 +33,6 @@ from lesionsam.errors import UserError, run_guarded
 from lesionsam.losses import hard_iou, soft_mask_loss
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.decoder import decode_candidates
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.sam1 import build_numbers
 from lesionsam.pretraining import shape_prompts
@@ -63,17 +63,19 @@ def pretrain(
     seed: int,
     state_path: Path,
     architecture: CompactArchitecture | None = None,
+    sam: Sam | None = None,
     resume: bool = False,
     bfloat16: bool = True,
     images: tuple[DataPool, Targets] | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[Sam, PretrainProgress]:
-    """Train a compact SAM from scratch for `minutes` of running time.
+    """Train a small SAM from scratch for `minutes` of running time.
 
     Args:
         minutes: by the clock, added up over resumed runs; it sets the learning rate's course.
         seed: of weights, shapes, batches and prompts.
         state_path: file of the training state, written every few minutes; `resume` continues from it if it is there.
+        architecture: of the compact SAM to build. sam: another model with random weights, trained in its place.
         bfloat16: autocast of encoder and decoder; weights and losses stay float32.
         images: what is trained on instead of generated shapes, and what to measure on; see `data.open_pool`.
         log: takes each progress line.
@@ -82,21 +84,22 @@ def pretrain(
     """
     if minutes <= 0:
         raise UserError(f"foundation: minutes must be above 0, got {minutes}")
-    architecture = architecture or CompactArchitecture()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    sam = build_numbers(architecture.numbers()).train()
+    architecture = architecture or CompactArchitecture()
+    kind = {"architecture": json.dumps(sam.architecture(), sort_keys=True)} if sam else asdict(architecture)
+    sam = (sam or build_numbers(architecture.numbers())).train()
     average = copy.deepcopy(sam).requires_grad_(False).eval()
     parameters = [p for p in sam.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     progress = PretrainProgress()
     parts = {"model": sam, "average": average, "optimiser": optimiser, "generator": generator}
-    run = {**asdict(architecture), "seed": seed, "images": "shapes" if images is None else "data"}
+    run = {**kind, "seed": seed, "images": "shapes" if images is None else "data"}
     if resume and state_path.is_file():
         progress = _restore(state_path, run, parts)
         log(f"resumed at step {progress.step}, {progress.seconds / 60:.1f} min")
-    pool = _Pool(architecture, seed, progress.chunks) if images is None else images[0]
-    held_out = {"shapes": held_out_shapes(architecture)} | ({} if images is None else {"data": images[1]})
+    pool = _Pool(sam, seed, progress.chunks) if images is None else images[0]
+    held_out = {"shapes": held_out_shapes(sam)} | ({} if images is None else {"data": images[1]})
     clock, cpu_clock = time.monotonic() - progress.seconds, time.process_time() - progress.cpu_seconds
     measured, saved, mean_loss = progress.seconds, progress.seconds, float("nan")
     while (share := (time.monotonic() - clock) / (60 * minutes)) < 1:
@@ -156,7 +159,7 @@ def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor
 
     A single point without mask is ambiguous: there the best of the three candidates is trained too.
     """
-    logits, predicted_iou = decode_candidates(sam, features, prompts)
+    logits, predicted_iou = sam.decode_groups(features, [(None, prompts)])
     logits, predicted_iou = logits.float(), predicted_iou.float()
     everywhere = torch.ones_like(targets)
     loss = soft_mask_loss(logits[:, 0], targets, everywhere).mean()
@@ -170,10 +173,10 @@ def _prompted_loss(sam: Sam, features: Tensor, prompts: Prompts, targets: Tensor
     return loss, logits[:, :1].detach()
 
 
-def held_out_shapes(architecture: CompactArchitecture) -> Targets:
+def held_out_shapes(sam: Sam) -> Targets:
     """Return about 140 objects that no run trains on."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEED)
-    return make_targets(architecture.image_size, 4 * architecture.grid, generator, num_images=96)
+    return make_targets(sam.side, 4 * sam.grid, generator, num_images=96)
 
 
 @torch.no_grad()
@@ -205,8 +208,8 @@ def measure(sam: Sam, held_out: Mapping[str, Targets]) -> dict[str, float]:
 class _Pool:
     """Keep the newest POOL_CHUNKS chunks of generated targets; chunk k of a run is always the same."""
 
-    def __init__(self, architecture: CompactArchitecture, seed: int, chunks: int) -> None:
-        self.architecture, self.seed = architecture, seed
+    def __init__(self, sam: Sam, seed: int, chunks: int) -> None:
+        self.side, self.grid, self.seed = sam.side, 4 * sam.grid, seed
         self.chunks = max(chunks - FIRST_CHUNKS, 0)
         self.parts: deque[Targets] = deque(maxlen=POOL_CHUNKS)
         for _ in range(FIRST_CHUNKS):
@@ -216,7 +219,7 @@ class _Pool:
         """Add a chunk and drop the oldest."""
         generator = torch.Generator().manual_seed(self.seed * CHUNK_SEED_STRIDE + self.chunks)
         self.chunks += 1
-        self.parts.append(make_targets(self.architecture.image_size, 4 * self.architecture.grid, generator))
+        self.parts.append(make_targets(self.side, self.grid, generator))
 
     def draw(self, num: int, generator: torch.Generator) -> Targets:
         """Draw `num` targets, each from a random chunk, and augment them together."""
