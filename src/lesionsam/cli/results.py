@@ -23,16 +23,25 @@ def export(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every format.")] = False,
     model: Annotated[
-        str, typer.Option(help="Weights file, folder with one, MLflow run id, or models:/lesionsam@champion.")
+        str,
+        typer.Option(
+            help="Weights file, folder with one, MLflow run id, models:/lesionsam@champion, OWNER/NAME of the Hub."
+        ),
     ] = "models/adapted",
     out: Annotated[Path, typer.Option(help="Folder; each format gets one of its name in it.")] = Path("exports"),
     images: Annotated[
         Path | None, typer.Option(help="Folder of images to compare on; unset: generated ones.", show_default=False)
     ] = None,
     num_images: Annotated[int, typer.Option(help="Of them, at most, evenly picked.")] = 50,
+    push: Annotated[
+        str, typer.Option(help="OWNER/NAME on the Hugging Face Hub to upload the format hf to.", show_default=False)
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="With --push: a private model.")] = False,
 ) -> None:
     """Export a model: write each format, reload it in the library that reads it, compare and print the differences."""
     chosen = list(FORMATS) if everything else list(dict.fromkeys(formats or ()))
+    if push and "hf" not in chosen:
+        chosen.append("hf")
     if not chosen:
         raise UserError(f"export: expected --all or --format, one of {', '.join(FORMATS)}, got neither")
     if unknown := [name for name in chosen if name not in FORMATS]:
@@ -50,6 +59,10 @@ def export(
     failed = [(result.format.name, fault) for result in results for fault in result.faults]
     for name, fault in failed:
         typer.echo(f"error: {name}: {fault}", err=True)
+    if push and (folder := next(result.folder for result in results if result.format.name == "hf")) is not None:
+        from lesionsam.utils.hub import push_folder
+
+        typer.echo(f"pushed to {push_folder(folder, push, private=private)}")
     if failed:
         raise typer.Exit(1)
 

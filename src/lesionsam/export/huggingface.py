@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ import numpy as np
 import torch
 
 from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
+from lesionsam.models.checkpoint import weights_metadata
 from lesionsam.models.hub import classes_of, to_transformers
 from lesionsam.models.sam2 import quiet
 from lesionsam.models.transforms import resize_to_frame
+from lesionsam.utils.files import write_json_atomic
+from lesionsam.utils.hub import CONFIG, NOTES
+
+STATED = ("format", "architecture", "image_size", "name")  # of the metadata: the folder says it itself
 
 
 def write(subject: Subject, folder: Path) -> None:
@@ -20,6 +26,9 @@ def write(subject: Subject, folder: Path) -> None:
     model, processor = to_transformers(subject.sam, subject.state())
     with quiet():
         model.save_pretrained(folder)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    notes = {key: value for key, value in weights_metadata(subject.weights).items() if key not in STATED}
+    write_json_atomic(folder / CONFIG, config | {NOTES: notes})
     processor.save_pretrained(folder)
 
 

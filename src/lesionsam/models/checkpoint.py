@@ -19,12 +19,13 @@ from lesionsam.errors import UserError
 from lesionsam.models import adapters, standalone
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.finetuned import SHOWN_KEYS, TUNED, apply_tuned, required_base, safetensors_bytes
-from lesionsam.models.hub import CONFIG, read_hub_folder
+from lesionsam.models.hub import read_hub_folder
 from lesionsam.models.lora import merged_lora_state
 from lesionsam.models.sam import Sam, at_size
 from lesionsam.models.sam1 import POSITION, WIDTHS, build_numbers, build_registered
 from lesionsam.models.sam2 import Sam2, build_sam2_model, no_random_weights
 from lesionsam.utils.files import whole_number, write_bytes_atomic
+from lesionsam.utils.hub import CONFIG, notes_of
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training tools store the weights
 PREFIXES = {"module", "sam_model", "model", "sam"}  # put before SAM's keys by DataParallel, Lightning and others
@@ -249,7 +250,9 @@ def _note(text: str) -> None:
 
 
 def weights_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a .safetensors file without reading its tensors; empty for any other file."""
+    """Return the metadata of a .safetensors file, or of a folder in the form of the Hub, without reading tensors."""
+    if path.is_dir():
+        return notes_of(path)
     if path.suffix != ".safetensors":
         return {}
     with safe_open(path, framework="pt") as file:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from lesionsam.errors import UserError
 from lesionsam.models import standalone
 from lesionsam.models.sam import Sam
 from lesionsam.models.sam2 import FAMILIES, SAM3, Sam2, build_sam2_model, no_random_weights, quiet
+from lesionsam.utils.hub import CONFIG, model_type_of, notes_of
 
-CONFIG = "config.json"
-FILES = ["*.json", "*.safetensors", "README.md"]
 # segment_anything's key -> transformers'; the first pattern that fits. Indexes of blocks and heads pass through.
 KEY_MAP = (
     (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
@@ -208,7 +206,7 @@ def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
         raise UserError(
             f"{folder}: lacks {len(missing)} weights of a {kind.__name__} ({', '.join(missing[:3])}); fetch it again"
         )
-    notes = {"name": folder.name, "format": "pt"}
+    notes = {"name": folder.name, "format": "pt"} | notes_of(folder)
     if model_type == "sam":
         numbers = numbers_of_config(model.config)
         notes |= {"image_size": str(numbers["image_size"]), "architecture": json.dumps(numbers, sort_keys=True)}
@@ -217,90 +215,3 @@ def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
     side = model.config.prompt_encoder_config.image_size
     notes |= {"image_size": str(side), "architecture": json.dumps(numbers, sort_keys=True)}
     return {key: value.contiguous() for key, value in model.state_dict().items()}, notes
-
-
-def model_type_of(folder: Path) -> str:
-    """Return model_type of a folder's config.json.
-
-    Raises:
-        UserError: no such file, or no readable one.
-    """
-    path = folder / CONFIG
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a model in the form of the Hugging Face Hub") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: states no model_type ({error}); fetch it again") from None
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """A model that lies in a folder.
-
-    Attributes:
-        facts: of its origin: revision (the commit), licence; what is unknown is left out.
-    """
-
-    folder: Path
-    facts: dict[str, str]
-
-
-def fetch_model(place: str, revision: str) -> Fetched:
-    """Return the folder of a model: `place` itself, or its files fetched from the Hub into the Hub's own cache.
-
-    An interrupted download is resumed by the next call. Without a network the cached files are used.
-
-    Args:
-        place: a folder with config.json, or OWNER/NAME. revision: branch, tag or commit.
-    Raises:
-        UserError: no such model or revision, access that is not granted, no network, no weights as safetensors.
-    """
-    if Path(place).is_dir():
-        model_type_of(Path(place))
-        return Fetched(Path(place), {})
-    from huggingface_hub import constants, errors, snapshot_download
-
-    address = f"{constants.ENDPOINT}/{place}"
-    try:
-        folder = Path(snapshot_download(place, revision=revision, allow_patterns=FILES))
-    except errors.GatedRepoError:
-        raise UserError(
-            f"model.name: access to {place} must be granted: accept its licence at {address}, then log in with "
-            "`hf auth login` (or set HF_TOKEN)"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(
-            f"model.name: {address} does not exist, or is private; check the name, or log in with `hf auth login`"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"model.revision: {place} has no branch, tag or commit {revision!r}") from None
-    except errors.HFValidationError:
-        raise UserError(
-            f"model.name: no folder {place}, and no name of a model of the Hub (OWNER/NAME); check it"
-        ) from None
-    except errors.LocalEntryNotFoundError:
-        raise UserError(
-            f"model.name: {place} is not in the cache and {constants.ENDPOINT} cannot be reached; connect once, or "
-            "name a folder that holds it"
-        ) from None
-    except (errors.HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"model.name: {place} could not be fetched ({reason}); run again, it resumes") from None
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.name: {place} holds no weights as safetensors; name a file of weights instead")
-    facts = {"revision": folder.name}
-    if licence := _licence(folder / "README.md"):
-        facts["licence"] = licence
-    return Fetched(folder, facts)
-
-
-def _licence(card: Path) -> str:
-    """Return the licence that a model card states; empty without one."""
-    from huggingface_hub import ModelCard
-
-    try:
-        data = ModelCard.load(card).data if card.is_file() else None
-    except (ValueError, OSError):
-        return ""
-    return str(getattr(data, "license_name", None) or getattr(data, "license", None) or "")

@@ -53,7 +53,7 @@ def _published(name: str) -> dict[str, object]:
 def _from_hub(name: str, place: str, revision: str) -> dict[str, object]:
     """Fetch a model of the Hugging Face Hub, or read a folder in its form; return the content of weights.json."""
     from lesionsam.models.checkpoint import load_sam, save_sam  # here, as they take seconds to import
-    from lesionsam.models.hub import fetch_model
+    from lesionsam.utils.hub import fetch_model
 
     fetched = fetch_model(place, revision)
     sam, target = load_sam(None, fetched.folder), PRETRAINED / "sam.safetensors"

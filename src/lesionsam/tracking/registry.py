@@ -26,6 +26,7 @@ from lesionsam.tracking.spool import Spool, read_record, spool_root
 from lesionsam.tracking.store import OUTDATED, schema_problem, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
+from lesionsam.utils.hub import is_hub_name
 from lesionsam.utils.weights import NAMES, SUFFIXES, find_weights
 
 if TYPE_CHECKING:
@@ -69,17 +70,18 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
 
     Args:
         text: a weights file; a folder that holds one (models/adapted, models/pretrained, an export); an MLflow run id,
-            with or without `runs:/`; `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+            with or without `runs:/`; `models:/NAME@ALIAS` or `models:/NAME/VERSION`; OWNER/NAME of the Hugging Face
+            Hub.
         root: repository root, see `lineage.repository_root`; None = that of the current folder. Its params.yaml names
             the MLflow server; without one, its mlflow.db is used.
     Returns:
-        an existing .pth or .safetensors file; `models.checkpoint.load_sam` checks its content.
+        an existing .pth or .safetensors file, or a folder in the Hub's form; `models.checkpoint.load_sam` checks it.
     Raises:
         UserError: nothing of that name, or no answer from the server.
     """
     text = str(text)
     path = Path(text)
-    if path.exists():
+    if path.exists() or (is_hub_name(text) and path != TRAINED):
         return find_weights(path)
     if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
         with _mlflow_client(root) as (client, uri):

@@ -1,21 +1,26 @@
-"""Find the weights file in a folder."""
+"""Find the weights that a name stands for: a file, a folder with one, a model of the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lesionsam.errors import UserError
+from lesionsam.utils.hub import CONFIG, fetch_model, is_hub_name
 
 NAMES = ("best.safetensors", "sam.safetensors", "sam.pth")  # of a stage or an export, in order of preference
 SUFFIXES = (".safetensors", ".pth")
 
 
 def find_weights(path: Path) -> Path:
-    """Return a weights file: the path itself, or the file in the folder that it names.
+    """Return a weights file (the path itself, or the file in the folder that it names) or a folder in the Hub's form.
 
+    Args:
+        path: also OWNER/NAME of the Hub, where nothing of that name lies here.
     Raises:
         UserError: the path does not exist, or the folder holds none of `NAMES` and not exactly one other weights file.
     """
+    if not path.exists() and is_hub_name(path):
+        return fetch_model(path.as_posix(), "main").folder
     if path.is_file():
         return path
     if not path.is_dir():
@@ -23,6 +28,8 @@ def find_weights(path: Path) -> Path:
     for name in NAMES:
         if (path / name).is_file():
             return path / name
+    if (path / CONFIG).is_file():
+        return path
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
