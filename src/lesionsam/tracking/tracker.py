@@ -8,7 +8,6 @@ does, the journal is complete, and the next start of any run below the same root
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,8 @@ from lesionsam.tracking.spool import (
     Spool,
     clean_name,
     encode_number,
+    metrics_entry,
+    now_ms,
     prepare_spool,
     read_lines,
     read_record,
@@ -31,16 +32,13 @@ from lesionsam.tracking.spool import (
     write_record,
 )
 from lesionsam.tracking.store import refuse_optuna_database
+from lesionsam.utils.processes import start_python
 
 Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
 MAX_FAILURE_CHARS = 500
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 class NullTracker:
@@ -72,14 +70,10 @@ class NullTracker:
         values = {name: value for name, value in values.items() if self._is_new(name, step, value)}
         if not values:
             return
-        now = _now_ms()
-        for name, value in values.items():
-            self._seen.setdefault(name, {})[step] = (now, value)
-        encoded = {name: encode_number(value) for name, value in values.items()}
-        entry = {"seq": self._sequence, "step": int(step), "time": now, "values": encoded}
-        self._sequence += 1
+        entry = metrics_entry(self._sequence, step, values)
+        self._remember(entry)
         self._write(self._metrics, entry)
-        self._journal({"kind": "metrics", **entry})
+        self._journal(entry)
 
     def _write(self, appender: Appender | None, entry: Mapping[str, object]) -> None:
         if appender is None:
@@ -156,7 +150,8 @@ class Tracker(NullTracker):
         self._events = Appender(spool.path("journal"))
         (spool.folder / "closing").unlink(missing_ok=True)
         if send:
-            self._start_sender()
+            self._log_file = (spool.folder / "sender.log").open("wb")
+            self._sender = _start(self._log_file, str(spool.folder))
 
     @classmethod
     def open(
@@ -246,7 +241,7 @@ class Tracker(NullTracker):
         self._write(self._events, entry)
 
     def _add(self, kind: str, **content: object) -> None:
-        self._journal({"seq": self._sequence, "kind": kind, "time": _now_ms(), **content})
+        self._journal({"seq": self._sequence, "kind": kind, "time": now_ms(), **content})
         self._sequence += 1
 
     def _add_file(self, kind: str, path: Path, **content: object) -> None:
@@ -287,7 +282,7 @@ class Tracker(NullTracker):
         points = {}
         for key, value in metrics.items():  # reuse the run's own point, or the curve would get it twice
             number, key = float(value), clean_name(key)
-            when, known = self._seen.get(key, {}).get(step, (_now_ms(), number))
+            when, known = self._seen.get(key, {}).get(step, (now_ms(), number))
             points[key] = [encode_number(known), when]
         self._add_file("checkpoint", Path(path), name=name, step=step, values=points)
 
@@ -349,10 +344,6 @@ class Tracker(NullTracker):
                 file=sys.stderr,
             )
 
-    def _start_sender(self) -> None:
-        self._log_file = (self._spool.folder / "sender.log").open("wb")
-        self._sender = _start([str(self._spool.folder)], self._log_file)
-
     def _finish_sender(self) -> None:
         """Wait for the sender while it makes progress; kill it when it stalls."""
         if self._sender is None:
@@ -383,18 +374,8 @@ class Tracker(NullTracker):
             write_record(self._folder, self._spool.local_id, self.run_id(), experiment)
 
 
-def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the sender in a session of its own, so that it survives Ctrl-C in training until `close`."""
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+def _start(log: IO[bytes], *arguments: str) -> subprocess.Popen[bytes]:
+    return start_python("lesionsam.tracking.sender", *arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:
@@ -405,7 +386,7 @@ def sync(root: Path, timeout: float = 120.0) -> int:
     """
     if any(spool.pending()[0] or spool.is_abandoned() for spool in Spool.all(root)):
         with (spool_root(root) / "sync.log").open("wb") as log:
-            process = _start(["--all", str(root)], log)
+            process = _start(log, "--all", str(root))
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
