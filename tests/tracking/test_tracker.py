@@ -25,7 +25,7 @@ import pytest
 from PIL import Image
 
 from lesionsam.errors import UserError
-from lesionsam.tracking.lineage import flatten_params, lineage_tags, repository_root
+from lesionsam.tracking.lineage import lineage_tags, repository_root
 from lesionsam.tracking.registry import resolve_model
 from lesionsam.tracking.sender import catch_up
 from lesionsam.tracking.shipper import Shipper, Unreachable
@@ -229,9 +229,11 @@ def test_names_are_made_of_what_mlflow_takes() -> None:
     assert len(clean_name("x" * 400)) == 250
 
 
-def test_params_are_flat_and_cut() -> None:
-    flat = flatten_params({"a": {"b": 1, "c": [1, 2]}, "d": "x" * 600, "e": None, "box+core": 0.5})
-    assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "x" * 500, "e": "None", "box_core": "0.5"}
+def test_params_are_cut(tmp_path: Path) -> None:
+    start(tmp_path, "", params={"a.c": [1, 2], "d": "x" * 600, "e": None, "box+core": 0.5}).close()
+    entries = [entry for entry, _ in read_lines(spool_of(tmp_path).path("journal")) if entry is not None]
+    (params,) = [entry["values"] for entry in entries if entry["kind"] == "params"]
+    assert params == {"a.c": "[1, 2]", "d": "x" * 500, "e": "None", "box_core": "0.5"}
 
 
 def test_lineage_names_commit_dirty_flag_and_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +350,7 @@ def test_a_dead_server_costs_less_than_a_millisecond_a_call(tmp_path: Path, caps
 def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     """Process, SQLite below the root, system metrics; then an evaluation that fails, and one whose run is gone."""
     run = tmp_path / "run"
-    tracker = start(
-        tmp_path, "", send=True, tags={"data": "abc"}, system_metrics=True, params={"method": {"name": "x"}}
-    )
+    tracker = start(tmp_path, "", send=True, tags={"data": "abc"}, system_metrics=True, params={"method.name": "x"})
     for step in range(40):
         tracker.log({"loss": 1 / (step + 1), "dev/iou_box+core": step / 40}, step)
     weights = tmp_path / "best.safetensors"

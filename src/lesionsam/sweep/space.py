@@ -216,49 +216,35 @@ def from_json(held: Sequence[Mapping[str, Any]]) -> list[Dimension]:
 
 # ---- dead keys -----------------------------------------------------------------------------------------------
 
-CONTRAST, PSEUDO, PROJECTION = (f"method.weights.{term}" for term in ("contrast", "pseudo", "projection"))
-TAUGHT = ("method.target.kind", ("teacher", "fused"))
-# Beginnings of keys; (key, words) of which one must hold for them to have an effect, () = a number above 0; why not.
-READ_WHEN: tuple[tuple[tuple[str, ...], tuple[tuple[str, tuple[object, ...]], ...], str], ...] = (
-    (("train.overlays", "train.select", "method.monitor_masks"), (), "it is no part of what is learnt"),
-    (("method.weights.iou",), (("method.iou_loss", ("mse", "smooth_l1")),), "it weighs a monitor without gradient"),
-    (("train.final_lr",), (("train.schedule", ("cosine", "linear")),), "train.schedule is constant"),
-    (("train.lr_encoder",), (("model.encoder", ("blocks", "adapter", "lora")),), "model.encoder is none"),
-    (
-        ("train.lr_decoder",),
-        (("model.train_decoder", (True,)), ("model.train_prompt_encoder", (True,))),
-        "model.train_decoder and model.train_prompt_encoder are false",
-    ),
-    (("train.lr_head",), (("method.name", ("contrastive",)),), "only the contrastive method has a projection head"),
-    (
-        (
-            "method.temperature",
-            "method.pos_samples",
-            "method.neg_samples",
-            "method.negatives.",
-            "method.head.",
-            "train.lr_head",
-        ),
-        ((CONTRAST, ()),),
-        f"{CONTRAST} is 0, so that there is no contrastive term",
-    ),
-    (
-        ("method.gate.", "method.target."),
-        ((CONTRAST, ()), (PSEUDO, ())),
-        f"{CONTRAST} and {PSEUDO} are 0, so that no term reads the pseudo mask",
-    ),
-    (
-        ("method.prompts.", "method.prompts_per_image"),
-        ((PSEUDO, ()), (PROJECTION, ())),
-        f"{PSEUDO} and {PROJECTION} are 0, so that no mask is decoded to learn",
-    ),
-    (("method.teacher_prompt",), (TAUGHT,), "the target is not the teacher's"),
-    (
-        ("method.ema_decay",),
-        (TAUGHT, (CONTRAST, ())),
-        f"nothing reads the teacher ({CONTRAST} is 0, the target is not the teacher's)",
-    ),
-    (("method.target.looseness",), (("method.target.offset", ("boxes",)),), "method.target.offset is not boxes"),
+# What reads keys: name -> key that switches it on, words that do so (none: a number above 0).
+READERS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "contrast": ("method.weights.contrast", ()),
+    "pseudo": ("method.weights.pseudo", ()),
+    "projection": ("method.weights.projection", ()),
+    "teacher": ("method.target.kind", ("teacher", "fused")),
+    "offset": ("method.target.offset", ("boxes",)),
+    "iou": ("method.iou_loss", ("mse", "smooth_l1")),
+    "head": ("method.name", ("contrastive",)),
+    "schedule": ("train.schedule", ("cosine", "linear")),
+    "encoder": ("model.encoder", ("blocks", "adapter", "lora")),
+    "decoder": ("model.train_decoder", (True,)),
+    "prompts": ("model.train_prompt_encoder", (True,)),
+}
+# Names of readers, any of which suffices, and the beginnings of the keys that nothing else reads.
+READ_BY = (
+    ("", "train.overlays train.select method.monitor_masks"),  # no part of what is learnt
+    ("iou", "method.weights.iou"),
+    ("schedule", "train.final_lr"),
+    ("encoder", "train.lr_encoder"),
+    ("decoder prompts", "train.lr_decoder"),
+    ("head", "train.lr_head"),
+    ("contrast", "method.temperature method.pos_samples method.neg_samples"),
+    ("contrast", "method.negatives. method.head. train.lr_head"),
+    ("contrast pseudo", "method.gate. method.target."),
+    ("pseudo projection", "method.prompts. method.prompts_per_image"),
+    ("teacher", "method.teacher_prompt"),
+    ("teacher contrast", "method.ema_decay"),
+    ("offset", "method.target.looseness"),
 )
 
 
@@ -266,12 +252,13 @@ def dead_keys(config: Config, space: Sequence[Dimension]) -> dict[str, str]:
     """Return keys that change nothing at any point of the space -> why, from the method's own logic."""
     held: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in flatten(config).items()}
     held |= {d.key: d.choices or (d.low, d.high) for d in space}  # a range: at either end
-
-    def may_hold(key: str, words: tuple[object, ...]) -> bool:
-        return any(value in words if words else value > 0 for value in held[key])
-
     dead: dict[str, str] = {}
-    for beginnings, needs, reason in READ_WHEN:
-        if all(key in held for key, _ in needs) and not any(may_hold(*need) for need in needs):
-            dead |= {d.key: reason for d in space if d.key.startswith(beginnings) and d.key not in dead}
+    for readers, beginnings in READ_BY:
+        needs = [READERS[name] for name in readers.split()]
+        if all(key in held for key, _ in needs) and not any(
+            value in words if words else value > 0 for key, words in needs for value in held[key]
+        ):
+            states = (f"{key} is {' or '.join(str(value).lower() for value in held[key])}" for key, _ in needs)
+            reason = " and ".join(states) or "it is no part of what is learnt"
+            dead |= {d.key: reason for d in space if d.key.startswith(tuple(beginnings.split())) and d.key not in dead}
     return {d.key: dead[d.key] for d in space if d.key in dead}

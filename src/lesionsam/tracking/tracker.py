@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lesionsam.tracking.lineage import flatten_params, lineage_tags
+from lesionsam.tracking.lineage import lineage_tags
 from lesionsam.tracking.spool import (
     Appender,
     Spool,
@@ -36,7 +36,7 @@ from lesionsam.utils.processes import start_python
 
 Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
-MAX_FAILURE_CHARS = 500
+MAX_PARAM_CHARS = MAX_FAILURE_CHARS = 500
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
 
@@ -175,7 +175,7 @@ class Tracker(NullTracker):
             folder: of the run; gets metrics.jsonl and run.json. Close the tracker before the folder is moved.
             uri: MLflow tracking URI; empty = `sqlite:///<root>/mlflow.db`.
             root: repository root, see `repository_root`; holds the spool, and without a URI database and artifacts.
-            params: flat or nested. A parameter that was logged with another value before becomes a tag `changed.<key>`.
+            params: by dotted key. A parameter that was logged with another value before becomes a tag `changed.<key>`.
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
             parent: `local_id` of the run that this one belongs to, known before any server has answered.
             local_id: of this run, if another process or machine knows it and run.json may be missing.
@@ -200,7 +200,7 @@ class Tracker(NullTracker):
         tracker._write_record()
         if resumed:
             tracker._add("status", status="RUNNING")
-        tracker._add("params", values=flatten_params(params))
+        tracker._add("params", values={clean_name(key): str(value)[:MAX_PARAM_CHARS] for key, value in params.items()})
         tracker.set_tags({**lineage_tags(root), **tags})
         return tracker
 
