@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from lesionsam.boxes.table import read_boxes
@@ -52,7 +51,8 @@ def train_model(config: Config) -> Trained:
         begin(folder, origin_of(config, samples, weights))
         data = open_data(config, samples, side=input_side(config, weights), cache=CACHE)
         score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
-        with _tracked(config, folder) as tracker:
+        name, digest = f"{config.method.name}-{config.model.name}-{config.data.source}", sha256_file(BOXES)[:16]
+        with open_tracker(config, folder / "run", name, {"data.digest": digest}) as tracker:
             trained = _train(config, data, weights, folder, tracker)
         for name in ("run.json", "metrics.jsonl"):
             if (folder / "run" / name).exists():
@@ -133,19 +133,3 @@ def _write_outputs(out: Path, folder: Path, config: Config, trained: Trained, we
     shutil.copy2(folder / "history.csv", out / "history.csv")
     if (folder / "overlays").exists():
         shutil.copytree(folder / "overlays", out / "overlays")
-
-
-@contextmanager
-def _tracked(config: Config, folder: Path) -> Iterator[NullTracker]:
-    """The run's tracker, closed with how the block ended; without tracking, only metrics.jsonl is written."""
-    name = f"{config.method.name}-{config.model.name}-{config.data.source}"
-    tracker = open_tracker(config, folder / "run", name, {"data.digest": sha256_file(BOXES)[:16]})
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status, sys.exc_info()[1])

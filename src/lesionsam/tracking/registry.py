@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -287,11 +288,8 @@ def _download(client: MlflowClient, model: LoggedModel, text: str) -> Path:
     target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a cached copy stays valid
     if not (target / weights[0]).is_file():
         target.mkdir(parents=True, exist_ok=True)
-        building = target / f".{os.getpid()}"
-        building.mkdir(exist_ok=True)
-        fetched = Path(download_artifacts(location, dst_path=str(building)))
-        os.replace(fetched, target / weights[0])
-        building.rmdir()
+        with tempfile.TemporaryDirectory(dir=target) as building:
+            os.replace(download_artifacts(location, dst_path=building), target / weights[0])
     return target / weights[0]
 
 

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from lesionsam.tracking.lineage import lineage_tags
 from lesionsam.tracking.spool import (
@@ -37,7 +37,6 @@ from lesionsam.utils.processes import start_python
 Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
 MAX_PARAM_CHARS = MAX_FAILURE_CHARS = 500
-STATUSES = ("FINISHED", "FAILED", "KILLED")
 STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
 
 
@@ -120,10 +119,17 @@ class NullTracker:
         """Return MLflow's id of the run, waiting at most `timeout` seconds; None while no server has answered."""
         return None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the run with how the block ended."""
+        self.close(
+            "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error
+        )
+
     def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
-        """End the run with one of `STATUSES`; `reason` is the error that ended it, if any."""
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
+        """End the run as FINISHED, FAILED or KILLED; `reason` is the error that ended it, if any."""
         if self._metrics is not None:
             self._close_file(self._metrics)
             self._metrics = None
