@@ -37,7 +37,6 @@ def tune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be searched; run and write nothing.")
     ] = False,
-    preset: Annotated[str, typer.Option(help="Sweep on a preset of `lesionsam preset`; empty = params.yaml.")] = "",
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     from lesionsam.sweep.search import Request, sweep
@@ -51,7 +50,6 @@ def tune(
             storage=storage,
             apply=apply,
             dry_run=dry_run,
-            preset=preset,
             params=params,
         )
     )

@@ -22,7 +22,7 @@ from helpers import bad_inputs
 from helpers.bad_inputs import CASES, DOORS, IN_PROJECT, WEIGHTS, Case, encoded, picture, tiff
 from lesionsam.cli import app as cli
 from lesionsam.errors import run_guarded
-from lesionsam.utils.images import TURNS, read_mask
+from lesionsam.utils.images import read_mask
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_SECONDS = 20.0  # of processor, first imports included: a bomb that goes off takes minutes
@@ -38,6 +38,16 @@ OUTPUTS = (
     ".scratch/download.lock",
     ".scratch/weights.lock",
 )
+
+TURNS = {  # EXIF orientation -> what shows the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @pytest.fixture(scope="module")

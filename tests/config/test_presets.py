@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lesionsam.config.edit import difference, edit_text, fit, merge, to_yaml
+from lesionsam.config.edit import difference, edit_text, fit, merge
 from lesionsam.config.load import (
     Config,
     ConfigError,
@@ -19,6 +19,7 @@ from lesionsam.config.load import (
     flatten,
     known_keys,
     parse_yaml,
+    to_values,
     validate,
 )
 from lesionsam.config.presets import READ_BY, about, apply_preset, preset_names, preset_values
@@ -219,11 +220,11 @@ def test_columns_of_comments_stay() -> None:
     assert {line.index(" #") for line in new.splitlines() if re.match(r" +\w{1,26}: [^#]{1,18} +#", line)} == {30}
 
 
-def test_to_yaml_is_the_file() -> None:
+def test_the_default_text_takes_all_values() -> None:
     text, config = applied("isic2016-vit-b", "published")
-    assert to_yaml(validate(default_values())) == default_text()
-    assert validate(parse_yaml(to_yaml(config), "params.yaml")) == config
-    assert set(to_yaml(config).splitlines()) == set(text.splitlines())
+    assert edit_text(default_text(), default_values()) == default_text()
+    assert validate(parse_yaml(edit_text(default_text(), to_values(config)), "params.yaml")) == config
+    assert set(edit_text(default_text(), to_values(config)).splitlines()) == set(text.splitlines())
 
 
 def test_unknown_preset_and_broken_file() -> None:

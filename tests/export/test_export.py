@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import runpy
-import subprocess
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -34,6 +32,7 @@ from lesionsam.models.checkpoint import build_sam, load_sam, save_sam, weights_m
 from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.sam import Sam, at_size, encode
 from lesionsam.prompts import TRAINED_WITH
+from lesionsam.utils.locks import folder_lock
 
 # Like ViT-B in all but the numbers: windows that do not fill the grid, and blocks of both kinds.
 VIT_LIKE = {
@@ -416,16 +415,15 @@ def test_other_weights_fail_and_leave_the_earlier_export(subject: Subject, tmp_p
 
 
 def test_a_killed_export_is_cleared_up_by_the_next(subject: Subject, tmp_path: Path) -> None:
-    """kill -9 leaves a hidden folder, or one moved aside; a running export's is left alone."""
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    running = f".hf.building-{os.getppid()}"
-    for name in (f".onnx.building-{dead.pid}", f".hf.old-{dead.pid}", f".pth.old-{os.getpid()}", running, "pth"):
+    """kill -9 leaves a hidden folder, or one moved aside; a running export holds its own."""
+    for name in (".onnx.building", ".hf.old", ".pth.old", ".mlflow.building", "pth"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
-    export(subject, [SAFETENSORS_FORMAT], tmp_path, pictures=pictures(1))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [running, "hf", "pth", "safetensors"]
-    assert (tmp_path / "hf" / "file").read_text() == f".hf.old-{dead.pid}"
+    with folder_lock(tmp_path / ".mlflow.building", ""):
+        export(subject, [SAFETENSORS_FORMAT], tmp_path, pictures=pictures(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mlflow.building", "hf", "pth", "safetensors"]
+    assert (tmp_path / ".mlflow.building" / "file").read_text() == ".mlflow.building"
+    assert (tmp_path / "hf" / "file").read_text() == ".hf.old"
     assert (tmp_path / "pth" / "file").read_text() == "pth"
 
 

@@ -21,17 +21,18 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from helpers.postgres_server import postgres, postgres_server, why_not
+from helpers.processes import is_running
 from helpers.sweep_project import ROOT, only_study, prepare, set_params, tried
 from lesionsam.errors import UserError
 from lesionsam.sweep import closing as sweep_closing
 from lesionsam.sweep import storage as sweep_storage
+from lesionsam.sweep import trial as sweep_trial
 from lesionsam.sweep import worker as sweep_worker
 from lesionsam.sweep.search import Request, sweep
 from lesionsam.sweep.study import is_finished, owner_path, state_name
 from lesionsam.sweep.trial import StudyFolder
 from lesionsam.tracking.spool import Spool, read_lines
 from lesionsam.tracking.tracker import NullTracker, sync
-from lesionsam.utils.processes import start_time
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: nothing to track with")
 WAIT_S = 240
@@ -133,7 +134,7 @@ def mlflow_runs() -> tuple[list[Any], list[Any]]:
 
 @pytest.mark.pipeline
 def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
-    project: Path, helper: Callable[[Callable[[], None]], threading.Thread], capfd: pytest.CaptureFixture[str]
+    project: Path, helper: Callable[[Callable[[], None]], threading.Thread]
 ) -> None:
     """Two workers; one gets `kill -9` in mid-trial, then Ctrl-C; the same command goes on to the exact number."""
     set_params(tracking__enabled=True, tracking__system_metrics=False, train__epochs=8)
@@ -156,7 +157,6 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     with pytest.raises(UserError, match=r"interrupted with \d of 4 trials finished; the same command") as caught:
         sweep(request)
     assert caught.value.exit_code == 130
-    assert "was killed (signal 9); another takes its place" in capfd.readouterr().out
     trials = only_study().get_trials()
     assert not [t for t in trials if t.state == TrialState.RUNNING]
     locks = [owner_lock(only_study(), t) for t in trials if "owner" in t.user_attrs]
@@ -190,9 +190,11 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     assert not (StudyFolder.of(study.study_name).scratch / "trials").exists()
 
 
-def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training is over, its run is just being closed."""
-    tags = NullTracker.set_tags
+def test_ctrl_c_after_a_training_costs_no_second_one(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The training is over, its run is just being closed: the same command takes the trial up at its last epoch."""
+    tags, logged = NullTracker.set_tags, []
 
     def interrupted(self: NullTracker, values: dict[str, Any]) -> None:
         tags(self, values)
@@ -201,11 +203,17 @@ def test_ctrl_c_while_a_trial_is_written_down_does_not_lose_it(project: Path, mo
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(NullTracker, "set_tags", interrupted)
-    with pytest.raises(UserError, match="interrupted with 1 of 2 trials finished"):
-        sweep(Request(trials=2, workers=1))
-    (trial,) = only_study().get_trials()
-    assert trial.state == TrialState.COMPLETE
-    assert trial.user_attrs["epoch"] >= 1
+    with pytest.raises(UserError, match="interrupted with 0 of 1 trials finished"):
+        sweep(Request(trials=1, workers=1))
+    log = NullTracker.log
+    monkeypatch.setattr(NullTracker, "log", lambda self, values, step: (logged.append(values), log(self, values, step)))
+    sweep(Request(trials=1, workers=1))
+    assert logged, "the run was taken up"
+    assert not [values for values in logged if "loss" in values], "nothing was trained again"
+    first, again = only_study().get_trials()
+    assert (state_name(first), state_name(again)) == ("lost", "complete")
+    assert again.user_attrs["values"] == first.user_attrs["values"] == first.user_attrs["start"]
+    assert again.value == again.intermediate_values[again.user_attrs["epoch"]]
     assert not any((StudyFolder.of(only_study().study_name).scratch / "trials").glob("*"))
 
 
@@ -242,7 +250,7 @@ def test_a_worker_whose_parent_is_killed_while_it_starts_ends(project: Path) -> 
         [sys.executable, "-c", launcher], stdin=reader, capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == -signal.SIGKILL
-    wait_for(lambda: not start_time(int(done.stdout)))
+    wait_for(lambda: not is_running(int(done.stdout)))
     os.close(reader)
     os.close(writer)
 
@@ -254,14 +262,14 @@ def lock_in_trial(
     holder = sqlite3.connect("sweeps.db", check_same_thread=False, isolation_level=None)
     real, locked = sweep_worker.run_trial, []
 
-    def locking(*args: Any, report: Callable[[float, int], bool], **keywords: Any) -> Any:
-        def lock_first(score: float, epoch: int) -> bool:
+    def locking(*args: Any, report: Callable[[float, int], None], **keywords: Any) -> Any:
+        def lock_first(score: float, epoch: int) -> None:
             if keywords["number"] == number and epoch == 2 and not locked:
                 locked.append(True)
                 holder.execute("begin exclusive")
                 if release_after is not None:
                     threading.Timer(release_after, holder.rollback).start()
-            return report(score, epoch)
+            report(score, epoch)
 
         return real(*args, report=lock_first, **keywords)
 
@@ -336,6 +344,35 @@ def test_without_an_mlflow_server_no_trial_is_lost(
         assert [e["status"] for e, _ in read_lines(spool.path("journal")) if e and e["kind"] == "status"][-1:] == [
             "FINISHED"
         ]
+
+
+def test_runs_say_why_a_trial_failed_and_what_scored_the_best(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the journals, as sent to MLflow later; the label-free score is not called `objective`, the mean IoU."""
+    real = sweep_trial.train
+
+    def failing(config: Any, *args: Any, **keywords: Any) -> Any:
+        if config.model.unfreeze_last_k == 1:
+            raise RuntimeError("out of memory: made up")
+        return real(config, *args, **keywords)
+
+    monkeypatch.setattr(sweep_trial, "train", failing)
+    monkeypatch.setattr(sweep_closing, "SERVER_SECONDS", 0.5)
+    monkeypatch.setattr("lesionsam.sweep.search.SYNC_SECONDS", 0.5)
+    space = {"model.unfreeze_last_k": {"low": 0, "high": 2}}
+    set_params(sweep__space=space, sweep__objective="label_free", train__epochs=1, tracking__enabled=True)
+    set_params(tracking__system_metrics=False, tracking__uri="http://127.0.0.1:9")
+    sweep(Request(trials=3))
+    reasons, scores, points = [], [], set()
+    for spool in Spool.all(Path.cwd()):
+        entries = [entry for entry, _ in read_lines(spool.path("journal")) if entry]
+        tags = {name: value for entry in entries if entry["kind"] == "tags" for name, value in entry["values"].items()}
+        reasons += [(tags["sweep.state"], tags.get("lesionsam.failure"))] if "sweep.state" in tags else []
+        scores += [set(entry["values"]) for entry in entries if entry["kind"] == "checkpoint"]
+        points |= {name for entry in entries if entry["kind"] == "metrics" for name in entry["values"]}
+    assert sorted(reasons) == [("complete", None)] * 2 + [("failed", "RuntimeError: out of memory: made up")]
+    assert scores == [{"label_free"}]
+    assert "dev_label_free" in points
+    assert "dev_objective" not in points
 
 
 @pytest.mark.pipeline

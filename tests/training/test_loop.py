@@ -469,6 +469,15 @@ def test_a_score_that_is_no_number_is_no_best_one(tmp_path: Path) -> None:
         assert (progress.best_score, progress.best_epoch) == best
 
 
+def test_the_score_that_selects_goes_by_its_name(tmp_path: Path) -> None:
+    lines: list[str] = []
+    scores = [{"ring": 0.3, "label_free": 0.1}, {"ring": 0.2, "label_free": 0.3}, {"ring": 0.1, "label_free": 0.2}]
+    evaluate = lambda epoch: scores[epoch - 1]  # noqa: E731
+    progress = run(Mean(), tiny_data(4), tmp_path, say=lines.append, evaluate=evaluate, objective="label_free")
+    assert (progress.best_score, progress.best_epoch) == (0.3, 2)
+    assert "ring=0.1000 label_free=0.2000 | best=0.3000 (E2)" in lines[-1]
+
+
 def test_a_term_without_a_gradient_is_named(tmp_path: Path) -> None:
     method = Mean(dead=True)
     with pytest.raises(UserError, match=r"the term `pseudo` is switched on \(weight 0\.5\) but its gradient was zero"):

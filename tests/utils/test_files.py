@@ -103,22 +103,44 @@ def test_kill_in_the_middle_never_leaves_a_half_file(tmp_path: Path) -> None:
         assert len(set(content)) == 1
 
 
-def test_leftovers_are_removed_where_they_may_be_and_of_dead_processes_alone(tmp_path: Path) -> None:
-    gone = 2**22 + 1  # more than any process number
+def test_leftovers_are_removed_where_they_may_be_and_not_while_they_are_written(tmp_path: Path) -> None:
     for folder in ("", "masks/a", "a neighbour's"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for pid in (gone, os.getpid(), os.getppid()):
-            (tmp_path / folder / f".a.png.{pid}-00000000.tmp").touch()
-    (tmp_path / f".a.png.{gone}.tmp").touch()
+        (tmp_path / folder / ".a.png.0123456789abcdef.tmp").touch()
+    (tmp_path / ".a.png.1.tmp").touch()
     with atomic_write(tmp_path / "b") as file:
         file.write(b"whole")
         remove_leftovers(tmp_path, "masks")
     assert (tmp_path / "b").read_bytes() == b"whole"
-    left = {path.relative_to(tmp_path).parent.as_posix(): 0 for path in tmp_path.rglob(".*.tmp")}
-    for path in tmp_path.rglob(".*.tmp"):
-        left[path.relative_to(tmp_path).parent.as_posix()] += 1
-    # Of the parent's each; another name; and the neighbour's as they were. This process's number is a dead one's.
-    assert left == {".": 2, "masks/a": 1, "a neighbour's": 3}
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*.tmp"))
+    assert left == [".a.png.1.tmp", "a neighbour's/.a.png.0123456789abcdef.tmp"]
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_another_process_s_file_is_a_leftover_once_that_process_is_gone(tmp_path: Path, is_killed: bool) -> None:
+    """Whatever its number: in another container the same one may be ours."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom lesionsam.utils.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'half')\n    print('writing', flush=True)\n    time.sleep(300)\n"
+    )
+    source = str(Path(__file__).parent.parent.parent / "src")
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "a")],
+        env={**os.environ, "PYTHONPATH": source},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    if is_killed:
+        child.kill()
+        child.wait()
+    remove_leftovers(tmp_path)
+    assert len(list(tmp_path.glob(".*.tmp"))) == (0 if is_killed else 1)
+    child.kill()
+    child.wait()
+    child.stdout.close()
 
 
 def test_copy_and_link(tmp_path: Path) -> None:

@@ -107,9 +107,10 @@ def test_shared_locks_stand_beside_each_other_and_against_exclusive_ones(tmp_pat
         try:
             assert locks.lock_shared(file.fileno(), wait=False)
             assert not locks.lock_exclusive(other.fileno(), wait=False)
-            locks.unlock(file.fileno())
+            file.close()
             assert not locks.lock_exclusive(other.fileno(), wait=False), "the other process holds it still"
         finally:
             kill(holder)
         assert locks.lock_exclusive(other.fileno())
-        assert not locks.lock_shared(file.fileno(), wait=False)
+        with path.open("ab") as third:
+            assert not locks.lock_shared(third.fileno(), wait=False)

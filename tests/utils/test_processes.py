@@ -1,4 +1,4 @@
-"""Stage locks, exit with the parent, deferred signals."""
+"""Stage locks, exit with the parent, a signal that waits for a step to end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.processes import is_running
 from lesionsam.errors import Interrupted, UserError
 from lesionsam.utils import locks, processes
 
@@ -63,7 +64,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 def ends_within(pid: int, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if not processes.start_time(pid):
+        if not is_running(pid):
             return True
         time.sleep(0.05)
     return False
@@ -91,7 +92,7 @@ def family(stage: str, between: int = 0) -> Iterator[tuple[subprocess.Popen[str]
         yield terminal, pids[0], pids[-1]
     finally:
         for pid in reversed(pids):
-            if processes.start_time(pid):
+            if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
         terminal.kill()
         terminal.wait()
@@ -153,20 +154,6 @@ def test_what_a_dead_process_started_ends(stage: str) -> None:
         assert ends_within(pid, 30)
 
 
-@linux
-def test_a_number_that_was_given_to_another_process_is_not_the_first_one_alive() -> None:
-    pid, since = os.getpid(), processes.start_time(os.getpid())
-    assert since
-    assert processes.is_alive(pid, since)
-    assert not processes.is_alive(pid, since + "0")
-    child = subprocess.Popen(["true"])
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert not processes.is_alive(child.pid, since), "dead, and nobody has waited for it"
-    assert processes.is_alive(child.pid)
-    child.wait()
-    assert not processes.is_alive(child.pid)
-
-
 def test_a_stage_is_refused_while_another_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_STAGE", raising=False)
@@ -199,28 +186,3 @@ def test_a_first_signal_waits_for_the_step_and_a_second_does_not(capfd: pytest.C
         assert ended.value.exit_code == 130
     assert capfd.readouterr().err.count("ending after this step") == 1
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_what_has_begun_to_end_is_not_interrupted_but_by_a_second_signal() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    said: list[str] = []
-
-    def block(*, begins: bool, signals: int) -> None:
-        with processes.deferred_signals() as begin:
-            if begins:
-                begin()
-            for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGINT)
-            said.append("whole")
-
-    block(begins=True, signals=0)
-    assert said == ["whole"]
-    with pytest.raises(KeyboardInterrupt):
-        block(begins=True, signals=1)
-    assert said == ["whole"] * 2
-    for cut in ({"begins": False, "signals": 1}, {"begins": True, "signals": 2}):
-        with pytest.raises(KeyboardInterrupt):
-            block(**cut)
-    assert said == ["whole"] * 2
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -16,27 +16,13 @@ from ruamel.yaml.error import CommentMark
 from ruamel.yaml.tokens import CommentToken
 
 from lesionsam.config.limits import Node, schema, tag_name, value_at, variant_of, variants
-from lesionsam.config.load import (
-    default_text,
-    default_values,
-    known_keys,
-    likely_variant,
-    parse_yaml,
-    round_trip_yaml,
-    to_values,
-)
-from lesionsam.config.schema import Config
+from lesionsam.config.load import default_text, default_values, known_keys, likely_variant, parse_yaml, round_trip_yaml
 from lesionsam.errors import UserError
 
 COMMENT_COLUMN = 31  # from 0, of the comments in a file that has none yet
 # Blank lines and lines of comments, with the indent of the key that follows.
 LOOSE_LINES = re.compile(r"(?:^ *(?:#.*)?\n)+(?=( *)(?![-\s#])\S|\Z)", re.MULTILINE)
 MARK = "~"  # begins the keys that stand for loose lines in the tree
-
-
-def to_yaml(config: Config) -> str:
-    """Return the configuration as a params.yaml with its comments."""
-    return edit_text(default_text(), to_values(config))
 
 
 def edit_text(text: str, values: Mapping[str, Any], source: str = "params.yaml") -> str:

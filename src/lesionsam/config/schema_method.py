@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,15 @@ class Section(BaseModel):
     """Section of params.yaml. Unknown keys are refused, values are not converted and do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def key(about: str, *, initial: Any = ..., **limits: Any) -> Any:
+    """Return a pydantic field for a key of params.yaml.
+
+    Args:
+        about: comment in params.yaml. initial: value where the default file lacks the key. limits: as for `Field`.
+    """
+    return Field(description=about, examples=None if initial is ... else [initial], **limits)
 
 
 ENCODER = "trained part of the encoder: none | blocks | adapter | lora"
@@ -66,27 +75,25 @@ class LoraEncoder(AnyModel):
 
 
 class Gate(Section):
-    region: Literal["image", "big_box"] = Field(
-        description="region the entropy is averaged over: image (published) | big_box"
+    region: Literal["image", "big_box"] = key("region the entropy is averaged over: image (published) | big_box")
+    entropy_thresh: float = key(
+        "trust an image at or below this mean binary entropy [nats, at most 0.693]", ge=0, le=MAX_ENTROPY
     )
-    entropy_thresh: float = Field(
-        ge=0, le=MAX_ENTROPY, description="trust an image at or below this mean binary entropy [nats, at most 0.693]"
-    )
-    trust_empty: bool = Field(description="trust an image whose mask is empty (published: true)")
+    trust_empty: bool = key("trust an image whose mask is empty (published: true)")
 
 
 class Negatives(Section):
-    missed_core: Literal["negative", "ignore", "positive"] = Field(
-        description="core pixels outside the teacher's mask: negative (published) | ignore | positive"
+    missed_core: Literal["negative", "ignore", "positive"] = key(
+        "core pixels outside the teacher's mask: negative (published) | ignore | positive"
     )
-    certain_background: bool = Field(description="use pixels outside the big box as negatives")
-    in_batch: bool = Field(description="use the negatives of the other images of the batch too")
-    random_fallback: bool = Field(description="use random pixels where an image has no negatives (published: true)")
+    certain_background: bool = key("use pixels outside the big box as negatives")
+    in_batch: bool = key("use the negatives of the other images of the batch too")
+    random_fallback: bool = key("use random pixels where an image has no negatives (published: true)")
 
 
 class Head(Section):
-    norm: Literal["group", "batch"] = Field(description="normalisation: group | batch")
-    ema: bool = Field(description="the teacher has an averaged head of its own; false: one shared head (published)")
+    norm: Literal["group", "batch"] = key("normalisation: group | batch")
+    ema: bool = key("the teacher has an averaged head of its own; false: one shared head (published)")
 
 
 TARGET_KIND = "prior | teacher | fused (prior and teacher) | ellipse"
@@ -97,35 +104,33 @@ LOOSENESS = "share by which annotators draw the big box too large, to estimate t
 
 
 class PriorTarget(Section):
-    kind: Literal["prior"] = Field(description=TARGET_KIND)
-    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
-    looseness: float = Field(ge=0, le=4, description=LOOSENESS)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS)
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
+    kind: Literal["prior"] = key(TARGET_KIND)
+    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = key(OFFSET)
+    looseness: float = key(LOOSENESS, ge=0, le=4)
+    softness: float = key(SOFTNESS, gt=0, le=100)
+    placebo: Literal["none", "other", "warped"] = key(PLACEBO)
 
 
 class FusedTarget(Section):
-    kind: Literal["fused"] = Field(description=TARGET_KIND)
-    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = Field(description=OFFSET)
-    looseness: float = Field(ge=0, le=4, description=LOOSENESS)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS)
-    teacher_weight: float = Field(
-        gt=0, lt=1, description="final share of the teacher's logits in the fused target", examples=[0.5]
+    kind: Literal["fused"] = key(TARGET_KIND)
+    offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = key(OFFSET)
+    looseness: float = key(LOOSENESS, ge=0, le=4)
+    softness: float = key(SOFTNESS, gt=0, le=100)
+    teacher_weight: float = key("final share of the teacher's logits in the fused target", gt=0, lt=1, initial=0.5)
+    teacher_ramp: float = key(
+        "share of all steps over which teacher_weight rises from 0; 0 = at once", ge=0, le=1, initial=1.0
     )
-    teacher_ramp: float = Field(
-        ge=0, le=1, description="share of all steps over which teacher_weight rises from 0; 0 = at once", examples=[1.0]
-    )
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO)
+    placebo: Literal["none", "other", "warped"] = key(PLACEBO)
 
 
 class TeacherTarget(Section):
-    kind: Literal["teacher"] = Field(description=TARGET_KIND)
-    placebo: Literal["none", "other", "warped"] = Field(description=PLACEBO, examples=["none"])
+    kind: Literal["teacher"] = key(TARGET_KIND)
+    placebo: Literal["none", "other", "warped"] = key(PLACEBO, initial="none")
 
 
 class EllipseTarget(Section):
-    kind: Literal["ellipse"] = Field(description=TARGET_KIND)
-    softness: float = Field(gt=0, le=100, description=SOFTNESS, examples=[3.0])
+    kind: Literal["ellipse"] = key(TARGET_KIND)
+    softness: float = key(SOFTNESS, gt=0, le=100, initial=3.0)
 
 
 def proportions(shares: dict[str, float]) -> dict[str, float]:
@@ -138,7 +143,7 @@ class PromptShares(Section):
     centre: float = Field(ge=0)
     box: float = Field(ge=0)
     box_core: float = Field(ge=0, alias="box+core")
-    none: float = Field(ge=0, description="no prompt: the decoder must find the lesion", examples=[0.0])
+    none: float = key("no prompt: the decoder must find the lesion", ge=0, initial=0.0)
 
     def shares(self) -> dict[str, float]:
         """Return the probability of each kind of prompt; they sum to 1."""
@@ -149,7 +154,7 @@ PROMPT_SOURCE = "source of the prompts: boxes (the two boxes) | masks"
 
 
 class FromBoxes(Section):
-    source: Literal["boxes"] = Field(description=PROMPT_SOURCE)
+    source: Literal["boxes"] = key(PROMPT_SOURCE)
 
 
 class BoxPrompts(PromptShares, FromBoxes):
@@ -157,20 +162,14 @@ class BoxPrompts(PromptShares, FromBoxes):
 
 
 class MaskPrompts(Section):
-    source: Literal["masks"] = Field(description=PROMPT_SOURCE)
-    box: float = Field(ge=0, description="share of the mask's bounding box", examples=[0.4])
-    points: float = Field(ge=0, description="share of points in the mask", examples=[0.4])
-    box_points: float = Field(ge=0, alias="box+points", description="share of both as one prompt", examples=[0.2])
-    box_jitter: float = Field(
-        ge=0, le=0.4, description="shift of each side of the box, up to this share of its extent", examples=[0.1]
-    )
-    max_points: int = Field(ge=1, le=64, description="maximum number of points in the mask, at least 1", examples=[3])
-    point_jitter: float = Field(
-        ge=0, le=64, description="shift of each point, up to this [px of the model's input]", examples=[2.0]
-    )
-    negative: float = Field(
-        ge=0, le=1, description="probability of an additional point outside the mask", examples=[0.3]
-    )
+    source: Literal["masks"] = key(PROMPT_SOURCE)
+    box: float = key("share of the mask's bounding box", ge=0, initial=0.4)
+    points: float = key("share of points in the mask", ge=0, initial=0.4)
+    box_points: float = key("share of both as one prompt", ge=0, alias="box+points", initial=0.2)
+    box_jitter: float = key("shift of each side of the box, up to this share of its extent", ge=0, le=0.4, initial=0.1)
+    max_points: int = key("maximum number of points in the mask, at least 1", ge=1, le=64, initial=3)
+    point_jitter: float = key("shift of each point, up to this [px of the model's input]", ge=0, le=64, initial=2.0)
+    negative: float = key("probability of an additional point outside the mask", ge=0, le=1, initial=0.3)
 
     def shares(self) -> dict[str, float]:
         """Return the probability of each kind of prompt; they sum to 1."""
@@ -190,75 +189,67 @@ OLD_WEIGHTS = {  # of version 1, by method: name in section method -> name in me
 
 
 class ContrastiveWeights(Section):
-    contrast: float = Field(ge=0, description="contrastive term, InfoNCE (published: alpha)")
-    distil: float = Field(ge=0, description="distillation to the pretrained features (published: gamma)")
-    pseudo: float = Field(ge=0, description="mask loss against the pseudo mask")
-    projection: float = Field(ge=0, description="two-box projection term")
+    contrast: float = key("contrastive term, InfoNCE (published: alpha)", ge=0)
+    distil: float = key("distillation to the pretrained features (published: gamma)", ge=0)
+    pseudo: float = key("mask loss against the pseudo mask", ge=0)
+    projection: float = key("two-box projection term", ge=0)
 
 
 class ContrastiveMethod(Section):
-    name: Literal["contrastive"] = Field(description=METHOD_NAME)
-    weights: ContrastiveWeights = Field(description="of the loss terms; 0 = off")
-    temperature: float = Field(gt=0, le=10, description="temperature of InfoNCE")
-    pos_samples: int = Field(ge=1, le=65536, description="maximum number of anchors per image")
-    neg_samples: int = Field(ge=1, le=65536, description="maximum number of negatives per image")
-    ema_decay: float = Field(ge=0, lt=1, description="decay of the teacher's average, per step")
-    num_points: int = Field(ge=1, le=1000, description=NUM_POINTS)
-    teacher_prompt: Literal["ring", "box", "core", "box+core"] = Field(
-        description="prompt of the teacher: ring | box | core | box+core"
+    name: Literal["contrastive"] = key(METHOD_NAME)
+    weights: ContrastiveWeights = key("of the loss terms; 0 = off")
+    temperature: float = key("temperature of InfoNCE", gt=0, le=10)
+    pos_samples: int = key("maximum number of anchors per image", ge=1, le=65536)
+    neg_samples: int = key("maximum number of negatives per image", ge=1, le=65536)
+    ema_decay: float = key("decay of the teacher's average, per step", ge=0, lt=1)
+    num_points: int = key(NUM_POINTS, ge=1, le=1000)
+    teacher_prompt: Literal["ring", "box", "core", "box+core"] = key(
+        "prompt of the teacher: ring | box | core | box+core"
     )
-    monitor_masks: bool = Field(description="log the loss against true masks where there are any; no gradient")
+    monitor_masks: bool = key("log the loss against true masks where there are any; no gradient")
     gate: Gate
     negatives: Negatives
     head: Head
     target: PriorTarget | FusedTarget | TeacherTarget | EllipseTarget = Field(discriminator="kind")
-    prompts_per_image: int = Field(ge=1, le=16, description=PER_IMAGE, examples=[2])
-    prompts: PromptShares = Field(description=SHARES)
+    prompts_per_image: int = key(PER_IMAGE, ge=1, le=16, initial=2)
+    prompts: PromptShares = key(SHARES)
 
 
 WEIGHTING = "fixed | learned (each multiplied by the exponential of a parameter)"
 
 
 class FixedWeights(Section):
-    kind: Literal["fixed"] = Field(description=WEIGHTING)
+    kind: Literal["fixed"] = key(WEIGHTING)
 
 
 class LearnedWeights(Section):
-    kind: Literal["learned"] = Field(description=WEIGHTING)
-    learning_rate: float = Field(gt=0, le=1, description="learning rate of those parameters", examples=[1e-3])
+    kind: Literal["learned"] = key(WEIGHTING)
+    learning_rate: float = key("learning rate of those parameters", gt=0, le=1, initial=1e-3)
 
 
 class SupervisedWeights(Section):
-    iou: float = Field(
-        ge=0, description="loss of the IoU head; trains when iou_loss is mse or smooth_l1", examples=[0.5]
-    )
+    iou: float = key("loss of the IoU head; trains when iou_loss is mse or smooth_l1", ge=0, initial=0.5)
 
 
 class SupervisedMethod(Section):
-    name: Literal["supervised"] = Field(description=METHOD_NAME)
-    loss: Literal["dice_bce", "dice", "bce", "focal", "focal_dice"] = Field(
-        description="dice_bce (2 BCE + Dice) | dice | bce | focal | focal_dice (20 focal + Dice, as SAM)",
-        examples=["dice_bce"],
+    name: Literal["supervised"] = key(METHOD_NAME)
+    loss: Literal["dice_bce", "dice", "bce", "focal", "focal_dice"] = key(
+        "dice_bce (2 BCE + Dice) | dice | bce | focal | focal_dice (20 focal + Dice, as SAM)", initial="dice_bce"
     )
-    candidates: Literal["one", "three"] = Field(
-        description="one (the single mask) | three (also the best of the three candidates)", examples=["one"]
+    candidates: Literal["one", "three"] = key(
+        "one (the single mask) | three (also the best of the three candidates)", initial="one"
     )
-    iou_loss: Literal["monitor", "mse", "smooth_l1"] = Field(
-        description="loss of the IoU head: monitor (squared error, no gradient) | mse | smooth_l1", examples=["monitor"]
+    iou_loss: Literal["monitor", "mse", "smooth_l1"] = key(
+        "loss of the IoU head: monitor (squared error, no gradient) | mse | smooth_l1", initial="monitor"
     )
-    weights: SupervisedWeights = Field(description="of the loss terms", examples=[{"iou": 0.5}])
-    weighting: FixedWeights | LearnedWeights = Field(
-        discriminator="kind", description="weighting of the terms", examples=[{"kind": "fixed"}]
+    weights: SupervisedWeights = key("of the loss terms", initial={"iou": 0.5})
+    weighting: FixedWeights | LearnedWeights = key(
+        "weighting of the terms", discriminator="kind", initial={"kind": "fixed"}
     )
-    average: float = Field(
-        ge=0,
-        lt=1,
-        description="decay, per step, of an average of the weights that is saved instead of them; 0 = none",
-        examples=[0.0],
+    average: float = key(
+        "decay, per step, of an average of the weights that is saved instead of them; 0 = none", ge=0, lt=1, initial=0.0
     )
-    num_points: int = Field(ge=1, le=1000, description=NUM_POINTS)
-    prompts_per_image: int = Field(ge=1, le=16, description=PER_IMAGE, examples=[2])
-    corrections: int = Field(
-        ge=0, le=16, description="rounds after the first, each with a click in a wrong region", examples=[0]
-    )
-    prompts: BoxPrompts | MaskPrompts = Field(discriminator="source", description=SHARES)
+    num_points: int = key(NUM_POINTS, ge=1, le=1000)
+    prompts_per_image: int = key(PER_IMAGE, ge=1, le=16, initial=2)
+    corrections: int = key("rounds after the first, each with a click in a wrong region", ge=0, le=16, initial=0)
+    prompts: BoxPrompts | MaskPrompts = key(SHARES, discriminator="source")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from lesionsam.config.edit import edit_text, fit, rewrite
@@ -35,34 +33,30 @@ def upgrade(text: str, source: str = "params.yaml") -> tuple[str, Config]:
 def _to_version_2(tree: CommentedMap) -> None:
     """Name the weights of the loss terms, and the prompt `zoom`."""
     tree["version"] = VERSION
-    method = tree.get("method")
+    method, space = tree.get("method"), tree.get("sweep", {}).get("space")
     if isinstance(method, CommentedMap):
-        name = str(method.get("name"))
-        names, gone = OLD_WEIGHTS.get(name, {}), GONE.get(name, "")
-        weights = CommentedMap()
+        method_name, weights = str(method.get("name")), CommentedMap()
+        names, gone = OLD_WEIGHTS.get(method_name, {}), GONE.get(method_name, "")
         place = min((k for k, key in enumerate(method) if key in names), default=0)
         for old in [key for key in method if key in names]:
-            weights[names[old]], comment = _pop(method, old)
-            if comment:
-                weights.ca.items[names[old]] = comment
+            _move(method, old, weights, names[old], len(weights))
         if weights:
             method.insert(place, "weights", weights)
-        _pop(method, gone)
-        space = tree.get("sweep", {}).get("space")
+        method.pop(gone, None)
         if isinstance(space, CommentedMap):
-            _pop(space, f"method.{gone}")
-            for old in [key for key in space if key.removeprefix("method.") in names]:
-                place = list(space).index(old)
-                value, comment = _pop(space, old)
-                space.insert(place, new := f"method.weights.{names[old.removeprefix('method.')]}", value)
-                if comment:
-                    space.ca.items[new] = comment
+            space.pop(f"method.{gone}", None)
+            for place, old in enumerate(list(space)):
+                if (name := names.get(old.removeprefix("method."))) is not None:
+                    _move(space, old, space, f"method.weights.{name}", place)
     prompts = tree.get("evaluate", {}).get("prompts")
     if isinstance(prompts, CommentedSeq):
         for k, prompt in enumerate(prompts):
             prompts[k] = "zoom" if prompt == "nearer" else prompt
 
 
-def _pop(section: CommentedMap, key: str) -> tuple[Any, Any]:
-    """Take a key out of a section; returns its value and its comment."""
-    return section.pop(key, None), section.ca.items.pop(key, None)
+def _move(source: CommentedMap, old: str, target: CommentedMap, new: str, place: int) -> None:
+    """Move a key and its comment."""
+    comment = source.ca.items.pop(old, None)
+    target.insert(place, new, source.pop(old))
+    if comment:
+        target.ca.items[new] = comment

@@ -167,6 +167,7 @@ def train(
             learning_groups(config, method),
             training_settings(config, data.train),
             evaluate=evaluate,
+            objective=selection_key(config, data.dev),
             log=log,
             folder=folder,
             say=say,
@@ -198,11 +199,10 @@ def _evaluate(
         device=device,
         num_points=config.method.num_points,
     )
-    key = selection_key(config, data)
-    kept = {name: scores[name] for name in (*OBJECTIVE_PROMPTS, "label_free") if name in scores}
+    names = dict.fromkeys((*OBJECTIVE_PROMPTS, "label_free", selection_key(config, data)))
     if after_epoch is not None:
         after_epoch(sam, epoch)
-    return kept | {OBJECTIVE: scores[key]}
+    return {name: scores[name] for name in names if name in scores}
 
 
 def selection_key(config: Config, dev: LesionDataset) -> str:

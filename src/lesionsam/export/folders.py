@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lesionsam.errors import UserError
 from lesionsam.utils.files import free_disk_bytes
-from lesionsam.utils.processes import is_abandoned
+from lesionsam.utils.locks import folder_lock
 
 
 def prepare(out: Path, needed: int) -> None:
@@ -38,26 +38,31 @@ def prepare(out: Path, needed: int) -> None:
 
 def _clear_up(out: Path) -> None:
     """Delete folders that a killed export was building; restore a folder that it had moved aside."""
-    for path in out.glob(".*-*"):
-        match = re.fullmatch(r"\.(.+)\.(building|old)-(\d+)", path.name)
-        if match is None or not is_abandoned(int(match[3])):  # this process has not begun to build
-            continue
-        if match[2] == "old" and not (out / match[1]).exists():
-            os.replace(path, out / match[1])
-        else:
-            shutil.rmtree(path)
+    names = {match[1] for path in out.iterdir() if (match := re.fullmatch(r"\.(.+)\.(building|old)", path.name))}
+    for name in names:
+        folder, old = out / f".{name}.building", out / f".{name}.old"
+        folder.mkdir(exist_ok=True)
+        with suppress(UserError), folder_lock(folder, ""):  # one that is being built is locked
+            if old.exists() and not (out / name).exists():
+                os.replace(old, out / name)
+            for left in (old, folder):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def building(out: Path, name: str) -> Iterator[Path]:
-    """Yield an empty folder beside a format's place; it is deleted on exit if it is still there."""
-    folder = out / f".{name}.building-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Yield an empty folder beside a format's place, locked; it is deleted on exit if it is still there.
+
+    Raises:
+        UserError: another process builds it.
+    """
+    folder = out / f".{name}.building"
+    folder.mkdir(exist_ok=True)
+    with folder_lock(folder, "wait for it, or name another --out"):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def tidy(folder: Path) -> None:
@@ -71,7 +76,7 @@ def tidy(folder: Path) -> None:
 
 def replace(folder: Path, place: Path) -> None:
     """Move a folder to its place. Between the two renames there is no folder, but never a partial one."""
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
+    old = place.with_name(f".{place.name}.old")
     if place.exists():
         os.replace(place, old)
     os.replace(folder, place)

@@ -59,33 +59,14 @@ def _evaluate(config: Config) -> pd.DataFrame:
     if not samples:
         raise UserError(f"{BOXES}: no rows of split 'test'; evaluation needs at least one test image")
     masked = any(s.mask_path is not None for s in samples)
-    masks = (
-        partial(load_mask, threshold=isinstance(config.data, FolderData) and config.data.threshold_masks)
-        if masked
-        else None
-    )
+    threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
+    masks = partial(load_mask, threshold=threshold) if masked else None
     prompts = [prompt for prompt in e.prompts if masked or prompt != LEAKING]
-    drawing = {"seed": e.seed, "batch_size": e.batch_size, "num_points": config.method.num_points, "device": device}
-    settings = {
-        "prompts": prompts,
-        "seed": e.seed,
-        "num_points": config.method.num_points,
-        "masks": masked,
-        "boundary_tolerance": e.boundary_tolerance,
-        "jitter": list(e.jitter),
-        "model": config.model.name,
-        "image_size": config.model.image_size,
-    }
-    measured = partial(
-        evaluate_model,
-        samples=samples,
-        load_image=load_image,
-        load_mask=masks,
-        prompts=prompts,
-        boundary_tolerance=e.boundary_tolerance,
-        jitter=e.jitter,
-        **drawing,
-    )
+    drawing = {"seed": e.seed, "num_points": config.method.num_points}
+    measuring = {"prompts": prompts, **drawing, "boundary_tolerance": e.boundary_tolerance, "jitter": list(e.jitter)}
+    settings = {**measuring, "masks": masked, "model": config.model.name, "image_size": config.model.image_size}
+    running = {"batch_size": e.batch_size, "device": device}  # changes no result
+    measured = partial(evaluate_model, samples=samples, load_image=load_image, load_mask=masks, **measuring, **running)
     auto = config.auto.model_dump() if NONE in prompts else {}
 
     pretrained = pretrained_weights()
@@ -117,6 +98,7 @@ def _evaluate(config: Config) -> pd.DataFrame:
         prompt=next(prompt for prompt in PICTURED if prompt in prompts),
         count=e.overlays,
         **drawing,
+        **running,
     )
     if config.tracking.enabled:
         _track(config, numbers, pictures)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 from lesionsam.boxes.table import read_boxes
-from lesionsam.config.load import Config, flatten
+from lesionsam.config.load import Config
 from lesionsam.data.index import read_index
 from lesionsam.experiment.build import strategy_of, trained_prompts
 from lesionsam.experiment.history import History
@@ -18,15 +17,14 @@ from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key
 from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_frame, open_data, selection_key, train
+from lesionsam.experiment.tracked import open_tracker
 from lesionsam.models.checkpoint import read_weights, save_sam
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
 from lesionsam.prompts import TRAINED_WITH
-from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tensorboard import Board
-from lesionsam.tracking.tracker import NullTracker, Tracker
-from lesionsam.training.loop import OBJECTIVE
+from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training.state import save_head
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file, write_json_atomic
@@ -53,7 +51,8 @@ def train_model(config: Config) -> Trained:
         begin(folder, origin_of(config, samples, weights))
         data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
         score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
-        with _tracked(config, folder) as tracker:
+        name, digest = f"{config.method.name}-{config.model.name}-{config.data.source}", sha256_file(BOXES)[:16]
+        with open_tracker(config, folder / "run", name, {"data.digest": digest}) as tracker:
             trained = _train(config, data, weights, folder, tracker)
         for name in ("run.json", "metrics.jsonl"):
             if (folder / "run" / name).exists():
@@ -89,8 +88,6 @@ def _train(config: Config, data: Data, weights: Path, folder: Path, tracker: Nul
             logs.append(board.log)
 
         def log(values: Mapping[str, float], step: int) -> None:
-            if score != OBJECTIVE:  # logged as dev_label_free already; it is no mean IoU
-                values = {name: value for name, value in values.items() if name != f"dev_{OBJECTIVE}"}
             for each in logs:
                 each(values, step)
 
@@ -136,40 +133,3 @@ def _write_outputs(out: Path, folder: Path, config: Config, trained: Trained, we
     shutil.copy2(folder / "history.csv", out / "history.csv")
     if (folder / "overlays").exists():
         shutil.copytree(folder / "overlays", out / "overlays")
-
-
-@contextmanager
-def _tracked(config: Config, folder: Path) -> Iterator[NullTracker]:
-    """The run's tracker, closed with how the block ended; without tracking, only metrics.jsonl is written."""
-    tracker = _open_tracker(config, folder / "run")
-    status = "FAILED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status, sys.exc_info()[1])
-
-
-def _open_tracker(config: Config, folder: Path) -> NullTracker:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not config.tracking.enabled:
-        return NullTracker(folder)
-    tags = {
-        "method": config.method.name,
-        "model": config.model.name,
-        "data": config.data.source,
-        "data.digest": sha256_file(BOXES)[:16],
-    }
-    return Tracker.open(
-        folder,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        root=repository_root(Path.cwd()),
-        run_name=f"{config.method.name}-{config.model.name}-{config.data.source}",
-        params=flatten(config),
-        tags=tags,
-        system_metrics=config.tracking.system_metrics,
-    )

@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, replace
 
 import optuna
 
-from lesionsam.config.load import Config, flatten
+from lesionsam.config.load import Config
+from lesionsam.experiment.tracked import open_tracker
 from lesionsam.sweep.charts import draw_pictures
 from lesionsam.sweep.prepared import PreparedData, zero_shot
 from lesionsam.sweep.report import (
     Verdict,
     as_text,
-    by_label_free,
     comparisons,
     judge,
     rank_correlation,
+    score_name,
     scored_by,
     summary,
     table,
@@ -26,11 +27,10 @@ from lesionsam.sweep.report import (
 )
 from lesionsam.sweep.space import Dimension
 from lesionsam.sweep.study import best_trial, count_finished
-from lesionsam.sweep.trial import BEST_NAME, StudyFolder, best_note, open_tracker
+from lesionsam.sweep.trial import BEST_NAME, StudyFolder, best_note
 from lesionsam.sweep.worker import WorkerSpec
 from lesionsam.sweep.workers import run_workers
 from lesionsam.tracking.tracker import NullTracker
-from lesionsam.training.loop import OBJECTIVE
 
 LOCAL_SECONDS, SERVER_SECONDS = 180.0, 30.0  # patience with MLflow's first answer: a file to be made, a server
 
@@ -52,11 +52,9 @@ def open_parent_run(config: Config, folder: StudyFolder, study: optuna.Study) ->
     tracker = open_tracker(
         config,
         folder.scratch / "parent",
-        name=study.study_name,
-        params=flatten(config),
-        tags={"sweep.study": study.study_name, "sweep.role": "parent"},
+        study.study_name,
+        {"sweep.study": study.study_name, "sweep.role": "parent"},
         local_id=study.user_attrs.get("parent"),
-        system_metrics=config.tracking.system_metrics,
     )
     if tracker.local_id is not None:
         study.set_user_attr("parent", tracker.local_id)
@@ -74,8 +72,8 @@ def note_zero_shot(session: Session, tracker: NullTracker) -> None:
             "warning: MLflow does not answer; runs are kept on disk and sent later, under their one parent",
             file=sys.stderr,
         )
-    score = zero_shot(config, session.prepared)["label_free" if by_label_free(config, session.prepared) else OBJECTIVE]
-    study.set_user_attr("zero_shot", score)
+    scores = zero_shot(config, session.prepared)
+    study.set_user_attr("zero_shot", scores[score_name(config, session.prepared)])
 
 
 def compare_with_start(session: Session) -> Verdict | None:
@@ -124,4 +122,5 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> N
         {"sweep.best_trial": best.number, **{f"sweep.best.{k}": v for k, v in best.user_attrs["values"].items()}}
     )
     if best_note(folder).get("values") == best.user_attrs["values"]:  # it may lie on another machine
-        tracker.log_checkpoint(folder.out / BEST_NAME, "sweep-best", {OBJECTIVE: best.value}, step)
+        scores = {score_name(config, session.prepared): best.value}
+        tracker.log_checkpoint(folder.out / BEST_NAME, "sweep-best", scores, step)

@@ -8,42 +8,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
 
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config, config_digest, flatten, read_yaml
 from lesionsam.config.schema import FolderData
-from lesionsam.config.schema_method import ContrastiveMethod, EllipseTarget, PriorTarget
 from lesionsam.config.zoo import known
+from lesionsam.data.contents import load_image, load_mask, samples_digest
 from lesionsam.data.index import read_index
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.build import build_method, prepare_sam
 from lesionsam.experiment.resume import training_digest
 from lesionsam.experiment.run import Data, input_frame, open_data
-from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
-from lesionsam.pipeline.paths import pretrained_weights
-from lesionsam.prompts import draw_prompts
+from lesionsam.pipeline.paths import BOXES, CACHE, INDEX, PRETRAINED, pretrained_weights
 from lesionsam.sweep.space import Dimension
-from lesionsam.training.gradients import step_generator
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_image, read_mask
 
-BOXES, INDEX, PRETRAINED, CACHE, LOCK = (
-    Path("data/boxes.csv"),
-    Path("data/raw/index.csv"),
-    Path("models/pretrained"),
-    Path(".cache/frames"),
-    Path("dvc.lock"),
-)
+DVC_LOCK = Path("dvc.lock")
 PREPARING = ("download", "boxes", "weights")  # stages of dvc.yaml
 
 
@@ -76,12 +63,7 @@ class PreparedData:
     def digest(self) -> str:
         """Return the hash of boxes, weights, images and masks; read once."""
         if not self._digest:
-            images = {key: row["sha256"] for key, row in read_index(INDEX).items()}
-            pairs = [
-                f"{s.image_id} {images[s.image_id]} {sha256_file(s.mask_path) if s.mask_path else None}"
-                for s in sorted((*self.seen, *self.held), key=lambda s: (s.image_id, s.lesion_id))
-            ]
-            text = " ".join([sha256_file(BOXES), sha256_file(self.weights), *pairs])
+            text = f"{samples_digest((*self.seen, *self.held))} {sha256_file(self.weights)}"
             self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._digest
 
@@ -118,9 +100,9 @@ def open_prepared(config: Config) -> PreparedData:
 
 def changed_since_preparation(config: Config) -> list[str]:
     """Return keys with another value than in DVC's record of the preparing stages; none without a record."""
-    if not LOCK.exists():
+    if not DVC_LOCK.exists():
         return []
-    stages, now, found = read_yaml(LOCK).get("stages", {}), flatten(config), []
+    stages, now, found = read_yaml(DVC_LOCK).get("stages", {}), flatten(config), []
     for stage in PREPARING:
         for name, value in stages.get(stage, {}).get("params", {}).get("params.yaml", {}).items():
             then = flatten({name: value})
@@ -161,51 +143,6 @@ def num_blocks(config: Config, prepared: PreparedData) -> int:
     return len(load_sam(config.model.name, prepared.weights, image_size=config.model.image_size).blocks)
 
 
-def idle_gate(config: Config, prepared: PreparedData, space: Sequence[Dimension]) -> str | None:
-    """Return why the gate's threshold changes nothing on these images, None if it does or if training decides that.
-
-    If the target is made from image and boxes alone, its entropy is known before training.
-    """
-    key, method = "method.gate.entropy_thresh", config.method
-    dimension = next((d for d in space if d.key == key), None)
-    others = [
-        d.key for d in space if d.key.startswith(("method.target.", "method.gate.", "method.name")) and d.key != key
-    ]
-    if (
-        dimension is None
-        or others
-        or not isinstance(method, ContrastiveMethod)
-        or not isinstance(method.target, PriorTarget | EllipseTarget)
-    ):
-        return None
-    entropies = target_entropies(config, prepared)
-    thresholds = [float(v) for v in dimension.choices] or [dimension.low, dimension.high]
-    trusted = [int((entropies <= threshold).sum()) for threshold in (min(thresholds), max(thresholds))]
-    if trusted[0] != trusted[1]:
-        return None
-    return (
-        f"from {min(thresholds):g} to {max(thresholds):g} the gate trusts the same {trusted[0]} of {len(entropies)} "
-        f"images (entropy of their targets {entropies.min():.3f} to {entropies.max():.3f})"
-    )
-
-
-@torch.no_grad()
-def target_entropies(config: Config, prepared: PreparedData) -> np.ndarray:
-    """Return the (N,) mean binary entropy of every training image's target, nats, as the gate sees it."""
-    device = torch_device(config.runtime.device)
-    data = prepared.data(config).train
-    sam = prepare_sam(config, prepared.weights, device)
-    method, _ = build_method(config, sam, prepared.weights, data, device)
-    if not isinstance(method, Contrastive):
-        raise ValueError("only the contrastive method has a gate")
-    found = []
-    for batch in data.batches(config.train.batch_size):
-        batch = batch.to(device)
-        prompts = draw_prompts("box", batch.big_boxes, batch.small_boxes, num_points=1, generator=step_generator(0, 0))
-        found.append(method.target(batch, None, prompts)[1].cpu().numpy())
-    return np.concatenate(found)
-
-
 def score_held(config: Config, prepared: PreparedData, sam: Sam, *, model: str, run: str) -> pd.DataFrame:
     """Return scores at original size on the development images that no trial saw: model, run, image_id, prompt, score.
 
@@ -215,8 +152,8 @@ def score_held(config: Config, prepared: PreparedData, sam: Sam, *, model: str, 
     rows = evaluate_model(
         sam,
         prepared.held,
-        lambda sample: read_image(sample.image_path),
-        partial(_mask, threshold=threshold) if prepared.has_masks else None,
+        load_image,
+        partial(load_mask, threshold=threshold) if prepared.has_masks else None,
         prompts=list(OBJECTIVE_PROMPTS),
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
@@ -229,12 +166,6 @@ def score_held(config: Config, prepared: PreparedData, sam: Sam, *, model: str, 
         rows["iou"] if prepared.has_masks else (rows["core_coverage"] + rows["consistency"] + 1 - rows["leakage"]) / 3
     )
     return rows[["model", "run", "image_id", "prompt"]].assign(score=score)
-
-
-def _mask(sample: Sample, *, threshold: bool) -> np.ndarray | None:
-    if sample.mask_path is None:
-        return None
-    return read_mask(sample.mask_path, (sample.width, sample.height), threshold=threshold)
 
 
 def fixed_values(config: Config, space: Sequence[Dimension], prepared: PreparedData) -> dict[str, object]:

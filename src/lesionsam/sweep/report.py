@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import spearmanr
 
 from lesionsam.config.load import Config
-from lesionsam.evaluation.statistics import interval
+from lesionsam.evaluation.statistics import paired, per_image
 from lesionsam.sweep.prepared import PreparedData
 from lesionsam.sweep.space import Dimension, Value
 from lesionsam.sweep.study import best_trial, complete_trials, is_finished, state_name
@@ -123,22 +123,19 @@ def judge(config: Config, study_folder: StudyFolder, trainings: Sequence[FullTra
             for training in trainings
         ]
     )
-    per_image = rows.groupby(["image_id", "model"])["score"].mean().unstack("model")
-    per_seed = rows.groupby(["run", "model"])["score"].mean().unstack("model")
-    differences = (per_image[WINNER] - per_image[START]).to_numpy()
-    by_seed = (per_seed[WINNER] - per_seed[START]).to_numpy()
-    low, high = interval(
-        differences, num_bootstrap=config.evaluate.num_bootstrap, confidence=config.evaluate.confidence
-    )
+    winner, start = (rows[rows["model"] == kind] for kind in (WINNER, START))
+    settings = {"num_bootstrap": config.evaluate.num_bootstrap, "confidence": config.evaluate.confidence}
+    found = paired(winner, start, "score", **settings)
+    by_seed = winner.groupby("run")["score"].mean() - start.groupby("run")["score"].mean()
     return Verdict(
-        float(per_image[WINNER].mean()),
-        float(per_image[START].mean()),
-        float(differences.mean()),
-        low,
-        high,
-        len(differences),
+        float(per_image(winner, "score").mean()),
+        float(per_image(start, "score").mean()),
+        found["difference"],
+        found["difference_low"],
+        found["difference_high"],
+        int(found["num_pairs"]),
         len(by_seed),
-        float(by_seed.std(ddof=1)) if len(by_seed) > 1 else float("nan"),
+        float(by_seed.std()),
     )
 
 
@@ -194,14 +191,14 @@ def time_left(
     return found + ([f"then about {after / 60:.0f} min to compare"] if after > 90 else [])
 
 
-def by_label_free(config: Config, prepared: PreparedData) -> bool:
-    """Return whether trials are scored without masks."""
-    return config.sweep.objective == "label_free" or not prepared.has_masks
+def score_name(config: Config, prepared: PreparedData) -> str:
+    """Return the score that is a trial's value: `objective`, the mean IoU, or `label_free`."""
+    return config.sweep.objective if prepared.has_masks else "label_free"
 
 
 def scored_by(config: Config, prepared: PreparedData) -> str:
     """Return the value of a trial in words."""
-    if by_label_free(config, prepared):
+    if score_name(config, prepared) == "label_free":
         return "label-free score (core coverage, consistency, 1 - leakage)"
     return "mean IoU of ring, centre, box"
 

@@ -35,60 +35,38 @@ def draw(trial: Trial, space: Sequence[Dimension]) -> dict[str, Value]:
     return values
 
 
-class NumberedSampler(BaseSampler):
-    """A sampler whose draws depend on seed, trial number and earlier trials alone.
+def build_sampler(kind: str, seed: int, number: int, num_trials: int) -> BaseSampler:
+    """Return the sampler of one trial, whose draws depend on the arguments and on earlier trials alone.
 
-    A number is given out once, so no two workers draw alike, and neither does a sweep that was started again.
+    So no two workers draw alike, and neither does a sweep that was started again.
+
+    Args:
+        kind: gp, tpe or random. number: trials before this one. num_trials: of the whole study.
     """
+    drawn = random.Random(f"{seed} {number}").randrange(2**31)  # noqa: S311  # nosec B311
+    if kind == "random":
+        return RandomSampler(drawn)
+    startup = max(3, min(STARTUP_TRIALS, num_trials // 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return (PrunedGPSampler if kind == "gp" else TPESampler)(seed=drawn, n_startup_trials=startup)
 
-    def __init__(self, kind: str, seed: int, num_trials: int) -> None:
-        self._kind, self._seed, self._startup = kind, seed, max(3, min(STARTUP_TRIALS, num_trials // 3))
-        self._inner: BaseSampler = RandomSampler(seed)
-        self.at_random = False  # for the next trial, after a duplicate
 
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Seed a new sampler with (seed, number)."""
-        seed = random.Random(f"{self._seed} {trial.number}").randrange(2**31)  # noqa: S311  # nosec B311
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if self._kind == "gp" and not self.at_random:
-                self._inner = GPSampler(seed=seed, n_startup_trials=self._startup)
-            elif self._kind == "tpe" and not self.at_random:
-                self._inner = TPESampler(seed=seed, n_startup_trials=self._startup)
-            else:
-                self._inner = RandomSampler(seed)
-        self._inner.before_trial(study, trial)
+class PrunedGPSampler(GPSampler):
+    """Optuna's Gaussian process, which sees complete trials alone and proposes again and again what was pruned.
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Call the sampler itself."""
-        return self._inner.infer_relative_search_space(study, trial)
+    Here it sees pruned trials as well, with the value that they would have come to.
+    """
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Call the sampler itself; a Gaussian process sees pruned trials too."""
-        seen = cast(optuna.Study, WithPruned(study)) if isinstance(self._inner, GPSampler) else study
-        return self._inner.sample_relative(seen, trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Call the sampler itself."""
-        return self._inner.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        """Call the sampler itself."""
-        self._inner.after_trial(study, trial, state, values)
+        """Return the values that promise most."""
+        return super().sample_relative(cast(optuna.Study, WithPruned(study)), trial, search_space)
 
 
 class WithPruned:
-    """A study whose pruned trials look complete, with the value that they would have come to.
-
-    Optuna's Gaussian process sees complete trials alone, so that it proposes again and again what was pruned. A pruned
-    trial's value is its last one plus the median of what complete trials gained from that epoch to their value.
-    """
+    """A study whose pruned trials look complete; those that reported nothing are left out."""
 
     def __init__(self, study: optuna.Study) -> None:
         self._study = study
@@ -100,16 +78,13 @@ class WithPruned:
         """Return what Optuna's samplers ask for, pruned trials completed."""
         trials = self._study._get_trials(deepcopy, (*states, TrialState.PRUNED), use_cache)
         complete = [t for t in trials if t.state == TrialState.COMPLETE]
-        return [finished(t, complete) if t.state == TrialState.PRUNED else t for t in trials if is_usable(t)]
-
-
-def is_usable(trial: FrozenTrial) -> bool:
-    """Return whether a trial has a value; a pruned one that reported nothing has none."""
-    return trial.state != TrialState.PRUNED or bool(trial.intermediate_values)
+        return [t for t in trials if t.state != TrialState.PRUNED] + [
+            finished(t, complete) for t in trials if t.state == TrialState.PRUNED and t.intermediate_values
+        ]
 
 
 def finished(pruned: FrozenTrial, complete: Sequence[FrozenTrial]) -> FrozenTrial:
-    """Return a pruned trial as if it had gone on; see `WithPruned`."""
+    """Return a pruned trial with its last value plus the median of what complete trials gained from there on."""
     last = max(pruned.intermediate_values)
     gains = [t.value - t.intermediate_values[last] for t in complete if t.value and last in t.intermediate_values]
     value = pruned.intermediate_values[last] + (median(gains) if gains else 0.0)

@@ -6,8 +6,6 @@ Modules: `space` (what is searched), `prepared` (what trials share), `storage` a
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,23 +19,20 @@ from filelock import Timeout
 
 from lesionsam.config.edit import difference, edit_text
 from lesionsam.config.load import Config, load_config, parse_yaml, read_text, to_values, validate
-from lesionsam.config.presets import apply_preset
 from lesionsam.errors import UserError
 from lesionsam.sweep.closing import Session, compare_with_start, finish, note_zero_shot, open_parent_run
-from lesionsam.sweep.prepared import PreparedData, fixed_values, idle_gate, num_blocks, open_prepared
-from lesionsam.sweep.report import Verdict, as_text, scored_by, shown_trials, table
+from lesionsam.sweep.prepared import PreparedData, fixed_values, num_blocks, open_prepared
+from lesionsam.sweep.report import Verdict, as_text, score_name, scored_by, shown_trials, table
 from lesionsam.sweep.space import Dimension, combinations, configured, dead_keys, foreign_keys, read_space, to_json
 from lesionsam.sweep.storage import clear_errors, opened, printable_url, storage_url, study_lock
 from lesionsam.sweep.study import Owner, best_trial, count_finished, open_study, owner_path, recover_lost_trials
 from lesionsam.sweep.trial import StudyFolder, budget
-from lesionsam.sweep.worker import WorkerSpec, interrupt
+from lesionsam.sweep.worker import WorkerSpec
 from lesionsam.sweep.workers import run_workers
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, sync
-from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 
-ENDS = (signal.SIGTERM, signal.SIGHUP)
 SYNC_SECONDS = 60.0  # patience with MLflow after the last trial
 
 
@@ -52,7 +47,6 @@ class Request:
     storage: str = ""
     apply: bool = False
     dry_run: bool = False
-    preset: str = ""
     params: Path = Path("params.yaml")
 
 
@@ -63,8 +57,6 @@ def sweep(request: Request) -> None:
         UserError: see the modules; also after Ctrl-C (exit 130), and if trials are missing in the end.
     """
     config = load_config(request.params)
-    if request.preset:
-        config = on_preset(request.preset, read_text(request.params), request.params.name)[1]
     url, space = storage_url(request.storage), read_space(config)
     prepared = open_prepared(config)
     space = live_space(config, prepared, space)
@@ -74,25 +66,9 @@ def sweep(request: Request) -> None:
         print(line, flush=True)
     if request.dry_run:
         return
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {one: signal.getsignal(one) for one in ENDS} if in_main_thread else {}
-    for one, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup: the terminal may go
-            signal.signal(one, interrupt)
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
-    try:
-        with clear_errors(url):
-            _search(request, config, prepared, space, fixed, name, url)
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-def on_preset(preset: str, text: str, source: str) -> tuple[str, Config]:
-    """Return a parameter file's text and configuration with a preset applied; section `sweep` stays the file's."""
-    wanted, found = parse_yaml(text, source).get("sweep"), to_values(apply_preset(preset, text, source)[1])
-    config = validate({**found, "sweep": wanted or found["sweep"]}, f"{source} with preset {preset}")
-    return edit_text(text, to_values(config), source), config
+    with clear_errors(url):
+        _search(request, config, prepared, space, fixed, name, url)
 
 
 def live_space(config: Config, prepared: PreparedData, space: Sequence[Dimension]) -> list[Dimension]:
@@ -107,8 +83,6 @@ def live_space(config: Config, prepared: PreparedData, space: Sequence[Dimension
         if most > blocks:
             raise UserError(f"sweep.space: {last.key}: expected at most {blocks}, the encoder's blocks, got {most}")
     dead = foreign_keys(config) | dead_keys(config, space)
-    if (idle := idle_gate(config, prepared, [d for d in space if d.key not in dead])) is not None:
-        dead["method.gate.entropy_thresh"] = idle
     for key, why in dead.items():
         print(f"{key} changes nothing now and is left out: {why}", flush=True)
     live = [d for d in space if d.key not in dead]
@@ -128,14 +102,13 @@ def announce(
     points = combinations(space)
     trials = min(request.trials, request.trials if points is None else len(points))
     by = scored_by(config, prepared)
-    if s.objective == OBJECTIVE and not prepared.has_masks:
+    if s.objective != score_name(config, prepared):
         by += " (there are no masks, whatever sweep.objective says)"
     lines = [
         f"study {name} in {printable_url(url)}: up to {request.trials} trials, {s.sampler} sampler, {s.pruner} pruner",
         *(f"  {dimension}" for dimension in space),
         f"  scored by {by} on {scored} development images; {len(prepared.held)} more stay unseen for the comparison",
-        f"  {budget(config)} of {config.train.epochs} epochs a trial; trial 0 is "
-        f"{f'preset {request.preset}' if request.preset else request.params.name} as it stands",
+        f"  {budget(config)} of {config.train.epochs} epochs a trial; trial 0 is {request.params.name} as it stands",
     ]
     if prepared.held and s.confirm_seeds:
         lines.append(
@@ -232,11 +205,8 @@ def apply_best(request: Request, best: optuna.trial.FrozenTrial, verdict: Verdic
         print(f"{name} stays as it is: on unseen images the winner is worse than the start")
         return
     before = read_text(request.params)  # a sweep is long: what its owner changed meanwhile stays
-    if request.preset:
-        text, config = on_preset(request.preset, before, name)
-    else:
-        text, config = before, validate(parse_yaml(before, name), name)
-    new = edit_text(text, to_values(configured(config, best.user_attrs["values"])), name)
+    config = validate(parse_yaml(before, name), name)
+    new = edit_text(before, to_values(configured(config, best.user_attrs["values"])), name)
     lines = difference(before, new, name)
     if not lines:
         print(f"{name} holds the best values already")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -129,7 +129,7 @@ def _dimension(key: str, written: object, config: Config) -> Dimension:
     if isinstance(written, list):
         dimension = _choices(place, key, written, config)
     elif isinstance(written, Mapping):
-        dimension = _range(place, key, written, limits)
+        dimension = _range(place, key, written, limits, config)
     else:
         raise UserError(f"{place}: expected {{low, high}} or [choices], got {written}")
     current = flatten(config)[key]
@@ -147,45 +147,48 @@ def _choices(place: str, key: str, written: list[Any], config: Config) -> Dimens
     for choice in written:
         if not isinstance(choice, bool | int | float | str):
             raise UserError(f"{place}: expected numbers, words or booleans as choices, got {choice}")
-        try:
-            configured(config, {key: choice})
-        except UserError as error:
-            raise UserError(f"{place}: choice {choice}: {str(error).partition(': ')[2]}") from None
+        _check(f"{place}: choice {choice}", key, choice, config)
     return Dimension(key, choices=tuple(written))
 
 
-def _range(place: str, key: str, written: Mapping[str, Any], limits: Limits) -> Dimension:
+def _range(place: str, key: str, written: Mapping[str, Any], limits: Limits, config: Config) -> Dimension:
     if limits.kind not in ("integer", "number"):
         raise UserError(f"{place}: expected a list of choices for {limits.expected}, got a range")
     if unknown := [name for name in written if name not in FIELDS]:
         raise UserError(f"{place}.{unknown[0]}: expected only {', '.join(FIELDS)}; remove it")
     if missing := [name for name in ("low", "high") if name not in written]:
         raise UserError(f"{place}: expected {missing[0]}, got {{{', '.join(written)}}}")
-    whole, log = limits.kind == "integer", written.get("log", False)
-    numbers = {name: written[name] for name in ("low", "high", "step") if name in written}
-    kinds = (int,) if whole else (int, float)
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, kinds) or not math.isfinite(number):
-            raise UserError(f"{place}.{name}: expected {'an integer' if whole else 'a number'}, got {number}")
-    low, high, step = numbers["low"], numbers["high"], numbers.get("step", 1 if whole else 0)
+    whole, low, high, log = limits.kind == "integer", written["low"], written["high"], written.get("log", False)
+    numbers = int if whole else int | float
+    for name in ("low", "high"):
+        if isinstance(written[name], str):
+            raise UserError(f"{place}.{name}: expected a number, got {written[name]}")
+        _check(f"{place}.{name}", key, written[name], config)
     if not isinstance(log, bool):
         raise UserError(f"{place}.log: expected true or false, got {log}")
     if not low < high:
         raise UserError(f"{place}: expected low below high, got {low} and {high}")
-    for name, number in (("low", low), ("high", high)):
-        if (limits.low is not None and (number < limits.low or (limits.low_open and number == limits.low))) or (
-            limits.high is not None and (number > limits.high or (limits.high_open and number == limits.high))
-        ):
-            raise UserError(f"{place}.{name}: expected {limits.expected}, got {number}")
     if log and low <= 0:
         raise UserError(f"{place}.low: expected a number above 0 where log is true, got {low}")
-    if "step" in written and (step <= 0 or step > high - low):
-        raise UserError(f"{place}.step: expected a number above 0 and at most high - low ({high - low:g}), got {step}")
+    step = written.get("step", 1 if whole else 0)
+    if "step" in written and (isinstance(step, bool) or not isinstance(step, numbers) or not 0 < step <= high - low):
+        raise UserError(
+            f"{place}.step: expected {'an integer' if whole else 'a number'} above 0 and at most high - low "
+            f"({high - low:g}), got {step}"
+        )
     if log and "step" in written:
         raise UserError(f"{place}: expected log or step, got both; remove one")
     if whole and not log:
         high = low + (high - low) // step * step
     return Dimension(key, low=low, high=high, log=log, step=0 if log and not whole else step, whole=whole)
+
+
+def _check(place: str, key: str, value: object, config: Config) -> None:
+    """Check one value of a key by schema and rules."""
+    try:
+        configured(config, {key: value})
+    except UserError as error:
+        raise UserError(f"{place}: {str(error).removeprefix('sweep: ').removeprefix(f'{key}: ')}") from None
 
 
 def configured(config: Config, changes: Mapping[str, Any], source: str = "sweep") -> Config:
@@ -213,81 +216,49 @@ def from_json(held: Sequence[Mapping[str, Any]]) -> list[Dimension]:
 
 # ---- dead keys -----------------------------------------------------------------------------------------------
 
+# What reads keys: name -> key that switches it on, words that do so (none: a number above 0).
+READERS: dict[str, tuple[str, tuple[object, ...]]] = {
+    "contrast": ("method.weights.contrast", ()),
+    "pseudo": ("method.weights.pseudo", ()),
+    "projection": ("method.weights.projection", ()),
+    "teacher": ("method.target.kind", ("teacher", "fused")),
+    "offset": ("method.target.offset", ("boxes",)),
+    "iou": ("method.iou_loss", ("mse", "smooth_l1")),
+    "head": ("method.name", ("contrastive",)),
+    "schedule": ("train.schedule", ("cosine", "linear")),
+    "encoder": ("model.encoder", ("blocks", "adapter", "lora")),
+    "decoder": ("model.train_decoder", (True,)),
+    "prompts": ("model.train_prompt_encoder", (True,)),
+}
+# Names of readers, any of which suffices, and the beginnings of the keys that nothing else reads.
+READ_BY = (
+    ("", "train.overlays train.select method.monitor_masks"),  # no part of what is learnt
+    ("iou", "method.weights.iou"),
+    ("schedule", "train.final_lr"),
+    ("encoder", "train.lr_encoder"),
+    ("decoder prompts", "train.lr_decoder"),
+    ("head", "train.lr_head"),
+    ("contrast", "method.temperature method.pos_samples method.neg_samples"),
+    ("contrast", "method.negatives. method.head. train.lr_head"),
+    ("contrast pseudo", "method.gate. method.target."),
+    ("pseudo projection", "method.prompts. method.prompts_per_image"),
+    ("teacher", "method.teacher_prompt"),
+    ("teacher contrast", "method.ema_decay"),
+    ("offset", "method.target.looseness"),
+)
+
 
 def dead_keys(config: Config, space: Sequence[Dimension]) -> dict[str, str]:
-    """Return keys that change nothing at any point of the space -> why, from the method's own logic.
-
-    What depends on the images (a gate that trusts the same ones at every threshold) is `prepared.idle_gate`.
-    """
-    by_key, held = {dimension.key: dimension for dimension in space}, flatten(config)
-
-    def may(key: str, test: Callable[[Any], bool]) -> bool:
-        """Return whether a key passes a test at some point of the space (a range: at either end)."""
-        dimension = by_key.get(key)
-        if dimension is None:
-            return key in held and test(held[key])
-        return any(test(value) for value in dimension.choices or (dimension.low, dimension.high))
-
-    def on(weight: str) -> bool:
-        return may(f"method.weights.{weight}", lambda value: value > 0)
-
+    """Return keys that change nothing at any point of the space -> why, from the method's own logic."""
+    held: dict[str, tuple[Any, ...]] = {key: (value,) for key, value in flatten(config).items()}
+    held |= {d.key: d.choices or (d.low, d.high) for d in space}  # a range: at either end
     dead: dict[str, str] = {}
-    for key in by_key:
-        reason = next((reason for prefixes, reason in _rules(may, on) if key.startswith(prefixes)), None)
-        if reason is not None:
-            dead[key] = reason
-    return dead
-
-
-def _rules(
-    may: Callable[[str, Callable[[Any], bool]], bool], on: Callable[[str], bool]
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (beginnings of keys, why they are dead)."""
-
-    def one_of(*words: object) -> Callable[[Any], bool]:
-        return lambda value: value in words
-
-    if not may("method.iou_loss", one_of("mse", "smooth_l1")):
-        yield ("method.weights.iou", "method.monitor_masks"), "it weighs or switches a monitor without gradient"
-    yield ("train.overlays", "train.select"), "it is no part of what is learnt"
-    if not may("train.schedule", one_of("cosine", "linear")):
-        yield ("train.final_lr",), "train.schedule is constant"
-    if not may("model.encoder", one_of("blocks", "adapter", "lora")):
-        yield ("train.lr_encoder",), "model.encoder is none"
-    if not may("model.train_decoder", one_of(True)) and not may("model.train_prompt_encoder", one_of(True)):
-        yield ("train.lr_decoder",), "model.train_decoder and model.train_prompt_encoder are false"
-    if not may("method.name", one_of("contrastive")):
-        yield ("train.lr_head",), "only the contrastive method has a projection head"
-        return
-    if not on("contrast"):
-        yield (
-            (
-                "method.temperature",
-                "method.pos_samples",
-                "method.neg_samples",
-                "method.negatives.",
-                "method.head.",
-                "train.lr_head",
-            ),
-            "method.weights.contrast is 0, so that there is no contrastive term",
-        )
-    if not on("contrast") and not on("pseudo"):
-        yield (
-            ("method.gate.", "method.target."),
-            "method.weights.contrast and method.weights.pseudo are 0, so that no term reads the pseudo mask",
-        )
-    if not on("pseudo") and not on("projection"):
-        yield (
-            ("method.prompts.", "method.prompts_per_image"),
-            "method.weights.pseudo and method.weights.projection are 0, so that no mask is decoded to learn",
-        )
-    taught = may("method.target.kind", one_of("teacher", "fused"))
-    if not taught:
-        yield ("method.teacher_prompt",), "the target is not the teacher's"
-        if not on("contrast"):
-            yield (
-                ("method.ema_decay",),
-                "nothing reads the teacher (method.weights.contrast is 0, the target is not the teacher's)",
-            )
-    if not may("method.target.offset", one_of("boxes")):
-        yield ("method.target.looseness",), "method.target.offset is not boxes"
+    for readers, beginnings in READ_BY:
+        needs = [READERS[name] for name in readers.split()]
+        if all(key in held for key, _ in needs) and not any(
+            value in words if words else value > 0 for key, words in needs for value in held[key]
+        ):
+            states = (f"{key} is {' or '.join(str(value).lower() for value in held[key])}" for key, _ in needs)
+            reason = " and ".join(states) or "it is no part of what is learnt"
+            dead |= {d.key: reason for d in space if d.key.startswith(tuple(beginnings.split())) and d.key not in dead}
+    return {d.key: dead[d.key] for d in space if d.key in dead}

@@ -19,7 +19,7 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy import Connection, create_engine, inspect, text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
@@ -32,6 +32,7 @@ from sqlalchemy.exc import (
 )
 
 from lesionsam.errors import UserError
+from lesionsam.tracking.store import table_names
 
 DEFAULT_DATABASE = Path("sweeps/sweeps.db")
 JOURNAL_SUFFIXES = (".log", ".journal", ".jsonl")
@@ -235,13 +236,7 @@ def _parse(url: str) -> tuple[URL, dict[str, Any]]:
 
 def _refuse_foreign_tables(url: str, parsed: URL, arguments: dict[str, Any]) -> None:
     """Refuse a database with MLflow's tables: both programs keep their version in a table `alembic_version`."""
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
-        return
-    engine = create_engine(parsed, **arguments)
-    try:
-        tables = set(inspect(engine).get_table_names())
-    finally:
-        engine.dispose()
+    tables = table_names(parsed, **arguments)
     if {"experiments", "runs"} <= tables or ("alembic_version" in tables and "studies" not in tables):
         raise UserError(
             f"--storage {printable_url(url)}: expected a database of the sweep's own, got one with the tables of "

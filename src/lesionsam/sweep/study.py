@@ -117,18 +117,13 @@ def recover_lost_trials(study: optuna.Study, storage: BaseStorage, owners: Path)
             storage.record_heartbeat(trial._trial_id)
         # Without an owner: killed as it took the trial, as owners are set while the lock is held.
         if owner is None or alive is False:
-            fail(study, trial.number)
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # another worker was faster
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     # After the database was away no heartbeat is recent, those of the living neither.
     if not isinstance(storage, Database) or time.monotonic() - storage.last_fault > GRACE_SECONDS:
         with without_warnings():
             optuna.storages.fail_stale_trials(study)
     _queue_lost_again(study)
-
-
-def fail(study: optuna.Study, number: int) -> None:
-    """End a running trial as failed, unless another worker was faster."""
-    with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _queue_lost_again(study: optuna.Study) -> None:

@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from filelock import FileLock
 
-from lesionsam.config.load import Config, flatten
+from lesionsam.config.load import Config
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.run import Trained, train
+from lesionsam.experiment.run import Trained, selection_key, train
+from lesionsam.experiment.tracked import open_tracker
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep.prepared import PreparedData, score_held
 from lesionsam.sweep.space import Value, configured
-from lesionsam.tracking.lineage import repository_root
-from lesionsam.tracking.tracker import NullTracker, Tracker
-from lesionsam.training.loop import OBJECTIVE
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.progress import silent
 
@@ -96,45 +95,14 @@ def trial_config(config: Config, values: Mapping[str, Value]) -> Config:
     return configured(config, changes, "trial")
 
 
-def run_name(number: int, values: Mapping[str, Value]) -> str:
-    """Return a run's name: "003 temperature=0.12 unfreeze_last_k=2"."""
-    return " ".join(
-        [f"{number:03d}", *(f"{key.rpartition('.')[2]}={printable(value)}" for key, value in values.items())]
-    )
+def keys_text(values: Mapping[str, Value]) -> str:
+    """Return a trial's values in short: "temperature=0.12 unfreeze_last_k=2"."""
+    return " ".join(f"{key.rpartition('.')[2]}={printable(value)}" for key, value in values.items())
 
 
 def printable(value: object) -> str:
     """Return a value as tables and lines show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def open_tracker(
-    config: Config,
-    folder: Path,
-    *,
-    name: str,
-    tags: Mapping[str, Any],
-    params: Mapping[str, Any],
-    parent: str | None = None,
-    local_id: str | None = None,
-    system_metrics: bool = False,
-) -> NullTracker:
-    """Open a run of the sweep; without tracking only metrics.jsonl. `parent` and `local_id`: see `Tracker.open`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not config.tracking.enabled:
-        return NullTracker(folder)
-    return Tracker.open(
-        folder,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        root=repository_root(Path.cwd()),
-        run_name=name,
-        params=params,
-        tags=tags,
-        system_metrics=system_metrics,
-        parent=parent,
-        local_id=local_id,
-    )
 
 
 @dataclass
@@ -154,31 +122,25 @@ def run_trial(
     number: int,
     values: Mapping[str, Value],
     parent: str | None,
-    pruned: type[Exception],
-    report: Callable[[float, int], bool],
-    over: Callable[[], None] = lambda: None,
+    report: Callable[[float, int], None],
 ) -> Outcome:
     """Train one trial, resumed where an earlier attempt stopped; its run is closed however it ends.
 
     Its folder stays for the caller to remove once the study knows how it ended: a kill between the two is resumed.
 
     Args:
-        report: receives (score, epoch) and returns whether the trial is to stop; `pruned` is then raised.
-        over: called when the training has ended, before its run is closed; see `processes.deferred_signals`.
+        report: receives (score, epoch); raises `optuna.TrialPruned` where the trial is to stop.
     """
     own = trial_config(config, values)
     folder = trial_folder(config, prepared, study_folder, values)
-    name = run_name(number, values)
+    name = f"{number:03d} {keys_text(values)}"
     tags = {
         "mlflow.runName": name,  # a resumed attempt has another number
         "sweep.study": study_folder.study,
         "sweep.trial": number,
-        "method": own.method.name,
-        "model": own.model.name,
-        "data": own.data.source,
         "data.digest": prepared.digest(),
     }
-    tracker = open_tracker(own, folder / "run", name=name, parent=parent, tags=tags, params=flatten(own))
+    tracker = open_tracker(own, folder / "run", name, tags, parent=parent, system_metrics=False)
     history_path = folder / "epochs.json"
     history: dict[str, dict[str, float]] = json.loads(history_path.read_text()) if history_path.exists() else {}
 
@@ -186,36 +148,34 @@ def run_trial(
         tracker.log(point, step)
         if "epoch" in point:
             epoch = int(point["epoch"])
-            history[str(epoch)] = {
-                name.removeprefix("dev_"): value for name, value in point.items() if name.startswith("dev_")
-            }
+            scores = {name.removeprefix("dev_"): value for name, value in point.items() if name.startswith("dev_")}
+            history[str(epoch)] = scores
             write_text_atomic(history_path, json.dumps(history))
-            if report(point[f"dev_{OBJECTIVE}"], epoch):
-                raise pruned(f"stopped after epoch {epoch}")
+            report(scores[selection_key(own, data.dev)], epoch)
 
-    status, state = "KILLED", "interrupted"
+    status, state, reason = "KILLED", "interrupted", None
     try:
+        data = prepared.data(own)
         with silent():
-            trained = train(own, prepared.data(own), prepared.weights, folder=folder, log=log, say=lambda _: None)
-        over()
+            trained = train(own, data, prepared.weights, folder=folder, log=log, say=lambda _: None)
         keep_best(trained, own, study_folder, number, values)
         scores = dict(history[str(trained.progress.best_epoch)])
         if all(prompt in scores for prompt in OBJECTIVE_PROMPTS):
             scores["miou"] = sum(scores[prompt] for prompt in OBJECTIVE_PROMPTS) / len(OBJECTIVE_PROMPTS)
         status, state = "FINISHED", "complete"
         return Outcome(trained.progress.best_score, trained.progress.best_epoch, scores)
-    except pruned:
-        over()
+    except optuna.TrialPruned:
         status, state = "FINISHED", "pruned"
         raise
-    except TRIAL_ERRORS:
-        over()
-        status, state = "FAILED", "failed"
+    except TRIAL_ERRORS as error:
+        status, state, reason = "FAILED", "failed", error
         raise
     finally:
-        tracker.set_tags({"sweep.state": state})
-        tracker.close(status)
-        free_memory()
+        try:
+            tracker.set_tags({"sweep.state": state})
+        finally:
+            tracker.close(status, reason)
+            free_memory()
 
 
 def trial_folder(

@@ -13,11 +13,10 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -32,12 +31,12 @@ from lesionsam.config.load import Config, validate
 from lesionsam.errors import run_guarded
 from lesionsam.sweep.prepared import open_prepared
 from lesionsam.sweep.report import time_left
-from lesionsam.sweep.samplers import NumberedSampler, build_pruner, draw
+from lesionsam.sweep.samplers import build_pruner, build_sampler, draw
 from lesionsam.sweep.space import Value, combinations, from_json, same
 from lesionsam.sweep.storage import FAULTS, Database, LockLost, clear_errors, opened, study_lock, without_warnings
 from lesionsam.sweep.study import Owner, best_trial, is_alive, is_finished, recover_lost_trials, state_name
-from lesionsam.sweep.trial import TRIAL_ERRORS, FullTraining, StudyFolder, budget, printable, run_trial, trial_folder
-from lesionsam.utils.processes import deferred_signals
+from lesionsam.sweep.trial import TRIAL_ERRORS, FullTraining, StudyFolder, budget, keys_text, run_trial, trial_folder
+from lesionsam.utils.processes import exit_without
 
 POLL_SECONDS = 1.0  # between two looks at the study while others run its last trials
 MAX_DUPLICATES = 30  # drawn in a row before the space counts as used up
@@ -97,10 +96,7 @@ class Worker:
         self.folder, self.prepared = StudyFolder.of(spec.study), open_prepared(self.config)
         self.owner = Owner(self.folder.owners)
         self.begun = self.last_line = time.monotonic()
-        self.sampler = NumberedSampler(self.config.sweep.sampler, self.config.sweep.seed, spec.trials)
-        self.study = optuna.load_study(
-            study_name=spec.study, storage=storage, sampler=self.sampler, pruner=build_pruner(self.config)
-        )
+        self.study = optuna.load_study(study_name=spec.study, storage=storage, pruner=build_pruner(self.config))
         self.points, self.num_duplicates, self.has_explained = combinations(self.space), 0, False
 
     def run_trials(self) -> None:
@@ -137,7 +133,11 @@ class Worker:
 
     def take_trial(self) -> Trial | None:
         """Return a trial with new values, or None where the space is used up. Call it with the study's lock held."""
+        sweep = self.config.sweep
         while self.num_duplicates < MAX_DUPLICATES:
+            kind = "random" if self.num_duplicates else sweep.sampler
+            number = len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = build_sampler(kind, sweep.seed, number, self.spec.trials)
             with without_warnings():
                 trial = self.study.ask()
             if isinstance(self.storage, Database):
@@ -157,10 +157,9 @@ class Worker:
             ]
             twin = next((t for t in others if equal_values(values, t.user_attrs["values"])), None)
             if twin is None:
-                self.num_duplicates, self.sampler.at_random = 0, False
+                self.num_duplicates = 0
                 return trial
             self.num_duplicates += 1
-            self.sampler.at_random = True
             trial.set_user_attr("duplicate_of", twin.number)
             self.study.tell(trial, state=TrialState.FAIL)
             self._queue_untried(trial.number, [t.user_attrs["values"] for t in others])
@@ -180,9 +179,8 @@ class Worker:
         """Train a trial and write down how it ended."""
         begun = time.monotonic()
         values = trial.user_attrs["values"]
-        # A training that has ended is written down first, whatever interrupts then.
-        with get_heartbeat_thread(trial._trial_id, self.storage), deferred_signals() as over:
-            state, value = self._train(trial, values, over)
+        with get_heartbeat_thread(trial._trial_id, self.storage):
+            state, value = self._train(trial, values)
             with suppress(UpdateFinishedTrialError):  # where the answer to a repeated call was lost
                 self.study.tell(trial, value, state, skip_if_finished=True)
             frozen = self._frozen(trial)
@@ -191,13 +189,11 @@ class Worker:
             shutil.rmtree(trial_folder(self.config, self.prepared, self.folder, values), ignore_errors=True)
         self._print_result(frozen, time.monotonic() - begun)
 
-    def _train(
-        self, trial: Trial, values: dict[str, Value], over: Callable[[], None]
-    ) -> tuple[TrialState, float | None]:
+    def _train(self, trial: Trial, values: dict[str, Value]) -> tuple[TrialState, float | None]:
         """Train a trial, and return its state and value."""
         reported = set(self._frozen(trial).intermediate_values)
 
-        def report(score: float, epoch: int) -> bool:
+        def report(score: float, epoch: int) -> None:
             try:
                 if epoch not in reported:
                     trial.report(score, epoch)
@@ -206,9 +202,9 @@ class Worker:
             if time.monotonic() - self.last_line > PROGRESS_SECONDS:
                 self.last_line = time.monotonic()
                 print(f"trial {trial.number}: epoch {epoch} of {budget(self.config)}, {score:.4f}", flush=True)
-            if epoch >= budget(self.config):  # nothing left to save
-                return False
-            return "start" not in trial.user_attrs and trial.should_prune()
+            # After the last epoch there is nothing left to save.
+            if epoch < budget(self.config) and "start" not in trial.user_attrs and trial.should_prune():
+                raise optuna.TrialPruned(f"stopped after epoch {epoch}")
 
         try:
             outcome = run_trial(
@@ -218,9 +214,7 @@ class Worker:
                 number=trial.number,
                 values=values,
                 parent=self.spec.parent,
-                pruned=optuna.TrialPruned,
                 report=report,
-                over=over,
             )
             if not math.isfinite(outcome.value):
                 raise ValueError(f"its value is {outcome.value}")
@@ -259,7 +253,6 @@ class Worker:
         finished = [t for t in self.study.get_trials(deepcopy=False) if is_finished(t)]
         best = best_trial(self.study)
         value = trial.user_attrs.get("error", "" if trial.value is None else f"{trial.value:.4f}")
-        keys = " ".join(f"{key.rpartition('.')[2]}={printable(v)}" for key, v in trial.user_attrs["values"].items())
         progress = [
             f"{len(finished)}/{self.spec.trials} done",
             *([f"best {best.value:.4f}"] if best is not None else []),
@@ -267,7 +260,8 @@ class Worker:
         ]
         self.last_line = time.monotonic()
         print(
-            f"trial {trial.number}: {state_name(trial)} {value} | {keys} | {seconds:.0f} s | {', '.join(progress)}",
+            f"trial {trial.number}: {state_name(trial)} {value} | {keys_text(trial.user_attrs['values'])} | "
+            f"{seconds:.0f} s | {', '.join(progress)}",
             flush=True,
         )
 
@@ -305,29 +299,16 @@ def run(spec: WorkerSpec) -> None:
             worker.owner.release()
 
 
-def to_text(spec: WorkerSpec) -> str:
-    """Return a spec for another process."""
-    return json.dumps(asdict(spec))
-
-
-def _end_with(parent: int) -> None:
-    """Interrupt this process in good order when the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+def _end() -> None:
+    """Interrupt this process in good order; exit if it does not end."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_SECONDS)
     os._exit(130)
 
 
-def interrupt(*_: object) -> None:
-    """Handle SIGTERM and SIGHUP like Ctrl-C."""
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run a worker process, given its parent's id; it ends with 130 when it was interrupted."""
-    signal.signal(signal.SIGTERM, interrupt)
-    threading.Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
+    exit_without(int(sys.argv[1]), _end)
     try:
         spec = json.loads(sys.stdin.read())
         run(WorkerSpec(**{**spec, "trainings": tuple(spec["trainings"])}))

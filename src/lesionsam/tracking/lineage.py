@@ -1,18 +1,11 @@
-"""Where a run comes from: repository root, settings as flat parameters, tags that name commit and experiment."""
+"""Where a run comes from: repository root, tags that name commit and experiment."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from lesionsam.tracking.spool import clean_name
-
-MAX_PARAM_CHARS = 500
 
 
 def repository_root(start: Path) -> Path:
@@ -23,18 +16,6 @@ def repository_root(start: Path) -> Path:
         return Path(root).resolve()
     start = start.resolve()
     return next((path for path in (start, *start.parents) if (path / ".git").exists()), start)
-
-
-def flatten_params(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Flatten nested settings into MLflow parameters: keys joined by dots, lists as JSON, values of 500 characters."""
-    flat: dict[str, str] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten_params(value, f"{prefix}{key}.")
-        else:
-            text = json.dumps(value) if isinstance(value, list | tuple) else str(value)
-            flat[clean_name(f"{prefix}{key}")] = text[:MAX_PARAM_CHARS]
-    return flat
 
 
 def lineage_tags(root: Path) -> dict[str, str]:

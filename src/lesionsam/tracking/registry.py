@@ -12,18 +12,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
-from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG
+from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG, reason
 from lesionsam.tracking.spool import Spool, read_record, spool_root
-from lesionsam.tracking.store import OUTDATED, schema_problem, store_problem
+from lesionsam.tracking.store import store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.hub import is_hub_name
@@ -84,13 +84,13 @@ def resolve_model(text: str | Path, *, root: Path | None = None) -> Path:
     if path.exists() or (is_hub_name(text) and path != TRAINED):
         return find_weights(path)
     if match := re.fullmatch(r"models:/([^/@]+)(?:@([^/]+)|/(\d+))", text):
-        with _mlflow_client(root) as (client, uri):
-            return _download(client, uri, _model_of_version(client, _version(client, uri, *match.groups()), text), text)
+        with _mlflow_client(root) as client:
+            return _download(client, _model_of_version(client, _version(client, *match.groups()), text), text)
     if text.startswith("models:"):
         raise UserError(f"{text}: {EXPECTED}")
     if match := re.fullmatch(r"(?:runs:/)?([0-9a-f]{32})", text):
-        with _mlflow_client(root) as (client, uri):
-            return _download(client, uri, _model_of_run(client, _find_run(client, uri, match[1])), text)
+        with _mlflow_client(root) as client:
+            return _download(client, _model_of_run(client, _find_run(client, match[1])), text)
     remedy = "; `dvc repro` trains one" if path == TRAINED or TRAINED in path.parents else ""
     raise UserError(f"{text}: no such file, folder or run; {EXPECTED}{remedy}")
 
@@ -119,8 +119,8 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS) -> Promotion:
         name = match[1]
     else:
         raise UserError(f"--run {run}: expected a folder with a run.json, such as {TRAINED}, or an MLflow run id")
-    with _mlflow_client(root) as (client, uri):
-        found = _find_run(client, uri, name)
+    with _mlflow_client(root) as client:
+        found = _find_run(client, name)
         scores = {
             key.removeprefix("test/"): value for key, value in found.data.metrics.items() if key.startswith("test/")
         }
@@ -131,7 +131,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS) -> Promotion:
                 "evaluate` (with tracking.enabled) first"
             )
         model = _model_of_run(client, found)
-        weights = _download(client, uri, model, name)
+        weights = _download(client, model, name)
         digest = sha256_file(weights)
         if folder.is_dir() and (local := folder / NAMES[0]).is_file() and sha256_file(local) != digest:
             raise UserError(
@@ -139,7 +139,7 @@ def promote(run: str | Path = TRAINED, *, alias: str = ALIAS) -> Promotion:
                 "name the run by its id"
             )
         tags = _tags(found, scores, digest)
-        return _register(client, model, found, _description(client, found), tags, alias)
+        return _register(client, model, found, _description(found), tags, alias)
 
 
 def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> None:
@@ -150,8 +150,8 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
     Raises:
         UserError: no such run, or it was never evaluated.
     """
-    with _mlflow_client(root) as (client, uri):
-        found = _find_run(client, uri, name)
+    with _mlflow_client(root) as client:
+        found = _find_run(client, name)
         there = {item.path for item in client.list_artifacts(found.info.run_id)}
         if "evaluation" not in there:  # it may be waiting to be sent
             sync(repository_root(Path.cwd()) if root is None else root)
@@ -192,8 +192,8 @@ def _recorded_run(folder: Path, root: Path) -> str:
 
 
 @contextmanager
-def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
-    """Yield an MLflow client and its tracking URI; turn MLflow's errors into one line."""
+def _mlflow_client(root: Path | None) -> Iterator[MlflowClient]:
+    """Yield a client of the repository's MLflow, which is the process's own meanwhile; one line for MLflow's errors."""
     root = repository_root(Path.cwd()) if root is None else root
     uri = tracking_uri(root)
     if uri.startswith("sqlite:///"):
@@ -204,47 +204,34 @@ def _mlflow_client(root: Path | None) -> Iterator[tuple[MlflowClient, str]]:
             raise UserError(problem)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from mlflow import MlflowClient
+    import mlflow
     from mlflow.exceptions import MlflowException
     from requests.exceptions import RequestException
 
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)  # some calls look there, whatever URI a client was made with
     try:
-        yield MlflowClient(uri), uri
+        yield mlflow.MlflowClient()
     except (MlflowException, RequestException) as error:
-        text = " ".join(str(error).split())[:300]
-        if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
-            raise UserError(f"{uri}: {problem}") from None
-        raise UserError(f"MLflow at {uri}: {text}; look at tracking.uri in params.yaml") from None
+        raise UserError(f"MLflow at {uri}: {reason(error)}; look at tracking.uri in params.yaml") from None
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
-def _lookup(call: Callable[[], Any], message: str) -> Any:
-    """Call MLflow; raise `UserError(message)` where the server does not know the entity."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return call()
-    except MlflowException as error:
-        # An unknown alias is an invalid parameter to MLflow's store.
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
-            raise UserError(message) from None
-        raise
-
-
-def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:
-    registered = _lookup(
-        lambda: client.get_registered_model(name),
-        f"models:/{name}: no such registered model at {uri}; `lesionsam promote` registers one",
-    )
-    aliases = ", ".join(sorted(registered.aliases)) or "none"
-    if alias is not None:
-        return _lookup(
-            lambda: client.get_model_version_by_alias(name, alias),
-            f"models:/{name}@{alias}: no such alias; there are: {aliases}; `lesionsam promote --alias {alias}` sets it",
+def _version(client: MlflowClient, name: str, alias: str | None, number: str | None) -> ModelVersion:
+    """Return a version of a registered model, by an alias or by its number."""
+    versions = {str(version.version): version for version in client.search_model_versions(f"name = '{name}'")}
+    if not versions:
+        raise UserError(
+            f"models:/{name}: no such registered model at {client.tracking_uri}; `lesionsam promote` registers one"
         )
-    return _lookup(
-        lambda: client.get_model_version(name, str(number)),
-        f"models:/{name}/{number}: no such version; aliases there are: {aliases}",
-    )
+    aliases = client.get_registered_model(name).aliases
+    found = versions.get(str(number if alias is None else aliases.get(alias)))
+    if found is None:
+        what = f"/{number}: no such version; aliases" if alias is None else f"@{alias}: no such alias; there are"
+        remedy = "" if alias is None else f"; `lesionsam promote --alias {alias}` sets it"
+        raise UserError(f"models:/{name}{what}: {', '.join(sorted(aliases)) or 'none'}{remedy}")
+    return found
 
 
 def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) -> LoggedModel:
@@ -255,10 +242,10 @@ def _model_of_version(client: MlflowClient, version: ModelVersion, text: str) ->
             f"{text}: version {version.version} was not registered by `lesionsam promote`: its source is "
             f"{version.source}; expected a logged model"
         )
-    return _lookup(lambda: client.get_logged_model(match[1]), f"{text}: its model {match[1]} was deleted")
+    return client.get_logged_model(match[1])
 
 
-def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
+def _find_run(client: MlflowClient, name: str) -> Run:
     """Return a run by MLflow's id or by its local id (tag `lesionsam.local_id`)."""
     from mlflow.exceptions import MlflowException
 
@@ -270,7 +257,7 @@ def _find_run(client: MlflowClient, uri: str, name: str) -> Run:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`{LOCAL_ID_TAG}` = '{name}'")
     if not found:
-        raise UserError(f"run {name}: not known at {uri}; `mlflow ui` shows those that are")
+        raise UserError(f"run {name}: not known at {client.tracking_uri}; `mlflow ui` shows those that are")
     return found[0]
 
 
@@ -286,7 +273,7 @@ def _model_of_run(client: MlflowClient, run: Run) -> LoggedModel:
     return max(models, key=lambda model: (int(model.params.get("step", 0)), model.creation_timestamp))
 
 
-def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> Path:
+def _download(client: MlflowClient, model: LoggedModel, text: str) -> Path:
     """Return the weights file of a logged model: the stored file itself if it is local, otherwise a cached copy."""
     from mlflow.artifacts import download_artifacts
 
@@ -303,29 +290,17 @@ def _download(client: MlflowClient, uri: str, model: LoggedModel, text: str) -> 
     target = Path(".cache/registry") / model.model_id  # a logged model never changes, so a cached copy stays valid
     if not (target / weights[0]).is_file():
         target.mkdir(parents=True, exist_ok=True)
-        building = target / f".{os.getpid()}"
-        building.mkdir(exist_ok=True)
-        fetched = Path(download_artifacts(location, dst_path=str(building), tracking_uri=uri))
-        os.replace(fetched, target / weights[0])
-        building.rmdir()
+        with tempfile.TemporaryDirectory(dir=target) as building:
+            os.replace(download_artifacts(location, dst_path=building), target / weights[0])
     return target / weights[0]
 
 
-def _description(client: MlflowClient, run: Run) -> str:
+def _description(run: Run) -> str:
     """Return the run's test table, cut at a paragraph to MLflow's limit."""
-    text = _artifact_text(client, run, TABLE)
-    paragraphs, kept = text.strip().split("\n\n"), ""
-    for paragraph in paragraphs:
-        longer = f"{kept}\n\n{paragraph}" if kept else paragraph
-        if len(longer) > MAX_DESCRIPTION:
-            break
-        kept = longer
-    return kept
+    from mlflow.artifacts import load_text
 
-
-def _artifact_text(client: MlflowClient, run: Run, path: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        return Path(client.download_artifacts(run.info.run_id, path, folder)).read_text(encoding="utf-8")
+    text = load_text(f"runs:/{run.info.run_id}/{TABLE}").strip()
+    return text if len(text) <= MAX_DESCRIPTION else text[: MAX_DESCRIPTION + 2].rpartition("\n\n")[0]
 
 
 def _tags(run: Run, scores: Mapping[str, float], digest: str) -> dict[str, str]:
@@ -349,47 +324,28 @@ def _register(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"models:/{model.model_id}"
-    known = next((each for each in client.search_model_versions(f"name = '{NAME}'") if each.source == source), None)
+    versions = {str(version.version): version for version in client.search_model_versions(f"name = '{NAME}'")}
+    known = next((version for version in versions.values() if version.source == source), None)
+    is_new = known is None
     if known is None:
-        with _default_uri(client.tracking_uri):
-            version = str(
-                client.create_model_version(
-                    NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
-                ).version
-            )
+        known = client.create_model_version(
+            NAME, source, run.info.run_id, tags=dict(tags), model_id=model.model_id, description=description
+        )
     else:  # the run may have been evaluated again since it was registered
-        version = str(known.version)
         for key, value in tags.items():
-            client.set_model_version_tag(NAME, version, key, value)
-        client.update_model_version(NAME, version, description=description)
-    held = client.get_registered_model(NAME).aliases.get(alias)
-    before = None if held is None else client.get_model_version(NAME, str(held))
-    client.set_registered_model_alias(NAME, alias, version)
+            client.set_model_version_tag(NAME, str(known.version), key, value)
+        client.update_model_version(NAME, str(known.version), description=description)
+    before = versions.get(str(client.get_registered_model(NAME).aliases.get(alias)))
+    client.set_registered_model_alias(NAME, alias, str(known.version))
     return Promotion(
         alias,
-        version,
+        str(known.version),
         None if before is None else str(before.version),
-        known is None,
+        is_new,
         run.info.run_id,
         _objective(tags),
         None if before is None else _objective(before.tags),
     )
-
-
-@contextmanager
-def _default_uri(uri: str) -> Iterator[None]:
-    """Set MLflow's process-wide tracking URI inside the block.
-
-    `create_model_version` looks the source up there, whatever URI the client was made with.
-    """
-    import mlflow
-
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before)
 
 
 def _objective(tags: Mapping[str, str]) -> float | None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from lesionsam.tracking.shipper import Shipper, Unreachable, system_monitors
-from lesionsam.tracking.spool import Appender, Spool, encode_number, read_lines
+from lesionsam.tracking.spool import Appender, Spool, metrics_entry, read_lines
+from lesionsam.utils.processes import exit_without
 
 SEND_SECONDS = 2.0  # between two looks at the journal, while all goes well
 MAX_DELAY_SECONDS = 30.0  # between two attempts, while it does not
@@ -78,30 +78,15 @@ class SystemSampler:
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + SAMPLE_SECONDS
-        values: dict[str, float | str] = {}
+        values: dict[str, float] = {}
         for monitor in self._monitors:
             monitor.collect_metrics()
             for name, value in monitor.aggregate_metrics().items():
-                values[f"system/{name}"] = encode_number(float(value))
+                values[f"system/{name}"] = float(value)
             monitor.clear_metrics()
         with suppress(OSError):  # kept until the disk takes it
-            self._journal.append(
-                {
-                    "seq": self._step,
-                    "kind": "metrics",
-                    "step": self._step,
-                    "time": int(time.time() * 1000),
-                    "values": values,
-                }
-            )
+            self._journal.append(metrics_entry(self._step, self._step, values))
         self._step += 1
-
-
-def _end_with(parent: int) -> None:
-    """Exit as soon as the parent is gone; the next start finds what was not sent."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(0)
 
 
 def serve(spool: Spool) -> int:
@@ -146,7 +131,7 @@ def serve(spool: Spool) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command of the module docstring and return its exit status."""
-    threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
+    exit_without(int(arguments[0]))  # the next start finds what was not sent
     os.nice(5)  # training goes first
     if arguments[1] == "--all":
         return 0 if catch_up(Path(arguments[2])) else 3

@@ -3,7 +3,7 @@
 An operation counts as sent once the server has answered; only then does `state.json` move past it. After a failure, and
 at every start, it is unknown whether the next operation arrived (the server may have died between storing and
 answering). The server is then queried first: metric points are compared with the history by (name, step, time), runs
-and models are found by a tag, pictures by their file name. Everything else can be repeated safely.
+and models are found by a tag. Everything else can be repeated safely.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,8 +94,8 @@ class Shipper:
         try:
             self.client: MlflowClient = MlflowClient(uri)
         except (MlflowException, SQLAlchemyError) as error:
-            self.note(_reason(error))
-            raise Unreachable(_reason(error)) from error
+            self.note(reason(error))
+            raise Unreachable(reason(error)) from error
         self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
         self._replace_gone = replace_gone
         self._uncertain = True
@@ -153,11 +154,11 @@ class Shipper:
             if rejected and self.state["run_id"] and self._run_is_gone():
                 raise RunGone from error
             if rejected and not needed:
-                self.state |= {"rejected": self.state["rejected"] + 1, "refusal": _reason(error)}
+                self.state |= {"rejected": self.state["rejected"] + 1, "refusal": reason(error)}
                 print(f"rejected: {error}", file=sys.stderr, flush=True)
                 return None
             self._uncertain = True
-            raise Unreachable(_reason(error)) from error
+            raise Unreachable(reason(error)) from error
 
     def _run_is_gone(self) -> bool:
         from mlflow.exceptions import MlflowException
@@ -166,7 +167,7 @@ class Shipper:
             return self.client.get_run(self.state["run_id"]).info.lifecycle_stage == "deleted"
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise Unreachable(_reason(error)) from error
+                raise Unreachable(reason(error)) from error
             return True
 
     def _start_over(self) -> None:
@@ -300,30 +301,22 @@ class Shipper:
             self.client.log_artifact(run_id, str(file), entry["folder"] or None)
 
     def _send_picture(self, run_id: str, entry: dict[str, Any]) -> None:
-        file = self._waiting_file(entry)
-        if file is None:
+        """Upload a picture as `MlflowClient.log_image` does, but under a name that a second upload replaces."""
+        if (file := self._waiting_file(entry)) is None:
             return
-        name, step, time_ms = entry["name"], entry["step"], entry["time"]
-        if self._uncertain:  # MLflow puts a random part into the file's name: a second upload is a second picture
-            stem = re.escape(f"images/{name.replace('/', '~')}") + rf"[+%]step[+%]{step}[+%]timestamp[+%]{time_ms}[+%]"
-            there = [item.path for item in self.client.list_artifacts(run_id, "images") if re.match(stem, item.path)]
-            full = next((path for path in there if path.endswith(".png")), None)
-            if full is not None:
-                if len(there) == 1:
-                    self._upload_thumbnail(run_id, file, full)
-                self.client.set_tag(run_id, "mlflow.loggedImages", "true")
-                return
-        self.client.log_image(run_id, _read_picture(file), key=name, step=step, timestamp=time_ms, synchronous=True)
-
-    def _upload_thumbnail(self, run_id: str, file: Path, full: str) -> None:
-        """Upload the small copy that is missing after a kill between MLflow's two uploads."""
+        name = f"{entry['name'].replace('/', '~')}+step+{entry['step']}+timestamp+{entry['time']}"
+        stem = f"{name}+{uuid.uuid5(uuid.NAMESPACE_OID, f'{self.spool.local_id} {name}')}"
+        try:
+            with Image.open(file) as held:
+                picture = held.convert("RGB")
+        except (OSError, ValueError) as error:
+            raise Rejected(f"{file.name}: {error}") from error
         with tempfile.TemporaryDirectory() as folder:
-            separator = "%" if "%step%" in full else "+"
-            small = Path(folder) / f"{Path(full).stem}{separator}compressed.webp"
-            picture = _read_picture(file)
+            picture.save(Path(folder) / f"{stem}.png")
             picture.thumbnail((256, 256))
-            picture.save(small)
-            self.client.log_artifact(run_id, str(small), "images")
+            picture.save(Path(folder) / f"{stem}+compressed.webp")
+            self.client.log_artifacts(run_id, folder, "images")
+        self.client.set_tag(run_id, "mlflow.loggedImages", "true")
 
     def _send_checkpoint(self, run_id: str, entry: dict[str, Any]) -> None:
         """Send a checkpoint as a logged model with its file and metrics.
@@ -375,33 +368,20 @@ class Shipper:
 
     def mark_killed(self) -> None:
         """Set the status KILLED for a run whose owner died without closing it."""
-        last = None
-        for entry, _ in read_lines(self.spool.path("journal")):
-            if entry is not None and entry["kind"] == "status":
-                last = entry["status"]
-        if last in (None, "RUNNING") and self.state["run_id"] and not self.state.get("killed"):
+        if self.spool.status() == "RUNNING" and self.state["run_id"] and not self.state.get("killed"):
             with contextlib.suppress(RunGone):
                 self._attempt(lambda: self.client.set_terminated(self.state["run_id"], "KILLED"))
             self.state["killed"] = True
             self._save()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return an error as one short line; of a chain of connection errors the innermost."""
     text = " ".join(str(error).split())
     if (outdated := OUTDATED.search(text)) and (problem := schema_problem(outdated[1])):
         return problem
     _, chained, cause = text.rpartition("(Caused by ")
     return (cause.rstrip(")") + ")" if chained else text)[:300]
-
-
-def _read_picture(path: Path) -> Image.Image:
-    """Read a logged picture as RGB, (H, W, 3)."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError) as error:
-        raise Rejected(f"{path.name}: {error}") from error
 
 
 def system_monitors() -> list[Any]:

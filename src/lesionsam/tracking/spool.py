@@ -46,9 +46,15 @@ def encode_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def encode_line(entry: Mapping[str, object]) -> bytes:
-    """Encode one line of a journal."""
-    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+def now_ms() -> int:
+    """Return the time as MLflow counts it, ms since the epoch."""
+    return int(time.time() * 1000)
+
+
+def metrics_entry(sequence: int, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+    """Return the entry of a journal for the metrics of one step."""
+    encoded = {name: encode_number(value) for name, value in values.items()}
+    return {"seq": sequence, "kind": "metrics", "step": int(step), "time": now_ms(), "values": encoded}
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any] | None, int]]:
@@ -85,7 +91,7 @@ class Appender:
 
     def append(self, entry: Mapping[str, object]) -> None:
         """Append one line; raise OSError while the disk does not take it."""
-        self._waiting.append(encode_line(entry))
+        self._waiting.append(json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n")
         self._write()
 
     def _write(self) -> None:
@@ -150,14 +156,14 @@ class Spool:
                 num_files += entry is not None and "file" in entry
         return num_lines, num_files
 
+    def status(self) -> str:
+        """Return the last status that the owner logged; RUNNING before any."""
+        entries = [entry for entry, _ in read_lines(self.path("journal")) if entry is not None]
+        return next((entry["status"] for entry in reversed(entries) if entry["kind"] == "status"), "RUNNING")
+
     def is_closed(self) -> bool:
         """Return whether the owner logged the run's end, or the server knows that it was killed."""
-        statuses = [
-            entry["status"]
-            for entry, _ in read_lines(self.path("journal"))
-            if entry is not None and entry["kind"] == "status"
-        ]
-        return bool(statuses and statuses[-1] != "RUNNING") or bool(self.read_json("state.json").get("killed"))
+        return self.status() != "RUNNING" or bool(self.read_json("state.json").get("killed"))
 
     def is_abandoned(self) -> bool:
         """Return whether the owner died without closing the run."""
@@ -236,7 +242,7 @@ def prepare_spool(root: Path, local_id: str, meta: Mapping[str, object], run_id:
     spool = Spool(spool_root(root) / local_id)
     spool.folder.mkdir(parents=True, exist_ok=True)
     known = spool.read_json("meta.json")
-    spool.write_json("meta.json", {"start_time": int(time.time() * 1000), **known, **meta})
+    spool.write_json("meta.json", {"start_time": now_ms(), **known, **meta})
     if run_id and not (spool.folder / "state.json").exists():
         spool.write_json("state.json", {"run_id": run_id, "sent": {}})
     return spool
@@ -252,5 +258,5 @@ def repair_journal(spool: Spool, folder: Path) -> None:
     if missing:
         appender = Appender(spool.path("journal"))
         for entry in missing:
-            appender.append({"kind": "metrics", **entry})
+            appender.append({"kind": "metrics", **entry})  # which entries of earlier versions lack
         appender.close()

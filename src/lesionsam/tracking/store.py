@@ -15,15 +15,18 @@ import re
 import secrets
 import shutil
 import sqlite3
-import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import is_abandoned
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
 
 OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
-_MAKING = threading.Lock()  # while it is free, files with this process's number are leftovers
 
 
 def make_store(path: Path, beside: Path) -> None:
@@ -38,19 +41,18 @@ def make_store(path: Path, beside: Path) -> None:
     from mlflow import MlflowClient
 
     beside.mkdir(parents=True, exist_ok=True)
-    with _MAKING:
+    with FileLock(beside / "store.lock"):
         if path.exists():
             return
-        for left in beside.glob("store-*"):
-            if (match := re.match(r"store-(\d+)-", left.name)) and is_abandoned(int(match[1])):
-                left.unlink(missing_ok=True)
-        unfinished = beside / f"store-{os.getpid()}-{secrets.token_hex(4)}.db"
+        for left in beside.glob("store-*"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        unfinished = beside / f"store-{secrets.token_hex(4)}.db"
         whole = unfinished.with_suffix(".whole")
         try:
             MlflowClient(f"sqlite:///{unfinished}").search_experiments(max_results=1)
             # A copy: this process keeps the other open, and SQLite's locks do not bear one file under two names.
             shutil.copyfile(unfinished, whole)
-            with contextlib.suppress(FileExistsError):  # another process was first
+            with contextlib.suppress(FileExistsError):  # another program was first
                 os.link(whole, path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -109,18 +111,12 @@ def refuse_optuna_database(uri: str) -> None:
     """
     if not uri.startswith(("sqlite:", "postgresql", "mysql")):
         return
-    from sqlalchemy import create_engine, inspect, make_url
+    from sqlalchemy import make_url
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         url = make_url(uri)
-        if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            return
-        engine = create_engine(url)
-        try:
-            tables = set(inspect(engine).get_table_names())
-        finally:
-            engine.dispose()
+        tables = table_names(url)
     except (SQLAlchemyError, ImportError):
         return
     if {"studies", "trials"} <= tables and "experiments" not in tables:
@@ -128,3 +124,20 @@ def refuse_optuna_database(uri: str) -> None:
             f"tracking.uri: expected a database of MLflow's own, got one with Optuna's tables "
             f"({url.render_as_string(hide_password=True)}); name another database"
         )
+
+
+def table_names(url: URL, **arguments: Any) -> set[str]:
+    """Return the names of a database's tables; none where an SQLite file is not there.
+
+    Args:
+        arguments: of SQLAlchemy's `create_engine`.
+    """
+    from sqlalchemy import create_engine, inspect
+
+    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
+        return set()
+    engine = create_engine(url, **arguments)
+    try:
+        return set(inspect(engine).get_table_names())
+    finally:
+        engine.dispose()

@@ -8,21 +8,22 @@ does, the journal is complete, and the next start of any run below the same root
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
-from lesionsam.tracking.lineage import flatten_params, lineage_tags
+from lesionsam.tracking.lineage import lineage_tags
 from lesionsam.tracking.spool import (
     Appender,
     Spool,
     clean_name,
     encode_number,
+    metrics_entry,
+    now_ms,
     prepare_spool,
     read_lines,
     read_record,
@@ -31,16 +32,12 @@ from lesionsam.tracking.spool import (
     write_record,
 )
 from lesionsam.tracking.store import refuse_optuna_database
+from lesionsam.utils.processes import start_python
 
 Scalar = str | int | float | bool | None
 FAILURE_TAG, DESCRIPTION_TAG = "lesionsam.failure", "mlflow.note.content"  # the second is shown on MLflow's page
-MAX_FAILURE_CHARS = 500
-STATUSES = ("FINISHED", "FAILED", "KILLED")
+MAX_PARAM_CHARS = MAX_FAILURE_CHARS = 500
 STALL_SECONDS = 60.0  # `close` kills a sender that made no progress for so long
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)
 
 
 class NullTracker:
@@ -72,14 +69,10 @@ class NullTracker:
         values = {name: value for name, value in values.items() if self._is_new(name, step, value)}
         if not values:
             return
-        now = _now_ms()
-        for name, value in values.items():
-            self._seen.setdefault(name, {})[step] = (now, value)
-        encoded = {name: encode_number(value) for name, value in values.items()}
-        entry = {"seq": self._sequence, "step": int(step), "time": now, "values": encoded}
-        self._sequence += 1
+        entry = metrics_entry(self._sequence, step, values)
+        self._remember(entry)
         self._write(self._metrics, entry)
-        self._journal({"kind": "metrics", **entry})
+        self._journal(entry)
 
     def _write(self, appender: Appender | None, entry: Mapping[str, object]) -> None:
         if appender is None:
@@ -126,10 +119,17 @@ class NullTracker:
         """Return MLflow's id of the run, waiting at most `timeout` seconds; None while no server has answered."""
         return None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End the run with how the block ended."""
+        self.close(
+            "FINISHED" if error is None else "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", error
+        )
+
     def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
-        """End the run with one of `STATUSES`; `reason` is the error that ended it, if any."""
-        if status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {status}")
+        """End the run as FINISHED, FAILED or KILLED; `reason` is the error that ended it, if any."""
         if self._metrics is not None:
             self._close_file(self._metrics)
             self._metrics = None
@@ -156,7 +156,8 @@ class Tracker(NullTracker):
         self._events = Appender(spool.path("journal"))
         (spool.folder / "closing").unlink(missing_ok=True)
         if send:
-            self._start_sender()
+            self._log_file = (spool.folder / "sender.log").open("wb")
+            self._sender = _start(self._log_file, str(spool.folder))
 
     @classmethod
     def open(
@@ -180,7 +181,7 @@ class Tracker(NullTracker):
             folder: of the run; gets metrics.jsonl and run.json. Close the tracker before the folder is moved.
             uri: MLflow tracking URI; empty = `sqlite:///<root>/mlflow.db`.
             root: repository root, see `repository_root`; holds the spool, and without a URI database and artifacts.
-            params: flat or nested. A parameter that was logged with another value before becomes a tag `changed.<key>`.
+            params: by dotted key. A parameter that was logged with another value before becomes a tag `changed.<key>`.
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
             parent: `local_id` of the run that this one belongs to, known before any server has answered.
             local_id: of this run, if another process or machine knows it and run.json may be missing.
@@ -205,7 +206,7 @@ class Tracker(NullTracker):
         tracker._write_record()
         if resumed:
             tracker._add("status", status="RUNNING")
-        tracker._add("params", values=flatten_params(params))
+        tracker._add("params", values={clean_name(key): str(value)[:MAX_PARAM_CHARS] for key, value in params.items()})
         tracker.set_tags({**lineage_tags(root), **tags})
         return tracker
 
@@ -246,7 +247,7 @@ class Tracker(NullTracker):
         self._write(self._events, entry)
 
     def _add(self, kind: str, **content: object) -> None:
-        self._journal({"seq": self._sequence, "kind": kind, "time": _now_ms(), **content})
+        self._journal({"seq": self._sequence, "kind": kind, "time": now_ms(), **content})
         self._sequence += 1
 
     def _add_file(self, kind: str, path: Path, **content: object) -> None:
@@ -287,7 +288,7 @@ class Tracker(NullTracker):
         points = {}
         for key, value in metrics.items():  # reuse the run's own point, or the curve would get it twice
             number, key = float(value), clean_name(key)
-            when, known = self._seen.get(key, {}).get(step, (_now_ms(), number))
+            when, known = self._seen.get(key, {}).get(step, (now_ms(), number))
             points[key] = [encode_number(known), when]
         self._add_file("checkpoint", Path(path), name=name, step=step, values=points)
 
@@ -349,10 +350,6 @@ class Tracker(NullTracker):
                 file=sys.stderr,
             )
 
-    def _start_sender(self) -> None:
-        self._log_file = (self._spool.folder / "sender.log").open("wb")
-        self._sender = _start([str(self._spool.folder)], self._log_file)
-
     def _finish_sender(self) -> None:
         """Wait for the sender while it makes progress; kill it when it stalls."""
         if self._sender is None:
@@ -383,18 +380,8 @@ class Tracker(NullTracker):
             write_record(self._folder, self._spool.local_id, self.run_id(), experiment)
 
 
-def _start(arguments: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start the sender in a session of its own, so that it survives Ctrl-C in training until `close`."""
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "lesionsam.tracking.sender", str(os.getpid()), *arguments]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+def _start(log: IO[bytes], *arguments: str) -> subprocess.Popen[bytes]:
+    return start_python("lesionsam.tracking.sender", *arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
 
 def sync(root: Path, timeout: float = 120.0) -> int:
@@ -405,7 +392,7 @@ def sync(root: Path, timeout: float = 120.0) -> int:
     """
     if any(spool.pending()[0] or spool.is_abandoned() for spool in Spool.all(root)):
         with (spool_root(root) / "sync.log").open("wb") as log:
-            process = _start(["--all", str(root)], log)
+            process = _start(log, "--all", str(root))
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:

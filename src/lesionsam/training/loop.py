@@ -61,6 +61,7 @@ def fit(
     settings: Settings,
     *,
     evaluate: Evaluate,
+    objective: str = OBJECTIVE,
     log: Log,
     folder: Path,
     say: Callable[[str], None] = print,
@@ -70,7 +71,8 @@ def fit(
 
     Args:
         groups: every trained parameter, once.
-        evaluate: epoch -> scores of the development split, with the key `objective` (greater is better).
+        evaluate: epoch -> scores of the development split.
+        objective: the score that selects the best epoch; greater is better.
         log: receives (values, step).
         folder: scratch folder of this run alone; holds the training states and best.pt.
         stop_requested: returns the number of a signal that asks the run to stop, else 0.
@@ -123,8 +125,8 @@ def fit(
         method.model.eval()
         scores = dict(evaluate(at.epoch))
         log(epoch_values(at, means, scores), at.step)
-        if is_better(scores[OBJECTIVE], at):
-            at.best_score, at.best_epoch = scores[OBJECTIVE], at.epoch
+        if is_better(scores[objective], at):
+            at.best_score, at.best_epoch = scores[objective], at.epoch
             save_best(folder, method)
         if found is not None and is_over(at, s):  # a run may end before the last watched step
             liveness.check(found.terms, found.monitors, over=True)

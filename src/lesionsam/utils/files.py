@@ -14,10 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from lesionsam.utils.processes import is_abandoned
+from lesionsam.utils.locks import lock_exclusive
 
 CHUNK = 1 << 20
-_WRITING: set[Path] = set()  # temporary files of this process
 
 
 @contextmanager
@@ -34,14 +33,18 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         raise ValueError(f"mode: expected 'w' or 'wb', got {mode!r}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    _WRITING.add(temporary)
+    temporary = _temporary(path)
     try:
         with temporary.open("xb") if mode == "wb" else temporary.open("x", encoding="utf-8", newline="") as file:
+            with suppress(OSError):  # a file system without locks
+                lock_exclusive(file.fileno(), wait=False)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if sys.platform != "win32":  # which renames no open file
+                os.replace(temporary, path)  # while it is locked still
+        if sys.platform == "win32":
+            os.replace(temporary, path)
         fsync_folder(path.parent)
     except OSError as error:
         if error.filename is None or error.filename == str(temporary):
@@ -50,18 +53,25 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
-        _WRITING.discard(temporary)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def remove_leftovers(folder: Path, *below: str) -> None:
     """Remove the temporary files of killed processes from a folder, and from the folders `below` it at any depth.
 
-    Other folders below it are not searched: they may be another program's, or hold millions of files.
+    A file that is being written is locked, so that none of another process, container or machine is taken for a
+    leftover. Other folders below are not searched: they may be another program's, or hold millions of files.
     """
     for path in [*folder.glob(".*.tmp"), *(path for name in below for path in (folder / name).rglob(".*.tmp"))]:
-        match = re.fullmatch(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp", path.name)
-        if match is not None and path not in _WRITING and is_abandoned(int(match[1])):
-            path.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
+            with suppress(OSError):  # gone meanwhile; a file system without locks
+                with path.open("rb") as file:
+                    is_free = lock_exclusive(file.fileno(), wait=False)
+                if is_free:  # Windows deletes no open file
+                    path.unlink(missing_ok=True)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -100,7 +110,7 @@ def copy_atomic(source: Path, target: Path, *, link: bool = False) -> None:
     """Copy a file so that `target` is never half a file; with `link`, hard-link it where the file system can."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
-        temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        temporary = _temporary(target)
         try:
             os.link(source, temporary)
             os.replace(temporary, target)

@@ -8,32 +8,23 @@ from __future__ import annotations
 import struct
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lesionsam.errors import UserError
 from lesionsam.utils.mask_levels import cut_colours, cut_levels
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
-TURNS = {  # EXIF orientation -> what shows the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")  # of Pillow
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
 LOSSY = ("JPEG", "MPO")
 STRIP_PIXELS = 1 << 22  # converted at once
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # in any case
-SIDEWAYS = tuple(TURNS[number] for number in (5, 6, 7, 8))  # these exchange width and height
+SIDEWAYS = 5  # EXIF orientations from here on exchange width and height
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -53,7 +44,8 @@ def read_image(path: Path | str) -> np.ndarray:
     path = Path(path)
     with _open(path) as image:
         _load(image, path)
-        return _to_rgb(_upright(image), path)
+        _turn_upright(image)
+        return _to_rgb(image, path)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -61,7 +53,7 @@ def image_size(path: Path | str) -> tuple[int, int]:
     path = Path(path)
     with _open(path) as image:
         width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
-        return (height, width) if image.format != "TIFF" and _orientation(image) >= 5 else (width, height)
+        return (height, width) if image.format != "TIFF" and _orientation(image) >= SIDEWAYS else (width, height)
 
 
 def check_image(path: Path | str) -> tuple[int, int]:
@@ -76,7 +68,7 @@ def check_image(path: Path | str) -> tuple[int, int]:
         _load(image, path)
         if image.format not in LOSSY:
             width, height = image.size  # Pillow turns a TIFF while loading it, and draft made a JPEG smaller
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if _orientation(image) >= SIDEWAYS else (width, height)
 
 
 def size_mismatch(path: Path, stated: object, place: str) -> str:
@@ -87,7 +79,7 @@ def size_mismatch(path: Path, stated: object, place: str) -> str:
     """
     width, height = image_size(path)
     with _open(path) as image:
-        is_turned = TURNS.get(_orientation(image)) in SIDEWAYS
+        is_turned = _orientation(image) >= SIDEWAYS
     stated_width, stated_height = tuple(stated) if isinstance(stated, tuple | list) else ("?", "?")
     text = f"{place} says {stated_width}x{stated_height} px, the file has {width}x{height} px"
     if (stated_width, stated_height) != (height, width):
@@ -119,16 +111,16 @@ def read_reduced(path: Path | str, longest: int) -> tuple[np.ndarray, tuple[int,
         _load(image, path)
         if image.format not in LOSSY:
             whole = image.size  # as in `check_image`
+        whole = (whole[1], whole[0]) if _orientation(image) >= SIDEWAYS else whole
+        _turn_upright(image)
         scale = min(1.0, longest / max(whole))
         size = max(1, round(whole[0] * scale)), max(1, round(whole[1] * scale))
-        turn = TURNS.get(_orientation(image))
         small = image
         if image.size != size:
             plain = image.mode in ("RGB", "L") and "transparency" not in image.info
             small = image if plain else Image.fromarray(_to_rgb(image, path))
             small = small.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        pixels = _to_rgb(small if turn is None else small.transpose(turn), path)
-    return pixels, (whole[1], whole[0]) if turn in SIDEWAYS else whole
+        return _to_rgb(small, path), whole
 
 
 def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshold: bool = False) -> np.ndarray:
@@ -152,7 +144,7 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
         if (pages := _num_pages(image)) > 1:
             raise UserError(f"{path}: mask has {pages} pages; expected one; join the lesions in one page of 0 and 255")
         _load(image, path)
-        image = _upright(image)
+        _turn_upright(image)
         width, height = image.size
         if size is not None and (width, height) != tuple(size):
             raise UserError(
@@ -285,9 +277,10 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+def _turn_upright(image: Image.Image) -> None:
+    # With damaged EXIF it stays as it lies, as viewers show it.
+    with suppress(OSError, ValueError, SyntaxError, struct.error, EOFError, TypeError), _quiet():
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:

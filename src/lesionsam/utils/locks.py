@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout, lock_descriptor, unlock_descriptor
+from filelock import FileLock, SoftFileLock, Timeout, lock_descriptor
 
 from lesionsam.errors import UserError
 
@@ -98,11 +98,6 @@ def lock_exclusive(descriptor: int, *, wait: bool = True) -> bool:
         Whether the lock is held; always true with `wait`.
     """
     return lock_descriptor(descriptor, blocking=wait, poll_interval=POLL_SECONDS)
-
-
-def unlock(descriptor: int) -> None:
-    """Free the lock of an open file."""
-    unlock_descriptor(descriptor)
 
 
 def lock_shared(descriptor: int, *, wait: bool = True) -> bool:

@@ -1,4 +1,4 @@
-"""Stage locks, exit with the parent process, and signals that wait for a step to end.
+"""Stage locks, exit with the parent process, and a signal that waits for a step to end.
 
 A killed `dvc repro` leaves its stage alive, and the next one would start a second writer on the same outputs. So a
 stage holds a lock and exits when the process that started it is gone.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lesionsam.errors import Interrupted
 from lesionsam.utils.locks import file_lock
@@ -32,44 +34,6 @@ def stage_lock(stage: str) -> Iterator[None]:
     exit_with_parent()
     with file_lock(SCRATCH / f"{stage}.lock", f"the stage {stage}"):
         yield
-
-
-def is_alive(pid: int, since: str = "") -> bool:
-    """Return whether a process with this number exists on this machine, whoever owns it.
-
-    Args:
-        since: `start_time` of the process that is meant: another process with the same number, or a zombie, is not it.
-    """
-    if since:
-        return start_time(pid) == since
-    if sys.platform == "win32":  # os.kill would end the process
-        import psutil
-
-        return psutil.pid_exists(pid)
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def is_abandoned(pid: int) -> bool:
-    """Return whether a file named after this process is left over: the process is gone, or it is the current one.
-
-    In a container every run may get the same number; the caller knows which files it is writing itself.
-    """
-    return pid == os.getpid() or not is_alive(pid)
-
-
-def start_time(pid: int) -> str:
-    """Return when a process started, in clock ticks since boot; empty for no process, a zombie, or without /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
 
 
 def _parent_of(pid: int) -> int | None:
@@ -105,76 +69,57 @@ def exit_with_parent() -> None:
     """Exit when DVC (or a shell between) is gone; do nothing outside DVC or without /proc."""
     if "DVC_STAGE" not in os.environ or not sys.platform.startswith("linux"):
         return
-    parents = _up_to_dvc()
 
     def end() -> None:
         with suppress(OSError):  # the terminal may be gone as well
             os.write(2, b"the process that started this stage is gone; ending\n")
         os._exit(143)
 
-    def watch() -> None:
-        while all(_parent_of(pid) == parent for pid, parent in parents.items()):
-            time.sleep(WATCH_SECONDS)
-        end()
-
+    parents = _up_to_dvc()
     # DVC may have been killed while this process loaded its libraries: an orphan's new parent has another session.
-    parent = os.getppid()
-    if parent and _session_of(parent) != os.getsid(0):
-        end()
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _session_of(pid: int) -> int | None:
-    """Return the session of a process; None if the process is gone."""
     try:
-        return os.getsid(pid)
+        is_orphan = os.getsid(os.getppid()) != os.getsid(0)
     except ProcessLookupError:
-        return None
+        is_orphan = True
+    if is_orphan:
+        end()
+    _watch(lambda: all(_parent_of(pid) == parent for pid, parent in parents.items()), end)
 
 
-def exit_without(parent: int) -> None:
-    """Exit when the parent process is gone; for worker processes of a stage."""
+def exit_without(parent: int, end: Callable[[], None] = lambda: os._exit(143)) -> None:
+    """Exit when the parent process is gone; for worker processes.
 
+    Args:
+        end: called instead of exiting with status 143, in a thread of its own.
+    """
+    _watch(lambda: os.getppid() == parent, end)
+
+
+def start_python(
+    module: str, *arguments: str, environment: Mapping[str, str] | None = None, **streams: Any
+) -> subprocess.Popen[Any]:
+    """Start a module of this package in a session of its own, which Ctrl-C does not reach.
+
+    Args:
+        module: dotted name, for `python -m`; this process's number is its first argument.
+        environment: additional variables. streams: further arguments of `subprocess.Popen`.
+    """
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", module, str(os.getpid()), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})},
+        start_new_session=True,
+        **streams,
+    )
+
+
+def _watch(is_alive: Callable[[], bool], end: Callable[[], None]) -> None:
     def watch() -> None:
-        while os.getppid() == parent:
+        while is_alive():
             time.sleep(WATCH_SECONDS)
-        os._exit(143)
+        end()
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def deferred_signals() -> Iterator[Callable[[], None]]:
-    """Delay a first Ctrl-C, SIGTERM or SIGHUP to the end of the block; a second one interrupts at once.
-
-    Yields:
-        a function that starts the delay.
-    Raises:
-        KeyboardInterrupt: at the end of the block, if a signal was delayed.
-    """
-    received: list[int] = []
-    before: dict[int, signal.Handlers | Callable[..., object] | int | None] = {}
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    def begin() -> None:
-        if before or threading.current_thread() is not threading.main_thread():
-            return
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, note)
-
-    try:
-        yield begin
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received:
-            raise KeyboardInterrupt
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-QUIET_SECONDS = 5.0  # shorter work prints nothing in a log
-LINE_SECONDS = 15.0
+LINE_SECONDS = 15.0  # between two lines in a log; shorter work prints none
 _silenced: list[bool] = []
 
 
@@ -29,27 +28,10 @@ def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]
     if _silenced:
         yield from items
         return
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=total)
-            for item in items:
-                yield item
-                bar.advance(task)
-        return
-    begun = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - begun > QUIET_SECONDS and now - last > LINE_SECONDS and done < total:
-            last = now
-            print(
-                f"{title}: {done}/{total}, {(now - begun) / done * (total - done):.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+    with Meter(title, total, in_bytes=False) as meter:
+        for done, item in enumerate(items, 1):
+            yield item
+            meter.at(done)
 
 
 def say(line: str) -> None:
@@ -74,14 +56,14 @@ def human_seconds(seconds: float) -> str:
 
 
 class Meter:
-    """Show the progress of bytes with speed and time left; a context manager.
+    """Show a progress with the time left, of bytes with their speed; a context manager.
 
     Args:
-        title: what is transferred. total: bytes in all. begun_at: bytes that were there before.
+        title: what is done. total: items or bytes in all. begun_at: those that were there before.
     """
 
-    def __init__(self, title: str, total: int, begun_at: int = 0) -> None:
-        self.title, self.total, self.begun_at = title, total, begun_at
+    def __init__(self, title: str, total: int, begun_at: int = 0, *, in_bytes: bool = True) -> None:
+        self.title, self.total, self.begun_at, self.in_bytes = title, total, begun_at, in_bytes
 
     def __enter__(self) -> Meter:
         self.begun = self.last = time.monotonic()
@@ -90,15 +72,9 @@ class Meter:
             from rich import progress
             from rich.console import Console
 
-            self.bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TransferSpeedColumn(),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
+            columns = [*progress.Progress.get_default_columns()]
+            columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()] if self.in_bytes else []
+            self.bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.begun_at)
         return self
@@ -108,15 +84,14 @@ class Meter:
             self.bar.stop()
 
     def at(self, done: int) -> None:
-        """Update with the bytes done so far, including those that were there before."""
+        """Update with the items or bytes done so far, including those that were there before."""
         if self.bar is not None:
             self.bar.update(self.task, completed=done)
             return
         now = time.monotonic()
-        if now - self.last >= LINE_SECONDS and done > self.begun_at:
+        if now - self.last >= LINE_SECONDS and self.begun_at < done < self.total:
             self.last = now
             speed = (done - self.begun_at) / (now - self.begun)
-            say(
-                f"{self.title}: {human_bytes(done)} of {human_bytes(self.total)}, {human_bytes(speed)}/s, "
-                f"{human_seconds((self.total - done) / speed)} left"
-            )
+            of_bytes = f"{human_bytes(done)} of {human_bytes(self.total)}, {human_bytes(speed)}/s"
+            amount = of_bytes if self.in_bytes else f"{done}/{self.total}"
+            say(f"{self.title}: {amount}, {human_seconds((self.total - done) / speed)} left")
