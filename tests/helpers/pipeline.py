@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,3 +71,32 @@ def repository_copy(folder: Path) -> Path:
     run(folder, "git", "add", "--all")
     run(folder, *git, "commit", "--quiet", "--message", "copy")
     return folder
+
+
+def kill_in_training(folder: Path, *, whole_group: bool) -> None:
+    """Start `dvc repro train` and kill -9 it (or only DVC, not the stage) once a first epoch's state is on disk."""
+    with (folder / "killed.log").open("w") as log:
+        process = subprocess.Popen(
+            ["dvc", "repro", "train"], cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.monotonic() + LIMIT_S
+        while not list(folder.glob(".scratch/**/state-*.pt")):
+            printed = (folder / "killed.log").read_text(encoding="utf-8")
+            assert process.poll() is None, f"training ended before it could be killed:\n{printed}"
+            assert time.monotonic() < deadline, "no state was saved"
+            time.sleep(0.02)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+        process.wait()
+    assert not (folder / "models" / "adapted" / "best.safetensors").exists(), "it was killed too late to prove anything"
+
+
+def same_weights(one: Path, other: Path) -> None:
+    """Every tensor of every weight file equal, bit for bit."""
+    for name in WEIGHTS:
+        left, right = load_file(one / "models" / "adapted" / name), load_file(other / "models" / "adapted" / name)
+        assert left.keys() == right.keys()
+        different = [key for key in left if not left[key].equal(right[key])]
+        assert not different, f"{name}: {different[:3]}"

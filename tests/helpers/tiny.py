@@ -14,9 +14,10 @@ from lesionsam.data.frames import PRIOR_SCALE, Frames
 from lesionsam.models.checkpoint import build_sam
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.models.sam import Sam
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 
 SIDE = 32
+FRAME = Frame(SIDE)
 ARCHITECTURE = CompactArchitecture(
     image_size=SIDE, patch_size=4, width=32, depth=2, num_heads=2, prompt_width=32, decoder_mlp=32
 )
@@ -60,12 +61,14 @@ def draw_lesion(
     return Lesion(image, mask, big, np.concatenate([centre - half / 2, centre + half / 2]))
 
 
-def tiny_data(count: int, *, seed: int = 0, with_masks: bool = True, with_others: bool = False) -> LesionDataset:
-    """`count` lesions in the model frame of side `SIDE`, of three aspect ratios, straight in memory."""
-    rng = np.random.default_rng(seed)
-    shapes = [(SIDE, SIDE), (24, SIDE), (SIDE, 28)]
-    images, priors = np.zeros((count, SIDE, SIDE, 3), np.uint8), np.full((count, SIDE, SIDE), OUTSIDE)
-    masks, sizes = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros((count, 2), np.int64)
+def tiny_data(
+    count: int, *, seed: int = 0, with_masks: bool = True, with_others: bool = False, frame: Frame = FRAME
+) -> LesionDataset:
+    """`count` lesions in a model frame, straight in memory; of three aspect ratios where it is padded."""
+    rng, side = np.random.default_rng(seed), frame.side
+    shapes = [(side, side)] if frame.squash else [(side, side), (24, side), (side, 28)]
+    images, priors = np.zeros((count, side, side, 3), np.uint8), np.full((count, side, side), OUTSIDE)
+    masks, sizes = np.zeros((count, side, side), np.uint8), np.zeros((count, 2), np.int64)
     boxes, samples = [], []
     for k in range(count):
         height, width = shapes[k % len(shapes)]

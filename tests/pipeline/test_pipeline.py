@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
-from safetensors.torch import load_file
 
-from helpers.pipeline import LIMIT_S, WEIGHTS, environment, lesionsam, repository_copy, run, set_parameter
+from helpers.pipeline import WEIGHTS, kill_in_training, lesionsam, repository_copy, run, same_weights, set_parameter
 from lesionsam.config.edit import edit_text
 from lesionsam.config.load import parse_yaml, unflatten
 
@@ -156,35 +151,6 @@ def test_repro_trains_the_winner_of_a_sweep(project: Path) -> None:
     assert run(project, "git", "diff", "--numstat").stdout.split() == ["1", "1", "params.yaml"]
     ran = run(project, "dvc", "repro", "--dry", "train").stdout
     assert [line.split("'")[1] for line in ran.splitlines() if line.startswith("Running stage")] == ["train"]
-
-
-def same_weights(one: Path, other: Path) -> None:
-    """Every tensor of every weight file equal, bit for bit."""
-    for name in WEIGHTS:
-        left, right = load_file(one / "models" / "adapted" / name), load_file(other / "models" / "adapted" / name)
-        assert left.keys() == right.keys()
-        different = [key for key in left if not left[key].equal(right[key])]
-        assert not different, f"{name}: {different[:3]}"
-
-
-def kill_in_training(folder: Path, *, whole_group: bool) -> None:
-    """Start `dvc repro train` and kill -9 it (or only DVC, not the stage) once a first epoch's state is on disk."""
-    with (folder / "killed.log").open("w") as log:
-        process = subprocess.Popen(
-            ["dvc", "repro", "train"], cwd=folder, env=environment(), stdout=log, stderr=log, start_new_session=True
-        )
-        deadline = time.monotonic() + LIMIT_S
-        while not list(folder.glob(".scratch/**/state-*.pt")):
-            printed = (folder / "killed.log").read_text(encoding="utf-8")
-            assert process.poll() is None, f"training ended before it could be killed:\n{printed}"
-            assert time.monotonic() < deadline, "no state was saved"
-            time.sleep(0.02)
-        if whole_group:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.wait()
-    assert not (folder / "models" / "adapted" / "best.safetensors").exists(), "it was killed too late to prove anything"
 
 
 @pytest.fixture(scope="module")
