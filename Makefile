@@ -103,7 +103,7 @@ evidence: $(READY) ## the comparison on real pairs: make evidence FOLDER=path (h
 	python benchmarks/comparison/run.py $(FOLDER) --out evidence
 
 benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (ten minutes of one core)
-	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" attention.py cache.py; do \
+	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" sam2_step.py attention.py cache.py; do \
 	  echo "python benchmarks/$$script --write"; python benchmarks/$$script --write || failed=1; \
 	done; exit $$failed
 

@@ -93,13 +93,11 @@ def random_sam(name: str, side: int, width: int, depth: int) -> Sam:
     return sam.eval()
 
 
-def generated_batch(side: int, count: int, device: torch.device) -> Batch:
+def generated_batch(frame: Frame, count: int, device: torch.device) -> Batch:
     """Return generated lesions in the model frame, with masks."""
     with tempfile.TemporaryDirectory() as folder:
         samples = generated_samples(Path(folder) / "images", count, SEED)
-        return (
-            open_dataset(samples, Frame(side), Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
-        )
+        return open_dataset(samples, frame, Path(folder) / "frames", with_masks=True).batch(range(count)).to(device)
 
 
 class Pair:
@@ -340,7 +338,7 @@ def main() -> int:
     torch.set_num_threads(a.threads)
     device = torch_device("auto")
     side = a.side if a.model == "field" else 1024
-    batch, rows, limits = generated_batch(side, a.batch_size, device), [], Limits()
+    batch, rows, limits = generated_batch(Frame(side), a.batch_size, device), [], Limits()
 
     def make() -> Sam:
         return random_sam(a.model, side, a.width, a.blocks).to(device)

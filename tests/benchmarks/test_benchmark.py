@@ -15,7 +15,7 @@ import step
 from lesionsam.losses import info_nce
 from lesionsam.models.compact import CompactArchitecture
 from lesionsam.prompts import ring_points
-from lesionsam.types import Batch
+from lesionsam.types import Batch, Frame
 
 SIDE, WIDTH, DEPTH = 96, 64, 6  # blocks 0 and 3 have windows, larger than the map
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return step.generated_batch(SIDE, 2, CPU)
+    return step.generated_batch(Frame(SIDE), 2, CPU)
 
 
 def pair(last_k: int, batch: Batch) -> step.Pair:
