@@ -134,7 +134,8 @@ def main() -> int:
     columns = ["prefix shared", "prefix and reference cached", "by multiplications alone", "losses", "gradients"]
     text = (
         f"Times faster than a plain loop on transformers: median of {a.rounds} rounds (least to greatest). SAM 2.1 "
-        f"tiny, {a.side} px, batch {a.batch_size}, fp32, last stage, neck and decoder trained, random weights, seed {SEED}; "
+        f"tiny, {a.side} px, batch {a.batch_size}, fp32, last stage, neck and decoder trained, random weights, "
+        f"seed {SEED}; "
         f"{provenance(device)}. " + "Not measured on a GPU." * (device.type == "cpu") + "\n\n"
     )
     text += table(columns, [[*row, f"differ by {loss:.0e}", f"differ by {gradient:.0e}"]])

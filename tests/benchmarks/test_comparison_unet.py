@@ -22,7 +22,7 @@ from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.evaluation.columns import ROW_COLUMNS
-from lesionsam.types import Sample
+from lesionsam.types import Frame, Sample
 from lesionsam.utils.files import sha256_file
 
 BASE = with_values(
@@ -111,7 +111,7 @@ def test_under_a_box_its_mask_is_cut_to_the_box() -> None:
         return images[sample.image_id]
 
     found = evaluate_unet(
-        network, data.samples, image, lambda s: truths[s.image_id], side=SIDE, batch_size=2, model="m", run="0"
+        network, data.samples, image, lambda s: truths[s.image_id], frame=Frame(SIDE), batch_size=2, model="m", run="0"
     ).set_index(["image_id", "prompt"])
     for sample in data.samples:
         x0, y0, x1, y1 = sample.big_box

@@ -159,10 +159,7 @@ def test_the_tracking_store_and_what_waits_for_it(tmp_path: Path) -> None:
 
 def test_an_input_side_that_the_patch_does_not_divide_is_a_problem(tmp_path: Path) -> None:
     root = project(tmp_path, name="name: compact -> name: vit_b", side="image_size: 0 -> image_size: 1000")
-    assert (
-        "expected a multiple of 16 (SAM's patch), got 1000; the nearest are 992 and 1008"
-        in found(root, "params")[0].text
-    )
+    assert "expected a multiple of 16 (vit_b), got 1000; the nearest are 992 and 1008" in found(root, "params")[0].text
 
 
 def test_a_dead_server_is_a_problem_and_its_password_a_secret(tmp_path: Path) -> None:

@@ -428,7 +428,7 @@ def test_a_folder_without_its_index_is_not_taken_for_finished(tmp_path: Path) ->
 def test_wrong_files_are_named(tmp_path: Path) -> None:
     samples, cache = write_samples(tmp_path / "files"), tmp_path / "cache"
     with pytest.raises(UserError, match=r"image0\.png: 64x48 px, but the index says 60x48"):
-        load_frames([replace(samples[0], width=60)], SIDE, cache)
+        load_frames([replace(samples[0], width=60)], Frame(SIDE), cache)
     assert samples[1].mask_path is not None
     Image.new("L", (10, 10)).save(samples[1].mask_path)
     with pytest.raises(UserError, match=r"mask1\.png: mask is 10x10 px; expected 40x64"):

@@ -31,6 +31,7 @@ from lesionsam.models import standalone
 from lesionsam.models.checkpoint import build_sam, load_sam, save_sam, weights_metadata
 from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.sam import Sam, at_size, encode
+from lesionsam.models.sam1 import Sam1, build_numbers, build_registered
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.utils.locks import folder_lock
 
@@ -55,19 +56,19 @@ VIT_LIKE = {
 }
 
 
-def vit_like() -> Sam:
+def vit_like() -> Sam1:
     """Random weights, every one of them away from the zero or one that it starts with."""
     torch.manual_seed(1)
-    sam = standalone.build(VIT_LIKE)
+    sam = build_numbers(VIT_LIKE, "like ViT-B")
     with torch.no_grad():
         for value in sam.parameters():
             value.add_(torch.randn(value.shape) * 0.05)
     return sam
 
 
-def subject_of(sam: Sam, name: str = "vit_b") -> Subject:
+def subject_of(sam: Sam1) -> Subject:
     """A model that lies in no file."""
-    return Subject(sam, name, Path("none.pth"), "0" * 64, standalone.numbers_of(sam), registry_name(sam))
+    return Subject(sam, Path("none.pth"), "0" * 64, standalone.numbers_of(sam))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_the_shipped_builder_stands_alone(subject: Subject, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
 def test_published_models_are_known_by_their_numbers(name: str) -> None:
     with torch.device("meta"):
-        sam = sam_model_registry[name]()
+        sam = build_registered(name)
         again = standalone.build(standalone.numbers_of(sam))
     assert {key: value.shape for key, value in again.state_dict().items()} == {
         key: value.shape for key, value in sam.state_dict().items()
@@ -191,35 +192,37 @@ def test_published_models_are_known_by_their_numbers(name: str) -> None:
     assert registry_name(sam) == name
     with torch.device("meta"):
         assert registry_name(at_size(sam, 512)) is None
-    assert registry_name(tiny_sam()) is None
+    assert registry_name(vit_like()) is None
 
 
 def test_another_input_side_is_written_out(tmp_path: Path) -> None:
     """Relative positions of the trained grid are interpolated once; the rebuilt model computes the same."""
-    for sam in (at_size(vit_like(), 64), at_size(tiny_sam(), 48)):
-        grid = sam.image_encoder.img_size // 4
+    for sam in (vit_like(), build_numbers(ARCHITECTURE.numbers())):
+        at_size(sam, 64)
+        grid = sam.side // 4
         one = subject_of(sam)
         state = one.state()
         lengths = {len(value) for key, value in state.items() if "rel_pos" in key}
         assert 2 * grid - 1 in lengths
         PTH_FORMAT.write(one, tmp_path)
         again = reload_copied(tmp_path, "sam.pth")
-        frames = torch.randn(1, 3, sam.image_encoder.img_size, sam.image_encoder.img_size)
+        frames = torch.randn(1, 3, sam.side, sam.side)
         with torch.inference_mode():
-            assert torch.allclose(encode(again, frames), encode(sam, frames), atol=1e-5)
+            assert torch.allclose(again.image_encoder(frames), encode(sam, frames), atol=1e-5)
 
 
 def test_a_published_model_goes_through_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     sam = vit_like()
 
-    def registry(name: str, path: Path) -> Sam:
+    def registry(name: str, path: Path) -> Sam1:
         asked.append((name, path.name))
         sam.load_state_dict(torch.load(path, weights_only=True))
         return sam
 
     monkeypatch.setattr("lesionsam.export.plain.reload_registry", registry)
-    one = replace(subject_of(vit_like()), registry="vit_b")
+    monkeypatch.setattr("lesionsam.export.plain.registry_name", lambda sam: "vit_b")
+    one = subject_of(vit_like())
     (outcome,) = export(one, [PTH_FORMAT], tmp_path, pictures=pictures(1))
     assert outcome.faults == []
     assert asked == [("vit_b", "sam.pth")]

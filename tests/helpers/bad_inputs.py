@@ -993,11 +993,11 @@ SAFE: dict[str, tuple[Spoil, str]] = {
     "no architecture": (changed(lambda state, notes: notes.pop("architecture")), "does not state its architecture"),
     "architecture of text": (
         changed(lambda state, notes: notes.update(architecture="[1]")),
-        "does not state its architecture",
+        "no readable architecture; export the model again",
     ),
     "architecture lacks a key": (
         changed(lambda state, notes: notes.update(architecture='{"width": 32}')),
-        "compact architecture needs exactly the keys",
+        "the architecture that it states cannot be built .missing or unknown: decoder_depth, decoder_mlp",
     ),
     "architecture of words": (
         changed(
@@ -1005,7 +1005,7 @@ SAFE: dict[str, tuple[Spoil, str]] = {
                 architecture=json.dumps({**json.loads(notes["architecture"]), "depth": "two"})
             )
         ),
-        "depth must be a whole number above 0, got 'two'",
+        "depth: expected whole numbers from 0 to 16384, got two",
     ),
     "architecture of giants": (
         changed(

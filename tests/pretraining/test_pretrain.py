@@ -42,7 +42,7 @@ def targets() -> Targets:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of seconds: few shapes, measured on few."""
     monkeypatch.setattr(foundation, "FIRST_CHUNKS", 1)
-    monkeypatch.setattr(foundation, "held_out_shapes", lambda a: make_targets(a.image_size, 4 * a.grid, seeded(5), 8))
+    monkeypatch.setattr(foundation, "held_out_shapes", lambda sam: make_targets(sam.side, 4 * sam.grid, seeded(5), 8))
 
 
 def test_every_parameter_is_trained(targets: Targets) -> None:

@@ -209,7 +209,7 @@ def test_an_evaluation_comes_out_of_mlflow(project: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"run {NO_RUN}: not known"):
         registry.fetch_evaluation(NO_RUN, tmp_path / "none")
     with (
-        pytest.raises(UserError, match=r"its evaluation is not whole, without per_image.csv, table.csv"),
+        pytest.raises(UserError, match=r"its evaluation is not whole, without per_image.csv"),
         open_runs([one, three], project),
     ):
         pass
