@@ -13,6 +13,6 @@ def missing_library(error: ModuleNotFoundError) -> str | None:
         requirements = requires("lesionsam") or []
     except PackageNotFoundError:  # run from the sources
         return None
-    pattern = re.compile(rf"{re.escape(library)}\b(?![-_.]\w).*extra == ['\"]([\w-]+)['\"]", re.IGNORECASE)
+    pattern = re.compile(rf"{library.replace('_', '[-_]')}\b(?![-_.]\w).*extra == ['\"]([\w-]+)['\"]", re.IGNORECASE)
     extras = sorted(f"lesionsam[{match[1]}]" for text in requirements if (match := pattern.match(text)))
     return f"{library} is not installed; install {' or '.join(extras)}" if extras else None
