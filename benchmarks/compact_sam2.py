@@ -23,25 +23,25 @@ SIDE, WIDTH = 128, 64  # of the input and of the image embedding: pixels, channe
 
 
 def small_sam2(seed: int) -> Sam2:
-    """Build a SAM 2 of 1.1 million parameters with random weights."""
+    """Build a SAM 2 of 0.6 million parameters with random weights."""
     torch.manual_seed(seed)
     with quiet():
         backbone = transformers.Sam2HieraDetConfig(
-            hidden_size=24,
+            hidden_size=16,
             image_size=[SIDE, SIDE],
             patch_kernel_size=[3, 3],
             patch_stride=[2, 2],
             patch_padding=[1, 1],
-            blocks_per_stage=[1, 1, 4, 1],
-            embed_dim_per_stage=[24, 48, 96, 192],
-            num_attention_heads_per_stage=[1, 2, 4, 8],
+            blocks_per_stage=[1, 1, 3, 1],
+            embed_dim_per_stage=[16, 32, 64, 128],
+            num_attention_heads_per_stage=[1, 1, 2, 4],
             window_size_per_stage=[8, 4, 8, 4],
-            global_attention_blocks=[3, 5],
+            global_attention_blocks=[3, 4],
             window_positional_embedding_background_size=[8, 8],
         )
         vision = transformers.Sam2VisionConfig(
             backbone_config=backbone,
-            backbone_channel_list=[192, 96, 48, 24],
+            backbone_channel_list=[128, 64, 32, 16],
             backbone_feature_sizes=[[SIDE // 2] * 2, [SIDE // 4] * 2, [SIDE // 8] * 2],
             fpn_hidden_size=WIDTH,
         )

@@ -23,7 +23,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode
 from lesionsam.models.transforms import image_part, model_frames
 from lesionsam.prompts import seeded_prompts
-from lesionsam.utils.files import sha256_file
+from lesionsam.utils.weights import weights_sha256
 
 PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
 FEATURE_BYTES = 512 << 20
@@ -69,7 +69,7 @@ class Model:
     ) -> None:
         self.sam = load_sam(None, weights).to(device)
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
-        self.name, self.digest = weights.name, sha256_file(weights)[:12]
+        self.name, self.digest = weights.name, weights_sha256(weights)[:12]
         metadata = weights_metadata(weights)
         self._search = LesionSearch(trained_without_prompt(metadata))
         self.frame, self.side = self.sam.frame, self.sam.side

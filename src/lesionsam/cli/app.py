@@ -146,7 +146,7 @@ def clear_cache() -> None:
 
 @app.command()
 def smoke(
-    model: Annotated[str, typer.Option(help="compact, vit_b, vit_l or vit_h.")],
+    model: Annotated[str, typer.Option(help="model.name of params.yaml: compact, vit_b, sam2.1-tiny, ...")],
     checkpoint: Annotated[Path, typer.Option(help="Its weights.")],
     image_size: Annotated[
         int | None,

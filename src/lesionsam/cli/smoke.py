@@ -24,6 +24,7 @@ from lesionsam import metrics
 from lesionsam.boxes.annotator import SIMULATED, annotate
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.config.load import Config, default_values, unflatten, validate
+from lesionsam.config.zoo import known
 from lesionsam.data.augment import Augmentation
 from lesionsam.data.contents import load_image, load_mask
 from lesionsam.data.dataset import LesionDataset, open_dataset
@@ -42,7 +43,7 @@ from lesionsam.training.gradients import autocast, step_generator, total_loss
 from lesionsam.training.optimizer import build_optimizer, clip_gradients
 from lesionsam.types import Prompts, Sample
 from lesionsam.utils.devices import torch_device
-from lesionsam.utils.files import sha256_file
+from lesionsam.utils.weights import weights_bytes, weights_sha256
 
 NUM_TRAIN, NUM_TEST = 2, 2  # generated pictures: of the training step, of prediction and evaluation
 MAX_SIDE = 320
@@ -61,7 +62,7 @@ def smoke(
     """Try a checkpoint end to end.
 
     Args:
-        name: compact, vit_b, vit_l or vit_h. checkpoint: its weights.
+        name: model.name of params.yaml. checkpoint: its weights, a file or a folder in the form of the Hub.
         image_size: side of the model's input, pixels; 0 = the model's own; None = the model's own on a GPU and for the
             compact model, `CPU_IMAGE_SIZE` for the others without one.
         device: auto, cpu, cuda or cuda:N. say: receives each line of the report.
@@ -74,8 +75,9 @@ def smoke(
     """
     where = torch_device(device)
     if image_size is None:
-        image_size = CPU_IMAGE_SIZE if where.type == "cpu" and name != "compact" else 0
-    if not checkpoint.is_file():
+        multiple = known(name).multiple
+        image_size = CPU_IMAGE_SIZE // multiple * multiple if where.type == "cpu" and known(name).side else 0
+    if not checkpoint.exists():
         raise UserError(f"--checkpoint: {checkpoint}: no such file; give the path of the model's weights")
     config = validate(
         unflatten(
@@ -91,7 +93,7 @@ def smoke(
         "lesionsam smoke",
     )
     say(f"machine     {machine(where)}")
-    say(f"checkpoint  {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.1f} MB, {identity(name, checkpoint)}")
+    say(f"checkpoint  {checkpoint.name}, {weights_bytes(checkpoint) / 1e6:.1f} MB, {identity(name, checkpoint)}")
     figures: dict[str, float] = {}
 
     with out_of_memory_explained(), tempfile.TemporaryDirectory(prefix="lesionsam-smoke-") as folder:
@@ -155,7 +157,7 @@ def machine(device: torch.device) -> str:
 
 def identity(name: str, checkpoint: Path) -> str:
     """Return the file's SHA-256 and whether it is one of SAM's published checkpoints."""
-    digest = sha256_file(checkpoint)
+    digest = weights_sha256(checkpoint)
     whose = "not a published SAM checkpoint"
     if known := published_name(digest):
         whose = f"SAM's own {known}, as published"

@@ -33,6 +33,7 @@ from lesionsam.utils.extras import missing_library
 from lesionsam.utils.files import sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.images import IMAGE_SUFFIXES, check_image, read_image
 from lesionsam.utils.progress import progress
+from lesionsam.utils.weights import weights_sha256
 
 CARD, README, MODEL_CARD = "card.json", "README.md", "MODEL_CARD.md"
 GENERATED = 4  # pictures of the check without --images
@@ -202,7 +203,7 @@ def open_subject(weights: Path) -> Subject:
     """
     sam = load_sam(None, weights).requires_grad_(False)
     numbers = standalone.numbers_of(sam) if isinstance(sam, Sam1) else sam.architecture()
-    return Subject(sam, weights, sha256_file(weights), numbers)
+    return Subject(sam, weights, weights_sha256(weights), numbers)
 
 
 def check_pictures(folder: Path | None, num_images: int) -> list[Callable[[], np.ndarray]]:

@@ -31,6 +31,7 @@ from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import read_image
 from lesionsam.utils.locks import folder_lock
 from lesionsam.utils.progress import progress
+from lesionsam.utils.weights import weights_sha256
 
 VERSION = 7  # of the values that a row's key covers
 SAVE_SECONDS = 5.0  # between two writes of the table
@@ -327,7 +328,7 @@ def predict_files(
     sam = load_sam(None, model)
     search = LesionSearch(trained_without_prompt(weights_metadata(model)), options)
     decoding = DecodeOptions(ZOOM if zoom else source.decoded_as, num_members=ensemble, search=search)
-    how = PredictOptions(sha256_file(model), source, threshold, decoding)
+    how = PredictOptions(weights_sha256(model), source, threshold, decoding)
     make_folder(out)
     with folder_lock(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
         folder = PredictionFolder(out, overlays=overlays, shapes=shapes)

@@ -37,7 +37,14 @@ ISIC_PEOPLE = (
     "**Skin tone: not known** image by image: the challenge files carry no skin type. ISIC is mostly fair "
     "skin, so expect worse on other skin, and measure before you rely on it."
 )
-BASES = {"compact": "the compact SAM of this project, pretrained on generated shapes only, a million parameters"}
+SAM = "SAM (Kirillov et al. 2023, Apache-2.0), on segment-anything"
+BASES = {
+    "compact": "the compact SAM of this project, pretrained on generated shapes only, a million parameters",
+    "vit_b": SAM,
+    "vit_l": SAM,
+    "vit_h": SAM,
+}
+OTHER_BASE = "that model's weights, whose own licence applies (models/pretrained/weights.json states it where known)"
 
 
 def build_card(results: Path, training: Path, output: Path, *, commit: str | None = None) -> None:
@@ -60,7 +67,7 @@ def build_card(results: Path, training: Path, output: Path, *, commit: str | Non
     source, model = str(params["data"]["source"]), str(params["model"]["name"])
     digest = hashlib.sha256(used.read_bytes()).hexdigest()
     facts = {
-        "model": f"segment-anything, {model}; starts from {BASES.get(model, 'SAM (Kirillov et al. 2023, Apache-2.0)')}",
+        "model": f"{model}; starts from {BASES.get(model, OTHER_BASE)}",
         "weights": f"`best.safetensors`, SHA-256 {sha256_file(weights)}",
         "method": f"{params['method']['name']}; trained: {trained_parts(params['model'])}",
         "labels": labels(params),

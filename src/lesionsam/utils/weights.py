@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from lesionsam.errors import UserError
+from lesionsam.utils.files import sha256_file
 from lesionsam.utils.hub import CONFIG, fetch_model, is_hub_name
 
 NAMES = ("best.safetensors", "sam.safetensors", "sam.pth")  # of a stage or an export, in order of preference
@@ -38,3 +40,17 @@ def find_weights(path: Path) -> Path:
             f"found {names}; name the file"
         )
     return found[0]
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the SHA-256, 64 hex digits, of a weights file; of a folder in the Hub's form, over its files."""
+    if not path.is_dir():
+        return sha256_file(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".json", *SUFFIXES))
+    return hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+def weights_bytes(path: Path) -> int:
+    """Return the size of a weights file, or of the weights in a folder."""
+    files = [file for file in path.iterdir() if file.suffix in SUFFIXES] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
