@@ -92,7 +92,16 @@ def tiny_data(
         )
     corner = np.array([[0, 0, 6, 5]], np.float32) if with_others else np.zeros((0, 4), np.float32)
     big, small = (np.stack([b[i] for b in boxes]).astype(np.float32) for i in (0, 1))
-    frames = Frames(images, np.round(priors * PRIOR_SCALE).astype(np.int8), masks, sizes, big, small, (corner,) * count)
+    frames = Frames(
+        images,
+        np.round(priors * PRIOR_SCALE).astype(np.int8),
+        masks,
+        sizes,
+        big,
+        small,
+        (corner,) * count,
+        frame.squash,
+    )
     return LesionDataset(samples, frames, with_masks=with_masks)
 
 

@@ -60,7 +60,7 @@ def test_features_and_masks_equal_those_of_transformers(family: str, count: int)
     shown = pixels(ours, count)
     features, maps = encode(ours, shown), theirs.get_image_embeddings(shown)
     assert features.shape == (count, 4 * ours.embed_dim, ours.grid, ours.grid)
-    assert torch.allclose(ours.embedding(features), maps[-1], atol=1e-6)
+    assert torch.allclose(ours.image_embedding(features), maps[-1], atol=1e-6)
     for name, prompts in some_prompts(count, ours.side).items():
         for multimask in (False, True):
             wanted = theirs(image_embeddings=maps, multimask_output=multimask, **given(prompts))

@@ -288,7 +288,7 @@ def _weights(root: Path) -> Found:
     if stated.is_file():
         weights = json.loads(stated.read_text(encoding="utf-8"))
         yield OK, f"pretrained: {weights['name']} from {weights['source']}"
-    elif checkpoint and checkpoint != "published" and not (root / checkpoint).is_file():
+    elif checkpoint and checkpoint != "published" and not (root / checkpoint).exists():
         yield PROBLEM, f"model.checkpoint: {checkpoint} is not there", "name a file that is, or `published`"
     else:
         yield NOTE, "pretrained: none yet", "dvc repro weights"

@@ -48,13 +48,16 @@ def export(
         raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
 
     from lesionsam.export import base as exporting
+    from lesionsam.models.sam1 import Sam1
     from lesionsam.tracking.registry import resolve_model
 
     pictures = exporting.check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
-    results = exporting.export(
-        subject, [open_format(name) for name in chosen], out, pictures=pictures, model_card=Path("report/model_card.md")
-    )
+    formats_chosen = [open_format(name) for name in chosen]
+    if everything and not isinstance(subject.sam, Sam1):
+        formats_chosen = [form for form in formats_chosen if form.any_sam]
+        typer.echo(f"{subject.sam.name}: hf and mlflow; the other formats hold models of segment_anything alone")
+    results = exporting.export(subject, formats_chosen, out, pictures=pictures, model_card=Path("report/model_card.md"))
     exporting.print_table(results)
     failed = [(result.format.name, fault) for result in results for fault in result.faults]
     for name, fault in failed:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lesionsam.config.zoo import ZOO
 
 MAX_ENTROPY = 0.6932  # ln 2, rounded up
-NAME = rf"^({'|'.join(map(re.escape, ZOO))}|[\w.-]+(/[\w.-]+)+)$"
+NAME = rf"^({'|'.join(map(re.escape, ZOO))}|[~/]?[\w.-]+(/[\w.-]+)+|/[\w.-]+)$"
 
 
 class Section(BaseModel):

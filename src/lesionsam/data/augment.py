@@ -62,6 +62,7 @@ def distort(
         grids: image (S, S, 3) uint8; prior (S, S) int8, logits times `prior_scale`; mask (S, S) uint8, 1 lesion, 0
             not, `unknown` everywhere where there is none; valid (S, S) bool.
         size: height and width of the image part. boxes: big and small, (4,) XYXY each.
+        squashed_from: (H, W) of the original where the frame is squashed; then the result fills the frame too.
     Returns:
         The four grids, the new (height, width) of the image part, and the two boxes, float32.
     """
@@ -168,23 +169,28 @@ def widen(
     *,
     prior_scale: float,
     unknown: int,
+    squashed_from: tuple[int, int] | None = None,
 ) -> tuple[tuple[np.ndarray, ...], tuple[int, int], tuple[np.ndarray, np.ndarray]]:
-    """Extend the image part of a padded frame by mirroring and fit it into the frame again.
+    """Extend the shorter side of the image by mirroring and fit it into the frame again.
 
     Args:
         image: (S, S, 3) uint8. prior: (S, S) int8, logits times `prior_scale`. mask: (S, S) uint8, 1 lesion, 0 not,
             `unknown` everywhere where there is none. valid: (S, S) bool.
         size: height and width of the image part. boxes: big and small, (4,) XYXY each.
+        squashed_from: (H, W) of the original where the frame is squashed; then the result fills the frame too.
     Returns:
         The four grids, the new (height, width) of the image part, and the two boxes, float32.
     """
     height, width = size
     side = image.shape[0]
     pad = round(min(height, width) * EXTENSION / 2)
-    rows, columns = (pad, 0) if height < width else (0, pad)
+    original = squashed_from or size
+    rows, columns = (pad, 0) if original[0] < original[1] else (0, pad)
     around = ((rows, rows), (columns, columns))
     scale = side / (max(height + 2 * rows, width + 2 * columns))
     new = (max(1, round((height + 2 * rows) * scale)), max(1, round((width + 2 * columns) * scale)))
+    if squashed_from is not None:
+        new = (side, side)
     shown = np.pad(pixels_inside(boxes[0], (height, width)), around, mode="reflect")
     shown[rows : rows + height, columns : columns + width] = False  # only the lesion's mirror image
     known = np.pad(valid[:height, :width], around, mode="reflect") & ~shown

@@ -124,8 +124,14 @@ class LesionDataset:
         grids = (f.images[k], f.priors[k], f.masks[k], valid)
         boxes = (f.big_boxes[k], f.small_boxes[k])
         if widened:
+            s = self.samples[k]
             grids, (height, width), boxes = widen(
-                *grids, (height, width), boxes, prior_scale=PRIOR_SCALE, unknown=UNKNOWN
+                *grids,
+                (height, width),
+                boxes,
+                prior_scale=PRIOR_SCALE,
+                unknown=UNKNOWN,
+                squashed_from=(s.height, s.width) if f.squash else None,
             )
         if limits and rng is not None:
             grids, (height, width), boxes = distort(

@@ -48,6 +48,7 @@ class Frames:
         masks: (N, S, S) uint8, 1 lesion, 0 not, `UNKNOWN` everywhere where there is no mask.
         sizes: (N, 2) int64, height and width of the image part. big_boxes, small_boxes: (N, 4) float32 XYXY.
         others: for each sample, (M, 4) float32 big boxes of the image's other lesions.
+        squash: whether the frames are squashed, see `types.Frame`.
     """
 
     images: np.ndarray
@@ -57,6 +58,7 @@ class Frames:
     big_boxes: np.ndarray
     small_boxes: np.ndarray
     others: tuple[np.ndarray, ...]
+    squash: bool = False
 
 
 def prior_at(
@@ -169,6 +171,7 @@ def load_frames(
         big_boxes=np.array([framed(s.big_box, s) for s in samples]).reshape(-1, 4),
         small_boxes=np.array([framed(s.small_box, s) for s in samples]).reshape(-1, 4),
         others=tuple(framed(boxes, s) for boxes, s in zip(others, samples, strict=True)),
+        squash=frame.squash,
     )
 
 

@@ -15,7 +15,7 @@ from lesionsam.engine.round import EngineFolders, run_round, set_threads
 from lesionsam.tracking.registry import resolve_model
 from lesionsam.utils.locks import file_lock
 
-PRETRAINED = Path("models/pretrained")  # where the weights stage leaves SAM's published weights
+PRETRAINED = Path("models/pretrained")  # where the weights stage leaves the model
 
 
 def start_weights(config: Config, start: str | None) -> Path:
@@ -25,7 +25,7 @@ def start_weights(config: Config, start: str | None) -> Path:
         UserError: they are not there.
     """
     checkpoint = config.model.checkpoint
-    return resolve_model(start or (PRETRAINED if checkpoint == "published" else checkpoint))
+    return resolve_model(start or (checkpoint if Path(checkpoint).is_file() else PRETRAINED))
 
 
 def run(

@@ -12,7 +12,7 @@ from lesionsam.data.contents import samples_digest
 from lesionsam.evaluation.columns import Evaluation
 from lesionsam.evaluation.tables import read_csv
 from lesionsam.types import Sample
-from lesionsam.utils.code import NO_RESULT, code_digest
+from lesionsam.utils.code import MODEL_LIBRARIES, NO_RESULT, code_digest, library_versions
 from lesionsam.utils.files import sha256_file
 
 # What measures; whatever these import counts too.
@@ -24,6 +24,7 @@ def cache_key(samples: Sequence[Sample], weights: Sequence[Path], settings: Mapp
     parts = (
         json.dumps(dict(settings), sort_keys=True, default=str),
         code_digest(*MEASURES, without=NO_RESULT),
+        library_versions(*MODEL_LIBRARIES),
         *map(sha256_file, weights),
         samples_digest(samples),
     )

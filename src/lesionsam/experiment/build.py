@@ -18,8 +18,8 @@ from lesionsam.methods.contrastive import Contrastive, ContrastiveOptions
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised, SupervisedOptions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.finetuned import Strategy, attach
-from lesionsam.models.sam import Sam, sam_of
-from lesionsam.models.trainable import select_trainable
+from lesionsam.models.sam import Sam
+from lesionsam.models.trainable import ENCODER, select_trainable
 from lesionsam.training.loop import Settings
 from lesionsam.training.optimizer import Group, Schedule, parameter_groups
 
@@ -61,11 +61,7 @@ def learning_groups(config: Config, method: Method) -> list[Group]:
     t, rates = config.train, {}
     if isinstance(config.method, SupervisedMethod) and isinstance(config.method.weighting, LearnedWeights):
         rates["loss_weights"] = (LOG_WEIGHTS, config.method.weighting.learning_rate)
-    rates |= {
-        "head": ("head.", t.lr_head),
-        "encoder": (sam_of(method.model).encoder_prefix, t.lr_encoder),
-        "decoder": ("", t.lr_decoder),
-    }
+    rates |= {"head": ("head.", t.lr_head), "encoder": (ENCODER, t.lr_encoder), "decoder": ("", t.lr_decoder)}
     return parameter_groups(method.model, rates, separate=["loss_weights"])
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from lesionsam.config.load import Config, config_digest, flatten
 from lesionsam.data.contents import boxes_text, image_sha256, mask_sha256, samples_digest
 from lesionsam.errors import UserError, listed
+from lesionsam.models.published import CHECKPOINTS
 from lesionsam.types import Sample
-from lesionsam.utils.code import NO_RESULT, code_digest, module_digests
+from lesionsam.utils.code import MODEL_LIBRARIES, NO_RESULT, code_digest, library_versions, module_digests
 from lesionsam.utils.files import remove_leftovers, sha256_file, write_json_atomic
 
 ORIGIN = "origin.json"
@@ -31,13 +32,15 @@ def origin_of(config: Config, samples: Sequence[Sample], weights: Path) -> dict[
         samples: of the training and development splits; their files count by contents. weights: pretrained checkpoint.
     """
     values = flatten(config).items()
+    own = config.model.name in ("compact", *CHECKPOINTS)  # segment_anything is pinned; transformers moves
+    libraries = {} if own else {"libraries": library_versions(*MODEL_LIBRARIES)}
     return {
         "parameters": {key: value for key, value in values if key.split(".")[0] in SECTIONS},
         "images": samples_digest(samples, image_sha256),
         "masks": samples_digest(samples, mask_sha256),
         "boxes": samples_digest(samples, boxes_text),
         "weights": sha256_file(weights),
-        "code": {name: digest[:16] for name, digest in module_digests(TRAINING, without=NO_RESULT).items()},
+        "code": {name: digest[:16] for name, digest in module_digests(TRAINING, without=NO_RESULT).items()} | libraries,
     }
 
 

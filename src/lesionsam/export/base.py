@@ -25,7 +25,7 @@ from lesionsam.export.vanilla_sam import plain_state
 from lesionsam.inference.image import ImagePredictor
 from lesionsam.metrics import iou
 from lesionsam.models import standalone
-from lesionsam.models.checkpoint import load_sam
+from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.finetuned import merged_state
 from lesionsam.models.sam import Sam
 from lesionsam.models.sam1 import WIDTHS, Sam1
@@ -127,6 +127,11 @@ class Format:
     reload: Callable[[Subject, Path], Segment]
     usage: Callable[[Subject], str]
     any_sam: bool = False
+
+    def check(self, subject: Subject) -> None:
+        """Raise UserError if this format cannot hold the model."""
+        if not self.any_sam and not isinstance(subject.sam, Sam1):
+            raise UserError(f"{subject.sam.name} is no model of segment_anything; export it as hf or mlflow")
 
 
 @dataclass
@@ -294,8 +299,7 @@ def export(
     for form in formats:
         with building(out, form.name) as folder:
             try:
-                if not form.any_sam:
-                    subject.original  # noqa: B018
+                form.check(subject)
                 form.write(subject, folder)
                 check = compare(ours, form.reload(subject, folder), pictures, f"checking {form.name}")
             except UserError as error:
@@ -360,7 +364,9 @@ def readme(subject: Subject, form: Format, check: Check) -> str:
     """Return README.md of a format's folder: how to load it, what it is, how it was checked. Hugging Face reads its
     header.
     """
-    head = "---\nlicense: apache-2.0\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
+    own = isinstance(subject.sam, Sam1) and subject.sam.name in (*WIDTHS.values(), "compact")
+    stated = weights_metadata(subject.weights).get("licence") or ("apache-2.0" if own else "other")
+    head = f"---\nlicense: {stated}\nlibrary_name: transformers\npipeline_tag: mask-generation\n---\n\n"
     kinds = {known: f"SAM {known} (Kirillov et al. 2023)" for known in WIDTHS.values()}
     kind = (kinds | {"compact": "the compact SAM of LesionSAM"}).get(subject.sam.name, subject.sam.name)
     used = ", ".join(f"{name} {number}" for name, number in versions(("torch", *form.packages)).items())

@@ -14,6 +14,7 @@ import numpy as np
 
 import lesionsam
 from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
+from lesionsam.models.sam2 import Sam2
 from lesionsam.tracking.shipper import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 
@@ -34,6 +35,9 @@ REQUIREMENTS = (
     "scikit-image",
     "rich",
 )
+
+
+OF_TRANSFORMERS = ("transformers>=5,<6", "timm>=1.0.20")  # for SAM 2.1, EdgeTAM and SAM 3
 
 
 def png_base64(image: np.ndarray) -> str:
@@ -81,7 +85,7 @@ def write(subject: Subject, folder: Path) -> None:
                 artifacts={"weights": str(subject.weights.resolve())},
                 signature=signature,
                 input_example=example,
-                pip_requirements=list(REQUIREMENTS),
+                pip_requirements=[*REQUIREMENTS, *(OF_TRANSFORMERS if isinstance(subject.sam, Sam2) else ())],
             )
     finally:
         chatter.setLevel(level)

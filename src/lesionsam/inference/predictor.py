@@ -45,8 +45,8 @@ class Predictor:
     Features of the last few images are kept, so that another prompt on one of them costs no encoder pass.
 
     Args:
-        model: a weights file, a folder that holds one (models/adapted, an export), or a SAM; the weights must not
-            change while the Predictor lives.
+        model: a weights file, a folder that holds one (models/adapted, an export), OWNER/NAME of the Hugging Face Hub,
+            or a SAM; the weights must not change while the Predictor lives.
         num_cached: images whose features are kept. threshold: probability above which a pixel is lesion.
         auto: settings of the automatic masks.
     """

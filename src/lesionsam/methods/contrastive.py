@@ -1,7 +1,8 @@
 """Contrastive and two-box adaptation: a student and its averaged teacher learn from two boxes per lesion, no masks.
 
-The order is that of docs/method.md. Symbols: f, f_t, f_r features (B, C, H', W') of student, teacher and pretrained
-encoder; z = proj(f); y student logits, m target in [0, 1] and w pixel weights on the low-resolution grid (B, T, T).
+The methods below follow the order of docs/method.md. Symbols: f, f_t, f_r features (B, C, H', W') of student, teacher
+and pretrained encoder; z = proj(f); y student logits, m target in [0, 1] and w pixel weights on the low-resolution grid
+(B, T, T).
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class ContrastiveOptions:
     """Settings of the method; section `method` of params.yaml documents each.
 
     Attributes:
-        weights: name of a term -> its weight; 0 switches it off. The published Greek: alpha = contrast, gamma = distil;
-            pseudo and projection are ours.
+        weights: name of a term -> its weight; 0 switches it off. In the published method contrast is alpha and distil
+            is gamma; pseudo and projection are not part of it.
         offset: outline offset of the prior, logits, already estimated.
     """
 
@@ -140,7 +141,7 @@ class Contrastive(Method):
 
     @torch.no_grad()
     def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Return the images or cells that each mean is over: the gate and missing masks leave some out."""
+        """Return how many images or cells each mean is over; untrusted images and missing masks are skipped."""
         f_t = self.encode_teacher(batch) if self.options.target in ("teacher", "fused") else None
         m, _, trusted = self.target(batch, f_t, self.teacher_prompts(batch, generator))
         cells = self.sam.grid
@@ -153,7 +154,7 @@ class Contrastive(Method):
         }
 
     def after_step(self, taken: bool | torch.Tensor = True) -> None:
-        """Update the teacher, and the step count that its share of a fused target rises with."""
+        """Update the teacher, and the step count, which sets the teacher's share of a fused target."""
         self.student.num_steps += taken
         if self.teacher is not None:
             self.teacher.update(taken)
@@ -213,10 +214,10 @@ class Contrastive(Method):
             if f_t is None or self.teacher is None:
                 raise ValueError("this target needs the teacher's features")
             low_res, _ = decode(sam_of(self.teacher.module), f_t, prompts)
-            taught = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
-            risen = (self.student.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
-            v = o.teacher_weight * risen
-            logits = taught if o.target == "teacher" else (1 - v) * logits + v * taught
+            teacher_logits = F.interpolate(low_res.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
+            ramp = (self.student.num_steps / o.ramp_steps).clamp(max=1) if o.ramp_steps else 1.0
+            share = o.teacher_weight * ramp
+            logits = teacher_logits if o.target == "teacher" else (1 - share) * logits + share * teacher_logits
         in_big = box_grid(batch.big_boxes, side, side)
         if o.target != "teacher":
             logits = logits.masked_fill(~in_big, LOWEST)
@@ -247,52 +248,61 @@ class Contrastive(Method):
         if f_t is None or self.teacher is None:
             raise ValueError("the contrastive term needs the teacher")
         cells, side = f.shape[-1], batch.images.shape[-1]
-        z = self.head(self.sam.embedding(f)).flatten(2).transpose(1, 2)  # (B, N, 64)
+        z = self.head(self.sam.image_embedding(f)).flatten(2).transpose(1, 2)  # (B, N, 64)
         with torch.no_grad():
             teacher_head = self.teacher.module.get_submodule("head") if o.head_ema else self.head
-            z_t = teacher_head(self.sam.embedding(f_t)).flatten(2).transpose(1, 2)
+            z_t = teacher_head(self.sam.image_embedding(f_t)).flatten(2).transpose(1, 2)
         pseudo = to_grid(m, cells) > 0.5
         core = box_grid(batch.small_boxes, cells, side)
         big = box_grid(batch.big_boxes, cells, side) | core  # the core of a tiny lesion may round to a cell outside
         valid = to_grid(batch.valid, cells) > 0.5
         anchors = self.anchors(batch, m, cells)
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
-        beyond = (~big if o.certain_background else pseudo & ~big) & valid
+        outside = (~big if o.certain_background else pseudo & ~big) & valid
         uniforms = to_device(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
-        at, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
+        anchor_index, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
         half = o.neg_samples // 2 if o.missed_core == "negative" else o.neg_samples
-        beyond_at, beyond_valid = sample_pixels(beyond.flatten(1), half, uniforms[1])
-        missed_at, missed_valid = sample_pixels(missed.flatten(1), o.neg_samples - half, uniforms[2])
-        away, away_valid = torch.cat([beyond_at, missed_at], 1), torch.cat([beyond_valid, missed_valid], 1)
+        outside_index, outside_valid = sample_pixels(outside.flatten(1), half, uniforms[1])
+        missed_index, missed_valid = sample_pixels(missed.flatten(1), o.neg_samples - half, uniforms[2])
+        negative_index, negative_valid = (
+            torch.cat([outside_index, missed_index], 1),
+            torch.cat([outside_valid, missed_valid], 1),
+        )
         if o.random_fallback:
-            random_at, random_valid = sample_pixels(valid.flatten(1), away.shape[1], uniforms[3])
-            none = ~away_valid.any(1, keepdim=True)
-            width = random_at.shape[1]
-            away[:, :width] = torch.where(none, random_at, away[:, :width])
-            away_valid[:, :width] = torch.where(none, random_valid, away_valid[:, :width])
-        at, anchor_valid = drop_unused(at, anchor_valid & trusted[:, None])
-        away, away_valid = drop_unused(away, away_valid & trusted[:, None])
+            random_index, random_valid = sample_pixels(valid.flatten(1), negative_index.shape[1], uniforms[3])
+            has_no_negative = ~negative_valid.any(1, keepdim=True)
+            width = random_index.shape[1]
+            negative_index[:, :width] = torch.where(has_no_negative, random_index, negative_index[:, :width])
+            negative_valid[:, :width] = torch.where(has_no_negative, random_valid, negative_valid[:, :width])
+        anchor_index, anchor_valid = drop_unused(anchor_index, anchor_valid & trusted[:, None])
+        negative_index, negative_valid = drop_unused(negative_index, negative_valid & trusted[:, None])
 
         def pick(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
-        negatives = pick(z, away)
+        negatives = pick(z, negative_index)
         if o.in_batch:
-            negatives, away_valid = negatives.flatten(0, 1)[None], away_valid.flatten()[None]
-        loss = info_nce(pick(z, at), pick(z_t, at), negatives, anchor_valid, away_valid, o.temperature)
+            negatives, negative_valid = negatives.flatten(0, 1)[None], negative_valid.flatten()[None]
+        loss = info_nce(
+            pick(z, anchor_index), pick(z_t, anchor_index), negatives, anchor_valid, negative_valid, o.temperature
+        )
         return mean_over(loss, anchor_valid.any(1))
 
     def anchors(self, batch: Batch, m: torch.Tensor, cells: int) -> torch.Tensor:
-        """Return the pixels that may be anchors, (B, cells, cells) bool: the core's, as far as the pseudo mask has
-        them."""
+        """Return the cells that may be anchors, (B, cells, cells) bool.
+
+        They are the cells of the core that the pseudo mask marks as lesion; all of the core if `missed_core` is
+        positive.
+        """
         core = box_grid(batch.small_boxes, cells, batch.images.shape[-1]) & (to_grid(batch.valid, cells) > 0.5)
         return core if self.options.missed_core == "positive" else core & (to_grid(m, cells) > 0.5)
 
     def distil(self, batch: Batch, f: torch.Tensor, f_r: torch.Tensor | None) -> torch.Tensor:
-        """Return the mean squared difference of f and f_r over the valid cells."""
+        """Return the mean squared difference of the image embeddings in f and f_r over the valid cells."""
         if f_r is None:
             raise ValueError("distillation needs the pretrained SAM")
-        squared = (f.float() - f_r.float()).square().mean(1)  # (B, H', W')
+        ours, pretrained = self.sam.image_embedding(f).float(), self.sam.image_embedding(f_r).float()
+        squared = (ours - pretrained).square().mean(1)  # (B, H', W')
         known = to_grid(batch.valid, f.shape[-1])  # padding and other lesions have no part
         return (squared * known).sum() / known.sum().clamp(min=1e-6)
 

@@ -22,13 +22,14 @@ from lesionsam.models.finetuned import SHOWN_KEYS, TUNED, apply_tuned, required_
 from lesionsam.models.hub import read_hub_folder
 from lesionsam.models.lora import merged_lora_state
 from lesionsam.models.sam import Sam, at_size
-from lesionsam.models.sam1 import POSITION, WIDTHS, build_numbers, build_registered
+from lesionsam.models.sam1 import POSITION, WIDTHS, Sam1, build_numbers, build_registered, registered
 from lesionsam.models.sam2 import Sam2, build_sam2_model, no_random_weights
 from lesionsam.utils.files import whole_number, write_bytes_atomic
 from lesionsam.utils.hub import CONFIG, notes_of
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training tools store the weights
 PREFIXES = {"module", "sam_model", "model", "sam"}  # put before SAM's keys by DataParallel, Lightning and others
+ORIGIN = ("source", "revision", "licence")  # metadata of weights from the Hub, passed on to what is trained from them
 COMPILED = "_orig_mod."  # by torch.compile
 
 
@@ -266,7 +267,7 @@ def save_sam(sam: Sam, path: Path, *, name: str, metadata: dict[str, str] | None
         name: model.name of params.yaml. metadata: further entries; name, side and architecture are added.
     """
     notes = {"name": name, "image_size": str(sam.side)} | (metadata or {})
-    if name not in WIDTHS.values():
+    if not (isinstance(sam, Sam1) and name in WIDTHS.values() and registered(sam, name)):
         notes["architecture"] = json.dumps(sam.architecture(), sort_keys=True)
     state = {key: value.detach().cpu().contiguous() for key, value in merged_lora_state(sam).items()}
     write_bytes_atomic(path, safetensors_bytes(state, notes))

@@ -199,7 +199,18 @@ def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
             model, found = kind.from_pretrained(  # nosec B615
                 folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
             )
-    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+    except ModuleNotFoundError:
+        raise
+    except (
+        SafetensorError,
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"{folder}: cannot be read as a {kind.__name__} ({reason}); fetch it again") from None
     if missing := sorted(found["missing_keys"]):

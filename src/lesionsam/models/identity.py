@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lesionsam.models.sam import Sam
-from lesionsam.utils.code import NO_RESULT, code_digest, source_digest
+from lesionsam.utils.code import MODEL_LIBRARIES, NO_RESULT, code_digest, library_versions, source_digest
 
 
 def frozen_identity(sam: Sam, num_blocks: int) -> str:
@@ -22,6 +22,8 @@ def frozen_identity(sam: Sam, num_blocks: int) -> str:
     The weights themselves, not the file they came from: the same prefix in another checkpoint is the same prefix.
     """
     digest = hashlib.sha256(str(sam.frame).encode())
+    if type(sam.encoder).__module__.startswith("transformers."):  # which keeps attention in modules of its own
+        digest.update(library_versions(*MODEL_LIBRARIES).encode())
     for module in ("models.prefix", sam.__module__.removeprefix("lesionsam.")):
         digest.update(code_digest(module, without=NO_RESULT).encode())
     for path in sorted(filter(None, {inspect.getsourcefile(type(part)) for part in (sam.encoder, *sam.blocks)})):

@@ -27,8 +27,8 @@ def encode_prefix(sam: Sam, images: torch.Tensor, num_blocks: int) -> torch.Tens
     Returns:
         tokens (B, ...) after the stem and `num_blocks` blocks; features (B, C, H', W') with the neck.
     """
-    tokens = sam.run_blocks(sam.embed(images), 0, num_blocks)
-    return sam.finish(tokens) if num_blocks > len(sam.blocks) else tokens
+    tokens = sam.run_blocks(sam.run_stem(images), 0, num_blocks)
+    return sam.run_neck(tokens) if num_blocks > len(sam.blocks) else tokens
 
 
 def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tens
     Tokens in half precision are continued in the precision of the weights, as the encoder's residual stream is.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, next(sam.encoder.parameters()).dtype))
-    return tokens if num_blocks > len(sam.blocks) else sam.finish(sam.run_blocks(tokens, num_blocks))
+    return tokens if num_blocks > len(sam.blocks) else sam.run_neck(sam.run_blocks(tokens, num_blocks))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The interface to a Segment Anything model, whoever wrote it: encode frames, decode prompts, what trains.
+"""The common interface of all SAM implementations: encode images, decode prompts, list the parts that may train.
 
 Implementations: `models.sam1` on segment_anything's modules (SAM, MedSAM, SlimSAM, the compact SAM) and `models.sam2`
 on transformers' (SAM 2.1, EdgeTAM, SAM 3). Nothing outside this package asks which one it has.
@@ -17,7 +17,7 @@ from lesionsam.errors import UserError
 from lesionsam.models.transforms import image_region
 from lesionsam.types import Frame, Prompts, to_device
 
-Groups = Sequence[tuple[Tensor | None, Prompts]]
+PromptGroups = Sequence[tuple[Tensor | None, Prompts]]
 
 
 class Sam(nn.Module, ABC):
@@ -28,11 +28,11 @@ class Sam(nn.Module, ABC):
     embedding's resolution by pixel_unshuffle.
 
     Attributes:
-        name: model.name of params.yaml that it answers to. pixel_mean, pixel_std: (3,) or (3, 1, 1) of RGB in 0..255.
+        name: the model.name in params.yaml that selects this model.
+        pixel_mean, pixel_std: (3,) or (3, 1, 1), of RGB in 0..255.
         mask_threshold: logit above which a pixel is foreground.
-        encoder_prefix: how the names of the encoder's parameters begin.
         lora_targets: names of the linear layers of a block's attention. adapted_parts: names of the parts of a block
-            whose outputs carry an adapter. Both may be empty: the encoder is no list of transformer blocks.
+            whose outputs carry an adapter. Both are empty if the encoder has no transformer blocks.
     """
 
     name: str
@@ -41,7 +41,6 @@ class Sam(nn.Module, ABC):
     mask_threshold: float = 0.0
     prompt_encoder: Any
     mask_decoder: Any
-    encoder_prefix: str
     lora_targets: tuple[str, ...]
     adapted_parts: tuple[str, ...] = ("attn", "mlp")
 
@@ -74,11 +73,11 @@ class Sam(nn.Module, ABC):
 
     @abstractmethod
     def stem(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-        """Yield name and module or parameter of what runs before the first block."""
+        """Yield name and module or parameter of the layers before the first block."""
 
     @abstractmethod
     def neck(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
-        """Yield name and module or parameter of what makes features of the last tokens."""
+        """Yield name and module or parameter of the layers that turn the last tokens into features."""
 
     @abstractmethod
     def resize_input(self, side: int) -> None:
@@ -87,7 +86,7 @@ class Sam(nn.Module, ABC):
     @property
     @abstractmethod
     def patch_size(self) -> int:
-        """Return what the side of the input must be a multiple of, pixels."""
+        """Return the divisor of every possible side of the input, pixels."""
 
     @abstractmethod
     def architecture(self) -> dict:
@@ -112,7 +111,7 @@ class Sam(nn.Module, ABC):
         return (images.float() - mean) / std * image_region(sizes, images.shape[-1])[:, None]
 
     @abstractmethod
-    def embed(self, pixels: Tensor) -> Tensor:
+    def run_stem(self, pixels: Tensor) -> Tensor:
         """Return the tokens before the first block, (B, 3, S, S) normalised -> (B, ...)."""
 
     @abstractmethod
@@ -120,16 +119,19 @@ class Sam(nn.Module, ABC):
         """Run tokens through blocks `start` to `stop` (exclusive; None = all)."""
 
     @abstractmethod
-    def finish(self, tokens: Tensor) -> Tensor:
+    def run_neck(self, tokens: Tensor) -> Tensor:
         """Run the neck: tokens after the last block -> features (B, C, H', W')."""
 
     @abstractmethod
-    def decode_groups(self, features: Tensor, groups: Groups, chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def decode_groups(
+        self, features: Tensor, groups: PromptGroups, chosen: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Decode groups of prompts, each group of one kind.
 
         Args:
-            features: (B, C, H', W'). groups: (G,) int64 images and their G prompt sets, model frame; an image may come
-                several times, in any group. None: a single group, every image once and in order.
+            features: (B, C, H', W'). groups: pairs (image_index, prompts), prompts in the model frame. image_index:
+                (G,) int64, the image that each of the G prompt sets belongs to; may repeat. None, with a single group
+                only: prompt set i belongs to image i.
             chosen: which of the mask tokens; token 0 is the single mask, the others are the candidates of an ambiguous
                 prompt.
         Returns:
@@ -137,7 +139,7 @@ class Sam(nn.Module, ABC):
             G, group by group.
         """
 
-    def embedding(self, features: Tensor) -> Tensor:
+    def image_embedding(self, features: Tensor) -> Tensor:
         """Return the image embedding (B, embed_dim, H', W') of features."""
         return features[:, : self.embed_dim]
 
@@ -159,7 +161,7 @@ def at_size(sam: Sam, image_size: int) -> Sam:
 
 def encode(sam: Sam, pixels: Tensor) -> Tensor:
     """Encode normalised images, (B, 3, S, S) -> features (B, C, H', W')."""
-    return sam.finish(sam.run_blocks(sam.embed(pixels), 0))
+    return sam.run_neck(sam.run_blocks(sam.run_stem(pixels), 0))
 
 
 def decode(

@@ -18,7 +18,7 @@ from lesionsam.models import standalone
 from lesionsam.models.attention import run_blocks
 from lesionsam.models.compact import MAX_STATED, CompactArchitecture
 from lesionsam.models.decoder import decode_groups
-from lesionsam.models.sam import Groups, Sam
+from lesionsam.models.sam import PromptGroups, Sam
 from lesionsam.types import Frame
 
 WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}  # of the encoder's tokens
@@ -28,7 +28,6 @@ POSITION = "image_encoder.pos_embed"
 class Sam1(modeling.Sam, Sam):
     """segment_anything's Sam behind the interface; the keys of its state dict are segment_anything's."""
 
-    encoder_prefix = "image_encoder."
     image_encoder: Any
     prompt_encoder: Any
     mask_decoder: Any
@@ -109,7 +108,7 @@ class Sam1(modeling.Sam, Sam):
         prompts.image_embedding_size, prompts.input_image_size = (grid, grid), (side, side)
         prompts.mask_input_size = (4 * grid, 4 * grid)
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def run_stem(self, pixels: Tensor) -> Tensor:
         """Return patch embeddings with positions, (B, 3, S, S) -> (B, H', W', width)."""
         tokens, position = self.image_encoder.patch_embed(pixels), self.image_encoder.pos_embed
         return tokens if position is None else tokens + position
@@ -118,11 +117,13 @@ class Sam1(modeling.Sam, Sam):
         """Run (B, H', W', width) tokens through blocks `start` to `stop`."""
         return run_blocks(self.image_encoder, tokens, start, stop)
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def run_neck(self, tokens: Tensor) -> Tensor:
         """Run the neck, (B, H', W', width) -> (B, C, H', W')."""
         return self.image_encoder.neck(tokens.permute(0, 3, 1, 2))
 
-    def decode_groups(self, features: Tensor, groups: Groups, chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def decode_groups(
+        self, features: Tensor, groups: PromptGroups, chosen: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Decode groups of prompts in one pass; see `models.decoder`."""
         return decode_groups(self, features, groups, chosen)
 
@@ -130,6 +131,13 @@ class Sam1(modeling.Sam, Sam):
 def build_registered(name: str) -> Sam1:
     """Build vit_b, vit_l or vit_h with random weights."""
     return Sam1.of(sam_model_registry[name](), name)
+
+
+def registered(sam: Sam1, name: str) -> bool:
+    """Return whether segment_anything's registry builds this architecture under a name, at any side of the input."""
+    with torch.device("meta"):
+        wanted = standalone.numbers_of(sam_model_registry[name]())
+    return sam.architecture() | {"image_size": 0} == wanted | {"image_size": 0}
 
 
 def build_numbers(numbers: Mapping[str, Any], name: str = "compact") -> Sam1:

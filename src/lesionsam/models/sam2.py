@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lesionsam.models.sam import Groups, Sam
+from lesionsam.models.sam import PromptGroups, Sam
 from lesionsam.types import Frame, Prompts
 
 
@@ -72,7 +72,6 @@ class Sam2(Sam):
         model: of transformers; its modules are shared. name: model.name of params.yaml.
     """
 
-    encoder_prefix = "vision_encoder."
     vision_encoder: Any
     shared_image_embedding: Any
     no_memory_embedding: nn.Parameter
@@ -185,7 +184,7 @@ class Sam2(Sam):
 
     # ---- encode ------------------------------------------------------------------------------------------------------
 
-    def embed(self, pixels: Tensor) -> Tensor:
+    def run_stem(self, pixels: Tensor) -> Tensor:
         """Return patch embeddings with positions, packed; see `run_blocks`. EdgeTAM: the pixels."""
         backbone = self.vision_encoder.backbone
         if self.family == SAM2:
@@ -225,7 +224,7 @@ class Sam2(Sam):
             maps.append(current)
         return torch.cat([one.flatten(1) for one in maps], 1)
 
-    def finish(self, tokens: Tensor) -> Tensor:
+    def run_neck(self, tokens: Tensor) -> Tensor:
         """Run the neck; equals get_image_embeddings of transformers, the maps folded into one tensor."""
         maps = self._unpack(tokens, len(self.blocks))
         if self.family == SAM3:
@@ -272,7 +271,9 @@ class Sam2(Sam):
 
     # ---- decode ------------------------------------------------------------------------------------------------------
 
-    def decode_groups(self, features: Tensor, groups: Groups, chosen: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def decode_groups(
+        self, features: Tensor, groups: PromptGroups, chosen: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
         """Decode each group with transformers' modules; see `Sam.decode_groups`.
 
         In eval mode the single mask is chosen by stability, as in SAM 2: where the first token's mask is unstable, the

@@ -10,6 +10,9 @@ from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
 from lesionsam.models.sam import Sam, parameters_of
 
+# In names of parameters: the encoder with its neck, of either library.
+ENCODER = ("image_encoder.", "vision_encoder.", "mask_decoder.conv_s", "no_memory_embedding")
+
 
 def select_trainable(
     sam: Sam, *, encoder: str, unfreeze_last_k: int = 0, train_decoder: bool, train_prompt_encoder: bool | None = None
@@ -56,9 +59,7 @@ def trained_counts(module: nn.Module) -> dict[str, int]:
     marks = {
         adapters.MARK: "adapters",
         lora.MARK: "lora",
-        "image_encoder.": "encoder",
-        "vision_encoder.": "encoder",
-        "no_memory_embedding": "encoder",
+        **dict.fromkeys(ENCODER, "encoder"),
         "mask_decoder.": "decoder",
         "prompt_encoder.": "prompt_encoder",
         "head.": "head",

@@ -18,7 +18,7 @@ from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key
 from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_frame, open_data, selection_key, train
 from lesionsam.experiment.tracked import open_tracker
-from lesionsam.models.checkpoint import read_weights, save_sam
+from lesionsam.models.checkpoint import ORIGIN, read_weights, save_sam, weights_metadata
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
@@ -117,6 +117,7 @@ def _write_outputs(out: Path, folder: Path, config: Config, trained: Trained, we
     """
     notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
     notes[TRAINED_WITH] = trained_prompts(config)
+    notes |= {key: value for key, value in weights_metadata(weights).items() if key in ORIGIN}
     save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
     if (strategy := strategy_of(config)).encoder != "blocks":
         save_tuned(

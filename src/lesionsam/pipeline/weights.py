@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from lesionsam.config.load import Config
 from lesionsam.config.zoo import known
 from lesionsam.data.sources.download import Remote, fetch
@@ -16,6 +14,7 @@ from lesionsam.pipeline.paths import ARCHIVES, PRETRAINED
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import human_bytes, human_seconds, say
+from lesionsam.utils.weights import safetensors_metadata
 
 ADDRESS = "LESIONSAM_WEIGHTS_URL"  # environment variable: another place that holds the same files
 PUBLISHED_SIDE = 1024  # of SAM's input, pixels
@@ -55,19 +54,15 @@ def _from_hub(name: str, place: str, revision: str) -> dict[str, object]:
     from lesionsam.models.checkpoint import load_sam, save_sam  # here, as they take seconds to import
     from lesionsam.utils.hub import fetch_model
 
-    fetched = fetch_model(place, revision)
+    fetched = fetch_model(place, revision, key="model.name")
     sam, target = load_sam(None, fetched.folder), PRETRAINED / "sam.safetensors"
-    save_sam(sam, target, name=name, metadata=fetched.facts)
+    if known(name).side and (len(sam.blocks), sam.side) != (known(name).blocks, known(name).side):
+        raise UserError(
+            f"model.checkpoint: {place} holds a model of {len(sam.blocks)} blocks at {sam.side} px; {name} has "
+            f"{known(name).blocks} at {known(name).side} px; change model.name or model.checkpoint"
+        )
+    save_sam(sam, target, name=name, metadata={"source": place, **fetched.facts})
     return {"name": name, "sha256": sha256_file(target), "source": place, "image_size": sam.side, **fetched.facts}
-
-
-def _header(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file; empty where it is not one, or is cut short."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}
 
 
 def _own(name: str, checkpoint: Path) -> dict[str, object]:
@@ -76,7 +71,7 @@ def _own(name: str, checkpoint: Path) -> dict[str, object]:
         return _from_hub(name, checkpoint.as_posix(), "")
     if not checkpoint.is_file():
         raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
-    notes = _header(checkpoint)
+    notes = safetensors_metadata(checkpoint)
     if notes.get("name") == name and "image_size" in notes and "tuned" not in notes:
         side = whole_number(notes["image_size"])
         if not side:

@@ -1,5 +1,7 @@
 """Run a sweep: space, study, workers, comparison of winner and start, best values written into params.yaml.
 
+The winner is the best trial; the start is params.yaml as it stood when the study was made, trial 0.
+
 Modules: `space` (what is searched), `prepared` (what trials share), `storage` and `study` (what has been tried),
 `worker` and `workers` (who takes trials), `trial` (one training), `closing` (comparison), `report` and `charts`.
 """
@@ -54,7 +56,7 @@ def sweep(request: Request) -> None:
     """Search, compare, and with `apply` write the best values into params.yaml.
 
     Raises:
-        UserError: see the modules; also after Ctrl-C (exit 130), and if trials are missing in the end.
+        UserError: an invalid configuration, space or storage; Ctrl-C (exit 130); fewer trials finished than requested.
     """
     config = load_config(request.params)
     url, space = storage_url(request.storage), read_space(config)
@@ -132,8 +134,13 @@ def _search(
     name: str,
     url: str,
 ) -> None:
+    """Run trials in workers, then compare winner and start, and apply the best values.
+
+    Several commands may work on one study. The comparison is made by the command that created it, or by any command
+    once all trials are finished; `final_lock` admits one per folder.
+    """
     folder = StudyFolder.of(name)
-    closing = folder.lock("parent.lock")  # its holder closes the sweep in this folder
+    final_lock = folder.lock("parent.lock")
     owner, points = Owner(folder.owners), combinations(space)
     prepared.data(config)  # decoded before the study's lock is taken
     spec = WorkerSpec(
@@ -152,19 +159,18 @@ def _search(
             with study_lock(storage, url, name):
                 study = open_study(config, space, fixed, name, storage, owner)
                 with suppress(Timeout):
-                    closing.acquire(timeout=0)
-                folder.adopt(study.user_attrs["uid"], alone=closing.is_locked)
-                # In the folder that made the study, or where its trials are done already.
-                is_ours = owner_path(folder.owners, study.user_attrs["creator"]).exists()
-                closes = closing.is_locked and (is_ours or count_finished(study) >= spec.trials)
-                if closes:
+                    final_lock.acquire(timeout=0)
+                folder.adopt(study.user_attrs["uid"], alone=final_lock.is_locked)
+                is_creator = owner_path(folder.owners, study.user_attrs["creator"]).exists()
+                compares = final_lock.is_locked and (is_creator or count_finished(study) >= spec.trials)
+                if compares:
                     tracker = open_parent_run(config, folder, study)
             spec = replace(spec, parent=study.user_attrs.get("parent"))
             session = Session(config, prepared, space, folder, study, spec)
-            if closes:
+            if compares:
                 note_zero_shot(session, tracker)
             run_workers(spec)
-            if closes:
+            if compares:
                 verdict = compare_with_start(session)
                 finish(session, tracker, verdict)
             else:
@@ -174,7 +180,7 @@ def _search(
         except KeyboardInterrupt:
             status, done = "KILLED", 0
             if study is not None:
-                with study_lock(storage, url, name):  # of workers that could not hand back their trial themselves
+                with study_lock(storage, url, name):  # release trials of workers that died
                     recover_lost_trials(study, storage, folder.owners)
                 done = count_finished(study)
             raise UserError(
@@ -183,14 +189,14 @@ def _search(
             ) from None
         finally:
             tracker.close(status)
-            closing.release()
+            final_lock.release()
             owner.release()
         if config.tracking.enabled:
-            sync(repository_root(Path.cwd()), timeout=SYNC_SECONDS)  # closes the runs of workers that were killed
+            sync(repository_root(Path.cwd()), timeout=SYNC_SECONDS)  # ends the MLflow runs of killed workers
         if (best := best_trial(study)) is None:
             reasons = [t.user_attrs["error"] for t in shown_trials(study) if "error" in t.user_attrs]
             raise UserError(
-                f"no trial came to its end{f'; the first failed with: {reasons[0]}' if reasons else ''}", exit_code=1
+                f"no trial finished{f'; the first failed with: {reasons[0]}' if reasons else ''}", exit_code=1
             )
         if request.apply:
             apply_best(request, best, verdict)
@@ -204,7 +210,7 @@ def apply_best(request: Request, best: optuna.trial.FrozenTrial, verdict: Verdic
     if verdict is not None and verdict.high < 0:
         print(f"{name} stays as it is: on unseen images the winner is worse than the start")
         return
-    before = read_text(request.params)  # a sweep is long: what its owner changed meanwhile stays
+    before = read_text(request.params)  # read again: keep what the user edited during the sweep
     config = validate(parse_yaml(before, name), name)
     new = edit_text(before, to_values(configured(config, best.user_attrs["values"])), name)
     lines = difference(before, new, name)

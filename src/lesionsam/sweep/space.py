@@ -14,7 +14,7 @@ from lesionsam.config.load import Config, describe, flatten, to_values, unflatte
 from lesionsam.errors import UserError
 
 SEARCHED = ("model", "method", "train")  # sections that a training reads
-PREPARED = ("model.name", "model.checkpoint")  # other stages made files from these
+PREPARED = ("model.name", "model.revision", "model.checkpoint")  # other stages made files from these
 NOT_SEARCHED = {
     "train.seed": "a seed is chance, no setting; winner and start are compared over several",
     "train.epochs": "the length of a trial is sweep.epochs, and a longer trial would win by its length",

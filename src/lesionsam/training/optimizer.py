@@ -34,19 +34,20 @@ class Group:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rates: Mapping[str, tuple[str, float]], separate: Sequence[str] = ()
+    model: nn.Module, learning_rates: Mapping[str, tuple[str | Sequence[str], float]], separate: Sequence[str] = ()
 ) -> list[Group]:
     """Split the trained parameters into groups.
 
     Args:
-        learning_rates: name of a group -> (part of its parameters' names, learning rate). The first match counts; an
-            empty part matches all the rest.
+        learning_rates: name of a group -> (part of its parameters' names, or several, learning rate). The first match
+            counts; an empty part matches all the rest.
         separate: names of groups that are decayed and clipped separately, see `Group`.
     """
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in learning_rates}
+    parts = {name: [part] if isinstance(part, str) else part for name, (part, _) in learning_rates.items()}
     for parameter_name, p in model.named_parameters():
         if p.requires_grad:
-            groups[next(name for name, (part, _) in learning_rates.items() if part in parameter_name)].append(p)
+            groups[next(name for name, part in parts.items() if any(one in parameter_name for one in part))].append(p)
     used = [Group(name, ps, learning_rates[name][1], name in separate) for name, ps in groups.items() if ps]
     if sum(len(g.parameters) for g in used) != len(trained_parameters(model)):
         raise ValueError("every trained parameter must belong to exactly one group")

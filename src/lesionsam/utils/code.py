@@ -13,12 +13,15 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Packages and modules that run beside the work and change no result. Values of parameters are compared on their own,
 # so that the code that reads and checks them (`config`) does not count.
+MODEL_LIBRARIES = ("segment-anything", "transformers", "timm")  # that run a SAM
 NO_RESULT = ("config", "errors", "tracking", "utils.code", "utils.processes", "utils.progress")
 
 
@@ -163,3 +166,12 @@ def _has_docstring(node: ast.AST) -> bool:
 @cache
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes(), str(path))
+
+
+def library_versions(*packages: str) -> str:
+    """Return "name version" of the installed ones of some packages, whose code makes results too."""
+    found = []
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)

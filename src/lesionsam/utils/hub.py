@@ -11,6 +11,7 @@ from lesionsam.errors import UserError
 
 CONFIG = "config.json"
 NOTES = "lesionsam"  # key of config.json under which an export keeps the metadata of its weights
+WEIGHTS = (".safetensors", ".pth")
 FILES = ["*.json", "*.safetensors", "README.md"]
 
 
@@ -43,6 +44,7 @@ def is_hub_name(place: str | Path) -> bool:
     text = str(place)
     return (
         bool(re.fullmatch(r"[\w.-]+/[\w.-]+", text))
+        and Path(text).suffix not in WEIGHTS
         and not Path(text).parts[0].startswith(".")
         and (not Path(text).parent.is_dir())
     )
@@ -60,13 +62,14 @@ class Fetched:
     facts: dict[str, str]
 
 
-def fetch_model(place: str, revision: str) -> Fetched:
+def fetch_model(place: str, revision: str = "main", *, key: str = "--model") -> Fetched:
     """Return the folder of a model: `place` itself, or its files fetched from the Hub into the Hub's own cache.
 
     An interrupted download is resumed by the next call. Without a network the cached files are used.
 
     Args:
         place: a folder with config.json, or OWNER/NAME. revision: branch, tag or commit.
+        key: parameter or option that names it, for messages.
     Raises:
         UserError: no such model or revision, access that is not granted, no network, no weights as safetensors.
     """
@@ -74,35 +77,34 @@ def fetch_model(place: str, revision: str) -> Fetched:
         model_type_of(Path(place))
         return Fetched(Path(place), {})
     from huggingface_hub import constants, errors, snapshot_download
+    from huggingface_hub.utils import httpx
 
     try:
         folder = Path(snapshot_download(place, revision=revision, allow_patterns=FILES))
     except errors.GatedRepoError:
         raise UserError(
-            f"model.name: access to {place} must be granted: accept its licence at "
+            f"{key}: access to {place} must be granted: accept its licence at "
             f"{constants.ENDPOINT}/{place}, then log in with `hf auth login` (or set HF_TOKEN)"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"model.name: {constants.ENDPOINT}/{place} does not exist, or is private; check the name, "
-            "or log in with `hf auth login`"
+            f"{key}: {constants.ENDPOINT}/{place} does not exist, or is private, and no file or folder of that name "
+            "is here; check the name, or log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
         raise UserError(f"model.revision: {place} has no branch, tag or commit {revision!r}") from None
     except errors.HFValidationError:
-        raise UserError(
-            f"model.name: no folder {place}, and no name of a model of the Hub (OWNER/NAME); check it"
-        ) from None
+        raise UserError(f"{key}: no folder {place}, and no name of a model of the Hub (OWNER/NAME); check it") from None
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"model.name: {place} is not in the cache and {constants.ENDPOINT} cannot be reached; connect once, or "
+            f"{key}: {place} is not in the cache and {constants.ENDPOINT} cannot be reached; connect once, or "
             "name a folder that holds it"
         ) from None
-    except (errors.HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"model.name: {place} could not be fetched ({reason}); run again, it resumes") from None
+        raise UserError(f"{key}: {place} could not be fetched ({reason}); run again, it resumes") from None
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.name: {place} holds no weights as safetensors; name a file of weights instead")
+        raise UserError(f"{key}: {place} holds no weights as safetensors; name a file of weights instead")
     facts = {"revision": folder.name}
     if licence := _licence(folder / "README.md"):
         facts["licence"] = licence
@@ -129,6 +131,7 @@ def push_folder(folder: Path, name: str, *, private: bool) -> str:
         UserError: no login, no right to write, no network, a name that the Hub does not take.
     """
     from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub.utils import httpx
 
     api = HfApi()
     try:
@@ -142,7 +145,7 @@ def push_folder(folder: Path, name: str, *, private: bool) -> str:
         status = error.response.status_code if error.response is not None else 0
         remedy = "log in with a token that may write: `hf auth login`" if status in (401, 403) else "try again later"
         raise UserError(f"--push {name}: {constants.ENDPOINT} answered {status}; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (httpx.HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"--push {name}: {constants.ENDPOINT} cannot be reached ({reason})") from None
     return f"{constants.ENDPOINT}/{name}"

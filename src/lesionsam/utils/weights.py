@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from lesionsam.errors import UserError
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.hub import CONFIG, fetch_model, is_hub_name
+from lesionsam.utils.hub import CONFIG, WEIGHTS, fetch_model, is_hub_name
 
 NAMES = ("best.safetensors", "sam.safetensors", "sam.pth")  # of a stage or an export, in order of preference
-SUFFIXES = (".safetensors", ".pth")
+SUFFIXES = WEIGHTS
 
 
 def find_weights(path: Path) -> Path:
@@ -22,7 +24,7 @@ def find_weights(path: Path) -> Path:
         UserError: the path does not exist, or the folder holds none of `NAMES` and not exactly one other weights file.
     """
     if not path.exists() and is_hub_name(path):
-        return fetch_model(path.as_posix(), "main").folder
+        return fetch_model(path.as_posix()).folder
     if path.is_file():
         return path
     if not path.is_dir():
@@ -54,3 +56,12 @@ def weights_bytes(path: Path) -> int:
     """Return the size of a weights file, or of the weights in a folder."""
     files = [file for file in path.iterdir() if file.suffix in SUFFIXES] if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file; empty where it is not one, or is cut short."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
