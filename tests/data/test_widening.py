@@ -147,3 +147,32 @@ def test_order_and_orientation_do_not_depend_on_the_share() -> None:
     first = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augmentation=Augmentation(True))]
     second = [b.index.tolist() for b in data.epoch(5, seed=3, epoch=1, augmentation=Augmentation(True, 0.7))]
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("original", "axis"), [((40, 64), 1), ((64, 40), 0), ((64, 64), 0)], ids=["landscape", "portrait", "square"]
+)
+def test_a_squashed_frame_stays_full_and_the_originally_shorter_side_grows(
+    original: tuple[int, int], axis: int
+) -> None:
+    """The lesion shrinks by a third along that axis (0 = x, 1 = y) and keeps its length along the other."""
+    f = frame((S, S), (30, 20, 60, 50))
+    core = f["box"] + np.array([4, 4, -4, -4], np.float32)
+    grids, found, (big, _) = widen(
+        f["image"],
+        f["prior"],
+        f["mask"],
+        f["valid"],
+        (S, S),
+        (f["box"], core),
+        prior_scale=PRIOR_SCALE,
+        unknown=UNKNOWN,
+        squashed_from=original,
+    )
+    assert found == (S, S)
+    assert grids[3].any(axis=0).all()
+    assert grids[3].any(axis=1).all()
+    lengths = big[2:] - big[:2]
+    assert lengths[axis] == pytest.approx(30 / 1.5)
+    assert lengths[1 - axis] == pytest.approx(30)
+    assert abs(float(grids[2].sum()) - lengths.prod()) < 0.15 * lengths.prod(), "the mask moves along"

@@ -143,3 +143,22 @@ def test_a_pushed_model_predicts_under_its_name_as_the_weights_did(hub: Hub, tmp
         f"print(weights_metadata(find_weights(Path('me/mine')))['{TRAINED_WITH}'])",
     )
     assert kept.stdout.strip() == "ring box none", kept.stderr
+
+
+def test_commands_take_a_folder_in_the_hubs_form(hub: Hub, tmp_path: Path) -> None:
+    folder = write_hub_folder("edgetam", tmp_path / "edge")
+    picture(tmp_path)
+    (tmp_path / "work" / "boxes.csv").write_text(
+        "image_id,big_x0,big_y0,big_x1,big_y1,small_x0,small_y0,small_x1,small_y1\nimage,8,10,50,40,20,20,30,30\n"
+    )
+    words = ["lesionsam", "predict", "image.png", "--boxes", "boxes.csv", "--model", str(folder), "--out", "out"]
+    run_main = "import sys; sys.argv = {!r}; from lesionsam.cli.app import main; main()"
+    done = python(hub, tmp_path, run_main.format(words))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "work" / "out" / "masks").is_dir()
+    words = ["lesionsam", "export", "--all", "--model", str(folder), "--num-images", "1"]
+    done = python(hub, tmp_path, run_main.format(words))
+    assert done.returncode == 0, done.stderr
+    assert "edge: hf and mlflow" in done.stdout
+    card = (tmp_path / "work" / "exports" / "hf" / "README.md").read_text()
+    assert "license: other" in card, "whose licence is not known is not ours to give"
