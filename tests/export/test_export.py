@@ -275,7 +275,8 @@ def test_hugging_face_gives_the_same_logits(
     processor = transformers.SamProcessor.from_pretrained(tmp_path / "hf")
     assert processor.image_processor.size["longest_edge"] == one.side
     assert processor.image_processor.pad_size["height"] == one.side
-    assert (tmp_path / "hf" / "README.md").read_text().startswith("---\nlicense: apache-2.0\n")
+    licence = "apache-2.0" if one.sam.name == "compact" else "other"  # of weights whose origin is not known
+    assert (tmp_path / "hf" / "README.md").read_text().startswith(f"---\nlicense: {licence}\n")
 
 
 def same_size(side: int) -> list[Callable[[], np.ndarray]]:

@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_name_is_one_line_with_the_remedy(hub: Hub, tmp_pat
     hub.models["meta/gated"], hub.models["some/pickle"] = dict(hub.models[NAME]), {"config.json": b"{}"}
     hub.gated.add("meta/gated")
     for name, revision, words in (
-        ("nobody/nothing", "main", "nobody/nothing does not exist, or is private; check the name"),
+        ("nobody/nothing", "main", "nobody/nothing does not exist, or is private, and no file or folder of that name"),
         ("meta/gated", "main", "access to meta/gated must be granted: accept its licence at http"),
         ("some/pickle", "main", "some/pickle holds no weights as safetensors"),
         (NAME, "v9", f"model.revision: {NAME} has no branch, tag or commit 'v9'"),
