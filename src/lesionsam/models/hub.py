@@ -73,64 +73,62 @@ def renamed_state(state: Mapping[str, torch.Tensor], iou_head_depth: int) -> dic
     return out
 
 
+# Section of a SamConfig -> its field -> the number of `standalone.build` that it holds.
+FIELDS = {
+    "vision_config": {
+        "hidden_size": "width",
+        "output_channels": "prompt_width",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "num_heads",
+        "image_size": "image_size",
+        "patch_size": "patch_size",
+        "mlp_dim": "mlp_dim",
+        "window_size": "window_size",
+        "global_attn_indexes": "global_attn_indexes",
+    },
+    "prompt_encoder_config": {"mask_input_channels": "mask_in_chans"},
+    "mask_decoder_config": {
+        "mlp_dim": "decoder_mlp",
+        "num_hidden_layers": "decoder_depth",
+        "num_attention_heads": "decoder_num_heads",
+        "num_multimask_outputs": "num_multimask_outputs",
+        "iou_head_depth": "iou_head_depth",
+        "iou_head_hidden_dim": "iou_head_hidden_dim",
+    },
+}
+
+
 def config_of(numbers: Mapping[str, Any]) -> Any:
     """Return the SamConfig of an architecture (see `standalone.numbers_of`)."""
-    from transformers import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig
+    from transformers import SamConfig
 
     n = numbers
-    vision = SamVisionConfig(
-        hidden_size=n["width"],
-        output_channels=n["prompt_width"],
-        num_hidden_layers=n["depth"],
-        num_attention_heads=n["num_heads"],
-        image_size=n["image_size"],
-        patch_size=n["patch_size"],
-        mlp_ratio=n["mlp_dim"] / n["width"],
-        mlp_dim=n["mlp_dim"],
-        window_size=n["window_size"],
-        global_attn_indexes=list(n["global_attn_indexes"]),
-        num_pos_feats=n["prompt_width"] // 2,
+    held = {section: {field: n[name] for field, name in fields.items()} for section, fields in FIELDS.items()}
+    held["vision_config"] |= {"mlp_ratio": n["mlp_dim"] / n["width"], "num_pos_feats": n["prompt_width"] // 2}
+    held["prompt_encoder_config"] |= {
+        "hidden_size": n["prompt_width"],
+        "image_size": n["image_size"],
+        "patch_size": n["patch_size"],
+        "image_embedding_size": n["image_size"] // n["patch_size"],
+    }
+    # The norm's epsilon is that of segment_anything's decoder; transformers' own default is 1e-6.
+    held["mask_decoder_config"] |= {"hidden_size": n["prompt_width"], "layer_norm_eps": 1e-5}
+    return SamConfig(
+        vision_config=held["vision_config"],
+        prompt_encoder_config=held["prompt_encoder_config"],
+        mask_decoder_config=held["mask_decoder_config"],
     )
-    prompts = SamPromptEncoderConfig(
-        hidden_size=n["prompt_width"],
-        image_size=n["image_size"],
-        patch_size=n["patch_size"],
-        mask_input_channels=n["mask_in_chans"],
-    )
-    decoder = SamMaskDecoderConfig(
-        hidden_size=n["prompt_width"],
-        mlp_dim=n["decoder_mlp"],
-        num_hidden_layers=n["decoder_depth"],
-        num_attention_heads=n["decoder_num_heads"],
-        num_multimask_outputs=n["num_multimask_outputs"],
-        iou_head_depth=n["iou_head_depth"],
-        iou_head_hidden_dim=n["iou_head_hidden_dim"],
-        layer_norm_eps=1e-5,
-    )  # of segment_anything's decoder; transformers' own default is 1e-6
-    return SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
 
 
 def numbers_of_config(config: Any) -> dict[str, Any]:
     """Return the numbers of `standalone.build` of a SamConfig; the inverse of `config_of`."""
-    vision, prompts, decoder = config.vision_config, config.prompt_encoder_config, config.mask_decoder_config
-    return {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "width": vision.hidden_size,
-        "depth": vision.num_hidden_layers,
-        "num_heads": vision.num_attention_heads,
-        "mlp_dim": vision.mlp_dim or int(vision.hidden_size * vision.mlp_ratio),
-        "window_size": vision.window_size,
-        "global_attn_indexes": list(vision.global_attn_indexes),
-        "prompt_width": vision.output_channels,
-        "mask_in_chans": prompts.mask_input_channels,
-        "decoder_depth": decoder.num_hidden_layers,
-        "decoder_num_heads": decoder.num_attention_heads,
-        "decoder_mlp": decoder.mlp_dim,
-        "num_multimask_outputs": decoder.num_multimask_outputs,
-        "iou_head_depth": decoder.iou_head_depth,
-        "iou_head_hidden_dim": decoder.iou_head_hidden_dim,
+    numbers = {
+        name: getattr(getattr(config, section), field)
+        for section, fields in FIELDS.items()
+        for field, name in fields.items()
     }
+    numbers["mlp_dim"] = numbers["mlp_dim"] or int(numbers["width"] * config.vision_config.mlp_ratio)
+    return numbers | {"global_attn_indexes": list(numbers["global_attn_indexes"])}
 
 
 def original_state(state: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, torch.Tensor]:
