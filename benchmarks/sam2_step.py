@@ -42,7 +42,7 @@ LAST_STAGE, SEED = 2, 0  # blocks of Hiera tiny's last stage
 
 
 class PlainLoop(Contrastive):
-    """The same method with three whole encoders, run by transformers, in every step."""
+    """Run the same method with three whole encoders of transformers in every step."""
 
     @staticmethod
     def features(sam: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import chisquare
 
 from helpers.tiny import SIDE, tiny_data, tiny_sam
-from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam, encode
 from lesionsam.prompts import PADDING, points_in, prompts_from_masks, tight_boxes, with_correction
 from lesionsam.types import Batch, Prompts
@@ -145,7 +145,7 @@ def test_every_image_keeps_its_own_prompts_as_segment_anything_pads_them() -> No
         assert prompts.points is not None
         assert prompts.labels is not None
         assert PADDING in prompts.labels
-        logits, quality = decode_candidates(sam, features, prompts, slice(0, 1))
+        logits, quality = decode_groups(sam, features, [(None, prompts)], slice(0, 1))
         for k in range(5):
             box = None if prompts.boxes is None else prompts.boxes[k : k + 1]
             sparse, dense = sam.prompt_encoder(

@@ -20,7 +20,7 @@ from lesionsam.losses import MASK_LOSSES, hard_iou
 from lesionsam.methods.base import Term
 from lesionsam.methods.grid import known_masks, to_grid
 from lesionsam.methods.supervised import LOG_WEIGHTS, MaskDraws, Supervised
-from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import encode
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.training.gradients import total_loss
@@ -195,7 +195,7 @@ def test_a_click_makes_the_second_round_what_segment_anything_makes_of_it() -> N
         y, _, _ = method.decode(batch, generator())
 
         features = encode(method.sam, method.sam.normalize(batch.images, batch.sizes))
-        first, _ = decode_candidates(method.sam, features, Prompts(boxes=batch.big_boxes), slice(0, 1))
+        first, _ = decode_groups(method.sam, features, [(None, Prompts(boxes=batch.big_boxes))], slice(0, 1))
         assert torch.allclose(y[:1], first, atol=1e-4)
         assert batch.masks is not None
         wrong = ((F.interpolate(first, (SIDE, SIDE), mode="bilinear")[:, 0] > 0) != (batch.masks > 0.5)) & batch.valid
@@ -207,7 +207,7 @@ def test_a_click_makes_the_second_round_what_segment_anything_makes_of_it() -> N
                 batch.big_boxes,
                 first,
             )
-            found.append(decode_candidates(method.sam, features, prompts, slice(0, 1))[0])
+            found.append(decode_groups(method.sam, features, [(None, prompts)], slice(0, 1))[0])
         assert any(torch.allclose(y[1:], answer, atol=1e-4) for answer in found), "one of the wrong pixels was clicked"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import build_sam
 from lesionsam.models.compact import CompactArchitecture
-from lesionsam.models.decoder import decode_candidates
+from lesionsam.models.decoder import decode_groups
 from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts
 
@@ -57,7 +57,7 @@ def test_shapes_and_frames() -> None:
     sam = tiny_sam()
     features = sam.image_encoder(torch.randn(3, 3, 32, 32))
     assert features.shape == (3, 16, 4, 4)
-    logits, predicted_iou = decode_candidates(sam, features, prompts_of_every_kind(3)["box"])
+    logits, predicted_iou = decode_groups(sam, features, [(None, prompts_of_every_kind(3)["box"])])
     assert logits.shape == (3, 4, 16, 16)
     assert predicted_iou.shape == (3, 4)
 
@@ -67,7 +67,7 @@ def test_batched_decoding_equals_segment_anything_one_by_one(kind: str) -> None:
     sam, num = tiny_sam(), 3
     features = sam.image_encoder(torch.randn(num, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     prompts = prompts_of_every_kind(num)[kind]
-    logits, predicted_iou = decode_candidates(sam, features, prompts)
+    logits, predicted_iou = decode_groups(sam, features, [(None, prompts)])
     for index in range(num):
         one = prompts[slice(index, index + 1)]
         points = None if one.points is None or one.labels is None else (one.points, one.labels)
@@ -94,7 +94,9 @@ def test_coordinates_keep_their_precision_under_bfloat16() -> None:
             lambda _, inputs, tokens=tokens: tokens.append(inputs[0].detach().float())
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            decode_candidates(sam, torch.zeros(1, 16, 4, 4), Prompts(boxes=torch.tensor([[3.0, 4.0, 20.0, 22.5]])))
+            decode_groups(
+                sam, torch.zeros(1, 16, 4, 4), [(None, Prompts(boxes=torch.tensor([[3.0, 4.0, 20.0, 22.5]])))]
+            )
         hook.remove()
         found += tokens
     torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)

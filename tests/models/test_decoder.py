@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.tiny import SIDE, tiny_sam
-from lesionsam.models.decoder import decode_candidates, decode_groups, embed_points_and_boxes, output_upscaling
+from lesionsam.models.decoder import decode_groups, embed_points_and_boxes, output_upscaling
 from lesionsam.models.sam import Sam
 from lesionsam.types import Prompts
 
@@ -99,8 +99,8 @@ def test_prompts_of_several_lengths_at_once_equal_segment_anything_one_by_one(ch
 def test_the_tokens_asked_for_come_back(tokens: slice) -> None:
     sam, features = tiny_sam(), torch.randn(2, 32, CELLS, CELLS, generator=torch.Generator().manual_seed(0))
     prompts = Prompts(boxes=boxes(2, 2))
-    every, quality = decode_candidates(sam, features, prompts)
-    some, some_quality = decode_candidates(sam, features, prompts, tokens)
+    every, quality = decode_groups(sam, features, [(None, prompts)])
+    some, some_quality = decode_groups(sam, features, [(None, prompts)], tokens)
     torch.testing.assert_close(some, every[:, tokens], atol=1e-6, rtol=1e-5)
     assert torch.equal(some_quality, quality[:, tokens])
 

@@ -1,4 +1,4 @@
-"""The models that params.yaml knows by a short name, and what checks of it need to know of them."""
+"""List the models that params.yaml knows by a short name, with the numbers that its checks need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of the compact SAM.
+"""State the architecture of the compact SAM.
 
 It replaces SAM where published weights cannot be fetched, in tests, and for a first try within a minute.
 """

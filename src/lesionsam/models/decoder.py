@@ -21,17 +21,6 @@ from lesionsam.types import Prompts, to_device
 ABSENT = -1  # label of the point that stands where a prompt has no box
 
 
-def decode_candidates(
-    sam: Sam, features: Tensor, prompts: Prompts, chosen: slice = slice(None)
-) -> tuple[Tensor, Tensor]:
-    """Run `decode_groups` with one prompt set for each image.
-
-    Args:
-        features: (B, C, H', W'). prompts: of the same B images, model frame; none at all is one too.
-    """
-    return decode_groups(sam, features, [(None, prompts)], chosen)
-
-
 def decode_groups(
     sam: Sam, features: Tensor, groups: Sequence[tuple[Tensor | None, Prompts]], chosen: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The common interface of all SAM implementations: encode images, decode prompts, list the parts that may train.
+"""Define the common interface of all SAM implementations: encode images, decode prompts, list parts that may train.
 
 Implementations: `models.sam1` on segment_anything's modules (SAM, MedSAM, SlimSAM, the compact SAM) and `models.sam2`
 on transformers' (SAM 2.1, EdgeTAM, SAM 3). Nothing outside this package asks which one it has.

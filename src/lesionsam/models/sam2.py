@@ -22,7 +22,7 @@ from lesionsam.types import Frame, Prompts
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the models of transformers.
+    """Describe one family of transformers' models.
 
     Attributes:
         model: class of transformers; `config` and `processor` follow its name.
