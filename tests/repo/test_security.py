@@ -17,7 +17,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "mars
 FORBIDDEN_CALLS = {"extractall", "unpack_archive", "mktemp", "os.system", "os.popen", "eval", "exec"}
 LOCAL = ("http://127.0.0.1", "http://localhost", "http://{")  # the page that this machine serves to itself
 DESCRIBED = "https:// or http://"  # a tracking server's address that a user gives, in a message
-OWN_PNGS = {"page.py", "comparison.py", "shipper.py", "mlflow.py"}  # open what this project drew
+OWN_PNGS = {"page.py", "comparison.py", "mlflow_upload.py", "mlflow.py"}  # open what this project drew
 
 
 def faults(source: str) -> Iterator[str]:

@@ -16,8 +16,8 @@ from lesionsam.errors import UserError
 from lesionsam.models.checkpoint import load_sam, save_sam
 from lesionsam.report.runs import open_runs
 from lesionsam.tracking import registry
+from lesionsam.tracking.mlflow_upload import Uploader
 from lesionsam.tracking.registry import promote, resolve_model
-from lesionsam.tracking.shipper import Shipper
 from lesionsam.tracking.spool import Spool, spool_root
 from lesionsam.tracking.tracker import Tracker
 
@@ -34,8 +34,8 @@ NO_RUN = "0123456789abcdef" * 2
 def send(root: Path) -> None:
     """Ship all that waits, in this process."""
     for spool in Spool.all(root):
-        shipper = Shipper(spool, replace_gone=True)
-        while shipper.ship():
+        uploader = Uploader(spool, replace_gone=True)
+        while uploader.upload():
             pass
 
 

@@ -26,9 +26,9 @@ from PIL import Image
 
 from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import lineage_tags, repository_root
+from lesionsam.tracking.mlflow_upload import Unreachable, Uploader
 from lesionsam.tracking.registry import resolve_model
 from lesionsam.tracking.sender import catch_up
-from lesionsam.tracking.shipper import Shipper, Unreachable
 from lesionsam.tracking.spool import Appender, Spool, clean_name, read_lines, spool_root
 from lesionsam.tracking.tracker import STALL_SECONDS, NullTracker, Tracker, sync
 
@@ -200,23 +200,23 @@ def spool_of(root: Path) -> Spool:
     return Spool.all(root)[0]
 
 
-def drain(root: Path, *, lost: int = 0) -> Shipper:
+def drain(root: Path, *, lost: int = 0) -> Uploader:
     """Ship all that waits, in this process; `lost` answers are expected not to come."""
-    shipper = Shipper(spool_of(root), replace_gone=True)
+    uploader = Uploader(spool_of(root), replace_gone=True)
     while True:
         try:
-            while shipper.ship():
+            while uploader.upload():
                 pass
         except Unreachable:
             lost -= 1
             assert lost >= 0
             continue
         assert lost == 0, "the fault did not happen"
-        return shipper
+        return uploader
 
 
-def history(shipper: Shipper, name: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in shipper.client.get_metric_history(shipper.state["run_id"], name)]
+def history(uploader: Uploader, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in uploader.client.get_metric_history(uploader.state["run_id"], name)]
 
 
 # ------------------------------------------------------------------------------------------------- without a server
@@ -400,25 +400,25 @@ def test_a_whole_run_with_the_default_store(tmp_path: Path) -> None:
     again.log({"test/iou": 0.5, "loss": 1.0}, 0)  # loss 1.0 at step 0 is there already
     again.close("FAILED")
     assert ((run / "run.json").read_bytes(), (run / "metrics.jsonl").read_bytes()) == before
-    shipper = drain(tmp_path)
+    uploader = drain(tmp_path)
     found = client.get_run(run_id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["evaluate.status"] == "FAILED"
     assert found.data.tags["evaluate.seed"] == "1"
-    assert history(shipper, "test/iou") == [(0, 0.5)]
-    assert len(history(shipper, "loss")) == 40
+    assert history(uploader, "test/iou") == [(0, 0.5)]
+    assert len(history(uploader, "loss")) == 40
 
     client.delete_run(run_id)
     again = Tracker.reopen(run, uri="", experiment=EXPERIMENT, root=tmp_path, send=False)
     again.log({"test/iou": 0.75}, 0)
     again.close()
-    shipper = drain(tmp_path)
-    replacement = client.get_run(shipper.state["run_id"])
+    uploader = drain(tmp_path)
+    replacement = client.get_run(uploader.state["run_id"])
     assert replacement.info.run_id != run_id
     assert replacement.data.tags["lesionsam.replaces"] == run_id
     assert replacement.info.status == "FINISHED"
-    assert history(shipper, "test/iou") == [(0, 0.5), (0, 0.75)]
-    assert [step for step, _ in history(shipper, "loss")] == list(range(40))
+    assert history(uploader, "test/iou") == [(0, 0.5), (0, 0.75)]
+    assert [step for step, _ in history(uploader, "loss")] == list(range(40))
 
 
 @pytest.mark.parametrize("kind", ["newer", "foreign"])
@@ -440,7 +440,7 @@ def test_a_database_that_mlflow_cannot_use_is_named_and_left_alone(
     tracker.close()
     says = "made by a newer MLflow" if kind == "newer" else "another program's database"
     with pytest.raises(Unreachable, match=says):
-        Shipper(spool_of(tmp_path), replace_gone=True).ship()
+        Uploader(spool_of(tmp_path), replace_gone=True).upload()
     with pytest.raises(UserError, match=says):
         resolve_model("0123456789abcdef" * 2, root=tmp_path)
     assert path.read_bytes() == before
@@ -449,13 +449,13 @@ def test_a_database_that_mlflow_cannot_use_is_named_and_left_alone(
 
 def test_the_reason_of_a_failed_run_is_tagged_and_cleared_by_a_resumed_one(tmp_path: Path) -> None:
     start(tmp_path, "").close("FAILED", UserError("masks/a.png: no such file"))
-    shipper = drain(tmp_path)
-    tags = shipper.client.get_run(shipper.state["run_id"]).data.tags
+    uploader = drain(tmp_path)
+    tags = uploader.client.get_run(uploader.state["run_id"]).data.tags
     assert tags["lesionsam.failure"] == "UserError: masks/a.png: no such file"
     assert tags["mlflow.note.content"] == "FAILED: UserError: masks/a.png: no such file"
     start(tmp_path, "").close()
-    shipper = drain(tmp_path)
-    found = shipper.client.get_run(shipper.state["run_id"])
+    uploader = drain(tmp_path)
+    found = uploader.client.get_run(uploader.state["run_id"])
     assert found.info.status == "FINISHED"
     assert (found.data.tags["lesionsam.failure"], found.data.tags["mlflow.note.content"]) == ("", "")
 
@@ -511,16 +511,16 @@ def test_a_killed_owner_leaves_no_orphan_and_no_gap(tmp_path: Path, server: Serv
     assert spool_of(tmp_path).pending()[0] > 0
     assert catch_up(tmp_path)
     assert spool_of(tmp_path).pending()[0] == 0
-    shipper = Shipper(spool_of(tmp_path), replace_gone=False)
-    assert history(shipper, "loss") == [(step, float(step)) for step in range(20)]
-    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "KILLED"
+    uploader = Uploader(spool_of(tmp_path), replace_gone=False)
+    assert history(uploader, "loss") == [(step, float(step)) for step in range(20)]
+    assert uploader.client.get_run(uploader.state["run_id"]).info.status == "KILLED"
     resumed = start(tmp_path, server.uri)
     resumed.log({"loss": 99.0}, 19)
     resumed.log({"loss": 20.0}, 20)
     resumed.close()
     assert sync(tmp_path) == 0
-    assert history(shipper, "loss") == [(step, float(step)) for step in range(21)]
-    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "FINISHED"
+    assert history(uploader, "loss") == [(step, float(step)) for step in range(21)]
+    assert uploader.client.get_run(uploader.state["run_id"]).info.status == "FINISHED"
 
 
 # ------------------------------------------------------------------------------------------------- faults of the server
@@ -530,24 +530,24 @@ def test_a_server_killed_in_the_middle_loses_and_doubles_nothing(tmp_path: Path,
     first = start(tmp_path, server.uri)
     for step in range(30):
         first.log({"loss": step, "nan": math.nan}, step)
-    shipper = drain(tmp_path)
-    run_id = shipper.state["run_id"]
+    uploader = drain(tmp_path)
+    run_id = uploader.state["run_id"]
     server.kill()
     for step in range(30, 60):
         first.log({"loss": step, "nan": math.nan}, step)
     with pytest.raises(Unreachable):
-        shipper.ship()
+        uploader.upload()
     first.close("FAILED")
     server.start()
     resumed = start(tmp_path, server.uri)  # from a checkpoint at step 50
     for step in range(50, 70):
         resumed.log({"loss": step, "nan": math.nan}, step)
     resumed.close()
-    shipper = drain(tmp_path)
-    assert shipper.state["run_id"] == run_id
-    assert history(shipper, "loss") == [(step, float(step)) for step in range(70)]
-    assert Counter(step for step, _ in history(shipper, "nan")) == Counter(range(70))
-    assert shipper.client.get_run(run_id).info.status == "FINISHED"
+    uploader = drain(tmp_path)
+    assert uploader.state["run_id"] == run_id
+    assert history(uploader, "loss") == [(step, float(step)) for step in range(70)]
+    assert Counter(step for step, _ in history(uploader, "nan")) == Counter(range(70))
+    assert uploader.client.get_run(run_id).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -583,18 +583,18 @@ def test_an_answer_that_gets_lost_is_no_second_entry(tmp_path: Path, gate: Gate,
     tracker.log_picture(tmp_path / "p.png", "overlay", 4)
     tracker.close()
     gate.lose = path
-    shipper = drain(tmp_path, lost=1)
-    experiment = shipper.client.get_experiment_by_name(name)
+    uploader = drain(tmp_path, lost=1)
+    experiment = uploader.client.get_experiment_by_name(name)
     assert experiment is not None
-    (run,) = shipper.client.search_runs([experiment.experiment_id])
+    (run,) = uploader.client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
-    assert history(shipper, "loss") == [(step, float(step)) for step in range(5)]
+    assert history(uploader, "loss") == [(step, float(step)) for step in range(5)]
     assert gate.num_points == 5 + 1  # none of the curve was even sent again; the last one is the model's own
-    (model,) = shipper.client.search_logged_models([experiment.experiment_id])
+    (model,) = uploader.client.search_logged_models([experiment.experiment_id])
     assert [metric.value for metric in model.metrics or []] == [4.0]
     assert run.outputs is not None
     assert len(run.outputs.model_outputs) == 1
-    paths = sorted(item.path.rsplit(".", 1)[1] for item in shipper.client.list_artifacts(run.info.run_id, "images"))
+    paths = sorted(item.path.rsplit(".", 1)[1] for item in uploader.client.list_artifacts(run.info.run_id, "images"))
     assert paths == ["png", "webp"]
 
 
@@ -604,14 +604,14 @@ def test_errors_of_the_server_keep_the_run(tmp_path: Path, gate: Gate) -> None:
     run_id = drain(tmp_path).state["run_id"]
     gate.broken = True
     tracker.log({"loss": 2.0}, 1)
-    shipper = Shipper(spool_of(tmp_path), replace_gone=True)
+    uploader = Uploader(spool_of(tmp_path), replace_gone=True)
     for _ in range(3):
         with pytest.raises(Unreachable, match="500"):
-            shipper.ship()
+            uploader.upload()
     gate.broken = False
     tracker.close()
     assert drain(tmp_path).state["run_id"] == run_id
-    assert history(shipper, "loss") == [(0, 1.0), (1, 2.0)]
+    assert history(uploader, "loss") == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_database_that_is_damaged_loses_no_point_and_a_value_that_it_refuses_does_not_block(
@@ -623,10 +623,10 @@ def test_a_database_that_is_damaged_loses_no_point_and_a_value_that_it_refuses_d
     gate.fault = "(sqlite3.DatabaseError) database disk image is malformed [SQL: INSERT INTO metrics"
     tracker.log({"loss": 1.0}, 0)
     with pytest.raises(Unreachable, match="malformed"):
-        Shipper(spool_of(tmp_path), replace_gone=True).ship()
+        Uploader(spool_of(tmp_path), replace_gone=True).upload()
     gate.fault = None
-    shipper = drain(tmp_path)
-    assert (history(shipper, "loss"), shipper.state["rejected"]) == ([(0, 1.0)], 0)
+    uploader = drain(tmp_path)
+    assert (history(uploader, "loss"), uploader.state["rejected"]) == ([(0, 1.0)], 0)
     gate.fault = "(psycopg2.errors.NumericValueOutOfRange) integer out of range [SQL: INSERT INTO metrics"
     tracker.log({"loss": 2.0}, 1)
     assert drain(tmp_path).state["rejected"] == 1
@@ -668,9 +668,9 @@ def test_a_run_that_is_caught_up_with_may_be_taken_up_again_meanwhile(
     tracker.log({"loss": 1.0}, 0)
     assert tracker._owner is not None
     tracker._owner.close()  # as when it is killed
-    real, taken = Shipper.ship, []
+    real, taken = Uploader.upload, []
 
-    def ship(self: Shipper) -> bool:
+    def upload(self: Uploader) -> bool:
         if not taken:
             lock = spool_of(tmp_path).lock("owner", shared=True)
             assert lock is not None, "it would have to wait for the server"
@@ -679,11 +679,11 @@ def test_a_run_that_is_caught_up_with_may_be_taken_up_again_meanwhile(
             taken.append(start(tmp_path, gate.uri))
         return real(self)
 
-    monkeypatch.setattr(Shipper, "ship", ship)
+    monkeypatch.setattr(Uploader, "upload", upload)
     assert catch_up(tmp_path)
     taken[1].log({"loss": 2.0}, 1)
-    shipper = drain(tmp_path)
-    assert shipper.client.get_run(shipper.state["run_id"]).info.status == "RUNNING"
+    uploader = drain(tmp_path)
+    assert uploader.client.get_run(uploader.state["run_id"]).info.status == "RUNNING"
     taken[1].close()
     assert history(drain(tmp_path), "loss") == [(0, 1.0), (1, 2.0)]
 
@@ -698,10 +698,10 @@ def test_a_spool_that_was_cleaned_away_is_made_again(tmp_path: Path, gate: Gate)
     resumed = start(tmp_path, gate.uri, params={"lr": 0.2, "new": 1})
     resumed.log({"loss": 3}, 3)
     resumed.close()
-    shipper = drain(tmp_path)
-    assert history(shipper, "loss") == [(step, float(step)) for step in range(4)]
+    uploader = drain(tmp_path)
+    assert history(uploader, "loss") == [(step, float(step)) for step in range(4)]
     assert gate.num_points == 4
-    run = shipper.client.get_run(shipper.state["run_id"])
+    run = uploader.client.get_run(uploader.state["run_id"])
     assert run.data.params == {"lr": "0.1", "new": "1"}
     assert run.data.tags["changed.lr"] == "0.2"
 
@@ -711,10 +711,10 @@ def test_evaluating_a_model_whose_training_was_not_tracked_is_a_run_of_its_own(t
     tracker.log({"test/iou": 0.5}, 0)
     tracker.close()
     assert not (tmp_path / "run").exists()
-    shipper = drain(tmp_path)
-    run = shipper.client.get_run(shipper.state["run_id"])
+    uploader = drain(tmp_path)
+    run = uploader.client.get_run(uploader.state["run_id"])
     assert (run.info.run_name, run.info.status) == ("evaluate", "FINISHED")
-    assert history(shipper, "test/iou") == [(0, 0.5)]
+    assert history(uploader, "test/iou") == [(0, 0.5)]
 
 
 def test_what_the_server_refuses_does_not_block_the_rest_and_is_told(
@@ -727,27 +727,27 @@ def test_what_the_server_refuses_does_not_block_the_rest_and_is_told(
     tracker.log_artifact(tmp_path / "missing")
     tracker.log({"loss": 1.0}, 0)
     tracker.close()
-    shipper = drain(tmp_path)
-    assert shipper.state["rejected"] == 2
+    uploader = drain(tmp_path)
+    assert uploader.state["rejected"] == 2
     start(tmp_path, gate.uri).close()
     assert "the MLflow server refused 2 entries of this run, which are not there" in capsys.readouterr().err
     drain(tmp_path)
-    assert history(shipper, "loss") == [(0, 1.0)]
+    assert history(uploader, "loss") == [(0, 1.0)]
     assert spool_of(tmp_path).pending() == (0, 0)
 
 
 def test_a_run_that_was_deleted_is_not_brought_back_by_catching_up(tmp_path: Path, server: Server) -> None:
     tracker = start(tmp_path, server.uri)
     tracker.log({"loss": 1.0}, 0)
-    shipper = drain(tmp_path)
-    shipper.client.delete_run(shipper.state["run_id"])
+    uploader = drain(tmp_path)
+    uploader.client.delete_run(uploader.state["run_id"])
     tracker.log({"loss": 2.0}, 1)
     assert catch_up(tmp_path), "its owner still lives: left alone"
     assert spool_of(tmp_path).pending()[0] == 1
     tracker.close()
     assert catch_up(tmp_path)
     assert spool_of(tmp_path).pending()[0] == 0
-    assert spool_of(tmp_path).read_json("state.json")["run_id"] == shipper.state["run_id"]
+    assert spool_of(tmp_path).read_json("state.json")["run_id"] == uploader.state["run_id"]
 
 
 def test_children_share_one_parent_however_late_the_server_comes(
@@ -775,10 +775,10 @@ def test_children_share_one_parent_however_late_the_server_comes(
         opened(tmp_path / root, "child", parent=parent.local_id).close()
         assert catch_up(tmp_path / root)
     opened(tmp_path / "alone", "child", parent="f" * 32).close()
-    shipper = Shipper(spool_of(tmp_path / "alone"), replace_gone=False)
+    uploader = Uploader(spool_of(tmp_path / "alone"), replace_gone=False)
     with pytest.raises(Unreachable, match="belongs to is not there yet"):
-        shipper.ship()
-    monkeypatch.setattr("lesionsam.tracking.shipper.PARENT_SECONDS", 0.0)
+        uploader.upload()
+    monkeypatch.setattr("lesionsam.tracking.mlflow_upload.PARENT_SECONDS", 0.0)
     assert catch_up(tmp_path / "alone")
     (tmp_path / "here" / "parent" / "run.json").unlink()  # cleaned away: whoever knows the id goes on with that run
     again = opened(tmp_path / "here", "parent", local_id=parent.local_id)

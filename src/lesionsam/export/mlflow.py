@@ -15,7 +15,7 @@ import numpy as np
 import lesionsam
 from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
 from lesionsam.models.sam2 import Sam2
-from lesionsam.tracking.shipper import ENVIRONMENT
+from lesionsam.tracking.mlflow_upload import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic
 
 SCRIPT = Path("export/mlflow_served.py")

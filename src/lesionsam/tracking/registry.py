@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
-from lesionsam.tracking.shipper import ENVIRONMENT, LOCAL_ID_TAG, reason
+from lesionsam.tracking.mlflow_upload import ENVIRONMENT, LOCAL_ID_TAG, reason
 from lesionsam.tracking.spool import Spool, read_record, spool_root
 from lesionsam.tracking.store import store_problem
 from lesionsam.tracking.tracker import sync

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lesionsam.tracking.shipper import Shipper, Unreachable, system_monitors
+from lesionsam.tracking.mlflow_upload import Unreachable, Uploader, system_monitors
 from lesionsam.tracking.spool import Appender, Spool, metrics_entry, read_lines
 from lesionsam.utils.processes import exit_without
 
@@ -54,13 +54,13 @@ def _catch_up_one(spool: Spool, stop: Callable[[], bool]) -> None:
     """
     if spool.has_owner() or (not spool.pending()[0] and spool.is_closed()):
         return
-    shipper = Shipper(spool, replace_gone=False)
+    uploader = Uploader(spool, replace_gone=False)
     while not stop():
-        is_left = shipper.ship()
+        is_left = uploader.upload()
         if spool.has_owner():
             return
         if not is_left:
-            shipper.mark_killed()
+            uploader.mark_killed()
             return
 
 
@@ -94,11 +94,11 @@ def serve(spool: Spool) -> int:
     lock = spool.lock("sender", wait=True)
     closing = spool.folder / "closing"
     try:
-        shipper = Shipper(spool, replace_gone=True)
+        uploader = Uploader(spool, replace_gone=True)
     except Unreachable as error:  # a database that this MLflow cannot use: waiting does not help
         print(error, file=sys.stderr)
         return 3
-    sampler = SystemSampler(spool) if shipper.meta["system_metrics"] else None
+    sampler = SystemSampler(spool) if uploader.meta["system_metrics"] else None
     if sampler is not None:
         sampler.sample()
     failures, caught_up = 0, False
@@ -107,17 +107,17 @@ def serve(spool: Spool) -> int:
         if sampler is not None and not last:
             sampler.sample()
         try:
-            while shipper.ship():
+            while uploader.upload():
                 failures = 0
             if last:
                 return 0
             if not caught_up:
                 caught_up = True
-                catch_up(Path(shipper.meta["root"]), spool, closing.exists)
+                catch_up(Path(uploader.meta["root"]), spool, closing.exists)
         except (Unreachable, OSError) as error:  # a server that does not answer; a full disk
             failures += 1
             with suppress(OSError):
-                shipper.note(str(error))
+                uploader.note(str(error))
             if last and failures > 1:
                 return 3
         delay = LAST_DELAY_SECONDS if last else min(SEND_SECONDS * 2 ** min(failures, 10), MAX_DELAY_SECONDS)

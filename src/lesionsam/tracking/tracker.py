@@ -1,7 +1,7 @@
 """Track experiments without waiting for a server: every call appends a line to a file and returns.
 
 `metrics.jsonl` in the run's folder is written first, then the spool's journal (`tracking.spool`); a process of its own
-(`tracking.sender`) ships the journal to MLflow. It is a process and not a thread: importing mlflow costs 3 s of CPU,
+(`tracking.sender`) uploads the journal to MLflow. It is a process and not a thread: importing mlflow costs 3 s of CPU,
 sending competes for the interpreter's lock, and a loader worker forked during an import can hang. Whatever the server
 does, the journal is complete, and the next start of any run below the same root sends what is missing.
 """

@@ -63,8 +63,8 @@ class RunGone(Exception):
     """The run no longer exists on the server."""
 
 
-class Shipper:
-    """Send one spool. `ship` does one unit of work: a batch of points, or one other operation.
+class Uploader:
+    """Send one spool. `upload` does one unit of work: a batch of points, or one other operation.
 
     Args:
         spool: of the run. replace_gone: give a run deleted on the server a successor; otherwise drop its waiting
@@ -101,7 +101,7 @@ class Shipper:
         self._uncertain = True
         self._patience = time.monotonic() + PARENT_SECONDS
 
-    def ship(self) -> bool:
+    def upload(self) -> bool:
         """Send the next unit and return whether there was one. Raise `Unreachable` if it has to be repeated."""
         for journal in JOURNALS:
             lines = read_lines(self.spool.path(journal), self.state["sent"].get(journal, 0))
@@ -227,7 +227,7 @@ class Shipper:
             if (lock := parent.lock("sender")) is None:
                 raise Unreachable("the run that it belongs to is not there yet")
             with lock:
-                return Shipper(parent, replace_gone=False)._find_run()
+                return Uploader(parent, replace_gone=False)._find_run()
         found = self.client.search_runs([experiment_id], f"tags.`{LOCAL_ID_TAG}` = '{local_id}'")
         if not found and self.meta["uri"] and time.monotonic() < self._patience:
             raise Unreachable("the run that it belongs to is not there yet")
