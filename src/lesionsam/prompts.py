@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lesionsam.parallel.collectives import rank_any
+from lesionsam.parallel.draws import Draws, rand
 from lesionsam.types import Prompts, to_device
 from lesionsam.utils.random import keyed_rng
 
@@ -91,11 +93,9 @@ def ring_points(big: torch.Tensor, small: torch.Tensor, uniforms: torch.Tensor) 
     return picked[..., :2] + uniforms[..., 1:] * (picked[..., 2:] - picked[..., :2])
 
 
-def draw_prompts(
-    kind: str, big: torch.Tensor, small: torch.Tensor, *, num_points: int, generator: torch.Generator
-) -> Prompts:
+def draw_prompts(kind: str, big: torch.Tensor, small: torch.Tensor, *, num_points: int, generator: Draws) -> Prompts:
     """Draw one prompt per image; the generator is on the CPU, so that every device draws the same."""
-    uniforms = torch.rand(len(big), uniforms_needed(kind, num_points), generator=generator)
+    uniforms = rand(generator, len(big), uniforms_needed(kind, num_points))
     return prompts_from_uniforms(kind, big, small, to_device(uniforms, big.device))
 
 
@@ -158,7 +158,7 @@ def prompts_from_masks(
     max_points: int,
     point_jitter: float,
     negative: float,
-    generator: torch.Generator,
+    generator: Draws,
 ) -> Prompts:
     """Draw one prompt per image from its true mask, as a person who sees the lesion might give it.
 
@@ -175,7 +175,7 @@ def prompts_from_masks(
     """
 
     def drawn(*shape: int) -> torch.Tensor:
-        return to_device(torch.rand(len(masks), *shape, generator=generator), masks.device)
+        return to_device(rand(generator, len(masks), *shape), masks.device)
 
     empty, frame = ~masks.flatten(1).any(1, keepdim=True), sizes.flip(1).float()
     tight = torch.where(empty, fallback, tight_boxes(masks))
@@ -193,13 +193,13 @@ def prompts_from_masks(
     has_negative = (drawn(1) < negative) & background.flatten(1).any(1, keepdim=True) & ~empty
     points = torch.cat([points, points_in(background, drawn(1))], 1)
     labels = torch.cat([labels, torch.where(has_negative, 0, PADDING)], 1)
-    used = (labels != PADDING).any(0)  # waits for a GPU; but padding points would take part in the attention
+    used = rank_any((labels != PADDING).any(0))  # waits for a GPU; but padding points would take part in the attention
     points = torch.minimum(points.clamp(min=0), frame[:, None] - 1)
     return Prompts(points[:, used], labels[:, used], boxes)
 
 
 def with_correction(
-    prompts: Prompts, logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, generator: torch.Generator
+    prompts: Prompts, logits: torch.Tensor, masks: torch.Tensor, valid: torch.Tensor, generator: Draws
 ) -> Prompts:
     """Add one click where the predicted mask is wrong, and its logits as mask prompt.
 
@@ -215,7 +215,7 @@ def with_correction(
     side = masks.shape[-1]
     mask = F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0] > 0
     wrong = (mask != masks) & valid
-    uniforms = to_device(torch.rand(len(masks), 1, generator=generator), masks.device)
+    uniforms = to_device(rand(generator, len(masks), 1), masks.device)
     click = points_in(wrong, uniforms)
     column, row = click[:, 0].long().unbind(1)
     truth = masks[torch.arange(len(masks), device=masks.device), row, column].long()

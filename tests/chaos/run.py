@@ -1,9 +1,9 @@
 """Faults on purpose, and what must hold all the same: `python tests/chaos/run.py`, or `make chaos RUNS=40 SEED=0`.
 
-Five campaigns, each of real processes that are really killed: trainings, downloads, tracked runs whose server is dead,
-predictions into one folder, and the whole chain under `dvc repro` on the `tiny` preset. Every run draws its fault from
-(seed, number), so that `--only` repeats one. Printed are counts by fault, and the number of each run that broke a
-promise; the exit status is then 1. `tests/chaos/test_chaos.py` is the short form.
+Six campaigns, each of real processes that are really killed: trainings, downloads, tracked runs whose server is dead,
+predictions into one folder, trainings of two processes, and the whole chain under `dvc repro` on the `tiny` preset.
+Every run draws its fault from (seed, number), so that `--only` repeats one. Printed are counts by fault, and the number
+of each run that broke a promise; the exit status is then 1. `tests/chaos/test_chaos.py` is the short form.
 
 `--without PROTECTION` takes one out (of trainings: `in-place`, `direct`; of downloads: `range-check`; of
 predictions: `keys`; of the chain: `lock`): then promises must break, or the campaign proves nothing.
@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 from lesionsam.errors import run_guarded  # noqa: E402
 from lesionsam.utils.progress import progress  # noqa: E402
 
-CAMPAIGNS = ("training", "downloads", "tracking", "predict", "chain")
+CAMPAIGNS = ("training", "downloads", "tracking", "predict", "together", "chain")
 LIMIT_S = 3600.0  # for one process; it takes seconds on a free core
 
 

@@ -19,7 +19,7 @@ ROOT = import_graph.ROOT
 # From the ground up. A module imports from lower rows only, or from its own package.
 LAYERS = [
     ["types", "errors", "losses", "metrics"],
-    ["config", "utils"],
+    ["config", "utils", "parallel"],
     ["boxes", "prompts", "tracking", "overlays"],
     ["models", "formats"],
     ["methods", "data", "inference"],

@@ -227,6 +227,10 @@ class Runtime(Section):
     device: str = key(
         "auto | cpu | cuda | cuda:N", pattern=r"^(auto|cpu|cuda(:\d+)?)$", title="auto, cpu, cuda or cuda:N"
     )
+    devices: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = key(
+        "processes that train together, one per GPU or share of the CPU: 1 | N | auto (all GPUs)"
+    )
+    nodes: int = key("machines of one training, in a Slurm job", ge=1, le=1024)
     num_workers: int = key("processes that decode images, threads that prepare batches; 0 = none", ge=0, le=256)
     num_threads: int = key("CPU threads of torch; 0 = torch's own choice", ge=0, le=1024)
     cache_gb: float = key("disk for the frozen encoder's activations, all runs together [GB]; 0 = no cache", ge=0)

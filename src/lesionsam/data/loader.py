@@ -29,12 +29,21 @@ class Loader:
     Args:
         data: the samples. device: where batches go. num_workers: threads that collate; 0 collates in between steps.
         cache: completes batches with activations; None leaves that to the method.
+        rank, num_ranks: number of this process among those that share every training batch.
     """
 
     def __init__(
-        self, data: LesionDataset, *, device: torch.device, num_workers: int = 0, cache: Activations | None = None
+        self,
+        data: LesionDataset,
+        *,
+        device: torch.device,
+        num_workers: int = 0,
+        cache: Activations | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         self.data, self.device, self.num_workers, self.cache = data, device, num_workers, cache
+        self.rank, self.num_ranks = rank, num_ranks
         self._keys: dict[tuple[int, int], bytes] = {}  # of a sample in one of its variants
 
     def __len__(self) -> int:
@@ -47,12 +56,18 @@ class Loader:
     def epoch(
         self, batch_size: int, *, seed: int, epoch: int, augmentation: Augmentation = NO_AUGMENTATION, start: int = 0
     ) -> Iterator[Batch]:
-        """Yield the batches of `LesionDataset.epoch`."""
-        return self._load(self.data.plan(batch_size, seed=seed, epoch=epoch, augmentation=augmentation, start=start))
+        """Yield the batches of `LesionDataset.epoch`; of each, the rows of this process."""
+        parts = self.data.plan(batch_size, seed=seed, epoch=epoch, augmentation=augmentation, start=start)
+        return self._load([self._share(part) for part in parts])
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yield batches of all samples in order, once, without augmentation."""
-        return self._load(self.data.plan_in_order(batch_size))
+        """Yield batches of all samples in order, once, without augmentation; the processes take turns."""
+        return self._load(self.data.plan_in_order(batch_size)[self.rank :: self.num_ranks])
+
+    def _share(self, part: Part) -> Part:
+        count = len(part.index) // self.num_ranks
+        own = slice(self.rank * count, (self.rank + 1) * count)
+        return part._replace(index=part.index[own], variants=None if part.variants is None else part.variants[own])
 
     def _load(self, parts: Sequence[Part]) -> Iterator[Batch]:
         for found in ahead(self._prepare, parts, self.num_workers):

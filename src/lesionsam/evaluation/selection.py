@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from lesionsam.methods.grid import box_pixels
 from lesionsam.metrics import batch_iou
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam, decode
+from lesionsam.parallel.collectives import gather_objects
 from lesionsam.prompts import seeded_prompts
 from lesionsam.types import Batch
 
@@ -40,18 +41,20 @@ def quick_evaluate(
     """
     was_training = sam.training
     sam.to(device).eval()
-    scores: dict[str, list[np.ndarray]] = {}
+    found: list[dict[str, np.ndarray]] = []  # of each batch
     try:
         with torch.inference_mode():
             for batch in dataset.batches(batch_size):
-                for name, values in _quick_batch(sam, batch.to(device), prompts, seed, num_points).items():
-                    scores.setdefault(name, []).append(values.cpu().double().numpy())
+                scored = _quick_batch(sam, batch.to(device), prompts, seed, num_points)
+                found.append({name: values.cpu().double().numpy() for name, values in scored.items()})
     finally:
         sam.train(was_training)
+    ranks = gather_objects(found)  # the processes took turns with the batches
+    batches = [scored for turn in zip_longest(*ranks) for scored in turn if scored is not None]
     means = {
         name: float(np.nanmean(values))
-        for name, parts in scores.items()
-        if not np.isnan(values := np.concatenate(parts)).all()
+        for name in batches[0]
+        if not np.isnan(values := np.concatenate([scored[name] for scored in batches])).all()
     }
     if all(prompt in means for prompt in OBJECTIVE_PROMPTS):
         means["objective"] = float(np.mean([means[prompt] for prompt in OBJECTIVE_PROMPTS]))

@@ -28,6 +28,7 @@ from lesionsam.methods.base import Method
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam, sam_of
 from lesionsam.models.trainable import trained_counts
+from lesionsam.parallel.collectives import is_main, rank, world_size
 from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, check_disk, load_best
@@ -148,9 +149,11 @@ def train(
     if teacher is not None and teacher.decay > 0:
         say(f"teacher: half-life {np.log(2) / -np.log(teacher.decay):.0f} of {steps} steps")
     kept = sam_of(method.kept)
-    check_disk(folder, method)
+    if is_main():
+        check_disk(folder, method)
     with memory_limit(device), open_caches(config, data.activations, sam, method, device, say) as caches:
-        loader = partial(Loader, device=device, num_workers=config.runtime.num_workers)
+        share = {"rank": rank(), "num_ranks": world_size()}
+        loader = partial(Loader, device=device, num_workers=config.runtime.num_workers, **share)
         evaluate: Evaluate = partial(
             _evaluate,
             sam=kept,

@@ -10,6 +10,7 @@ from torch import nn
 
 from lesionsam.models.sam import Sam
 from lesionsam.models.teacher import Teacher
+from lesionsam.parallel.draws import Draws
 from lesionsam.types import Batch
 
 
@@ -42,15 +43,17 @@ class Method(Protocol):
     head: nn.Module | None = None
     smallest_batch: int = 1
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+    def losses(self, batch: Batch, generator: Draws) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
         """Return the loss terms and the monitors of a batch.
 
         The loss is the sum of weight times value over the terms. Monitors are scalars without gradient; they are logged
-        and have no part in the loss. All random draws come from the generator.
+        and have no part in the loss. All random draws come from
+        the generator. Where processes share a batch, a term or monitor is this process's part: the mean over the
+        processes is that of the whole batch (`grid.mean_over`).
         """
         ...
 
-    def counts(self, batch: Batch, generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+    def counts(self, batch: Batch, generator: Draws) -> Mapping[str, torch.Tensor]:
         """Return how many items (or what sum of weights) the mean of each term or monitor of `losses` is over.
 
         The loop needs this if several batches make up one step, so that they count as one large batch. Names that are

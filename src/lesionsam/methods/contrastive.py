@@ -34,6 +34,8 @@ from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, n
 from lesionsam.models.projection import ProjectionHead
 from lesionsam.models.sam import Sam, decode, encode, sam_of
 from lesionsam.models.teacher import Teacher
+from lesionsam.parallel.collectives import gather_chosen
+from lesionsam.parallel.draws import Draws, rand
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts, to_device
 
@@ -111,7 +113,7 @@ class Contrastive(Method):
 
     # ---- one step ----------------------------------------------------------------------------------------------------
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+    def losses(self, batch: Batch, generator: Draws) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
         """Return the terms whose weight is not 0, and the monitors.
 
         Monitors: `mask` (BCE + Dice against the true masks), `iou` (squared error of the predicted IoU), share of
@@ -140,7 +142,7 @@ class Contrastive(Method):
         return terms, self.monitors(batch, y, predicted, rows, m, entropy, trusted)
 
     @torch.no_grad()
-    def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def counts(self, batch: Batch, generator: Draws) -> dict[str, torch.Tensor]:
         """Return how many images or cells each mean is over; untrusted images and missing masks are skipped."""
         f_t = self.encode_teacher(batch) if self.options.target in ("teacher", "fused") else None
         m, _, trusted = self.target(batch, f_t, self.teacher_prompts(batch, generator))
@@ -186,7 +188,7 @@ class Contrastive(Method):
         tokens, _ = frozen_part(self.sam, batch, split, None)
         return encode_suffix(teacher, tokens, split)
 
-    def teacher_prompts(self, batch: Batch, generator: torch.Generator) -> Prompts:
+    def teacher_prompts(self, batch: Batch, generator: Draws) -> Prompts:
         """Draw the teacher's prompts: the first draw of a step, in `losses` as in `counts`."""
         o = self.options
         return draw_prompts(
@@ -238,7 +240,7 @@ class Contrastive(Method):
         f_t: torch.Tensor | None,
         m: torch.Tensor,
         trusted: torch.Tensor,
-        generator: torch.Generator,
+        generator: Draws,
     ) -> torch.Tensor:
         """Return the InfoNCE of student pixels in the core against the teacher's at the same places.
 
@@ -259,7 +261,7 @@ class Contrastive(Method):
         anchors = self.anchors(batch, m, cells)
         missed = core & ~pseudo & valid if o.missed_core == "negative" else torch.zeros_like(core)
         outside = (~big if o.certain_background else pseudo & ~big) & valid
-        uniforms = to_device(torch.rand(4, len(f), cells * cells, generator=generator), f.device)
+        uniforms = [to_device(rand(generator, len(f), cells * cells), f.device) for _ in range(4)]
         anchor_index, anchor_valid = sample_pixels(anchors.flatten(1), o.pos_samples, uniforms[0])
         half = o.neg_samples // 2 if o.missed_core == "negative" else o.neg_samples
         outside_index, outside_valid = sample_pixels(outside.flatten(1), half, uniforms[1])
@@ -282,7 +284,8 @@ class Contrastive(Method):
 
         negatives = pick(z, negative_index)
         if o.in_batch:
-            negatives, negative_valid = negatives.flatten(0, 1)[None], negative_valid.flatten()[None]
+            every, which = gather_chosen(negatives.flatten(0, 1), negative_valid.flatten())
+            negatives, negative_valid = every[None], which[None]
         loss = info_nce(
             pick(z, anchor_index), pick(z_t, anchor_index), negatives, anchor_valid, negative_valid, o.temperature
         )
@@ -304,7 +307,7 @@ class Contrastive(Method):
         ours, pretrained = self.sam.image_embedding(f).float(), self.sam.image_embedding(f_r).float()
         squared = (ours - pretrained).square().mean(1)  # (B, H', W')
         known = to_grid(batch.valid, f.shape[-1])  # padding and other lesions have no part
-        return (squared * known).sum() / known.sum().clamp(min=1e-6)
+        return mean_over(squared, known)
 
     def projection(self, y: torch.Tensor, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """Return the two-box tightness (R,) of the student's masks; padding and other lesions have no part."""

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from lesionsam.parallel.collectives import rank_mean
 from lesionsam.types import Batch
 
 
@@ -61,6 +62,9 @@ def known_masks(batch: Batch, side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_over(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return the mean of (B,) values over the chosen ones (bool or weights); 0 if there are none."""
+    """Return the mean of values over the chosen ones (bool or weights of the same shape); 0 if there are none.
+
+    Where processes share a batch, the mean of what they return is that over the whole batch.
+    """
     weights = chosen.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp(min=1e-6)
+    return (values * weights).sum() / rank_mean(weights.sum()).clamp(min=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lesionsam.models.sam import Sam
+from lesionsam.parallel.draws import Draws, generator_of, own_part, whole_batch
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, to_device
 
@@ -22,12 +23,19 @@ def draw_kinds(shares: Mapping[str, float], count: int, generator: torch.Generat
 
 
 def draw_groups(
-    shares: Mapping[str, float], count: int, repeats: int, generator: torch.Generator
-) -> list[tuple[str, torch.Tensor]]:
-    """Draw the kinds of `repeats` prompts for each of `count` images: a group (kind, (G,) int64 images) per kind."""
-    rows = torch.arange(count * repeats) % count
-    kinds = draw_kinds(shares, len(rows), generator)
-    return [(kind, rows[[k for k, drawn in enumerate(kinds) if drawn == kind]]) for kind in sorted(set(kinds))]
+    shares: Mapping[str, float], count: int, repeats: int, generator: Draws
+) -> list[tuple[str, torch.Tensor, Draws]]:
+    """Draw the kinds of `repeats` prompts for each of `count` images.
+
+    Returns:
+        A group (kind, (G,) int64 images, draws of the group) per kind; where processes share a batch, groups may be
+        empty, but their draws must be made.
+    """
+    total = whole_batch(generator, count)
+    rows = torch.arange(total * repeats) % total
+    kinds = draw_kinds(shares, len(rows), generator_of(generator))
+    groups = {kind: rows[[k for k, drawn in enumerate(kinds) if drawn == kind]] for kind in sorted(set(kinds))}
+    return [(kind, *own_part(group, generator)) for kind, group in groups.items()]
 
 
 def decode_mixture(
@@ -38,7 +46,7 @@ def decode_mixture(
     *,
     repeats: int,
     num_points: int,
-    generator: torch.Generator,
+    generator: Draws,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decode every image of a batch under `repeats` prompts of drawn kinds, all in one pass.
 
@@ -48,9 +56,11 @@ def decode_mixture(
         low_res_masks (R, T, T) logits, iou_predictions (R,), rows (R,) int64 into the batch, R = B * repeats.
     """
     groups = []
-    for kind, group in draw_groups(shares, len(batch.ids), repeats, generator):
+    for kind, group, own in draw_groups(shares, len(batch.ids), repeats, generator):
         picked = to_device(group, features.device)
         big, small = batch.big_boxes[picked], batch.small_boxes[picked]
-        groups.append((picked, draw_prompts(kind, big, small, num_points=num_points, generator=generator)))
+        prompts = draw_prompts(kind, big, small, num_points=num_points, generator=own)
+        if len(group):
+            groups.append((picked, prompts))
     low_res, iou = sam.decode_groups(features, groups, slice(0, 1))
     return low_res[:, 0], iou[:, 0], torch.cat([picked for picked, _ in groups])

@@ -21,6 +21,7 @@ from lesionsam.methods.prompting import draw_groups
 from lesionsam.models.prefix import encode_batch
 from lesionsam.models.sam import Sam
 from lesionsam.models.teacher import Teacher
+from lesionsam.parallel.draws import Draws
 from lesionsam.prompts import draw_prompts, prompts_from_masks, with_correction
 from lesionsam.types import Batch, Prompts, to_device
 
@@ -87,7 +88,7 @@ class Supervised(Method):
         self.teacher = Teacher(self.model, options.average) if options.average > 0 else None
         self.kept: nn.Module = self.teacher.module if self.teacher is not None else self.model
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+    def losses(self, batch: Batch, generator: Draws) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
         """Return the terms of the mask's loss and of the IoU head; the latter may be a monitor.
 
         A learnt weight is exp(s) times the term's own weight; the term `weighting` = -sum(s) keeps s from falling
@@ -118,7 +119,7 @@ class Supervised(Method):
         terms["weighting"] = Term(-log_weights.sum(), 1.0)
         return terms, monitors | {f"weight_{name}": factor.detach() for name, factor in learnt.items()}
 
-    def counts(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def counts(self, batch: Batch, generator: Draws) -> dict[str, torch.Tensor]:
         """Return the number of images with a mask, which every mean over masks is over."""
         known = known_masks(batch, 1)[1].sum()  # every image has the same number of prompts
         return dict.fromkeys([*self.weights, "iou"], known)
@@ -131,7 +132,7 @@ class Supervised(Method):
         best = whole[:, 1:].argmin(1, keepdim=True) + 1
         return part[:, 0] + part.gather(1, best)[:, 0]
 
-    def decode(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def decode(self, batch: Batch, generator: Draws) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode every image under prompts of drawn kinds, and again after each correction point.
 
         Returns:
@@ -141,25 +142,29 @@ class Supervised(Method):
         tokens = slice(0, 1) if o.candidates == "one" else slice(None)
         shares, known = known_masks(batch, batch.images.shape[-1])
         masks, valid = shares > 0.5, batch.valid & known[:, None, None]
+        drawn = draw_groups(o.prompts, len(batch.ids), o.prompts_per_image, generator)
+        own = [draws for _, _, draws in drawn]
         groups = []
-        for kind, group in draw_groups(o.prompts, len(batch.ids), o.prompts_per_image, generator):
+        for kind, group, draws in drawn:
             picked = to_device(group, features.device)
-            groups.append((picked, self.prompt(kind, batch, picked, masks, generator)))
+            groups.append((picked, self.prompt(kind, batch, picked, masks, draws)))
         rows = torch.cat([picked for picked, _ in groups])
-        answers = [self.sam.decode_groups(features, groups, tokens)]
+
+        def decode() -> tuple[torch.Tensor, torch.Tensor]:
+            return self.sam.decode_groups(features, [group for group in groups if len(group[0])], tokens)
+
+        answers = [decode()]
         for _ in range(o.corrections):
             answered = answers[-1][0][:, 0].split([len(picked) for picked, _ in groups])
             groups = [
-                (picked, with_correction(prompts, y, masks[picked], valid[picked], generator))
-                for (picked, prompts), y in zip(groups, answered, strict=True)
+                (picked, with_correction(prompts, y, masks[picked], valid[picked], draws))
+                for (picked, prompts), y, draws in zip(groups, answered, own, strict=True)
             ]
-            answers.append(self.sam.decode_groups(features, groups, tokens))
+            answers.append(decode())
         logits, predictions = zip(*answers, strict=True)
         return torch.cat(logits), torch.cat(predictions), rows.repeat(len(answers))
 
-    def prompt(
-        self, kind: str, batch: Batch, picked: torch.Tensor, masks: torch.Tensor, generator: torch.Generator
-    ) -> Prompts:
+    def prompt(self, kind: str, batch: Batch, picked: torch.Tensor, masks: torch.Tensor, generator: Draws) -> Prompts:
         """Draw one prompt of a kind for each picked image, from the two boxes or from the masks (B, S, S) bool."""
         o, big, small = self.options, batch.big_boxes[picked], batch.small_boxes[picked]
         if o.from_masks is None:

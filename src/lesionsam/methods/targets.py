@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
 from lesionsam.methods.grid import box_pixels
+from lesionsam.parallel.collectives import gather_rows, rank
 
 
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
@@ -25,16 +26,18 @@ def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool)
     """Replace each target by the next image's, so that only geometry can be learnt.
 
     Args:
-        logits: (B, S, S), B >= 2. big_boxes: (B, 4) XYXY.
+        logits: (B, S, S). big_boxes: (B, 4) XYXY. The whole batch, over all processes, has at least 2 images.
         warp: move and scale the other image's target so that its big box falls on this image's.
     Returns:
         (B, S, S).
     Raises:
         ValueError: the batch has one image only.
     """
-    if len(logits) < 2:
+    count, first = len(logits), rank() * len(logits)
+    whole = gather_rows(logits)
+    if len(whole) < 2:
         raise ValueError("a placebo needs a batch of at least 2 images")
-    other, theirs = logits.roll(-1, 0), big_boxes.roll(-1, 0)
+    other, theirs = (rows.roll(-1, 0)[first : first + count] for rows in (whole, gather_rows(big_boxes)))
     if not warp:
         return other
     side = logits.shape[-1]

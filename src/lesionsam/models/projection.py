@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lesionsam.parallel.collectives import BatchNorm
+
 PROJECTED_CHANNELS = 64
 NUM_GROUPS = 8
 COLLAPSED_COSINE = 0.99  # mean cosine above which every pixel practically points the same way
@@ -22,7 +24,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, channels: int, norm: str) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, channels, 1)
-        self.norm = nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(NUM_GROUPS, channels)
+        self.norm = BatchNorm(channels) if norm == "batch" else nn.GroupNorm(NUM_GROUPS, channels)
         self.embed = nn.Conv2d(channels, PROJECTED_CHANNELS, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

@@ -9,18 +9,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lesionsam.boxes.table import read_boxes
-from lesionsam.config.load import Config
+from lesionsam.config.load import Config, config_digest
 from lesionsam.data.index import read_index
 from lesionsam.experiment.build import strategy_of, trained_prompts
 from lesionsam.experiment.history import History
+from lesionsam.experiment.launch import check_agreement, is_joining, joined, launch, num_processes
 from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
-from lesionsam.experiment.resume import begin, finish, origin_of, run_key
+from lesionsam.experiment.resume import begin, finish, origin_of, run_key, training_digest
 from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_frame, open_data, selection_key, train
 from lesionsam.experiment.tracked import open_tracker
 from lesionsam.models.checkpoint import ORIGIN, read_weights, save_sam, weights_metadata
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
+from lesionsam.parallel.collectives import barrier, is_main
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking.tensorboard import Board
@@ -30,26 +32,75 @@ from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file, write_json_atomic
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_with_parent, graceful_stop
+from lesionsam.utils.progress import silent
 
 PARAMS = Path("params.yaml")
 
 
-def train_model(config: Config) -> Trained:
+def train_model(config: Config) -> None:
     """Train in a scratch folder keyed by parameters, data and weights; move the result into place when it is whole.
 
-    A call that was cut short is resumed by the next one under the same parameters, data and code.
+    A call that was cut short is resumed by the next one under the same parameters, data and code. Several processes
+    train together where `runtime.devices` or `runtime.nodes` says so, or where torchrun or Slurm has started them.
 
     Args:
         config: what params.yaml of the current folder holds.
     """
+    if is_joining():
+        with joined(config):
+            if is_main():
+                _train_main(config)
+            else:
+                with silent():
+                    _train_beside(config)
+            barrier()
+        return
     exit_with_parent()
+    if num_processes(config) > 1:
+        launch(config)
+    else:
+        _train_main(config)
+
+
+def _agree(config: Config, folder: Path) -> None:
+    """Check that all processes train the same: the first one has prepared the run's folder before."""
+    sections = ("model", "method", "train", "data", "evaluate")
+    check_agreement(
+        {"params.yaml": config_digest(config, sections), "code": training_digest(), "data or weights": folder.name}
+    )
+
+
+def _train_beside(config: Config) -> None:
+    """Train as one of several processes that is not the first: compute, write nothing."""
+    weights = pretrained_weights()
+    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
+    folder = SCRATCH / "train" / run_key(config, samples, weights)
+    _agree(config, folder)
+    barrier()  # the first process has decoded the images
+    data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
+    with graceful_stop() as stop_requested:
+        train(
+            config,
+            data,
+            weights,
+            folder=folder,
+            log=lambda values, step: None,
+            say=lambda line: None,
+            stop_requested=stop_requested,
+        )
+
+
+def _train_main(config: Config) -> None:
+    """Train, write what models/adapted holds and track the run."""
     weights = pretrained_weights()
     samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
     scratch = SCRATCH / "train"
     folder = scratch / run_key(config, samples, weights)
     with file_lock(scratch / "lock", "training"):
         begin(folder, origin_of(config, samples, weights))
+        _agree(config, folder)
         data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
+        barrier()
         score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
         name, digest = f"{config.method.name}-{config.model.name}-{config.data.source}", sha256_file(BOXES)[:16]
         with open_tracker(config, folder / "run", name, {"data.digest": digest}) as tracker:
@@ -63,7 +114,6 @@ def train_model(config: Config) -> Trained:
         finish(folder)
     progress = trained.progress
     print(f"best {score} {progress.best_score:.4f} at epoch {progress.best_epoch}; weights in {ADAPTED}/")
-    return trained
 
 
 def _train(config: Config, data: Data, weights: Path, folder: Path, tracker: NullTracker) -> Trained:

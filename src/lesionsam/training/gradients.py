@@ -1,4 +1,8 @@
-"""Forward and backward pass of one step, over one batch or several that count as one large batch."""
+"""Forward and backward pass of one step, over one batch or several that count as one large batch.
+
+The batches of a step may be accumulated one after another, and each may be split over processes; both count as one
+large batch.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lesionsam.methods.base import Method, Term
+from lesionsam.parallel.collectives import rank, rank_mean, world_size
+from lesionsam.parallel.draws import Draws, SharedDraws
 from lesionsam.types import Batch
 
 Shares = Mapping[str, float | torch.Tensor]
+RANK_STRIDE = 2**40  # between the seeds of two processes' dropout
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,39 @@ def step_generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(draw_seed(seed, number))
 
 
+def draws_of(part: Part) -> Draws:
+    """Return the draws of a part of a batch, of which every process holds an equal share."""
+    generator, count = torch.Generator().manual_seed(part.seed), len(part.batch.ids)
+    if world_size() == 1:
+        return generator
+    return SharedDraws(generator, torch.arange(count) + rank() * count, world_size() * count)
+
+
+class Forward(nn.Module):
+    """The whole forward pass of a step as one module, as DistributedDataParallel needs it."""
+
+    def __init__(self, method: Method, precision: str) -> None:
+        super().__init__()
+        self.model, self.method, self.precision = method.model, method, precision
+
+    def forward(self, part: Part) -> tuple[dict[str, Term], dict[str, torch.Tensor]]:
+        """Return the terms and monitors of a part."""
+        with autocast(part.batch.images.device, self.precision):
+            return self.method.losses(part.batch, draws_of(part))
+
+
+def forward_module(method: Method, precision: str) -> nn.Module:
+    """Return the forward pass of a method; its gradients are averaged over the processes where there are several.
+
+    Frozen parameters and buffers are not synchronised: every process has loaded the same ones.
+    """
+    forward = Forward(method, precision)
+    if world_size() == 1:
+        return forward
+    # A prompt kind may be drawn in one process only, so that parameters differ in whether they are used.
+    return DistributedDataParallel(forward, forward_sync_buffers=False, init_sync=False, find_unused_parameters=True)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Return the mixed precision of a run; fp32 does nothing."""
     if precision == "fp32":
@@ -73,6 +114,7 @@ def add_gradients(
     precision: str,
     scaler: torch.amp.GradScaler,
     after_forward: Callable[[Mapping[str, Term]], None] = lambda terms: None,
+    forward: nn.Module | None = None,
 ) -> StepValues:
     """Add the gradients of the parts, which are those of all their images as one batch.
 
@@ -80,7 +122,9 @@ def add_gradients(
 
     Args:
         after_forward: receives the terms of each part before the backward pass.
+        forward: what `forward_module` returned for the run; None outside a run.
     """
+    forward = forward or Forward(method, precision)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in method.model.modules())
     device = parts[0].batch.images.device
     losses: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
@@ -88,18 +132,31 @@ def add_gradients(
     shares_of_parts = [None] if len(parts) == 1 else term_shares(method, parts, precision)
     for part, shares in zip(parts, shares_of_parts, strict=True):
         if drops:  # dropout draws from torch's global generator; this makes it a function of the part, for resumes
-            torch.manual_seed(part.seed)
-        with autocast(device, precision):
-            terms, monitors = method.losses(part.batch, torch.Generator().manual_seed(part.seed))
-        after_forward(terms)
-        loss = total_loss(terms, shares)
-        scaler.scale(loss).backward()
+            torch.manual_seed(part.seed + rank() * RANK_STRIDE)
+        with gradients_stay(forward) if part is not parts[-1] else nullcontext():
+            terms, monitors = forward(part)
+            after_forward(terms)
+            loss = total_loss(terms, shares)
+            scaler.scale(loss).backward()
         values = {name: term.value.detach() for name, term in terms.items()}
         losses["loss"] = losses["loss"] + loss.detach()
         for sums, found in ((losses, values), (means, monitors)):
             for name, value in found.items():
                 sums[name] = value if shares is None else sums[name] + share_of(name, shares) * value
+    if world_size() > 1:
+        losses, means = averaged(losses, means)
     return StepValues(terms, monitors, losses, means, [key for part in parts for key in part.batch.ids])
+
+
+def gradients_stay(forward: nn.Module) -> AbstractContextManager[object]:
+    """Return the context in which gradients are added up within each process only."""
+    return forward.no_sync() if isinstance(forward, DistributedDataParallel) else nullcontext()
+
+
+def averaged(*groups: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return named scalars averaged over the processes, in one transfer."""
+    means = iter(rank_mean(torch.stack([value.float() for values in groups for value in values.values()])))
+    return [{name: next(means) for name in values} for values in groups]
 
 
 @torch.no_grad()
@@ -111,7 +168,8 @@ def term_shares(method: Method, parts: Sequence[Part], precision: str) -> list[S
     counts = []
     for part in parts:
         with autocast(part.batch.images.device, precision):
-            counts.append(method.counts(part.batch, torch.Generator().manual_seed(part.seed)))
+            found = method.counts(part.batch, draws_of(part))
+        counts.append({name: rank_mean(torch.as_tensor(count)) for name, count in found.items()})
     totals = {name: sum(count[name] for count in counts) for name in counts[0]}
     num_images = sum(len(part.batch.ids) for part in parts)
     shares = []

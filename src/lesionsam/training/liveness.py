@@ -11,6 +11,7 @@ from torch import nn
 from lesionsam.errors import UserError
 from lesionsam.methods.base import Method, Term
 from lesionsam.models.projection import COLLAPSED_COSINE, spread
+from lesionsam.parallel.collectives import gather_objects
 from lesionsam.training.state import Progress
 
 LIVENESS_STEPS = range(9)  # steps that are watched; in the first, distillation is at its minimum, without gradient
@@ -52,7 +53,7 @@ class Liveness:
                 )
             if name not in self.at.alive:
                 gradients = torch.autograd.grad(term.value, self.parameters, retain_graph=True, allow_unused=True)
-                if any(g is not None and bool((g != 0).any()) for g in gradients):
+                if any(gather_objects(any(g is not None and bool((g != 0).any()) for g in gradients))):
                     self.at.alive.append(name)
 
     def check(self, terms: Mapping[str, Term], monitors: Mapping[str, torch.Tensor], *, over: bool = False) -> None:
@@ -61,7 +62,8 @@ class Liveness:
         It only warns if the gate trusted no image, and after a single step: distillation starts without gradient.
 
         Args:
-            terms, monitors: of the last step. over: the run ends, which may be before the last watched step.
+            terms: of the last step. monitors: their means over it.
+            over: the run ends, which may be before the last watched step.
         Raises:
             UserError: a term has had no gradient.
         """

@@ -10,12 +10,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lesionsam.data.augment import Augmentation
 from lesionsam.data.dataset import Batches
 from lesionsam.errors import Interrupted
 from lesionsam.methods.base import Method
-from lesionsam.training.gradients import Part, StepValues, add_gradients, draw_seed
+from lesionsam.parallel.collectives import barrier, is_main, max_of_ranks
+from lesionsam.training.gradients import Part, StepValues, add_gradients, draw_seed, forward_module
 from lesionsam.training.liveness import Liveness
 from lesionsam.training.oom import split, with_smaller_parts
 from lesionsam.training.optimizer import Group, Steps, build_optimizer, clip_gradients, set_learning_rates
@@ -69,6 +71,8 @@ def fit(
 ) -> Progress:
     """Train a method; resume from the newest state in `folder`.
 
+    Where several processes train together, each calls this with its share of every batch; the first one writes.
+
     Args:
         groups: every trained parameter, once.
         evaluate: epoch -> scores of the development split.
@@ -89,9 +93,12 @@ def fit(
     steps, values, clock = Steps(optimizer, scaler, at, say), StepLog(at, log), Clock(at)
     liveness = Liveness(method, [p for g in groups for p in g.parameters], at, say)
     num_batches, found = data.batches_per_epoch(s.batch_size), None
+    forward = forward_module(method, s.precision)
 
     def save(ending: int) -> None:
-        save_state(folder, at, method, optimizer, scaler)
+        if is_main():
+            save_state(folder, at, method, optimizer, scaler)
+        barrier()
         clock.saved = time.monotonic()
         if ending:
             raise Interrupted(ending)
@@ -100,7 +107,7 @@ def fit(
         method.model.train()
         clock.start()
         for batches in step_batches(data, at, s, device):
-            found = forward_backward(method, batches, at, s, num_batches, scaler, liveness, say)
+            found = forward_backward(method, forward, batches, at, s, num_batches, scaler, liveness, say)
             rates = set_learning_rates(optimizer, s.schedule(at.step))
             scaler.unscale_(optimizer)
             taken = steps.take(clip_gradients(groups, s.clip), found.losses, found.ids)
@@ -109,9 +116,10 @@ def fit(
             optimizer.zero_grad()
             at.step, at.batch = at.step + 1, at.batch + len(batches)
             values.add(found.losses, found.means, rates)
-            liveness.check(found.terms, found.monitors)
-            ending, is_last = stop_requested(), at.batch == num_batches
-            if ending or (time.monotonic() - clock.saved > SAVE_SECONDS and not is_last):
+            liveness.check(found.terms, found.means)
+            is_due = time.monotonic() - clock.saved > SAVE_SECONDS and at.batch < num_batches
+            ending, is_due = max_of_ranks(stop_requested(), is_due)
+            if ending or is_due:
                 steps.settle()
                 values.flush()
                 clock.stop()
@@ -127,10 +135,11 @@ def fit(
         log(epoch_values(at, means, scores), at.step)
         if is_better(scores[objective], at):
             at.best_score, at.best_epoch = scores[objective], at.epoch
-            save_best(folder, method)
+            if is_main():
+                save_best(folder, method)
         if found is not None and is_over(at, s):  # a run may end before the last watched step
-            liveness.check(found.terms, found.monitors, over=True)
-        save(stop_requested())
+            liveness.check(found.terms, found.means, over=True)
+        save(*max_of_ranks(stop_requested()))
         steps_left = (s.epochs - at.epoch) * -(-num_batches // s.accumulate)
         say(progress_line(at, means, scores, eta=clock.seconds_left(steps_left)))
     return at
@@ -147,6 +156,7 @@ def step_batches(data: Batches, at: Progress, s: Settings, device: torch.device)
 
 def forward_backward(
     method: Method,
+    forward: nn.Module,
     batches: Sequence[Batch],
     at: Progress,
     s: Settings,
@@ -164,7 +174,9 @@ def forward_backward(
             for b, batch in enumerate(batches)
             for k, part in enumerate(split(batch, num_parts))
         ]
-        return add_gradients(method, parts, precision=s.precision, scaler=scaler, after_forward=liveness.note)
+        return add_gradients(
+            method, parts, forward=forward, precision=s.precision, scaler=scaler, after_forward=liveness.note
+        )
 
     return with_smaller_parts(compute, batches, method, at, say)
 

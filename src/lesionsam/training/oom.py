@@ -12,6 +12,7 @@ import torch
 
 from lesionsam.errors import UserError, is_out_of_memory
 from lesionsam.methods.base import Method
+from lesionsam.parallel.collectives import world_size
 from lesionsam.training.state import Progress
 from lesionsam.types import Batch
 
@@ -54,7 +55,7 @@ def with_smaller_parts(
     Args:
         compute: forward and backward of a step whose batches are each split into so many parts.
     Raises:
-        UserError: the smallest parts do not fit either.
+        UserError: the smallest parts do not fit either, or several processes train, which cannot go back together.
     """
     while True:
         snapshot = Snapshot.take(method, at)
@@ -69,6 +70,11 @@ def with_smaller_parts(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = len(batches[0].ids)
+        if world_size() > 1:
+            raise UserError(
+                f"memory does not hold a step of {size // at.parts} image(s) per process ({reason}); halve "
+                "train.batch_size and double train.accumulate, or train fewer blocks (model.unfreeze_last_k)"
+            )
         if size // (2 * at.parts) < method.smallest_batch:
             raise UserError(
                 f"memory does not hold a step of {size // at.parts} image(s) ({reason}); lower "

@@ -11,6 +11,7 @@ from torch import nn
 
 from lesionsam.errors import UserError
 from lesionsam.models.trainable import trained_parameters
+from lesionsam.parallel.collectives import gather_objects
 from lesionsam.training.state import Progress
 
 MAX_NONFINITE = 3  # steps that may be skipped in a row
@@ -175,6 +176,7 @@ class Steps:
         self.at.nonfinite += 1
         found = {name: value.item() for name, value in losses.items()}
         named = ", ".join(f"{n}={v:g}" for n, v in found.items() if n != "loss" and not math.isfinite(v))
+        ids = [key for part in gather_objects(list(ids)) for key in part]
         what = f"the loss ({named})" if named else "the gradient" if math.isfinite(found["loss"]) else "the loss"
         message = f"{what} is not finite at step {step}; images {', '.join(ids)}"
         if self.at.nonfinite >= self.max_nonfinite:
