@@ -24,7 +24,7 @@ import torch
 
 from lesionsam.config.load import Config
 from lesionsam.errors import Interrupted, UserError
-from lesionsam.parallel.collectives import gather_objects, is_main, process_group, world_size
+from lesionsam.parallel.collectives import gather_objects, process_group, rank, world_size
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.processes import exit_without
 
@@ -33,6 +33,7 @@ PARENT = "LESIONSAM_LAUNCHER"  # environment variable: process number of the lau
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 JOIN_SECONDS = 300.0  # to wait for the other processes
 SHUTDOWN_SECONDS = 120  # for a step to end and its state to be saved, after a signal
+BATCH_STEP = 2**32 - 16  # Slurm's numbers from here on are a job's batch script and other steps without tasks
 LOST = "another process of this training has ended"
 
 
@@ -77,7 +78,8 @@ def check_batch(config: Config, num_processes: int) -> None:
 def is_joining() -> bool:
     """Return whether this process is one of several that torchrun, Slurm's srun or `launch` has started."""
     e = os.environ
-    return int(e.get("WORLD_SIZE", "1")) > 1 or ("SLURM_STEP_ID" in e and int(e.get("SLURM_NTASKS", "1")) > 1)
+    is_step = int(e.get("SLURM_STEP_ID", BATCH_STEP)) < BATCH_STEP
+    return int(e.get("WORLD_SIZE", "1")) > 1 or (is_step and int(e.get("SLURM_NTASKS", "1")) > 1)
 
 
 @contextmanager
@@ -149,11 +151,8 @@ def check_agreement(what: Mapping[str, str]) -> None:
     for number, (host, other) in enumerate(gather_objects((socket.gethostname(), dict(what)))):
         if differing := [name for name in what if other.get(name) != what[name]]:
             raise UserError(
-                f"process {number} on {host} has other {' and '.join(differing)} than process 0 and this one cannot "
-                "train together; let all of them run in the same project folder and environment"
-                if is_main()
-                else f"this process on {socket.gethostname()} differs from process {number} on {host}: "
-                f"{' and '.join(differing)}; let all of them run in the same project folder and environment"
+                f"process {rank()} on {socket.gethostname()} and process {number} on {host} differ in "
+                f"{' and '.join(differing)}; start all of them in the same project folder and environment"
             )
 
 
@@ -245,6 +244,11 @@ def _launch_on_nodes(count: int, nodes: int) -> None:
         raise
     if code:
         raise UserError("a process of this training failed, see above; the same command goes on from the saved state")
+
+
+def is_launched() -> bool:
+    """Return whether `launch` of this machine has started this process; it prints for it."""
+    return PARENT in os.environ
 
 
 def write_error(error: UserError) -> bool:

@@ -47,11 +47,9 @@ def process_group(device: torch.device, *, join_seconds: float) -> Iterator[None
             "all of them with the same MASTER_ADDR and MASTER_PORT, a free port that every machine reaches"
         ) from None
     dist.set_timeout(TIMEOUT)  # after joining, long work may lie between two collectives
-    try:
-        yield
-    finally:
-        _groups.clear()
-        dist.destroy_process_group()
+    yield
+    _groups.clear()  # not after an error: a group that has lost a process may never end
+    dist.destroy_process_group()
 
 
 def world_size() -> int:

@@ -78,7 +78,7 @@ def _train_beside(config: Config) -> None:
     _agree(config, folder)
     barrier()  # the first process has decoded the images
     data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
-    with graceful_stop() as stop_requested:
+    with graceful_stop(is_quiet=True) as stop_requested:
         train(
             config,
             data,

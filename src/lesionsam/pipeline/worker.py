@@ -6,7 +6,7 @@ import sys
 
 from lesionsam.config.load import load_config
 from lesionsam.errors import UserError, run_guarded
-from lesionsam.experiment.launch import write_error
+from lesionsam.experiment.launch import is_launched, write_error
 from lesionsam.pipeline.train import train_model
 
 
@@ -18,6 +18,10 @@ def main() -> None:
         if not write_error(error):
             raise
         sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        if not is_launched():
+            raise
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 if __name__ == "__main__":

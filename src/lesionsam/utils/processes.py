@@ -123,8 +123,11 @@ def _watch(is_alive: Callable[[], bool], end: Callable[[], None]) -> None:
 
 
 @contextmanager
-def graceful_stop() -> Iterator[Callable[[], int]]:
+def graceful_stop(*, is_quiet: bool = False) -> Iterator[Callable[[], int]]:
     """Record a first Ctrl-C or SIGTERM while the block runs; a second one interrupts at once.
+
+    Args:
+        is_quiet: print no line at the first signal.
 
     Yields:
         a function that returns the number of the recorded signal, or 0; a loop calls it where it can stop.
@@ -140,6 +143,8 @@ def graceful_stop() -> Iterator[Callable[[], int]]:
         if received:
             raise Interrupted(number)
         received.append(number)
+        if is_quiet:
+            return
         # Not print: the signal may interrupt one.
         with suppress(OSError):  # the terminal may be gone
             os.write(2, b"ending after this step, whose state is saved; once more ends at once\n")
