@@ -31,7 +31,7 @@ from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.dataset import open_dataset
-from lesionsam.experiment.build import contrastive_options
+from lesionsam.experiment.build import choose_trained, contrastive_options
 from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import build_sam
@@ -56,6 +56,7 @@ LIMITS = {
     ("field", "bf16"): {2: (None, 6.0)},
     ("vit_b", "fp32"): {2: (3.5, 7.3)},
 }
+LAST_K = {"blocks": "model.unfreeze_last_k", "lora": "model.lora_last_k", "adapter": "model.adapter_last_k"}
 LATER_K, LATER_LIMIT = 2, 0.6  # a second epoch beside the first; whole epochs are in benchmarks/cache.py
 COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring points": 100.0}
 
@@ -107,18 +108,23 @@ class Pair:
 
     Args:
         sam: random weights; kept as the pretrained model. last_k: blocks that train, 0 = the whole encoder.
+        encoder: what trains in them, see model.encoder.
     """
 
-    def __init__(self, sam: Sam, last_k: int, batch: Batch, precision: str = "fp32") -> None:
+    def __init__(self, sam: Sam, last_k: int, batch: Batch, precision: str = "fp32", encoder: str = "blocks") -> None:
         self.batch, self.precision, self.device = batch, precision, batch.images.device
         values = preset_values("published", default_values())
-        changes = {"model.unfreeze_last_k": last_k, "method.gate.entropy_thresh": TRUST_EVERYBODY}
-        method = validate(fit_values(merge(values, unflatten(changes)))).method
+        changes = {"model.encoder": encoder, LAST_K[encoder]: last_k, "method.gate.entropy_thresh": TRUST_EVERYBODY}
+        config = validate(fit_values(merge(values, unflatten(changes))))
+        method = config.method
         if not isinstance(method, ContrastiveMethod):
             raise TypeError("the preset `published` is contrastive")
         spread_masks(sam, batch)
         student, self.pretrained = copy.deepcopy(sam), sam.requires_grad_(False)
-        select_trainable(student, encoder="blocks", unfreeze_last_k=last_k, train_decoder=False)
+        choose_trained(config, student)
+        student.prompt_encoder.requires_grad_(False)
+        fill_inserted(student)
+        teacher = copy.deepcopy(student)
         torch.manual_seed(SEED)
         self.method = Contrastive(student, self.pretrained, contrastive_options(method, 0.0, 0))
         self.method.model.train()
@@ -127,7 +133,7 @@ class Pair:
                 p.add_(torch.randn_like(p) * (0.02 * p.std() if p.numel() > 1 else 0))
         self.naive = NaiveStep(
             student,
-            self.pretrained,
+            teacher,
             self.pretrained,
             self.method.head,
             entropy_thresh=TRUST_EVERYBODY,
@@ -251,6 +257,15 @@ def step_generator() -> torch.Generator:
 
 
 @torch.no_grad()
+def fill_inserted(sam: Sam) -> None:
+    """Draw the factors of LoRA and the layers of adapters that start at zero, so that all of them have a gradient."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, p in sam.named_parameters():
+        if "lora_B" in name or ".adapter.up." in name:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
+
+
+@torch.no_grad()
 def spread_masks(sam: Sam, batch: Batch) -> None:
     """Scale the random masks' logits to a deviation of 3 and choose their sign.
 
@@ -323,6 +338,7 @@ def main() -> int:
         default=[1, 2, 4, 0],
         help="numbers K of trained blocks, 0 = all (default: 1 2 4 0)",
     )
+    parser.add_argument("--encoder", default="blocks", choices=list(LAST_K), help="what trains (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="timed (default: %(default)s)")
     parser.add_argument(
@@ -348,7 +364,7 @@ def main() -> int:
 
     for last_k in a.last:
         name = f"K = {last_k or 'all'}"
-        pair = Pair(make(), last_k, batch)
+        pair = Pair(make(), last_k, batch, encoder=a.encoder)
         equal = pair.agreement(batch, pair.cached)
         equal.check()
         print(
@@ -361,7 +377,7 @@ def main() -> int:
         )
         runs: dict[str, Callable[[], object]] = {"published": pair.naive_step}
         if a.precision != "fp32":
-            half = Pair(make(), last_k, batch, a.precision)
+            half = Pair(make(), last_k, batch, a.precision, a.encoder)
             runs |= {f"published, {a.precision}": half.naive_step}
             pair = half
         runs |= {"shared": partial(pair.our_step, batch), "cached": partial(pair.our_step, pair.cached)}

@@ -36,7 +36,7 @@ def main(
         str,
         typer.Option(
             "--set",
-            help="rows | strategies (every way to fine-tune) | unprompted (use "
+            help="rows | strategies (every way to fine-tune) | inserted (LoRA and adapters) | unprompted (use "
             "without a prompt) | labels (what masks are worth)",
         ),
     ] = "rows",
