@@ -4,7 +4,7 @@ to fine-tune; use without a prompt; and the worth of masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comparison.units import UNET, ZERO_SHOT, Row, configured
@@ -255,6 +255,27 @@ def unprompted(base: Config) -> list[Row]:
         Row(AS_LONG, budget_of_it | {"train.distort": distorted}),
         Row(UNPROMPTED, budget_of_it, preset="no-prompt"),
     ]
+
+
+# ---- several pretrained models -----------------------------------------------------------------------------------
+
+
+def models_plan(models: Sequence[str]) -> Plan:
+    """Return rows for pretrained models side by side, each as it is and adapted with two boxes; see `Row.model`."""
+
+    def rows_of(base: Config) -> list[Row]:
+        return [
+            row
+            for k, model in enumerate(models)
+            for row in (
+                Row(f"{ZERO_SHOT}, {model}", seeds=1, trains=False, model=model, baselines=k == 0),
+                Row(f"{DEFAULT}, {model}", model=model),
+            )
+        ]
+
+    own = [(f"{DEFAULT}, {model}", f"{ZERO_SHOT}, {model}") for model in models]
+    others = [(f"{name}, {model}", f"{name}, {models[0]}") for name in (ZERO_SHOT, DEFAULT) for model in models[1:]]
+    return Plan(rows_of, lambda base: [], (*own, *others))
 
 
 @dataclass(frozen=True)
