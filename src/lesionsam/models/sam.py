@@ -88,8 +88,8 @@ class Sam(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def patch_size(self) -> int:
-        """Return the divisor of every possible side of the input, pixels."""
+    def multiple(self) -> int:
+        """Return the number of pixels that every possible side of the input is a multiple of."""
 
     @abstractmethod
     def architecture(self) -> dict:
@@ -156,8 +156,8 @@ def at_size(sam: Sam, image_size: int) -> Sam:
         UserError: a side that the patch does not divide.
     """
     if image_size not in (0, sam.side):
-        if image_size < sam.patch_size or image_size % sam.patch_size:
-            raise UserError(f"model.image_size: expected a multiple of {sam.patch_size} ({sam.name}), got {image_size}")
+        if image_size < sam.multiple or image_size % sam.multiple:
+            raise UserError(f"model.image_size: expected a multiple of {sam.multiple} ({sam.name}), got {image_size}")
         sam.resize_input(image_size)
     return sam
 
