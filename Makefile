@@ -102,8 +102,9 @@ foundation: $(READY) ## train the compact model again, of params.yaml's sizes (a
 evidence: $(READY) ## the comparison on real pairs: make evidence FOLDER=path (hours; resumes)
 	python benchmarks/comparison/run.py $(FOLDER) --out evidence
 
-benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (ten minutes of one core)
-	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" sam2_step.py attention.py cache.py; do \
+benchmark: $(READY) ## our training step beside the published one, attention, cache: ratios on this machine (a quarter of an hour of one core)
+	@failed=0; for script in "step.py --components" "step.py --last 2 --precision bf16" "step.py --encoder lora --last 6 0" \
+	  "step.py --encoder adapter --last 6 0" sam2_step.py attention.py cache.py; do \
 	  echo "python benchmarks/$$script --write"; python benchmarks/$$script --write || failed=1; \
 	done; exit $$failed
 

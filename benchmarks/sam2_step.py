@@ -52,7 +52,9 @@ class PlainLoop(Contrastive):
         coarse = maps[2] + sam.no_memory_embedding.view(1, -1, 1, 1)
         return torch.cat([coarse, F.pixel_unshuffle(maps[0], 4), F.pixel_unshuffle(maps[1], 2)], 1)
 
-    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def encode(
+        self, batch: Batch, *, asks_teacher: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Encode the batch with student, teacher and reference."""
         pixels = self.sam.normalize(batch.images, batch.sizes)
         with torch.no_grad():

@@ -31,7 +31,7 @@ from lesionsam.config.load import default_values, unflatten, validate
 from lesionsam.config.presets import preset_values
 from lesionsam.config.schema_method import ContrastiveMethod
 from lesionsam.data.dataset import open_dataset
-from lesionsam.experiment.build import contrastive_options
+from lesionsam.experiment.build import choose_trained, contrastive_options
 from lesionsam.losses import info_nce
 from lesionsam.methods.contrastive import Contrastive
 from lesionsam.models.checkpoint import build_sam
@@ -50,12 +50,18 @@ from record import Limits, interleaved, multiplications, provenance, ratio, reco
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
 TRUST_EVERYBODY = 0.6931  # nats; the greatest entropy is ln 2
 LEARNING_RATE, SEED = 1e-5, 0
-# K -> ratio to the published step with the frozen prefix run once, and with prefix and pretrained features cached.
-LIMITS = {
-    ("field", "fp32"): {1: (2.9, 5.8), 2: (2.5, 4.6), 4: (1.9, 3.0), 0: (1.3, 1.6)},
-    ("field", "bf16"): {2: (None, 6.0)},
-    ("vit_b", "fp32"): {2: (3.5, 7.3)},
+# K -> ratio to the published step with the frozen prefix run once, with prefix and pretrained features cached, and
+# with both and a teacher that seldom encodes.
+LIMITS: dict[tuple[str, str, str], dict[int, tuple[float | None, float | None, float | None]]] = {
+    ("field", "fp32", "blocks"): {1: (2.9, 5.8, None), 2: (2.5, 4.6, None), 4: (1.9, 3.0, None), 0: (1.3, 1.6, None)},
+    ("field", "bf16", "blocks"): {2: (None, 6.0, None)},
+    ("vit_b", "fp32", "blocks"): {2: (3.5, 7.3, None)},
+    ("field", "fp32", "lora"): {6: (None, 2.5, 3.0), 0: (1.2, 1.5, None)},
+    ("field", "fp32", "adapter"): {6: (None, 2.5, 3.0), 0: (1.2, 1.5, None)},
 }
+FORMS = ("shared", "cached", "seldom")
+TEACHER_SHARE = 0.25  # method.teacher_share of the last form
+LAST_K = {"blocks": "model.unfreeze_last_k", "lora": "model.lora_last_k", "adapter": "model.adapter_last_k"}
 LATER_K, LATER_LIMIT = 2, 0.6  # a second epoch beside the first; whole epochs are in benchmarks/cache.py
 COMPONENT_LIMITS = {"average of the teacher": 10.0, "InfoNCE": 25.0, "ring points": 100.0}
 
@@ -107,18 +113,23 @@ class Pair:
 
     Args:
         sam: random weights; kept as the pretrained model. last_k: blocks that train, 0 = the whole encoder.
+        encoder: what trains in them, see model.encoder.
     """
 
-    def __init__(self, sam: Sam, last_k: int, batch: Batch, precision: str = "fp32") -> None:
+    def __init__(self, sam: Sam, last_k: int, batch: Batch, precision: str = "fp32", encoder: str = "blocks") -> None:
         self.batch, self.precision, self.device = batch, precision, batch.images.device
         values = preset_values("published", default_values())
-        changes = {"model.unfreeze_last_k": last_k, "method.gate.entropy_thresh": TRUST_EVERYBODY}
-        method = validate(fit_values(merge(values, unflatten(changes)))).method
+        changes = {"model.encoder": encoder, LAST_K[encoder]: last_k, "method.gate.entropy_thresh": TRUST_EVERYBODY}
+        config = validate(fit_values(merge(values, unflatten(changes))))
+        method = config.method
         if not isinstance(method, ContrastiveMethod):
             raise TypeError("the preset `published` is contrastive")
         spread_masks(sam, batch)
         student, self.pretrained = copy.deepcopy(sam), sam.requires_grad_(False)
-        select_trainable(student, encoder="blocks", unfreeze_last_k=last_k, train_decoder=False)
+        choose_trained(config, student)
+        student.prompt_encoder.requires_grad_(False)
+        fill_inserted(student)
+        teacher = copy.deepcopy(student)
         torch.manual_seed(SEED)
         self.method = Contrastive(student, self.pretrained, contrastive_options(method, 0.0, 0))
         self.method.model.train()
@@ -127,7 +138,7 @@ class Pair:
                 p.add_(torch.randn_like(p) * (0.02 * p.std() if p.numel() > 1 else 0))
         self.naive = NaiveStep(
             student,
-            self.pretrained,
+            teacher,
             self.pretrained,
             self.method.head,
             entropy_thresh=TRUST_EVERYBODY,
@@ -171,8 +182,9 @@ class Pair:
         terms = {name: total_loss({name: term}).detach() for name, term in found.terms.items()}
         return terms | {"mask": found.means["mask"], "iou": naive_step.BETA * found.means["iou"]}
 
-    def our_step(self, batch: Batch) -> None:
+    def our_step(self, batch: Batch, teacher_share: float = 1.0) -> None:
         """Take one training step as `training.loop.fit` does."""
+        self.method.options = replace(self.method.options, teacher_share=teacher_share)
         self.ours(batch)
         nn.utils.clip_grad_norm_(self.parameters, naive_step.CLIP)
         self.optimizer.step()
@@ -245,9 +257,25 @@ class Agreement:
             raise ValueError(f"the steps differ, so nothing is timed: {self}")
 
 
+def mixed(asked: Any, unasked: Any) -> Any:
+    """Return the mean cost of a step of which a share asks the teacher; numbers, or the rounds' lists of them."""
+    if isinstance(asked, list):
+        return [mixed(a, b) for a, b in zip(asked, unasked, strict=True)]
+    return TEACHER_SHARE * asked + (1 - TEACHER_SHARE) * unasked
+
+
 def step_generator() -> torch.Generator:
     """Return the generator of a step: the same in every step."""
     return torch.Generator().manual_seed(SEED)
+
+
+@torch.no_grad()
+def fill_inserted(sam: Sam) -> None:
+    """Draw the factors of LoRA and the layers of adapters that start at zero, so that all of them have a gradient."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, p in sam.named_parameters():
+        if "lora_B" in name or ".adapter.up." in name:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
 
 
 @torch.no_grad()
@@ -323,6 +351,7 @@ def main() -> int:
         default=[1, 2, 4, 0],
         help="numbers K of trained blocks, 0 = all (default: 1 2 4 0)",
     )
+    parser.add_argument("--encoder", default="blocks", choices=list(LAST_K), help="what trains (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="timed (default: %(default)s)")
     parser.add_argument(
@@ -348,7 +377,7 @@ def main() -> int:
 
     for last_k in a.last:
         name = f"K = {last_k or 'all'}"
-        pair = Pair(make(), last_k, batch)
+        pair = Pair(make(), last_k, batch, encoder=a.encoder)
         equal = pair.agreement(batch, pair.cached)
         equal.check()
         print(
@@ -361,27 +390,33 @@ def main() -> int:
         )
         runs: dict[str, Callable[[], object]] = {"published": pair.naive_step}
         if a.precision != "fp32":
-            half = Pair(make(), last_k, batch, a.precision)
+            half = Pair(make(), last_k, batch, a.precision, a.encoder)
             runs |= {f"published, {a.precision}": half.naive_step}
             pair = half
-        runs |= {"shared": partial(pair.our_step, batch), "cached": partial(pair.our_step, pair.cached)}
+        runs |= {
+            "shared": partial(pair.our_step, batch),
+            "cached": partial(pair.our_step, pair.cached),
+            "unasked": partial(pair.our_step, pair.cached, teacher_share=0.0),
+        }
         work = {form: multiplications(run) for form, run in runs.items()}
         spent = interleaved(runs, a.rounds, device, warm=a.warm)
+        for costs in (work, spent):  # a mean step of a teacher that seldom encodes
+            costs["seldom"] = mixed(costs["cached"], costs["unasked"])
         asked = a.model != "field" or (side, a.width, a.blocks, a.batch_size) == (512, 192, 12, 2)
-        wanted = LIMITS.get((a.model, a.precision), {}).get(last_k, (None, None)) if asked else (None, None)
-        found = [
+        wanted = LIMITS.get((a.model, a.precision, a.encoder), {}).get(last_k) if asked else None
+        cells = [
             cell(f"{name}, {form}", ratio(spent["published"], spent[form]), limit)
-            for form, limit in zip(("shared", "cached"), wanted, strict=True)
+            for form, limit in zip(FORMS, wanted or (None, None, None), strict=True)
         ]
         if a.precision != "fp32":
-            found += [cell(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
+            cells += [cell(name, ratio(spent[f"published, {a.precision}"], spent["cached"]), None)]
         later = ratio(spent["cached"], spent["shared"])[0]  # without what filling and reading the cache take
-        floors = " / ".join(f"{work['published'] / work[form]:.2f}" for form in ("shared", "cached"))
-        bound = LATER_LIMIT if last_k == LATER_K else None
+        floors = " / ".join(f"{work['published'] / work[form]:.2f}" for form in FORMS)
+        bound = LATER_LIMIT if (last_k, a.encoder) == (LATER_K, "blocks") else None
         rows.append(
             [
                 name,
-                *found,
+                *cells,
                 floors,
                 limits.cell(f"{name}, cached / shared", later, bound, most=True),
                 f"{equal.trusted:.0%}",
@@ -392,11 +427,12 @@ def main() -> int:
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
         del pair, runs
     columns = [
-        "trained blocks",
+        {"blocks": "trained blocks", "lora": "blocks with LoRA", "adapter": "blocks with adapters"}[a.encoder],
         "prefix shared",
         "prefix and reference cached",
+        f"cached, teacher in {TEACHER_SHARE:.0%} of the steps",
         *([f"the same against the published step in {a.precision}"] if a.precision != "fp32" else []),
-        "by multiplications alone: shared / cached",
+        "by multiplications alone: shared / cached / seldom",
         "time of a step cached / shared",
         "images trusted",
         "losses differ by",

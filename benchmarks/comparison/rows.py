@@ -4,7 +4,7 @@ to fine-tune; use without a prompt; and the worth of masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from comparison.units import UNET, ZERO_SHOT, Row, configured
@@ -199,6 +199,46 @@ def labels(base: Config) -> list[Row]:
     ]
 
 
+# ---- LoRA and adapters: what makes their steps cheaper -----------------------------------------------------------
+
+INSERTED = {"LoRA": ("lora", "lora_last_k"), "adapters": ("adapter", "adapter_last_k")}  # name -> encoder, key of K
+INSERTED_LAST_K = (0, 2, 1)  # of the compact model's 4 blocks; 0 = all
+TEACHER_SHARES = (0.25, 0.0)  # of the steps; all of them in the rows above
+
+
+def inserted(base: Config) -> list[Row]:
+    """Return rows for two boxes with LoRA or adapters, in all blocks, beside the default."""
+    return [
+        Row(DEFAULT),
+        *(
+            Row(f"two boxes, {name}", rates(*STRATEGY_RATES[name]) | {"model.encoder": encoder})
+            for name, (encoder, _) in INSERTED.items()
+        ),
+    ]
+
+
+def inserted_tuning(base: Config) -> list[Row]:
+    """Return the same for the last K blocks and for a teacher that seldom encodes, on the development split alone."""
+    return [
+        Row(
+            f"tune two boxes, {name}, last {last_k or 'all'}",
+            rates(*STRATEGY_RATES[name]) | {"model.encoder": encoder, f"model.{key}": last_k},
+            seeds=1,
+            tests=False,
+        )
+        for last_k in INSERTED_LAST_K
+        for name, (encoder, key) in INSERTED.items()
+    ] + [
+        Row(
+            f"tune two boxes, LoRA, teacher in {share:.0%} of the steps",
+            rates(*STRATEGY_RATES["LoRA"]) | {"model.encoder": "lora", "method.teacher_share": share},
+            seeds=1,
+            tests=False,
+        )
+        for share in TEACHER_SHARES
+    ]
+
+
 # ---- use without a prompt ----------------------------------------------------------------------------------------
 
 LONGER = 3  # times the base's epochs
@@ -215,6 +255,27 @@ def unprompted(base: Config) -> list[Row]:
         Row(AS_LONG, budget_of_it | {"train.distort": distorted}),
         Row(UNPROMPTED, budget_of_it, preset="no-prompt"),
     ]
+
+
+# ---- several pretrained models -----------------------------------------------------------------------------------
+
+
+def models_plan(models: Sequence[str]) -> Plan:
+    """Return rows for pretrained models side by side, each as it is and adapted with two boxes; see `Row.model`."""
+
+    def rows_of(base: Config) -> list[Row]:
+        return [
+            row
+            for k, model in enumerate(models)
+            for row in (
+                Row(f"{ZERO_SHOT}, {model}", seeds=1, trains=False, model=model, baselines=k == 0),
+                Row(f"{DEFAULT}, {model}", model=model),
+            )
+        ]
+
+    own = [(f"{DEFAULT}, {model}", f"{ZERO_SHOT}, {model}") for model in models]
+    others = [(f"{name}, {model}", f"{name}, {models[0]}") for name in (ZERO_SHOT, DEFAULT) for model in models[1:]]
+    return Plan(rows_of, lambda base: [], (*own, *others))
 
 
 @dataclass(frozen=True)
@@ -243,6 +304,7 @@ SETS = {
             (DEFAULT, UNET_ROW),
         ),
     ),
+    "inserted": Plan(inserted, inserted_tuning, tuple((f"two boxes, {name}", DEFAULT) for name in INSERTED)),
     "unprompted": Plan(unprompted, lambda base: [], ((UNPROMPTED, DEFAULT), (UNPROMPTED, AS_LONG), (AS_LONG, DEFAULT))),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }

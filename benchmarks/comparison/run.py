@@ -36,16 +36,34 @@ def main(
         str,
         typer.Option(
             "--set",
-            help="rows | strategies (every way to fine-tune) | unprompted (use "
+            help="rows | strategies (every way to fine-tune) | inserted (LoRA and adapters) | unprompted (use "
             "without a prompt) | labels (what masks are worth)",
         ),
     ] = "rows",
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            help="pretrained model, beside each other if repeated, instead of a set: a preset (sam2.1-tiny), a "
+            "model.name of params.yaml, OWNER/NAME of the Hub or a folder",
+        ),
+    ] = None,
     track: Annotated[bool, typer.Option(help="each unit also a run in mlflow.db (lesionsam-evidence)")] = False,
     unit: Annotated[str, typer.Option(hidden=True, help="run one unit, NAME#SEED, in this process")] = "",
 ) -> None:
     """Train and evaluate every row of the comparison on a folder of real pairs; the test split is read once per row."""
-    from comparison.rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED
-    from comparison.units import check_pairs, costs, gap_closed, is_finished, read_units, run_unit, summarise, unit_path
+    from comparison.rows import DEFAULT, DEFAULT_BLIND, ELLIPSE, LETTER, SETS, SUPERVISED, models_plan
+    from comparison.units import (
+        check_pairs,
+        costs,
+        gap_closed,
+        is_finished,
+        model_weights,
+        read_units,
+        run_unit,
+        summarise,
+        unit_path,
+    )
     from lesionsam.config.load import load_config, with_values
     from lesionsam.data.index import read_index
     from lesionsam.data.sources.folder import index_folder
@@ -54,22 +72,27 @@ def main(
 
     if which not in SETS:
         raise UserError(f"--set: expected one of {', '.join(SETS)}, got {which!r}")
-    plan = SETS[which]
+    if models and len(set(models)) < len(models):
+        raise UserError(f"--model: expected each model once, got {', '.join(models)}")
+    plan = models_plan(models) if models else SETS[which]
     base = with_values(
         load_config(params, check_files=False),
         {"train.epochs": epochs, "runtime.num_threads": 1, "train.precision": precision},
     )
     planned = plan.tuning(base) if tune else plan.rows(base)
     index_path = out / "index.csv"
-    weights = ROOT / base.model.checkpoint
+    weights = {model: ROOT / model_weights(base, model, out.resolve()) for model in {row.model for row in planned}}
     if unit:
         name, seed = unit.rsplit("#", 1)
         row = next(row for row in planned if row.name == name)
-        return run_unit(base, row, int(seed), read_index(index_path), weights, out, ROOT if track else None)
+        return run_unit(base, row, int(seed), read_index(index_path), weights[row.model], out, ROOT if track else None)
     check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
-    digest = sha256_file(weights)
+    digests = {model: sha256_file(path) for model, path in weights.items()}
     done_before = {
-        (row.name, seed) for row in planned for seed in range(row.seeds) if is_finished(out, base, row, seed, digest)
+        (row.name, seed)
+        for row in planned
+        for seed in range(row.seeds)
+        if is_finished(out, base, row, seed, digests[row.model])
     }
     waiting = [
         (row, seed)
@@ -99,6 +122,7 @@ def main(
             which,
             "--unit",
             f"{row.name}#{seed}",
+            *(part for model in models or () for part in ("--model", model)),
             *(["--tune"] if tune else []),
             *(["--track"] if track else []),
         ]
@@ -139,7 +163,8 @@ def main(
                 + ", ".join(f"{prompt} {words}" for prompt, words in worth.items())
                 + f"; {out / 'labels.png'}\n"
             )
-        write_text_atomic(out / ("table.md" if which == "rows" else f"table-{which}.md"), text)
+        table = "table-models.md" if models else "table.md" if which == "rows" else f"table-{which}.md"
+        write_text_atomic(out / table, text)
         print(text)
     if any(codes):
         raise SystemExit(1)

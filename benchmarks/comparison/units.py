@@ -23,7 +23,7 @@ from comparison.unet import evaluate_unet, train_unet
 from lesionsam.boxes.annotator import annotate
 from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import Config, config_digest, flatten, to_values, unflatten, validate
-from lesionsam.config.presets import preset_values
+from lesionsam.config.presets import preset_names, preset_values
 from lesionsam.config.schema import SimulatedBoxes
 from lesionsam.data.contents import load_image, load_mask
 from lesionsam.data.dataset import LesionDataset
@@ -40,6 +40,8 @@ from lesionsam.experiment.run import input_frame, open_data, train
 from lesionsam.inference.lesion import LesionSearch
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
+from lesionsam.pipeline.paths import pretrained_weights
+from lesionsam.pipeline.weights import write_weights
 from lesionsam.tracking.tracker import NullTracker, Tracker
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
@@ -62,6 +64,8 @@ class Row:
         trains: False for what is evaluated as it is. tests: False for a row that only tunes on the development split.
         masks: number of training lesions that it may see, drawn by seed and repeated to as many steps; 0 = all.
         network: sam, or unet for `comparison.unet`.
+        model: pretrained model: a preset, a model.name of params.yaml, of the Hub or a folder; empty = the base's.
+        baselines: whether a row that does not train carries the baselines without a network.
     """
 
     name: str
@@ -73,12 +77,15 @@ class Row:
     tests: bool = True
     masks: int = 0
     network: str = "sam"
+    model: str = ""
+    baselines: bool = True
 
 
 def configured(base: Config, row: Row, seed: int) -> Config:
-    """Return the configuration of one unit: base, preset and changes of the row, seed and looseness."""
+    """Return the configuration of one unit: base, model, preset and changes of the row, seed and looseness."""
     low, high = row.margin
-    values = preset_values(row.preset, to_values(base)) if row.preset else to_values(base)
+    values = model_values(base, row.model)
+    values = preset_values(row.preset, values) if row.preset else values
     values = fit(merge(values, unflatten(row.changes)))
     target = values["method"].get("target", {})
     if "looseness" in target:
@@ -87,10 +94,40 @@ def configured(base: Config, row: Row, seed: int) -> Config:
     return validate(values, f"evidence row {row.name!r}")
 
 
+def model_values(base: Config, model: str) -> dict[str, Any]:
+    """Return the base's values with another pretrained model, see `Row.model`; epochs, batches and precision stay."""
+    values = to_values(base)
+    if model in ("", base.model.name):
+        return values
+    if model in preset_names():
+        budget = {key: values["train"][key] for key in ("epochs", "batch_size", "precision")}
+        return merge(preset_values(model, values), {"train": budget})
+    return merge(values, {"model": {"name": model, "checkpoint": "published", "image_size": 0}})
+
+
+def model_weights(base: Config, model: str, out: Path) -> Path:
+    """Return the pretrained weights of a row's model; fetch them into the folder of the results at first.
+
+    Raises:
+        UserError: there is no such model, or it cannot be fetched.
+    """
+    if model in ("", base.model.name):
+        return Path(base.model.checkpoint)
+    folder = out / "weights" / slug(model)
+    if not (folder / "weights.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(validate(fit(model_values(base, model)), f"--model {model}"), folder)
+    return pretrained_weights(folder)
+
+
+def slug(text: str) -> str:
+    """Return a name for files: lower case, runs of other characters than letters and digits as one hyphen."""
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
 def unit_path(out: Path, row: Row, seed: int) -> Path:
     """Return the file of a unit's per-image figures."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in row.name.lower()).split())
-    return out / "units" / f"{slug}.seed{seed}.csv"
+    return out / "units" / f"{slug(row.name)}.seed{seed}.csv"
 
 
 def unit_digest(config: Config, row: Row, weights_sha256: str) -> str:
@@ -247,11 +284,10 @@ def _run_unit(
             model=row.name,
             run=str(seed),
         )
-    if not row.trains:
+    if not row.trains and row.baselines:
+        tag = "" if row.model else row.name.removeprefix(ZERO_SHOT)
         baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
-        figures = pd.concat(
-            [figures, baselines.rows.assign(model=baselines.rows["model"] + row.name.removeprefix(ZERO_SHOT))]
-        )
+        figures = pd.concat([figures, baselines.rows.assign(model=baselines.rows["model"] + tag)])
         notes["test_outline_offset"] = offset
     for (_, prompt), part in figures.groupby(["model", "prompt"]):
         if (part["model"] == row.name).all():

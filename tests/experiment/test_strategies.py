@@ -13,9 +13,10 @@ from helpers.training import Stop, run, stop_at
 from lesionsam.config.edit import fit
 from lesionsam.config.load import Config, default_values, flatten, unflatten, validate
 from lesionsam.config.presets import preset_values
+from lesionsam.experiment import caches
 from lesionsam.experiment.build import build_method, choose_trained, learning_groups, prepare_sam, strategy_of
 from lesionsam.experiment.run import Data, Trained, train
-from lesionsam.models import adapters, lora
+from lesionsam.models import adapters, lora, prefix
 from lesionsam.models.checkpoint import build_sam, load_sam, read_weights, save_sam
 from lesionsam.models.finetuned import merged_state, save_tuned
 from lesionsam.models.sam import Sam, encode
@@ -126,6 +127,34 @@ def test_the_last_blocks_alone_share_the_frozen_prefix(preset: str, weights: Pat
     added = {name: p for name, p in sam.named_parameters() if p.requires_grad and "image_encoder" in name}
     assert added
     assert all(".blocks.1." in name and p.grad is not None for name, p in added.items())
+
+
+@pytest.mark.parametrize("last_k", [0, 1])
+@pytest.mark.parametrize("encoder", ["lora", "adapter"])
+def test_a_later_epoch_reads_the_reference_and_the_prefix_from_the_cache(
+    encoder: str, last_k: int, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"method__weights__distil": 0.1, "train__augment": False, "train__widen": 0.0}
+    changes |= {"method__gate__entropy_thresh": 0.69, f"model__{encoder}_last_k": last_k}
+    config = configured("", model__encoder=encoder, **changes)
+    ran: list[bool] = []  # of each pass of a frozen part: whether it computed the reference's features
+    real = prefix.encode_frozen
+
+    def counted(sam: Sam, images: torch.Tensor, num_blocks: int, reference: Sam | None = None) -> Any:
+        ran.append(reference is not None or not any(p.requires_grad for p in sam.parameters()))
+        return real(sam, images, num_blocks, reference)
+
+    monkeypatch.setattr(prefix, "encode_frozen", counted)
+    monkeypatch.setattr(caches, "encode_frozen", counted)
+    train_on = Data(tiny_data(8), tiny_data(4, seed=1), tmp_path / "activations")
+    result = train(config, train_on, weights, folder=tmp_path / "run", log=lambda values, _: None, say=[].append)
+    num_batches = 2
+    assert sum(ran) == num_batches, "the first epoch alone"
+    uncached = train(
+        config, Data(tiny_data(8), tiny_data(4, seed=1)), weights, folder=tmp_path / "plain", log=lambda values, _: None
+    )
+    for name, value in uncached.sam.state_dict().items():
+        assert torch.equal(value, result.sam.state_dict()[name]), name
 
 
 def test_dropout_is_resumed_bit_for_bit(weights: Path, tmp_path: Path) -> None:

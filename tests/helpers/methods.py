@@ -22,6 +22,7 @@ DEFAULT = ContrastiveOptions(
     pos_samples=256,
     neg_samples=1024,
     ema_decay=0.99,
+    teacher_share=1.0,
     num_points=10,
     teacher_prompt="box+core",
     monitor_masks=True,

@@ -520,6 +520,46 @@ def test_the_frozen_prefix_gives_the_same_losses_as_the_whole_pass() -> None:
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
+def fused(share: float) -> Contrastive:
+    """Fused target and contrast, the student off its teacher; `share` of the steps ask the teacher's encoder."""
+    method = contrastive(target="fused", teacher_weight=0.5, contrast=1.0, entropy_thresh=0.6931, teacher_share=share)
+    with torch.no_grad():
+        for p in trained_parameters(method.sam):
+            p.add_(0.02 * torch.randn(p.shape, generator=generator(7)))
+    method.model.train()
+    return method
+
+
+def test_without_the_teachers_pass_the_students_features_stand_in() -> None:
+    method, batch = fused(0.0), some_batch()
+    f, f_t, _ = method.encode(batch, asks_teacher=method.draws_teacher(generator()))
+    assert f_t is not None
+    assert torch.equal(f_t, f)
+    assert not f_t.requires_grad
+    asked = fused(1.0)
+    assert asked.encode_teacher(batch) is not None
+    assert not torch.allclose(f, asked.encode_teacher(batch))  # pyright: ignore[reportArgumentType]
+    assert method.losses(batch, generator())[0]["pseudo"].value != asked.losses(batch, generator())[0]["pseudo"].value
+
+
+def test_the_teachers_share_of_the_steps_is_drawn_from_the_steps_generator() -> None:
+    drawn = [fused(0.25).draws_teacher(step_generator(0, number)) for number in range(400)]
+    assert drawn == [fused(0.25).draws_teacher(step_generator(0, number)) for number in range(400)]
+    assert sum(drawn) / 400 == pytest.approx(0.25, abs=0.07)  # three standard deviations of a binomial share
+    before = generator()
+    assert fused(1.0).draws_teacher(before)
+    assert torch.equal(before.get_state(), generator().get_state()), "nothing is drawn where nothing is chosen"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_batch_in_parts_counts_what_its_losses_count(share: float) -> None:
+    batch = some_batch(6)
+    for seed in range(4):  # steps with and without the teacher's pass
+        method = fused(share)
+        counts, (_, monitors) = method.counts(batch, generator(seed)), method.losses(batch, generator(seed))
+        assert counts["pseudo"] / 6 == pytest.approx(float(monitors["trusted"]))
+
+
 def test_padding_and_other_lesions_take_no_part_in_the_two_box_term() -> None:
     method = contrastive(projection=1.0)
     batch = tiny_data(3, with_others=True).batch(range(3))

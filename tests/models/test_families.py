@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from helpers.families import FAMILIES, SIDE, tiny_family, tiny_model, write_hub_folder
+from helpers.tiny import tiny_sam
 from lesionsam.errors import UserError
 from lesionsam.models import adapters, lora
 from lesionsam.models.checkpoint import load_sam, save_sam
@@ -29,6 +30,38 @@ family = pytest.fixture(params=list(FAMILIES))(lambda request: request.param)
 
 def pixels(sam: Sam, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, sam.side, sam.side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("encoder", ["blocks", "lora", "adapter"])
+@pytest.mark.parametrize("name", ["compact", *FAMILIES])
+def test_checkpointing_keeps_fewer_activations_and_gives_the_same_gradients(name: str, encoder: str) -> None:
+    if name == "edgetam" and encoder != "blocks":
+        pytest.skip("EdgeTAM's backbone has no attention")
+
+    def step(checkpointing: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+        sam = tiny_sam() if name == "compact" else tiny_family(name)
+        attach(sam, Strategy(encoder, lora_rank=2, lora_alpha=4.0, lora_dropout=0.5, adapter_dim=4), seed=0)
+        select_trainable(sam, encoder=encoder, train_decoder=False)
+        sam.checkpointing, kept = checkpointing, 0
+        sam.train()
+
+        def pack(value: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += value.nbytes
+            return value
+
+        torch.manual_seed(1)  # of the dropout
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            features = encode(sam, pixels(sam, 2))
+        features.square().mean().backward()
+        return features.detach(), {key: p.grad for key, p in sam.named_parameters() if p.grad is not None}, kept
+
+    plain, recomputed = step(False), step(True)
+    assert torch.equal(plain[0], recomputed[0])
+    assert plain[1].keys() == recomputed[1].keys()
+    assert plain[1]
+    assert all(torch.equal(value, recomputed[1][key]) for key, value in plain[1].items())
+    assert recomputed[2] < 0.8 * plain[2]  # the neck keeps its own
 
 
 def some_prompts(count: int, side: int, seed: int = 0) -> dict[str, Prompts]:

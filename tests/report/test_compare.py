@@ -14,7 +14,7 @@ import pytest
 from helpers.report import Page, lay_out
 from lesionsam.errors import UserError
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, read_csv, write_csv
-from lesionsam.report.comparison import compare, setting_cells, shared_pictures, side_by_side
+from lesionsam.report.comparison import compare, model_cells, setting_cells, shared_pictures, side_by_side, tabulated
 from lesionsam.report.runs import EvaluatedRun, commit_of, in_folder, open_runs, short
 
 
@@ -50,6 +50,9 @@ def test_a_constant_gain_is_found_with_a_closed_interval(pair: tuple[Path, Path]
     assert page.words.count("zero-shot") >= 2
     assert "zero-shot of first" not in text
     assert "method.temperature" in page.words
+    row = page.words.index("Pretrained models")
+    cells = [word for word in page.words[row + 1 : row + 80] if word.strip()]
+    assert cells[:5] == ["pretrained model", "encoder", "Mean IoU of ring, centre, box: zero-shot", "adapted", "gain"]
     assert "+0.100" in page.words[page.words.index("second minus first") :]
 
 
@@ -70,6 +73,28 @@ def test_shared_models_stand_once_and_others_per_run(pair: tuple[Path, Path], tm
         "first",
         "run zero-shot",
     ]
+
+
+def test_each_run_names_its_pretrained_model_with_both_figures(
+    tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, model, seed, gain in (("a", "compact", 0, 0.0), ("b", "some/sam2", 1, 0.1)):
+        _, training = lay_out(tmp_path / name, root, seed=seed, gain=gain)
+        text = (training / "params.yaml").read_text()
+        (training / "params.yaml").write_text(text.replace("name: compact", f"name: {model}", 1))
+    runs = runs_of(tmp_path / "a", tmp_path / "b")
+    rows = side_by_side(runs)
+    table = tabulated(rows, "a", {"num_bootstrap": 100, "confidence": 0.95})
+    _, *cells = model_cells(runs, table)
+    assert [row[:3] for row in cells] == [["a", "compact", "blocks"], ["b", "some/sam2", "blocks"]]
+    for name, (*_, zero_shot, adapted, gain) in zip("ab", cells, strict=True):
+        own = rows[rows["prompt"].isin(["ring", "centre", "box"])]
+        for model, shown in ((f"zero-shot of {name}", zero_shot), (name, adapted)):
+            of_images = own[own["model"] == model].groupby(["prompt", "image_id"])["iou"].mean()
+            assert float(shown) == pytest.approx(of_images.groupby("prompt").mean().mean(), abs=6e-4)
+        assert float(gain) == pytest.approx(float(adapted) - float(zero_shot), abs=1.1e-3)
+    compare([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "c.html", tmp_path)
+    assert "some/sam2" in capsys.readouterr().out
 
 
 def test_only_lesions_that_all_have_count(pair: tuple[Path, Path], tmp_path: Path) -> None:

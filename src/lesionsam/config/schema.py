@@ -233,6 +233,10 @@ class Runtime(Section):
     nodes: int = key("machines of one training, in a Slurm job", ge=1, le=1024)
     num_workers: int = key("processes that decode images, threads that prepare batches; 0 = none", ge=0, le=256)
     num_threads: int = key("CPU threads of torch; 0 = torch's own choice", ge=0, le=1024)
+    checkpointing: bool = key(
+        "recompute the trained blocks' activations in the backward pass: less memory, more time, the same gradients",
+        initial=False,
+    )
     cache_gb: float = key("disk for the frozen encoder's activations, all runs together [GB]; 0 = no cache", ge=0)
 
 

@@ -202,6 +202,12 @@ class ContrastiveMethod(Section):
     pos_samples: int = key("maximum number of anchors per image", ge=1, le=65536)
     neg_samples: int = key("maximum number of negatives per image", ge=1, le=65536)
     ema_decay: float = key("decay of the teacher's average, per step", ge=0, lt=1)
+    teacher_share: float = key(
+        "share of the steps in which the teacher encodes the images; in the others the student's features stand in",
+        ge=0,
+        le=1,
+        initial=1.0,
+    )
     num_points: int = key(NUM_POINTS, ge=1, le=1000)
     teacher_prompt: Literal["ring", "box", "core", "box+core"] = key(
         "prompt of the teacher: ring | box | core | box+core"

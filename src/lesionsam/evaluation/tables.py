@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -225,14 +225,17 @@ def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def print_tables(table: pd.DataFrame, reference: str = ZERO_SHOT) -> None:
-    """Print the main tables on the terminal."""
+def print_tables(
+    table: pd.DataFrame, reference: str = ZERO_SHOT, first: Sequence[tuple[str, list[list[str]]]] = ()
+) -> None:
+    """Print the main tables on the terminal, after those of `first`, (title, cells with a header) each."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 140)
-    for title, cells in sections(table, reference)[:2] if "miou" in table else sections(table):
+    own = sections(table, reference)
+    for title, cells in [*first, *(own[:2] if "miou" in table else own)]:
         shown = Table(*cells[0], title=title, box=box.SIMPLE_HEAD, title_justify="left")
         for row in cells[1:]:
             shown.add_row(*(cell.replace(" [", "\n[").replace("] p", "]\np").replace("[", "\\[") for cell in row))

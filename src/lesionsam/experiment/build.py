@@ -53,6 +53,7 @@ def prepare_sam(config: Config, weights: Path, device: torch.device) -> Sam:
     """Load the pretrained SAM, add adapters or LoRA updates and select the parameters that train."""
     sam = load_sam(config.model.name, weights, image_size=config.model.image_size)
     choose_trained(config, sam)
+    sam.checkpointing = config.runtime.checkpointing
     return sam.to(device)
 
 
@@ -98,6 +99,7 @@ def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) ->
         pos_samples=m.pos_samples,
         neg_samples=m.neg_samples,
         ema_decay=m.ema_decay,
+        teacher_share=m.teacher_share,
         num_points=m.num_points,
         teacher_prompt=m.teacher_prompt,
         monitor_masks=m.monitor_masks,

@@ -30,12 +30,12 @@ from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import box_cells, box_grid, known_masks, mean_over, to_grid
 from lesionsam.methods.prompting import decode_mixture
 from lesionsam.methods.targets import ellipse_logits, placebo_target
-from lesionsam.models.prefix import encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
+from lesionsam.models.prefix import encode_batch, encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.models.projection import ProjectionHead
 from lesionsam.models.sam import Sam, decode, encode, sam_of
 from lesionsam.models.teacher import Teacher
 from lesionsam.parallel.collectives import gather_chosen
-from lesionsam.parallel.draws import Draws, rand
+from lesionsam.parallel.draws import Draws, generator_of, rand
 from lesionsam.prompts import draw_prompts
 from lesionsam.types import Batch, Prompts, to_device
 
@@ -58,6 +58,7 @@ class ContrastiveOptions:
     pos_samples: int
     neg_samples: int
     ema_decay: float
+    teacher_share: float
     num_points: int
     teacher_prompt: str
     monitor_masks: bool
@@ -120,7 +121,7 @@ class Contrastive(Method):
         trusted images (all, and by size of the lesion), mean entropy of the targets in nats.
         """
         o, weights = self.options, self.options.weights
-        f, f_t, f_r = self.encode(batch)
+        f, f_t, f_r = self.encode(batch, asks_teacher=self.draws_teacher(generator))
         prompts = self.teacher_prompts(batch, generator)
         m, entropy, trusted = self.target(batch, f_t, prompts)
         w = to_grid(batch.valid, m.shape[-1])
@@ -144,7 +145,9 @@ class Contrastive(Method):
     @torch.no_grad()
     def counts(self, batch: Batch, generator: Draws) -> dict[str, torch.Tensor]:
         """Return how many images or cells each mean is over; untrusted images and missing masks are skipped."""
-        f_t = self.encode_teacher(batch) if self.options.target in ("teacher", "fused") else None
+        asks_teacher, f_t = self.draws_teacher(generator), None
+        if self.options.target in ("teacher", "fused"):
+            f_t = self.encode_teacher(batch) if asks_teacher else encode_batch(self.sam, batch)
         m, _, trusted = self.target(batch, f_t, self.teacher_prompts(batch, generator))
         cells = self.sam.grid
         return {
@@ -163,8 +166,20 @@ class Contrastive(Method):
 
     # ---- parts of a step ---------------------------------------------------------------------------------------------
 
-    def encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return f with gradient, f_t and f_r without; the frozen blocks run once for all three."""
+    def draws_teacher(self, generator: Draws) -> bool:
+        """Draw whether the teacher encodes this batch: the first draw of a step, if there is one to be made."""
+        share = self.options.teacher_share
+        if self.teacher is None or share == 1:
+            return self.teacher is not None
+        return bool(torch.rand((), generator=generator_of(generator)) < share)
+
+    def encode(
+        self, batch: Batch, *, asks_teacher: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return f with gradient, f_t and f_r without; the frozen blocks run once for all three.
+
+        Without `asks_teacher` f_t is f without its gradient, if there is a teacher.
+        """
         split, reference = self.frozen_blocks, self.reference if self.options.weights["distil"] > 0 else None
         if split >= 0:
             tokens, f_r = frozen_part(self.sam, batch, split, reference)
@@ -175,6 +190,8 @@ class Contrastive(Method):
             f = encode(self.sam, images)
             if reference is not None and f_r is None:
                 f_r, _ = encode_frozen(reference, images, num_frozen_blocks(reference))
+        if self.teacher is not None and not asks_teacher:
+            return f, f.detach(), f_r
         return f, self.encode_teacher(batch), f_r
 
     @torch.no_grad()
@@ -189,7 +206,7 @@ class Contrastive(Method):
         return encode_suffix(teacher, tokens, split)
 
     def teacher_prompts(self, batch: Batch, generator: Draws) -> Prompts:
-        """Draw the teacher's prompts: the first draw of a step, in `losses` as in `counts`."""
+        """Draw the teacher's prompts, in `losses` as in `counts` right after `draws_teacher`."""
         o = self.options
         return draw_prompts(
             o.teacher_prompt, batch.big_boxes, batch.small_boxes, num_points=o.num_points, generator=generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lesionsam.models.sam import Sam, encode, parameters_of
+from lesionsam.models.sam import Sam, encode, encode_tokens, parameters_of
 from lesionsam.types import Batch
 
 
@@ -37,7 +37,7 @@ def encode_suffix(sam: Sam, tokens: torch.Tensor, num_blocks: int) -> torch.Tens
     Tokens in half precision are continued in the precision of the weights, as the encoder's residual stream is.
     """
     tokens = tokens.to(torch.promote_types(tokens.dtype, next(sam.encoder.parameters()).dtype))
-    return tokens if num_blocks > len(sam.blocks) else sam.run_neck(sam.run_blocks(tokens, num_blocks))
+    return tokens if num_blocks > len(sam.blocks) else encode_tokens(sam, tokens, num_blocks)
 
 
 @torch.no_grad()
@@ -76,10 +76,13 @@ def to_cache_form(values: torch.Tensor) -> torch.Tensor:
 def frozen_part(
     sam: Sam, batch: Batch, num_blocks: int, reference: Sam | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `encode_frozen` of a batch, or the values that the batch carries from a cache."""
-    if batch.prefix is not None and (batch.reference is not None or reference is None):
-        return batch.prefix, batch.reference
-    return encode_frozen(sam, sam.normalize(batch.images, batch.sizes), num_blocks, reference)
+    """Return `encode_frozen` of a batch; what the batch carries from a cache is not computed."""
+    tokens, features = batch.prefix, None if reference is None else batch.reference
+    if tokens is None or (features is None and reference is not None):
+        lacking = reference if features is None else None
+        tokens, computed = encode_frozen(sam, sam.normalize(batch.images, batch.sizes), num_blocks, lacking)
+        features = computed if features is None else features
+    return tokens, features
 
 
 def encode_batch(sam: Sam, batch: Batch) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lesionsam.errors import UserError
 from lesionsam.models.transforms import image_region
@@ -33,6 +34,7 @@ class Sam(nn.Module, ABC):
         mask_threshold: logit above which a pixel is foreground.
         lora_targets: names of the linear layers of a block's attention. adapted_parts: names of the parts of a block
             whose outputs carry an adapter. Both are empty if the encoder has no transformer blocks.
+        checkpointing: blocks keep no activations for the backward pass, which runs them again.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Sam(nn.Module, ABC):
     mask_decoder: Any
     lora_targets: tuple[str, ...]
     adapted_parts: tuple[str, ...] = ("attn", "mlp")
+    checkpointing: bool = False
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
@@ -85,8 +88,8 @@ class Sam(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def patch_size(self) -> int:
-        """Return the divisor of every possible side of the input, pixels."""
+    def multiple(self) -> int:
+        """Return the number of pixels that every possible side of the input is a multiple of."""
 
     @abstractmethod
     def architecture(self) -> dict:
@@ -153,15 +156,24 @@ def at_size(sam: Sam, image_size: int) -> Sam:
         UserError: a side that the patch does not divide.
     """
     if image_size not in (0, sam.side):
-        if image_size < sam.patch_size or image_size % sam.patch_size:
-            raise UserError(f"model.image_size: expected a multiple of {sam.patch_size} ({sam.name}), got {image_size}")
+        if image_size < sam.multiple or image_size % sam.multiple:
+            raise UserError(f"model.image_size: expected a multiple of {sam.multiple} ({sam.name}), got {image_size}")
         sam.resize_input(image_size)
     return sam
 
 
 def encode(sam: Sam, pixels: Tensor) -> Tensor:
     """Encode normalised images, (B, 3, S, S) -> features (B, C, H', W')."""
-    return sam.run_neck(sam.run_blocks(sam.run_stem(pixels), 0))
+    return encode_tokens(sam, sam.run_stem(pixels), 0)
+
+
+def encode_tokens(sam: Sam, tokens: Tensor, start: int) -> Tensor:
+    """Run blocks from `start` on and the neck: tokens -> features (B, C, H', W')."""
+    if not (sam.checkpointing and torch.is_grad_enabled()):
+        return sam.run_neck(sam.run_blocks(tokens, start))
+    for block in range(start, len(sam.blocks)):  # one at a time: its input is all that is kept
+        tokens = checkpoint(sam.run_blocks, tokens, block, block + 1, use_reentrant=False)
+    return sam.run_neck(tokens)
 
 
 def decode(

@@ -70,6 +70,11 @@ class Sam1(modeling.Sam, Sam):
         """Return the side of a patch, pixels."""
         return self.image_encoder.get_parameter("patch_embed.proj.weight").shape[-1]
 
+    @property
+    def multiple(self) -> int:
+        """Return what the side must be a multiple of: the patch."""
+        return self.patch_size
+
     def stem(self) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
         """Yield patch embedding and position embedding."""
         yield "patch_embed", self.image_encoder.patch_embed

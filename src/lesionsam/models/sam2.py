@@ -145,7 +145,7 @@ class Sam2(Sam):
     # ---- size --------------------------------------------------------------------------------------------------------
 
     @property
-    def patch_size(self) -> int:
+    def multiple(self) -> int:
         """Return what the side must be a multiple of: the ViT's patch, or the coarsest level and Hiera's windows."""
         if self.family == SAM3:
             return int(self.config.vision_config.backbone_config.patch_size)
@@ -244,7 +244,7 @@ class Sam2(Sam):
         """Return (side, channels) of the maps that `run_blocks` keeps after so many blocks."""
         if self.family == SAM3:
             config = self.config.vision_config.backbone_config
-            return [(self.side // self.patch_size, config.hidden_size)]
+            return [(self.side // self.multiple, config.hidden_size)]
         if self.family == EDGETAM:
             convolutions = self.vision_encoder.neck.convs
             channels = [convolution.in_channels for convolution in reversed(convolutions)]

@@ -23,21 +23,26 @@ ASSUMED_SPEED = 12.5e6  # bytes/s, a line of 100 Mbit/s
 
 @stage_lock("weights")
 def prepare_weights(config: Config) -> None:
-    """Write the checkpoint to models/pretrained, and weights.json last: while it is missing, the step has not ended."""
+    """Write the checkpoint to models/pretrained."""
+    write_weights(config, PRETRAINED)
+
+
+def write_weights(config: Config, folder: Path) -> None:
+    """Write the checkpoint to a folder, and weights.json last: while it is missing, the step has not ended."""
     model = config.model
     for name in ("weights.json", "sam.pth", "sam.safetensors", "architecture.json"):
-        (PRETRAINED / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
     if model.checkpoint != "published":
-        facts = _own(model.name, Path(model.checkpoint))
+        facts = _own(model.name, Path(model.checkpoint), folder)
     elif model.name in CHECKPOINTS:
-        facts = _published(model.name)
+        facts = _published(model.name, folder)
     else:
-        facts = _from_hub(model.name, known(model.name).repo or model.name, model.revision)
-    write_json_atomic(PRETRAINED / "weights.json", facts)
+        facts = _from_hub(model.name, known(model.name).repo or model.name, model.revision, folder)
+    write_json_atomic(folder / "weights.json", facts)
     say(f"{facts['name']}: {facts['source']}, SHA-256 {str(facts['sha256'])[:16]}...")
 
 
-def _published(name: str) -> dict[str, object]:
+def _published(name: str, folder: Path) -> dict[str, object]:
     """Fetch SAM's own checkpoint of that name; return the content of weights.json."""
     known = CHECKPOINTS[name]
     file, size, sha256 = known.file, known.size, known.sha256
@@ -45,17 +50,17 @@ def _published(name: str) -> dict[str, object]:
     if not (ARCHIVES / "weights" / file).exists():
         say(f"{file}: {human_bytes(size)} to download, about {human_seconds(size / ASSUMED_SPEED)} at 100 Mbit/s")
     path = fetch(Remote(file, (f"{base}/{file}",), size, sha256), ARCHIVES / "weights")
-    copy_atomic(path, PRETRAINED / "sam.pth", link=True)
+    copy_atomic(path, folder / "sam.pth", link=True)
     return {"name": name, "sha256": sha256, "source": f"{base}/{file}", "image_size": PUBLISHED_SIDE}
 
 
-def _from_hub(name: str, place: str, revision: str) -> dict[str, object]:
+def _from_hub(name: str, place: str, revision: str, folder: Path) -> dict[str, object]:
     """Fetch a model of the Hugging Face Hub, or read a folder in its form; return the content of weights.json."""
     from lesionsam.models.checkpoint import load_sam, save_sam  # here, as they take seconds to import
     from lesionsam.utils.hub import fetch_model
 
     fetched = fetch_model(place, revision, key="model.name")
-    sam, target = load_sam(None, fetched.folder), PRETRAINED / "sam.safetensors"
+    sam, target = load_sam(None, fetched.folder), folder / "sam.safetensors"
     if known(name).side and (len(sam.blocks), sam.side) != (known(name).blocks, known(name).side):
         raise UserError(
             f"model.checkpoint: {place} holds a model of {len(sam.blocks)} blocks at {sam.side} px; {name} has "
@@ -65,10 +70,10 @@ def _from_hub(name: str, place: str, revision: str) -> dict[str, object]:
     return {"name": name, "sha256": sha256_file(target), "source": place, "image_size": sam.side, **fetched.facts}
 
 
-def _own(name: str, checkpoint: Path) -> dict[str, object]:
+def _own(name: str, checkpoint: Path, folder: Path) -> dict[str, object]:
     """Copy the user's file, once it has proved to hold that model; return the content of weights.json."""
     if (checkpoint / "config.json").is_file():
-        return _from_hub(name, checkpoint.as_posix(), "")
+        return _from_hub(name, checkpoint.as_posix(), "", folder)
     if not checkpoint.is_file():
         raise UserError(f"model.checkpoint: expected a weights file, or `published`, got {checkpoint} (no such file)")
     notes = safetensors_metadata(checkpoint)
@@ -83,8 +88,8 @@ def _own(name: str, checkpoint: Path) -> dict[str, object]:
         from lesionsam.models.checkpoint import load_sam  # here, as it takes seconds to import and is seldom needed
 
         side = load_sam(name, checkpoint).side
-    target = PRETRAINED / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")
+    target = folder / ("sam.safetensors" if checkpoint.suffix == ".safetensors" else "sam.pth")
     copy_atomic(checkpoint, target)
     if (architecture := checkpoint.with_name("architecture.json")).is_file():  # a compact SAM's exported .pth needs it
-        copy_atomic(architecture, PRETRAINED / architecture.name)
+        copy_atomic(architecture, folder / architecture.name)
     return {"name": name, "sha256": sha256_file(target), "source": checkpoint.as_posix(), "image_size": side}

@@ -34,6 +34,7 @@ from lesionsam.report.page import (
 from lesionsam.report.runs import EvaluatedRun, open_runs
 
 COMMON = (*BASELINES, ZERO_SHOT)  # models that runs on one test split share
+MODELS_TITLE = "Pretrained models"
 SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate")  # of params.yaml; the rest changes no figure
 SAME = 2e-3  # IoU per lesion: another attention kernel may turn a pixel
 CHANGED = 0.01  # IoU; less is not listed
@@ -48,7 +49,7 @@ def compare(texts: Sequence[str], output: Path, root: Path) -> int:
         summaries = [read_summary(run.results) for run in runs]
         rows = side_by_side(runs)
         table = tabulated(rows, name_of(runs[0]), summaries[0])
-        print_tables(table, name_of(runs[0]))
+        print_tables(table, name_of(runs[0]), [(MODELS_TITLE, model_cells(runs, table))])
         write_page(
             output, commands=shlex.join(["lesionsam", "compare", *texts]), **content(runs, summaries, rows, table)
         )
@@ -131,7 +132,8 @@ def content(
 ) -> dict[str, object]:
     """Return the template's variables, except the command."""
     names, first = [name_of(run) for run in runs], name_of(runs[0])
-    tables = [grid(title, cells, first) for title, cells in sections(table, first)]
+    tables = [grid(MODELS_TITLE, model_cells(runs, table), first)]
+    tables += [grid(title, cells, first) for title, cells in sections(table, first)]
     if differing := setting_cells(runs):
         tables.append(grid("What was set differently", differing))
     return {
@@ -182,18 +184,31 @@ def story(runs: Sequence[EvaluatedRun], summaries: Sequence[Mapping[str, Any]], 
 
 
 def headline(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, str]]:
-    """Return each run's headline figure: mean IoU over the objective's prompts, or agreement between prompts."""
-    out = []
-    for name in names:
-        own = table[table["model"] == name].set_index("prompt")
-        if "miou" in table and set(statistics.OBJECTIVE_PROMPTS) <= set(own.index):
-            label, value = "Mean IoU of ring, centre, box", own.loc[list(statistics.OBJECTIVE_PROMPTS), "miou"].mean()
-        elif "miou" in table:
-            label, value = "Mean IoU over prompts", own["miou"].mean()
-        else:
-            label, value = "Agreement between prompts", own["consistency"].mean()
-        out.append(figure(name, value, label))
-    return out
+    """Return each run's headline figure, see `score`."""
+    return [figure(name, value, label) for name in names for label, value in [score(table, name)]]
+
+
+def score(table: pd.DataFrame, name: str) -> tuple[str, float]:
+    """Return what a model's one figure is, and it: mean IoU over the objective's prompts, or agreement of prompts."""
+    own = table[table["model"] == name].set_index("prompt")
+    if "miou" in table and set(statistics.OBJECTIVE_PROMPTS) <= set(own.index):
+        return "Mean IoU of ring, centre, box", float(own.loc[list(statistics.OBJECTIVE_PROMPTS), "miou"].mean())
+    if "miou" in table:
+        return "Mean IoU over prompts", float(own["miou"].mean())
+    return "Agreement between prompts", float(own["consistency"].mean())
+
+
+def model_cells(runs: Sequence[EvaluatedRun], table: pd.DataFrame) -> list[list[str]]:
+    """Return one row per run, with a header: its pretrained model, what trained, its figure before and after."""
+    rows = []
+    for run in runs:
+        known, name = settings(run), name_of(run)
+        zero_shot = ZERO_SHOT if (table["model"] == ZERO_SHOT).any() else f"{ZERO_SHOT} of {run.name}"
+        values = [score(table, one)[1] for one in (zero_shot, name)]
+        rows.append([name, *(known.get(f"model.{key}", "not known") for key in ("name", "encoder")), *values])
+    label = score(table, name_of(runs[0]))[0]
+    header = ["", "pretrained model", "encoder", f"{label}: zero-shot", "adapted", "gain"]
+    return [header, *([*words, *(f"{value:.3f}" for value in (a, b)), f"{b - a:+.3f}"] for *words, a, b in rows)]
 
 
 def settings(run: EvaluatedRun) -> dict[str, str]:

@@ -243,7 +243,7 @@ READ_BY = (
     ("contrast pseudo", "method.gate. method.target."),
     ("pseudo projection", "method.prompts. method.prompts_per_image"),
     ("teacher", "method.teacher_prompt"),
-    ("teacher contrast", "method.ema_decay"),
+    ("teacher contrast", "method.ema_decay method.teacher_share"),
     ("offset", "method.target.looseness"),
 )
 

@@ -1,6 +1,6 @@
 """Resolve a model name (file, folder, run or registry version) to local weights, and promote runs to registry versions.
 
-`lesionsam promote` registers the logged model of a training run: one weights file with segment_anything's keys. The
+`lesionsam promote` registers the logged model of a training run: one weights file, with updates merged. The
 version carries its origin (tags) and its test table (description); an alias such as `champion` points to one version.
 See docs/decisions/0024-exports-that-prove-themselves.md.
 """

@@ -78,7 +78,8 @@ def with_smaller_parts(
         if size // (2 * at.parts) < method.smallest_batch:
             raise UserError(
                 f"memory does not hold a step of {size // at.parts} image(s) ({reason}); lower "
-                "model.image_size, train fewer blocks (model.unfreeze_last_k) or set train.precision to bf16"
+                "model.image_size, train fewer blocks (model.unfreeze_last_k), set runtime.checkpointing or set "
+                "train.precision to bf16"
             )
         at.parts *= 2
         say(
