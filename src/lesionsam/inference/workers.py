@@ -103,8 +103,10 @@ def _start(shard: Shard, values: str, is_gpu: bool) -> subprocess.Popen[str]:
 
 def _forward(process: subprocess.Popen[str]) -> None:
     """Print what a process prints on stderr, in whole lines."""
-    for line in process.stderr or ():
-        print(line, end="", file=sys.stderr, flush=True)
+    if process.stderr is not None:
+        with process.stderr as lines:
+            for line in lines:
+                print(line, end="", file=sys.stderr, flush=True)
 
 
 def _wait(processes: list[subprocess.Popen[str]]) -> tuple[int, int] | None:
