@@ -1,4 +1,4 @@
-"""A Slurm cluster of a test's own: Debian's munged, slurmctld and slurmd on one node, with ports and folders of its own."""
+"""A Slurm cluster of a test: Debian's munged, slurmctld and slurmd on one node, with own ports and folders."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
+SlurmdParameters=config_overrides
 KillWait=5
 MinJobAge=300
 SchedulerParameters=sched_interval=5,batch_sched_delay=1
