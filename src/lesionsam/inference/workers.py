@@ -24,6 +24,7 @@ from lesionsam.utils.processes import exit_without, start_python
 
 POLL_SECONDS = 0.1
 WHOLE_EXITS = (0, 1)  # of a shard that ran to its end; 1: with faults
+ERROR = "error: "  # begins the line of a `UserError`
 
 
 def num_devices(text: str, device: str) -> int:
@@ -63,23 +64,51 @@ def predict_on_devices(count: int, *, device: str, out: Path, **options: Any) ->
     is_gpu = device != "cpu" and torch.cuda.is_available()
     values = options | {"out": out, "device": "cuda" if is_gpu else "cpu"}
     text = json.dumps(values, default=lambda value: asdict(value) if isinstance(value, AutoMaskOptions) else str(value))
-    processes = [_start(Shard(k, count), text, is_gpu) for k in range(1, count + 1)]
-    readers = [threading.Thread(target=_forward, args=(process,), daemon=True) for process in processes]
-    for reader in readers:
-        reader.start()
+    workers = [Worker(Shard(k, count), text, is_gpu) for k in range(1, count + 1)]
     try:
-        failed = _wait(processes)
+        failed = _wait(workers)
     finally:  # Ctrl-C, too
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
-        for reader in readers:
-            reader.join()
-    if failed:
-        raise UserError(f"--devices: shard {failed[0]}/{count} ended with status {failed[1]}; the same command goes on")
+        for worker in workers:
+            if worker.process.poll() is None:
+                worker.process.terminate()
+        for worker in workers:
+            worker.process.wait()
+            worker.reader.join()
+    if failed is not None:
+        raise UserError(failed.failure())
+    for worker in workers:
+        worker.print_last()
     return merge_shards(out)
+
+
+class Worker:
+    """A process that predicts a shard; what it prints on stderr is printed here, the last line at its end."""
+
+    def __init__(self, shard: Shard, values: str, is_gpu: bool) -> None:
+        self.shard, self.last = shard, ""
+        self.process = _start(shard, values, is_gpu)
+        self.reader = threading.Thread(target=self._forward, daemon=True)
+        self.reader.start()
+
+    def _forward(self) -> None:
+        if self.process.stderr is not None:
+            with self.process.stderr as lines:
+                for line in lines:
+                    self.print_last()
+                    self.last = line
+
+    def print_last(self) -> None:
+        """Print the line that is held back, in case it names the reason why the process failed."""
+        if self.last:
+            print(self.last, end="", file=sys.stderr, flush=True)
+        self.last = ""
+
+    def failure(self) -> str:
+        """Return why the process failed; workers that fail alike are reported once."""
+        if self.last.startswith(ERROR):
+            return self.last.removeprefix(ERROR)
+        self.print_last()
+        return f"--devices: shard {self.shard} ended with status {self.process.returncode}; the same command goes on"
 
 
 def _start(shard: Shard, values: str, is_gpu: bool) -> subprocess.Popen[str]:
@@ -101,26 +130,18 @@ def _start(shard: Shard, values: str, is_gpu: bool) -> subprocess.Popen[str]:
     )
 
 
-def _forward(process: subprocess.Popen[str]) -> None:
-    """Print what a process prints on stderr, in whole lines."""
-    if process.stderr is not None:
-        with process.stderr as lines:
-            for line in lines:
-                print(line, end="", file=sys.stderr, flush=True)
-
-
-def _wait(processes: list[subprocess.Popen[str]]) -> tuple[int, int] | None:
-    """Wait for all processes to end; return number and exit status of the first that fails, None if none does."""
-    waiting = dict(enumerate(processes, 1))
+def _wait(workers: list[Worker]) -> Worker | None:
+    """Wait for all processes to end; return the first that fails, None if none does."""
+    waiting = list(workers)
     while waiting:
-        for k, process in list(waiting.items()):
+        for worker in list(waiting):
             try:
-                status = process.wait(POLL_SECONDS)
+                status = worker.process.wait(POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 continue
             if status not in WHOLE_EXITS:
-                return k, status
-            del waiting[k]
+                return worker
+            waiting.remove(worker)
     return None
 
 
