@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 import numpy as np
@@ -36,8 +37,8 @@ def make_folder(out: Path) -> None:
     """Make the folder of a prediction where it is missing; UserError where it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out / ".writable", "")
-        (out / ".writable").unlink()
+        with TemporaryFile(dir=out):  # without a name of its own: several shards do this at once
+            pass
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written to ({error.strerror}); choose another --out or change its permissions"
