@@ -78,6 +78,12 @@ def test_help_as_a_module_loads_nothing_heavy(root: Path) -> None:
         ["promote"],
         ["export"],
         ["doctor"],
+        ["submit"],
+        ["submit", "train"],
+        ["submit", "tune"],
+        ["submit", "predict"],
+        ["submit", "evidence"],
+        ["submit", "status"],
     ],
 )
 def test_every_command_has_help(

@@ -20,7 +20,8 @@ from lesionsam.inference import outputs as inference_outputs
 from lesionsam.inference.auto import AUTO_DEFAULTS
 from lesionsam.inference.files import predict_files
 from lesionsam.inference.image import ImagePredictor
-from lesionsam.inference.inputs import Source, find_images, plan
+from lesionsam.inference.inputs import Source
+from lesionsam.inference.jobs import find_images, plan
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture

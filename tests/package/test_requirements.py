@@ -41,6 +41,7 @@ NEEDS = {
     "export.plain": "",
     "experiment.run": "train",
     "sweep.search": "train",
+    "cluster.slurm": "slurm",
     "report.page": "train",
     "engine.command": "train annotate",
 }

@@ -59,7 +59,7 @@ def test_new_parameters_elsewhere_leave_the_training(edit: Edit) -> None:
     """The keys in params.yaml, and the code of the configuration that would read them."""
 
     def added(text: str) -> str:
-        for section in ("sweep", "report", "auto", "runtime"):
+        for section in ("sweep", "report", "auto", "runtime", "cluster"):
             head = re.compile(rf"^{section}:.*$", re.MULTILINE)
             text = head.sub(r"\g<0>\n  added: 1", text) if head.search(text) else f"{text}{section}:\n  added: 1\n"
         return text

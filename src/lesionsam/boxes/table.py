@@ -94,7 +94,14 @@ def scan_boxes(path: Path, index: Mapping[str, Mapping[str, object]], *, root: P
 def read_rows(
     path: Path, required: Sequence[str] = REQUIRED, *, columns: Sequence[str] = COLUMNS, what: str = "two-box CSV"
 ) -> list[tuple[int, dict[str, str]]]:
-    """Return (line number, column -> text) of every row of a CSV; checks its columns, not its values.
+    """Return (line number, column -> text) of every row of a CSV, see `iter_rows`."""
+    return list(iter_rows(path, required, columns=columns, what=what))
+
+
+def iter_rows(
+    path: Path, required: Sequence[str] = REQUIRED, *, columns: Sequence[str] = COLUMNS, what: str = "two-box CSV"
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (line number, column -> text) of every row of a CSV; checks its columns, not its values.
 
     Args:
         required: columns that must be there. columns: those that may be. what: the file is, for messages.
@@ -128,14 +135,12 @@ def read_rows(
         raise UserError(f"{path}: unknown column {unknown[0]!r}; expected {', '.join(columns)}")
     if len(set(header)) != len(header):
         raise UserError(f"{path}: a column stands twice in the header: {', '.join(header)}")
-    rows = []
     for line, values in records:
         if not values or not any(value.strip() for value in values):
             continue
         if len(values) != len(header):
             raise UserError(f"{path}: line {line} has {len(values)} fields; expected {len(header)} as the header")
-        rows.append((line, dict(zip(header, (value.strip() for value in values), strict=True))))
-    return rows
+        yield line, dict(zip(header, (value.strip() for value in values), strict=True))
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:

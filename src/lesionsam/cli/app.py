@@ -14,6 +14,7 @@ from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
 from lesionsam.cli import results as cli_results
 from lesionsam.cli.data import data_app
+from lesionsam.cli.submit import submit_app
 from lesionsam.errors import UserError, run_guarded
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 params_app = typer.Typer(no_args_is_help=True, help="Show, check and upgrade params.yaml.")
 app.add_typer(params_app, name="params")
 app.add_typer(data_app, name="data")
+app.add_typer(submit_app, name="submit")
 cache_app = typer.Typer(invoke_without_command=True, help="Show what is cached: decoded images, frozen activations.")
 app.add_typer(cache_app, name="cache")
 

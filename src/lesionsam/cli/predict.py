@@ -16,7 +16,12 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders or quoted patterns.", show_default=False)],
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders or quoted patterns.", show_default=False)
+    ] = None,
+    list_file: Annotated[
+        Path | None, typer.Option("--list", help="Text file with such an argument per line.", show_default=False)
+    ] = None,
     boxes: Annotated[
         Path | None, typer.Option(help="CSV of boxes; image_id is the image's name without ending.", show_default=False)
     ] = None,
@@ -66,12 +71,34 @@ def predict(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    devices: Annotated[
+        str,
+        typer.Option(help="Processes on this machine, a GPU each or a part of the CPU: a number, or auto: all GPUs."),
+    ] = "1",
+    shard: Annotated[
+        str, typer.Option(help="I/N: part I of N of the images, for several machines with one --out; then --merge.")
+    ] = "",
+    merge: Annotated[
+        Path | None,
+        typer.Option(help="Join the shards in this folder to what a single call writes.", show_default=False),
+    ] = None,
 ) -> None:
     """Segment lesions in images from boxes, points or without a prompt; a second call does only what is missing."""
+    if merge is not None:
+        from lesionsam.inference.shards import merge_shards
+
+        if images or list_file or shard:
+            raise UserError("--merge: expected the folder of the shards alone, without images, --list or --shard")
+        if code := merge_shards(merge):
+            raise typer.Exit(code)
+        return
     from lesionsam.experiment.auto import read_auto_options
     from lesionsam.inference.auto import AUTO_DEFAULTS
     from lesionsam.inference.files import predict_files
     from lesionsam.inference.inputs import Source
+    from lesionsam.inference.jobs import read_list
+    from lesionsam.inference.shards import Shard
+    from lesionsam.inference.workers import num_devices, predict_on_devices
     from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
@@ -79,23 +106,30 @@ def predict(
     uses_auto = source.kind in ("auto", "everything")
     if params is not None and not uses_auto:
         raise UserError(f"--params {params}: section auto is read for --auto and --everything only; leave it out")
-    code = predict_files(
-        images,
-        boxes=boxes,
-        points=points,
-        auto=auto,
-        everything=everything,
-        model=resolve_model(model),
-        out=out,
-        prompt=prompt,
-        ensemble=ensemble,
-        device=torch_device(device),
-        batch_size=batch_size,
-        overlays=overlays,
-        shapes=shapes,
-        threshold=threshold,
-        zoom=zoom,
-        options=read_auto_options(params) if uses_auto else AUTO_DEFAULTS,
-    )
+    own = Shard.parse(shard) if shard else None
+    count = num_devices(devices, device) if devices != "1" else 1
+    if own is not None and devices != "1":
+        raise UserError("--shard and --devices: expected one of the two; --devices makes shards of its own")
+    options = {
+        "images": [*(images or []), *(read_list(list_file) if list_file is not None else [])],
+        "boxes": boxes,
+        "points": points,
+        "auto": auto,
+        "everything": everything,
+        "model": resolve_model(model),
+        "out": out,
+        "prompt": prompt,
+        "ensemble": ensemble,
+        "batch_size": batch_size,
+        "overlays": overlays,
+        "shapes": shapes,
+        "threshold": threshold,
+        "zoom": zoom,
+        "options": read_auto_options(params) if uses_auto else AUTO_DEFAULTS,
+    }
+    if count > 1:
+        code = predict_on_devices(count, device=device, **options)
+    else:
+        code = predict_files(**options, device=torch_device(device), shard=own)
     if code:
         raise typer.Exit(code)

@@ -39,7 +39,7 @@ from lesionsam.config.schema import VERSION, Config
 from lesionsam.errors import UserError
 
 MAX_VALUES, MAX_DEPTH = 10_000, 16  # of a parameter file; the default has some 200 values on 4 levels
-NOT_IN_RESULTS = ("version", "sweep", "foundation", "tracking", "runtime")  # sections that no hash covers
+NOT_IN_RESULTS = ("version", "sweep", "foundation", "cluster", "tracking", "runtime")  # sections that no hash covers
 CONFLICT = re.compile(r"^(<{7}|\|{7}|={7}|>{7})(?= |$)", re.MULTILINE)
 UPGRADE = "`lesionsam params upgrade`"
 

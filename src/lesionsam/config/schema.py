@@ -215,6 +215,19 @@ class Foundation(Section):
     decoder_mlp: int = key("hidden units of the decoder's transformer", ge=8, le=8192)
 
 
+class Cluster(Section):
+    partition: str = key(
+        "partition; empty = the cluster's default", pattern=r"^[\w.,@+-]*$", title="a name without blanks, or empty"
+    )
+    minutes: int = key("time limit of a job; at its end the work saves its state and is queued again [min]", ge=1)
+    requeues: int = key("how often a job is queued again at its time limit", ge=0, le=10_000)
+    nodes: int = key("nodes of a training", ge=1, le=1024)
+    gpus: int = key("GPUs per node; 0 = none", ge=0, le=64)
+    cpus: int = key("CPU cores per node", ge=1, le=4096)
+    memory_gb: float = key("memory per node [GB]", gt=0)
+    tasks: int = key("array size: shards of a prediction, workers of a sweep", ge=1, le=10_000)
+
+
 class Tracking(Section):
     enabled: bool
     uri: str = key("MLflow tracking URI; empty = sqlite:///mlflow.db in the repository root")
@@ -254,5 +267,6 @@ class Config(Section):
     auto: Auto = key("automatic masks without a prompt: `lesionsam predict --everything`")
     sweep: Sweep = key("`python src/tune.py`; read by no stage")
     foundation: Foundation = key("`lesionsam foundation`, a compact SAM from scratch")
+    cluster: Cluster = key("`lesionsam submit`, jobs of Slurm; read by no stage")
     tracking: Tracking
     runtime: Runtime = key("how and where to run; a change never retrains")

@@ -1,35 +1,19 @@
-"""The input of a prediction: images as files, folders or patterns, and boxes or points of their lesions."""
+"""The prompts of a prediction: where they come from, boxes and points of a lesion, checked."""
 
 from __future__ import annotations
 
-import glob
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lesionsam.boxes.table import (
-    BIG,
-    COLUMNS,
-    SMALL,
-    check_box,
-    check_size,
-    check_small,
-    parse_box,
-    parse_boxes,
-    read_rows,
-)
+from lesionsam.boxes.table import BIG, SMALL, check_box, check_size, check_small, parse_box, parse_boxes
 from lesionsam.errors import UserError
 from lesionsam.inference.prediction import NO_PROMPT, LesionPrompt
 from lesionsam.prompts import KINDS, NONE, POINTS
 from lesionsam.utils.files import decimal_number
-from lesionsam.utils.images import IMAGE_SUFFIXES
 
-POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
 HALF = 0.5  # probability at which SAM's masks are cut
-ONE = "0"  # the lesion_id where an image is known to have one lesion
 Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text)
 
 
@@ -209,134 +193,3 @@ def _parse_point(row: dict[str, str], width: int, height: int) -> tuple[float, f
     if (label := row.get("label") or "1") not in ("0", "1"):
         raise ValueError(f"label: expected 1 (lesion) or 0 (not), got {label!r} ({row['image_id']!r})")
     return values[0], values[1], int(label)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image and its lesions to segment, in the order of the CSV; none if all its masks are wanted."""
-
-    image_id: str
-    path: Path
-    lesions: tuple[Lesion, ...]
-
-
-def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """List the image files named by files, folders (their own images, sorted, without subfolders) and patterns.
-
-    Returns:
-        the files, each once, in order; one line for each argument that matches none.
-    """
-    found: dict[Path, None] = {}
-    problems = []
-    for argument in map(str, arguments):
-        path = Path(argument)
-        if path.is_file():
-            matches = [path]
-        elif path.is_dir():
-            matches = [each for each in sorted(path.iterdir()) if _is_image(each)]
-            if not matches:
-                problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-        else:
-            matches = [
-                each
-                for each in map(Path, sorted(glob.glob(argument, recursive=True)))
-                if each != path and _is_image(each)
-            ]
-            if not matches:
-                problems.append(f"{argument}: no such image file or folder, and a pattern that matches none")
-        found |= dict.fromkeys(matches)
-    return list(found), problems
-
-
-def _is_image(path: Path) -> bool:
-    """Return whether a folder's entry is an image; a broken link is one, and is named when it cannot be read."""
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and (path.is_file() or not path.exists())
-    )
-
-
-def read_lesions(source: Source) -> tuple[dict[str, dict[str, Rows]], list[str]]:
-    """Read the rows of a CSV by image and lesion; columns that the prompt needs are required, lesion_id is not.
-
-    Of boxes each row is a lesion. Points of one image and one lesion_id are one prompt; without lesion_id all points of
-    an image are.
-
-    Returns:
-        image_id -> lesion_id -> rows; one line for each box whose lesion_id repeats.
-    Raises:
-        UserError: no row, or as `read_rows`.
-    """
-    path = source.path
-    if path is None:
-        return {}, []
-    if source.kind == "points":
-        read = read_rows(path, ("image_id", "x", "y"), columns=POINT_COLUMNS, what="CSV of points")
-    else:
-        needed = ("image_id", *BIG, *(SMALL if needs_small(source.prompt) else ()))
-        read = read_rows(path, needed, columns=COLUMNS)
-    lesions: dict[str, dict[str, Rows]] = {}
-    problems = []
-    for line, row in read:
-        known = lesions.setdefault(row["image_id"], {})
-        if source.kind == "points":
-            lesion_id = row.get("lesion_id") or ONE
-            known[lesion_id] = (*known.get(lesion_id, ()), (line, row))
-            continue
-        lesion_id = row.get("lesion_id") or str(len(known))
-        if lesion_id in known:
-            problems.append(
-                f"{path}: line {line}, lesion_id: {row['image_id']!r} has a lesion {lesion_id!r} already; "
-                "the first is taken"
-            )
-            continue
-        known[lesion_id] = ((line, row),)
-    if not lesions:
-        raise UserError(f"{path}: expected a row for each lesion below the header, got none")
-    return lesions, problems
-
-
-def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], list[str]]:
-    """Match images with rows: image_id is the file's name, with or without its ending.
-
-    Returns:
-        the jobs; one line for each image without a row and for each repeated row; ids without an image.
-    Raises:
-        UserError: two images of one name, or lesions whose files would have the same name.
-    """
-    lesions, problems = read_lesions(source)
-    jobs: dict[str, Job] = {}
-    writers: dict[str, str] = {}
-    for path in paths:
-        image_id = path.stem if source.path is None or path.stem in lesions else path.name
-        if source.path is not None and image_id not in lesions:
-            problems.append(f"{path}: no row of {source.path} has the image_id {path.stem!r}; add its {source.kind}")
-            continue
-        if image_id in jobs:
-            raise UserError(
-                f"{path}: the image_id {image_id!r} stands for {jobs[image_id].path} too; predict them in "
-                "two calls, with an --out of their own"
-            )
-        rows = {"auto": {ONE: ()}, "everything": {}}.get(source.kind, lesions.get(image_id, {}))
-        named = []
-        if not rows:
-            folder = file_stem(image_id) + "/"  # for as many masks as there are
-            if (other := writers.setdefault(folder, image_id)) != image_id:
-                raise UserError(f"{path}: its masks would be in masks/{folder}, as those of {other}; rename one")
-        for lesion_id, lines in rows.items():
-            file_name = file_stem(image_id if len(rows) == 1 else f"{image_id}_{lesion_id}")
-            if (other := writers.setdefault(file_name, f"{image_id}/{lesion_id}")) != f"{image_id}/{lesion_id}":
-                place = f"{source.path}: line {lines[0][0]}" if lines else str(path)
-                raise UserError(
-                    f"{place}: the mask of {image_id}/{lesion_id} would be {file_name}.png, as that of "
-                    f"{other}; rename one of them"
-                )
-            named.append(Lesion(lesion_id, file_name, lines))
-        jobs[image_id] = Job(image_id, path, tuple(named))
-    return list(jobs.values()), problems, [image_id for image_id in lesions if image_id not in jobs]
-
-
-def file_stem(label: str) -> str:
-    """Return a label as part of a file name: letters, digits and . _ - are kept, anything else becomes _."""
-    return re.sub(r"[^\w.-]+", "_", label)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 
 from lesionsam.errors import UserError
 from lesionsam.formats.geojson import feature
 from lesionsam.formats.rle import encode, mask_box
-from lesionsam.inference.inputs import Job, file_stem, needs_small
+from lesionsam.inference.inputs import needs_small
+from lesionsam.inference.jobs import Job, file_stem
 from lesionsam.inference.prediction import Prediction
 from lesionsam.overlays import overlay, write_png
 from lesionsam.utils.files import atomic_write, remove_leftovers, write_text_atomic
@@ -35,8 +37,8 @@ def make_folder(out: Path) -> None:
     """Make the folder of a prediction where it is missing; UserError where it cannot be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(out / ".writable", "")
-        (out / ".writable").unlink()
+        with TemporaryFile(dir=out):  # without a name of its own: several shards do this at once
+            pass
     except OSError as error:
         raise UserError(
             f"{out}: cannot be written to ({error.strerror}); choose another --out or change its permissions"
@@ -48,18 +50,25 @@ class PredictionFolder:
 
     Args:
         out: the folder, see `make_folder`. overlays, shapes: whether pictures and polygons are wanted.
+        table: of some images only, beside which other processes write theirs; None: that of the whole folder.
     Raises:
         UserError: it holds another table.
     """
 
-    def __init__(self, out: Path, *, overlays: bool, shapes: bool) -> None:
-        self.out = out
+    def __init__(self, out: Path, *, overlays: bool, shapes: bool, table: Path | None = None) -> None:
+        self.out, self.table = out, table or out / TABLE
+        self.begun = table.with_suffix(BEGUN) if table else out / BEGUN
         self.wanted = {"masks": ".png"} | ({"overlays": ".png"} if overlays else {})
         self.wanted |= {"polygons": ".geojson"} if shapes else {}
         self.shapes = shapes
-        self.rows = read_table(out / TABLE)
+        self.rows = read_table(self.table)
         self.is_saved = True  # whether the table on disk lists no file that was removed since
-        remove_leftovers(out, *ENDINGS)
+        if table is None:
+            remove_leftovers(out, *ENDINGS)
+        else:  # other processes' temporary files are not this table's to remove
+            paths = {path for name in self._begun_names() for path in self._paths(name)}
+            for folder in {path.parent for path in paths}:
+                remove_leftovers(folder, of=paths)
         self._drop_begun()
 
     def make_room(self, jobs: Sequence[Job]) -> None:
@@ -111,19 +120,30 @@ class PredictionFolder:
             self._unlink(_stem(row))
 
     def _unlink(self, file_name: str) -> None:
-        for folder, ending in ENDINGS.items():
-            (self.out / folder / (file_name + ending)).unlink(missing_ok=True)
+        for path in self._paths(file_name):
+            path.unlink(missing_ok=True)
+
+    def _paths(self, file_name: str) -> list[Path]:
+        """Return the paths of all files that a mask can have, wanted now or not."""
+        return [self.out / folder / (file_name + ending) for folder, ending in ENDINGS.items()]
 
     def _drop_begun(self) -> None:
         """Remove the files of masks that were begun and are not in the table: an interrupted call made them, with
         options that are not known."""
-        if (self.out / BEGUN).exists():
-            known = {_stem(row) for row in self.rows.values()}
-            for line in (self.out / BEGUN).read_text(encoding="utf-8").splitlines():
+        known = {_stem(row) for row in self.rows.values()}
+        for name in self._begun_names():
+            if name not in known:
+                self._unlink(name)
+        self.begun.unlink(missing_ok=True)
+
+    def _begun_names(self) -> list[str]:
+        """Return the file names of masks that were begun since the table was written."""
+        names = []
+        if self.begun.exists():
+            for line in self.begun.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # cut in the middle, before anything was written
-                    if (file_name := json.loads(line)) not in known:
-                        self._unlink(file_name)
-            (self.out / BEGUN).unlink()
+                    names.append(json.loads(line))
+        return names
 
     def write(
         self,
@@ -144,7 +164,7 @@ class PredictionFolder:
         """
         height, width = prediction.mask.shape
         area = prediction.area
-        with (self.out / BEGUN).open("a", encoding="utf-8") as file:
+        with self.begun.open("a", encoding="utf-8") as file:
             file.write(json.dumps(file_name) + "\n")
         for (kind, _), path in zip(self.wanted.items(), self.files(file_name), strict=True):
             if kind == "masks":
@@ -178,14 +198,17 @@ class PredictionFolder:
 
     def save_table(self) -> None:
         """Write the table, if there is anything in it or was before."""
-        path = self.out / TABLE
-        if self.rows or path.exists():
-            with atomic_write(path, "w") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(COLUMNS)
-                writer.writerows([row[name] for name in COLUMNS] for row in self.rows.values())
+        if self.rows or self.table.exists():
+            write_table(self.table, self.rows.values())
         self._drop_begun()
         self.is_saved = True
+
+    def sort(self, jobs: Sequence[Job]) -> None:
+        """Order the rows as these jobs, which are of all images of the table."""
+        places = {job.image_id: place for place, job in enumerate(jobs)}
+        lesions = {(job.image_id, one.lesion_id): k for job in jobs for k, one in enumerate(job.lesions)}
+        order = sorted(self.rows, key=lambda key: (places[key[0]], lesions.get(key, 0)))
+        self.rows = {key: self.rows[key] for key in order}
 
     def _drop_coco(self) -> None:
         """Remove the COCO JSON, which describes the whole table; `save_coco` writes it again."""
@@ -199,45 +222,75 @@ class PredictionFolder:
         """
         if self.shapes and self.rows:
             with atomic_write(self.out / COCO, "w") as file:
-                self._collect(file, file_names)
+                write_coco(file, self.out, lambda: ((row, file_names.get(key[0])) for key, row in self.rows.items()))
 
-    def _collect(self, file: IO[str], file_names: Mapping[str, str]) -> None:
-        numbers: dict[str, int] = {}
-        info = {"description": "masks of `lesionsam predict` (RLE, exact); not a medical device"}
-        file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": [{json.dumps(CATEGORY)}],\n')
-        for row in self.rows.values():
-            numbers.setdefault(row["image_id"], len(numbers) + 1)
-        known = dict(file_names)
-        file.write('"annotations": [')
-        for number, (row, drawn) in enumerate(self._features(), 1):
-            properties = drawn["properties"]
-            known.setdefault(row["image_id"], properties.get("image", row["image_id"]))
-            entry = {
-                "id": number,
-                "image_id": numbers[row["image_id"]],
-                "category_id": 1,
-                "iscrowd": 0,
-                "bbox": properties["bbox"],
-                "area": properties["area"],
-                "segmentation": properties["segmentation"],
-                "score": properties["predicted_iou"],
-                "attributes": {"lesion_id": row["lesion_id"]},
-            }
-            file.write(("\n" if number == 1 else ",\n") + json.dumps(entry))
-        sizes = {row["image_id"]: (int(row["width"]), int(row["height"])) for row in self.rows.values()}
-        images = [
-            {"id": numbers[image_id], "file_name": known.get(image_id, image_id), "width": width, "height": height}
-            for image_id, (width, height) in sizes.items()
-        ]
-        file.write('],\n"images": [\n' + ",\n".join(map(json.dumps, images)) + "]}\n")
 
-    def _features(self) -> Iterator[tuple[Row, dict[str, Any]]]:
-        """Yield rows with a mask that is not empty, and the contents of their polygon files."""
-        rows = [row for row in self.rows.values() if row["mask"] and int(row["area"])]
-        for row in progress(rows, total=len(rows), title="collecting COCO JSON"):
-            path = self.out / "polygons" / f"{_stem(row)}.geojson"
-            if path.is_file():  # an earlier call may have left polygons out
-                yield row, json.loads(path.read_text(encoding="utf-8"))
+def write_table(path: Path, rows: Iterable[Row]) -> None:
+    """Write a table of predictions."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([row[name] for name in COLUMNS] for row in rows)
+
+
+def write_coco(file: IO[str], out: Path, rows: Callable[[], Iterable[tuple[Row, str | None]]]) -> None:
+    """Collect the polygons' files of a folder into COCO JSON; of the images, only names and numbers are held in memory.
+
+    Args:
+        rows: called three times; each time returns the rows, each with the name of its image's file. None: the
+            polygon's file has it.
+    """
+    info = {"description": "masks of `lesionsam predict` (RLE, exact); not a medical device"}
+    file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": [{json.dumps(CATEGORY)}],\n')
+    numbers: dict[str, int] = {}
+    total = 0
+    for row, _ in rows():
+        numbers.setdefault(row["image_id"], len(numbers) + 1)
+        total += _has_polygons(row)
+    names: dict[str, str] = {}  # that no caller knows
+    file.write('"annotations": [')
+    number = 0
+    drawn = ((row, name) for row, name in rows() if _has_polygons(row))
+    for row, name in progress(drawn, total=total, title="collecting COCO JSON"):
+        path = out / "polygons" / f"{_stem(row)}.geojson"
+        if not path.is_file():  # an earlier call may have left polygons out
+            continue
+        number += 1
+        properties = json.loads(path.read_text(encoding="utf-8"))["properties"]
+        if name is None:
+            names.setdefault(row["image_id"], properties.get("image", row["image_id"]))
+        entry = {
+            "id": number,
+            "image_id": numbers[row["image_id"]],
+            "category_id": 1,
+            "iscrowd": 0,
+            "bbox": properties["bbox"],
+            "area": properties["area"],
+            "segmentation": properties["segmentation"],
+            "score": properties["predicted_iou"],
+            "attributes": {"lesion_id": row["lesion_id"]},
+        }
+        file.write(("\n" if number == 1 else ",\n") + json.dumps(entry))
+    file.write('],\n"images": [\n')
+    number = 0
+    for row, name in rows():
+        image_id = row["image_id"]
+        if numbers[image_id] <= number:  # the image's first row had its entry
+            continue
+        number += 1
+        entry = {
+            "id": number,
+            "file_name": name or names.get(image_id, image_id),
+            "width": int(row["width"]),
+            "height": int(row["height"]),
+        }
+        file.write((",\n" if number > 1 else "") + json.dumps(entry))
+    file.write("]}\n")
+
+
+def _has_polygons(row: Row) -> bool:
+    """Return whether a row has a mask that is not empty."""
+    return bool(row["mask"]) and int(row["area"]) > 0
 
 
 def _stem(row: Row) -> str:
@@ -270,8 +323,17 @@ def _picture(prediction: Prediction, image: np.ndarray, file_name: str, kind: st
 
 def read_table(path: Path) -> dict[tuple[str, str], Row]:
     """Read an earlier call's predictions.csv by (image_id, lesion_id); no rows if there is no such file."""
+    return {(row["image_id"], row["lesion_id"]): row for row in table_rows(path)}
+
+
+def table_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a table of predictions; none if there is no such file.
+
+    Raises:
+        UserError: it is another table.
+    """
     if not path.exists():
-        return {}
+        return
     fault = UserError(
         f"{path}: not a table of `lesionsam predict`, which has the columns {', '.join(COLUMNS)}; move "
         "it away or choose another --out"
@@ -279,9 +341,11 @@ def read_table(path: Path) -> dict[tuple[str, str], Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader) if tuple(reader.fieldnames or ()) == COLUMNS else None
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise fault
+            for row in reader:
+                if None in row or None in row.values():
+                    raise fault
+                yield dict(row)
     except (UnicodeDecodeError, csv.Error):
         raise fault from None
-    if rows is None or any(None in row or None in row.values() for row in rows):
-        raise fault
-    return {(row["image_id"], row["lesion_id"]): dict(row) for row in rows}

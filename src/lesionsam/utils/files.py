@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -59,14 +59,18 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def remove_leftovers(folder: Path, *below: str) -> None:
+def remove_leftovers(folder: Path, *below: str, of: Container[Path] | None = None) -> None:
     """Remove the temporary files of killed processes from a folder, and from the folders `below` it at any depth.
 
     A file that is being written is locked, so that none of another process, container or machine is taken for a
     leftover. Other folders below are not searched: they may be another program's, or hold millions of files.
+
+    Args:
+        of: only those that would have become one of these paths; None: all.
     """
     for path in [*folder.glob(".*.tmp"), *(path for name in below for path in (folder / name).rglob(".*.tmp"))]:
-        if re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
+        match = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}\.tmp", path.name)
+        if match and (of is None or path.with_name(match[1]) in of):
             with suppress(OSError):  # gone meanwhile; a file system without locks
                 with path.open("rb") as file:
                     is_free = lock_exclusive(file.fileno(), wait=False)

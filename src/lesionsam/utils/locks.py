@@ -64,13 +64,13 @@ def _holder(path: Path) -> str:
 
 
 @contextmanager
-def folder_lock(folder: Path, remedy: str) -> Iterator[None]:
+def folder_lock(folder: Path, remedy: str, *, shared: bool = False) -> Iterator[None]:
     """Hold an existing folder while the block runs, without leaving a lock file in it.
 
     Where a folder cannot be locked (Windows, NFS) the block runs without a lock.
 
     Args:
-        remedy: last part of the message.
+        remedy: last part of the message. shared: hold it beside others that do so, against those that do not.
     Raises:
         UserError: another process holds the folder.
     """
@@ -81,7 +81,7 @@ def folder_lock(folder: Path, remedy: str) -> Iterator[None]:
         return
     try:
         try:
-            is_free = lock_exclusive(descriptor, wait=False)
+            is_free = (lock_shared if shared and fcntl else lock_exclusive)(descriptor, wait=False)
         except OSError:
             is_free = True
         if not is_free:
