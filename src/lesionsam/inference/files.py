@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_image
+from lesionsam.utils.images import image_size, read_image
 from lesionsam.utils.locks import folder_lock
 from lesionsam.utils.progress import progress
 from lesionsam.utils.weights import weights_sha256
@@ -36,6 +35,7 @@ from lesionsam.utils.weights import weights_sha256
 VERSION = 7  # of the values that a row's key covers
 SAVE_SECONDS = 5.0  # between two writes of the table
 READERS = 2  # threads that decode images while the model runs
+HELD_PIXELS = 64_000_000  # of decoded images, 3 bytes each, from which on no further image is decoded beside them
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,15 @@ def print_fault(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
+def _num_pixels(path: Path) -> int:
+    """Return the number of pixels of an image by its header; 0 where it cannot be read, which decoding it reports."""
+    try:
+        width, height = image_size(path)
+    except (UserError, OSError):
+        return 0
+    return width * height
+
+
 class PredictRun:
     """The state of one call of `predict_files`: the folder and the counters."""
 
@@ -135,19 +144,26 @@ class PredictRun:
                 self._forget(prepared.job)
                 if prepared.targets or not job.lesions:
                     batch.append(prepared)
-                if len(batch) == self.batch_size:
+                held = sum(one.image.shape[0] * one.image.shape[1] for one in batch)
+                if len(batch) == self.batch_size or held > HELD_PIXELS:
                     self._segment(batch)
                     batch = []
             if batch:
                 self._segment(batch)
 
     def _ahead(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Prepared | None]]]:
-        """Yield the jobs with their images, a few of which are read ahead."""
-        left = iter(jobs)
-        waiting = deque((job, pool.submit(self._prepare, job)) for job in islice(left, READERS + 1))
-        while waiting:
-            yield waiting.popleft()
-            waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
+        """Yield the jobs with their images; a few are read ahead, large ones only when the one before is done."""
+        left, waiting, held = deque(jobs), deque[tuple[Job, Future[Prepared | None], int]](), 0
+        while left or waiting:
+            while left and len(waiting) <= READERS:
+                pixels = _num_pixels(left[0].path)
+                if waiting and held + pixels > HELD_PIXELS:
+                    break
+                held += pixels
+                waiting.append((left[0], pool.submit(self._prepare, left.popleft()), pixels))
+            job, future, pixels = waiting.popleft()
+            yield job, future
+            held -= pixels
 
     def _prepare(self, job: Job) -> Prepared | None:
         """Read an image and check the prompts of lesions without a mask; None if all have one."""
@@ -249,20 +265,18 @@ class PredictRun:
         """Write all masks of an image; without any mask a row that says so, so that the image counts as done."""
         height, width = prepared.image.shape[:2]
         options, image_id = self.options.decoding.search.auto, prepared.job.image_id
-        found = predict_everything(self.sam, prepared.image, options, image_id, device=self.device)
         stem, key = file_stem(image_id), prepared.key
-        rows = [
-            self.folder.write(
-                one, prepared.image, f"{stem}/{one.lesion_id}", key=key, image_name=prepared.job.path.name
-            )
-            for one in found
-        ]
-        if not found:
+        rows: list[tuple[object, ...]] = []
+        for one in predict_everything(self.sam, prepared.image, options, image_id, device=self.device):
+            file_name = f"{stem}/{one.lesion_id}"
+            rows.append(self.folder.write(one, prepared.image, file_name, key=key, image_name=prepared.job.path.name))
+            self.num_review += bool(one.review_reasons)
+        self.num_done += len(rows)
+        if not rows:
             nothing = "no mask passes the thresholds"
             rows = [(image_id, "", width, height, "", 0, "", "", "", nothing, key)]
+            self.num_review += 1
         self.folder.record(rows)  # all at once: an image with some of its masks does not count as done
-        self.num_done += len(found)
-        self.num_review += sum(bool(one.review_reasons) for one in found) or not found
 
     def save(self) -> None:
         """Write the table."""
