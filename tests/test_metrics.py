@@ -169,3 +169,10 @@ def test_the_mean_entropy_is_that_of_all_pixels_at_any_magnitude():
     logits = np.array([[0.0, 3.0], [-40.0, 800.0]])
     expected = metrics.probabilities_and_entropy(logits)[1].mean()
     assert metrics.mean_entropy(logits) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_mean_entropy_does_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch):
+    logits = np.random.default_rng(0).normal(scale=4, size=(37, 29))
+    whole = metrics.mean_entropy(logits)
+    monkeypatch.setattr(metrics, "BLOCK", 100)  # the last of eleven has 73 values
+    assert metrics.mean_entropy(logits) == pytest.approx(whole, abs=1e-12)

@@ -10,7 +10,8 @@ from PIL import Image
 from skimage.draw import disk
 
 from lesionsam import overlays
-from lesionsam.overlays import legend, outlines, overlay, sheet, text_bar, write_png
+from lesionsam.overlays import legend, overlay, sheet, text_bar, write_png
+from lesionsam.utils.outlines import outline_rings
 
 SKIN = (196, 150, 128)
 
@@ -97,21 +98,11 @@ def test_masks_that_are_empty_full_or_in_pieces() -> None:
     assert drawn[:, :160].any()
     assert drawn[:, 160:].any()
     ring = round_mask(radius=60) & ~round_mask(radius=20)
-    assert len(outlines(ring)) == 2
-    assert len(outlines(empty)) == 0
+    assert len(outline_rings(ring)) == 2
+    assert len(outline_rings(empty)) == 0
     single = empty.copy()
     single[100, 100] = True
     assert close_to(overlay(canvas(), truth=single), overlays.TRUTH, 90).any()
-
-
-def test_outlines_are_in_the_pixel_frame() -> None:
-    mask = np.zeros((20, 30), bool)
-    mask[5:9, 10:16] = True
-    (ring,) = outlines(mask)
-    low, high = ring.min(0), ring.max(0)
-    assert low == pytest.approx([10, 5], abs=0.51)
-    assert high == pytest.approx([16, 9], abs=0.51)
-    assert (ring[0] == ring[-1]).all()
 
 
 def test_the_input_is_not_changed_and_nothing_to_draw_draws_nothing() -> None:

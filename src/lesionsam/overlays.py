@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from skimage.measure import approximate_polygon, find_contours
 
 from lesionsam.utils.files import atomic_write
+from lesionsam.utils.outlines import outline_rings
 
 TRUTH = (86, 180, 233)
 PREDICTION = (240, 228, 66)
@@ -71,7 +71,7 @@ def overlay(
             _box(canvas, corners * stretch, line, layer.size, dashed=dashed)
     for mask, colour, thickness in ((truth, TRUTH, 1.35), (prediction, PREDICTION, 1.0)):
         if mask is not None:
-            rings = [ring * stretch for ring in outlines(mask)]
+            rings = [ring * stretch for ring in outline_rings(mask)]
             _lines(canvas, rings, line * thickness, colour)
     if points is not None:
         known = np.ones(len(points)) if labels is None else np.asarray(labels)
@@ -80,14 +80,6 @@ def overlay(
     base.paste(lines := layer.resize(size, Image.Resampling.BOX), mask=lines)
     picture = np.asarray(base)
     return picture if caption is None else np.concatenate([picture, text_bar(caption, size[0])])
-
-
-def outlines(mask: np.ndarray) -> list[np.ndarray]:
-    """Return the outlines of an (H, W) bool mask, closed rings of XY points (N, 2), along the frame where it is cut."""
-    padded = np.pad(mask.astype(np.float32), 1)
-    rings = [approximate_polygon(ring, 0.35) for ring in find_contours(padded, 0.5)]
-    limits = np.array([mask.shape[1], mask.shape[0]], float)
-    return [np.clip(ring[:, ::-1] - 0.5, 0, limits) for ring in rings if len(ring) > 2]
 
 
 def _lines(

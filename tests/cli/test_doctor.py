@@ -188,3 +188,8 @@ def test_dvc_says_what_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found(tmp_path, "dvc") == [Finding("dvc", NOTE, "changed since they ran, or never run: one", "dvc repro")]
     (tmp_path / "dvc.yaml").write_text("stages: [\n")
     assert found(tmp_path, "dvc")[0].state == PROBLEM
+    (tmp_path / "dvc.lock").write_text("schema: '2.0'\n<<<<<<< HEAD\nstages: {}\n=======\nstages: {}\n>>>>>>> other\n")
+    (finding,) = found(tmp_path, "dvc")
+    assert finding.state == PROBLEM
+    assert "dvc.lock line 2: expected YAML, got the marker <<<<<<< of a merge conflict" in finding.text
+    assert finding.remedy == "git checkout --ours dvc.lock, then dvc repro"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
+from lesionsam.inference import files as inference_files
 from lesionsam.inference import outputs as inference_outputs
 from lesionsam.inference.auto import AUTO_DEFAULTS
 from lesionsam.inference.files import predict_files
@@ -118,6 +120,31 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
         assert float(row["predicted_iou"]) == pytest.approx(quality[0], abs=1e-4)
         assert float(row["entropy"]) == pytest.approx(mean_entropy(logits[0]), abs=1e-4)
     assert len(table(case)) == 4
+
+
+def test_large_images_are_decoded_one_at_a_time(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is decoded when the files of the one before are written, whatever the batch; small ones are read ahead."""
+    events: list[str] = []
+    read, write = inference_files.read_image, inference_outputs.PredictionFolder.write
+
+    def reading(path: Path) -> np.ndarray:
+        events.append("read")
+        return read(path)
+
+    def writing(*args: Any, **options: Any) -> tuple[object, ...]:
+        events.append("write")
+        return write(*args, **options)
+
+    monkeypatch.setattr(inference_files, "read_image", reading)
+    monkeypatch.setattr(inference_outputs.PredictionFolder, "write", writing)
+    assert predict(case, batch_size=8) == 0
+    expected = masks(case)
+    assert events == ["read"] * 3 + ["write"] * 4
+    events.clear()
+    monkeypatch.setattr(inference_files, "HELD_PIXELS", 1)
+    assert predict(case, batch_size=8, out=case / "again") == 0
+    assert " ".join(events) == "read write read write write read write", "of the images tall, two and wide"
+    assert {path.name: path.read_bytes() for path in (case / "again" / "masks").iterdir()} == expected
 
 
 @pytest.mark.parametrize("prompt", ["box", "box+core", "core", "centre", "ring"])

@@ -491,6 +491,16 @@ def test_a_term_without_a_gradient_is_named_at_every_start_of_a_short_run(tmp_pa
             run(Mean(dead=True), tiny_data(8), tmp_path, epochs=2)
 
 
+def test_lesions_too_small_for_the_contrastive_term_are_named_as_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cell of the feature grid lies in a core and is lesion, as where lesions are smaller than a cell."""
+    method = contrastive()
+    monkeypatch.setattr(method, "anchors", lambda batch, m, cells: torch.zeros(len(m), cells, cells, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"the term `contrast` .*; lesions smaller than a cell .* model\.image_size"):
+        run(method, tiny_data(8), tmp_path, epochs=10)
+
+
 def test_a_gate_that_trusts_nobody_is_named_as_the_reason(tmp_path: Path) -> None:
     lines: list[str] = []
     method = contrastive()

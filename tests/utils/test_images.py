@@ -372,6 +372,34 @@ def test_masks_of_several_labels_are_never_cut(tmp_path: Path, kind: str, thresh
     assert "threshold_masks" not in str(caught.value)
 
 
+def half_masks() -> dict[str, np.ndarray]:
+    """Masks whose levels all lie on one side of half of the range: cut there, they are empty or full."""
+    one, _ = two_ellipses()
+    rows, columns = np.mgrid[:60, :90]
+    soft = np.clip((1.3 - np.hypot((columns - 22) / 14, (rows - 30) / 10)) * 4, 0, 1)
+    grey = {
+        "0 and 38": (38 * one).astype(np.uint8),
+        "0 and 2": (2 * one).astype(np.uint8),
+        "1 and 2": (1 + one).astype(np.uint8),
+        "254 and 255": (254 + one).astype(np.uint8),
+        "0 and 256 of 65535": (256 * one).astype(np.uint16),
+        "soft and dark": (100 * soft).astype(np.uint8),
+    }
+    red = soft[..., None] * [255, 0, 0]
+    colours = {"dark soft red": 0.4 * red, "soft red on white": red + (1 - soft[..., None]) * 255}
+    return grey | {name: values.astype(np.uint8) for name, values in colours.items()}
+
+
+@pytest.mark.parametrize("kind", half_masks())
+@pytest.mark.parametrize("threshold", [False, True])
+def test_masks_that_half_of_the_range_does_not_divide_are_refused(tmp_path: Path, kind: str, threshold: bool) -> None:
+    """Neither an empty or full mask comes out, nor the advice to cut them."""
+    path = save(tmp_path / "half.png", Image.fromarray(half_masks()[kind]))
+    with pytest.raises(UserError, match=r"half\.png: mask has .*all on one side of \d+; expected one lesion") as caught:
+        read_mask(path, threshold=threshold)
+    assert "threshold_masks" not in str(caught.value)
+
+
 @pytest.mark.parametrize("colour", [(255, 255, 255), (255, 0, 0), (0, 200, 0)])
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_soft_edges_of_any_colour_are_cut(tmp_path: Path, colour: tuple[int, int, int], suffix: str) -> None:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ LEVELS = {"thumb": 160, "view": 1600, "full": 4800}  # longer side, pixels
 QUALITY = 92
 CACHE_BYTES = 256 << 20
 AT_ONCE = {"thumb": 1, "view": 2, "full": 1}  # decoders at work: previews of masks must not wait for thumbnails
+LARGE_PIXELS = 16_000_000  # from here on one image is decoded at a time: 95 megapixels take 0.8 GB
 
 Stamp = tuple[int, ...]  # of a file: modification time, size, inode, change time
 
@@ -71,6 +73,7 @@ class Pictures:
         self._arrays = Cache(CACHE_BYTES // 4)
         self._sizes: dict[str, tuple[Stamp, tuple[int, int]]] = {}
         self._turns = {level: threading.Semaphore(count) for level, count in AT_ONCE.items()}
+        self._large = threading.Lock()
 
     def stamp(self, entry: Entry) -> Stamp:
         """Return what changes with a file: a copy that keeps time and size still has another inode or change time.
@@ -101,7 +104,7 @@ class Pictures:
 
         def make() -> tuple[bytes, int]:
             with self._turns[level]:
-                pixels, _ = read_reduced(entry.path, LEVELS[level])
+                pixels = self._reduced(entry, LEVELS[level])
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "JPEG", quality=QUALITY if level != "thumb" else 80, subsampling=0)
             data = buffer.getvalue()
@@ -113,7 +116,12 @@ class Pictures:
         """Return a copy, (h, w, 3) uint8 RGB, whose longer side is at most `longest`."""
 
         def make() -> tuple[np.ndarray, int]:
-            pixels, _ = read_reduced(entry.path, longest)
+            pixels = self._reduced(entry, longest)
             return pixels, pixels.nbytes
 
         return self._arrays.get((entry.key, longest, self.stamp(entry)), make)
+
+    def _reduced(self, entry: Entry, longest: int) -> np.ndarray:
+        width, height = self.size(entry)
+        with self._large if width * height > LARGE_PIXELS else nullcontext():
+            return read_reduced(entry.path, longest)[0]

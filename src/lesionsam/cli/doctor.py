@@ -303,12 +303,20 @@ def _weights(root: Path) -> Found:
 
 
 def _dvc(root: Path) -> Found:
+    from lesionsam.config.load import read_yaml
+
     program = shutil.which("dvc", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         yield NOTE, "not installed; the stages also run one by one: python stages/download.py, ..."
         return
     if not (root / "dvc.yaml").is_file() or not (root / ".dvc").is_dir():
         yield NOTE, "no dvc.yaml here: not a working folder"
+        return
+    try:
+        if (root / "dvc.lock").is_file():
+            read_yaml(root / "dvc.lock")
+    except UserError as error:  # as after a merge; DVC's own words say no more than that it is invalid
+        yield PROBLEM, str(error), "git checkout --ours dvc.lock, then dvc repro"
         return
     environment = {**os.environ, "DVC_NO_ANALYTICS": "true"}
     how: dict[str, Any] = {"cwd": root, "env": environment, "capture_output": True, "text": True, "check": False}

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from skimage.measure import approximate_polygon, find_contours, points_in_poly
+from skimage.measure import points_in_poly
 
-TOLERANCE = 0.35  # pixels by which a simplified outline may leave the traced one
+from lesionsam.utils.outlines import outline_rings
 
 Ring = np.ndarray  # (N, 2) float64 XY, closed: the last point is the first
 Polygon = list[Ring]  # the outer ring, then its holes
@@ -24,14 +24,8 @@ def polygons_of(mask: np.ndarray) -> list[Polygon]:
     Returns:
         rings in pixels, half-open frame: outer rings run clockwise as seen on the screen, holes the other way.
     """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if rows.size == 0:
-        return []
-    shift = np.array([columns[0], rows[0]], float)
-    crop = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32), 1)
-    traced = [approximate_polygon(ring, TOLERANCE)[:, ::-1] for ring in find_contours(crop, 0.5)]
-    rings = sorted((ring for ring in traced if len(ring) > 3), key=lambda ring: -abs(signed_area(ring)))
-    # skimage traces with the higher values on one side: round the mask one way, round a hole the other.
+    traced = (ring for ring in outline_rings(mask) if len(ring) > 3)
+    rings = sorted(traced, key=lambda ring: -abs(signed_area(ring)))
     outer = [ring for ring in rings if signed_area(ring) > 0]
     holes = [ring for ring in rings if signed_area(ring) < 0]
     polygons: list[Polygon] = [[ring] for ring in outer]
@@ -39,9 +33,7 @@ def polygons_of(mask: np.ndarray) -> list[Polygon]:
         around = [k for k, ring in enumerate(outer) if points_in_poly(hole[:1], ring)[0]]
         if around:
             polygons[around[-1]].append(hole)  # the smallest of those that hold it
-    limits = np.array([mask.shape[1], mask.shape[0]], float)
-
-    return [[np.clip(ring - 0.5 + shift, 0, limits) for ring in polygon] for polygon in polygons]
+    return polygons
 
 
 def signed_area(ring: Ring) -> float:

@@ -27,7 +27,7 @@ def decode(segmentation: object, height: int, width: int) -> np.ndarray:
         ValueError: says what was expected and what came.
     """
     if isinstance(segmentation, dict):
-        return _from_runs(_runs(segmentation, height, width), height, width)
+        return from_runs(_runs(segmentation, height, width), height, width)
     if isinstance(segmentation, list):
         return _from_polygons(segmentation, height, width)
     raise ValueError(f"segmentation: expected polygons or RLE, got {_kind(segmentation)}")
@@ -98,7 +98,8 @@ def _from_text(text: str) -> list[int]:
     return runs
 
 
-def _from_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+def from_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return (H, W) bool of an array of run lengths, see `runs_of`."""
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return np.ascontiguousarray(flat.reshape(width, height).T)
 
@@ -120,7 +121,7 @@ def _from_polygons(polygons: list, height: int, width: int) -> np.ndarray:
     limits = np.array([width, height], float)
     flat = [np.clip(part, 0, limits).ravel().tolist() for part in points]
     drawn: Any = coco.merge(coco.frPyObjects(flat, height, width))
-    return _from_runs(np.array(_from_text(drawn["counts"].decode("ascii")), np.int64), height, width)
+    return from_runs(np.array(_from_text(drawn["counts"].decode("ascii")), np.int64), height, width)
 
 
 def _points(polygon: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ are cleaned with SciPy, as segment_anything's helper needs OpenCV.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,7 @@ from segment_anything.utils.amg import (
 from torchvision.ops.boxes import batched_nms, box_area
 
 from lesionsam.boxes.geometry import to_model_frame
+from lesionsam.formats.rle import from_runs, runs_of
 from lesionsam.inference.prediction import LesionPrompt, Prediction, review_reasons
 from lesionsam.models.sam import Sam, decode, encode
 from lesionsam.models.transforms import model_frames, upscale
@@ -90,18 +92,24 @@ class AutoMask:
     """One mask found without a prompt; only the part in its bounding box is kept.
 
     Attributes:
-        patch: (h, w) bool, the mask inside its box. box: (4,) int64 XYXY, half-open, original pixels.
+        runs: (R,) int64 run lengths of the mask inside its box, see `formats.rle`: masks of a large image are many.
+        box: (4,) int64 XYXY, half-open, original pixels.
         size: (H, W) of the image. predicted_iou: SAM's own estimate. stability: in [0, 1].
         point: (2,) float64 XY of the prompt, original pixels. crop_box: (4,) int64 XYXY, half-open.
     """
 
-    patch: np.ndarray
+    runs: np.ndarray
     box: np.ndarray
     size: tuple[int, int]
     predicted_iou: float
     stability: float
     point: np.ndarray
     crop_box: np.ndarray
+
+    @property
+    def patch(self) -> np.ndarray:
+        """Return the mask inside its box, (h, w) bool."""
+        return from_runs(self.runs, int(self.box[3] - self.box[1]), int(self.box[2] - self.box[0]))
 
     @property
     def mask(self) -> np.ndarray:
@@ -114,7 +122,7 @@ class AutoMask:
     @property
     def area(self) -> int:
         """Return the number of pixels of the mask."""
-        return int(np.count_nonzero(self.patch))
+        return int(self.runs[1::2].sum())
 
 
 @torch.inference_mode()
@@ -141,9 +149,9 @@ def automatic_masks(
         _clean_small_regions(found, size, options)
     half_open = torch.tensor([0, 0, 1, 1])
     return [
-        AutoMask(patch, (box + half_open).numpy(), size, predicted, stability, point.numpy(), crop.numpy())
-        for patch, box, predicted, stability, point, crop in zip(
-            found["patches"],
+        AutoMask(runs, (box + half_open).numpy(), size, predicted, stability, point.numpy(), crop.numpy())
+        for runs, box, predicted, stability, point, crop in zip(
+            found["runs"],
             found["boxes"],
             found["predicted"].tolist(),
             found["stability"].tolist(),
@@ -156,18 +164,14 @@ def automatic_masks(
 
 def predict_everything(
     sam: Sam, image: np.ndarray, options: AutoMaskOptions, image_id: str, *, device: torch.device | str = "cpu"
-) -> list[Prediction]:
-    """Return all automatic masks of an image as predictions, numbered from 0; see `automatic_masks`."""
-    predictions = []
+) -> Iterator[Prediction]:
+    """Yield all automatic masks of an image as predictions, numbered from 0; see `automatic_masks`."""
     for number, found in enumerate(automatic_masks(sam, image, options, device=device)):
         prompt, mask = LesionPrompt(points=found.point[None], labels=np.ones(1, np.int64)), found.mask
         reasons = review_reasons(mask, prompt, found.predicted_iou, found.stability, math.nan)
-        predictions.append(
-            Prediction(
-                image_id, str(number), mask, prompt, found.predicted_iou, math.nan, found.stability, math.nan, reasons
-            )
+        yield Prediction(
+            image_id, str(number), mask, prompt, found.predicted_iou, math.nan, found.stability, math.nan, reasons
         )
-    return predictions
 
 
 def _masks_in_crop(
@@ -223,9 +227,9 @@ def _select(
         logits: (N, h, w) of the crop. predicted: (N,). points: (N, 2) XY in the crop. crop: XYXY, half-open.
         size: (H, W) of the image. threshold: of the logits.
     Returns:
-        patches, a list of (h, w) bool, the masks inside their boxes; boxes (K, 4) int64 XYXY, whose last row and column
+        runs, a list of run lengths of the masks inside their boxes; boxes (K, 4) int64 XYXY, whose last row and column
         belong to them, as segment_anything's; predicted (K,), stability (K,), points (K, 2), crops (K, 4); all but the
-        patches in the frame of the image, on the CPU.
+        runs in the frame of the image, on the CPU.
     """
     stability = calculate_stability_score(logits, threshold, options.stability_score_offset).cpu()
     masks = logits > threshold
@@ -234,12 +238,12 @@ def _select(
     if options.stability_score_thresh > 0:
         kept &= stability >= options.stability_score_thresh
     index = kept.nonzero()[:, 0]
-    patches = [
-        masks[k, y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
+    runs = [
+        np.array(runs_of(masks[k, y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()), np.int64)
         for k, (x0, y0, x1, y1) in zip(index.tolist(), boxes[index].tolist(), strict=True)
     ]
     return MaskData(
-        patches=patches,
+        runs=runs,
         boxes=uncrop_boxes_xyxy(boxes, crop)[index],
         predicted=predicted.cpu()[index],
         stability=stability[index],
@@ -259,13 +263,13 @@ def _clean_small_regions(found: MaskData, size: tuple[int, int], options: AutoMa
     Done on the whole (H, W) mask: what is background inside its box may belong to the large background around it.
     """
     unchanged = []
-    for k, (patch, (x0, y0, x1, y1)) in enumerate(zip(found["patches"], found["boxes"].tolist(), strict=True)):
+    for k, (runs, (x0, y0, x1, y1)) in enumerate(zip(found["runs"], found["boxes"].tolist(), strict=True)):
         full = np.zeros(size, bool)
-        full[y0 : y1 + 1, x0 : x1 + 1] = patch
+        full[y0 : y1 + 1, x0 : x1 + 1] = from_runs(runs, y1 + 1 - y0, x1 + 1 - x0)
         mask = without_small_regions(full, options.min_mask_region_area)
         found["boxes"][k] = batched_mask_to_box(torch.from_numpy(mask))
         x0, y0, x1, y1 = found["boxes"][k].tolist()
-        found["patches"][k] = mask[y0 : y1 + 1, x0 : x1 + 1].copy()
+        found["runs"][k] = np.array(runs_of(mask[y0 : y1 + 1, x0 : x1 + 1]), np.int64)
         unchanged.append(float(np.array_equal(mask, full)))
     _suppress(found, torch.tensor(unchanged), max(options.box_nms_thresh, options.crop_nms_thresh))
 

@@ -162,7 +162,7 @@ class Predictor:
     ) -> list[Prediction]:
         """Predict the masks of one image; errors begin with `place`."""
         if source.kind == "everything":
-            return predict_everything(self.sam, image, self.search.auto, image_id, device=self.device)
+            return list(predict_everything(self.sam, image, self.search.auto, image_id, device=self.device))
         if source.kind == "auto":
             lesions = lesions or [Lesion(ONE, image_id)]
         try:

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,14 @@ from lesionsam.inference.prediction import LesionPrompt, to_prediction
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import read_image
+from lesionsam.utils.images import image_size, read_image
 from lesionsam.utils.progress import progress
 
 VERSION = 7  # of the values that a row's key covers
 SAVE_SECONDS = 5.0  # between two writes of the table
 SHOWN_IDS = 3  # names that a note lists
 READERS = 2  # threads that decode images while the model runs
+HELD_PIXELS = 64_000_000  # of decoded images, 3 bytes each, from which on no further image is decoded beside them
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,15 @@ def print_fault(line: str) -> None:
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 
+def num_pixels(path: Path) -> int:
+    """Return the number of pixels of an image by its header; 0 where it cannot be read, which decoding it reports."""
+    try:
+        width, height = image_size(path)
+    except (UserError, OSError):
+        return 0
+    return width * height
+
+
 def print_problems(problems: Sequence[str], unused: Sequence[str], source: Source) -> None:
     """Print the faults of the arguments; unused: image ids of the CSV that were not given."""
     for line in problems:
@@ -177,16 +186,19 @@ class PredictRun:
         """Segment every lesion of every job; faults are printed and counted, and the other lesions still get masks.
 
         A batch is a fixed part of the jobs, whichever of them have masks already, so that a call that was cut short
-        leaves the same bytes as a whole one.
+        leaves the same bytes as a whole one. Large images make it shorter.
         """
         self.folder.make_room(jobs)
         part: list[tuple[Job, Future[Prepared | None]]] = []
+        held = 0
         with ThreadPoolExecutor(READERS) as pool:
-            for number, pair in enumerate(progress(self._ahead(jobs, pool), total=len(jobs), title="predicting"), 1):
-                part.append(pair)
-                if len(part) == self.options.batch_size or number == len(jobs):
+            read = progress(self._ahead(jobs, pool), total=len(jobs), title="predicting")
+            for number, (job, future, pixels) in enumerate(read, 1):
+                part.append((job, future))
+                held += pixels
+                if len(part) == self.options.batch_size or held > HELD_PIXELS or number == len(jobs):
                     self._work_part(part)
-                    part = []
+                    part, held = [], 0
 
     def _work_part(self, part: Sequence[tuple[Job, Future[Prepared | None]]]) -> None:
         """Segment the jobs of a batch; without any mask to make, only count those that are kept."""
@@ -229,13 +241,24 @@ class PredictRun:
         with suppress(UserError, OSError):  # removed a moment ago; its masks stay
             return self._prepare(one, is_kept=True)
 
-    def _ahead(self, jobs: Sequence[Job], pool: ThreadPoolExecutor) -> Iterator[tuple[Job, Future[Prepared | None]]]:
-        """Yield the jobs with their images, a few of which are read ahead."""
-        left = iter(jobs)
-        waiting = deque((job, pool.submit(self._prepare, job)) for job in islice(left, READERS + 1))
-        while waiting:
-            yield waiting.popleft()
-            waiting.extend((job, pool.submit(self._prepare, job)) for job in islice(left, 1))
+    def _ahead(
+        self, jobs: Sequence[Job], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Job, Future[Prepared | None], int]]:
+        """Yield the jobs with their images and numbers of pixels.
+
+        A few images are read ahead, large ones only when the one before is done.
+        """
+        left, waiting, held = deque(jobs), deque[tuple[Job, Future[Prepared | None], int]](), 0
+        while left or waiting:
+            while left and len(waiting) <= READERS:
+                pixels = num_pixels(left[0].path)
+                if waiting and held + pixels > HELD_PIXELS:
+                    break
+                held += pixels
+                waiting.append((left[0], pool.submit(self._prepare, left.popleft()), pixels))
+            job, future, pixels = waiting.popleft()
+            yield job, future, pixels
+            held -= pixels
 
     def _prepare(self, job: Job, *, is_kept: bool = False) -> Prepared | None:
         """Read an image and check the prompts of its lesions; None if all have a mask, unless the image `is_kept`."""
@@ -343,20 +366,18 @@ class PredictRun:
         """Write all masks of an image; without any mask a row that says so, so that the image counts as done."""
         height, width = prepared.image.shape[:2]
         options, image_id = self.options.decoding.search.auto, prepared.job.image_id
-        found = predict_everything(self.sam, prepared.image, options, image_id, device=self.options.device)
         stem, key = file_stem(image_id), prepared.key
-        rows = [
-            self.folder.write(
-                one, prepared.image, f"{stem}/{one.lesion_id}", key=key, image_name=prepared.job.path.name
-            )
-            for one in found
-        ]
-        if not found:
+        rows: list[tuple[object, ...]] = []
+        for one in predict_everything(self.sam, prepared.image, options, image_id, device=self.options.device):
+            file_name = f"{stem}/{one.lesion_id}"
+            rows.append(self.folder.write(one, prepared.image, file_name, key=key, image_name=prepared.job.path.name))
+            self.counts.review += bool(one.review_reasons)
+        self.counts.done += len(rows)
+        if not rows:
             nothing = "no mask passes the thresholds"
             rows = [(image_id, "", width, height, "", 0, "", "", "", nothing, key)]
+            self.counts.review += 1
         self.folder.record(rows)  # all at once: an image with some of its masks does not count as done
-        self.counts.done += len(found)
-        self.counts.review += sum(bool(one.review_reasons) for one in found) or not found
 
     def save(self) -> None:
         """Write the table."""

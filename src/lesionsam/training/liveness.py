@@ -15,6 +15,10 @@ from lesionsam.parallel.collectives import gather_objects
 from lesionsam.training.state import Progress
 
 LIVENESS_STEPS = range(9)  # steps that are watched; in the first, distillation is at its minimum, without gradient
+REMEDIES = {  # term -> what to do where its gradient is zero
+    "contrast": "lesions smaller than a cell of the feature grid give it no pixels: crop the images around them, or "
+    "raise model.image_size"
+}
 
 
 class Liveness:
@@ -80,8 +84,8 @@ class Liveness:
             else:
                 raise UserError(
                     f"the term `{name}` is switched on (weight {weight_of(terms[name]):g}) but its gradient was zero "
-                    f"in each of the first {min(self.at.step, len(LIVENESS_STEPS))} steps; set its weight to 0 or "
-                    "change what it depends on"
+                    f"in each of the first {min(self.at.step, len(LIVENESS_STEPS))} steps; "
+                    f"{REMEDIES.get(name, 'change what it depends on')}, or set its weight to 0"
                 )
         if self.projected is not None:
             found = spread(self.projected)

@@ -30,7 +30,8 @@ def cut_levels(levels: np.ndarray, path: Path, *, threshold: bool, lossy: bool) 
     Returns:
         (H, W) bool.
     Raises:
-        UserError: several labels, or more than two levels without `threshold`.
+        UserError: several labels, no level beyond half of the range or none below, or more than two levels without
+            `threshold`.
     """
     counts = np.zeros(256 if levels.dtype == np.uint8 else 65536, np.int64)
     for block in _blocks(levels):  # `bincount` casts to int64: eight bytes a pixel
@@ -43,6 +44,8 @@ def cut_levels(levels: np.ndarray, path: Path, *, threshold: bool, lossy: bool) 
     what = f"{path}: mask has {len(found)} grey levels ({_listed(found)})"
     if len(found) > 2 and _has_labels(levels, found, full, lossy=lossy):
         raise UserError(f"{what}: several labels; {ONE_LABEL}")
+    if not found[0] <= full // 2 < found[-1]:
+        raise UserError(f"{what}, all on one side of {full // 2}; {ONE_LABEL}")
     if threshold:
         return levels > full // 2
     why = ", as JPEG changes them" if lossy else ""
@@ -74,7 +77,8 @@ def cut_colours(pixels: np.ndarray, path: Path, *, threshold: bool) -> np.ndarra
     Returns:
         (H, W) bool.
     Raises:
-        UserError: several labels, a background that is not black, or soft edges without `threshold`.
+        UserError: several labels, a background that is not black, no pixel beyond half of the range, or soft edges
+            without `threshold`.
     """
     brightest = pixels.max(2)
     listed = Image.fromarray(pixels).getcolors(MAX_LABELS)
@@ -91,6 +95,8 @@ def cut_colours(pixels: np.ndarray, path: Path, *, threshold: bool) -> np.ndarra
         bright = [colour for _, colour in listed if max(colour) > 255 // 8]  # type: ignore[arg-type]
         if sum(_covers_area((pixels == colour).all(2), ignore=False) for colour in bright) > 1:
             raise UserError(f"{what}: several labels, or a background that is not black; {ONE_LABEL}")
+    if not brightest.min() <= 127 < brightest.max():
+        raise UserError(f"{what}, all on one side of 127; {ONE_LABEL}")
     if threshold:
         return brightest > 127
     raise UserError(f"{what}; expected black and one other, or grey 0 and 255; {TWO_LEVELS}")
