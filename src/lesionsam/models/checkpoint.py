@@ -144,7 +144,7 @@ def _skeleton(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[s
                 f"architecture; keep {standalone.ARCHITECTURE} of the export beside it, or use the .safetensors file "
                 "of the training or export"
             )
-        return at_size(sam, state[POSITION].shape[1] * sam.patch_size)
+        return at_size(sam, state[POSITION].shape[1] * sam.multiple)
 
 
 def read_architecture(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:
