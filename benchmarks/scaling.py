@@ -32,7 +32,7 @@ from lesionsam.models.finetuned import Strategy, attach
 from lesionsam.models.sam1 import build_registered
 from lesionsam.models.trainable import select_trainable, trained_parameters
 from lesionsam.parallel.collectives import barrier, is_main, rank, world_size
-from lesionsam.training.gradients import Part, add_gradients, forward_module
+from lesionsam.training.gradients import Part, add_gradients, forward_module, gradients_stay
 from lesionsam.types import Frame
 from record import ROOT, multiplications, provenance, record, table
 from step import generated_batch
@@ -110,8 +110,8 @@ def work(batch_size: int) -> dict[str, Any]:
                 p.grad = None
             barrier()
             begun = time.perf_counter()
-            quiet = isinstance(forward, DistributedDataParallel) and not synchronise
-            with forward.no_sync() if quiet else nullcontext():
+            apart = isinstance(forward, DistributedDataParallel) and not synchronise
+            with gradients_stay(forward) if apart else nullcontext():
                 add_gradients(method, [Part(batch, 0)], precision="fp32", scaler=scaler, forward=forward)
             method.after_step()
             return time.perf_counter() - begun
