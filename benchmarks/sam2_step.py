@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from lesionsam.boxes.outline import Outline
 from lesionsam.config.edit import fit, merge
 from lesionsam.config.load import default_values, validate
 from lesionsam.config.schema_method import ContrastiveMethod
@@ -78,7 +79,7 @@ def build(kind: type[Contrastive], sam: Sam2, last_k: int) -> Contrastive:
     student = copy.deepcopy(sam)
     select_trainable(student, encoder="blocks", unfreeze_last_k=last_k, train_decoder=True)
     torch.manual_seed(SEED)
-    return kind(student, copy.deepcopy(sam).requires_grad_(False), contrastive_options(method, 0.0, 0))
+    return kind(student, copy.deepcopy(sam).requires_grad_(False), contrastive_options(method, Outline(), 0))
 
 
 def step(method: Contrastive, batch: Batch) -> dict[str, torch.Tensor]:

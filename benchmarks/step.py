@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import naive_step
+from lesionsam.boxes.outline import Outline
 from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit as fit_values
 from lesionsam.config.edit import merge
@@ -131,7 +132,7 @@ class Pair:
         fill_inserted(student)
         teacher = copy.deepcopy(student)
         torch.manual_seed(SEED)
-        self.method = Contrastive(student, self.pretrained, contrastive_options(method, 0.0, 0))
+        self.method = Contrastive(student, self.pretrained, contrastive_options(method, Outline(), 0))
         self.method.model.train()
         with torch.no_grad():
             for p in trained_parameters(student):

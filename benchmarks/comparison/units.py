@@ -254,11 +254,14 @@ def _run_unit(
         say = partial(print, f"[{row.name} seed {seed}]", flush=True)
         if row.network == UNET:
             model, at = train_unet(config, data, folder=scratch, log=tracker.log, say=say)
-            notes |= {"offset": None, "trained_parameters": sum(p.numel() for p in model.parameters())}
+            notes |= {"outline": None, "trained_parameters": sum(p.numel() for p in model.parameters())}
         else:
             trained = train(config, data, weights, folder=scratch, log=tracker.log, say=say)
             model, at = trained.sam, trained.progress
-            notes |= {"offset": trained.offset, "trained_parameters": trained.trained}
+            notes |= {
+                "outline": None if trained.outline is None else vars(trained.outline),
+                "trained_parameters": trained.trained,
+            }
         notes |= {
             "dev_objective": at.best_score,
             "best_epoch": at.best_epoch,
@@ -286,9 +289,9 @@ def _run_unit(
         )
     if not row.trains and row.baselines:
         tag = "" if row.model else row.name.removeprefix(ZERO_SHOT)
-        baselines, offset = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
+        baselines, outline = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
         figures = pd.concat([figures, baselines.rows.assign(model=baselines.rows["model"] + tag)])
-        notes["test_outline_offset"] = offset
+        notes["test_outline"] = vars(outline)
     for (_, prompt), part in figures.groupby(["model", "prompt"]):
         if (part["model"] == row.name).all():
             tracker.log({f"test/{prompt}/miou": float(part["iou"].mean())}, 0)

@@ -64,7 +64,7 @@ def test_a_fresh_clone_pulls_what_was_pushed_and_has_nothing_to_do(tmp_path: Pat
     run(tmp_path, "git", "clone", "--quiet", str(first), "second")
     second = tmp_path / "second"
     shutil.rmtree(first / ".dvc" / "cache")
-    run(second, "dvc", "pull", "--quiet", "boxes", "weights")
+    run(second, "dvc", "pull", "--quiet", "download", "boxes", "weights")
     assert (second / "data" / "boxes.csv").read_bytes() == (first / "data" / "boxes.csv").read_bytes()
     said = run(second, "dvc", "repro", "boxes", "weights").stdout
     assert said.count("didn't change, skipping") == 3

@@ -14,7 +14,7 @@ import torch
 from helpers.together import CASES
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "together.py"
-TOLERANCE = 1e-6  # sums in another order, fp32; the values are of the order of 1
+TOLERANCE = 1e-6  # sums in another order, fp32; of values above 1 twice as large a share
 
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
@@ -53,7 +53,7 @@ def test_two_processes_train_as_one(case: str, found: list[dict[str, Any]]) -> N
     steps = [row for row in one["rows"] if "epoch" not in row]
     assert len(steps) == len(one["gradients"]) == len(two["gradients"]) == (5 if case == "accumulated" else 10)
     for own, other in zip(one["rows"], two["rows"], strict=True):
-        assert own == pytest.approx(other, abs=TOLERANCE)
+        assert own == pytest.approx(other, rel=2 * TOLERANCE, abs=TOLERANCE)
     largest = 0.0
     for own, other in zip(one["gradients"], two["gradients"], strict=True):
         assert own.keys() == other.keys()

@@ -105,6 +105,11 @@ def fisher_score(features: np.ndarray, positive: np.ndarray, negative: np.ndarra
     return np.clip((features @ direction - middle) / half, -COLOUR_CLIP, COLOUR_CLIP)
 
 
+def is_cut(box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Return whether a (4,) XYXY box reaches the frame of an image of (height, width)."""
+    return bool(box[0] <= 1 or box[1] <= 1 or box[2] >= size[1] - 1 or box[3] >= size[0] - 1)
+
+
 def extent(mask: np.ndarray) -> np.ndarray:
     """Return (2,) float64 width and height of a mask's largest component, pixels; zeros for an empty mask."""
     box = largest_component_box(mask)
@@ -132,7 +137,7 @@ def outline_offset(
     ratios = []
     for k, (prior, big) in enumerate(zip(priors, big_boxes, strict=True)):
         height, width = prior.shape if sizes is None else sizes[k]
-        if big[0] <= 1 or big[1] <= 1 or big[2] >= width - 1 or big[3] >= height - 1:
+        if is_cut(big, (height, width)):
             continue
         allowed = pixels_inside(big, prior.shape)
         ratios.append([(extent((prior + offset > 0) & allowed) / (big[2:] - big[:2])).mean() for offset in OFFSETS])

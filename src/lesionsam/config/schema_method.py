@@ -100,13 +100,14 @@ TARGET_KIND = "prior | teacher | fused (prior and teacher) | ellipse"
 SOFTNESS = "soft labels are sigmoid(softness * (prior + offset))"
 PLACEBO = "none | other (target of another image) | warped (the same, warped into this big box)"
 OFFSET = "outline offset of the prior: boxes (estimated from the boxes) | none | a number"
-LOOSENESS = "share by which annotators draw the big box too large, to estimate the offset"
+LOOSENESS = "share by which annotators draw the big box too large: auto (found by colour) | a number"
+Looseness = Literal["auto"] | Annotated[float, Field(ge=0, le=4)]
 
 
 class PriorTarget(Section):
     kind: Literal["prior"] = key(TARGET_KIND)
     offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = key(OFFSET)
-    looseness: float = key(LOOSENESS, ge=0, le=4)
+    looseness: Looseness = key(LOOSENESS)
     softness: float = key(SOFTNESS, gt=0, le=100)
     placebo: Literal["none", "other", "warped"] = key(PLACEBO)
 
@@ -114,7 +115,7 @@ class PriorTarget(Section):
 class FusedTarget(Section):
     kind: Literal["fused"] = key(TARGET_KIND)
     offset: Literal["boxes", "none"] | Annotated[float, Field(ge=-3, le=3)] = key(OFFSET)
-    looseness: float = key(LOOSENESS, ge=0, le=4)
+    looseness: Looseness = key(LOOSENESS)
     softness: float = key(SOFTNESS, gt=0, le=100)
     teacher_weight: float = key("final share of the teacher's logits in the fused target", gt=0, lt=1, initial=0.5)
     teacher_ramp: float = key(

@@ -9,7 +9,8 @@ from PIL import Image
 
 from lesionsam import metrics
 from lesionsam.boxes.geometry import model_frame_size
-from lesionsam.boxes.prior import OUTSIDE, ellipse_prior, outline_offset
+from lesionsam.boxes.outline import Outline, find_outline
+from lesionsam.boxes.prior import OUTSIDE, ellipse_prior
 from lesionsam.data.frames import PRIOR_SIDE, prior_at
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, measure
 from lesionsam.evaluation.columns import (
@@ -32,20 +33,21 @@ def evaluate_baselines(
     load_image: LoadImage,
     load_mask: LoadMask | None = None,
     *,
-    looseness: float,
+    looseness: float | None,
     boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
-) -> tuple[Evaluation, float]:
-    """Evaluate what both boxes give without a network: the ellipse, the box prior, the prior with its outline offset.
+) -> tuple[Evaluation, Outline]:
+    """Evaluate what both boxes give without a network: the ellipse, the box prior, the prior corrected.
 
-    The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The offset is one number, found from the boxes
-    and images of these samples alone. The ellipse needs the big box only, so it stands under `box` and `box+core`.
+    The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The correction is found from the
+    boxes and images of these samples alone. The ellipse needs the big box only, so it stands under `box` and
+    `box+core`.
 
     Args:
-        looseness: share by which annotators draw the big box too large, on average.
+        looseness: share by which annotators draw the big box too large, on average; None: found by colour.
     Returns:
-        (evaluation, offset).
+        (evaluation, correction of the prior).
     """
-    priors, bigs = [], []
+    priors, bigs, smalls = [], [], []
     images = by_image(samples)
     for lesions in progress(images, total=len(images), title="baselines: priors"):
         image = load_image(lesions[0])
@@ -53,8 +55,10 @@ def evaluate_baselines(
             others = np.array([other.big_box for other in lesions if other is not sample], float).reshape(-1, 4)
             height, width = model_frame_size(sample.width, sample.height, Frame(min(PRIOR_SIDE, max(image.shape[:2]))))
             priors.append(prior_at(image, sample.big_box, sample.small_box, others, (height, width)))
-            bigs.append(sample.big_box * np.array([width / sample.width, height / sample.height] * 2))
-    offset = outline_offset(priors, bigs, looseness)
+            scale = np.array([width / sample.width, height / sample.height] * 2)
+            bigs.append(sample.big_box * scale)
+            smalls.append(sample.small_box * scale)
+    outline = find_outline(priors, bigs, smalls, looseness)
     rows: list[dict[str, object]] = []
     numbered = iter(priors)
     for lesions in progress(images, total=len(images), title="baselines: masks"):
@@ -65,7 +69,7 @@ def evaluate_baselines(
             prior[case.big] = np.asarray(large)[case.big]
             masks = {(ELLIPSE, "box"): ellipse_prior(sample.big_box, case.shape), (PRIOR, "box+core"): prior}
             shifted = prior.copy()
-            shifted[case.big] += offset
+            shifted[case.big] = outline.shift(prior, sample.big_box)[case.big]
             masks[PRIOR_OFFSET, "box+core"] = shifted
             for (model, prompt), logits in masks.items():
                 row = (
@@ -74,4 +78,4 @@ def evaluate_baselines(
                     | measure(logits, case, boundary_tolerance)
                 )
                 rows += [row, row | {"prompt": "box+core"}] if model == ELLIPSE else [row]
-    return Evaluation(long_frame(rows, ROW_COLUMNS), calibration_frame({}), long_frame([], JITTER_COLUMNS)), offset
+    return Evaluation(long_frame(rows, ROW_COLUMNS), calibration_frame({}), long_frame([], JITTER_COLUMNS)), outline

@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes.prior import outline_offset
+from lesionsam.boxes.outline import Outline, find_outline
 from lesionsam.config.load import Config
-from lesionsam.config.schema_method import ContrastiveMethod, LearnedWeights, MaskPrompts, SupervisedMethod
+from lesionsam.config.schema_method import (
+    ContrastiveMethod,
+    FusedTarget,
+    LearnedWeights,
+    MaskPrompts,
+    PriorTarget,
+    SupervisedMethod,
+)
 from lesionsam.data.augment import Augmentation, Distortion
 from lesionsam.data.dataset import LesionDataset
 from lesionsam.data.frames import PRIOR_SCALE
@@ -86,11 +93,11 @@ def build_supervised(m: SupervisedMethod, sam: Sam) -> Supervised:
     return Supervised(sam, options)
 
 
-def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) -> ContrastiveOptions:
+def contrastive_options(m: ContrastiveMethod, outline: Outline, ramp_steps: int) -> ContrastiveOptions:
     """Return the settings of the contrastive method.
 
     Args:
-        offset: outline offset, logits. ramp_steps: steps over which the teacher's weight in the target rises.
+        outline: correction of the box prior. ramp_steps: steps over which the teacher's weight in the target rises.
     """
     target = m.target
     return ContrastiveOptions(
@@ -113,7 +120,8 @@ def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) ->
         head_norm=m.head.norm,
         head_ema=m.head.ema,
         target=target.kind,
-        offset=offset,
+        offset=outline.offset,
+        tightness=outline.tightness,
         softness=getattr(target, "softness", 1.0),
         teacher_weight=getattr(target, "teacher_weight", 0.0),
         ramp_steps=ramp_steps,
@@ -123,8 +131,8 @@ def contrastive_options(m: ContrastiveMethod, offset: float, ramp_steps: int) ->
     )
 
 
-OFFSET_SAMPLES = 300  # greatest number of images that the outline offset is estimated from
-OFFSET_SIDE = 128  # longest side of their priors, pixels
+OUTLINE_SAMPLES = 300  # greatest number of images that the outlines are estimated from
+OUTLINE_SIDE = 128  # longest side of their priors, pixels
 
 
 def trained_prompts(config: Config) -> str:
@@ -132,14 +140,14 @@ def trained_prompts(config: Config) -> str:
     return " ".join(kind for kind, share in config.method.prompts.shares().items() if share > 0)
 
 
-def find_offset(data: LesionDataset, looseness: float) -> float:
-    """Estimate the outline offset of a training set from its boxes alone; see `boxes.prior.outline_offset`."""
-    stride = max(1, data.side // OFFSET_SIDE)
-    chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OFFSET_SAMPLES)).round().astype(int))
+def outline_of(data: LesionDataset, looseness: float | None) -> Outline:
+    """Estimate the outlines of a training set without its masks; see `boxes.outline.find_outline`."""
+    stride = max(1, data.side // OUTLINE_SIDE)
+    chosen = np.unique(np.linspace(0, len(data) - 1, min(len(data), OUTLINE_SAMPLES)).round().astype(int))
     priors = [np.asarray(data.frames.priors[k, ::stride, ::stride], np.float32) / PRIOR_SCALE for k in chosen]
-    boxes = [data.frames.big_boxes[k] / stride for k in chosen]
+    big, small = ([boxes[k] / stride for k in chosen] for boxes in (data.frames.big_boxes, data.frames.small_boxes))
     sizes = [(int(height) // stride, int(width) // stride) for height, width in (data.frames.sizes[k] for k in chosen)]
-    return outline_offset(priors, boxes, looseness, sizes)
+    return find_outline(priors, big, small, looseness, sizes)
 
 
 def num_steps(config: Config, data: LesionDataset) -> int:
@@ -168,28 +176,28 @@ def training_settings(config: Config, data: LesionDataset) -> Settings:
 
 def build_method(
     config: Config, sam: Sam, weights: Path, data: LesionDataset, device: torch.device
-) -> tuple[Method, float | None]:
+) -> tuple[Method, Outline | None]:
     """Build the configured method around a SAM whose trained parameters are selected.
 
     Returns:
-        The method, and the outline offset of its target (None if the target has none).
+        The method, and the correction of the box prior in its target (None if the target has none).
     """
     m = config.method
     if isinstance(m, SupervisedMethod):
         return build_supervised(m, sam), None
     target = m.target
-    offset = getattr(target, "offset", None)
-    found = (
-        find_offset(data, getattr(target, "looseness", 0.0))
-        if offset == "boxes"
-        else float(offset)
-        if isinstance(offset, float | int)
-        else 0.0
+    outline = None
+    if isinstance(target, PriorTarget | FusedTarget):
+        if target.offset == "boxes":
+            outline = outline_of(data, None if target.looseness == "auto" else target.looseness)
+        else:
+            outline = Outline(0.0 if target.offset == "none" else target.offset)
+    options = contrastive_options(
+        m, outline or Outline(), round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data))
     )
-    options = contrastive_options(m, found, round(getattr(target, "teacher_ramp", 0.0) * num_steps(config, data)))
     reference = None
     if options.weights["distil"] > 0:
         reference = load_sam(config.model.name, weights, image_size=config.model.image_size).to(device)
         reference.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)  # only the head starts at random
-    return Contrastive(sam, reference, options), found if offset is not None else None
+    return Contrastive(sam, reference, options), outline

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lesionsam.boxes.outline import Outline
 from lesionsam.config.load import Config
 from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import SupervisedMethod
@@ -56,13 +57,13 @@ class Trained:
     """A finished run; `sam` has the weights of the best epoch.
 
     Attributes:
-        offset: outline offset of the target, None if it has none. trained: number of trained parameters.
+        outline: correction of the target's prior, None if it has none. trained: number of trained parameters.
     """
 
     sam: Sam
     method: Method
     progress: Progress
-    offset: float | None
+    outline: Outline | None
     trained: int
 
 
@@ -132,14 +133,14 @@ def train(
     if config.runtime.num_threads:
         torch.set_num_threads(config.runtime.num_threads)
     sam = prepare_sam(config, weights, device)
-    method, offset = build_method(config, sam, weights, data.train, device)
+    method, outline = build_method(config, sam, weights, data.train, device)
     counts = trained_counts(method.model)
     num_trained, num_all = sum(counts.values()), sum(p.numel() for p in method.model.parameters())
     say(
         f"training {num_trained:,} of {num_all:,} parameters ("
         + ", ".join(f"{part.replace('_', ' ')} {count:,}" for part, count in counts.items())
         + f") on {len(data.train)} lesions"
-        + (f", outline offset {offset:+.2f}" if offset is not None else "")
+        + ("" if outline is None else f", {outline}")
     )
     if note := slow_precision(config.train.precision, device):
         say(f"note: {note}")
@@ -180,7 +181,7 @@ def train(
         save_last(kept)
     load_best(folder, method.model)
     method.model.eval()
-    return Trained(sam, method, progress, offset, num_trained)
+    return Trained(sam, method, progress, outline, num_trained)
 
 
 def _evaluate(

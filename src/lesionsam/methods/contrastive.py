@@ -29,7 +29,7 @@ from lesionsam.losses import (
 from lesionsam.methods.base import Method, Term
 from lesionsam.methods.grid import box_cells, box_grid, known_masks, mean_over, to_grid
 from lesionsam.methods.prompting import decode_mixture
-from lesionsam.methods.targets import ellipse_logits, placebo_target
+from lesionsam.methods.targets import ellipse_logits, placebo_target, tightness_logits
 from lesionsam.models.prefix import encode_batch, encode_frozen, encode_suffix, frozen_part, num_frozen_blocks
 from lesionsam.models.projection import ProjectionHead
 from lesionsam.models.sam import Sam, decode, encode, sam_of
@@ -50,7 +50,7 @@ class ContrastiveOptions:
     Attributes:
         weights: name of a term -> its weight; 0 switches it off. In the published method contrast is alpha and distil
             is gamma; pseudo and projection are not part of it.
-        offset: outline offset of the prior, logits, already estimated.
+        offset, tightness: correction of the prior, already estimated, see `boxes.outline`.
     """
 
     weights: Mapping[str, float]
@@ -73,6 +73,7 @@ class ContrastiveOptions:
     head_ema: bool
     target: str
     offset: float
+    tightness: float
     softness: float
     teacher_weight: float
     ramp_steps: int
@@ -226,7 +227,10 @@ class Contrastive(Method):
         if o.target in ("prior", "fused"):
             if batch.prior is None:
                 raise ValueError("the batch carries no box prior")
-            logits = o.softness * (batch.prior + o.offset)
+            prior = batch.prior + o.offset
+            if o.tightness != 1:
+                prior = prior + tightness_logits(batch.big_boxes, side, o.tightness)
+            logits = o.softness * prior
         elif o.target == "ellipse":
             logits = o.softness * ellipse_logits(batch.big_boxes, side)
         if o.target in ("teacher", "fused"):

@@ -5,13 +5,23 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_WEIGHT
+from lesionsam.boxes.prior import ELLIPSE_SHRINK, SHAPE_TIGHTNESS, SHAPE_WEIGHT
 from lesionsam.methods.grid import box_pixels
 from lesionsam.parallel.collectives import gather_rows, rank
 
 
+def tightness_logits(big_boxes: torch.Tensor, side: int, tightness: float) -> torch.Tensor:
+    """Return what `boxes.outline.Outline.tightness` adds to the prior, (B, 4) XYXY -> (B, side, side) logits."""
+    return SHAPE_WEIGHT * SHAPE_TIGHTNESS * (1 - tightness) * elliptical_radii(big_boxes, side)
+
+
 def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
     """Return `boxes.prior.ellipse_prior` batched on the model frame, (B, 4) XYXY -> (B, side, side) logits."""
+    return SHAPE_WEIGHT * (1 - elliptical_radii(big_boxes, side) * ELLIPSE_SHRINK)
+
+
+def elliptical_radii(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """Return `boxes.prior.elliptical_radius` batched on the model frame, (B, 4) XYXY -> (B, side, side)."""
     position = torch.arange(side, device=big_boxes.device) + 0.5
     centre, half = (
         (big_boxes[:, :2] + big_boxes[:, 2:]) / 2,
@@ -19,7 +29,7 @@ def ellipse_logits(big_boxes: torch.Tensor, side: int) -> torch.Tensor:
     )
     u = (position[None] - centre[:, 0:1]) / half[:, 0:1]
     v = (position[None] - centre[:, 1:2]) / half[:, 1:2]
-    return SHAPE_WEIGHT * (1 - torch.sqrt(u[:, None] ** 2 + v[:, :, None] ** 2) * ELLIPSE_SHRINK)
+    return torch.sqrt(u[:, None] ** 2 + v[:, :, None] ** 2)
 
 
 def placebo_target(logits: torch.Tensor, big_boxes: torch.Tensor, *, warp: bool) -> torch.Tensor:

@@ -73,11 +73,11 @@ def _evaluate(config: Config) -> pd.DataFrame:
     place = CACHE / cache_key(samples, [pretrained], settings | auto | {"looseness": _looseness(config)})
     if (known := open_evaluation(place)) is None:
         unadapted = load_sam(config.model.name, pretrained, image_size=config.model.image_size)
-        baselines, offset = evaluate_baselines(
+        baselines, outline = evaluate_baselines(
             samples, load_image, masks, looseness=_looseness(config), boundary_tolerance=e.boundary_tolerance
         )
         zero_shot = measured(unadapted, model=results.ZERO_SHOT, search=lesion_search(config, pretrained))
-        known = concat([zero_shot, baselines]), {"outline_offset": offset}
+        known = concat([zero_shot, baselines]), {f"outline_{name}": value for name, value in vars(outline).items()}
         save_evaluation(place, *known)
     before, extra = known
     adapted = load_sam(config.model.name, BEST, image_size=config.model.image_size)
@@ -107,10 +107,11 @@ def _evaluate(config: Config) -> pd.DataFrame:
     return table
 
 
-def _looseness(config: Config) -> float:
-    """Return by how much annotators draw the big box too large: as the method says, or the usual."""
+def _looseness(config: Config) -> float | None:
+    """Return by how much annotators draw the big box too large: as the method says, or the usual; None: by colour."""
     target = config.method.target if isinstance(config.method, ContrastiveMethod) else None
-    return float(getattr(target, "looseness", LOOSENESS))
+    told = getattr(target, "looseness", LOOSENESS)
+    return None if told == "auto" else told
 
 
 def _track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> None:
