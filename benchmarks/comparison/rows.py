@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from comparison.units import UNET, ZERO_SHOT, Row, configured
 from lesionsam.config.load import Config, to_values
@@ -257,6 +258,21 @@ def unprompted(base: Config) -> list[Row]:
     ]
 
 
+# ---- how loose the boxes are -------------------------------------------------------------------------------------
+
+MARGINS = {"0 to 5 %": (0.0, 0.05), "10 to 20 %": (0.1, 0.2), "30 to 50 %": (0.3, 0.5), "70 to 90 %": (0.7, 0.9)}
+
+
+def looseness(base: Config, *, tests: bool = True) -> list[Row]:
+    """Return rows of the default that is told how loose its boxes are, and of the same told nothing."""
+    nothing = {"method.target.looseness": "auto"}
+    return [
+        Row(f"{DEFAULT}, boxes {name} too large, {what}", changes, margin=margin, tests=tests)
+        for name, margin in MARGINS.items()
+        for what, changes in (("told", {}), ("told nothing", nothing))
+    ]
+
+
 # ---- several pretrained models -----------------------------------------------------------------------------------
 
 
@@ -306,5 +322,13 @@ SETS = {
     ),
     "inserted": Plan(inserted, inserted_tuning, tuple((f"two boxes, {name}", DEFAULT) for name in INSERTED)),
     "unprompted": Plan(unprompted, lambda base: [], ((UNPROMPTED, DEFAULT), (UNPROMPTED, AS_LONG), (AS_LONG, DEFAULT))),
+    "looseness": Plan(
+        looseness,
+        partial(looseness, tests=False),
+        tuple(
+            (f"{DEFAULT}, boxes {name} too large, told nothing", f"{DEFAULT}, boxes {name} too large, told")
+            for name in MARGINS
+        ),
+    ),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),
 }

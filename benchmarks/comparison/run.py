@@ -37,7 +37,7 @@ def main(
         typer.Option(
             "--set",
             help="rows | strategies (every way to fine-tune) | inserted (LoRA and adapters) | unprompted (use "
-            "without a prompt) | labels (what masks are worth)",
+            "without a prompt) | labels (what masks are worth) | looseness (told and found)",
         ),
     ] = "rows",
     models: Annotated[

@@ -88,7 +88,7 @@ def configured(base: Config, row: Row, seed: int) -> Config:
     values = preset_values(row.preset, values) if row.preset else values
     values = fit(merge(values, unflatten(row.changes)))
     target = values["method"].get("target", {})
-    if "looseness" in target:
+    if "looseness" in target and "method.target.looseness" not in row.changes:
         target["looseness"] = (low + high) / 2
     values = unflatten({"train.seed": seed, "boxes.margin_low": low, "boxes.margin_high": high}, values)
     return validate(values, f"evidence row {row.name!r}")
