@@ -242,7 +242,8 @@ def test_slurm_says_which_partitions_there_are(
     assert "see section cluster of params.yaml" in said
     assert lesionsam(monkeypatch, "submit", "status") == 2
     assert "slurm: no jobs; `lesionsam submit` starts some" in capsys.readouterr().err
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
+    (tmp_path / "empty.conf").write_text("")  # Slurm waits a minute for a file that is not there
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "empty.conf"))
     assert lesionsam(monkeypatch, "submit", "train") == 2
     assert "is Slurm's controller running, and SLURM_CONF right?" in capsys.readouterr().err
 
