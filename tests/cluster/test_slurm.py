@@ -131,7 +131,7 @@ def test_a_time_limit_interrupts_a_command_which_is_queued_again(
 @pytest.mark.pipeline
 def test_a_training_that_is_queued_again_ends_as_an_undisturbed_one(cluster: SlurmServer, tmp_path: Path) -> None:
     whole = repository_copy(tmp_path / "whole")
-    for key, value in (("runtime.device", "cpu"), ("runtime.num_threads", 1), ("tracking.enabled", False)):
+    for key, value in (("runtime.device", "cpu"), ("runtime.devices", 2), ("tracking.enabled", False)):
         set_parameter(whole, key, value)
     run(whole, "dvc", "init", "--quiet", "--force")
     run(whole, "dvc", "repro", "--quiet", "weights")
@@ -279,12 +279,12 @@ def test_a_dry_run_shows_the_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, _ = apply_preset("tiny", (ROOT / "params.yaml").read_text())
-    (tmp_path / "params.yaml").write_text(text)
+    (tmp_path / "params.yaml").write_text(text.replace("  nodes: 1 ", "  nodes: 2 "))
     (tmp_path / "src").symlink_to(ROOT / "src")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     section = load_config().cluster
-    assert lesionsam(monkeypatch, "submit", "train", "--partition", "gpu", "--nodes", "2", "--dry-run", "train") == 0
+    assert lesionsam(monkeypatch, "submit", "train", "--partition", "gpu", "--dry-run", "train") == 0
     script = capsys.readouterr().out
     for line in (
         "#SBATCH --partition=gpu",

@@ -241,12 +241,15 @@ def test_without_masks_the_label_free_figures_remain(sam, samples, tmp_path):
 
 
 def test_baselines_find_an_ellipse_of_another_colour(samples):
-    baselines, offset = evaluate_baselines(samples, load_image, load_mask, looseness=0.15)
+    baselines, outline = evaluate_baselines(samples, load_image, load_mask, looseness=0.15)
     means = baselines.rows.groupby("model")["iou"].mean()
     assert means["ellipse"] > 0.85
     assert means["box prior"] > means["ellipse"]
     assert means["box prior + offset"] > 0.85, "these outlines are smooth, the offset is made for ragged ones"
-    assert -0.8 <= offset <= 1.0
+    assert -0.8 <= outline.offset <= 1.0
+    assert outline.tightness == 1
+    _, found = evaluate_baselines(samples, load_image, load_mask, looseness=None)
+    assert found.tightness != 1, "by colour"
     assert set(baselines.rows.loc[baselines.rows["model"] == "ellipse", "prompt"]) == {"box", "box+core"}
 
 

@@ -37,6 +37,7 @@ DEFAULT = ContrastiveOptions(
     head_ema=True,
     target="prior",
     offset=0.0,
+    tightness=1.0,
     softness=3.0,
     teacher_weight=0.0,
     ramp_steps=0,

@@ -18,7 +18,6 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Partition = Annotated[str | None, typer.Option(help="cluster.partition.", show_default=False)]
 Minutes = Annotated[int | None, typer.Option(min=1, help="cluster.minutes: time limit of a job.", show_default=False)]
-Nodes = Annotated[int | None, typer.Option(min=1, help="cluster.nodes.", show_default=False)]
 Gpus = Annotated[int | None, typer.Option(min=0, help="cluster.gpus: per node.", show_default=False)]
 Cpus = Annotated[int | None, typer.Option(min=1, help="cluster.cpus: per node.", show_default=False)]
 Memory = Annotated[float | None, typer.Option(min=0.001, help="cluster.memory_gb: per node.", show_default=False)]
@@ -48,19 +47,19 @@ def train(
     context: typer.Context,
     partition: Partition = None,
     minutes: Minutes = None,
-    nodes: Nodes = None,
     gpus: Gpus = None,
     cpus: Cpus = None,
     memory_gb: Memory = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run `dvc repro` in a job; other arguments go to it, such as names of stages."""
+    """Run `dvc repro` in a job of `runtime.nodes` nodes; other arguments go to it, such as names of stages."""
     from lesionsam.cluster.slurm import submit
+    from lesionsam.config.load import load_config
 
-    cluster = _cluster(partition=partition, minutes=minutes, nodes=nodes, gpus=gpus, cpus=cpus, memory_gb=memory_gb)
+    cluster = _cluster(partition=partition, minutes=minutes, gpus=gpus, cpus=cpus, memory_gb=memory_gb)
+    nodes = load_config(PARAMS, check_files=False).runtime.nodes
     command = [sys.executable, "-m", "dvc", "repro", *context.args]
-    root = Path.cwd()
-    _say(submit([command], name="train", cluster=cluster, root=root, nodes=cluster.nodes, dry_run=dry_run), "dvc repro")
+    _say(submit([command], name="train", cluster=cluster, root=Path.cwd(), nodes=nodes, dry_run=dry_run), "dvc repro")
 
 
 @submit_app.command(context_settings=PASSED_ON)

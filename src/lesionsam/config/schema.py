@@ -221,7 +221,6 @@ class Cluster(Section):
     )
     minutes: int = key("time limit of a job; at its end the work saves its state and is queued again [min]", ge=1)
     requeues: int = key("how often a job is queued again at its time limit", ge=0, le=10_000)
-    nodes: int = key("nodes of a training", ge=1, le=1024)
     gpus: int = key("GPUs per node; 0 = none", ge=0, le=64)
     cpus: int = key("CPU cores per node", ge=1, le=4096)
     memory_gb: float = key("memory per node [GB]", gt=0)
