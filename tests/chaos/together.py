@@ -27,7 +27,7 @@ FIRST, SECOND, LAUNCHER, TERM, INT = (
 FAULTS = {FIRST: 3, SECOND: 3, LAUNCHER: 2, TERM: 1, INT: 1}
 WORKER = "lesionsam.pipeline.worker"
 END_S = 60.0  # for what is left to end; it takes a second on a free core
-SHARE = 0.15, 0.95  # of the processor time of an undisturbed training, after which it is struck
+SHARE = 0.4, 0.97  # of the processor time of an undisturbed training, after which it is struck
 
 
 class Campaign:

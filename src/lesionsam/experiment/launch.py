@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -208,17 +209,26 @@ def _launch_here(count: int) -> None:
 def _reason(failures: Mapping[int, object]) -> str:
     """Return why a training failed: a process's own message, else the signal or status that ended one."""
     told, ended = [], []
-    for number, failure in sorted(failures.items()):
+    # The launcher ends the others with SIGTERM, and those that lose a connection end by themselves.
+    for number, failure in sorted(failures.items(), key=lambda item: (_ending(item[1]), item[0])):
         content = getattr(failure, "error_file_data", {}) or {}
         message = content.get("message") if isinstance(content, dict) else None
         if isinstance(message, dict):
             told.append(str(message["message"]))
         code = getattr(failure, "exitcode", 1)
-        ended.append(f"process {number} was ended by signal {-code}" if code < 0 else f"process {number} failed")
+        ended.append(
+            f"process {number} was ended by {signal.Signals(-code).name}" if code < 0 else f"process {number} failed"
+        )
     own = [message for message in told if not message.startswith(LOST)]
     if own:
         return own[0]
     return f"{ended[0]}, and the others with it; the same command goes on from the last saved state"
+
+
+def _ending(failure: object) -> int:
+    """Return 0 for a process that a signal has ended, 1 for one that failed, 2 for one that the launcher has ended."""
+    code = getattr(failure, "exitcode", 1)
+    return 2 if code == -signal.SIGTERM else 0 if code < 0 else 1
 
 
 def _launch_on_nodes(count: int, nodes: int) -> None:
