@@ -186,7 +186,7 @@ class PredictRun:
         """Segment every lesion of every job; faults are printed and counted, and the other lesions still get masks.
 
         A batch is a fixed part of the jobs, whichever of them have masks already, so that a call that was cut short
-        leaves the same bytes as a whole one. Large images make it shorter.
+        leaves the same bytes as a whole one. Large images cut it into several.
         """
         self.folder.make_room(jobs)
         part: list[tuple[Job, Future[Prepared | None]]] = []
@@ -196,7 +196,7 @@ class PredictRun:
             for number, (job, future, pixels) in enumerate(read, 1):
                 part.append((job, future))
                 held += pixels
-                if len(part) == self.options.batch_size or held > HELD_PIXELS or number == len(jobs):
+                if number % self.options.batch_size == 0 or held > HELD_PIXELS or number == len(jobs):
                     self._work_part(part)
                     part, held = [], 0
 
