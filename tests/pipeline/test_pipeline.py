@@ -118,6 +118,18 @@ def test_evaluation_parameter_does_not_retrain(project: Path) -> None:
     assert {one["status"] for one in runs_of(project)} == {"FINISHED"}
 
 
+def test_the_steps_are_commands_without_dvc(finished: Path, tmp_path: Path) -> None:
+    project = repository_copy(tmp_path / "project")
+    set_parameter(project, "tracking.enabled", False)
+    shutil.rmtree(project / ".dvc")
+    for step in ("prepare", "train", "evaluate", "report"):
+        lesionsam(project, step)
+    same_weights(finished, project)
+    for name in ("data/boxes.csv", "results/table.csv", "results/per_image.csv"):
+        assert (project / name).read_bytes() == (finished / name).read_bytes(), name
+    assert (project / "report" / "index.html").is_file()
+
+
 def test_hardware_and_logging_do_not_retrain(project: Path) -> None:
     set_parameter(project, "runtime.num_threads", 2)
     set_parameter(project, "tracking.enabled", False)

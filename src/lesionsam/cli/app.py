@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.models import CommandInfo, TyperInfo
 
 from lesionsam import __version__
 from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
 from lesionsam.cli import results as cli_results
+from lesionsam.cli import steps as cli_steps
 from lesionsam.cli.data import data_app
 from lesionsam.cli.submit import submit_app
 from lesionsam.errors import UserError, run_guarded
@@ -26,7 +28,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`.",
+    help="Adapt Segment Anything to lesions from two boxes per lesion, without masks. The whole chain: `dvc repro`, or "
+    "prepare, train, evaluate, report.",
 )
 params_app = typer.Typer(no_args_is_help=True, help="Show, check and upgrade params.yaml.")
 app.add_typer(params_app, name="params")
@@ -204,9 +207,30 @@ def _warn_of_files(config: Config, params: Path) -> None:
         print(f"note: {issue}", file=sys.stderr)
 
 
+cli_steps.add_commands(app)
 cli_annotation.add_commands(app)
 cli_predict.add_commands(app)
 cli_results.add_commands(app)
+
+PANELS = {  # of the command list, in this order
+    "prepare train evaluate report submit": "The chain",
+    "data annotate engine": "Data and boxes",
+    "predict export promote compare": "Use a model",
+    "preset check params": "Parameters",
+    "doctor smoke cache foundation": "Look after it",
+}
+ORDER = " ".join(PANELS).split()
+
+
+def _name(command: CommandInfo | TyperInfo) -> str:
+    """Return a command's name."""
+    return str(command.name or getattr(command.callback, "__name__", ""))
+
+
+for _commands in (app.registered_commands, app.registered_groups):
+    _commands.sort(key=lambda command: ORDER.index(_name(command)))
+    for _command in _commands:
+        _command.rich_help_panel = next(panel for names, panel in PANELS.items() if _name(_command) in names.split())
 
 
 def main() -> None:

@@ -1,0 +1,49 @@
+"""The steps of `dvc.yaml` as commands, for people without DVC: the same code, the same outputs."""
+
+from __future__ import annotations
+
+import typer
+
+NOTE = "Without DVC nothing is skipped: `dvc repro` runs only what has changed."
+
+
+def prepare() -> None:
+    """Fetch data and pretrained weights and make the boxes: the first three steps of `dvc repro`."""
+    from lesionsam.config.load import load_config
+    from lesionsam.pipeline.boxes import prepare_boxes
+    from lesionsam.pipeline.download import prepare_data
+    from lesionsam.pipeline.weights import prepare_weights
+
+    config = load_config()
+    prepare_data(config)
+    prepare_boxes(config)
+    prepare_weights(config)
+
+
+def train() -> None:
+    """Train on what `prepare` has made, or resume a training that was cut short."""
+    from lesionsam.config.load import load_config
+    from lesionsam.pipeline.train import train_model
+
+    train_model(load_config())
+
+
+def evaluate() -> None:
+    """Evaluate the trained and the pretrained model on the test split."""
+    from lesionsam.config.load import load_config
+    from lesionsam.pipeline.evaluate import evaluate_models
+
+    evaluate_models(load_config())
+
+
+def report() -> None:
+    """Write report/index.html and the model card of the last training and evaluation."""
+    from lesionsam.pipeline.report import write_report
+
+    write_report()
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (prepare, train, evaluate, report):
+        app.command(epilog=NOTE)(command)
