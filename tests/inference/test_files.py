@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
-from lesionsam.inference import files as inference_files
 from lesionsam.inference import outputs as inference_outputs
+from lesionsam.inference import run as inference_run
 from lesionsam.inference.auto import AUTO_DEFAULTS
 from lesionsam.inference.files import predict_files
 from lesionsam.inference.image import ImagePredictor
@@ -125,7 +125,7 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
 def test_large_images_are_decoded_one_at_a_time(case: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is decoded when the files of the one before are written, whatever the batch; small ones are read ahead."""
     events: list[str] = []
-    read, write = inference_files.read_image, inference_outputs.PredictionFolder.write
+    read, write = inference_run.read_image, inference_outputs.PredictionFolder.write
 
     def reading(path: Path) -> np.ndarray:
         events.append("read")
@@ -135,13 +135,13 @@ def test_large_images_are_decoded_one_at_a_time(case: Path, monkeypatch: pytest.
         events.append("write")
         return write(*args, **options)
 
-    monkeypatch.setattr(inference_files, "read_image", reading)
+    monkeypatch.setattr(inference_run, "read_image", reading)
     monkeypatch.setattr(inference_outputs.PredictionFolder, "write", writing)
     assert predict(case, batch_size=8) == 0
     expected = masks(case)
     assert events == ["read"] * 3 + ["write"] * 4
     events.clear()
-    monkeypatch.setattr(inference_files, "HELD_PIXELS", 1)
+    monkeypatch.setattr(inference_run, "HELD_PIXELS", 1)
     assert predict(case, batch_size=8, out=case / "again") == 0
     assert " ".join(events) == "read write read write write read write", "of the images tall, two and wide"
     assert {path.name: path.read_bytes() for path in (case / "again" / "masks").iterdir()} == expected

@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from lesionsam.errors import UserError, run_guarded
@@ -117,7 +116,7 @@ def _start(shard: Shard, values: str, is_gpu: bool) -> subprocess.Popen[str]:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         environment = {"CUDA_VISIBLE_DEVICES": visible[shard.index - 1] if visible else str(shard.index - 1)}
     else:
-        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // shard.count)))}
     return start_python(
         __name__,
