@@ -13,7 +13,7 @@ from helpers.tiny import tiny_sam
 from lesionsam.models.checkpoint import save_sam
 
 SIDE = 4000
-# Bytes a pixel at this size, measured 22.8 to 25.4 with boxes: image 3, Pillow's copy for the picture 4, the mask 1, its
+# Bytes a pixel at this size, 22.8 to 25.4 with boxes: image 3, Pillow's copy for the picture 4, the mask 1, its
 # outline 9, and what the allocator holds back. With all temporary arrays of the image's size it was 28 and more.
 MOST = 27.0
 PEAK = """
