@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,8 +25,10 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from lesionsam.cli.smoke import generated_samples
 from lesionsam.config.edit import fit
 from lesionsam.config.load import default_values, validate
+from lesionsam.data.dataset import open_dataset
 from lesionsam.experiment.build import build_method, prepare_sam
 from lesionsam.experiment.launch import is_joining, joined
 from lesionsam.models.finetuned import Strategy, attach
@@ -35,7 +38,6 @@ from lesionsam.parallel.collectives import barrier, is_main, rank, world_size
 from lesionsam.training.gradients import Part, add_gradients, forward_module, gradients_stay
 from lesionsam.types import Frame
 from record import ROOT, multiplications, provenance, record, table
-from step import generated_batch
 
 MODELS = {"vit_b": "ViT-B", "vit_l": "ViT-L", "vit_h": "ViT-H"}
 STRATEGIES = {
@@ -90,15 +92,18 @@ def work(batch_size: int) -> dict[str, Any]:
         torch.set_num_threads(1)
         device = torch.device("cpu")
         sam = prepare_sam(config, weights, device)
-        whole = generated_batch(Frame(SIDE), batch_size, device)
-        method, _ = build_method(config, sam, weights, None, device)  # pyright: ignore[reportArgumentType]
+        with tempfile.TemporaryDirectory() as folder:
+            samples = generated_samples(Path(folder) / "images", batch_size, 0)
+            data = open_dataset(samples, Frame(SIDE), Path(folder) / "frames", with_masks=True)
+            whole = data.batch(range(batch_size))
+            method, _ = build_method(config, sam, weights, data, device)
         count = batch_size // world_size()
         batch = whole[rank() * count : (rank() + 1) * count]
         forward, sent = forward_module(method, "fp32"), [0]
         if isinstance(forward, DistributedDataParallel):
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-            def counted(group: Any, bucket: Any) -> Any:
+            def counted(group, bucket):  # torch refuses other annotations than its own
                 sent[0] += bucket.buffer().nbytes
                 return allreduce_hook(group, bucket)
 
