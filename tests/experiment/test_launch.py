@@ -62,8 +62,9 @@ def test_the_reason_is_the_first_process_that_failed_by_itself() -> None:
     ended, killed, lost = (
         SimpleNamespace(exitcode=code, error_file_data={}) for code in (-signal.SIGTERM, -signal.SIGKILL, 1)
     )
-    lost.error_file_data = {"message": {"message": f"{launch.LOST}; its own message says why"}}
+    lost.error_file_data = {"message": {"message": f"{launch.LOST}, or cannot be reached (reset)"}}
     assert launch._reason({0: ended, 1: killed, 2: lost}).startswith("process 1 was ended by SIGKILL")
+    assert "(another process of this training has ended, or cannot be reached (reset))" in launch._reason({0: lost})
     told = SimpleNamespace(exitcode=2, error_file_data={"message": {"message": "data/boxes.csv: no such file"}})
     assert launch._reason({0: lost, 1: told}) == "data/boxes.csv: no such file"
 

@@ -1,4 +1,4 @@
-"""Where the outlines of a data set lie between core and big box: told how loose the boxes are, or found by colour.
+"""Find where a data set's outlines lie between core and big box: told how loose the boxes are, or by colour.
 
 The box prior's shape term assumes big boxes 15 % too large. `find_outline` corrects this for a whole data set. With a
 looseness told, one offset does: see `prior.outline_offset`. With none, the radius at which colour changes says how

@@ -1,4 +1,4 @@
-"""The steps of `dvc.yaml` as commands, for people without DVC: the same code, the same outputs."""
+"""Run the steps of `dvc.yaml` as commands, for people without DVC: the same code, the same outputs."""
 
 from __future__ import annotations
 

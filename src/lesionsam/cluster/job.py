@@ -18,7 +18,7 @@ POLL_SECONDS = 0.5
 
 
 class CommandFailed(RuntimeError):
-    """The command ended with a status other than 0; what it printed is in the job's log."""
+    """Say that a command ended with a status other than 0; what it printed is in the job's log."""
 
 
 class Command:

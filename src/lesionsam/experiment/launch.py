@@ -112,7 +112,8 @@ def joined(config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        raise UserError(f"{LOST}; its own message says why", exit_code=1) from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{LOST}, or cannot be reached ({reason})", exit_code=1) from None
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
@@ -222,7 +223,8 @@ def _reason(failures: Mapping[int, object]) -> str:
     own = [message for message in told if not message.startswith(LOST)]
     if own:
         return own[0]
-    return f"{ended[0]}, and the others with it; the same command goes on from the last saved state"
+    lost = f" ({told[0]})" if told and "failed" in ended[0] else ""
+    return f"{ended[0]}{lost}, and the others with it; the same command goes on from the last saved state"
 
 
 def _ending(failure: object) -> int:

@@ -1,4 +1,4 @@
-"""The prompts of a prediction: where they come from, boxes and points of a lesion, checked."""
+"""Read and check the prompts of a prediction: boxes and points of a lesion, and where they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of a prediction: images as files, folders, patterns or lists, each with its lesions and names of files."""
+"""Find the images of a prediction, as files, folders, patterns or lists, and match each with its lesions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 import json
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,7 @@ def source_rows(source: Source) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 class StoredRows(Mapping[str, Rows]):
-    """The rows of a CSV by image, as `read_lesions` returns them, in a temporary file instead of in memory."""
+    """Keep the rows of a CSV by image, as `read_lesions` returns them, in a temporary file instead of in memory."""
 
     def __init__(self, source: Source) -> None:
         self._rows = sqlite3.connect("")  # a file that SQLite removes at its end
@@ -168,15 +168,22 @@ def plan(paths: Sequence[Path], source: Source) -> tuple[list[Job], list[str], l
     Raises:
         UserError: two images of one name, or lesions whose files would have the same name.
     """
-    lesions, names = read_lesions(source), Names(source)
-    jobs, problems = [], []
+    jobs: list[Job] = []
+    return jobs, *match_images(paths, source, read_lesions(source), jobs.append)
+
+
+def match_images(
+    paths: Iterable[Path], source: Source, lesions: Mapping[str, Rows], keep: Callable[[Job], None]
+) -> tuple[list[str], list[str]]:
+    """Hand the job of each image with a row to `keep`; return faults and ids without an image, see `plan`."""
+    names, problems = Names(source), []
     for path in paths:
         job, lines = job_of(path, source, lesions)
         problems += lines
         if job is not None:
             names.add(job)
-            jobs.append(job)
-    return jobs, problems, [image_id for image_id in lesions if image_id not in names.paths]
+            keep(job)
+    return problems, [image_id for image_id in lesions if image_id not in names.paths]
 
 
 def job_of(path: Path, source: Source, lesions: Mapping[str, Rows]) -> tuple[Job | None, list[str]]:
@@ -199,7 +206,7 @@ def job_of(path: Path, source: Source, lesions: Mapping[str, Rows]) -> tuple[Job
 
 
 class Names:
-    """The names of images and of their files, each of which may stand for one image or lesion only."""
+    """Check that each name of an image or file stands for one image or lesion only."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

@@ -38,7 +38,7 @@ HELD_PIXELS = 64_000_000  # of decoded images, 3 bytes each, from which on no fu
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """The settings of a call of `predict_files`.
+    """Hold the settings of a call of `predict_files`.
 
     Attributes:
         weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is

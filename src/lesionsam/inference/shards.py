@@ -18,7 +18,7 @@ from typing import Any
 
 from lesionsam.errors import UserError, listed
 from lesionsam.inference.inputs import Source
-from lesionsam.inference.jobs import Job, Names, StoredRows, job_of
+from lesionsam.inference.jobs import Job, StoredRows, job_of, match_images
 from lesionsam.inference.outputs import (
     COCO,
     TABLE,
@@ -139,15 +139,15 @@ def _plan(
     paths: Sequence[Path], problems: Sequence[str], source: Source, lesions: Mapping[str, Any]
 ) -> tuple[list[Path], list[str], list[str], str]:
     """Return images with a row, faults of the list, ids without an image, and a digest of the images' names."""
-    names, given, problems, digest = Names(source), [], list(problems), hashlib.sha256()
-    for path in paths:
-        job, lines = job_of(path, source, lesions)
-        problems += lines
-        if job is not None:
-            names.add(job)
-            given.append(path)
-            digest.update(_line(job).encode())
-    return given, problems, [image_id for image_id in lesions if image_id not in names.paths], digest.hexdigest()
+    given: list[Path] = []
+    digest = hashlib.sha256()
+
+    def keep(job: Job) -> None:
+        given.append(job.path)
+        digest.update(_line(job).encode())
+
+    unmatched, unused = match_images(paths, source, lesions, keep)
+    return given, [*problems, *unmatched], unused, digest.hexdigest()
 
 
 def _line(job: Job) -> str:

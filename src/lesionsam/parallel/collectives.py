@@ -20,6 +20,7 @@ from lesionsam.errors import UserError
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=6)  # of a collective: decoding a large data set or an evaluation may lie between two
+MOMENTUM = 0.1  # of running statistics, per step: torch's default
 _groups: dict[str, Any] = {}
 
 
@@ -40,7 +41,7 @@ def process_group(device: torch.device, *, join_seconds: float) -> Iterator[None
         )
         _groups["cpu"] = dist.new_group(backend="gloo", timeout=TIMEOUT)
         _groups["graph"] = dist.new_group(timeout=TIMEOUT)
-    except (dist.DistError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"the processes of this training did not find each other within {join_seconds:.0f} s ({reason}); start "
@@ -157,7 +158,7 @@ def gather_chosen(values: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Ten
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics are those of all processes' batches; torch's own needs a GPU for this."""
+    """Normalise with the statistics of all processes' batches; torch's own layer for this needs a GPU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # torch's name
         """Normalise (B, C, H, W) per channel."""
@@ -171,8 +172,7 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
                 self.num_batches_tracked += 1
-                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(variance * (count / max(1, count - 1)), momentum)
+                self.running_mean.lerp_(mean, MOMENTUM)
+                self.running_var.lerp_(variance * (count / max(1, count - 1)), MOMENTUM)
         out = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         return (out * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
