@@ -25,7 +25,7 @@ import torch
 
 from lesionsam.config.load import Config
 from lesionsam.errors import Interrupted, UserError
-from lesionsam.parallel.collectives import gather_objects, process_group, rank, world_size
+from lesionsam.parallel.collectives import gather_objects, process_group, rank
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.processes import exit_without
 
@@ -273,5 +273,5 @@ def write_error(error: UserError) -> bool:
 
 
 def num_processes(config: Config) -> int:
-    """Return how many processes this one is to start; 1 where it trains by itself, or with those it has joined."""
-    return 1 if world_size() > 1 else devices_here(config) * config.runtime.nodes
+    """Return how many processes a training is to have, on all machines together."""
+    return devices_here(config) * config.runtime.nodes

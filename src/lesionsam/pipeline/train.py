@@ -22,12 +22,13 @@ from lesionsam.experiment.tracked import open_tracker
 from lesionsam.models.checkpoint import ORIGIN, read_weights, save_sam, weights_metadata
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
-from lesionsam.parallel.collectives import barrier, is_main
+from lesionsam.parallel.collectives import barrier, is_main, world_size
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
 from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking.tensorboard import Board
 from lesionsam.tracking.tracker import NullTracker
 from lesionsam.training.state import save_head
+from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import sha256_file, write_json_atomic
 from lesionsam.utils.locks import file_lock
@@ -64,17 +65,23 @@ def train_model(config: Config) -> None:
 
 def _agree(config: Config, folder: Path) -> None:
     """Check that all processes train the same: the first one has prepared the run's folder before."""
-    sections = ("model", "method", "train", "data", "evaluate")
-    check_agreement(
-        {"params.yaml": config_digest(config, sections), "code": training_digest(), "data or weights": folder.name}
-    )
+    if world_size() > 1:
+        sections = ("model", "method", "train", "data", "evaluate")
+        check_agreement(
+            {"params.yaml": config_digest(config, sections), "code": training_digest(), "data or weights": folder.name}
+        )
+
+
+def _inputs(config: Config) -> tuple[Path, list[Sample], Path]:
+    """Return the pretrained weights, the samples of both splits, and the scratch folder of their run."""
+    weights = pretrained_weights()
+    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
+    return weights, samples, SCRATCH / "train" / run_key(config, samples, weights)
 
 
 def _train_beside(config: Config) -> None:
     """Train as one of several processes that is not the first: compute, write nothing."""
-    weights = pretrained_weights()
-    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
-    folder = SCRATCH / "train" / run_key(config, samples, weights)
+    weights, samples, folder = _inputs(config)
     _agree(config, folder)
     barrier()  # the first process has decoded the images
     data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
@@ -92,11 +99,8 @@ def _train_beside(config: Config) -> None:
 
 def _train_main(config: Config) -> None:
     """Train, write what models/adapted holds and track the run."""
-    weights = pretrained_weights()
-    samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split != "test"]
-    scratch = SCRATCH / "train"
-    folder = scratch / run_key(config, samples, weights)
-    with file_lock(scratch / "lock", "training"):
+    weights, samples, folder = _inputs(config)
+    with file_lock(folder.with_name("lock"), "training"):
         begin(folder, origin_of(config, samples, weights))
         _agree(config, folder)
         data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
