@@ -89,8 +89,13 @@ def ended(cluster: SlurmServer, job: str) -> bool:
 
 
 def start_again(cluster: SlurmServer, job: str, folder: Path) -> None:
-    """Wait until a job was queued again, and start it at once: Slurm holds such a job back for two minutes."""
-    wait_for(lambda: cluster.state(job) == "PENDING", folder)
+    """Wait until a job was queued again, and start it at once: Slurm holds such a job back for two minutes.
+
+    Its node must have ended the first run, or Slurm cannot launch the second.
+    """
+    wait_for(
+        lambda: cluster.state(job) == "PENDING" and cluster.call("sinfo", "-h", "-o", "%T").strip() == "idle", folder
+    )
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
