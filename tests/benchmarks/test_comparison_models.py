@@ -5,36 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from comparison.rows import DEFAULT, models_plan
 from comparison.units import ZERO_SHOT, configured, model_weights, read_units, run_unit, summarise
 from helpers.families import write_hub_folder
-from lesionsam.config.load import default_values, validate, with_values
-from lesionsam.data.index import read_index, write_index
-from lesionsam.data.sources.folder import index_folder
-from lesionsam.data.sources.synthetic import generate
-
-BASE = with_values(
-    validate(default_values()),
-    {"train.epochs": 1, "train.batch_size": 4, "train.widen": 0.0, "runtime.num_threads": 1, "tracking.enabled": False},
-)
+from helpers.pairs import BASE, write_pairs
+from lesionsam.config.load import with_values
+from lesionsam.data.index import read_index
 
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Index of 6 training and 2 test pairs of generated images."""
     folder = tmp_path_factory.mktemp("pairs")
-    for k in range(8):
-        split = "train" if k < 6 else "val"
-        image, mask = generate(0, k, 96)
-        for kind, pixels in (("images", image), ("masks", mask.astype(np.uint8) * 255)):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / kind / split / f"lesion{k}.png")
-    write_index(folder / "index.csv", index_folder(folder, dev_fraction=0.4, test_split="val"))
-    return folder / "index.csv"
+    return write_pairs(folder, train=6, test=2, dev_fraction=0.4)
 
 
 def test_each_model_has_its_own_weights_zero_shot_and_adapted_figures(

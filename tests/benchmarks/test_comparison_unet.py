@@ -11,37 +11,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from comparison.unet import Segmenter, build_unet, evaluate_unet, logits_of
 from comparison.units import UNET, Row, check_pairs, is_finished, run_unit, unit_path
+from helpers.pairs import BASE, write_pairs
 from helpers.tiny import SIDE, tiny_data
-from lesionsam.config.load import default_values, validate, with_values
-from lesionsam.data.index import read_index, write_index
+from lesionsam.config.load import with_values
+from lesionsam.data.index import read_index
 from lesionsam.data.sources.folder import index_folder
-from lesionsam.data.sources.synthetic import generate
 from lesionsam.errors import UserError
 from lesionsam.evaluation.columns import ROW_COLUMNS
 from lesionsam.types import Frame, Sample
 from lesionsam.utils.files import sha256_file
-
-BASE = with_values(
-    validate(default_values()),
-    {"train.epochs": 1, "train.batch_size": 4, "train.widen": 0.0, "runtime.num_threads": 1, "tracking.enabled": False},
-)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 training and 3 test pairs of generated images, and their index."""
     folder = tmp_path_factory.mktemp("pairs")
-    for k in range(15):
-        split = "train" if k < 12 else "val"
-        image, mask = generate(0, k, 96)
-        for kind, pixels in (("images", image), ("masks", mask.astype(np.uint8) * 255)):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(folder / kind / split / f"lesion{k}.png")
-    write_index(folder / "index.csv", index_folder(folder, dev_fraction=0.25, test_split="val"))
+    write_pairs(folder, train=12, test=3, dev_fraction=0.25)
     return folder
 
 
