@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from helpers.tiny import ARCHITECTURE, SIDE, tiny_sam
 from lesionsam.cli.app import app
 from lesionsam.errors import UserError
-from lesionsam.export import base as exporting
-from lesionsam.export.base import Check, Format, Prompt, Segment, Subject, export, open_subject
+from lesionsam.export import compare as comparing
+from lesionsam.export.base import Format, Subject, export, open_subject
+from lesionsam.export.compare import Check, Prompt, Segment
 from lesionsam.export.plain import PTH_FORMAT, SAFETENSORS_FORMAT
 from lesionsam.export.vanilla_sam import plain_state, registry_name, reload_copied
 from lesionsam.inference.image import ImagePredictor
@@ -462,14 +463,14 @@ def test_a_missing_package_fails_its_format_alone(subject: Subject, tmp_path: Pa
 
 def test_a_check_sees_what_differs() -> None:
     low_res, mask = np.array([[3.0, -2.0]], np.float32), np.array([[True, False]])
-    ours = exporting.PromptOutput(low_res, mask, 0.9)
-    cases: Sequence[tuple[exporting.PromptOutput, str]] = [
-        (exporting.PromptOutput(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
-        (exporting.PromptOutput(low_res * np.nan, mask, 0.9), "logits differ by inf"),
-        (exporting.PromptOutput(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
-        (exporting.PromptOutput(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
-        (exporting.PromptOutput(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
-        (exporting.PromptOutput(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
+    ours = comparing.PromptOutput(low_res, mask, 0.9)
+    cases: Sequence[tuple[comparing.PromptOutput, str]] = [
+        (comparing.PromptOutput(low_res + 0.01, mask, 0.9), "logits differ by 0.01, allowed are 0.003"),
+        (comparing.PromptOutput(low_res * np.nan, mask, 0.9), "logits differ by inf"),
+        (comparing.PromptOutput(low_res, ~mask, 0.9), "masks agree to an IoU of 0.0000"),
+        (comparing.PromptOutput(low_res, mask, 0.8), "predicted IoUs differ by 0.1"),
+        (comparing.PromptOutput(low_res, mask, 0.898), "predicted IoUs differ by 0.002, allowed are 0.001"),
+        (comparing.PromptOutput(low_res, mask, float("nan")), "predicted IoUs differ by inf"),
     ]
     for theirs, words in cases:
         check = Check()
@@ -478,7 +479,7 @@ def test_a_check_sees_what_differs() -> None:
         check.add(ours, theirs)
         assert words in check.faults[0]
     with pytest.raises(UserError, match="outputs of shapes"):
-        Check().add(ours, exporting.PromptOutput(low_res[:, :1], mask, 0.9))
+        Check().add(ours, comparing.PromptOutput(low_res[:, :1], mask, 0.9))
 
 
 @pytest.mark.parametrize(
@@ -549,7 +550,7 @@ def test_the_command_checks_on_a_folder_and_says_how_far_off(
     rows = [line.split()[0] for line in done.output.splitlines() if "segment-anything" in line]
     assert rows == ["safetensors", "pth"]
     assert json.loads((tmp_path / "out" / "pth" / "card.json").read_text())["check"]["num_images"] == 3
-    monkeypatch.setattr("lesionsam.export.base.TOLERANCE", -1.0)
+    monkeypatch.setattr("lesionsam.export.compare.TOLERANCE", -1.0)
     failed = CliRunner().invoke(app, arguments)
     assert failed.exit_code == 1
     assert "error: pth: logits differ by" in failed.output
@@ -557,7 +558,7 @@ def test_the_command_checks_on_a_folder_and_says_how_far_off(
 
 
 def test_generated_pictures_stand_in_for_a_folder() -> None:
-    found = exporting.check_pictures(None, 2)
+    found = comparing.check_pictures(None, 2)
     assert len(found) == 2
     assert found[0]().shape[2] == 3
 

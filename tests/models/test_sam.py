@@ -19,7 +19,8 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from lesionsam.errors import UserError
-from lesionsam.export.base import check_pictures, export, open_subject
+from lesionsam.export.base import export, open_subject
+from lesionsam.export.compare import check_pictures
 from lesionsam.export.plain import PTH_FORMAT
 from lesionsam.models.checkpoint import build_sam, load_sam, read_weights, save_sam
 from lesionsam.models.compact import CompactArchitecture

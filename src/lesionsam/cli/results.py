@@ -48,10 +48,11 @@ def export(
         raise UserError(f"--format: expected one of {', '.join(FORMATS)}, got {unknown[0]!r}")
 
     from lesionsam.export import base as exporting
+    from lesionsam.export.compare import check_pictures
     from lesionsam.models.sam1 import Sam1
     from lesionsam.tracking.registry import resolve_model
 
-    pictures = exporting.check_pictures(images, num_images)
+    pictures = check_pictures(images, num_images)
     subject = exporting.open_subject(resolve_model(model))
     formats_chosen = [open_format(name) for name in chosen]
     if everything and not isinstance(subject.sam, Sam1):

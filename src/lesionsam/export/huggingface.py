@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
+from lesionsam.export.base import Format, Subject
+from lesionsam.export.compare import Prompt, PromptOutput, Segment
 from lesionsam.models.checkpoint import weights_metadata
 from lesionsam.models.hub import classes_of, to_transformers
 from lesionsam.models.sam2 import quiet

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 import lesionsam
-from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
+from lesionsam.export.base import Format, Subject
+from lesionsam.export.compare import Prompt, PromptOutput, Segment
 from lesionsam.models.sam2 import Sam2
 from lesionsam.tracking.mlflow_upload import ENVIRONMENT
 from lesionsam.utils.files import write_text_atomic

@@ -20,7 +20,8 @@ from torch.export import Dim
 
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.export.base import Format, Prompt, PromptOutput, Segment, Subject
+from lesionsam.export.base import Format, Subject
+from lesionsam.export.compare import Prompt, PromptOutput, Segment
 from lesionsam.models.sam1 import Sam1
 from lesionsam.models.transforms import resize_to_frame
 from lesionsam.types import Frame

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lesionsam.export.base import Format, Segment, Subject, with_predictor
+from lesionsam.export.base import Format, Subject
+from lesionsam.export.compare import Segment, with_predictor
 from lesionsam.export.vanilla_sam import registry_name, reload_copied, reload_registry, sam_predictor
 from lesionsam.models import standalone
 from lesionsam.models.checkpoint import weights_metadata
