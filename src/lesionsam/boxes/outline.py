@@ -9,7 +9,7 @@ constants below were chosen on development images and generated ones at four loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.prior import CORE, SHAPE_TIGHTNESS, SHAPE_WEIGHT, elliptical_radius, is_cut, outline_offset
 
+OUTLINE = "outline"  # metadata of a weights file: offset and tightness, parted by a blank
 EDGE_SHARE = 0.739  # tightness times radius of the colour edge
 FOUND_OFFSET = 0.15  # logits; outlines drawn as generously as those of the development images want .2, exact ones .1
 RADII = np.linspace(0.15, 1.15, 41)
@@ -42,6 +43,19 @@ class Outline:
             big_box, prior.shape
         )
         return np.where(inside, prior + shift, prior).astype(np.float32)
+
+    def to_text(self) -> str:
+        """Return offset and tightness for the metadata of a weights file."""
+        return f"{self.offset:g} {self.tightness:g}"
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str]) -> Outline:
+        """Return the outline that a weights file was trained with, or the one for boxes 15 % too large."""
+        try:
+            offset, tightness = map(float, metadata[OUTLINE].split())
+        except (KeyError, ValueError):  # pretrained weights, or none of this project's
+            return cls(FOUND_OFFSET)
+        return cls(offset, tightness)
 
     def __str__(self) -> str:
         """Return what a person reads of it."""
