@@ -156,6 +156,8 @@ def train(
         + f") on {len(data.train)} lesions"
         + ("" if outline is None else f", {outline}")
     )
+    for doubt in [] if outline is None else outline.doubts():
+        say(f"note: {doubt}")
     if note := slow_precision(config.train.precision, device):
         say(f"note: {note}")
     log({"parameters": num_all, "parameters_trained": num_trained}, 0)
