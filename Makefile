@@ -21,10 +21,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test chaos lint types audit package tune ui report foundation evidence benchmark web lock clean
+.PHONY: help setup demo test chaos lint types audit package tune ui report foundation evidence evidence-isic2018 benchmark web lock clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv from requirements.lock (once, and again when the lock changes)
 
@@ -98,6 +98,9 @@ report: $(READY) ## report/index.html from what is there, training only what has
 
 foundation: $(READY) ## train the compact model again, of params.yaml's sizes (an hour of two cores; resumes)
 	lesionsam foundation
+
+evidence-isic2018: $(READY) ## the comparison on ISIC 2018 with SAM ViT-B: 14 GB, days on one GPU (resumes; estimates first)
+	python benchmarks/comparison/isic2018.py --out evidence-isic2018
 
 evidence: $(READY) ## the comparison on real pairs: make evidence FOLDER=path (hours; resumes)
 	python benchmarks/comparison/run.py $(FOLDER) --out evidence

@@ -26,7 +26,7 @@ from lesionsam.boxes.geometry import largest_component_box
 from lesionsam.boxes.prior import box_prior, outline_offset
 from lesionsam.config.load import load_config
 from lesionsam.config.schema import SimulatedBoxes
-from lesionsam.data.augment import EXTENSION, resize
+from lesionsam.data.augment import EXTENSION
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import interval
@@ -40,7 +40,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam, decode
 from lesionsam.models.transforms import upscale
 from lesionsam.types import Prompts
-from lesionsam.utils.images import read_image, read_mask
+from lesionsam.utils.images import read_image, read_mask, resize
 from lesionsam.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ to fine-tune; use without a prompt; and the worth of masks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from comparison.units import UNET, ZERO_SHOT, Row, configured
@@ -117,6 +117,18 @@ COMPARISONS = (
     (f"{DEFAULT}, boxes 40% too large", DEFAULT),
     (f"{DEFAULT}, boxes 40% too large", f"{SUPERVISED}, boxes 40% too large"),
 )
+
+
+CONTROLS = (ZERO_SHOT, DEFAULT, SUPERVISED, ELLIPSE, WARPED, OTHER, PRIOR, TEACHER, LETTER)
+
+
+def controls(base: Config) -> list[Row]:
+    """Return the rows that a claim needs: the default, supervision, placebos, parts of it, and what was published.
+
+    All train at the base's learning rates, but the published recipe, which has its own.
+    """
+    found = {row.name: row for row in rows(base)}
+    return [replace(found[name], changes={}) if name == SUPERVISED else found[name] for name in CONTROLS]
 
 
 # ---- what trains, and what masks are worth -----------------------------------------------------------------------
@@ -317,6 +329,7 @@ class Plan:
 
 SETS = {
     "rows": Plan(rows, tuning, COMPARISONS),
+    "controls": Plan(controls, lambda base: [], tuple(pair for pair in COMPARISONS if set(pair) <= set(CONTROLS))),
     "strategies": Plan(
         strategies,
         strategies_tuning,

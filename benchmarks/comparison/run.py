@@ -21,7 +21,7 @@ TEST_SPLIT, DEV_FRACTION = "val", 1 / 6  # 900 + 142 pairs: 750 to train, 150 to
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="holds images/{train,val} and masks/{train,val}")],
+    folder: Annotated[Path, typer.Argument(help="holds images/{train,val} and masks/{train,val}, or an index.csv")],
     out: Annotated[Path, typer.Option(help="folder of the results; what is finished there is not run again")] = Path(
         "evidence"
     ),
@@ -37,7 +37,8 @@ def main(
         typer.Option(
             "--set",
             help="rows | strategies (every way to fine-tune) | inserted (LoRA and adapters) | unprompted (use "
-            "without a prompt) | labels (what masks are worth) | looseness (told and found)",
+            "without a prompt) | labels (what masks are worth) | looseness (told and found) | controls (the default "
+            "beside supervision, its placebos and parts)",
         ),
     ] = "rows",
     models: Annotated[
@@ -86,7 +87,11 @@ def main(
         name, seed = unit.rsplit("#", 1)
         row = next(row for row in planned if row.name == name)
         return run_unit(base, row, int(seed), read_index(index_path), weights[row.model], out, ROOT if track else None)
-    check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
+    own_index = folder / "index.csv"
+    if own_index.exists():
+        check_pairs(index_path, list(read_index(own_index).values()))
+    else:
+        check_pairs(index_path, index_folder(folder, dev_fraction=DEV_FRACTION, test_split=TEST_SPLIT))
     digests = {model: sha256_file(path) for model, path in weights.items()}
     done_before = {
         (row.name, seed)

@@ -377,6 +377,12 @@ def summarise(
         ]
         cells = [str(int(mine["num_runs"].max())), *((cost.get(model, ("", ""))) if cost else ()), *cells]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    for title, metric, digits in (("Mean Dice", "dice", 3), ("Mean 95 % Hausdorff distance, pixels", "hd95", 1)):
+        lines += ["", f"{title}:", "", "| row | " + " | ".join(PROMPTS) + " |", "|" + "---|" * (len(PROMPTS) + 1)]
+        for model in table["model"].drop_duplicates():
+            mine = table[table["model"] == model].set_index("prompt")[metric]
+            cells = [f"{mine[prompt]:.{digits}f}" if prompt in mine.index else "" for prompt in PROMPTS]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Paired differences (first minus second, same images, seeds averaged first):",

@@ -25,7 +25,7 @@ from lesionsam.annotation.proposals import Proposed, boxes_of_mask, doubt, found
 from lesionsam.annotation.records import Lesion
 from lesionsam.annotation.review import ImageProposal, Review, confirmed_log_areas, with_spot_checks
 from lesionsam.annotation.store import Change, Store
-from lesionsam.data.frames import PRIOR_SIDE
+from lesionsam.boxes.prior import PRIOR_SIDE
 from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import build_sam, save_sam
 from lesionsam.models.compact import CompactArchitecture

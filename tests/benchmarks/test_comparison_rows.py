@@ -125,7 +125,7 @@ def test_parameters_and_seconds_stand_in_the_same_table(tmp_path: Path) -> None:
     cost = costs(tmp_path, rows)
     assert cost == {"a": ("12,345", "3.0")}
     lines = summarise(figures({"a": 0.6, "b": 0.7}), [("a", "b")], cost).splitlines()
-    heads = "| row | seeds | trained parameters | s per epoch | none | ring | centre | box | box+core |"
+    heads = "| row | seeds | trained parameters | s per epoch | none | ring | centre | box | zoom | box+core |"
     assert lines[0].startswith(heads)
     assert lines[2].startswith("| a | 2 | 12,345 | 3.0 |  | 0.6")
     assert lines[3].startswith("| b | 2 |  |  |  | 0.7")

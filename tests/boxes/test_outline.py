@@ -13,8 +13,7 @@ import torch
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.boxes.outline import EDGE_SHARE, FOUND_OFFSET, Outline, colour_edge, find_outline
-from lesionsam.boxes.prior import box_prior, outline_offset
-from lesionsam.data.frames import prior_at
+from lesionsam.boxes.prior import box_prior, outline_offset, prior_at
 from lesionsam.methods.targets import tightness_logits
 from lesionsam.types import Frame
 from lesionsam.utils.images import read_image, read_mask

@@ -26,8 +26,8 @@ from lesionsam.boxes.prior import (
     extent,
     fisher_score,
     outline_offset,
+    prior_at,
 )
-from lesionsam.data.frames import prior_at
 from lesionsam.types import Frame
 from lesionsam.utils.images import read_image, read_mask
 

@@ -11,8 +11,7 @@ import torch
 from helpers.tiny import tiny_sam
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.outline import FOUND_OFFSET, OUTLINE, Outline
-from lesionsam.boxes.prior import OUTSIDE
-from lesionsam.data.frames import prior_at
+from lesionsam.boxes.prior import OUTSIDE, prior_at
 from lesionsam.inference.decode import DecodeOptions, decode_lesions
 from lesionsam.inference.fusion import FUSION_WEIGHT, fuse
 from lesionsam.inference.image import EncodedImages

@@ -11,7 +11,7 @@ from skimage.measure import approximate_polygon, find_contours
 from lesionsam.annotation.records import Box
 from lesionsam.boxes.annotator import simulate_boxes
 from lesionsam.boxes.geometry import pixels_inside
-from lesionsam.data.frames import prior_at
+from lesionsam.boxes.prior import prior_at
 from lesionsam.metrics import iou
 
 CORE_SHARE = 0.5  # of the lesion's extent that a suggested core takes, shrunk until it lies on the lesion

@@ -20,7 +20,7 @@ from lesionsam.annotation.pictures import Pictures, Stamp
 from lesionsam.annotation.proposals import LOOSENESS, Proposed, doubt, propose
 from lesionsam.annotation.records import AUTOMATIC, OPEN, Box, rounded
 from lesionsam.annotation.store import Store
-from lesionsam.data.frames import PRIOR_SIDE
+from lesionsam.boxes.prior import PRIOR_SIDE
 from lesionsam.data.index import id_hash
 from lesionsam.errors import UserError
 

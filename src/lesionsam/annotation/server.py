@@ -20,7 +20,7 @@ from lesionsam.annotation.pictures import LEVELS, Pictures
 from lesionsam.annotation.records import MARKS, MAX_LESIONS, MAX_NAME, MAX_SECONDS, Box, ImageState, Lesion
 from lesionsam.annotation.store import Change, Conflict, Store
 from lesionsam.annotation.table import outside
-from lesionsam.data.frames import PRIOR_SIDE
+from lesionsam.boxes.prior import PRIOR_SIDE
 from lesionsam.errors import UserError
 
 if TYPE_CHECKING:  # a page without a model need not wait for torch

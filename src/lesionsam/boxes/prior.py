@@ -17,8 +17,11 @@ import numpy as np
 from scipy import ndimage
 from skimage.color import rgb2lab
 
-from lesionsam.boxes.geometry import largest_component_box, pixels_inside
+from lesionsam.boxes.geometry import largest_component_box, model_frame_size, pixels_inside
+from lesionsam.types import Frame
+from lesionsam.utils.images import resize
 
+PRIOR_SIDE = 128  # longest side of the image that the prior reads its colours from, pixels
 OUTSIDE = -3.0  # logit of what certainly is not lesion
 CORE = 1.0  # least logit of what certainly is
 COLOUR_CLIP = 1.5
@@ -87,6 +90,32 @@ def box_prior(
     prior[core] = np.maximum(prior[core], CORE)
     prior[~in_big] = OUTSIDE
     return prior.astype(np.float32)
+
+
+def prior_at(
+    image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Compute the box prior on the image at `PRIOR_SIDE` and enlarge it.
+
+    Args:
+        image: (H, W, 3) uint8. big, small: (4,); others: (M, 4) XYXY, pixels of this image.
+        shape: (height, width) wanted.
+    Returns:
+        (height, width) float32 logits.
+    """
+    side = min(PRIOR_SIDE, max(image.shape[:2]))
+    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], Frame(side)))
+    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
+    ignore = np.zeros((height, width), bool)
+    for other in others:
+        ignore |= pixels_inside(other * scale, (height, width))
+    prior = box_prior(
+        resize(image, height, width), big * scale, small * scale, ignore & ~pixels_inside(big * scale, (height, width))
+    )
+    if prior.shape != shape:
+        prior = resize(prior, *shape)
+    final = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
+    return np.where(pixels_inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
 
 
 def fisher_score(features: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> np.ndarray:

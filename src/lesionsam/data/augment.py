@@ -10,6 +10,7 @@ from PIL import Image, ImageFilter
 
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.prior import OUTSIDE
+from lesionsam.utils.images import resize
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 
@@ -148,15 +149,6 @@ def _resampled(grid: np.ndarray, window: tuple[float, float, float, float], size
 
 
 EXTENSION = 0.5  # share by which the shorter side grows: a square becomes the 3:2 of most cameras
-
-
-def resize(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W) or (H, W, 3) to (height, width[, 3]), antialiased bilinear; integers are rounded."""
-    if grid.dtype == np.uint8:
-        return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR))
-    large = Image.fromarray(grid.astype(np.float32))
-    small = np.asarray(large.resize((width, height), Image.Resampling.BILINEAR))
-    return np.round(small).astype(grid.dtype) if np.issubdtype(grid.dtype, np.integer) else small
 
 
 def widen(

@@ -19,20 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from lesionsam.boxes.geometry import model_frame_size, pixels_inside, to_model_frame
-from lesionsam.boxes.prior import OUTSIDE, box_prior
-from lesionsam.data.augment import resize
+from lesionsam.boxes.prior import OUTSIDE, prior_at
 from lesionsam.data.contents import load_image, load_mask, samples_digest
 from lesionsam.errors import UserError
 from lesionsam.models.transforms import resize_to_frame
 from lesionsam.types import Frame, Sample
 from lesionsam.utils.code import NO_RESULT, code_digest
 from lesionsam.utils.files import free_disk_bytes
+from lesionsam.utils.images import resize
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_without
 from lesionsam.utils.progress import progress, say
 
 PRIOR_SCALE = 36.0  # int8 steps per logit; the prior lies in [-3.5, 3.5]
-PRIOR_SIDE = 128  # longest side of the image that the prior reads its colours from, pixels
 UNKNOWN = 255  # in masks: nobody drew one
 INDEX_NAME = "frames.json"
 BUILDING = "building-"  # begins the name of a folder that is not whole yet
@@ -59,32 +58,6 @@ class Frames:
     small_boxes: np.ndarray
     others: tuple[np.ndarray, ...]
     squash: bool = False
-
-
-def prior_at(
-    image: np.ndarray, big: np.ndarray, small: np.ndarray, others: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """Compute the box prior on the image at `PRIOR_SIDE` and enlarge it.
-
-    Args:
-        image: (H, W, 3) uint8. big, small: (4,); others: (M, 4) XYXY, pixels of this image.
-        shape: (height, width) wanted.
-    Returns:
-        (height, width) float32 logits.
-    """
-    side = min(PRIOR_SIDE, max(image.shape[:2]))
-    height, width = (max(1, size) for size in model_frame_size(image.shape[1], image.shape[0], Frame(side)))
-    scale = np.array([width / image.shape[1], height / image.shape[0]] * 2)
-    ignore = np.zeros((height, width), bool)
-    for other in others:
-        ignore |= pixels_inside(other * scale, (height, width))
-    prior = box_prior(
-        resize(image, height, width), big * scale, small * scale, ignore & ~pixels_inside(big * scale, (height, width))
-    )
-    if prior.shape != shape:
-        prior = resize(prior, *shape)
-    final = np.array([shape[1] / image.shape[1], shape[0] / image.shape[0]] * 2)
-    return np.where(pixels_inside(big * final, shape), prior, OUTSIDE).astype(np.float32)
 
 
 def prepare(

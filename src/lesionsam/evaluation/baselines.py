@@ -10,8 +10,7 @@ from PIL import Image
 from lesionsam import metrics
 from lesionsam.boxes.geometry import model_frame_size
 from lesionsam.boxes.outline import Outline, find_outline
-from lesionsam.boxes.prior import OUTSIDE, ellipse_prior
-from lesionsam.data.frames import PRIOR_SIDE, prior_at
+from lesionsam.boxes.prior import OUTSIDE, PRIOR_SIDE, ellipse_prior, prior_at
 from lesionsam.evaluation.cases import LoadImage, LoadMask, build_cases, by_image, measure
 from lesionsam.evaluation.columns import (
     ELLIPSE,
@@ -38,7 +37,7 @@ def evaluate_baselines(
 ) -> tuple[Evaluation, Outline]:
     """Evaluate what both boxes give without a network: the ellipse, the box prior, the prior corrected.
 
-    The prior reads its colours at `frames.PRIOR_SIDE` and is enlarged. The correction is found from the
+    The prior reads its colours at `prior.PRIOR_SIDE` and is enlarged. The correction is found from the
     boxes and images of these samples alone. The ellipse needs the big box only, so it stands under `box` and
     `box+core`.
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.outline import Outline
-from lesionsam.boxes.prior import OUTSIDE
-from lesionsam.data.frames import prior_at
+from lesionsam.boxes.prior import OUTSIDE, prior_at
 
 FUSION_WEIGHT = 1 / 3
 

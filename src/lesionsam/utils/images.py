@@ -321,3 +321,12 @@ def _deep_levels(image: Image.Image, path: Path) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path}: mask values of {values.min()}..{values.max()}; expected 0 and 255 (or 0 and 1)")
     return values.astype(np.uint16, copy=False)
+
+
+def resize(grid: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W) or (H, W, 3) to (height, width[, 3]), antialiased bilinear; integers are rounded."""
+    if grid.dtype == np.uint8:
+        return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BILINEAR))
+    large = Image.fromarray(grid.astype(np.float32))
+    small = np.asarray(large.resize((width, height), Image.Resampling.BILINEAR))
+    return np.round(small).astype(grid.dtype) if np.issubdtype(grid.dtype, np.integer) else small
