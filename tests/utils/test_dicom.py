@@ -13,7 +13,7 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.pixels import convert_color_space
 from pydicom.sequence import Sequence
-from pydicom.uid import ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1, MPEG2MPML
+from pydicom.uid import MPEG2MPML, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1
 
 from helpers.dicom_files import encoded, header, secrets, write_dicom
 from helpers.tiny import draw_lesion

@@ -128,8 +128,8 @@ def _decode(path: Path, header: Any, index: int) -> np.ndarray:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise UserError(
-            f"{path}: DICOM transfer syntax {syntax.name} is not supported; convert it, for example with DCMTK's dcmconv "
-            "or dcmdjpeg"
+            f"{path}: DICOM transfer syntax {syntax.name} is not supported; convert it, for example with "
+            "DCMTK's dcmdjpeg"
         ) from None
     if not decoder.is_available:
         raise UserError(
