@@ -107,7 +107,7 @@ def test_nothing_written_or_printed_holds_patient_data(
     images, boxes = str(clinic / "images"), str(clinic / "boxes.csv")
     page, coco = str(clinic / "page.html"), str(clinic / "coco.json")
     assert lesionsam(monkeypatch, "data", "check", images, "--boxes", boxes, "--out", page) == 0
-    assert lesionsam(monkeypatch, "convert", boxes, coco, "--images", images, "--format", "coco") == 0
+    assert lesionsam(monkeypatch, "data", "convert", boxes, coco, "--images", images, "--format", "coco") == 0
     printed = "".join(capfd.readouterr())
     written = [path for path in clinic.rglob("*") if path.is_file() and path.parent != clinic / "images"]
     assert {path.suffix for path in written} >= {".csv", ".png", ".dcm", ".json", ".geojson", ".html"}
