@@ -16,8 +16,9 @@ Boxes = Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.
 
 def add_commands(app: typer.Typer) -> None:
     """Add `annotate`, `label-studio` and `engine`."""
-    for command in (annotate, label_studio, engine):
+    for command in (annotate, engine):
         app.command()(command)
+    app.command("label-studio")(label_studio)
 
 
 def annotate(

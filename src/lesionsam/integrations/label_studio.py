@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -69,10 +69,24 @@ class SetUp(BaseModel):
     interface: Annotated[str, Field(alias="schema", max_length=1 << 20)]
 
 
-class Context(BaseModel):
-    """What a person drew with a smart tool."""
+class Region(BaseModel):
+    """A region that a person drew with a smart tool; places are percent of the image's sides."""
 
-    result: list[dict[str, Any]] = []
+    type: str = ""
+    value: dict[str, Any] = {}
+    is_positive: bool = True
+
+    @property
+    def labels(self) -> list[str]:
+        """Return the labels that the person chose."""
+        found = self.value.get(self.type)
+        return [str(label) for label in found] if isinstance(found, list) else []
+
+
+class Context(BaseModel):
+    """What a person drew with smart tools."""
+
+    result: list[Region] = []
 
 
 class Params(BaseModel):
@@ -108,7 +122,7 @@ class Backend:
         self.predictor, self.images, self.version, self.label = predictor, images, version, label
         self._turn = threading.Lock()  # the predictor serves one call at a time
 
-    def predict(self, task: Task, control: Control, drawn: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def predict(self, task: Task, control: Control, drawn: Sequence[Region]) -> dict[str, Any]:
         """Return the prediction of a task.
 
         Args:
@@ -124,17 +138,15 @@ class Backend:
         with self._turn:
             found = self.predictor.predict(image, **prompt)
         regions = [region for one in found for region in _regions(one, control, label)]
-        score = float(np.mean([one.predicted_iou for one in found]))
+        score = float(np.clip(np.mean([one.predicted_iou for one in found]), 0, 1))
         return {"result": regions, "score": score, "model_version": self.version}
 
-    def _label(self, drawn: Sequence[Mapping[str, Any]], control: Control) -> str:
-        chosen = [str(label) for region in drawn for label in region.get("value", {}).get(region.get("type"), ())]
-        return next(
-            (name for name in (*chosen, self.label) if name in control.labels), (*control.labels, self.label)[0]
-        )
+    def _label(self, drawn: Sequence[Region], control: Control) -> str:
+        wanted = [*(label for region in drawn for label in region.labels), self.label]
+        return next((label for label in wanted if label in control.labels), (*control.labels, self.label)[0])
 
 
-def prompt_of(drawn: Sequence[Mapping[str, Any]], width: int, height: int) -> dict[str, Any]:
+def prompt_of(drawn: Sequence[Region], width: int, height: int) -> dict[str, Any]:
     """Return regions of smart tools as arguments of `Predictor.predict`: boxes, else points, else auto.
 
     Raises:
@@ -142,13 +154,13 @@ def prompt_of(drawn: Sequence[Mapping[str, Any]], width: int, height: int) -> di
     """
     boxes, points, labels = [], [], []
     for region in drawn:
-        kind, value = region.get("type"), region.get("value")
-        if kind not in ("rectanglelabels", "rectangle", "keypointlabels", "keypoint") or not isinstance(value, dict):
+        value = region.value
+        if region.type not in ("rectanglelabels", "rectangle", "keypointlabels", "keypoint"):
             continue
         x, y = (number(value.get(name), f"context: {name}") for name in "xy")
-        if str(kind).startswith("keypoint"):
+        if region.type.startswith("keypoint"):
             points.append((x * width / 100, y * height / 100))
-            labels.append(int(bool(region.get("is_positive", True))))
+            labels.append(int(region.is_positive))
             continue
         w, h = (number(value.get(name), f"context: {name}") for name in ("width", "height"))
         if number(value.get("rotation", 0), "context: rotation"):
@@ -179,7 +191,7 @@ def _regions(prediction: Prediction, control: Control, label: str) -> list[dict[
             "original_width": width,
             "original_height": height,
             "image_rotation": 0,
-            "score": prediction.predicted_iou,
+            "score": float(np.clip(prediction.predicted_iou, 0, 1)),
             "value": value | {control.kind: [label]},
         }
         for value in values
