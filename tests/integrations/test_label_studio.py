@@ -6,6 +6,10 @@ import base64
 import http.client
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -445,6 +449,35 @@ def test_without_a_password_one_is_printed_for_other_machines(
     assert login is not None
     assert len(login[1]) >= 20
     assert login[1] in capsys.readouterr().err
+
+
+def test_the_command_answers_at_the_address_that_it_prints(tmp_path: Path) -> None:
+    save_sam(tiny_sam(sharpness=20), tmp_path / "tiny.safetensors", name="compact")
+    (tmp_path / "photo.png").write_bytes(png())
+    arguments = ["--model", str(tmp_path / "tiny.safetensors"), "--local-root", str(tmp_path), "--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lesionsam", "label-studio", *arguments, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        with process, process.stdout or io.StringIO() as lines:
+            printed = ""
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", printed)) and (line := lines.readline()):
+                printed += line
+            assert found, printed
+            answer = httpx.post(f"{found[0]}/predict", json=body("/data/local-files/?d=photo.png"), timeout=SECONDS)
+            (result,) = answer.json()["results"]
+            (expected,) = PREDICTOR.predict(IMAGE, auto=True)
+            np.testing.assert_array_equal(
+                decode_brush(result["result"][0]["value"]["rle"], HEIGHT, WIDTH), expected.mask
+            )
+            process.terminate()
+            process.wait(SECONDS)
+    finally:
+        process.kill()
 
 
 def test_folders_that_are_not_there_are_named(tmp_path: Path) -> None:

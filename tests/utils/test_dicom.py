@@ -13,7 +13,15 @@ from PIL import Image
 from pydicom import dcmread
 from pydicom.pixels import convert_color_space
 from pydicom.sequence import Sequence
-from pydicom.uid import MPEG2MPML, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGBaseline8Bit, JPEGLosslessSV1
+from pydicom.uid import (
+    MPEG2MPML,
+    DeflatedExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLosslessSV1,
+    RLELossless,
+)
 
 from helpers.dicom_files import encoded, header, secrets, write_dicom
 from helpers.tiny import draw_lesion
@@ -32,11 +40,22 @@ def test_rgb_is_read_as_it_is_whatever_the_planes_and_the_syntax(tmp_path: Path)
         write_dicom(tmp_path / "planes.dcm", planes, PlanarConfiguration=1),
         write_dicom(tmp_path / "implicit.dicom", PICTURE, syntax=ImplicitVRLittleEndian),
         write_dicom(tmp_path / "no-ending", PICTURE),
+        resaved(write_dicom(tmp_path / "deflated.dcm", PICTURE), DeflatedExplicitVRLittleEndian),
+        resaved(write_dicom(tmp_path / "rle.dcm", PICTURE), RLELossless),
     ):
         np.testing.assert_array_equal(read_image(path), PICTURE)
         assert image_size(path) == check_image(path) == (WIDTH, HEIGHT)
         small, size = read_reduced(path, 22)
         assert (small.shape, size) == ((15, 22, 3), (WIDTH, HEIGHT))
+
+
+def resaved(path: Path, syntax: str) -> Path:
+    dataset = dcmread(path)
+    if syntax == RLELossless:
+        dataset.compress(syntax)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.save_as(path)
+    return path
 
 
 def test_ybr_becomes_rgb(tmp_path: Path) -> None:

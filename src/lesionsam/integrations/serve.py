@@ -109,10 +109,8 @@ def serve(
         guard, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
     number = listener.getsockname()[1]
-    print(
-        f"{version}\nthe backend's address, for Label Studio's Settings, Model: http://{host}:{number}\nCtrl-C ends it",
-        flush=True,
-    )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{number}"
+    print(f"{version}\nthe backend's address, for Label Studio's Settings, Model: {url}\nCtrl-C ends it", flush=True)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:

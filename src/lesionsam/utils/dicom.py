@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ PREAMBLE, MARK = 128, b"DICM"  # a file begins with 128 free bytes and this mark
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"  # SOP class
 GREY = ("MONOCHROME1", "MONOCHROME2")
 PALETTE = "PALETTE COLOR"
+OTHERS = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "XYB")  # not read
 COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 TAGS = (
     "SOPClassUID",
@@ -36,7 +39,10 @@ TAGS = (
     "PixelSpacing",
     "SharedFunctionalGroupsSequence",
 )
-FAULTS = (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, struct.error, RuntimeError)
+FAULTS = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(struct.error, zlib.error),
+)
 
 
 def is_dicom(path: Path) -> bool:
@@ -48,22 +54,41 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a DICOM file says about its image.
+
+    Attributes:
+        kind: photometric interpretation, empty where it is none of the standard's. bits: stored for each value.
+        spacing: of rows and columns, mm. syntax: UID of the transfer syntax.
+    """
+
+    width: int
+    height: int
+    num_frames: int
+    kind: str
+    bits: int
+    is_signed: bool
+    spacing: tuple[float, float] | None
+    syntax: str
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Return (width, height) of a DICOM image, from its header alone.
 
     Raises:
         UserError: no image, or a header that cannot be read.
     """
-    header = _read_header(path)
-    return int(header.Columns), int(header.Rows)
+    header = read_header(path)
+    return header.width, header.height
 
 
 def num_frames(path: Path) -> int:
     """Return the number of frames of a DICOM image; UserError as `image_size`."""
-    return int(_read_header(path).get("NumberOfFrames") or 1)
+    return read_header(path).num_frames
 
 
-def pixel_spacing(path: Path) -> float | None:
+def pixel_spacing(path: Path | str) -> float | None:
     """Return the scale of a DICOM image in mm per pixel; None where the file gives none, or is no DICOM file.
 
     The square root of row times column spacing, so that its square is the area of a pixel in mm2.
@@ -72,18 +97,8 @@ def pixel_spacing(path: Path) -> float | None:
         UserError: as `image_size`.
     """
     path = Path(path)
-    if not is_dicom(path):
-        return None
-    header = _read_header(path)
-    spacing = header.get("PixelSpacing")
-    for group in header.get("SharedFunctionalGroupsSequence") or ():
-        for measures in group.get("PixelMeasuresSequence") or ():
-            spacing = spacing or measures.get("PixelSpacing")
-    try:
-        row, column = map(float, spacing or ())
-    except (TypeError, ValueError):
-        return None
-    return math.sqrt(row * column) if 0 < row < math.inf and 0 < column < math.inf else None
+    spacing = read_header(path).spacing if is_dicom(path) else None
+    return None if spacing is None else math.sqrt(spacing[0] * spacing[1])
 
 
 def read_frame(path: Path, index: int = 0) -> np.ndarray:
@@ -100,46 +115,52 @@ def read_frame(path: Path, index: int = 0) -> np.ndarray:
             installed, or truncated.
     """
     path = Path(path)
-    header = _read_header(path)
-    if not 0 <= index < (count := int(header.get("NumberOfFrames") or 1)):
-        raise UserError(f"{path}: frame {index}: expected 0 to {count - 1}")
-    kind, bits = str(header.get("PhotometricInterpretation", "")), int(header.get("BitsStored") or 0)
-    if kind not in (*GREY, PALETTE, *COLOURS) or header.get("PixelRepresentation") or not 1 <= bits <= 16:
+    header = read_header(path)
+    if not 0 <= index < header.num_frames:
+        raise UserError(f"{path}: frame {index}: expected 0 to {header.num_frames - 1}")
+    kind, bits = header.kind, header.bits
+    if kind not in (*GREY, PALETTE, *COLOURS) or header.is_signed or not 1 <= bits <= 16:
         raise UserError(
-            f"{path}: DICOM pixels of kind {kind or 'unknown'}, {bits} bits"
-            f"{', signed' if header.get('PixelRepresentation') else ''}; expected {', '.join((*GREY, PALETTE))}, "
-            "RGB or YBR of up to 16 bits without sign"
+            f"{path}: DICOM pixels of kind {kind or 'unknown'}, {bits} bits{', signed' if header.is_signed else ''}; "
+            f"expected {', '.join((*GREY, PALETTE))}, RGB or YBR of up to 16 bits without sign"
         )
     pixels = _decode(path, header, index)
+    if pixels.shape != (header.height, header.width) + (() if kind in GREY else (3,)):
+        raise UserError(f"{path}: DICOM pixels of another size than its header says; copy or export it again")
     if kind in GREY:
         grey = _to_8_bits(pixels, bits)
         return np.repeat((255 - grey if kind == "MONOCHROME1" else grey)[:, :, None], 3, axis=2)
     return _to_8_bits(pixels, 8 * pixels.itemsize if kind == PALETTE else bits)
 
 
-def _decode(path: Path, header: Any, index: int) -> np.ndarray:
+def _decode(path: Path, header: Header, index: int) -> np.ndarray:
     """Return the pixels of a frame in colours, or in grey as stored."""
-    from pydicom import Dataset
+    from pydicom import Dataset, dcmread
     from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-    from pydicom.uid import UID
+    from pydicom.uid import UID, UID_dictionary
 
-    syntax = UID(header.file_meta.TransferSyntaxUID)
+    is_known = header.syntax in UID_dictionary
+    syntax = UID(header.syntax if is_known else "1.2")  # pydicom warns of another with its value
+    name = syntax.name if is_known else "unknown to DICOM"
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise UserError(
-            f"{path}: DICOM transfer syntax {syntax.name} is not supported; convert it, for example with "
-            "DCMTK's dcmdjpeg"
+            f"{path}: DICOM transfer syntax {name} is not supported; convert it, for example with DCMTK's dcmdjpeg"
         ) from None
     if not decoder.is_available:
         raise UserError(
-            f"{path}: compressed as {syntax.name}, which needs a decoder that is not installed; install "
-            "pylibjpeg[all], or decompress the file (DCMTK's dcmdjpeg)"
+            f"{path}: compressed as {name}, which needs a decoder that is not installed; install pylibjpeg[all], or "
+            "decompress the file (DCMTK's dcmdjpeg)"
         )
     whole = Dataset()
     with _one_line(path):
-        pixels = pixel_array(path, ds_out=whole, index=index)
-        if header.PhotometricInterpretation == PALETTE:
+        if syntax.is_deflated:  # which pydicom does not read frame by frame
+            whole = dcmread(path)
+            pixels = pixel_array(whole, index=index)
+        else:
+            pixels = pixel_array(path, ds_out=whole, index=index)
+        if header.kind == PALETTE:
             pixels = apply_color_lut(pixels, whole)
     return pixels
 
@@ -152,8 +173,8 @@ def _to_8_bits(values: np.ndarray, bits: int) -> np.ndarray:
     return ((scaled * 255 + highest // 2) // highest).astype(np.uint8)
 
 
-def _read_header(path: Path) -> Any:
-    """Return the attributes of `TAGS` as a pydicom Dataset, with a size and a transfer syntax.
+def read_header(path: Path) -> Header:
+    """Return what a DICOM file says about its image, without reading pixels.
 
     Raises:
         UserError: pydicom is missing, the header is damaged, or the file holds no image.
@@ -162,25 +183,49 @@ def _read_header(path: Path) -> Any:
         from pydicom import dcmread
     except ModuleNotFoundError:
         raise UserError(f"{path}: is a DICOM file, and pydicom is not installed; install lesionsam[dicom]") from None
-    with _one_line(path):
-        header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-        kind, size = header.get("SOPClassUID"), [int(header.get(name) or 0) for name in ("Rows", "Columns")]
-        syntax = header.file_meta.get("TransferSyntaxUID")
-    if kind == SEGMENTATION:
+    with _one_line(path):  # pydicom parses a value when it is asked for
+        read = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+        kind = str(read.get("PhotometricInterpretation", ""))
+        header = Header(
+            int(read.get("Columns") or 0),
+            int(read.get("Rows") or 0),
+            int(read.get("NumberOfFrames") or 1),
+            kind if kind in (*GREY, PALETTE, *COLOURS, *OTHERS) else "",
+            int(read.get("BitsStored") or 0),
+            bool(read.get("PixelRepresentation")),
+            _spacing(read),
+            str(read.file_meta.get("TransferSyntaxUID", "")),
+        )
+        sop_class = read.get("SOPClassUID")
+    if sop_class == SEGMENTATION:
         raise UserError(f"{path}: is a DICOM segmentation; expected the image that it belongs to")
-    if min(size) < 1 or not syntax:
+    if min(header.width, header.height, header.num_frames) < 1 or not header.syntax:
         raise UserError(f"{path}: DICOM file without an image (no pixel data); expected dermoscopy or a photograph")
     return header
+
+
+def _spacing(read: Any) -> tuple[float, float] | None:
+    """Return row and column spacing of a Dataset, mm; None without any, or with one that is not above 0."""
+    spacing = read.get("PixelSpacing")
+    for group in read.get("SharedFunctionalGroupsSequence") or ():
+        for measures in group.get("PixelMeasuresSequence") or ():
+            spacing = spacing or measures.get("PixelSpacing")
+    if spacing is None or len(spacing) != 2:
+        return None
+    row, column = map(float, spacing)
+    return (row, column) if 0 < row < math.inf and 0 < column < math.inf else None
 
 
 @contextmanager
 def _one_line(path: Path) -> Iterator[None]:
     """Turn pydicom's errors into one line that quotes no value of the file, and silence its warnings, which may."""
+    from pydicom.errors import BytesLengthException, InvalidDicomError
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except FAULTS as error:
+    except (*FAULTS, BytesLengthException, InvalidDicomError) as error:
         if "pixel data" in (text := str(error)).lower() and isinstance(error, AttributeError) and " no " in text:
             raise UserError(f"{path}: DICOM file without pixel data; expected dermoscopy or a photograph") from None
         raise UserError(
