@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pydicom.uid import (
 from helpers.dicom_files import encoded, header, secrets, write_dicom
 from helpers.tiny import draw_lesion
 from lesionsam.errors import UserError
+from lesionsam.formats.dicom_seg import read_references
 from lesionsam.utils.dicom import pixel_spacing, read_frame
 from lesionsam.utils.images import check_image, image_size, num_pages, read_image, read_mask, read_reduced
 
@@ -204,6 +206,32 @@ def test_a_bad_file_is_one_line_without_patient_data(
         assert str(caught.value).startswith(str(path))
         assert not [secret for secret in secrets() if secret.decode() in str(caught.value)]
     assert capfd.readouterr() == ("", "")
+
+
+def test_damaged_bytes_end_in_one_line_or_in_pixels(tmp_path: Path) -> None:
+    """pydicom parses values late and warns of them; whatever byte is wrong, no other error comes through."""
+    draw = random.Random(4)
+    whole = [
+        write_dicom(tmp_path / "rgb.dcm", PICTURE, PixelSpacing=[0.1, 0.1]).read_bytes(),
+        write_dicom(tmp_path / "2000.dcm", PICTURE, syntax=JPEG2000Lossless).read_bytes(),
+        write_dicom(tmp_path / "grey.dcm", PICTURE[..., 0], syntax=ImplicitVRLittleEndian).read_bytes(),
+    ]
+    num_read, lines = 0, []
+    path = tmp_path / "damaged.dcm"
+    for _ in range(200):
+        data = bytearray(draw.choice(whole))
+        for _ in range(draw.choice([1, 3, 20])):
+            data[draw.randrange(132, 1200)] = draw.randrange(256)  # mostly the header
+        path.write_bytes(data)
+        for read in (read_image, num_pages, pixel_spacing, read_references):
+            try:
+                read(path)
+                num_read += 1
+            except UserError as error:
+                lines.append(str(error))
+    assert num_read
+    assert lines
+    assert not [line for line in lines if any(secret.decode() in line for secret in secrets())]
 
 
 def test_without_pydicom_the_line_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

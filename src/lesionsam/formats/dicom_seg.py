@@ -11,7 +11,7 @@ import numpy as np
 
 from lesionsam import __version__
 from lesionsam.errors import UserError
-from lesionsam.utils.dicom import is_dicom
+from lesionsam.utils.dicom import clear_errors, is_dicom
 from lesionsam.utils.files import write_bytes_atomic
 
 # Of the image: what the segmentation refers to, its size, scale and compression.
@@ -53,16 +53,17 @@ def read_references(source: Path) -> Any:
         from pydicom import Dataset, dcmread
     except ModuleNotFoundError as error:
         raise UserError(f"--dicom-seg: {error.name} is not installed; install lesionsam[dicom]") from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's quote values of the file
+    with clear_errors(source):
         known = dcmread(source, stop_before_pixels=True, specific_tags=list(TAGS))
         if missing := [name for name in REFERENCES if not known.get(name)]:
             raise UserError(f"{source}: lacks {', '.join(missing)}, which a DICOM segmentation refers to")
         image = Dataset()
-        image.update(known)
-    image.file_meta = known.file_meta
-    for name in EMPTY:
-        setattr(image, name, "")
+        for name in TAGS:  # pydicom parses a value when it is asked for
+            if (value := known.get(name)) is not None:
+                setattr(image, name, value)
+        image.file_meta = known.file_meta
+        for name in EMPTY:
+            setattr(image, name, "")
     return image
 
 

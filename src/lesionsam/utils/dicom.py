@@ -154,7 +154,7 @@ def _decode(path: Path, header: Header, index: int) -> np.ndarray:
             "decompress the file (DCMTK's dcmdjpeg)"
         )
     whole = Dataset()
-    with _one_line(path):
+    with clear_errors(path):
         if syntax.is_deflated:  # which pydicom does not read frame by frame
             whole = dcmread(path)
             pixels = pixel_array(whole, index=index)
@@ -183,7 +183,7 @@ def read_header(path: Path) -> Header:
         from pydicom import dcmread
     except ModuleNotFoundError:
         raise UserError(f"{path}: is a DICOM file, and pydicom is not installed; install lesionsam[dicom]") from None
-    with _one_line(path):  # pydicom parses a value when it is asked for
+    with clear_errors(path):  # pydicom parses a value when it is asked for
         read = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
         kind = str(read.get("PhotometricInterpretation", ""))
         header = Header(
@@ -217,7 +217,7 @@ def _spacing(read: Any) -> tuple[float, float] | None:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def clear_errors(path: Path) -> Iterator[None]:
     """Turn pydicom's errors into one line that quotes no value of the file, and silence its warnings, which may."""
     from pydicom.errors import BytesLengthException, InvalidDicomError
 
