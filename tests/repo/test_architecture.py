@@ -24,7 +24,7 @@ LAYERS = [
     ["models", "formats"],
     ["methods", "data", "inference"],
     ["training", "evaluation", "pretraining", "export", "annotation"],
-    ["experiment", "report"],
+    ["experiment", "report", "integrations"],
     ["pipeline"],
     ["sweep", "engine", "cluster"],
     ["cli"],
@@ -44,10 +44,13 @@ ONLY_IN = {
     "optuna": ("sweep",),
     "submitit": ("cluster",),
     "dvc": (),
-    "pydantic": ("config", "annotation"),
-    "fastapi": ("annotation",),
-    "starlette": ("annotation",),
-    "uvicorn": ("annotation",),
+    "pydantic": ("config", "annotation", "integrations"),
+    "fastapi": ("annotation", "integrations"),
+    "starlette": ("annotation", "integrations"),
+    "uvicorn": ("annotation", "integrations"),
+    "pydicom": ("utils.dicom", "formats.dicom_seg"),
+    "highdicom": ("formats.dicom_seg",),
+    "cvat_sdk": ("integrations.cvat",),
 }
 # Configuration stops at the assembly: everything else takes plain arguments.
 TAKE_CONFIG = (

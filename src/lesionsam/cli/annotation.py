@@ -1,7 +1,8 @@
-"""Commands for drawing boxes: the annotation page and the data engine."""
+"""Commands for drawing boxes: the annotation page, Label Studio's backend, the data engine."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +15,10 @@ Boxes = Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add `annotate` and `engine`."""
+    """Add `annotate`, `label-studio` and `engine`."""
     for command in (annotate, engine):
         app.command()(command)
+    app.command("label-studio")(label_studio)
 
 
 def annotate(
@@ -57,6 +59,52 @@ def annotate(
         browser=browser,
         who=who,
         device=where,
+    )
+
+
+def label_studio(
+    model: Annotated[
+        str, typer.Option(help="Weights, a run's folder such as models/adapted, a run id or models:/NAME@ALIAS.")
+    ] = "models/adapted",
+    local_root: Annotated[
+        Path | None, typer.Option(help="Label Studio's LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT.", show_default=False)
+    ] = None,
+    upload_root: Annotated[
+        Path | None, typer.Option(help="Folder media/upload of Label Studio's data.", show_default=False)
+    ] = None,
+    url: Annotated[
+        str,
+        typer.Option(
+            help="Of Label Studio, to fetch its files and cloud storage from; its key: LABEL_STUDIO_API_KEY.",
+            show_default=False,
+        ),
+    ] = "",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="HOST or HOST:PORT to fetch images from; may be repeated.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="Of masks where none is chosen; else the first.")] = "lesion",
+    threshold: Annotated[float, typer.Option(help="Probability above which a pixel is lesion.")] = 0.5,
+    port: Annotated[int, typer.Option(help="To listen on.")] = 9090,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's own ask for a password.")
+    ] = "127.0.0.1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Answer Label Studio as its ML backend: predictions, and masks of drawn rectangles and points."""
+    from lesionsam.integrations.addresses import ImageSources
+    from lesionsam.integrations.serve import serve
+    from lesionsam.tracking.registry import resolve_model
+    from lesionsam.utils.devices import torch_device
+
+    key = os.environ.get("LABEL_STUDIO_API_KEY", "")
+    serve(
+        resolve_model(model),
+        ImageSources(local_root, upload_root, url, key, tuple(allow_host or ())),
+        label=label,
+        threshold=threshold,
+        port=port,
+        host=host,
+        device=torch_device(device),
     )
 
 

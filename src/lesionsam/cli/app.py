@@ -214,7 +214,7 @@ cli_results.add_commands(app)
 
 PANELS = {  # of the command list, in this order
     "prepare train evaluate report submit": "The chain",
-    "data annotate engine": "Data and boxes",
+    "data annotate label-studio engine": "Data and boxes",
     "predict export promote compare": "Use a model",
     "preset check params": "Parameters",
     "doctor smoke cache foundation": "Look after it",

@@ -63,6 +63,9 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
     overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
     shapes: Annotated[bool, typer.Option(help="Write polygons (GeoJSON) and COCO JSON too.")] = True,
+    dicom_seg: Annotated[
+        bool, typer.Option("--dicom-seg", help="Write DICOM segmentations too; the images must be DICOM.")
+    ] = False,
     params: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +126,7 @@ def predict(
         "batch_size": batch_size,
         "overlays": overlays,
         "shapes": shapes,
+        "dicom_seg": dicom_seg,
         "threshold": threshold,
         "zoom": zoom,
         "options": read_auto_options(params) if uses_auto else AUTO_DEFAULTS,

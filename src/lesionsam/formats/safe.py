@@ -62,11 +62,16 @@ def read_xml(path: Path, expected: str) -> Element:
     Raises:
         UserError: not XML, or with a document type or entities of its own, which are never expanded.
     """
-    data, parser, builder = read_bytes(path, expected), expat.ParserCreate(), TreeBuilder()
+    return parse_xml(read_bytes(path, expected), str(path), expected)
+
+
+def parse_xml(data: bytes, place: str, expected: str) -> Element:
+    """Parse an XML document and return its root; `place` begins the UserError otherwise, see `read_xml`."""
+    parser, builder = expat.ParserCreate(), TreeBuilder()
 
     def refuse(*_: object) -> None:
         raise UserError(
-            f"{path}: line {parser.CurrentLineNumber}: holds a document type or entities (<!DOCTYPE, "
+            f"{place}: line {parser.CurrentLineNumber}: holds a document type or entities (<!DOCTYPE, "
             f"<!ENTITY), which are refused; expected {expected} as its tool exports it"
         )
 
@@ -77,10 +82,10 @@ def read_xml(path: Path, expected: str) -> Element:
         parser.Parse(data, True)
     except expat.ExpatError as error:
         raise UserError(
-            f"{path}: line {error.lineno}: not XML ({expat.errors.messages[error.code]}); expected {expected}"
+            f"{place}: line {error.lineno}: not XML ({expat.errors.messages[error.code]}); expected {expected}"
         ) from None
     except (LookupError, ValueError) as error:
-        raise UserError(f"{path}: {error}; expected {expected} in UTF-8") from None
+        raise UserError(f"{place}: {error}; expected {expected} in UTF-8") from None
     return builder.close()
 
 

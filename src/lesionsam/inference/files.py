@@ -38,6 +38,7 @@ def predict_files(
     batch_size: int = 8,
     overlays: bool = True,
     shapes: bool = True,
+    dicom_seg: bool = False,
     threshold: float = 0.5,
     options: AutoMaskOptions = AUTO_DEFAULTS,
     zoom: bool = False,
@@ -58,6 +59,7 @@ def predict_files(
             each image. everything: all automatic masks. Exactly one of these four.
         prompt: made from the boxes, of `prompts.KINDS`. ensemble: decodings of each box, all but one jittered.
         batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
+        dicom_seg: DICOM segmentations, of DICOM images alone.
         threshold: probability above which a pixel is lesion. options: of the automatic masks. zoom: enlarge the
             surroundings of each box to the model's whole input; prompt `box` only. shard: predict a part of the images,
             see `inference.shards`.
@@ -77,7 +79,15 @@ def predict_files(
     decoding = DecodeOptions.of_metadata(weights_metadata(model), options)
     decoding = replace(decoding, kind=ZOOM if zoom else source.decoded_as, num_members=ensemble)
     how = PredictOptions(
-        weights_sha256(model), source, threshold, decoding, batch_size, device, overlays=overlays, shapes=shapes
+        weights_sha256(model),
+        source,
+        threshold,
+        decoding,
+        batch_size,
+        device,
+        overlays=overlays,
+        shapes=shapes,
+        dicom_seg=dicom_seg,
     )
     if shard is None:
         return _predict_all(paths, problems, sam, out, how)
@@ -92,7 +102,7 @@ def _predict_all(paths: Sequence[Path], problems: list[str], sam: Sam, out: Path
     make_folder(out)
     with folder_lock(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
         refuse_shards(out)
-        folder = PredictionFolder(out, overlays=how.overlays, shapes=how.shapes)
+        folder = PredictionFolder(out, overlays=how.overlays, shapes=how.shapes, segmentations=how.dicom_seg)
         run = PredictRun(sam, how, folder)
         try:
             run.work(jobs)

@@ -14,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from lesionsam.errors import UserError
+from lesionsam.formats.dicom_seg import write_segmentation
 from lesionsam.formats.geojson import feature
 from lesionsam.formats.rle import encode, mask_box
 from lesionsam.inference.inputs import needs_small
@@ -25,7 +26,7 @@ from lesionsam.utils.progress import progress
 
 TABLE = "predictions.csv"
 BEGUN = ".begun"  # names of masks that the table does not list yet; removed once it does
-ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson"}
+ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson", "segmentations": ".dcm"}
 SCORES = ("predicted_iou", "entropy", "stability")  # of `Prediction`
 COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", *SCORES, "review_reasons", "key")
 COCO = "coco.json"
@@ -50,16 +51,20 @@ class PredictionFolder:
 
     Args:
         out: the folder, see `make_folder`. overlays, shapes: whether pictures and polygons are wanted.
+        segmentations: whether DICOM segmentations are, which only DICOM images have.
         table: of some images only, beside which other processes write theirs; None: that of the whole folder.
     Raises:
         UserError: it holds another table.
     """
 
-    def __init__(self, out: Path, *, overlays: bool, shapes: bool, table: Path | None = None) -> None:
+    def __init__(
+        self, out: Path, *, overlays: bool, shapes: bool, segmentations: bool = False, table: Path | None = None
+    ) -> None:
         self.out, self.table = out, table or out / TABLE
         self.begun = table.with_suffix(BEGUN) if table else out / BEGUN
         self.wanted = {"masks": ".png"} | ({"overlays": ".png"} if overlays else {})
         self.wanted |= {"polygons": ".geojson"} if shapes else {}
+        self.wanted |= {"segmentations": ".dcm"} if segmentations else {}
         self.shapes = shapes
         self.rows = read_table(self.table)
         self.is_saved = True  # whether the table on disk lists no file that was removed since
@@ -152,13 +157,14 @@ class PredictionFolder:
         file_name: str,
         *,
         key: str,
-        image_name: str,
+        image_path: Path,
         prompt: str = "box",
     ) -> tuple[object, ...]:
-        """Write mask, picture and polygons.
+        """Write mask, picture, polygons and DICOM segmentation.
 
         Args:
-            file_name: of all three, without ending. image_name: of the image's file, for later calls' COCO JSON.
+            file_name: of all of them, without ending. image_path: of the image's file, whose name later calls' COCO
+                JSON has.
         Returns:
             the row of the table, for `record`.
         """
@@ -171,10 +177,12 @@ class PredictionFolder:
                 write_png(path, prediction.mask.astype(np.uint8) * 255)
             elif kind == "overlays":
                 write_png(path, _picture(prediction, image, file_name, prompt))
+            elif kind == "segmentations":
+                write_segmentation(path, prediction.mask, image_path)
             else:
                 properties = {
                     "image_id": prediction.image_id,
-                    "image": image_name,
+                    "image": image_path.name,
                     "lesion_id": prediction.lesion_id,
                     "width": width,
                     "height": height,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lesionsam.errors import UserError
+from lesionsam.formats.dicom_seg import read_references
 from lesionsam.inference.auto import predict_everything
 from lesionsam.inference.decode import SELF_ENCODED, DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages
@@ -26,7 +27,7 @@ from lesionsam.inference.prediction import LesionPrompt, to_prediction, with_oth
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import BOTH
 from lesionsam.utils.files import sha256_file
-from lesionsam.utils.images import image_size, read_image
+from lesionsam.utils.images import image_size, num_pages, read_image
 from lesionsam.utils.progress import progress
 
 VERSION = 8  # of the values that a row's key covers
@@ -44,6 +45,7 @@ class PredictOptions:
         weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is
             lesion. decoding: how prompts become masks. batch_size: images per encoder pass and lesions per decoder
             pass. device: that torch runs on. overlays, shapes: whether pictures, and polygons and COCO are written.
+        dicom_seg: whether DICOM segmentations are.
     """
 
     weights_sha256: str
@@ -54,6 +56,7 @@ class PredictOptions:
     device: torch.device | str
     overlays: bool
     shapes: bool
+    dicom_seg: bool = False
 
     def named(self) -> dict[str, object]:
         """Return by name whatever changes the files of a prediction, for comparison; the prompts' file apart."""
@@ -69,6 +72,7 @@ class PredictOptions:
             "batch size": self.batch_size,
             "overlays": self.overlays,
             "shapes": self.shapes,
+            "DICOM segmentations": self.dicom_seg,
         }
 
     def key(self, image_sha256: str, lesion: Lesion | None, siblings: Sequence[Lesion] = ()) -> str:
@@ -273,6 +277,8 @@ class PredictRun:
                 f"{job.path}: no such file; expected an image"
                 + (", and the link leads nowhere" if job.path.is_symlink() else "")
             )
+        if self.options.dicom_seg:
+            read_references(job.path)
         digest, source = sha256_file(job.path), self.options.source
         key = self.options.key(digest, None)
         keys = [(lesion, self.options.key(digest, lesion, job.lesions)) for lesion in job.lesions]
@@ -281,6 +287,8 @@ class PredictRun:
         if not is_kept and (not missing if job.lesions else rows and all(self._is_there(row, key) for row in rows)):
             return None
         image = read_image(job.path)
+        if (pages := num_pages(job.path)) > 1:
+            print(f"note: {job.path}: {pages} frames, of which the first is segmented", file=sys.stderr, flush=True)
         try:
             framed = EncodedImages.of([image], self.frame)
         except UserError as error:
@@ -366,7 +374,7 @@ class PredictRun:
                 target.lesion.file_name,
                 key=target.key,
                 prompt=self.options.source.prompt,
-                image_name=owner.job.path.name,
+                image_path=owner.job.path,
             )
             self.folder.record([row])
             self.counts.done += 1
@@ -380,7 +388,7 @@ class PredictRun:
         rows: list[tuple[object, ...]] = []
         for one in predict_everything(self.sam, prepared.image, options, image_id, device=self.options.device):
             file_name = f"{stem}/{one.lesion_id}"
-            rows.append(self.folder.write(one, prepared.image, file_name, key=key, image_name=prepared.job.path.name))
+            rows.append(self.folder.write(one, prepared.image, file_name, key=key, image_path=prepared.job.path))
             self.counts.review += bool(one.review_reasons)
         self.counts.done += len(rows)
         if not rows:

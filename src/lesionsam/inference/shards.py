@@ -197,7 +197,7 @@ def _work(
     for number, low in enumerate(progress(lows, total=len(lows), title=f"shard {shard}: blocks of {size} images")):
         jobs = _jobs(own[low : low + size], how.source, lesions)
         table = folder / f"{number:06d}.csv"
-        part = PredictionFolder(out, overlays=how.overlays, shapes=how.shapes, table=table)
+        part = PredictionFolder(out, overlays=how.overlays, shapes=how.shapes, segmentations=how.dicom_seg, table=table)
         for key in [key for key in part.rows if key[0] not in {job.image_id for job in jobs}]:
             part.forget(key)  # the CSV names the image otherwise now
         run = PredictRun(sam, how, part)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lesionsam.errors import UserError
+from lesionsam.utils import dicom
 from lesionsam.utils.mask_levels import cut_colours, cut_levels
 
 MAX_PIXELS = 200_000_000  # a decoded image of this size takes 600 MB
@@ -22,8 +23,8 @@ ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")  # of Pillow
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
 LOSSY = ("JPEG", "MPO")
 STRIP_PIXELS = 1 << 22  # converted at once
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")  # in any case
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF")  # by Pillow; DICOM by `utils.dicom`
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", *dicom.SUFFIXES)  # in any case
 SIDEWAYS = 5  # EXIF orientations from here on exchange width and height
 # Pillow only warns at its own limit and decodes all the same; `_open` refuses by MAX_PIXELS before anything is decoded.
 Image.MAX_IMAGE_PIXELS = None
@@ -34,7 +35,8 @@ def read_image(path: Path | str) -> np.ndarray:
 
     Grey becomes three equal channels; palettes and CMYK are converted; 16 bits are scaled to 8 (not clipped), floats of
     0..1 likewise; alpha is composited over black, which is what surrounds a dermoscope's field anyway. The first frame
-    of a file with several is read. What the file is called does not matter, what it holds does.
+    of a file with several is read. What the file is called does not matter, what it holds does. DICOM needs the extra
+    `dicom`.
 
     Returns:
         (H, W, 3) uint8 RGB, EXIF orientation applied.
@@ -51,6 +53,8 @@ def read_image(path: Path | str) -> np.ndarray:
 def image_size(path: Path | str) -> tuple[int, int]:
     """Return (width, height) after EXIF transpose, from the file's header alone: a damaged body is not noticed."""
     path = Path(path)
+    if dicom.is_dicom(path):
+        return dicom.image_size(path)
     with _open(path) as image:
         width, height = image.size  # of a TIFF, Pillow gives the turned size before it has turned it
         return (height, width) if image.format != "TIFF" and _orientation(image) >= SIDEWAYS else (width, height)
@@ -141,7 +145,7 @@ def read_mask(path: Path | str, size: tuple[int, int] | None = None, *, threshol
     path = Path(path)
     with _open(path) as image:
         form = image.format
-        if (pages := _num_pages(image)) > 1:
+        if (pages := dicom.num_frames(path) if form is None else _num_pages(image)) > 1:
             raise UserError(f"{path}: mask has {pages} pages; expected one; join the lesions in one page of 0 and 255")
         _load(image, path)
         _turn_upright(image)
@@ -204,7 +208,10 @@ def num_pages(path: Path | str) -> int:
     Raises:
         UserError: as `read_image`, from the header alone.
     """
-    with _open(Path(path)) as image:
+    path = Path(path)
+    if dicom.is_dicom(path):
+        return dicom.num_frames(path)
+    with _open(path) as image:
         return _num_pages(image)
 
 
@@ -217,9 +224,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _open(path: Path) -> Image.Image:
+    """Open an image without decoding it; of a DICOM file return the decoded first frame, without a format."""
+    if dicom.is_dicom(path):
+        _check_pixels(path, *dicom.image_size(path))
+        return Image.fromarray(dicom.read_frame(path))
     try:
         if path.stat().st_size == 0:
-            raise UserError(f"{path}: file is empty; expected an image ({', '.join(FORMATS)})")
+            raise UserError(f"{path}: file is empty; expected an image ({', '.join(FORMATS)}, DICOM)")
         with _quiet():
             image = Image.open(path, formats=FORMATS)
     except FileNotFoundError:
@@ -227,16 +238,16 @@ def _open(path: Path) -> Image.Image:
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected an image file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image; expected {', '.join(FORMATS)}, got {_describe_content(path)}") from None
+        raise UserError(
+            f"{path}: not an image; expected {', '.join(FORMATS)}, DICOM, got {_describe_content(path)}"
+        ) from None
     except (OSError, ValueError, SyntaxError, struct.error, EOFError, OverflowError) as error:
         raise UserError(f"{path}: cannot be read as an image: {error}; copy or export it again") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
+    try:
+        _check_pixels(path, *image.size)
+    except UserError:
         image.close()
-        raise UserError(
-            f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
-            f"{MAX_PIXELS / 1e6:.0f}; scale the image down first"
-        )
+        raise
     if image.format == "TIFF":
         tags = image.tag_v2  # type: ignore[attr-defined]
         if max(tags.get(258, (1,))) > 8 and (tags.get(284, 1) == 2 or tags.get(262) == 0):
@@ -246,6 +257,14 @@ def _open(path: Path) -> Image.Image:
                 "misreads; export it with interleaved channels and black as 0, or as PNG"
             )
     return image
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path}: {width}x{height} = {width * height / 1e6:.0f} megapixels; expected at most "
+            f"{MAX_PIXELS / 1e6:.0f}; scale the image down first"
+        )
 
 
 def _describe_content(path: Path) -> str:
