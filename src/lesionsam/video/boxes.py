@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from lesionsam.boxes.geometry import centre_core
 from lesionsam.boxes.table import BIG, COLUMNS, SMALL, check_size, iter_rows, parse_box, parse_boxes
 from lesionsam.errors import UserError
 from lesionsam.utils.files import whole_number
 
-CORE_SHARE = 0.4  # of the big box's sides: the core where the CSV has none
 Prompts = Mapping[int, Mapping[str, "LesionBoxes"]]  # frame -> lesion_id -> boxes
 
 
@@ -65,5 +65,4 @@ def read_prompts(path: Path, name: str, size: tuple[int, int], num_frames: int) 
 
 def with_core(big: np.ndarray) -> LesionBoxes:
     """Return a big box with a core at its centre."""
-    centre, half = (big[:2] + big[2:]) / 2, (big[2:] - big[:2]) / 2 * CORE_SHARE
-    return LesionBoxes(big, np.concatenate([centre - half, centre + half]))
+    return LesionBoxes(big, centre_core(big))

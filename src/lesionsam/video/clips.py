@@ -108,7 +108,7 @@ class VideoClip(Clip):
         self.size = (first.image.shape[1], first.image.shape[0])
 
     def frames(self, start: int = 0) -> Iterator[ClipFrame]:
-        """Yield the frames; see `Clip.frames`. Those before `start` are decoded too, so that each call gives the same."""
+        """Yield the frames; see `Clip.frames`. Those before `start` are decoded too: every call gives the same."""
         number = -1
         try:
             for frame in self._decoded(start):

@@ -7,6 +7,7 @@ not grow with the clip.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,16 +91,17 @@ class MemoryTracker:
     """
 
     def __init__(self, sam: Sam2, model: Any) -> None:
-        import sys
-
         self.sam, self.device = sam, sam.no_memory_embedding.device
         self.model = model.to(self.device)
         module = sys.modules[type(model).__module__]
         self._new = getattr(module, type(model).__name__.replace("Model", "InferenceSession"))
-        self.session = self._new(inference_device=self.device, inference_state_device=self.device)
+        self.session = self._empty()
         self.number = 0  # of the next frame
         self.lesion_ids: list[str] = []  # their places are the session's ids of objects
         self._reach = max(model.config.num_maskmem, model.config.max_object_pointers_in_encoder)
+
+    def _empty(self) -> Any:
+        return self._new(inference_device=self.device, inference_state_device=self.device, dtype=torch.float32)
 
     @torch.inference_mode()
     def step(self, image: np.ndarray, boxes: Mapping[str, LesionBoxes]) -> dict[str, Tracked]:
@@ -161,7 +163,7 @@ class MemoryTracker:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.number, self.lesion_ids = state["number"], list(state["lesion_ids"])
-        self.session = self._new(inference_device=self.device, inference_state_device=self.device)
+        self.session = self._empty()
         for place in range(len(self.lesion_ids)):
             self.session.obj_id_to_idx(place)
         for place, held in state["outputs"].items():

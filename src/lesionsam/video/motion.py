@@ -43,7 +43,8 @@ class Alignment:
 
     Attributes:
         matrix: (3, 3), patch coordinates -> pixels of that frame. correlation: with the patch, -1 to 1; -1 where too
-            little is visible, or too little contrast, or the size is another. visible: share of the patch inside the frame.
+            little is visible, or too little contrast, or the size is another.
+        visible: share of the patch inside the frame.
     """
 
     matrix: np.ndarray
