@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from record import Limits, provenance, table
 
 from lesionsam.boxes.geometry import largest_component_box, loosen
 from lesionsam.data.sources.clips import GeneratedClip
@@ -24,6 +23,7 @@ from lesionsam.models.sam import Sam
 from lesionsam.video.boxes import with_core
 from lesionsam.video.crops import decode_crop
 from lesionsam.video.propagation import Propagation
+from record import Limits, provenance, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results.md"
@@ -50,9 +50,7 @@ def measure(sam: Sam, clip: GeneratedClip, looseness: float) -> np.ndarray:
         given = {"0": with_core(first)} if number == 0 else {}
         masks = [decode_crop(sam, image, first).mask(mask.shape, sam.frame)]
         masks += [tracker.step(image, given)["0"].mask for tracker in trackers]
-        masks.append(
-            np.zeros_like(mask) if box is None else decode_crop(sam, image, box).mask(mask.shape, sam.frame)
-        )
+        masks.append(np.zeros_like(mask) if box is None else decode_crop(sam, image, box).mask(mask.shape, sam.frame))
         found.append([1.0 if not (one | mask).any() else iou(one, mask) for one in masks])
     return np.array(found).T
 
@@ -92,7 +90,11 @@ def main() -> int:
         looseness = np.random.default_rng([SEED, index]).uniform(*LOOSENESS)
         clip = GeneratedClip(SEED, index, num_frames=a.frames, leaves=leaves[-1])
         scores.append(measure(sam, clip, looseness))
-        print(f"clip {index}: " + ", ".join(f"{name} {one.mean():.3f}" for name, one in zip(ROWS, scores[-1])), flush=True)
+        print(
+            f"clip {index}: "
+            + ", ".join(f"{name} {one.mean():.3f}" for name, one in zip(ROWS, scores[-1], strict=True)),
+            flush=True,
+        )
     limits = Limits()
     source = f"{a.model.name} as it is, seed {SEED}; {provenance(torch.device('cpu'))}"
     text = text_of(np.array(scores), leaves, limits, source)

@@ -71,7 +71,10 @@ def test_detections_equal_those_of_transformers_and_do_not_depend_on_the_batch(f
         limits = np.tile(image.shape[1::-1], 2)
         assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
         for one in found:
-            near = min(wanted, key=lambda other: np.abs(np.clip(other[0], 0, limits) - one.box).max() + abs(other[1] - one.score))
+            near = min(
+                wanted,
+                key=lambda other: np.abs(np.clip(other[0], 0, limits) - one.box).max() + abs(other[1] - one.score),
+            )
             assert np.allclose(np.clip(near[0], 0, limits), one.box, atol=1e-2)
             assert near[1] == pytest.approx(one.score, abs=1e-4)
             assert near[2] == one.text
@@ -95,7 +98,7 @@ def test_of_several_boxes_of_one_place_the_surest_stays_and_none_leaves_the_imag
         for box, score in zip(boxes, [0.4, 0.9, 0.5, 0.6, 0.8], strict=True)
     ]
     kept = _distinct(found, (40, 40))
-    assert 81 / 119 > SAME
+    assert SAME < 81 / 119
     assert [one.score for one in kept] == [0.9, 0.6, 0.5]
     assert kept[1].box.tolist() == [0, 35, 12, 40]
 

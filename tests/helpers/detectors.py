@@ -18,7 +18,15 @@ LARGEST_TOKEN = 1029  # Grounding DINO's code names the ids of [CLS], [SEP], "."
 
 def _bert_tokenizer() -> Any:
     tokens = [f"[unused{k}]" for k in range(LARGEST_TOKEN + 1)]
-    for place, token in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}.items():
+    for place, token in {
+        0: "[PAD]",
+        100: "[UNK]",
+        101: "[CLS]",
+        102: "[SEP]",
+        103: "[MASK]",
+        1012: ".",
+        1029: "?",
+    }.items():
         tokens[place] = token
     for k, word in enumerate(WORDS):
         tokens[200 + k] = word
@@ -28,7 +36,9 @@ def _bert_tokenizer() -> Any:
 def _clip_tokenizer(length: int) -> Any:
     pieces = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]  # the last one has the largest id, by which it is found
-    return transformers.CLIPTokenizer(vocab={piece: k for k, piece in enumerate(pieces)}, merges=[], model_max_length=length)
+    return transformers.CLIPTokenizer(
+        vocab={piece: k for k, piece in enumerate(pieces)}, merges=[], model_max_length=length
+    )
 
 
 def _grounding_dino() -> tuple[Any, Any]:
@@ -41,11 +51,7 @@ def _grounding_dino() -> tuple[Any, Any]:
         out_features=["stage2", "stage3", "stage4"],
     )
     text = transformers.BertConfig(
-        vocab_size=LARGEST_TOKEN + 1,
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
+        vocab_size=LARGEST_TOKEN + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
     )
     config = transformers.GroundingDinoConfig(
         backbone_config=backbone,

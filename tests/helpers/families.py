@@ -42,7 +42,9 @@ def _sam2(width: int = WIDTH) -> Any:
         backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
         fpn_hidden_size=width,
     )
-    return transformers.Sam2Model(transformers.Sam2Config(vision_config=vision, **_prompts_and_decoder("Sam2", 64, 16, width)))
+    return transformers.Sam2Model(
+        transformers.Sam2Config(vision_config=vision, **_prompts_and_decoder("Sam2", 64, 16, width))
+    )
 
 
 def _edgetam(width: int = WIDTH) -> Any:
@@ -132,7 +134,10 @@ def tiny_video_model(family: str, seed: int = 0) -> Any:
     if family == "edgetam":
         sizes |= {"memory_attention_mlp_hidden_size": 64, "memory_attention_rope_k_sizes": [2, 2]}
         sizes |= {f"perceiver_resampler_{name}": 4 for name in ("num_latents", "num_latents_2d")}
-        sizes |= {"perceiver_resampler_hidden_size": MEMORY_WIDTH, "perceiver_resampler_attention_head_dim": MEMORY_WIDTH}
+        sizes |= {
+            "perceiver_resampler_hidden_size": MEMORY_WIDTH,
+            "perceiver_resampler_attention_head_dim": MEMORY_WIDTH,
+        }
     else:
         sizes["memory_attention_feed_forward_hidden_size"] = 64
     sections = {name: parts[name] for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")}

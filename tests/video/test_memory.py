@@ -35,7 +35,10 @@ def clip() -> list[np.ndarray]:
     return images
 
 
-BOXES = {0: {"a": np.array([18.0, 12, 42, 36])}, 4: {"a": np.array([30.0, 12, 54, 36]), "b": np.array([2.0, 3, 20, 30])}}
+BOXES = {
+    0: {"a": np.array([18.0, 12, 42, 36])},
+    4: {"a": np.array([30.0, 12, 54, 36]), "b": np.array([2.0, 3, 20, 30])},
+}
 
 
 def saved(family: str, folder: Path, seed: int = 0) -> Path:
@@ -114,7 +117,9 @@ def test_adapted_weights_track_with_the_memory_of_the_model_they_came_from(
         assert torch.equal(model.state_dict()[key], value), key
     memory = tiny_video_model(family).state_dict()
     assert torch.equal(model.state_dict()["no_object_pointer"], memory["no_object_pointer"])
-    plain = logits_of(MemoryTracker(tiny_family(family, width=VIDEO_WIDTH), tiny_video_model(family)), monkeypatch, range(3))
+    plain = logits_of(
+        MemoryTracker(tiny_family(family, width=VIDEO_WIDTH), tiny_video_model(family)), monkeypatch, range(3)
+    )
     other = logits_of(MemoryTracker(adapted, model), monkeypatch, range(3))
     assert not np.allclose(plain[2, "a"], other[2, "a"], atol=1e-3)
 

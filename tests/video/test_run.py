@@ -1,4 +1,4 @@
-"""The files of `lesionsam track`: complete, resumed bit for bit after kill -9, in constant memory, errors in one line."""
+"""The files of `lesionsam track`: complete, the same after kill -9, in constant memory, errors in one line."""
 
 from __future__ import annotations
 

@@ -288,7 +288,9 @@ def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
         lesion = Lesion(each.id, each.big, each.small, core=each.core, source="accepted" if each.agreed else "drawn")
         if each.proposed is not None and each.proposed in known:
             digest, _, threshold = name.partition("@")
-            lesion = replace(lesion, proposed=each.proposed, model=digest, threshold=float(threshold) if threshold else None)
+            lesion = replace(
+                lesion, proposed=each.proposed, model=digest, threshold=float(threshold) if threshold else None
+            )
         lesions.append(lesion)
     if len({each.id for each in sent.lesions}) != len(sent.lesions):
         raise UserError("two lesions of one image have the same id; load the page again")

@@ -124,7 +124,9 @@ def _accept(
     """Put lesions into the table as accepted unseen; return their number."""
     if lesions:
         taken = tuple(
-            Lesion(str(k), one.big, one.small, AUTOMATIC, proposed=(one.big, one.small), model=TEXT, threshold=threshold)
+            Lesion(
+                str(k), one.big, one.small, AUTOMATIC, proposed=(one.big, one.small), model=TEXT, threshold=threshold
+            )
             for k, one in enumerate(lesions)
         )
         base = store.state(entry.image_id).revision

@@ -219,7 +219,7 @@ cli_video.add_commands(app)
 PANELS = {  # of the command list, in this order
     "prepare train evaluate report submit": "The chain",
     "data propose annotate engine": "Data and boxes",
-    "predict track export promote compare": "Use a model",
+    "predict track series export promote compare": "Use a model",
     "preset check params": "Parameters",
     "doctor smoke cache foundation": "Look after it",
 }

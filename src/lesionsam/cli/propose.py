@@ -19,8 +19,7 @@ def propose(
     ],
     text: Annotated[str, typer.Option(help="What to look for; synonyms parted by commas.")] = "skin lesion",
     model: Annotated[
-        str,
-        typer.Option(help="SAM 3, Grounding DINO or OWLv2: OWNER/NAME of the Hub, or a folder in its form."),
+        str, typer.Option(help="SAM 3, Grounding DINO or OWLv2: OWNER/NAME of the Hub, or a folder in its form.")
     ] = "IDEA-Research/grounding-dino-tiny",
     boxes: Annotated[Path | None, typer.Option(help="The two-box CSV; unset: boxes.csv beside the folder.")] = None,
     threshold: Annotated[float, typer.Option(help="Score below which nothing is proposed.")] = 0.2,

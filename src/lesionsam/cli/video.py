@@ -1,4 +1,4 @@
-"""`lesionsam track`: lesions followed through a clip."""
+"""`lesionsam track` and `lesionsam series`: lesions followed through a clip, and over months."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import typer
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add `track`."""
+    """Add `track` and `series`."""
     app.command()(track)
+    app.command()(series)
 
 
 def track(
@@ -52,6 +53,32 @@ def track(
         mask_prompt=mask_prompt,
         overlay=overlay,
         device=torch_device(device),
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+def series(
+    images: Annotated[
+        list[str], typer.Argument(help="Pictures of one lesion in the order of time.", show_default=False)
+    ],
+    boxes: Annotated[Path, typer.Option(help="CSV of boxes, one row for each picture.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", "--weights", help="Weights of any SAM, folder of a run, MLflow run, OWNER/NAME.")
+    ] = "models/adapted",
+    out: Annotated[Path, typer.Option(help="Folder for series.csv and the registered pictures.")] = Path("series"),
+    any_scale: Annotated[
+        bool, typer.Option("--any-scale", help="The magnification may differ; areas are brought to the first's.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Compare pictures of one lesion over time: registered, change of area with an interval. No diagnosis."""
+    from lesionsam.tracking.registry import resolve_model
+    from lesionsam.utils.devices import torch_device
+    from lesionsam.video.series import compare_series as run
+
+    code = run(
+        images, boxes=boxes, model=resolve_model(model), out=out, any_scale=any_scale, device=torch_device(device)
     )
     if code:
         raise typer.Exit(code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,9 +65,7 @@ class Detector(ABC):
             per image, after non-maximum suppression.
         """
         found = self._found(images, texts, threshold)
-        return [
-            _distinct(each, (image.shape[1], image.shape[0])) for each, image in zip(found, images, strict=True)
-        ]
+        return [_distinct(each, (image.shape[1], image.shape[0])) for each, image in zip(found, images, strict=True)]
 
     @abstractmethod
     def _found(self, images: Sequence[np.ndarray], texts: Sequence[str], threshold: float) -> list[list[Detection]]:

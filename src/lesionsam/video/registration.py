@@ -74,8 +74,7 @@ def register(
 
 
 def _key_points(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return (N, 2) XY of key points outside a mask, pixels of the image; their descriptors; the small picture's scale.
-    """
+    """Return (N, 2) XY of key points outside a mask, image pixels; their descriptors; the small picture's scale."""
     scale = min(1.0, SIDE / max(image.shape[:2]))
     shape = round(image.shape[0] * scale), round(image.shape[1] * scale)
     grey = equalize_adapthist(resize(rgb2gray(image), shape, anti_aliasing=True), clip_limit=0.02)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from lesionsam.boxes.geometry import largest_component_box
 from lesionsam.data.sources.synthetic import generate
@@ -108,3 +109,42 @@ def _scene(seed: int, index: int, side: int) -> tuple[np.ndarray, np.ndarray]:
         if rims and min(rims) > RIM and AREAS[0] <= mask.mean() <= AREAS[1]:
             return picture, mask
     raise ValueError(f"index {index}: none of {NUM_CANDIDATES} scenes suits")
+
+
+def generate_pair(
+    seed: int, index: int, *, side: int = 384, growth: float = 1.0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Generate two pictures of one lesion, the second turned, shifted, in other light and with the lesion grown.
+
+    The skin around is that of the first picture; close to the lesion it gives way smoothly.
+
+    Args:
+        growth: of the lesion's lengths; its area grows by about the square.
+    Returns:
+        two of (H, W, 3) uint8 RGB and (H, W) bool. The true change of area is that of the masks.
+    """
+    scene, mask = _scene(seed, index, round(side * SCENE_SIDE))
+    rows, columns = np.nonzero(mask)
+    centre = np.array([columns.mean(), rows.mean()])
+    grid = np.stack(np.meshgrid(np.arange(mask.shape[1]), np.arange(mask.shape[0])), -1).astype(np.float64)
+    reach = ndimage.distance_transform_edt(~mask) / np.sqrt(mask.sum())
+    strength = np.exp(-((reach / 0.5) ** 2))[..., None]
+    places = centre + (grid - centre) * (1 + (1 / growth - 1) * strength)
+    moved = [places[..., 1], places[..., 0]]
+    channels = [ndimage.map_coordinates(scene[..., k], moved, order=1, mode="nearest") for k in range(3)]
+    grown = np.stack(channels, -1), ndimage.map_coordinates(mask.astype(np.float32), moved, order=1) > 0.5
+    rng = np.random.default_rng([seed, index, 3])
+    size, pictures = (side, round(side * ASPECT)), []
+    for number, (picture, lesion) in enumerate(((scene, mask), grown)):
+        turn, shift = (rng.uniform(-0.2, 0.2), rng.uniform(-0.06, 0.06, 2) * side) if number else (0.0, np.zeros(2))
+        linear = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        matrix = np.concatenate([linear, (centre + shift - linear @ (np.array(size) / 2))[:, None]], 1)
+        values = tuple(matrix.ravel().tolist())
+        seen = [
+            np.asarray(Image.fromarray(one).transform(size, Image.Transform.AFFINE, values, Image.Resampling.BILINEAR))
+            for one in (picture, lesion.astype(np.uint8) * 255)
+        ]
+        light = np.exp(rng.uniform(-0.08, 0.08, 3)) if number else np.ones(3)
+        noisy = seen[0] * light + rng.normal(0, 2, seen[0].shape)
+        pictures.append((np.clip(noisy + 0.5, 0, 255).astype(np.uint8), seen[1] > 127))
+    return pictures
