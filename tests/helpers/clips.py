@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,7 +25,7 @@ def write_clip(
         times: of the frames, milliseconds; 25 a second if None.
     """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream: Any = container.add_stream(codec, rate=25)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = {"libx264rgb": "rgb24", "gif": "rgb8"}.get(codec, "yuv420p")
         if codec == "libx264rgb":

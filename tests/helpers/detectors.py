@@ -13,6 +13,7 @@ import transformers
 from lesionsam.models.sam2 import quiet
 
 WORDS = ("skin", "lesion", "mole", "dark", "spot")
+STAGES: dict[str, Any] = {"out_features": ["stage2", "stage3", "stage4"]}  # of the backbone; its stub lacks the name
 LARGEST_TOKEN = 1029  # Grounding DINO's code names the ids of [CLS], [SEP], "." and "?"
 
 
@@ -43,12 +44,7 @@ def _clip_tokenizer(length: int) -> Any:
 
 def _grounding_dino() -> tuple[Any, Any]:
     backbone = transformers.SwinConfig(
-        image_size=64,
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 2, 2],
-        window_size=2,
-        out_features=["stage2", "stage3", "stage4"],
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, **STAGES
     )
     text = transformers.BertConfig(
         vocab_size=LARGEST_TOKEN + 1, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32

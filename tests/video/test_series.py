@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_growth_is_seen_where_it_was_drawn() -> None:
             (first, mask), (later, grown) = generate_pair(0, index, growth=growth)
             true = grown.sum() / mask.sum() - 1
             measured = [measure(sam, image, box_of(one), str(index)) for image, one in ((first, mask), (later, grown))]
-            change = area_change(*measured)
+            change = area_change(measured[0], measured[1])
             errors.append(abs(change.value - true))
             signs.append(np.sign(change.value) == np.sign(true))
             assert change.low <= change.value <= change.high
@@ -94,7 +95,7 @@ def test_files_name_each_picture_and_what_is_missing_is_said(
     table = tmp_path / "boxes.csv"
     table.write_text("\n".join(rows) + "\n")
     paths = [tmp_path / "january.png", tmp_path / "june.png"]
-    options = {"boxes": table, "model": FOUNDATION, "out": tmp_path / "out"}
+    options: dict[str, Any] = {"boxes": table, "model": FOUNDATION, "out": tmp_path / "out"}
     assert compare_series(paths, **options) == 0
     with (tmp_path / "out" / "series.csv").open() as file:
         first, later = csv.DictReader(file)

@@ -11,9 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
@@ -98,7 +101,7 @@ class VideoClip(Clip):
             with self._open() as container:
                 self.num_frames = sum(packet.size > 0 for packet in container.demux(self._stream(container)))
             first = next(self._decoded(), None)
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             raise UserError(
                 f"{path}: cannot be decoded ({error.strerror}); expected a video (mp4, mov, mkv, webm, avi), a GIF or "
                 "a folder of images; copy or convert it again"
@@ -115,13 +118,13 @@ class VideoClip(Clip):
                 number = frame.number
                 _check_size(frame.image, self.size, self.path, number)
                 yield frame
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             raise DamagedClip(f"{self.path}: damaged after frame {max(number, 0)} ({error.strerror})") from None
 
-    def _open(self) -> av.container.InputContainer:
+    def _open(self) -> InputContainer:
         return av.open(str(self.path), metadata_errors="replace")
 
-    def _stream(self, container: av.container.InputContainer) -> av.VideoStream:
+    def _stream(self, container: InputContainer) -> av.VideoStream:
         """Return the first video stream that is no cover picture."""
         pictures = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
         if not pictures:
@@ -147,7 +150,8 @@ def upright(frame: av.VideoFrame) -> np.ndarray:
     The matrix maps (x, y) to (a x + c y, b x + d y); one that is no quarter turn is left out.
     """
     image = frame.to_ndarray(format="rgb24")
-    held = frame.side_data.get(Type.DISPLAYMATRIX)
+    sides: Any = frame.side_data  # its stub takes texts alone
+    held = sides.get(Type.DISPLAYMATRIX)
     if held is None:
         return image
     a, b, _, c, d = struct.unpack("=5i", bytes(held)[:20])

@@ -82,9 +82,9 @@ def write_frame(out: Path, rows: Rows, number: int, time: float, found: Mapping[
 def write_table(out: Path) -> None:
     """Write tracks.csv."""
     with atomic_write(out / TABLE, "w") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(read_rows(out))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([row[name] for name in COLUMNS] for row in read_rows(out))
 
 
 def write_coco(out: Path, clip: Clip) -> None:

@@ -282,7 +282,9 @@ def _packed(followed: Followed) -> dict[str, Any]:
 
 def _unpacked(values: Mapping[str, Any]) -> Followed:
     """Return the state that `_packed` gave."""
-    v = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    v: dict[str, Any] = {
+        name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }
     levels = [tuple(level.numpy() for level in v[name]) for name in ("values", "seen")]
     reference = Reference(Patch(v["matrix"], v["spread"], *levels), v["outline"], v["margins"], v["shift"], v["is_cut"])
     height, width = v["input_size"]

@@ -6,6 +6,7 @@ Key points (SIFT, Lowe 2004) outside the lesions are matched, and RANSAC fits th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -66,8 +67,9 @@ def register(
     model, agree = ransac(
         (source, target), kind, min_samples=3, residual_threshold=TOLERANCE / scale, max_trials=2000, rng=SEED
     )
-    if not model or agree is None or agree.sum() < MIN_MATCHES:
+    if not model or agree is None or np.sum(agree) < MIN_MATCHES:
         return None
+    agree = np.asarray(agree)
     residual = float(np.sqrt((model.residuals(source[agree], target[agree]) ** 2).mean()))
     size = float(model.scale) if any_scale else 1.0
     return Registration(np.asarray(model.params), size, float(np.degrees(model.rotation)), int(agree.sum()), residual)
@@ -78,7 +80,7 @@ def _key_points(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.nda
     scale = min(1.0, SIDE / max(image.shape[:2]))
     shape = round(image.shape[0] * scale), round(image.shape[1] * scale)
     grey = equalize_adapthist(resize(rgb2gray(image), shape, anti_aliasing=True), clip_limit=0.02)
-    finder = SIFT(upsampling=1)
+    finder: Any = SIFT(upsampling=1)
     try:
         finder.detect_and_extract(grey)
     except RuntimeError:  # skimage's way to say that there are none
