@@ -61,7 +61,7 @@ def _grounding_dino() -> tuple[Any, Any]:
         decoder_ffn_dim=32,
         num_queries=12,
     )
-    images = transformers.GroundingDinoImageProcessor(size={"height": 64, "width": 64})
+    images = transformers.GroundingDinoImageProcessor(size={"height": 160, "width": 160})
     model = transformers.GroundingDinoForObjectDetection(config)
     return model, transformers.GroundingDinoProcessor(images, _bert_tokenizer())
 

@@ -103,8 +103,9 @@ def test_masks_equal_those_of_transformers_with_boxes_in_two_frames(
     assert ours.keys() == theirs.keys()
     assert len(ours) == NUM_FRAMES + NUM_FRAMES - 4
     for key, logits in ours.items():
-        assert np.allclose(logits, theirs[key], atol=1e-4), key
-    assert np.std(list(theirs.values())) > 1e-3
+        # Memories are kept in bfloat16: a pixel that differs in its last bit may differ there by 2^-8.
+        assert np.allclose(logits, theirs[key], atol=2e-3), key
+        assert logits.std() > 0.02, key
 
 
 def test_adapted_weights_track_with_the_memory_of_the_model_they_came_from(

@@ -87,7 +87,7 @@ def test_growth_is_seen_where_it_was_drawn() -> None:
 def test_files_name_each_picture_and_what_is_missing_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pair = generate_pair(0, 2, growth=1.2)
+    pair = generate_pair(0, 4, growth=1.2)
     rows = ["image_id," + ",".join(BIG)]
     for name, (image, mask) in zip(("january", "june"), pair, strict=True):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
