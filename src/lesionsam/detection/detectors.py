@@ -190,6 +190,8 @@ def _sizes(images: Sequence[np.ndarray]) -> list[tuple[int, int]]:
 
 def _detections(result: dict[str, Any], labels: Sequence[str], fallback: str) -> list[Detection]:
     """Return the detections of one image from a post-processed result; Grounding DINO may name no text."""
+    if not len(result["scores"]):  # Grounding DINO then gives a text without a box
+        return []
     masks = result.get("masks")
     return [
         Detection(
