@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.detectors import write_detector
 from helpers.families import tiny_family, write_hub_folder
 from helpers.hub_server import COMMIT, Hub, serve
 from lesionsam.models.checkpoint import save_sam
@@ -162,3 +163,27 @@ def test_commands_take_a_folder_in_the_hubs_form(hub: Hub, tmp_path: Path) -> No
     assert "edge: hf and mlflow" in done.stdout
     card = (tmp_path / "work" / "exports" / "hf" / "README.md").read_text()
     assert "license: other" in card, "whose licence is not known is not ours to give"
+
+
+def test_a_detector_of_the_hub_gives_the_boxes_of_a_prediction(hub: Hub, tmp_path: Path) -> None:
+    detector = write_detector("owlv2", tmp_path / "detector")
+    hub.models["somebody/owl"] = {path.name: path.read_bytes() for path in detector.iterdir()}
+    hub.models["meta/gated"] = hub.models["somebody/owl"]
+    hub.gated.add("meta/gated")
+    picture(tmp_path)
+    weights = tmp_path / "sam.safetensors"
+    save_sam(tiny_family("sam2"), weights, name="sam2.1-tiny")
+    run_main = "import sys; sys.argv = {!r}; from lesionsam.cli.app import main; main()"
+    words = ["lesionsam", "predict", "image.png", "--text", "mole, spot", "--model", str(weights), "--out", "out"]
+    done = python(hub, tmp_path, run_main.format([*words, "--detector", "somebody/owl"]))
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "work" / "out" / "text_boxes.csv").read_text().splitlines()
+    assert len(list((tmp_path / "work" / "out" / "masks").iterdir())) == len(rows) - 1 > 0
+    done = python(hub, tmp_path, run_main.format([*words, "--detector", "meta/gated"]))
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("error: --detector: access to meta/gated must be granted: accept its licence")
+    assert len(done.stderr.strip().splitlines()) == 1
+    words = ["lesionsam", "propose", "image.png", "--model", "meta/gated"]
+    done = python(hub, tmp_path, run_main.format(words))
+    assert done.returncode == 2
+    assert "--model: access to meta/gated must be granted" in done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -33,7 +34,9 @@ class Proposed:
     Attributes:
         big, small: boxes, pixels of the image. predicted_iou: the model's own of its mask.
         entropy: mean over the big box, nats. agreement: IoU of model and box prior. area: of the mask, share of the
-        image. score: how the mask that it began as stands out from its surroundings, 0 to 1.
+        image. score: how the mask that it began as stands out from its surroundings, 0 to 1; of a text, the
+        detector's own. provenance: empty for the model of the page, else "text" and the words. mask: RLE as of COCO,
+        where a detector gave one.
     """
 
     big: Box
@@ -43,6 +46,8 @@ class Proposed:
     agreement: float
     area: float
     score: float
+    provenance: str = ""
+    mask: dict[str, Any] | None = None
 
 
 def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[int, int]) -> Proposed | None:
@@ -133,6 +138,8 @@ def doubt(found: Proposed, usual: Sequence[float]) -> tuple[float, list[str]]:
     Args:
         usual: log of the areas (share of the image) of lesions that people have confirmed.
     """
+    if found.provenance:
+        return round(min(1.0, max(0.0, 1 - found.score)), 4), [found.provenance]
     parts = {
         "the mask is uncertain": min(1.0, found.entropy / 0.35),
         "model and colours disagree": 1 - found.agreement,

@@ -27,6 +27,7 @@ from lesionsam.errors import UserError
 QUIET = 0.4  # seconds without a person's action before proposals are worked on
 FILLED = math.pi / 4 / (1 + LOOSENESS) ** 2  # of a big box's area that its lesion takes: an ellipse in a loose box
 SPOT_CHECK = 4  # every so manieth image of the queue is drawn from all of them
+TEXT = "text"  # label of the proposals that `lesionsam propose` has found by text, whatever the detector
 RETRY = 5.0  # seconds after which an empty list of work is looked at again
 
 
@@ -36,13 +37,14 @@ class ImageProposal:
 
     Attributes:
         stamp: of the image file, see `Pictures.stamp`. size: (width, height) of the image.
-        lesion: None where nothing looks like one.
+        lesion: None where nothing looks like one. more: others of the same image.
     """
 
     image_id: str
     stamp: Stamp
     size: tuple[int, int]
     lesion: Proposed | None
+    more: tuple[Proposed, ...] = ()
 
 
 def proposals_path(table_path: Path) -> Path:
@@ -146,11 +148,15 @@ def _area(box: Box) -> float:
 
 
 class Review:
-    """The proposals for open images, and the thread that computes them while no annotator is drawing (`start`)."""
+    """The proposals for open images, and the thread that computes them while no annotator is drawing (`start`).
 
-    def __init__(self, catalogue: Catalogue, store: Store, pictures: Pictures, model: Model) -> None:
+    Args:
+        model: that proposes; None: what `lesionsam propose` has found by text is shown, and nothing is computed.
+    """
+
+    def __init__(self, catalogue: Catalogue, store: Store, pictures: Pictures, model: Model | None) -> None:
         self.catalogue, self.store, self.pictures, self.model = catalogue, store, pictures, model
-        self.proposals = Proposals(proposals_path(store.path), model.label)
+        self.proposals = Proposals(proposals_path(store.path), TEXT if model is None else model.label)
         self._failed: set[str] = set()
         self._first: list[Entry] = []
         self._busy_until = 0.0
@@ -160,8 +166,9 @@ class Review:
         self._end = threading.Event()
 
     def start(self) -> None:
-        """Start the thread, which runs until `stop`."""
-        threading.Thread(target=self._work, daemon=True, name="proposing").start()
+        """Start the thread, which runs until `stop`; without a model there is none."""
+        if self.model is not None:
+            threading.Thread(target=self._work, args=(self.model,), daemon=True, name="proposing").start()
 
     @property
     def count(self) -> int:
@@ -182,17 +189,17 @@ class Review:
 
     def proposal(self, entry: Entry) -> dict[str, Any] | None:
         """Return lesions, doubt and reasons for the page; None where there is no proposal for the file as it is now."""
-        if (lesion := self._lesion(entry)) is None:
+        if not (lesions := self._lesions(entry)):
             return None
-        value, why = doubt(lesion, self.usual())
-        return {"lesions": [{"big": lesion.big, "small": lesion.small}], "doubt": value, "why": why}
+        value, why = doubt(lesions[0], self.usual())
+        return {"lesions": [{"big": one.big, "small": one.small} for one in lesions], "doubt": value, "why": why}
 
-    def _lesion(self, entry: Entry) -> Proposed | None:
+    def _lesions(self, entry: Entry) -> list[Proposed]:
         found = self.proposals.found.get(entry.image_id)
         if found is not None and found.stamp != self.pictures.stamp(entry):
             self.proposals.discard(entry.image_id)
-            return None
-        return None if found is None else found.lesion
+            return []
+        return [] if found is None or found.lesion is None else [found.lesion, *found.more]
 
     def usual(self) -> list[float]:
         """Return `confirmed_log_areas`, computed again after a change."""
@@ -201,10 +208,9 @@ class Review:
             self._areas, self._ordered, self._seen = confirmed_log_areas(self.store, self.proposals), None, now
         return self._areas
 
-    def boxes(self, entry: Entry) -> tuple[Box, Box] | None:
-        """Return the two proposed boxes for an image as it is now, or None."""
-        lesion = self._lesion(entry)
-        return None if lesion is None else (rounded(lesion.big), rounded(lesion.small))
+    def boxes(self, entry: Entry) -> list[tuple[Box, Box]]:
+        """Return the two boxes of each proposed lesion for an image as it is now."""
+        return [(rounded(one.big), rounded(one.small)) for one in self._lesions(entry)]
 
     def queue(self) -> list[tuple[str, float]]:
         """Return (key, doubt) of the open images with a proposal, see `with_spot_checks`."""
@@ -225,7 +231,7 @@ class Review:
 
     def left(self) -> int:
         """Return the number of open images without a proposal."""
-        return sum(1 for entry in self.catalogue.by_id.values() if self._needs(entry))
+        return sum(1 for entry in self.catalogue.by_id.values() if self._needs(entry)) if self.model else 0
 
     def _needs(self, entry: Entry) -> bool:
         return (
@@ -234,10 +240,10 @@ class Review:
             and self.store.state(entry.image_id).status == OPEN
         )
 
-    def _work(self) -> None:
+    def _work(self, model: Model) -> None:
         for entry in self.catalogue.by_id.values():
             with suppress(UserError):  # a file that is gone is said when it is opened
-                self._lesion(entry)  # discards what was proposed for another file
+                self._lesions(entry)  # discards what was proposed for another file
         ahead = iter(self.catalogue.by_id.values())
         while not self._end.is_set():
             if time.monotonic() < self._busy_until:
@@ -251,6 +257,6 @@ class Review:
                 self._end.wait(RETRY)
                 continue
             try:
-                self.proposals.add(propose_for_image(self.model, self.pictures, entry))
+                self.proposals.add(propose_for_image(model, self.pictures, entry))
             except (UserError, OSError):
                 self._failed.add(entry.key)  # said when the image itself is opened

@@ -61,6 +61,8 @@ def annotate(
         desk = Desk(catalogue, store, pictures, None, who or login_name(), _title(images))
         if model is not None:
             add_model(desk, model, threshold, device)
+        elif has_text_proposals(table):
+            add_text_proposals(desk)
         try:
             _serve(desk, host, port, browser)
         finally:
@@ -76,6 +78,19 @@ def add_model(desk: Desk, weights: Path, threshold: float, device: str = "cpu") 
     desk.model = Model(weights, desk.pictures, threshold=threshold, device=device)
     desk.review = Review(desk.catalogue, desk.store, desk.pictures, desk.model)
     desk.review.start()
+
+
+def has_text_proposals(table: Path) -> bool:
+    """Return whether `lesionsam propose` has left proposals beside a table."""
+    path = table.with_name(f"{table.stem}.proposals.jsonl")  # as `review.proposals_path`, which imports torch
+    return path.is_file() and b'{"model": "text", ' in path.read_bytes()
+
+
+def add_text_proposals(desk: Desk) -> None:
+    """Show what `lesionsam propose` has found; see `add_model`."""
+    from lesionsam.annotation.review import Review
+
+    desk.review = Review(desk.catalogue, desk.store, desk.pictures, None)
 
 
 def default_table(images: Path) -> Path:

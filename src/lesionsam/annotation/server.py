@@ -280,19 +280,23 @@ def _as_sent(state: ImageState) -> dict[str, Any]:
 
 def _change(desk: Desk, entry: Entry, sent: SentChange) -> Change:
     """Convert a request to a change of the store; `proposed` is kept only where it equals the model's proposal."""
-    known = desk.review.boxes(entry) if desk.review else None
+    known = desk.review.boxes(entry) if desk.review else []
+    name = desk.review.proposals.name if desk.review else ""
     lesions = []
     for each in sent.lesions:
         check_text(each.id, "lesion id")
         lesion = Lesion(each.id, each.big, each.small, core=each.core, source="accepted" if each.agreed else "drawn")
-        if known is not None and each.proposed == known and desk.model is not None:
-            lesion = replace(lesion, proposed=known, model=desk.model.digest, threshold=desk.model.threshold)
+        if each.proposed is not None and each.proposed in known:
+            digest, _, threshold = name.partition("@")
+            lesion = replace(
+                lesion, proposed=each.proposed, model=digest, threshold=float(threshold) if threshold else None
+            )
         lesions.append(lesion)
     if len({each.id for each in sent.lesions}) != len(sent.lesions):
         raise UserError("two lesions of one image have the same id; load the page again")
     check_text(sent.who, "name")
     seconds = {each.id: each.seconds for each in sent.lesions if each.seconds} | ({"": sent.seconds})
-    label = desk.model.label if sent.shown and known and desk.model else ""
+    label = name if sent.shown and known else ""
     return Change(sent.base, sent.who or desk.who, sent.change, sent.mark, tuple(lesions), seconds, shown=label)
 
 

@@ -14,6 +14,8 @@ from scipy import ndimage
 from lesionsam.types import Frame
 from lesionsam.utils.random import keyed_rng
 
+CENTRE_CORE = 0.4
+
 
 def model_frame_size(width: int, height: int, frame: Frame) -> tuple[int, int]:
     """Return (height, width) of the image part of the model frame.
@@ -107,6 +109,12 @@ def loosen(box: np.ndarray, share: float, size: tuple[int, int]) -> np.ndarray:
     centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * (1 + share)
     limits = np.array(size[::-1], float)
     return np.concatenate([np.clip(centre - half, 0, limits), np.clip(centre + half, 0, limits)])
+
+
+def centre_core(big: np.ndarray) -> np.ndarray:
+    """Return a small box at the centre of a (4,) XYXY big box, `CENTRE_CORE` of its sides: where none is drawn."""
+    centre, half = (big[:2] + big[2:]) / 2, (big[2:] - big[:2]) / 2 * CENTRE_CORE
+    return np.concatenate([centre - half, centre + half])
 
 
 def largest_component_box(mask: np.ndarray) -> np.ndarray | None:

@@ -13,8 +13,10 @@ from typer.models import CommandInfo, TyperInfo
 from lesionsam import __version__
 from lesionsam.cli import annotation as cli_annotation
 from lesionsam.cli import predict as cli_predict
+from lesionsam.cli import propose as cli_propose
 from lesionsam.cli import results as cli_results
 from lesionsam.cli import steps as cli_steps
+from lesionsam.cli import video as cli_video
 from lesionsam.cli.data import data_app
 from lesionsam.cli.submit import submit_app
 from lesionsam.errors import UserError, run_guarded
@@ -210,12 +212,14 @@ def _warn_of_files(config: Config, params: Path) -> None:
 cli_steps.add_commands(app)
 cli_annotation.add_commands(app)
 cli_predict.add_commands(app)
+cli_propose.add_commands(app)
 cli_results.add_commands(app)
+cli_video.add_commands(app)
 
 PANELS = {  # of the command list, in this order
     "prepare train evaluate report submit": "The chain",
-    "data annotate label-studio engine": "Data and boxes",
-    "predict export promote compare": "Use a model",
+    "data propose annotate label-studio engine": "Data and boxes",
+    "predict track series export promote compare": "Use a model",
     "preset check params": "Parameters",
     "doctor smoke cache foundation": "Look after it",
 }

@@ -36,6 +36,13 @@ def predict(
     everything: Annotated[
         bool, typer.Option("--everything", help="No prompt: every mask of each image; params.yaml, section auto.")
     ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(help='Boxes by text, such as "skin lesion"; synonyms parted by commas.', show_default=False),
+    ] = None,
+    detector: Annotated[
+        str, typer.Option(help="Of --text: SAM 3, Grounding DINO or OWLv2; OWNER/NAME, or a folder.")
+    ] = "IDEA-Research/grounding-dino-tiny",
     model: Annotated[
         str,
         typer.Option(
@@ -105,6 +112,13 @@ def predict(
     from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
+    names = [*(images or []), *(read_list(list_file) if list_file is not None else [])]
+    if text is not None:
+        if boxes or points or auto or everything:
+            raise UserError("--text: finds the boxes itself; leave --boxes, --points, --auto and --everything out")
+        from lesionsam.detection.prompts import write_text_boxes
+
+        boxes = write_text_boxes(names, text=text, detector=detector, out=out, device=torch_device(device))
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
     uses_auto = source.kind in ("auto", "everything")
     if params is not None and not uses_auto:
@@ -114,7 +128,7 @@ def predict(
     if own is not None and devices != "1":
         raise UserError("--shard and --devices: expected one of the two; --devices makes shards of its own")
     options = {
-        "images": [*(images or []), *(read_list(list_file) if list_file is not None else [])],
+        "images": names,
         "boxes": boxes,
         "points": points,
         "auto": auto,

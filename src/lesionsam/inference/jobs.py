@@ -16,6 +16,7 @@ from lesionsam.inference.inputs import Lesion, Rows, Source, needs_small
 from lesionsam.utils.images import IMAGE_SUFFIXES
 
 POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
+CLIP_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")  # in any case
 ONE = "0"  # the lesion_id where an image is known to have one lesion
 
 
@@ -57,6 +58,9 @@ def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]
         path = Path(argument)
         if path.is_file():
             matches = [path]
+            if path.suffix.lower() in CLIP_SUFFIXES:
+                problems.append(f"{path}: is a clip; use `lesionsam track {path.name} --boxes BOXES.csv`")
+                matches = []
         elif path.is_dir():
             matches = [each for each in sorted(path.iterdir()) if _is_image(each)]
             if not matches:

@@ -43,10 +43,7 @@ def decode_zoomed(
     device = next(sam.parameters()).device
     crops, windows, prompted = [], [], []
     for frame, size, box in zip(frames, sizes, boxes, strict=True):
-        centre, reach = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * surroundings / 2
-        limits = np.array(size[::-1])  # rounded: a box at the image's edge may lie beyond them
-        low = np.clip(np.floor(centre - reach), 0, limits - 1)
-        window = np.concatenate([low, np.clip(np.ceil(centre + reach), low + 1, limits)]).astype(int)
+        window = crop_window(box, size, surroundings)
         x0, y0, x1, y1 = window.tolist()
         crops.append(np.ascontiguousarray(frame[:, y0:y1, x0:x1].permute(1, 2, 0).cpu().numpy()))
         windows.append(window)
@@ -60,6 +57,14 @@ def decode_zoomed(
         for one, window, size in zip(logits.float(), windows, sizes, strict=True)
     ]
     return torch.stack(whole), predicted[:, 0].float()
+
+
+def crop_window(box: np.ndarray, size: tuple[int, int], surroundings: float = BOX_SURROUNDINGS) -> np.ndarray:
+    """Return the square crop around a (4,) XYXY box, cut at a frame of size (h, w): (4,) int64 XYXY."""
+    centre, reach = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).max() * surroundings / 2
+    limits = np.array(size[::-1])  # rounded: a box at the image's edge may lie beyond them
+    low = np.clip(np.floor(centre - reach), 0, limits - 1)
+    return np.concatenate([low, np.clip(np.ceil(centre + reach), low + 1, limits)]).astype(int)
 
 
 def _zoom(window: np.ndarray, frame: Frame) -> np.ndarray:
