@@ -38,9 +38,10 @@ def evaluate() -> None:
 
 def report() -> None:
     """Write report/index.html and the model card of the last training and evaluation."""
+    from lesionsam.config.load import load_config
     from lesionsam.pipeline.report import write_report
 
-    write_report()
+    write_report(load_config())
 
 
 def add_commands(app: typer.Typer) -> None:

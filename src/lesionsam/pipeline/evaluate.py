@@ -25,8 +25,9 @@ from lesionsam.experiment.auto import lesion_search
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.pipeline.paths import ADAPTED, BOXES, INDEX, RESULTS, SCRATCH, pretrained_weights
 from lesionsam.prompts import NONE
-from lesionsam.tracking.lineage import repository_root
-from lesionsam.tracking.tracker import Tracker
+from lesionsam.tracking.lineage import lineage_tags, repository_root
+from lesionsam.tracking.naming import reproduction
+from lesionsam.tracking.tracker import DESCRIPTION_TAG, Tracker
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_with_parent
@@ -101,7 +102,7 @@ def _evaluate(config: Config) -> pd.DataFrame:
         **running,
     )
     if config.tracking.enabled:
-        _track(config, numbers, pictures)
+        _track(config, table, numbers, pictures)
     results.print_tables(table)
     print(f"{len(samples)} lesions; tables, pictures and per-image figures in {RESULTS}/")
     return table
@@ -114,25 +115,25 @@ def _looseness(config: Config) -> float | None:
     return None if told == "auto" else told
 
 
-def _track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> None:
+def _track(config: Config, table: pd.DataFrame, numbers: dict[str, float], pictures: list[Path]) -> None:
     """Add the figures to the run that trained the model; settings are tags, since parameters cannot change."""
-    e = config.evaluate
+    e, root = config.evaluate, repository_root(Path.cwd())
     tags = {
+        DESCRIPTION_TAG: f"{results.headline_text(table)}\n\n{reproduction(lineage_tags(root))}",
         "evaluate.seed": str(e.seed),
         "evaluate.prompts": ", ".join(e.prompts),
         "evaluate.confidence": str(e.confidence),
         "evaluate.boundary_tolerance": str(e.boundary_tolerance),
     }
     tracker = Tracker.reopen(
-        ADAPTED,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        root=repository_root(Path.cwd()),
-        tags=tags,
+        ADAPTED, uri=config.tracking.uri, experiment=config.tracking.experiment, root=root, tags=tags
     )
-    tracker.log({f"test/{name}": value for name, value in numbers.items()}, 0)
+    tracker.log({f"test/{name}": value for name, value in results.headline_metrics(numbers).items()}, 0)
     for path in pictures:
-        tracker.log_artifact(path, "evaluation/overlays")
+        group, _, rest = path.stem.partition("_")
+        rank = rest.partition("_")[0]
+        tracker.log_picture(path, f"test_{group}", int(rank) if rank.isdigit() else 0)  # the slider goes by rank
+        tracker.log_artifact(path, "evaluation/overlays")  # which `lesionsam compare` reads
     for name in ("table.md", "summary.json", *(f"{name}.csv" for name in results.TABLES)):
         tracker.log_artifact(RESULTS / name, "evaluation")
     tracker.close()

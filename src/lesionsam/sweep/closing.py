@@ -101,7 +101,6 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> N
     for path in write(folder, rows, lines):
         tracker.log_artifact(path)
     for name, path in draw_pictures(study, folder.out, session.space, scored_by(config, session.prepared)).items():
-        tracker.log_artifact(path, "pictures")
         tracker.log_picture(path, f"sweep_{name}", step)
     if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         shutil.rmtree(folder.scratch / "trials", ignore_errors=True)  # of attempts that were not resumed
@@ -122,5 +121,5 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> N
         {"sweep.best_trial": best.number, **{f"sweep.best.{k}": v for k, v in best.user_attrs["values"].items()}}
     )
     if best_note(folder).get("values") == best.user_attrs["values"]:  # it may lie on another machine
-        scores = {score_name(config, session.prepared): best.value}
+        scores = {f"dev/{score_name(config, session.prepared)}": best.value}
         tracker.log_checkpoint(folder.out / BEST_NAME, "sweep-best", scores, step)
