@@ -23,7 +23,7 @@ from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.mlflow_upload import ENVIRONMENT, LOCAL_ID_TAG, reason
 from lesionsam.tracking.spool import Spool, read_record, spool_root
-from lesionsam.tracking.store import store_problem
+from lesionsam.tracking.store import settle_artifacts, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.hub import is_hub_name
@@ -202,6 +202,8 @@ def _mlflow_client(root: Path | None) -> Iterator[MlflowClient]:
             raise UserError(f"{uri}: no such MLflow database, so no run or model is known here; `dvc repro` makes it")
         if problem := store_problem(path):
             raise UserError(problem)
+        if path == root / "mlflow.db":
+            settle_artifacts(root)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import mlflow

@@ -199,7 +199,6 @@ class Tracker(NullTracker):
         meta = {
             "uri": uri,
             "experiment": experiment,
-            "root": str(root.resolve()),
             "run_name": run_name,
             "parent": parent,
             "system_metrics": system_metrics,
@@ -240,7 +239,7 @@ class Tracker(NullTracker):
         local_id = record.get("local_id") or uuid.uuid4().hex
         known = spool_root(root) / local_id / "meta.json"
         meta = {"run_name": stage} if not known.exists() else {}
-        meta |= {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "system_metrics": False}
+        meta |= {"uri": uri, "experiment": experiment, "system_metrics": False}
         spool = prepare_spool(root, local_id, meta, record.get("run_id"))
         tracker = cls(spool, None, send=send)
         tracker._stage = stage
