@@ -21,6 +21,7 @@ from lesionsam.evaluation.columns import LEAKING, concat
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.kept import cache_key, open_evaluation, save_evaluation
 from lesionsam.evaluation.pictures import write_pictures
+from lesionsam.evaluation.plots import write_plots
 from lesionsam.experiment.auto import lesion_search
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.pipeline.paths import ADAPTED, BOXES, INDEX, RESULTS, SCRATCH, pretrained_weights
@@ -87,6 +88,9 @@ def _evaluate(config: Config) -> pd.DataFrame:
     everything = results.arranged(concat([before, after]))
     table, numbers = results.write_results(
         RESULTS, everything, num_bootstrap=e.num_bootstrap, confidence=e.confidence, settings=settings | extra
+    )
+    write_plots(
+        RESULTS / "plots", *(results.read_csv(RESULTS / f"{n}.csv") for n in ("table", "jitter", "calibration"))
     )
     pictures = write_pictures(
         RESULTS / "overlays",
