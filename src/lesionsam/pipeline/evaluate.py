@@ -32,6 +32,7 @@ from lesionsam.tracking.tracker import DESCRIPTION_TAG, Tracker
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_with_parent
+from lesionsam.utils.progress import say, working
 
 CACHE, BEST = SCRATCH / "evaluation", ADAPTED / "best.safetensors"
 LOOSENESS = 0.15  # of the box prior's outline offset, where the method's own target names none
@@ -48,7 +49,7 @@ def evaluate_models(config: Config) -> pd.DataFrame:
         The table as in results/table.csv.
     """
     exit_with_parent()
-    with file_lock(CACHE / "lock", "the evaluation"):
+    with file_lock(CACHE / "lock", "the evaluation"), working("evaluating"):
         return _evaluate(config)
 
 
@@ -60,6 +61,7 @@ def _evaluate(config: Config) -> pd.DataFrame:
     samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split == "test"]
     if not samples:
         raise UserError(f"{BOXES}: no rows of split 'test'; evaluation needs at least one test image")
+    say(f"evaluating on {len(samples)} lesions of the test split")
     masked = any(s.mask_path is not None for s in samples)
     threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
     masks = partial(load_mask, threshold=threshold) if masked else None
