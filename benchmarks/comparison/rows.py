@@ -10,6 +10,7 @@ from functools import partial
 
 from comparison.units import UNET, ZERO_SHOT, Row, configured
 from lesionsam.config.load import Config, to_values
+from lesionsam.evaluation.columns import PRIOR_OFFSET
 
 DEFAULT, SUPERVISED, ELLIPSE = "two boxes (default)", "supervised, tuned", "placebo: ellipse as target"
 WARPED, OTHER = "placebo: another image's target, warped", "placebo: another image's target"
@@ -260,17 +261,24 @@ def unprompted(base: Config) -> list[Row]:
 
 # ---- how loose the boxes are -------------------------------------------------------------------------------------
 
+LOOSENESS = "method.target.looseness"
 MARGINS = {"0 to 5 %": (0.0, 0.05), "10 to 20 %": (0.1, 0.2), "30 to 50 %": (0.3, 0.5), "70 to 90 %": (0.7, 0.9)}
 
 
 def looseness(base: Config, *, tests: bool = True) -> list[Row]:
-    """Return rows of the default that is told how loose its boxes are, and of the same told nothing."""
-    nothing = {"method.target.looseness": "auto"}
-    return [
-        Row(f"{DEFAULT}, boxes {name} too large, {what}", changes, margin=margin, tests=tests)
+    """Return rows of the default that is told how loose its boxes are, of the same told nothing, and what they beat."""
+    trained = [
+        Row(f"{DEFAULT}, boxes {name} too large, {what}", {LOOSENESS: value}, margin=margin, tests=tests)
         for name, margin in MARGINS.items()
-        for what, changes in (("told", {}), ("told nothing", nothing))
+        for what, value in (("told nothing", "auto"), ("told", sum(margin) / 2))
     ]
+    if not tests:
+        return trained
+    as_it_is = [
+        Row(f"{ZERO_SHOT}, boxes {name} too large", seeds=1, trains=False, margin=margin)
+        for name, margin in MARGINS.items()
+    ]
+    return [*as_it_is, *trained, Row(SUPERVISED, SUPERVISED_RATES, preset="supervised")]
 
 
 # ---- several pretrained models -----------------------------------------------------------------------------------
@@ -325,9 +333,13 @@ SETS = {
     "looseness": Plan(
         looseness,
         partial(looseness, tests=False),
-        tuple(
-            (f"{DEFAULT}, boxes {name} too large, told nothing", f"{DEFAULT}, boxes {name} too large, told")
-            for name in MARGINS
+        (
+            *(
+                (f"{DEFAULT}, boxes {name} too large, told nothing", f"{other}, boxes {name} too large{told}")
+                for name in MARGINS
+                for other, told in ((DEFAULT, ", told"), (PRIOR_OFFSET, ""))
+            ),
+            (f"{DEFAULT}, boxes 10 to 20 % too large, told nothing", SUPERVISED),
         ),
     ),
     "labels": Plan(labels, tuning, tuple((DEFAULT_BLIND, f"supervised, {count} masks") for count in (*MASKS, "all"))),

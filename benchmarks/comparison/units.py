@@ -35,9 +35,8 @@ from lesionsam.evaluation import statistics
 from lesionsam.evaluation.baselines import evaluate_baselines
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.experiment.auto import auto_options
-from lesionsam.experiment.build import trained_prompts
-from lesionsam.experiment.run import input_frame, open_data, train
-from lesionsam.inference.lesion import LesionSearch
+from lesionsam.experiment.run import Trained, input_frame, open_data, train, use_notes
+from lesionsam.inference.decode import DecodeOptions
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
 from lesionsam.pipeline.paths import pretrained_weights
@@ -47,7 +46,7 @@ from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
 
-PROMPTS = ("none", "ring", "centre", "box", "box+core")
+PROMPTS = ("none", "ring", "centre", "box", "zoom", "box+core")
 ZERO_SHOT, BASELINES = "zero-shot", "baselines"
 UNET = "unet"
 EXPERIMENT = "lesionsam-evidence"  # of runs in MLflow
@@ -87,9 +86,6 @@ def configured(base: Config, row: Row, seed: int) -> Config:
     values = model_values(base, row.model)
     values = preset_values(row.preset, values) if row.preset else values
     values = fit(merge(values, unflatten(row.changes)))
-    target = values["method"].get("target", {})
-    if "looseness" in target and "method.target.looseness" not in row.changes:
-        target["looseness"] = (low + high) / 2
     values = unflatten({"train.seed": seed, "boxes.margin_low": low, "boxes.margin_high": high}, values)
     return validate(values, f"evidence row {row.name!r}")
 
@@ -246,6 +242,7 @@ def _run_unit(
     test = [s for s in samples if s.split == "test"]
     target = unit_path(out, row, seed)
     notes: dict[str, Any] = {"row": row.name, "seed": seed, "digest": unit_digest(config, row, sha256_file(weights))}
+    trained: Trained | None = None
     if row.trains:
         scratch = out / "scratch" / f"{target.stem}-{config_digest(config)[:12]}"
         data = open_data(config, samples, frame=input_frame(config, weights), cache=out / "frames")
@@ -275,7 +272,9 @@ def _run_unit(
         write_text_atomic(target, "")
         return
     if isinstance(model, Sam):
-        figures = evaluate_sam(model, config, row, seed, test)
+        notes_of_use = {} if trained is None else use_notes(config, trained)
+        decoding = DecodeOptions.of_metadata(notes_of_use, auto_options(config))
+        figures = evaluate_sam(model, config, row, seed, test, decoding)
     else:
         figures = evaluate_unet(
             model,
@@ -289,7 +288,7 @@ def _run_unit(
         )
     if not row.trains and row.baselines:
         tag = "" if row.model else row.name.removeprefix(ZERO_SHOT)
-        baselines, outline = evaluate_baselines(test, load_image, load_mask, looseness=sum(row.margin) / 2)
+        baselines, outline = evaluate_baselines(test, load_image, load_mask, looseness=None)
         figures = pd.concat([figures, baselines.rows.assign(model=baselines.rows["model"] + tag)])
         notes["test_outline"] = vars(outline)
     for (_, prompt), part in figures.groupby(["model", "prompt"]):
@@ -300,16 +299,17 @@ def _run_unit(
         figures.to_csv(file, index=False)
 
 
-def evaluate_sam(sam: Sam, config: Config, row: Row, seed: int, test: Sequence[Sample]) -> pd.DataFrame:
+def evaluate_sam(
+    sam: Sam, config: Config, row: Row, seed: int, test: Sequence[Sample], decoding: DecodeOptions
+) -> pd.DataFrame:
     """Return a unit's figures on the test samples, columns `evaluation.columns.ROW_COLUMNS`."""
-    by_decoder = row.trains and "none" in trained_prompts(config).split()
     return evaluate_model(
         sam,
         test,
         load_image,
         load_mask,
         prompts=PROMPTS,
-        search=LesionSearch(by_decoder, auto_options(config)),
+        decoding=decoding,
         seed=config.evaluate.seed,
         batch_size=config.evaluate.batch_size,
         num_points=config.method.num_points,

@@ -1,8 +1,9 @@
 """SAM prompts from two boxes or from masks, for a batch of images, in the model frame.
 
 Kinds: `ring` (points uniform over big box minus small box, all labelled foreground: the published prompt), `centre`
-(the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (the big box and
-3 core points as ONE prompt). `none` is no prompt at all: a decoder that was trained so finds the lesion by itself.
+(the small box's centre), `core` (5 points uniform in the small box), `box` (the big box), `box+core` (in training the
+big box and 3 core points as ONE prompt; in predictions the big box's mask fused with the box prior, see
+`inference.fusion`). `none` is no prompt at all: a decoder that was trained so finds the lesion by itself.
 `zoom` is the big box on an enlarged crop, see `inference.zoom`. `tight`, the box of a true mask, is for evaluation
 alone: it leaks the label.
 """
@@ -22,6 +23,7 @@ from lesionsam.types import NONE, Prompts, to_device
 from lesionsam.types import POINTS as POINTS
 from lesionsam.utils.random import keyed_rng
 
+BOTH = "box+core"  # both boxes
 ZOOM = "zoom"  # the big box, its surroundings enlarged to the whole model frame; evaluation and prediction
 TRAINED_WITH = "prompts"  # metadata of a weights file: the kinds it was trained with, parted by blanks
 NUM_CORE_POINTS = 5  # of the kind `core`

@@ -76,7 +76,7 @@ def test_a_proposal_lies_on_the_lesion(tmp_path: Path, root: Path) -> None:
     pictures = Pictures()
     model = Model(root / "foundation" / "compact.safetensors", pictures)
     (entry,) = Catalogue([tmp_path / "images"]).entries
-    found = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), (640, 480), "a")
+    found = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), (640, 480))
     assert found is not None
     (x0, y0, x1, y1), (u0, v0, u1, v1) = found.big, found.small
     assert mask[round(v0) : round(v1), round(u0) : round(u1)].mean() > 0.9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,3 +106,26 @@ def test_on_real_images_nothing_told_costs_little(isic_sample: Path, margin: tup
 
     known, nothing = (score(find_outline(priors, bigs, smalls, looseness)) for looseness in (told, None))
     assert nothing > known - 0.02, f"told {known:.4f}, told nothing {nothing:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("outline", "words"),
+    [
+        (Outline(0.15, 1.02, 40), []),
+        (Outline(1.0, num_boxes=40), ["outline offset .1.00 is at the end of its range"]),
+        (Outline(-0.8, num_boxes=40), ["outline offset -0.80 is at the end"]),
+        (Outline(0.15, 0.7, 40), ["smaller than the lesions"]),
+        (Outline(0.15, 2.4, 3), ["more than twice as long", "from 3 boxes only; from 20 on"]),
+    ],
+)
+def test_what_makes_a_correction_unlikely_is_said(outline: Outline, words: list[str]) -> None:
+    doubts = outline.doubts()
+    assert len(doubts) == len(words)
+    for doubt, pattern in zip(doubts, words, strict=True):
+        assert re.search(pattern, doubt)
+
+
+def test_boxes_drawn_inside_the_lesions_are_noticed() -> None:
+    outline = find_outline(*discs(-0.25, count=30), None)
+    assert outline.num_boxes == 30
+    assert any("smaller than the lesions" in doubt for doubt in outline.doubts()), outline

@@ -508,10 +508,9 @@ def test_an_ensemble_is_the_mean_over_jittered_boxes(case: Path) -> None:
     [
         ("points", {"ensemble": 3}, "--ensemble: expected 1"),
         ("boxes", {"ensemble": 0}, "--ensemble: expected 1"),
-        ("boxes", {"zoom": True, "ensemble": 2}, "--zoom: enlarges the surroundings of a big box, so it goes with"),
         ("boxes", {"zoom": True, "prompt": "centre"}, "--zoom: enlarges"),
         ("points", {"zoom": True}, "--zoom: enlarges"),
-        ("auto", {"zoom": True}, "--zoom: enlarges .* --auto zooms by itself"),
+        ("auto", {"zoom": True}, "--zoom: enlarges .* --auto zoom by themselves"),
         ("boxes", {"threshold": 1.0}, "--threshold: expected a probability between 0 and 1, got 1"),
         ("boxes", {"threshold": float("nan")}, "--threshold: expected a probability"),
         ("everything", {"threshold": 0.3}, "--threshold 0.3: automatic masks are cut at 0.5"),

@@ -15,17 +15,19 @@ from scipy.special import logit
 
 from lesionsam.annotation.catalogue import Entry
 from lesionsam.annotation.pictures import Cache, Pictures
+from lesionsam.annotation.records import Box
 from lesionsam.boxes.geometry import to_model_frame
 from lesionsam.errors import UserError
-from lesionsam.inference.lesion import LesionSearch, find_lesions, trained_without_prompt
+from lesionsam.inference.decode import DecodeOptions
+from lesionsam.inference.fusion import fuse
+from lesionsam.inference.lesion import find_lesions
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import decode, encode
 from lesionsam.models.transforms import image_part, model_frames
-from lesionsam.prompts import seeded_prompts
+from lesionsam.types import Prompts
 from lesionsam.utils.weights import weights_sha256
 
-PROMPT, NUM_POINTS, SEED = "box+core", 10, 0  # as `lesionsam predict --prompt box+core`
 FEATURE_BYTES = 512 << 20
 DETAIL = 2  # the picture that is encoded is decoded at this many times the model's side
 MAX_AHEAD = 16  # images waiting to be encoded
@@ -45,11 +47,13 @@ class BoxMask:
     """The decoded mask of two boxes.
 
     Attributes:
-        low_res: (t, u) float32 logits, the image part alone. step: pixels of the image per column and row of it.
+        low_res: (t, u) float32 logits, the image part alone, fused with the box prior. alone: the model's own before.
+        step: pixels of the image per column and row of both.
         predicted_iou: the model's own. entropy: mean over the big box, nats.
     """
 
     low_res: np.ndarray
+    alone: np.ndarray
     step: tuple[float, float]
     predicted_iou: float
     entropy: float
@@ -71,7 +75,7 @@ class Model:
         self.device, self.pictures, self.threshold = torch.device(device), pictures, threshold
         self.name, self.digest = weights.name, weights_sha256(weights)[:12]
         metadata = weights_metadata(weights)
-        self._search = LesionSearch(trained_without_prompt(metadata))
+        self._decoding = DecodeOptions.of_metadata(metadata)
         self.frame, self.side = self.sam.frame, self.sam.side
         self.level = float(logit(threshold))
         self._features = Cache(FEATURE_BYTES)
@@ -122,36 +126,41 @@ class Model:
 
     @torch.inference_mode()
     def answer(
-        self, features: Features, size: tuple[int, int], key: str, big: Sequence[float], small: Sequence[float]
+        self,
+        features: Features,
+        size: tuple[int, int],
+        big: Sequence[float],
+        small: Sequence[float],
+        others: Sequence[Box] = (),
     ) -> BoxMask:
-        """Decode the mask of two boxes.
+        """Decode the mask of two boxes, as `lesionsam predict --prompt box+core` but without enlarging the big box.
+
+        That would encode the image anew for every box that is drawn.
 
         Args:
-            size: (width, height) of the image. key: "image_id/lesion_id", which draws the points in the core.
-            big, small: XYXY, pixels of the image.
+            size: (width, height) of the image. big, small: XYXY, pixels of the image.
+            others: big boxes of its other lesions.
         """
-        width, height = size
-        outer, core = (
-            torch.tensor(to_model_frame(np.array(box, float), width, height, self.frame), dtype=torch.float32)[None]
-            for box in (big, small)
+        outer, core, rest = (
+            to_model_frame(np.array(boxes, float).reshape(-1, 4), *size, self.frame) for boxes in (big, small, others)
         )
-        prompts = seeded_prompts(PROMPT, outer, core, [key], num_points=NUM_POINTS, seed=SEED)
-        low_res, predicted = decode(self.sam, features.values, prompts.to(self.device))
-        return self._answer(low_res[0, 0].float().cpu().numpy(), float(predicted[0, 0]), features.size, size, big)
-
-    def _answer(
-        self, low_res: np.ndarray, predicted: float, part: tuple[int, int], size: tuple[int, int], big: Sequence[float]
-    ) -> BoxMask:
-        kept = image_part(low_res, part, self.side)
-        cells = low_res.shape[0] / self.side  # columns of the low-resolution mask per pixel of the model frame
-        step = size[0] / (part[1] * cells), size[1] / (part[0] * cells)
+        prompts = Prompts(boxes=torch.tensor(outer, dtype=torch.float32)).to(self.device)
+        logits, predicted = decode(self.sam, features.values, prompts)
+        alone = logits[0, 0].float()
+        fused = fuse(alone, features.frame[0], features.size, outer[0], core[0], rest, self._decoding.outline)
+        low_res, own = (image_part(one.cpu().numpy(), features.size, self.side) for one in (fused, alone))
+        cells = len(alone) / self.side  # columns of the low-resolution mask per pixel of the model frame
+        step = size[0] / (features.size[1] * cells), size[1] / (features.size[0] * cells)
         x0, y0, x1, y1 = (int(value / step[k % 2]) for k, value in enumerate(big))
-        inner = kept[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
-        return BoxMask(kept, step, predicted, float(mean_entropy(inner)) if inner.size else 0.0)
+        inner = low_res[y0 : max(y0 + 1, y1 + 1), x0 : max(x0 + 1, x1 + 1)]
+        entropy = float(mean_entropy(inner)) if inner.size else 0.0
+        return BoxMask(low_res, own, step, float(predicted[0, 0]), entropy)
 
     def lesion(self, features: Features) -> np.ndarray:
         """Return (t, u) float32 logits of the image part without a prompt, as `lesionsam predict --auto` finds them."""
-        (found,) = find_lesions(self.sam, features.values, features.frame, [features.size], search=self._search)
+        (found,) = find_lesions(
+            self.sam, features.values, features.frame, [features.size], search=self._decoding.search
+        )
         return image_part(found.low_res.float().cpu().numpy(), features.size, self.side)
 
     def _work(self) -> None:

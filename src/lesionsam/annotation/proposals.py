@@ -1,7 +1,8 @@
 """Propose a lesion for an image without boxes: a mask from no prompt, its two boxes, and a doubt from 0 to 1.
 
 The model is asked as `lesionsam predict --auto` asks it. The mask gets two boxes, drawn as an annotator would draw
-them; model and box prior answer them, and their mask gets boxes again. Doubt joins what the two say of the final boxes.
+them; model and box prior together answer them, and their mask gets boxes again. Doubt joins what the two say of the
+final boxes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from scipy import ndimage
 from skimage.color import rgb2lab
 
 from lesionsam.annotation.assist import agreement, on_grid, prior_logits
-from lesionsam.annotation.model import BoxMask, Features, Model
+from lesionsam.annotation.model import Features, Model
 from lesionsam.annotation.records import Box, rounded
 from lesionsam.boxes.annotator import simulate_boxes
 
@@ -44,12 +45,12 @@ class Proposed:
     score: float
 
 
-def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[int, int], key: str) -> Proposed | None:
+def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[int, int]) -> Proposed | None:
     """Return the most likely lesion of an image.
 
     Args:
         features: of the image. picture: (h, w, 3) uint8, the image small, for its colours.
-        size: (width, height) of the image. key: its id, which draws the points in the core.
+        size: (width, height) of the image.
     Returns:
         None where nothing looks like a lesion.
     """
@@ -62,9 +63,9 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
         boxes = boxes_of_mask(mask, size)
         if boxes is None:
             return None
-        answer = model.answer(features, size, f"{key}/0", *boxes)
+        answer = model.answer(features, size, *boxes)
         prior = prior_logits(picture, size, *boxes)
-        mask = fused(model, answer, prior)
+        mask = on_grid(answer.low_res, prior.shape) > model.level
     drawn = boxes_of_mask(mask, size)
     if answer is None or prior is None or drawn is None:
         return None
@@ -72,15 +73,10 @@ def propose(model: Model, features: Features, picture: np.ndarray, size: tuple[i
         *drawn,
         answer.predicted_iou,
         answer.entropy,
-        agreement(answer.low_res, model.level, prior),
+        agreement(answer.alone, model.level, prior),
         float(mask.mean()),
         score,
     )
-
-
-def fused(model: Model, answer: BoxMask, prior: np.ndarray) -> np.ndarray:
-    """Return the mask of the summed logits of model and box prior, (h, w) bool on the prior's grid."""
-    return on_grid(answer.low_res, prior.shape) - model.level + prior > 0
 
 
 def boxes_of_mask(mask: np.ndarray, size: tuple[int, int]) -> tuple[Box, Box] | None:

@@ -58,7 +58,7 @@ def propose_for_image(model: Model, pictures: Pictures, entry: Entry) -> ImagePr
     """
     stamp = pictures.stamp(entry)  # before anything is read: a file replaced meanwhile is proposed for again
     size = pictures.size(entry)
-    lesion = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), size, entry.image_id)
+    lesion = propose(model, model.features(entry), pictures.small(entry, PRIOR_SIDE), size)
     return ImageProposal(entry.image_id, stamp, size, lesion)
 
 

@@ -316,7 +316,7 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
         size = desk.pictures.size(entry)
         small_picture = desk.pictures.small(entry, PRIOR_SIDE)
         small = sent.small or suggest_core(small_picture, size, sent.big, sent.others)
-        return JSONResponse({"small": small, **preview_of(desk, entry, sent.id, sent.big, small, sent.others)})
+        return JSONResponse({"small": small, **preview_of(desk, entry, sent.big, small, sent.others)})
 
     @app.post("/api/prepare")
     def prepare(sent: SentKeys) -> Response:
@@ -329,7 +329,7 @@ def _add_help(app: FastAPI, desk: Desk) -> None:
         return JSONResponse({})
 
 
-def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tuple, others: list) -> dict[str, Any]:
+def preview_of(desk: Desk, entry: Entry, big: tuple, small: tuple, others: list) -> dict[str, Any]:
     """Return outlines of the box prior's and the model's mask for two boxes, and their IoU."""
     size = desk.pictures.size(entry)
     picture = desk.pictures.small(entry, PRIOR_SIDE)
@@ -340,11 +340,11 @@ def preview_of(desk: Desk, entry: Entry, lesion_id: str, big: tuple, small: tupl
         return found
     if (features := desk.model.features_soon(entry, WAIT_SECONDS)) is None:
         return found | {"pending": True}
-    answer = desk.model.answer(features, size, f"{entry.image_id}/{lesion_id}", big, small)
+    answer = desk.model.answer(features, size, big, small, others)
     found["model"] = {
         "rings": rings(answer.low_res, answer.step, size, desk.model.level),
         "iou": round(answer.predicted_iou, 3),
         "entropy": round(answer.entropy, 3),
     }
-    found["agreement"] = round(agreement(answer.low_res, desk.model.level, prior), 3)
+    found["agreement"] = round(agreement(answer.alone, desk.model.level, prior), 3)
     return found

@@ -9,17 +9,28 @@ constants below were chosen on development images and generated ones at four loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lesionsam.boxes.geometry import pixels_inside
-from lesionsam.boxes.prior import CORE, SHAPE_TIGHTNESS, SHAPE_WEIGHT, elliptical_radius, is_cut, outline_offset
+from lesionsam.boxes.prior import (
+    CORE,
+    OFFSETS,
+    SHAPE_TIGHTNESS,
+    SHAPE_WEIGHT,
+    elliptical_radius,
+    is_cut,
+    outline_offset,
+)
 
+OUTLINE = "outline"  # metadata of a weights file: offset and tightness, parted by a blank
 EDGE_SHARE = 0.739  # tightness times radius of the colour edge
 FOUND_OFFSET = 0.15  # logits; outlines drawn as generously as those of the development images want .2, exact ones .1
 RADII = np.linspace(0.15, 1.15, 41)
+LIKELY_TIGHTNESS = (0.85, 1.8)  # of boxes that are 0 to 100 % too large; at 80 % 1.5
+FEW_BOXES = 20
 LEAST_COLOUR = 0.2  # greatest colour score of an image below which it is taken for one without colours
 
 
@@ -30,10 +41,12 @@ class Outline:
     Attributes:
         offset: logits added inside the big box.
         tightness: factor of the radius in the shape term; 1 for big boxes that are 15 % too large, more for looser.
+        num_boxes: that it was found from; 0 for one that was not.
     """
 
     offset: float = 0.0
     tightness: float = 1.0
+    num_boxes: int = field(default=0, compare=False)
 
     def shift(self, prior: np.ndarray, big_box: np.ndarray) -> np.ndarray:
         """Return a prior (H, W), logits, corrected inside its big box (4,) XYXY."""
@@ -42,6 +55,34 @@ class Outline:
             big_box, prior.shape
         )
         return np.where(inside, prior + shift, prior).astype(np.float32)
+
+    def doubts(self) -> list[str]:
+        """Return what makes a correction that was found unlikely, one line each."""
+        lines = []
+        if not OFFSETS[0] < self.offset < OFFSETS[-1]:
+            lines.append(
+                f"outline offset {self.offset:+.2f} is at the end of its range; is method.target.looseness right? "
+                "auto finds it by colour"
+            )
+        if not LIKELY_TIGHTNESS[0] < self.tightness < LIKELY_TIGHTNESS[1]:
+            size = "smaller than the lesions" if self.tightness < 1 else "more than twice as long as the lesions"
+            lines.append(f"by their colours the big boxes are {size}; look at them: lesionsam data check")
+        if 0 < self.num_boxes < FEW_BOXES:
+            lines.append(f"outline found from {self.num_boxes} boxes only; from {FEW_BOXES} on it is dependable")
+        return lines
+
+    def to_text(self) -> str:
+        """Return offset and tightness for the metadata of a weights file."""
+        return f"{self.offset:g} {self.tightness:g}"
+
+    @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str]) -> Outline:
+        """Return the outline that a weights file was trained with, or the one for boxes 15 % too large."""
+        try:
+            offset, tightness = map(float, metadata[OUTLINE].split())
+        except (KeyError, ValueError):  # pretrained weights, or none of this project's
+            return cls(FOUND_OFFSET)
+        return cls(offset, tightness)
 
     def __str__(self) -> str:
         """Return what a person reads of it."""
@@ -65,7 +106,7 @@ def find_outline(
         sizes: (height, width) of the part of each prior that is image; the whole prior if None.
     """
     if looseness is not None:
-        return Outline(outline_offset(priors, big_boxes, looseness, sizes))
+        return Outline(outline_offset(priors, big_boxes, looseness, sizes), num_boxes=len(big_boxes))
     edges = []
     for k, (prior, big, small) in enumerate(zip(priors, big_boxes, small_boxes, strict=True)):
         if not is_cut(big, prior.shape if sizes is None else sizes[k]):
@@ -73,7 +114,7 @@ def find_outline(
     found = [edge for edge in edges if not np.isnan(edge)]
     if not found:
         return Outline(FOUND_OFFSET)
-    return Outline(FOUND_OFFSET, float(np.round(EDGE_SHARE / np.median(found), 3)))
+    return Outline(FOUND_OFFSET, float(np.round(EDGE_SHARE / np.median(found), 3)), num_boxes=len(found))
 
 
 def colour_edge(prior: np.ndarray, big_box: np.ndarray, small_box: np.ndarray) -> float:

@@ -40,11 +40,9 @@ from lesionsam.engine.history import (
 from lesionsam.errors import UserError
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.build import trained_prompts
 from lesionsam.experiment.resume import run_key
-from lesionsam.experiment.run import input_frame, open_data, train
+from lesionsam.experiment.run import input_frame, open_data, train, use_notes
 from lesionsam.models.checkpoint import load_sam, save_sam
-from lesionsam.prompts import TRAINED_WITH
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.files import write_text_atomic
@@ -219,7 +217,7 @@ def _weights(
         trained.sam,
         target,
         name=config.model.name,
-        metadata={"method": config.method.name, TRAINED_WITH: trained_prompts(config)},
+        metadata={"method": config.method.name, **use_notes(config, trained)},
     )
     write_text_atomic(key_path, key)
     for each in folder.glob("scratch-*"):

@@ -19,7 +19,6 @@ from lesionsam.errors import UserError
 from lesionsam.evaluation.columns import LEAKING
 from lesionsam.inference.decode import DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages
-from lesionsam.inference.lesion import LesionSearch
 from lesionsam.inference.prediction import DecodedMask, LesionPrompt
 from lesionsam.models.sam import Sam
 from lesionsam.models.transforms import upscale
@@ -38,6 +37,7 @@ class Case:
     Attributes:
         truth: (H, W) bool, or None. valid: (H, W) bool, False inside other lesions' big boxes, or None for all True.
         outline: of the truth, or None. big, small: rows and columns of the pixels whose centres lie in the boxes.
+        others: (M, 4) XYXY, big boxes of the image's other lesions.
     """
 
     sample: Sample
@@ -47,6 +47,7 @@ class Case:
     outline: metrics.Outline | None
     big: tuple[slice, slice]
     small: tuple[slice, slice]
+    others: np.ndarray
 
 
 def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sample]) -> Case:
@@ -69,7 +70,9 @@ def build_case(sample: Sample, mask: np.ndarray | None, siblings: Sequence[Sampl
         elif mask is not None:
             truth = np.zeros(shape, bool)
             truth[big] = mask[big]
-    return Case(sample, shape, truth, valid, None if truth is None else metrics.Outline.of(truth), big, small)
+    outline = None if truth is None else metrics.Outline.of(truth)
+    others = np.array([other.big_box for other in siblings], float).reshape(-1, 4)
+    return Case(sample, shape, truth, valid, outline, big, small, others)
 
 
 def measure(logits: np.ndarray, case: Case, tolerance: float) -> dict[str, float]:
@@ -111,7 +114,7 @@ def predict_cases(
     batch_size: int,
     num_points: int,
     device: torch.device | str,
-    search: LesionSearch | None = None,
+    decoding: DecodeOptions | None = None,
     title: str = "evaluating",
 ) -> Iterator[tuple[Case, dict[Request, DecodedMask]]]:
     """Encode each image once and decode every request for each of its lesions.
@@ -120,7 +123,7 @@ def predict_cases(
         requests: prompt sources of `prompts.KINDS`, `none`, `zoom` or `tight` (left out for lesions without a true
             mask), with jitter.
         batch_size: images per encoder pass and lesions per decoder pass.
-        search: of the request `none`; all lesions of an image get its one mask.
+        decoding: what the weights say of it, see `DecodeOptions.of_metadata`; its kind, points and seed are not read.
     Yields:
         (case, {request: mask}), image by image.
     """
@@ -140,7 +143,7 @@ def predict_cases(
             for low in range(0, len(cases), batch_size):
                 part = slice(low, low + batch_size)
                 masks = _decode_requests(
-                    sam, encoded, cases[part], rows[part], requests, seed=seed, num_points=num_points, search=search
+                    sam, encoded, cases[part], rows[part], requests, seed=seed, num_points=num_points, decoding=decoding
                 )
                 yield from zip(cases[part], masks, strict=True)
     finally:
@@ -156,7 +159,7 @@ def _decode_requests(
     *,
     seed: int,
     num_points: int,
-    search: LesionSearch | None,
+    decoding: DecodeOptions | None,
 ) -> list[dict[Request, DecodedMask]]:
     """Decode every request for some cases; rows: the image of each case."""
     masks: list[dict[Request, DecodedMask]] = [{} for _ in cases]
@@ -164,7 +167,7 @@ def _decode_requests(
         prompts = {
             k: prompt for k, case in enumerate(cases) if (prompt := _prompt(case, kind, share, seed)) is not None
         }
-        options = DecodeOptions(kind, num_points, seed, search=search or LesionSearch())
+        options = replace(decoding or DecodeOptions(), kind=kind, num_points=num_points, seed=seed)
         keys = [_key(cases[k].sample) for k in prompts]
         decoded = decode_lesions(sam, images, list(prompts.values()), [rows[k] for k in prompts], keys, options)
         for k, mask in zip(prompts, decoded, strict=True):
@@ -181,7 +184,7 @@ def _prompt(case: Case, kind: str, share: float, seed: int) -> LesionPrompt | No
     if kind == LEAKING:
         tight = metrics.bounding_box(case.truth) if case.truth is not None else None
         return None if tight is None else LesionPrompt(tight, small)
-    return LesionPrompt(big, small)
+    return LesionPrompt(big, small, others=case.others)
 
 
 def load_checked(sample: Sample, load_image: LoadImage) -> np.ndarray:

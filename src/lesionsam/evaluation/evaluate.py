@@ -14,7 +14,7 @@ import torch
 from lesionsam import metrics
 from lesionsam.evaluation.cases import Case, LoadImage, LoadMask, Request, measure, predict_cases, upscaled
 from lesionsam.evaluation.columns import JITTER_COLUMNS, LEAKING, ROW_COLUMNS, Evaluation, calibration_frame, long_frame
-from lesionsam.inference.lesion import LesionSearch
+from lesionsam.inference.decode import DecodeOptions
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import NONE, ZOOM
 from lesionsam.types import Sample
@@ -35,7 +35,7 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     boundary_tolerance: float = metrics.BOUNDARY_TOLERANCE,
     jitter: Sequence[float] = (),
-    search: LesionSearch | None = None,
+    decoding: DecodeOptions | None = None,
     model: str = "model",
     run: str = "0",
 ) -> Evaluation:
@@ -46,7 +46,7 @@ def evaluate_model(
         prompts: prompt sources, each a row per lesion. seed: of drawn prompts and jitter; draws depend on seed, lesion
             and prompt alone, so that every model gets the same prompts.
         boundary_tolerance: of boundary F1, share of the diagonal. jitter: shares of the jitter curve (needs masks).
-        search: how the prompt source `none` finds the lesion. model, run: names in the tables.
+        decoding: what the weights say of their use, see `DecodeOptions.of_metadata`. model, run: names in the tables.
     """
     wanted = [(prompt, 0.0) for prompt in prompts]
     jittered = (
@@ -66,7 +66,7 @@ def evaluate_model(
         batch_size=batch_size,
         num_points=num_points,
         device=device,
-        search=search,
+        decoding=decoding,
         title=f"evaluating {model}",
     ):
         own: list[dict[str, object]] = []

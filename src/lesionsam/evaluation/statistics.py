@@ -224,7 +224,7 @@ def _cell(row: pd.Series, value: str) -> str:
     if value == "difference":
         text = format_interval(row["difference"], row["difference_low"], row["difference_high"], sign=True)
         return f"{text} {format_p(row['p'])}" if text else ""
-    return "" if pd.isna(row[value]) else f"{row[value]:.3f}"
+    return "" if pd.isna(row[value]) else f"{row[value]:.{1 if value == 'hd95' else 3}f}"
 
 
 def format_p(p: float) -> str:

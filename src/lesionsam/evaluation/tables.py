@@ -12,7 +12,7 @@ import pandas as pd
 
 from lesionsam.evaluation import statistics
 from lesionsam.evaluation.columns import ELLIPSE, LEAKING, PRIOR, PRIOR_OFFSET, Evaluation
-from lesionsam.prompts import NONE, ZOOM
+from lesionsam.prompts import BOTH, NONE, ZOOM
 from lesionsam.utils.files import write_json_atomic, write_text_atomic
 
 ZERO_SHOT, ADAPTED = "zero-shot", "adapted"
@@ -36,6 +36,8 @@ NOTES = {
     NONE: "none: no prompt; one lesion per image, of all candidates the one that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
     ZOOM: "zoom: the big box, its surroundings enlarged to the model's whole frame, as lesionsam predict --zoom does.",
+    BOTH: "box+core: both boxes, the mask of the enlarged big box fused with the box prior, as lesionsam predict "
+    "--prompt box+core does.",
     LEAKING: "tight: the bounding box of the true mask as prompt; it leaks the label.",
     ELLIPSE: "ellipse, box prior: no network, given the same boxes (the ellipse needs the big one only).",
 }
@@ -134,8 +136,8 @@ def against_baselines(rows: pd.DataFrame, *, num_bootstrap: int, confidence: flo
     """Compare the adapted model with a box in its prompt to each baseline on the same boxes, paired over images."""
     out = []
     for baseline in BASELINES:
-        second = rows[(rows["model"] == baseline) & (rows["prompt"] == "box+core")]
-        for prompt in ("box", "box+core"):
+        second = rows[(rows["model"] == baseline) & (rows["prompt"] == BOTH)]
+        for prompt in ("box", BOTH):
             first = rows[(rows["model"] == ADAPTED) & (rows["prompt"] == prompt)]
             if len(first) and len(second) and statistics.has_truth(rows):
                 test = statistics.paired(first, second, "iou", num_bootstrap=num_bootstrap, confidence=confidence)
@@ -191,7 +193,7 @@ def grid(cells: Sequence[Sequence[str]]) -> str:
 
 def prompts_in(table: pd.DataFrame) -> list[str]:
     """Return the prompt sources of a table, the poorest first."""
-    order = (NONE, "ring", "centre", "box", ZOOM, "box+core", LEAKING)
+    order = (NONE, "ring", "centre", "box", ZOOM, BOTH, LEAKING)
     found = [str(prompt) for prompt in table["prompt"].drop_duplicates()]
     return sorted(found, key=lambda prompt: order.index(prompt) if prompt in order else len(order))
 
@@ -208,6 +210,8 @@ def sections(table: pd.DataFrame, reference: str = ZERO_SHOT) -> list[tuple[str,
         wanted = [
             ("Mean IoU over images, with interval", "miou"),
             (f"Paired difference of IoU to {reference}, with interval and Wilcoxon p", "difference"),
+            ("Mean Dice", "dice"),
+            ("95 % Hausdorff distance, pixels, mean (a missed lesion counts as the image's diagonal)", "hd95"),
             (f"Failure rate (share of images with IoU < {statistics.metrics.FAILURE})", "failure_rate"),
         ]
     else:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lesionsam.config.load import Config, load_config
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
-from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
+from lesionsam.inference.decode import DecodeOptions
 from lesionsam.models.checkpoint import weights_metadata
-
-if TYPE_CHECKING:  # it needs pandas, and `lesionsam predict` does not
-    pass
 
 
 def auto_options(config: Config) -> AutoMaskOptions:
@@ -26,6 +22,6 @@ def read_auto_options(params: Path | None) -> AutoMaskOptions:
     return auto_options(load_config(params, check_files=False))
 
 
-def lesion_search(config: Config, weights: Path) -> LesionSearch:
-    """Return how a model finds the lesion without a prompt; weights that were trained so decode without one as well."""
-    return LesionSearch(trained_without_prompt(weights_metadata(weights)), auto_options(config))
+def decoding(config: Config, weights: Path) -> DecodeOptions:
+    """Return how a weights file is used, by its metadata and the settings of params.yaml."""
+    return DecodeOptions.of_metadata(weights_metadata(weights), auto_options(config))

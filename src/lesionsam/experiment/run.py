@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lesionsam.boxes.outline import Outline
+from lesionsam.boxes.outline import OUTLINE, Outline
 from lesionsam.config.load import Config
 from lesionsam.config.schema import FolderData
 from lesionsam.config.schema_method import SupervisedMethod
@@ -22,7 +22,14 @@ from lesionsam.data.loader import Loader
 from lesionsam.errors import UserError
 from lesionsam.evaluation.selection import quick_evaluate
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
-from lesionsam.experiment.build import build_method, learning_groups, num_steps, prepare_sam, training_settings
+from lesionsam.experiment.build import (
+    build_method,
+    learning_groups,
+    num_steps,
+    prepare_sam,
+    trained_prompts,
+    training_settings,
+)
 from lesionsam.experiment.caches import open_caches
 from lesionsam.experiment.resources import memory_limit
 from lesionsam.methods.base import Method
@@ -30,6 +37,7 @@ from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam, sam_of
 from lesionsam.models.trainable import trained_counts
 from lesionsam.parallel.collectives import is_main, rank, world_size
+from lesionsam.prompts import TRAINED_WITH
 from lesionsam.training.loop import OBJECTIVE, Evaluate, fit
 from lesionsam.training.progress import Log
 from lesionsam.training.state import Progress, check_disk, load_best
@@ -65,6 +73,12 @@ class Trained:
     progress: Progress
     outline: Outline | None
     trained: int
+
+
+def use_notes(config: Config, trained: Trained) -> dict[str, str]:
+    """Return the metadata that tell predictions how weights were trained, see `DecodeOptions.of_metadata`."""
+    notes = {TRAINED_WITH: trained_prompts(config)}
+    return notes if trained.outline is None else notes | {OUTLINE: trained.outline.to_text()}
 
 
 def input_frame(config: Config, weights: Path) -> Frame:
@@ -142,6 +156,8 @@ def train(
         + f") on {len(data.train)} lesions"
         + ("" if outline is None else f", {outline}")
     )
+    for doubt in [] if outline is None else outline.doubts():
+        say(f"note: {doubt}")
     if note := slow_precision(config.train.precision, device):
         say(f"note: {note}")
     log({"parameters": num_all, "parameters_trained": num_trained}, 0)

@@ -102,10 +102,10 @@ def check_options(
         raise UserError(
             f"--ensemble: expected 1 (none) or more, with --boxes only, got {ensemble} with --{source.kind}"
         )
-    if zoom and (source.kind != "boxes" or source.prompt != "box" or ensemble > 1):
+    if zoom and (source.kind != "boxes" or source.prompt != "box"):
         raise UserError(
-            "--zoom: enlarges the surroundings of a big box, so it goes with --boxes, --prompt box and no "
-            "--ensemble; --auto zooms by itself"
+            "--zoom: enlarges the surroundings of a big box, so it goes with --boxes and --prompt box; --prompt "
+            "box+core and --auto zoom by themselves"
         )
     if batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")

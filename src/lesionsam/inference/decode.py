@@ -10,16 +10,20 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import jitter_boxes, to_model_frame
+from lesionsam.boxes.outline import FOUND_OFFSET, Outline
+from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
+from lesionsam.inference.fusion import fuse
 from lesionsam.inference.image import EncodedImages
-from lesionsam.inference.lesion import LesionSearch, find_lesions
+from lesionsam.inference.lesion import LesionSearch, find_lesions, trained_without_prompt
 from lesionsam.inference.prediction import DecodedMask, LesionPrompt
 from lesionsam.inference.zoom import decode_zoomed
 from lesionsam.metrics import batch_iou
 from lesionsam.models.sam import Sam, decode
-from lesionsam.prompts import NONE, POINTS, ZOOM, seeded_prompts
+from lesionsam.prompts import BOTH, NONE, POINTS, ZOOM, seeded_prompts
 from lesionsam.types import Frame, Prompts
 
 SEED, NUM_POINTS = 0, 10  # of drawn prompts; as in the evaluation's defaults
+SELF_ENCODED = (ZOOM, BOTH)  # kinds that encode an enlarged crop of each lesion instead of the whole image
 ENSEMBLE_SHARE = 0.1  # boxes of an ensemble's members: sides and centre change by up to this share of the side
 
 
@@ -31,14 +35,21 @@ class DecodeOptions:
         kind: `points`; `none`; or made from boxes: one of `prompts.KINDS`, `tight` or `zoom`.
         num_points: of the kind `ring`. seed: of drawn points.
         num_members: decodings per lesion with boxes, all but the first with jittered boxes.
-        search: of the kind `none`.
+        search: of the kind `none`. outline: of the kind `box+core`, the correction of its box prior.
     """
 
-    kind: str
+    kind: str = "box"
     num_points: int = NUM_POINTS
     seed: int = SEED
     num_members: int = 1
     search: LesionSearch = field(default_factory=LesionSearch)
+    outline: Outline = field(default_factory=lambda: Outline(FOUND_OFFSET))
+
+    @classmethod
+    def of_metadata(cls, metadata: dict[str, str], auto: AutoMaskOptions = AUTO_DEFAULTS) -> DecodeOptions:
+        """Return what the metadata of a weights file say of how it is used; auto: settings of the automatic masks."""
+        search = LesionSearch(trained_without_prompt(metadata), auto)
+        return cls(search=search, outline=Outline.of_metadata(metadata))
 
 
 @torch.inference_mode()
@@ -53,7 +64,7 @@ def decode_lesions(
     """Decode the prompts of N lesions, all of one kind.
 
     Args:
-        images: with features, unless the kind is `zoom`, which encodes each lesion itself.
+        images: with features, unless the kind is one of `SELF_ENCODED`.
         rows: N, the image of each lesion. With the kind `none` all lesions of an image get its one mask.
         keys: N "image_id/lesion_id"; points and jitter depend on them alone, whatever the batch.
     Returns:
@@ -69,11 +80,6 @@ def decode_lesions(
         return [by_image[row] for row in rows]
     if options.kind == POINTS:
         return _decode_points(sam, images, prompts, rows)
-    if options.kind == ZOOM:
-        part = images[list(rows)]
-        boxes = _framed([_boxes(prompt)[0] for prompt in prompts], part.shapes, images.frame)
-        logits, predicted = decode_zoomed(sam, part.frames, part.input_sizes, boxes)
-        return [DecodedMask(one, iou) for one, iou in zip(logits, predicted.tolist(), strict=True)]
     return _decode_boxes(sam, images, prompts, rows, keys, options)
 
 
@@ -86,7 +92,7 @@ def _decode_boxes(
     options: DecodeOptions,
 ) -> list[DecodedMask]:
     """Decode prompts made from boxes; of an ensemble the mean over its members."""
-    features, shapes = images.known_features, [images.shapes[row] for row in rows]
+    shapes = [images.shapes[row] for row in rows]
     total, predicted, signs = None, torch.zeros(len(prompts)), []
     drawn: Prompts | None = None
     for member in range(options.num_members):
@@ -96,13 +102,23 @@ def _decode_boxes(
                 jitter_boxes(*pair, shape, share=ENSEMBLE_SHARE, key=f"{options.seed}|ensemble|{member}|{key}")
                 for pair, shape, key in zip(boxes, shapes, keys, strict=True)
             ]
-        big, small = (_tensor(_framed([pair[k] for pair in boxes], shapes, images.frame)) for k in (0, 1))
-        made = seeded_prompts(options.kind, big, small, keys, num_points=options.num_points, seed=options.seed)
-        drawn = drawn or made
-        low_res, iou = decode(sam, features, made.to(features.device), rows=rows)
-        logits = low_res[:, 0].float()
+        big, small = (_framed([pair[k] for pair in boxes], shapes, images.frame) for k in (0, 1))
+        if options.kind in SELF_ENCODED:
+            others = [
+                to_model_frame(prompt.others, shape[1], shape[0], images.frame)
+                for prompt, shape in zip(prompts, shapes, strict=True)
+            ]
+            logits, iou = _decode_enlarged(sam, images[list(rows)], big, small, others, options)
+        else:
+            features = images.known_features
+            made = seeded_prompts(
+                options.kind, _tensor(big), _tensor(small), keys, num_points=options.num_points, seed=options.seed
+            )
+            drawn = drawn or made
+            low_res, iou = decode(sam, features, made.to(features.device), rows=rows)
+            logits, iou = low_res[:, 0].float(), iou[:, 0].float()
         total = logits if total is None else total + logits
-        predicted += iou[:, 0].float().cpu()
+        predicted += iou.cpu()
         signs.append(logits > 0)
     if total is None:
         raise ValueError(f"num_members: expected at least 1, got {options.num_members}")
@@ -118,6 +134,32 @@ def _decode_boxes(
         quality = float(predicted[k]) / options.num_members
         decoded.append(DecodedMask(mean[k], quality, float(agreement[k]), own, labels))
     return decoded
+
+
+def _decode_enlarged(
+    sam: Sam,
+    images: EncodedImages,
+    big: np.ndarray,
+    small: np.ndarray,
+    others: Sequence[np.ndarray],
+    options: DecodeOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode the big boxes of N lesions on enlarged crops; of the kind `box+core`, fuse each mask with its box prior.
+
+    Args:
+        images: N, one for each lesion. big, small: (N, 4) XYXY; others: N of (M, 4); model frame.
+    Returns:
+        (N, T, T) float32 logits; (N,) predicted IoU.
+    """
+    logits, predicted = decode_zoomed(sam, images.frames, images.input_sizes, big)
+    if options.kind == BOTH:
+        logits = torch.stack(
+            [
+                fuse(one, images.frames[k], images.input_sizes[k], big[k], small[k], others[k], options.outline)
+                for k, one in enumerate(logits)
+            ]
+        )
+    return logits, predicted
 
 
 def _decode_points(

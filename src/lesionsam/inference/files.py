@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from lesionsam.inference.arguments import Source, check_options, find_images
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
 from lesionsam.inference.decode import DecodeOptions
 from lesionsam.inference.jobs import plan
-from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
 from lesionsam.inference.outputs import PredictionFolder, make_folder
 from lesionsam.inference.run import PredictOptions, PredictRun, print_marked, print_problems
 from lesionsam.inference.shards import Shard, predict_shard, refuse_shards
@@ -76,8 +76,8 @@ def predict_files(
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
     sam = load_sam(None, model)
-    search = LesionSearch(trained_without_prompt(weights_metadata(model)), options)
-    decoding = DecodeOptions(ZOOM if zoom else source.decoded_as, num_members=ensemble, search=search)
+    decoding = DecodeOptions.of_metadata(weights_metadata(model), options)
+    decoding = replace(decoding, kind=ZOOM if zoom else source.decoded_as, num_members=ensemble)
     how = PredictOptions(
         weights_sha256(model), source, threshold, decoding, batch_size, device, overlays, shapes, mm_per_pixel
     )

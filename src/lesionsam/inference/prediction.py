@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,15 +31,29 @@ class LesionPrompt:
     Attributes:
         big_box, small_box: (4,) float64 XYXY; small_box is big_box itself where the prompt does not use it.
         points: (N, 2) float64 XY. labels: (N,) int64, 1 lesion, 0 background.
+        others: (M, 4) big boxes of the image's other lesions, whose colours the box prior leaves out.
     """
 
     big_box: np.ndarray | None = None
     small_box: np.ndarray | None = None
     points: np.ndarray | None = None
     labels: np.ndarray | None = None
+    others: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
 
 
 NO_PROMPT = LesionPrompt()
+
+
+def with_others(prompts: Sequence[LesionPrompt]) -> list[LesionPrompt]:
+    """Tell each prompt of one image the other lesions' big boxes."""
+    boxes = [prompt.big_box for prompt in prompts]
+    return [
+        replace(
+            prompt,
+            others=np.array([box for n, box in enumerate(boxes) if n != k and box is not None], float).reshape(-1, 4),
+        )
+        for k, prompt in enumerate(prompts)
+    ]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ import torch
 from lesionsam.errors import UserError
 from lesionsam.inference.arguments import Source, check_options, check_threshold, find_images, needs_small
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions, predict_everything
-from lesionsam.inference.decode import DecodeOptions, decode_lesions
+from lesionsam.inference.decode import SELF_ENCODED, DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages, FeatureCache, check_rgb
 from lesionsam.inference.inputs import Lesion
 from lesionsam.inference.jobs import ONE, plan
-from lesionsam.inference.lesion import LesionSearch, trained_without_prompt
-from lesionsam.inference.prediction import LesionPrompt, Prediction, to_prediction
+from lesionsam.inference.prediction import LesionPrompt, Prediction, to_prediction, with_others
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
@@ -54,13 +54,11 @@ class Predictor:
         auto: AutoMaskOptions = AUTO_DEFAULTS,
     ) -> None:
         check_threshold(threshold)
-        self.search = LesionSearch(auto=auto)
+        metadata = {}
         if isinstance(model, str | Path):
             path = find_weights(Path(model))
-            model, self.search = (
-                load_sam(None, path),
-                LesionSearch(trained_without_prompt(weights_metadata(path)), auto),
-            )
+            model, metadata = load_sam(None, path), weights_metadata(path)
+        self.decoding = DecodeOptions.of_metadata(metadata, auto)
         self.cache = FeatureCache(model, device, num_cached)
         self.sam, self.device, self.threshold = self.cache.sam, self.cache.device, threshold
 
@@ -105,7 +103,7 @@ class Predictor:
             prompt=prompt,
         )
         check_options(source, threshold=self.threshold, ensemble=ensemble, zoom=zoom)
-        options = DecodeOptions(ZOOM if zoom else source.decoded_as, num_members=ensemble, search=self.search)
+        options = replace(self.decoding, kind=ZOOM if zoom else source.decoded_as, num_members=ensemble)
         for name, given, owner in (("cores", cores, "boxes"), ("labels", labels, "points")):
             if given is not None and (source.kind != owner or source.path is not None):
                 raise UserError(f"{name}: go with {owner} that are numbers; got {source.path or source.kind}")
@@ -163,14 +161,14 @@ class Predictor:
     ) -> list[Prediction]:
         """Predict the masks of one image; errors begin with `place`."""
         if source.kind == "everything":
-            return list(predict_everything(self.sam, image, self.search.auto, image_id, device=self.device))
+            return list(predict_everything(self.sam, image, self.decoding.search.auto, image_id, device=self.device))
         if source.kind == "auto":
             lesions = lesions or [Lesion(ONE, image_id)]
         try:
-            prompts = [lesion.prompt(image.shape[1], image.shape[0], source) for lesion in lesions]
+            prompts = with_others([lesion.prompt(image.shape[1], image.shape[0], source) for lesion in lesions])
         except ValueError as error:
             raise UserError(f"{place}: {error}") from None
-        if options.kind == ZOOM:
+        if options.kind in SELF_ENCODED:
             images = EncodedImages.of([image], self.sam.frame)
         else:
             images = self.cache.encode(image)

@@ -19,20 +19,20 @@ from lesionsam.boxes.marks import WITHOUT_BOXES
 from lesionsam.errors import UserError
 from lesionsam.inference.arguments import Source
 from lesionsam.inference.auto import predict_everything
-from lesionsam.inference.decode import DecodeOptions, decode_lesions
+from lesionsam.inference.decode import SELF_ENCODED, DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages
 from lesionsam.inference.inputs import Lesion
 from lesionsam.inference.jobs import Job, file_stem
 from lesionsam.inference.outputs import PredictionFolder
-from lesionsam.inference.prediction import LesionPrompt, to_prediction
+from lesionsam.inference.prediction import LesionPrompt, to_prediction, with_others
 from lesionsam.inference.scale import pixel_size_mm
 from lesionsam.models.sam import Sam
-from lesionsam.prompts import ZOOM
+from lesionsam.prompts import BOTH
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.images import image_size, read_image
 from lesionsam.utils.progress import progress
 
-VERSION = 7  # of the values that a row's key covers
+VERSION = 8  # of the values that a row's key covers
 SAVE_SECONDS = 5.0  # between two writes of the table
 SHOWN_IDS = 3  # names that a note lists
 READERS = 2  # threads that decode images while the model runs
@@ -77,16 +77,25 @@ class PredictOptions:
             "mm per pixel": self.mm_per_pixel,
         }
 
-    def key(self, image_sha256: str, lesion: Lesion | None, pixel_size: tuple[float, float] | None = None) -> str:
+    def key(
+        self,
+        image_sha256: str,
+        lesion: Lesion | None,
+        siblings: Sequence[Lesion] = (),
+        pixel_size: tuple[float, float] | None = None,
+    ) -> str:
         """Return a hash of everything that a row of the table depends on.
 
         Args:
-            lesion: None stands for all masks of an image. pixel_size: height and width [mm], if known.
+            lesion: of the row; None stands for all masks of an image. siblings: all lesions of the image, with it.
+            pixel_size: height and width [mm], if known.
         """
         source, decoding = self.source, self.decoding
         parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
         if source.kind == "boxes":
             parts += [decoding.kind, decoding.seed, decoding.num_points, decoding.num_members]
+            if decoding.kind == BOTH:
+                parts += [decoding.outline, [sorted(row.items()) for one in siblings for _, row in one.rows]]
         elif source.kind == "auto":
             parts += [decoding.search]
         elif source.kind == "everything":
@@ -290,8 +299,8 @@ class PredictRun:
             )
         digest, source = sha256_file(job.path), self.options.source
         size = pixel_size_mm(job.path, self.options.mm_per_pixel)
-        key = self.options.key(digest, None, size)
-        keys = [(lesion, self.options.key(digest, lesion, size)) for lesion in job.lesions]
+        key = self.options.key(digest, None, pixel_size=size)
+        keys = [(lesion, self.options.key(digest, lesion, job.lesions, size)) for lesion in job.lesions]
         missing = [(lesion, own) for lesion, own in keys if not self._is_there((job.image_id, lesion.lesion_id), own)]
         rows = self._rows_of(job)
         if not is_kept and (not missing if job.lesions else rows and all(self._is_there(row, key) for row in rows)):
@@ -301,13 +310,17 @@ class PredictRun:
             framed = EncodedImages.of([image], self.frame)
         except UserError as error:
             raise UserError(f"{job.path}: {error}") from None
-        targets, faults, to_make = [], [], {lesion.lesion_id for lesion, _ in missing}
+        checked, faults, to_make = [], [], {lesion.lesion_id for lesion, _ in missing}
         for lesion, own in keys:
             try:
-                prompt = lesion.prompt(image.shape[1], image.shape[0], source)
-                targets.append(Target(lesion, own, prompt, lesion.lesion_id not in to_make))
+                checked.append((lesion, own, lesion.prompt(image.shape[1], image.shape[0], source)))
             except ValueError as error:
                 faults.append(f"{source.path}: {error}")
+        prompts = with_others([prompt for _, _, prompt in checked])
+        targets = [
+            Target(lesion, own, prompt, lesion.lesion_id not in to_make)
+            for (lesion, own, _), prompt in zip(checked, prompts, strict=True)
+        ]
         job = replace(job, lesions=tuple(lesion for lesion, _ in missing))
         return Prepared(job, image, framed, key, targets, faults, size)
 
@@ -340,7 +353,7 @@ class PredictRun:
                 self._write_all(prepared)
         else:
             images = EncodedImages.cat([prepared.framed for prepared in batch])
-            if self.options.decoding.kind != ZOOM:  # which encodes each lesion itself
+            if self.options.decoding.kind not in SELF_ENCODED:
                 images = images.encoded(self.sam)
             targets = [(k, target) for k, prepared in enumerate(batch) for target in prepared.targets]
             for low in range(0, len(targets), self.options.batch_size):

@@ -22,7 +22,7 @@ from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.kept import cache_key, open_evaluation, save_evaluation
 from lesionsam.evaluation.pictures import write_pictures
 from lesionsam.evaluation.plots import write_plots
-from lesionsam.experiment.auto import lesion_search
+from lesionsam.experiment.auto import decoding
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.pipeline.paths import ADAPTED, BOXES, INDEX, RESULTS, SCRATCH, pretrained_weights
 from lesionsam.prompts import NONE
@@ -80,12 +80,12 @@ def _evaluate(config: Config) -> pd.DataFrame:
         baselines, outline = evaluate_baselines(
             samples, load_image, masks, looseness=_looseness(config), boundary_tolerance=e.boundary_tolerance
         )
-        zero_shot = measured(unadapted, model=results.ZERO_SHOT, search=lesion_search(config, pretrained))
+        zero_shot = measured(unadapted, model=results.ZERO_SHOT, decoding=decoding(config, pretrained))
         known = concat([zero_shot, baselines]), {f"outline_{name}": value for name, value in vars(outline).items()}
         save_evaluation(place, *known)
     before, extra = known
     adapted = load_sam(config.model.name, BEST, image_size=config.model.image_size)
-    after = measured(adapted, model=results.ADAPTED, search=lesion_search(config, BEST))
+    after = measured(adapted, model=results.ADAPTED, decoding=decoding(config, BEST))
 
     everything = results.arranged(concat([before, after]))
     table, numbers = results.write_results(

@@ -11,20 +11,28 @@ from pathlib import Path
 from lesionsam.boxes.table import read_boxes
 from lesionsam.config.load import Config, config_digest
 from lesionsam.data.index import read_index
-from lesionsam.experiment.build import strategy_of, trained_prompts
+from lesionsam.experiment.build import strategy_of
 from lesionsam.experiment.history import History
 from lesionsam.experiment.launch import check_agreement, is_joining, joined, launch, num_processes
 from lesionsam.experiment.pictures import draw_epoch
 from lesionsam.experiment.resources import cost
 from lesionsam.experiment.resume import begin, finish, origin_of, run_key, training_digest
-from lesionsam.experiment.run import SELECTION_SEED, Data, Trained, input_frame, open_data, selection_key, train
+from lesionsam.experiment.run import (
+    SELECTION_SEED,
+    Data,
+    Trained,
+    input_frame,
+    open_data,
+    selection_key,
+    train,
+    use_notes,
+)
 from lesionsam.experiment.tracked import grouped, open_training
 from lesionsam.models.checkpoint import ORIGIN, read_weights, save_sam, weights_metadata
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.parallel.collectives import barrier, is_main, world_size
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
-from lesionsam.prompts import TRAINED_WITH
 from lesionsam.tracking.lineage import lineage_tags, repository_root
 from lesionsam.tracking.naming import reproduction
 from lesionsam.tracking.tensorboard import Board
@@ -172,7 +180,7 @@ def _write_outputs(out: Path, folder: Path, config: Config, trained: Trained, we
     `tuned.safetensors` is the small file of what was trained, beside `weights`, where the encoder's own were not.
     """
     notes = {"method": config.method.name, "best_epoch": str(trained.progress.best_epoch)}
-    notes[TRAINED_WITH] = trained_prompts(config)
+    notes |= use_notes(config, trained)
     notes |= {key: value for key, value in weights_metadata(weights).items() if key in ORIGIN}
     save_sam(trained.sam, out / "best.safetensors", name=config.model.name, metadata=notes)
     if (strategy := strategy_of(config)).encoder != "blocks":
