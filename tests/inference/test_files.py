@@ -102,7 +102,8 @@ def test_every_lesion_gets_mask_overlay_and_row(case: Path, capsys: pytest.Captu
         "polygons",
         "predictions.csv",
     ]
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr().err  # on a slow machine also the progress
+    assert not [line for line in told.splitlines() if not line.startswith("predicting: ")]
     predictor = ImagePredictor(tiny_sam())
     for (image_id, lesion_id), row in table(case).items():
         image = np.asarray(Image.open(case / "images" / f"{image_id}.png"))

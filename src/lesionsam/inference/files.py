@@ -102,7 +102,8 @@ def _predict_all(paths: Sequence[Path], problems: list[str], sam: Sam, out: Path
         finally:
             run.save()
         folder.save_coco({job.image_id: job.path.name for job in jobs})
-        write_sheet(out, lambda: iter(folder.rows.values()))
+        if how.overlays:
+            write_sheet(out, lambda: iter(folder.rows.values()))
     run.counts.faults += len(problems)
     print(run.counts.summary(out))
     return 1 if run.counts.faults else 0

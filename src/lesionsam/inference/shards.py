@@ -258,7 +258,8 @@ def merge_shards(out: Path) -> int:
                 with atomic_write(out / COCO, "w") as file:
                     write_coco(file, out, merged.rows)
             write_table(out / TABLE, (row for row, _ in merged.rows()))
-            write_sheet(out, lambda: (row for row, _ in merged.rows()))
+            if states[0]["settings"]["overlays"]:
+                write_sheet(out, lambda: (row for row, _ in merged.rows()))
         (out / SHARDS).rename(out / MERGED)
         shutil.rmtree(out / MERGED, ignore_errors=True)
     faults = sum(state["faults"] for state in states)
