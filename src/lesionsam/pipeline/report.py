@@ -22,7 +22,12 @@ def write_report(config: Config) -> None:
     size = build_report(RESULTS, ADAPTED, page, commit=commit)
     build_card(RESULTS, ADAPTED, card, commit=commit)
     if config.tracking.enabled and (ADAPTED / "run.json").is_file():
-        where = {"uri": config.tracking.uri, "experiment": config.tracking.experiment}
-        with Tracker.reopen(ADAPTED, **where, root=repository_root(Path.cwd()), stage="report") as tracker:
+        with Tracker.reopen(
+            ADAPTED,
+            uri=config.tracking.uri,
+            experiment=config.tracking.experiment,
+            root=repository_root(Path.cwd()),
+            stage="report",
+        ) as tracker:
             tracker.log_artifact(REPORT, "report")
     print(f"{page} ({size / 1e6:.1f} MB), {card}")
