@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from lesionsam.config.schema import CocoData, Config, FolderData
 from lesionsam.config.zoo import known
-from lesionsam.utils.processes import experiment_copy
 
 UNREAD = "own"  # path of an input that is not read; the repository has this folder
 
@@ -135,6 +135,15 @@ def file_rules(config: Config, root: Path) -> Iterator[Issue]:
             yield Issue("method.name", f"expected contrastive when {config.inputs.folder} has no masks, got supervised")
         if config.train.select == "objective":
             yield Issue("train.select", f"expected label_free when {config.inputs.folder} has no masks, got objective")
+
+
+def experiment_copy(folder: Path) -> Path | None:
+    """Return the project that `dvc exp run --temp` or `--queue` has copied to the folder; None if it did not.
+
+    The copy holds what git tracks and what DVC's cache has.
+    """
+    root = os.environ.get("DVC_ROOT")
+    return Path(root) if root and folder.resolve().is_relative_to(Path(root).resolve() / ".dvc" / "tmp") else None
 
 
 def left_behind(config: Config, root: Path) -> list[str]:

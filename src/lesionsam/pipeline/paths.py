@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lesionsam.config.rules import experiment_copy
 from lesionsam.errors import UserError
-from lesionsam.utils.processes import experiment_copy
 
 RAW, INDEX, BOXES = Path("data/raw"), Path("data/raw/index.csv"), Path("data/boxes.csv")
 PRETRAINED, ADAPTED = Path("models/pretrained"), Path("models/adapted")

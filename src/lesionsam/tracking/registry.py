@@ -166,10 +166,18 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
 
 def tracking_uri(root: Path) -> str:
     """Return the tracking URI of a repository: `tracking.uri` of its params.yaml, or the SQLite database beside it."""
+    return str(_tracking(root).get("uri") or f"sqlite:///{root / 'mlflow.db'}")
+
+
+def experiment_name(root: Path) -> str:
+    """Return `tracking.experiment` of a repository's params.yaml, or its default."""
+    return str(_tracking(root).get("experiment") or NAME)
+
+
+def _tracking(root: Path) -> Mapping[str, object]:
     params = root / "params.yaml"
     section = read_yaml(params).get("tracking") if params.is_file() else None
-    uri = section.get("uri") if isinstance(section, Mapping) else None
-    return str(uri) if uri else f"sqlite:///{root / 'mlflow.db'}"
+    return section if isinstance(section, Mapping) else {}
 
 
 def _recorded_run(folder: Path, root: Path) -> str:

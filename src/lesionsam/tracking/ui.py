@@ -14,11 +14,10 @@ import urllib.request
 import webbrowser
 from pathlib import Path
 
-from lesionsam.config.load import read_yaml
 from lesionsam.errors import UserError, run_guarded
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.mlflow_upload import ENVIRONMENT
-from lesionsam.tracking.registry import tracking_uri
+from lesionsam.tracking.registry import experiment_name, tracking_uri
 from lesionsam.tracking.spool import spool_root
 from lesionsam.tracking.store import make_store, settle_artifacts, store_problem
 from lesionsam.tracking.tracker import sync
@@ -43,9 +42,7 @@ def show(port: int) -> None:
     for key, value in {**ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}.items():
         os.environ.setdefault(key, value)
     root = repository_root(Path.cwd())
-    uri, params = tracking_uri(root), root / "params.yaml"
-    tracking = read_yaml(params).get("tracking", {}) if params.is_file() else {}
-    experiment = str(tracking.get("experiment", "lesionsam"))
+    uri, experiment = tracking_uri(root), experiment_name(root)
     sync(root)
     if uri.startswith(("http://", "https://")):
         print(runs_page(uri.rstrip("/"), uri, experiment))

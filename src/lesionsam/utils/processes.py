@@ -36,15 +36,6 @@ def stage_lock(stage: str) -> Iterator[None]:
         yield
 
 
-def experiment_copy(folder: Path) -> Path | None:
-    """Return the project that `dvc exp run --temp` or `--queue` has copied to the folder; None if it did not.
-
-    The copy holds what git tracks and what DVC's cache has.
-    """
-    root = os.environ.get("DVC_ROOT")
-    return Path(root) if root and folder.resolve().is_relative_to(Path(root).resolve() / ".dvc" / "tmp") else None
-
-
 def _parent_of(pid: int) -> int | None:
     """Return the number of the parent process; None if the process is gone."""
     try:
