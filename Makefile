@@ -89,8 +89,7 @@ tune: $(READY) ## search for better parameters: make tune TRIALS=20
 	python src/tune.py --trials $(TRIALS)
 
 ui: $(READY) ## runs, curves, pictures and checkpoints in the browser: make ui PORT=5000
-	@python -c 'from pathlib import Path; from lesionsam.tracking.tracker import sync; sync(Path.cwd())'
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 --port $(PORT)
+	@python -m lesionsam.tracking.ui --port $(PORT)
 
 report: $(READY) ## report/index.html from what is there, training only what has changed
 	dvc repro report

@@ -15,11 +15,20 @@ from lesionsam.errors import run_guarded
 DESCRIPTION = """Search the space of params.yaml (sweep.space) for a better objective on the development split.
 
 Trial 0 is params.yaml as it stands. It uses the data, boxes and weights that `dvc repro` prepared. The same command
-again goes on where it was; several may share one storage, on one machine or many. Ctrl-C ends it in good order."""
+again goes on where it was; several may share one storage, on one machine or many. Ctrl-C ends it in good order.
+
+Examples: `python src/tune.py --trials 20`, then `python src/tune.py --apply`."""
 
 
 def tune(
-    trials: Annotated[int, typer.Option(min=1, help="Finished trials the study shall have in all.")] = 20,
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Finished trials the study shall have in all; unset: 20, or with --apply those that it has.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=0, help="No trial starts after so many minutes; 0 = no limit.")] = 0.0,
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine, each with a trial of its own.")] = 1,
     study: Annotated[
@@ -32,7 +41,15 @@ def tune(
         ),
     ] = "",
     apply: Annotated[
-        bool, typer.Option("--apply", help="Write the best values into params.yaml, comments kept.")
+        bool,
+        typer.Option(
+            "--apply",
+            help="Write the best values into params.yaml, comments kept, if they are better on images that no trial "
+            "saw. Without --trials and --timeout no trial runs any more.",
+        ),
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="With --apply: also values that are not shown to be better.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be searched; run and write nothing.")
@@ -49,6 +66,7 @@ def tune(
             study=study,
             storage=storage,
             apply=apply,
+            anyway=anyway,
             dry_run=dry_run,
             params=params,
         )

@@ -44,6 +44,12 @@ def own_tracking_store(tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
 
 
+@pytest.fixture(autouse=True)
+def no_progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test reads on stderr does not depend on how busy the machine is."""
+    monkeypatch.setattr("lesionsam.utils.progress.LINE_SECONDS", 600.0)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root folder."""

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 
 from lesionsam.parallel.collectives import rank_any
 from lesionsam.parallel.draws import Draws, rand
-from lesionsam.types import Prompts, to_device
+from lesionsam.types import KINDS as KINDS  # defined there, so that options are checked without torch
+from lesionsam.types import NONE, Prompts, to_device
+from lesionsam.types import POINTS as POINTS
 from lesionsam.utils.random import keyed_rng
 
-KINDS = ("ring", "centre", "box", "core", "box+core")  # those that an annotator's boxes give
-NONE = "none"
-POINTS = "points"  # points of the user's own
 BOTH = "box+core"  # both boxes
 ZOOM = "zoom"  # the big box, its surroundings enlarged to the whole model frame; evaluation and prediction
 TRAINED_WITH = "prompts"  # metadata of a weights file: the kinds it was trained with, parted by blanks

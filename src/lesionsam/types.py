@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # stages that only read tables and pictures need not wait for
     import torch
 
 SPLITS = ("train", "dev", "test")
+KINDS = ("ring", "centre", "box", "core", "box+core")  # prompts that an annotator's boxes give
+NONE = "none"  # no prompt
+POINTS = "points"  # points of the user's own
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

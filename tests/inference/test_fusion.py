@@ -12,10 +12,11 @@ from helpers.tiny import tiny_sam
 from lesionsam.boxes.geometry import pixels_inside
 from lesionsam.boxes.outline import FOUND_OFFSET, OUTLINE, Outline
 from lesionsam.boxes.prior import OUTSIDE, prior_at
+from lesionsam.inference.arguments import Source
 from lesionsam.inference.decode import DecodeOptions, decode_lesions
 from lesionsam.inference.fusion import FUSION_WEIGHT, fuse
 from lesionsam.inference.image import EncodedImages
-from lesionsam.inference.inputs import Lesion, Source
+from lesionsam.inference.inputs import Lesion
 from lesionsam.inference.prediction import LesionPrompt, with_others
 from lesionsam.inference.run import PredictOptions
 from lesionsam.prompts import BOTH, ZOOM

@@ -155,7 +155,7 @@ def test_repro_trains_the_winner_of_a_sweep(project: Path) -> None:
     values["sweep"]["space"] = {"train.lr_decoder": [0.3, 0.0004]}
     path.write_text(edit_text(before, values), encoding="utf-8")
     run(project, "git", "commit", "--quiet", "--all", "--message", "a bad rate")
-    done = run(project, sys.executable, "src/tune.py", "--trials", "2", "--apply")
+    done = run(project, sys.executable, "src/tune.py", "--trials", "2", "--apply", "--anyway")
     assert "`dvc repro` trains with these values" in done.stdout
     changed = run(project, "git", "diff", "--unified=0", "params.yaml").stdout.splitlines()[-2:]
     expected = [["-", "lr_decoder:", "0.3"], ["+", "lr_decoder:", "0.0004"]]

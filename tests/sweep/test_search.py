@@ -30,6 +30,7 @@ from lesionsam.sweep.report import Verdict, comparisons, judge, rank_correlation
 from lesionsam.sweep.samplers import build_pruner, build_sampler, draw, finished
 from lesionsam.sweep.search import Request, apply_best, sweep
 from lesionsam.sweep.space import Dimension, combinations, dead_keys, from_json, read_space, to_json
+from lesionsam.sweep.storage import open_storage
 from lesionsam.sweep.study import is_finished, state_name
 from lesionsam.sweep.trial import START, WINNER, StudyFolder
 
@@ -311,7 +312,7 @@ def test_a_sweep_from_start_to_applied_values(
     opened = read_index(Path("data/raw/index.csv"))
     test_images = {str(row["image_path"]) for row in opened.values() if row["split"] == "test"}
     monkeypatch.setattr("lesionsam.sweep.prepared.load_image", lambda s: read.add(str(s.image_path)) or load_image(s))
-    sweep(Request(trials=4, apply=True))
+    sweep(Request(trials=4, apply=True, anyway=True))
     study = only_study()
     first = study.get_trials()[0]
     start = {"train.lr_encoder": 1e-3, "model.unfreeze_last_k": 0}
@@ -380,15 +381,50 @@ def test_what_changed_during_a_sweep_stays_when_the_winner_is_applied(
     path = Path("params.yaml")
     path.write_text(path.read_text("utf-8").replace("clip: 1.0 ", "clip: 0.7 ") + "# mine\n", "utf-8")
     before = path.read_text("utf-8").splitlines()
-    apply_best(Request(), best, None)
+    sure = Verdict(0.6, 0.5, 0.1, 0.05, 0.2, 12, 5, 0.01)
+    apply_best(Request(), best, sure)
     changed = [(old, new) for old, new in zip(before, path.read_text("utf-8").splitlines(), strict=True) if old != new]
     assert [(old.split("#")[0].split(), new.split("#")[0].split()) for old, new in changed] == [
         (["lr_encoder:", "1.0e-3"], ["lr_encoder:", "0.00025"])
     ]
     assert "+  lr_encoder: 0.00025" in capsys.readouterr().out
-    worse = Verdict(0.5, 0.6, -0.1, -0.2, -0.05, 12, 5, 0.01)
-    apply_best(Request(), optuna.trial.create_trial(value=1.0, user_attrs={"values": {"train.clip": 0.1}}), worse)
-    assert load_config().train.clip == 0.7, "on unseen images it was worse"
+
+
+def test_only_a_winner_that_is_better_on_unseen_images_is_applied(project: Path) -> None:
+    best = optuna.trial.create_trial(value=1.0, user_attrs={"values": {"train.clip": 0.1}})
+    clip = load_config().train.clip
+    for verdict, words in (
+        (
+            Verdict(0.5, 0.6, -0.1, -0.2, -0.05, 12, 5, 0.01),
+            r"is worse than the start .*-0\.1000 \[-0\.2000, -0\.0500\]",
+        ),
+        (Verdict(0.6, 0.5, 0.1, -0.1, 0.2, 12, 5, 0.01), "is not surely better"),
+        (Verdict(0.6, 0.5, 0.1, 0.0, 0.2, 12, 5, 0.01), "is not surely better"),
+        (None, "is not compared"),
+    ):
+        with pytest.raises(UserError, match=f"{words}.*--apply --anyway applies it"):
+            apply_best(Request(), best, verdict)
+        assert load_config().train.clip == clip
+    apply_best(Request(anyway=True), best, None)
+    assert load_config().train.clip == 0.1
+
+
+def test_apply_alone_closes_the_study_as_it_stands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no trial has finished, nothing to apply; give --trials to search"):
+        sweep(Request(apply=True))
+    assert optuna.get_all_study_names(open_storage("sqlite:///sweeps/sweeps.db")) == [], "no empty study is left"
+    bad = {"train.lr_encoder": [0.3, 1e-4]}
+    set_params(sweep__space=bad, train__lr_encoder=0.3, model__unfreeze_last_k=2, sweep__confirm_seeds=1)
+    set_params(sweep__holdout=0.0)
+    sweep(Request(trials=2))
+    assert only_study().best_trial.number == 1, "a rate of 0.3 loses"
+    capsys.readouterr()
+    with pytest.raises(UserError, match="trial 1 is not compared with the start"):
+        sweep(Request(apply=True))
+    assert load_config().train.lr_encoder == 0.3
+    sweep(Request(apply=True, anyway=True))
+    assert load_config().train.lr_encoder == 1e-4
+    assert len(only_study().get_trials()) == 2, "neither call runs a trial"
 
 
 def test_a_finite_space_is_tried_to_its_end_once(project: Path) -> None:
@@ -592,6 +628,6 @@ def test_help_is_quick_and_names_every_option() -> None:
         check=True,
         env={**os.environ, "COLUMNS": "200"},
     )
-    for option in ("--trials", "--timeout", "--workers", "--study", "--storage", "--apply", "--dry-run"):
+    for option in ("--trials", "--timeout", "--workers", "--study", "--storage", "--apply", "--anyway", "--dry-run"):
         assert option in done.stdout
     assert done.stdout.strip().endswith("╯"), "no heavy library was imported"

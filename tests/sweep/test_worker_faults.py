@@ -182,11 +182,11 @@ def test_a_killed_worker_and_ctrl_c_lose_nothing_and_repeat_nothing(
     assert sorted(int(run.info.run_name.split()[0]) for run in children) == numbers
     client = own_store()
     for run in children:
-        steps = [m.step for m in client.get_metric_history(run.info.run_id, "dev_objective")]
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "dev/objective")]
         assert steps == sorted(set(steps))
         assert len(steps) == 8, "a resumed attempt goes on with the curve of the first"
-    pictures = {file.path for file in client.list_artifacts(parent.info.run_id, "pictures")}
-    assert pictures == {f"pictures/{name}.png" for name in ("history", "curves", "importance", "parallel")}
+    pictures = {Path(file.path).name.partition("+")[0] for file in client.list_artifacts(parent.info.run_id, "images")}
+    assert pictures == {f"sweep_{name}" for name in ("history", "curves", "importance", "parallel")}
     assert not (StudyFolder.of(study.study_name).scratch / "trials").exists()
 
 
@@ -370,9 +370,9 @@ def test_runs_say_why_a_trial_failed_and_what_scored_the_best(project: Path, mon
         scores += [set(entry["values"]) for entry in entries if entry["kind"] == "checkpoint"]
         points |= {name for entry in entries if entry["kind"] == "metrics" for name in entry["values"]}
     assert sorted(reasons) == [("complete", None)] * 2 + [("failed", "RuntimeError: out of memory: made up")]
-    assert scores == [{"label_free"}]
-    assert "dev_label_free" in points
-    assert "dev_objective" not in points
+    assert scores == [{"dev/label_free"}]
+    assert "dev/label_free" in points
+    assert "dev/objective" not in points
 
 
 @pytest.mark.pipeline

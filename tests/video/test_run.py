@@ -159,7 +159,7 @@ def test_what_cannot_be_tracked_is_said_in_one_line(inputs: Path, tmp_path: Path
 
 
 def test_predict_names_the_command_for_clips(inputs: Path) -> None:
-    from lesionsam.inference.jobs import find_images
+    from lesionsam.inference.arguments import find_images
 
     paths, problems = find_images([inputs / "clip.mp4"])
     assert not paths

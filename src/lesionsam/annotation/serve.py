@@ -24,6 +24,7 @@ from lesionsam.annotation.server import Desk, create_app
 from lesionsam.annotation.store import Store
 from lesionsam.errors import UserError
 from lesionsam.utils.locks import file_lock
+from lesionsam.utils.progress import working
 
 PORT = 8350  # tried first; any free one where it is taken
 
@@ -60,7 +61,8 @@ def annotate(
         store, pictures = Store(table, catalogue), Pictures()
         desk = Desk(catalogue, store, pictures, None, who or login_name(), _title(images))
         if model is not None:
-            add_model(desk, model, threshold, device)
+            with working("loading the model"):
+                add_model(desk, model, threshold, device)
         elif has_text_proposals(table):
             add_text_proposals(desk)
         try:

@@ -18,6 +18,7 @@ from lesionsam.annotation.catalogue import Catalogue
 from lesionsam.annotation.journal import Journal
 from lesionsam.annotation.records import Box, ImageState, Lesion, checked_boxes, merged
 from lesionsam.annotation.table import Table, digest_of, read_table
+from lesionsam.boxes.marks import journal_path
 from lesionsam.errors import UserError
 from lesionsam.utils.files import atomic_write
 from lesionsam.utils.images import image_size
@@ -62,11 +63,6 @@ class Change:
     seconds: Mapping[str, float] = field(default_factory=dict)
     automatic: bool = False
     shown: str = ""
-
-
-def journal_path(table_path: Path) -> Path:
-    """Return the journal beside a table: boxes.csv -> boxes.journal.jsonl."""
-    return table_path.with_name(f"{table_path.stem}.journal.jsonl")
 
 
 def utc_now() -> str:

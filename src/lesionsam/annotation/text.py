@@ -19,7 +19,7 @@ from lesionsam.annotation.review import TEXT, ImageProposal, Proposals, proposal
 from lesionsam.annotation.serve import default_table
 from lesionsam.annotation.store import Change, Store
 from lesionsam.boxes.geometry import loosen
-from lesionsam.data.frames import PRIOR_SIDE
+from lesionsam.boxes.prior import PRIOR_SIDE
 from lesionsam.detection.detectors import THRESHOLD, Detection, Detector, open_detector, split_texts
 from lesionsam.errors import UserError
 from lesionsam.formats.rle import encode

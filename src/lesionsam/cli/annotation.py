@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from lesionsam.errors import UserError
+from lesionsam.utils.progress import say, working
+
 Images = Annotated[
     list[str], typer.Argument(help="Folder (and those in it), files or quoted patterns.", show_default=False)
 ]
@@ -41,14 +44,18 @@ def annotate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Draw two boxes per lesion on a page in the browser; everything is saved at once and stays on this machine."""
-    from lesionsam.annotation.serve import annotate as run
-
     weights, where = None, "cpu"
+    if not 0 < threshold < 1:
+        raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
     if model is not None:
+        say("loading the model; the page opens then")
         from lesionsam.tracking.registry import resolve_model
         from lesionsam.utils.devices import torch_device
 
-        weights, where = resolve_model(model), str(torch_device(device))
+        with working("loading"):
+            weights, where = resolve_model(model), str(torch_device(device))
+    from lesionsam.annotation.serve import annotate as run
+
     run(
         images,
         boxes=boxes,

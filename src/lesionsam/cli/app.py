@@ -18,6 +18,7 @@ from lesionsam.cli import results as cli_results
 from lesionsam.cli import steps as cli_steps
 from lesionsam.cli import video as cli_video
 from lesionsam.cli.data import data_app
+from lesionsam.cli.examples import EXAMPLES
 from lesionsam.cli.submit import submit_app
 from lesionsam.errors import UserError, run_guarded
 
@@ -118,7 +119,10 @@ def show(
 @app.command()
 @params_app.command("check")
 def check(params: Params = Path("params.yaml")) -> None:
-    """Validate params.yaml and summarise it."""
+    """Validate params.yaml and summarise it.
+
+    For parameters. `lesionsam data check` is for data, `doctor` for the installation, `smoke` for weights.
+    """
     from lesionsam.config.load import load_config
     from lesionsam.config.summary import summary
 
@@ -161,7 +165,10 @@ def smoke(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed."""
+    """Try weights in a minute: load, check, one prediction, one training step, one evaluation; memory and speed.
+
+    For weights. `lesionsam check` is for params.yaml, `data check` for data, `doctor` for the installation.
+    """
     from lesionsam.cli.smoke import smoke as run
 
     run(model, checkpoint, image_size=image_size, device=device)
@@ -219,7 +226,7 @@ cli_video.add_commands(app)
 PANELS = {  # of the command list, in this order
     "prepare train evaluate report submit": "The chain",
     "data propose annotate label-studio engine": "Data and boxes",
-    "predict track series export promote compare": "Use a model",
+    "predict track series export promote register compare": "Use a model",
     "preset check params": "Parameters",
     "doctor smoke cache foundation": "Look after it",
 }
@@ -235,6 +242,11 @@ for _commands in (app.registered_commands, app.registered_groups):
     _commands.sort(key=lambda command: ORDER.index(_name(command)))
     for _command in _commands:
         _command.rich_help_panel = next(panel for names, panel in PANELS.items() if _name(_command) in names.split())
+
+
+for _group, _members in (("", app), ("params ", params_app), ("data ", data_app), ("submit ", submit_app)):
+    for _command in _members.registered_commands:
+        _command.epilog = _command.epilog or f"Example: {EXAMPLES.get(_group + _name(_command), '')}"
 
 
 def main() -> None:

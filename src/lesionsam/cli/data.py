@@ -88,6 +88,8 @@ def check(
 ) -> None:
     """Inspect images, masks and boxes before training: sizes, values, duplicates across splits.
 
+    For data. `lesionsam check` is for params.yaml, `doctor` for the installation, `smoke` for weights.
+
     Exit status 1 on errors. Writes one HTML page, to be opened without a network, with pictures of what was found.
     """
     from lesionsam.data.check.checks import check as run
@@ -109,6 +111,32 @@ def check(
     print(f"page      {out} ({size / 1e6:.1f} MB)")
     if report.count("error") or (strict and report.count("warning")):
         raise typer.Exit(1)
+
+
+@data_app.command()
+def split(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, and folders in it.", show_default=False)],
+    by: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV with image_id and a group, such as a patient: images of a group stay together.",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="The group's column of that CSV; unset: its only other one.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder to make train/, val/ and test/ in.")] = Path("own/images"),
+    val: Annotated[float, typer.Option(help="Share of the images to select the best checkpoint on.")] = 0.15,
+    test: Annotated[float, typer.Option(help="Share of the images to report on.")] = 0.15,
+    seed: Annotated[int, typer.Option(help="Of the draw: the same seed gives the same split.")] = 0,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the files; otherwise hard links, without disk.")] = False,
+) -> None:
+    """Split one folder of images into train, val and test, with the images of a patient in one of them."""
+    from lesionsam.data.split import split_folder
+
+    chosen = split_folder(folder, out, by=by, column=column, val=val, test=test, seed=seed, copy=copy)
+    print(f"{out}: " + ", ".join(f"{name} {len(paths)}" for name, paths in chosen.items()) + " images")
+    if by is None:
+        print("note: without --by, images of one patient may be in two splits, and the test looks too good")
 
 
 @data_app.command()

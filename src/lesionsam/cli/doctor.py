@@ -224,6 +224,7 @@ def without_password(uri: str) -> str:
 def _tracking(root: Path) -> Found:
     from lesionsam.tracking.registry import tracking_uri
     from lesionsam.tracking.spool import Spool
+    from lesionsam.tracking.store import artifact_folder, foreign_artifacts
 
     if _raw_params(root).get("tracking", {}).get("enabled") is False:
         yield NOTE, "switched off (tracking.enabled)"
@@ -240,6 +241,9 @@ def _tracking(root: Path) -> Found:
             yield PROBLEM, text, "start the server, or empty tracking.uri"
     else:
         yield NOTE, f"{shown}: not looked at"
+    for place in foreign_artifacts(root):
+        text = f"artifacts go to {place}: this project was copied or moved"
+        yield NOTE, text, f"make ui, or the next training, takes {artifact_folder(root)} instead"
     waiting = [spool.pending()[0] for spool in Spool.all(root)]
     if num_waiting := sum(waiting):
         text = f"{num_waiting} entries of {sum(map(bool, waiting))} runs are not sent yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,9 @@ def predict(
     threshold: Annotated[
         float, typer.Option(help="Probability above which a pixel is lesion; not with --everything.")
     ] = 0.5,
+    mm_per_pixel: Annotated[
+        float | None, typer.Option(help="Side of a pixel of all images [mm]: areas in mm2 too.", show_default=False)
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 8,
     overlays: Annotated[bool, typer.Option(help="Draw pictures too.")] = True,
     shapes: Annotated[bool, typer.Option(help="Write polygons (GeoJSON) and COCO JSON too.")] = True,
@@ -102,24 +106,32 @@ def predict(
         if code := merge_shards(merge):
             raise typer.Exit(code)
         return
+    from lesionsam.inference.arguments import Source, check_options, find_images, read_list
+
+    # Before torch is imported, which takes seconds.
+    if text is not None and (boxes or points or auto or everything):
+        raise UserError("--text: finds the boxes itself; leave --boxes, --points, --auto and --everything out")
+    source = Source.of(boxes=boxes or text is not None, points=points, auto=auto, everything=everything, prompt=prompt)
+    checked = {"threshold": threshold, "ensemble": ensemble, "zoom": zoom, "batch_size": batch_size}
+    check_options(source, **checked, mm_per_pixel=mm_per_pixel)
+    named = [*(images or []), *(read_list(list_file) if list_file is not None else [])]
+    paths, problems = find_images(named)
+    if not paths:
+        raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
+    print(f"{len(paths)} images; loading the model", file=sys.stderr, flush=True)
+
     from lesionsam.experiment.auto import read_auto_options
     from lesionsam.inference.auto import AUTO_DEFAULTS
     from lesionsam.inference.files import predict_files
-    from lesionsam.inference.inputs import Source
-    from lesionsam.inference.jobs import read_list
     from lesionsam.inference.shards import Shard
     from lesionsam.inference.workers import num_devices, predict_on_devices
     from lesionsam.tracking.registry import resolve_model
     from lesionsam.utils.devices import torch_device
 
-    names = [*(images or []), *(read_list(list_file) if list_file is not None else [])]
     if text is not None:
-        if boxes or points or auto or everything:
-            raise UserError("--text: finds the boxes itself; leave --boxes, --points, --auto and --everything out")
         from lesionsam.detection.prompts import write_text_boxes
 
-        boxes = write_text_boxes(names, text=text, detector=detector, out=out, device=torch_device(device))
-    source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)  # before any model
+        boxes = write_text_boxes(named, text=text, detector=detector, out=out, device=torch_device(device))
     uses_auto = source.kind in ("auto", "everything")
     if params is not None and not uses_auto:
         raise UserError(f"--params {params}: section auto is read for --auto and --everything only; leave it out")
@@ -128,7 +140,7 @@ def predict(
     if own is not None and devices != "1":
         raise UserError("--shard and --devices: expected one of the two; --devices makes shards of its own")
     options = {
-        "images": names,
+        "images": named,
         "boxes": boxes,
         "points": points,
         "auto": auto,
@@ -136,13 +148,11 @@ def predict(
         "model": resolve_model(model),
         "out": out,
         "prompt": prompt,
-        "ensemble": ensemble,
-        "batch_size": batch_size,
+        **checked,
+        "mm_per_pixel": mm_per_pixel,
         "overlays": overlays,
         "shapes": shapes,
         "dicom_seg": dicom_seg,
-        "threshold": threshold,
-        "zoom": zoom,
         "options": read_auto_options(params) if uses_auto else AUTO_DEFAULTS,
     }
     if count > 1:

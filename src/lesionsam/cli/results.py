@@ -15,6 +15,7 @@ def add_commands(app: typer.Typer) -> None:
     """Add this module's commands to `lesionsam`."""
     for command in (export, promote, compare, doctor):
         app.command()(command)
+    app.command("register", hidden=True)(promote)
 
 
 def export(
@@ -75,7 +76,10 @@ def promote(
     run: Annotated[str, typer.Option(help="Folder of the train stage, or an MLflow run id.")] = "models/adapted",
     alias: Annotated[str, typer.Option(help="Which name to give this version.")] = "champion",
 ) -> None:
-    """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then refers to it."""
+    """Register a run's model in MLflow with its test table; `--model models:/lesionsam@champion` then refers to it.
+
+    `lesionsam register` is the same command.
+    """
     from lesionsam.tracking.registry import NAME
     from lesionsam.tracking.registry import promote as run_promote
 
@@ -108,7 +112,11 @@ def compare(
 
 
 def doctor() -> None:
-    """Check packages, GPU, memory, disk, tracking, data, weights and DVC's state, and print the next step."""
+    """Check packages, GPU, memory, disk, tracking, data, weights and DVC's state, and print the next step.
+
+    For the installation and the folder. `lesionsam check` is for params.yaml, `data check` for data, `smoke` for
+    weights.
+    """
     from lesionsam.cli.doctor import examine, next_step, print_findings
     from lesionsam.tracking.lineage import repository_root
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,14 @@ def rules(v: Mapping[str, Any]) -> Iterator[Issue]:
 def file_rules(config: Config, root: Path) -> Iterator[Issue]:
     """Yield violated rules on the user's own files, whose paths are relative to `root`."""
     folder, boxes = root / config.inputs.folder, root / config.inputs.boxes
+    if left := left_behind(config, root):
+        paths = " ".join(f"--copy-paths {path}" for path in left)
+        yield Issue(
+            "inputs",
+            f"expected {', '.join(left)} in the copy of the project that this experiment runs in, got none, as git "
+            f"ignores them; give `dvc exp run` also {paths}, or leave --temp and --queue away",
+        )
+        return
     if config.boxes.source == "csv" and not boxes.is_file():
         yield Issue("inputs.boxes", f"expected a CSV file when boxes.source is csv, got none at {config.inputs.boxes}")
     for key, path, is_read in (
@@ -126,6 +135,30 @@ def file_rules(config: Config, root: Path) -> Iterator[Issue]:
             yield Issue("method.name", f"expected contrastive when {config.inputs.folder} has no masks, got supervised")
         if config.train.select == "objective":
             yield Issue("train.select", f"expected label_free when {config.inputs.folder} has no masks, got objective")
+
+
+def experiment_copy(folder: Path) -> Path | None:
+    """Return the project that `dvc exp run --temp` or `--queue` has copied to the folder; None if it did not.
+
+    The copy holds what git tracks and what DVC's cache has.
+    """
+    root = os.environ.get("DVC_ROOT")
+    return Path(root) if root and folder.resolve().is_relative_to(Path(root).resolve() / ".dvc" / "tmp") else None
+
+
+def left_behind(config: Config, root: Path) -> list[str]:
+    """Return the user's own files that are read, and lie in the project, but not in an experiment's copy of it."""
+    if (project := experiment_copy(root)) is None:
+        return []
+    wanted = [Path(config.model.checkpoint)]
+    if config.boxes.source == "csv":
+        wanted.append(Path(config.inputs.boxes))
+    if isinstance(config.data, CocoData | FolderData):
+        parts = ["images", "masks"]
+        if isinstance(config.data, CocoData):
+            parts = [Path(pattern).parts[0] for pattern in (config.data.images, config.data.annotations)]
+        wanted += [Path(config.inputs.folder) / part for part in parts if "{" not in part]
+    return [path.as_posix() for path in wanted if not (root / path).exists() and (project / path).exists()]
 
 
 def _coco_rules(data: CocoData, folder: Path, named: str) -> Iterator[Issue]:

@@ -12,7 +12,7 @@ from lesionsam.boxes.geometry import centre_core, loosen
 from lesionsam.boxes.table import header, row_of
 from lesionsam.detection.detectors import THRESHOLD, open_detector, split_texts
 from lesionsam.errors import UserError
-from lesionsam.inference.jobs import find_images
+from lesionsam.inference.arguments import find_images
 from lesionsam.inference.outputs import make_folder
 from lesionsam.utils.files import atomic_write
 from lesionsam.utils.images import read_image

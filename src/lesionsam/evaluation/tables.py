@@ -25,6 +25,13 @@ LABEL_FREE_TITLES = {
     "entropy": "entropy [nats]",
     "predicted_iou": "predicted IoU",
 }
+HEADLINE = (  # names of `flat_metrics`: at most five of them exist without masks, the other ten with masks
+    *("adapted.objective", "zero_shot.objective", "adapted.box.miou", "zero_shot.box.miou", "adapted.box.difference"),
+    *("adapted.box.failure_rate", "adapted.box_core.miou", "adapted.ring.miou", "adapted.centre.miou"),
+    "box_prior_offset.box_core.miou",
+    *("adapted.box.consistency", "adapted.box.core_coverage", "adapted.box.leakage"),
+    *("zero_shot.box.consistency", "zero_shot.box.core_coverage"),
+)
 NOTES = {
     NONE: "none: no prompt; one lesion per image, of all candidates the one that looks most like a lesion "
     "(docs/decisions/0022-no-prompt-is-a-prompt.md).",
@@ -163,6 +170,27 @@ def flat_metrics(table: pd.DataFrame) -> dict[str, float]:
     return {name: round(value, 6) for name, value in out.items() if np.isfinite(value)}
 
 
+def headline_metrics(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Return those of `flat_metrics` that a list of runs is compared by, at most ten; the tables hold the rest."""
+    return {name: numbers[name] for name in HEADLINE if name in numbers}
+
+
+def headline_text(table: pd.DataFrame) -> str:
+    """Return the first table of `sections` as Markdown."""
+    title, cells = sections(table)[0]
+    return f"**{title}**\n\n{grid(cells)}"
+
+
+def grid(cells: Sequence[Sequence[str]]) -> str:
+    """Return cells, the first row a header, as a Markdown table."""
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
 def prompts_in(table: pd.DataFrame) -> list[str]:
     """Return the prompt sources of a table, the poorest first."""
     order = (NONE, "ring", "centre", "box", ZOOM, BOTH, LEAKING)
@@ -216,14 +244,7 @@ def markdown(table: pd.DataFrame, against: pd.DataFrame) -> str:
     tables = sections(table)
     if len(against):
         tables.append(("Adapted against what needs no network, paired", baseline_cells(against)))
-    for title, cells in tables:
-        widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
-        lines = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in cells
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        parts.append(f"**{title}**\n\n" + "\n".join(lines))
+    parts += [f"**{title}**\n\n{grid(cells)}" for title, cells in tables]
     shown = {*prompts_in(table), *table["model"]}
     parts += [note for name, note in NOTES.items() if name in shown]
     return "\n\n".join(parts) + "\n"

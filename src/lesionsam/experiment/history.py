@@ -6,9 +6,10 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
+from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.utils.files import atomic_write
 
-SCORES = ("objective", "label_free")
+SCORES = ("objective", *OBJECTIVE_PROMPTS, "label_free")
 
 
 class History:
@@ -37,7 +38,7 @@ class History:
             if name != "epoch":
                 row[name.removeprefix("train_").removeprefix("dev_")] = value
         self.rows[epoch - 1 :] = [row]
-        # dvc.yaml plots both scores, so both columns are there.
+        # dvc.yaml plots all scores, so all columns are there.
         names = list(dict.fromkeys([*(name for row in self.rows for name in row), *SCORES]))
         with atomic_write(self.path, "w") as file:
             writer = csv.DictWriter(file, names, lineterminator="\n")

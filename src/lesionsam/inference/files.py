@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from lesionsam.errors import UserError
+from lesionsam.inference.arguments import Source, check_options, find_images
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions
 from lesionsam.inference.decode import DecodeOptions
-from lesionsam.inference.inputs import Source, check_options
-from lesionsam.inference.jobs import find_images, plan
+from lesionsam.inference.jobs import plan
 from lesionsam.inference.outputs import PredictionFolder, make_folder
-from lesionsam.inference.run import PredictOptions, PredictRun, print_problems
+from lesionsam.inference.run import PredictOptions, PredictRun, print_marked, print_problems
 from lesionsam.inference.shards import Shard, predict_shard, refuse_shards
+from lesionsam.inference.sheet import write_sheet
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
@@ -42,6 +43,7 @@ def predict_files(
     threshold: float = 0.5,
     options: AutoMaskOptions = AUTO_DEFAULTS,
     zoom: bool = False,
+    mm_per_pixel: float | None = None,
     shard: Shard | None = None,
 ) -> int:
     """Segment the lesions of image files from boxes, points or without a prompt.
@@ -61,17 +63,17 @@ def predict_files(
         batch_size: images per encoder pass and lesions per decoder pass. overlays: pictures. shapes: polygons and COCO.
         dicom_seg: DICOM segmentations, of DICOM images alone.
         threshold: probability above which a pixel is lesion. options: of the automatic masks. zoom: enlarge the
-            surroundings of each box to the model's whole input; prompt `box` only. shard: predict a part of the images,
-            see `inference.shards`.
+            surroundings of each box to the model's whole input; prompt `box` only. mm_per_pixel: of all images, for
+            areas in mm2. shard: predict a part of the images, see `inference.shards`.
     Returns:
         exit code: 0, or 1 if an image or a row gave no mask; each is named on stderr.
     Raises:
         UserError: nothing can be predicted at all.
     """
     source = Source.of(boxes=boxes, points=points, auto=auto, everything=everything, prompt=prompt)
-    check_options(source, threshold=threshold, ensemble=ensemble, zoom=zoom)
-    if batch_size < 1:
-        raise UserError(f"--batch-size: expected at least 1 image, got {batch_size}")
+    check_options(
+        source, threshold=threshold, ensemble=ensemble, zoom=zoom, batch_size=batch_size, mm_per_pixel=mm_per_pixel
+    )
     paths, problems = find_images(images)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
@@ -88,6 +90,7 @@ def predict_files(
         overlays=overlays,
         shapes=shapes,
         dicom_seg=dicom_seg,
+        mm_per_pixel=mm_per_pixel,
     )
     if shard is None:
         return _predict_all(paths, problems, sam, out, how)
@@ -99,6 +102,7 @@ def _predict_all(paths: Sequence[Path], problems: list[str], sam: Sam, out: Path
     jobs, unmatched, unused = plan(paths, how.source)
     problems = problems + unmatched
     print_problems(problems, unused, how.source)
+    print_marked(paths, how.source)
     make_folder(out)
     with folder_lock(out, "wait for it, or choose another --out"):  # the last to end would drop the other's rows
         refuse_shards(out)
@@ -109,6 +113,8 @@ def _predict_all(paths: Sequence[Path], problems: list[str], sam: Sam, out: Path
         finally:
             run.save()
         folder.save_coco({job.image_id: job.path.name for job in jobs})
+        if how.overlays:
+            write_sheet(out, lambda: iter(folder.rows.values()))
     run.counts.faults += len(problems)
     print(run.counts.summary(out))
     return 1 if run.counts.faults else 0

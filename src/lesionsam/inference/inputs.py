@@ -3,100 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lesionsam.boxes.table import BIG, SMALL, check_box, check_size, check_small, parse_box, parse_boxes
-from lesionsam.errors import UserError
+from lesionsam.inference.arguments import Source, needs_small
 from lesionsam.inference.prediction import NO_PROMPT, LesionPrompt
-from lesionsam.prompts import KINDS, NONE, POINTS
 from lesionsam.utils.files import decimal_number
 
-HALF = 0.5  # probability at which SAM's masks are cut
 Rows = tuple[tuple[int, dict[str, str]], ...]  # (line of the CSV, column -> text)
-
-
-def needs_small(prompt: str) -> bool:
-    """Return whether a prompt of this kind reads the small box."""
-    return prompt != "box"
-
-
-@dataclass(frozen=True)
-class Source:
-    """The source of the prompts.
-
-    Attributes:
-        kind: boxes | points (both of a CSV) | auto (none: the one lesion of an image) | everything (none: all masks).
-        path: of the CSV, or None. prompt: made from the boxes, of `prompts.KINDS`.
-    """
-
-    kind: str
-    path: Path | None = None
-    prompt: str = "box"
-
-    @property
-    def decoded_as(self) -> str:
-        """Return the kind of `DecodeOptions`: of the prompt for boxes, `points`, or `none`."""
-        return {"boxes": self.prompt, "points": POINTS}.get(self.kind, NONE)
-
-    @classmethod
-    def of(
-        cls, *, boxes: Path | bool | None, points: Path | bool | None, auto: bool, everything: bool, prompt: str
-    ) -> Source:
-        """Return the one source that is given; boxes and points that are True are numbers, not a CSV.
-
-        Raises:
-            UserError: none, or more than one; an unknown kind of prompt.
-        """
-        given = {"boxes": boxes, "points": points, "auto": auto, "everything": everything}
-        chosen = [name for name, value in given.items() if value]
-        if len(chosen) != 1:
-            raise UserError(
-                f"expected one of {', '.join(f'--{name}' for name in given)}, got "
-                f"{' and '.join(f'--{name}' for name in chosen) or 'none of them'}"
-            )
-        if prompt not in KINDS:
-            raise UserError(f"--prompt: expected one of {', '.join(KINDS)}, got {prompt!r}")
-        if prompt != "box" and not boxes:
-            raise UserError(
-                f"--prompt {prompt}: is made from boxes, and there are none with --{chosen[0]}; leave one "
-                "of the two out"
-            )
-        value = given[chosen[0]]
-        return cls(chosen[0], value if isinstance(value, Path) else None, prompt)
-
-
-def check_threshold(threshold: float) -> None:
-    """Raise UserError unless the threshold is a probability strictly between 0 and 1."""
-    if not 0 < threshold < 1:
-        raise UserError(f"--threshold: expected a probability between 0 and 1, got {threshold:g}")
-
-
-def check_options(source: Source, *, threshold: float, ensemble: int, zoom: bool) -> None:
-    """Check that these options go with prompts of this source, for `Predictor` and `predict_files` alike.
-
-    Args:
-        threshold: probability above which a pixel is lesion. ensemble: decodings of each box. zoom: whether the
-            surroundings of each box are enlarged.
-    Raises:
-        UserError: a value out of range, or one that this source does not use.
-    """
-    check_threshold(threshold)
-    if source.kind == "everything" and threshold != HALF:
-        raise UserError(
-            f"--threshold {threshold:g}: automatic masks are cut at {HALF:g}, where their stability is "
-            "measured; leave it out, or ask with --boxes, --points or --auto"
-        )
-    if ensemble < 1 or (ensemble > 1 and source.kind != "boxes"):
-        raise UserError(
-            f"--ensemble: expected 1 (none) or more, with --boxes only, got {ensemble} with --{source.kind}"
-        )
-    if zoom and (source.kind != "boxes" or source.prompt != "box"):
-        raise UserError(
-            "--zoom: enlarges the surroundings of a big box, so it goes with --boxes and --prompt box; --prompt "
-            "box+core and --auto zoom by themselves"
-        )
 
 
 @dataclass(frozen=True)

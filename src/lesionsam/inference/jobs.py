@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import sqlite3
@@ -12,11 +11,10 @@ from pathlib import Path
 
 from lesionsam.boxes.table import BIG, SMALL, iter_rows
 from lesionsam.errors import UserError
-from lesionsam.inference.inputs import Lesion, Rows, Source, needs_small
-from lesionsam.utils.images import IMAGE_SUFFIXES
+from lesionsam.inference.arguments import Source, needs_small
+from lesionsam.inference.inputs import Lesion, Rows
 
 POINT_COLUMNS = ("image_id", "lesion_id", "x", "y", "label", "width", "height")
-CLIP_SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".gif")  # in any case
 ONE = "0"  # the lesion_id where an image is known to have one lesion
 
 
@@ -27,63 +25,6 @@ class Job:
     image_id: str
     path: Path
     lesions: tuple[Lesion, ...]
-
-
-def read_list(path: Path) -> list[str]:
-    """Read the images of a list file: a file, folder or pattern per line, from the current folder; blank lines skipped.
-
-    Raises:
-        UserError: no such file, not UTF-8, or no line.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--list {path}: no such file; expected one with an image per line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--list {path}: not UTF-8 text (byte {error.start}); expected an image per line") from None
-    if not (names := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"--list {path}: empty; expected an image per line")
-    return names
-
-
-def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[str]]:
-    """List the image files named by files, folders (their own images, sorted, without subfolders) and patterns.
-
-    Returns:
-        the files, each once, in order; one line for each argument that matches none.
-    """
-    found: dict[Path, None] = {}
-    problems = []
-    for argument in map(str, arguments):
-        path = Path(argument)
-        if path.is_file():
-            matches = [path]
-            if path.suffix.lower() in CLIP_SUFFIXES:
-                problems.append(f"{path}: is a clip; use `lesionsam track {path.name} --boxes BOXES.csv`")
-                matches = []
-        elif path.is_dir():
-            matches = [each for each in sorted(path.iterdir()) if _is_image(each)]
-            if not matches:
-                problems.append(f"{path}: folder without images; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-        else:
-            matches = [
-                each
-                for each in map(Path, sorted(glob.glob(argument, recursive=True)))
-                if each != path and _is_image(each)
-            ]
-            if not matches:
-                problems.append(f"{argument}: no such image file or folder, and a pattern that matches none")
-        found |= dict.fromkeys(matches)
-    return list(found), problems
-
-
-def _is_image(path: Path) -> bool:
-    """Return whether a folder's entry is an image; a broken link is one, and is named when it cannot be read."""
-    return (
-        path.suffix.lower() in IMAGE_SUFFIXES
-        and not path.name.startswith(".")
-        and (path.is_file() or not path.exists())
-    )
 
 
 def read_lesions(source: Source) -> dict[str, Rows]:
@@ -194,6 +135,8 @@ def job_of(path: Path, source: Source, lesions: Mapping[str, Rows]) -> tuple[Job
     """Return the job of an image, None if the CSV has no row of it, and one line for each fault."""
     image_id = path.stem if source.path is None or path.stem in lesions else path.name
     if source.path is not None and image_id not in lesions:
+        if path.stem in source.marked:
+            return None, []
         return None, [f"{path}: no row of {source.path} has the image_id {path.stem!r}; add its {source.kind}"]
     if source.path is not None:
         rows, problems = _by_lesion(lesions[image_id], source)

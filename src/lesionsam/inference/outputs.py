@@ -17,7 +17,7 @@ from lesionsam.errors import UserError
 from lesionsam.formats.dicom_seg import write_segmentation
 from lesionsam.formats.geojson import feature
 from lesionsam.formats.rle import encode, mask_box
-from lesionsam.inference.inputs import needs_small
+from lesionsam.inference.arguments import needs_small
 from lesionsam.inference.jobs import Job, file_stem
 from lesionsam.inference.prediction import Prediction
 from lesionsam.overlays import overlay, write_png
@@ -28,7 +28,22 @@ TABLE = "predictions.csv"
 BEGUN = ".begun"  # names of masks that the table does not list yet; removed once it does
 ENDINGS = {"masks": ".png", "overlays": ".png", "polygons": ".geojson", "segmentations": ".dcm"}
 SCORES = ("predicted_iou", "entropy", "stability")  # of `Prediction`
-COLUMNS = ("image_id", "lesion_id", "width", "height", "mask", "area", *SCORES, "review_reasons", "key")
+COLUMN_GUIDE = {
+    "image_id": "name of the image file without its ending, or as in the CSV of prompts",
+    "lesion_id": "as in the CSV of prompts; 0 with --auto; the number of the mask with --everything",
+    "width": "of the image [px]",
+    "height": "of the image [px]",
+    "mask": "file of the mask, below this folder: 255 lesion, 0 not",
+    "area": "of the mask [px]",
+    "area_mm2": "of the mask [mm2]; empty without a scale (--mm-per-pixel)",
+    "predicted_iou": "SAM's own estimate of the mask's IoU, 0 to 1",
+    "entropy": "mean uncertainty of the pixels [nats], 0 to 0.693; empty for --everything",
+    "stability": "IoU of the masks cut a little tighter and a little wider, 0 to 1",
+    "review_reasons": "why a person should check the mask; empty: no reason found",
+    "key": "digest of image, prompt, model and options: the row is kept while they stay the same",
+}
+COLUMNS = tuple(COLUMN_GUIDE)
+EARLIER_COLUMNS = tuple(name for name in COLUMNS if name != "area_mm2")
 COCO = "coco.json"
 CATEGORY = {"id": 1, "name": "lesion", "supercategory": "lesion"}
 Row = dict[str, str]
@@ -159,12 +174,13 @@ class PredictionFolder:
         key: str,
         image_path: Path,
         prompt: str = "box",
+        pixel_size: tuple[float, float] | None = None,
     ) -> tuple[object, ...]:
         """Write mask, picture, polygons and DICOM segmentation.
 
         Args:
             file_name: of all of them, without ending. image_path: of the image's file, whose name later calls' COCO
-                JSON has.
+                JSON has. pixel_size: height and width of a pixel [mm], if known.
         Returns:
             the row of the table, for `record`.
         """
@@ -196,7 +212,8 @@ class PredictionFolder:
         numbers = (f"{value:.4f}".replace("nan", "") for value in (getattr(prediction, name) for name in SCORES))
         lesion = prediction.image_id, prediction.lesion_id, width, height
         mask = self.files(file_name)[0].relative_to(self.out).as_posix()
-        return (*lesion, mask, area, *numbers, "; ".join(prediction.review_reasons), key)
+        area_mm2 = "" if pixel_size is None else f"{area * pixel_size[0] * pixel_size[1]:.4g}"
+        return (*lesion, mask, area, area_mm2, *numbers, "; ".join(prediction.review_reasons), key)
 
     def record(self, rows: Sequence[tuple[object, ...]]) -> None:
         """Put rows into the table, all of them at once; see `COLUMNS`."""
@@ -219,8 +236,9 @@ class PredictionFolder:
         self.rows = {key: self.rows[key] for key in order}
 
     def _drop_coco(self) -> None:
-        """Remove the COCO JSON, which describes the whole table; `save_coco` writes it again."""
-        (self.out / COCO).unlink(missing_ok=True)
+        """Remove what describes the whole table and is written again at the end: COCO JSON and contact sheet."""
+        for name in (COCO, "index.html"):
+            (self.out / name).unlink(missing_ok=True)
 
     def save_coco(self, file_names: Mapping[str, str]) -> None:
         """Collect the polygons' files into COCO JSON, one image at a time.
@@ -349,11 +367,11 @@ def table_rows(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
+            if tuple(reader.fieldnames or ()) not in (COLUMNS, EARLIER_COLUMNS):
                 raise fault
             for row in reader:
                 if None in row or None in row.values():
                     raise fault
-                yield dict(row)
+                yield {"area_mm2": "", **row}
     except (UnicodeDecodeError, csv.Error):
         raise fault from None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lesionsam.boxes.geometry import box_slices
+from lesionsam.inference.parts import num_parts
 from lesionsam.metrics import mean_entropy
 from lesionsam.models.transforms import upscale
 from lesionsam.types import Frame
@@ -162,6 +163,8 @@ def review_reasons(
         leakage = 1 - np.count_nonzero(inside) / np.count_nonzero(mask)
         if leakage > HIGH_LEAKAGE:
             reasons.append(f"{leakage:.0%} of the mask outside its box")
+    elif prompt.points is None and (count := num_parts(mask)) > 1:
+        reasons.append(f"{count} separate parts, perhaps as many lesions; give each its box")
     coverage = _coverage(mask, prompt)
     if coverage < LOW_COVERAGE:
         reasons.append(f"only {coverage:.0%} of what must be lesion is in the mask")

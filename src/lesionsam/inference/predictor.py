@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from lesionsam.errors import UserError
+from lesionsam.inference.arguments import Source, check_options, check_threshold, find_images, needs_small
 from lesionsam.inference.auto import AUTO_DEFAULTS, AutoMaskOptions, predict_everything
 from lesionsam.inference.decode import SELF_ENCODED, DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages, FeatureCache, check_rgb
-from lesionsam.inference.inputs import Lesion, Source, check_options, check_threshold, needs_small
-from lesionsam.inference.jobs import ONE, find_images, plan
+from lesionsam.inference.inputs import Lesion
+from lesionsam.inference.jobs import ONE, plan
 from lesionsam.inference.prediction import LesionPrompt, Prediction, to_prediction, with_others
 from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,15 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lesionsam.boxes.marks import WITHOUT_BOXES
 from lesionsam.errors import UserError
 from lesionsam.formats.dicom_seg import read_references
+from lesionsam.inference.arguments import Source
 from lesionsam.inference.auto import predict_everything
 from lesionsam.inference.decode import SELF_ENCODED, DecodeOptions, decode_lesions
 from lesionsam.inference.image import EncodedImages
-from lesionsam.inference.inputs import Lesion, Source
+from lesionsam.inference.inputs import Lesion
 from lesionsam.inference.jobs import Job, file_stem
 from lesionsam.inference.outputs import PredictionFolder
 from lesionsam.inference.prediction import LesionPrompt, to_prediction, with_others
+from lesionsam.inference.scale import pixel_size_mm
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import BOTH
 from lesionsam.utils.files import sha256_file
@@ -45,7 +48,7 @@ class PredictOptions:
         weights_sha256: of the weights file. source: of the prompts. threshold: probability above which a pixel is
             lesion. decoding: how prompts become masks. batch_size: images per encoder pass and lesions per decoder
             pass. device: that torch runs on. overlays, shapes: whether pictures, and polygons and COCO are written.
-        dicom_seg: whether DICOM segmentations are.
+        dicom_seg: whether DICOM segmentations are. mm_per_pixel: of all images, see `scale.pixel_size_mm`.
     """
 
     weights_sha256: str
@@ -57,6 +60,7 @@ class PredictOptions:
     overlays: bool
     shapes: bool
     dicom_seg: bool = False
+    mm_per_pixel: float | None = None
 
     def named(self) -> dict[str, object]:
         """Return by name whatever changes the files of a prediction, for comparison; the prompts' file apart."""
@@ -73,13 +77,21 @@ class PredictOptions:
             "overlays": self.overlays,
             "shapes": self.shapes,
             "DICOM segmentations": self.dicom_seg,
+            "mm per pixel": self.mm_per_pixel,
         }
 
-    def key(self, image_sha256: str, lesion: Lesion | None, siblings: Sequence[Lesion] = ()) -> str:
+    def key(
+        self,
+        image_sha256: str,
+        lesion: Lesion | None,
+        siblings: Sequence[Lesion] = (),
+        pixel_size: tuple[float, float] | None = None,
+    ) -> str:
         """Return a hash of everything that a row of the table depends on.
 
         Args:
             lesion: of the row; None stands for all masks of an image. siblings: all lesions of the image, with it.
+            pixel_size: height and width [mm], if known.
         """
         source, decoding = self.source, self.decoding
         parts: list[object] = [VERSION, self.weights_sha256, source.kind, self.threshold, image_sha256]
@@ -91,6 +103,8 @@ class PredictOptions:
             parts += [decoding.search]
         elif source.kind == "everything":
             parts += [decoding.search.auto]
+        if pixel_size is not None:
+            parts += [pixel_size]
         if lesion is not None:
             parts += [lesion.file_name, [sorted(row.items()) for _, row in lesion.rows]]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -119,6 +133,7 @@ class Prepared:
         job: the image, without the lesions whose masks are there already. targets: all its lesions with valid prompts.
         image: (H, W, 3) uint8 RGB. framed: the same in the model frame, a batch of one, not encoded.
         key: of all its masks, see `PredictOptions.key`. faults: one line for each faulty row.
+        pixel_size: height and width of a pixel [mm], if known.
     """
 
     job: Job
@@ -127,6 +142,7 @@ class Prepared:
     key: str
     targets: list[Target]
     faults: list[str]
+    pixel_size: tuple[float, float] | None
 
 
 @dataclass
@@ -168,6 +184,13 @@ def num_pixels(path: Path) -> int:
     except (UserError, OSError):
         return 0
     return width * height
+
+
+def print_marked(paths: Iterable[Path], source: Source) -> None:
+    """Print which of the images get no mask, as their annotator gave them none."""
+    marks = Counter(WITHOUT_BOXES[source.marked[path.stem]] for path in paths if path.stem in source.marked)
+    for words, count in marks.items():
+        print(f"note: {count} images are annotated `{words}`: no mask of them", file=sys.stderr)
 
 
 def print_problems(problems: Sequence[str], unused: Sequence[str], source: Source) -> None:
@@ -280,8 +303,9 @@ class PredictRun:
         if self.options.dicom_seg:
             read_references(job.path)
         digest, source = sha256_file(job.path), self.options.source
-        key = self.options.key(digest, None)
-        keys = [(lesion, self.options.key(digest, lesion, job.lesions)) for lesion in job.lesions]
+        size = pixel_size_mm(job.path, self.options.mm_per_pixel)
+        key = self.options.key(digest, None, pixel_size=size)
+        keys = [(lesion, self.options.key(digest, lesion, job.lesions, size)) for lesion in job.lesions]
         missing = [(lesion, own) for lesion, own in keys if not self._is_there((job.image_id, lesion.lesion_id), own)]
         rows = self._rows_of(job)
         if not is_kept and (not missing if job.lesions else rows and all(self._is_there(row, key) for row in rows)):
@@ -305,7 +329,7 @@ class PredictRun:
             for (lesion, own, _), prompt in zip(checked, prompts, strict=True)
         ]
         job = replace(job, lesions=tuple(lesion for lesion, _ in missing))
-        return Prepared(job, image, framed, key, targets, faults)
+        return Prepared(job, image, framed, key, targets, faults, size)
 
     def _rows_of(self, job: Job) -> list[tuple[str, str]]:
         """Return the (image_id, lesion_id) that a job has, or had in an earlier call."""
@@ -375,6 +399,7 @@ class PredictRun:
                 key=target.key,
                 prompt=self.options.source.prompt,
                 image_path=owner.job.path,
+                pixel_size=owner.pixel_size,
             )
             self.folder.record([row])
             self.counts.done += 1
@@ -388,12 +413,13 @@ class PredictRun:
         rows: list[tuple[object, ...]] = []
         for one in predict_everything(self.sam, prepared.image, options, image_id, device=self.options.device):
             file_name = f"{stem}/{one.lesion_id}"
-            rows.append(self.folder.write(one, prepared.image, file_name, key=key, image_path=prepared.job.path))
+            place = {"image_path": prepared.job.path, "pixel_size": prepared.pixel_size}
+            rows.append(self.folder.write(one, prepared.image, file_name, key=key, **place))
             self.counts.review += bool(one.review_reasons)
         self.counts.done += len(rows)
         if not rows:
             nothing = "no mask passes the thresholds"
-            rows = [(image_id, "", width, height, "", 0, "", "", "", nothing, key)]
+            rows = [(image_id, "", width, height, "", 0, "", "", "", "", nothing, key)]
             self.counts.review += 1
         self.folder.record(rows)  # all at once: an image with some of its masks does not count as done
 

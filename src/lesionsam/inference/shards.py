@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lesionsam.errors import UserError, listed
-from lesionsam.inference.inputs import Source
+from lesionsam.inference.arguments import Source
 from lesionsam.inference.jobs import Job, StoredRows, job_of, match_images
 from lesionsam.inference.outputs import (
     COCO,
@@ -29,7 +29,8 @@ from lesionsam.inference.outputs import (
     write_coco,
     write_table,
 )
-from lesionsam.inference.run import Counts, PredictOptions, PredictRun, print_problems
+from lesionsam.inference.run import Counts, PredictOptions, PredictRun, print_marked, print_problems
+from lesionsam.inference.sheet import write_sheet
 from lesionsam.models.sam import Sam
 from lesionsam.utils.files import atomic_write, sha256_file, write_json_atomic, write_text_atomic
 from lesionsam.utils.locks import file_lock, folder_lock
@@ -105,6 +106,7 @@ def predict_shard(
     counts = Counts()
     if shard.index == 1:
         print_problems(problems, unused, source)
+        print_marked(paths, source)
         counts.faults += len(problems)
     make_folder(out)
     with folder_lock(out, "wait for it, or choose another --out", shared=True):
@@ -256,6 +258,8 @@ def merge_shards(out: Path) -> int:
                 with atomic_write(out / COCO, "w") as file:
                     write_coco(file, out, merged.rows)
             write_table(out / TABLE, (row for row, _ in merged.rows()))
+            if states[0]["settings"]["overlays"]:
+                write_sheet(out, lambda: (row for row, _ in merged.rows()))
         (out / SHARDS).rename(out / MERGED)
         shutil.rmtree(out / MERGED, ignore_errors=True)
     faults = sum(state["faults"] for state in states)

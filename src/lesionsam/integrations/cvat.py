@@ -17,8 +17,9 @@ from cvat_sdk.masks import encode_mask
 from lesionsam.boxes.table import BIG, parse_box
 from lesionsam.errors import UserError
 from lesionsam.formats.geojson import polygons_of
+from lesionsam.inference.arguments import Source
 from lesionsam.inference.image import ImagePredictor
-from lesionsam.inference.inputs import Rows, Source
+from lesionsam.inference.inputs import Rows
 from lesionsam.inference.jobs import read_lesions
 from lesionsam.inference.predictor import Predictor
 from lesionsam.models.checkpoint import load_sam

@@ -15,7 +15,7 @@ from lesionsam.data.sources.coco import index_coco
 from lesionsam.data.sources.folder import index_folder
 from lesionsam.data.sources.isic import fetch_isic
 from lesionsam.data.sources.synthetic import write_dataset
-from lesionsam.pipeline.paths import ARCHIVES, INDEX, LOCK, RAW
+from lesionsam.pipeline.paths import INDEX, LOCK, RAW, archives_folder
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import say
 
@@ -58,7 +58,7 @@ def _fetch(config: Config) -> list[Row]:
         dev_fraction=data.dev_fraction,
         base_url=data.base_url,
         raw=RAW,
-        archives=ARCHIVES,
+        archives=archives_folder(),
         lock_path=LOCK,
     )
 

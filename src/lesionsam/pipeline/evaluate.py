@@ -21,15 +21,18 @@ from lesionsam.evaluation.columns import LEAKING, concat
 from lesionsam.evaluation.evaluate import evaluate_model
 from lesionsam.evaluation.kept import cache_key, open_evaluation, save_evaluation
 from lesionsam.evaluation.pictures import write_pictures
+from lesionsam.evaluation.plots import write_plots
 from lesionsam.experiment.auto import decoding
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.pipeline.paths import ADAPTED, BOXES, INDEX, RESULTS, SCRATCH, pretrained_weights
 from lesionsam.prompts import NONE
-from lesionsam.tracking.lineage import repository_root
-from lesionsam.tracking.tracker import Tracker
+from lesionsam.tracking.lineage import lineage_tags, repository_root
+from lesionsam.tracking.naming import reproduction
+from lesionsam.tracking.tracker import DESCRIPTION_TAG, Tracker
 from lesionsam.utils.devices import torch_device
 from lesionsam.utils.locks import file_lock
 from lesionsam.utils.processes import exit_with_parent
+from lesionsam.utils.progress import say, working
 
 CACHE, BEST = SCRATCH / "evaluation", ADAPTED / "best.safetensors"
 LOOSENESS = 0.15  # of the box prior's outline offset, where the method's own target names none
@@ -46,7 +49,7 @@ def evaluate_models(config: Config) -> pd.DataFrame:
         The table as in results/table.csv.
     """
     exit_with_parent()
-    with file_lock(CACHE / "lock", "the evaluation"):
+    with file_lock(CACHE / "lock", "the evaluation"), working("evaluating"):
         return _evaluate(config)
 
 
@@ -58,6 +61,7 @@ def _evaluate(config: Config) -> pd.DataFrame:
     samples = [s for s in read_boxes(BOXES, read_index(INDEX), root=Path.cwd()) if s.split == "test"]
     if not samples:
         raise UserError(f"{BOXES}: no rows of split 'test'; evaluation needs at least one test image")
+    say(f"evaluating on {len(samples)} lesions of the test split")
     masked = any(s.mask_path is not None for s in samples)
     threshold = isinstance(config.data, FolderData) and config.data.threshold_masks
     masks = partial(load_mask, threshold=threshold) if masked else None
@@ -87,6 +91,9 @@ def _evaluate(config: Config) -> pd.DataFrame:
     table, numbers = results.write_results(
         RESULTS, everything, num_bootstrap=e.num_bootstrap, confidence=e.confidence, settings=settings | extra
     )
+    write_plots(
+        RESULTS / "plots", *(results.read_csv(RESULTS / f"{n}.csv") for n in ("table", "jitter", "calibration"))
+    )
     pictures = write_pictures(
         RESULTS / "overlays",
         adapted,
@@ -101,7 +108,7 @@ def _evaluate(config: Config) -> pd.DataFrame:
         **running,
     )
     if config.tracking.enabled:
-        _track(config, numbers, pictures)
+        _track(config, table, numbers, pictures)
     results.print_tables(table)
     print(f"{len(samples)} lesions; tables, pictures and per-image figures in {RESULTS}/")
     return table
@@ -114,25 +121,25 @@ def _looseness(config: Config) -> float | None:
     return None if told == "auto" else told
 
 
-def _track(config: Config, numbers: dict[str, float], pictures: list[Path]) -> None:
+def _track(config: Config, table: pd.DataFrame, numbers: dict[str, float], pictures: list[Path]) -> None:
     """Add the figures to the run that trained the model; settings are tags, since parameters cannot change."""
-    e = config.evaluate
+    e, root = config.evaluate, repository_root(Path.cwd())
     tags = {
+        DESCRIPTION_TAG: f"{results.headline_text(table)}\n\n{reproduction(lineage_tags(root))}",
         "evaluate.seed": str(e.seed),
         "evaluate.prompts": ", ".join(e.prompts),
         "evaluate.confidence": str(e.confidence),
         "evaluate.boundary_tolerance": str(e.boundary_tolerance),
     }
     tracker = Tracker.reopen(
-        ADAPTED,
-        uri=config.tracking.uri,
-        experiment=config.tracking.experiment,
-        root=repository_root(Path.cwd()),
-        tags=tags,
+        ADAPTED, uri=config.tracking.uri, experiment=config.tracking.experiment, root=root, tags=tags
     )
-    tracker.log({f"test/{name}": value for name, value in numbers.items()}, 0)
+    tracker.log({f"test/{name}": value for name, value in results.headline_metrics(numbers).items()}, 0)
     for path in pictures:
-        tracker.log_artifact(path, "evaluation/overlays")
+        group, _, rest = path.stem.partition("_")
+        rank = rest.partition("_")[0]
+        tracker.log_picture(path, f"test_{group}", int(rank) if rank.isdigit() else 0)  # the slider goes by rank
+        tracker.log_artifact(path, "evaluation/overlays")  # which `lesionsam compare` reads
     for name in ("table.md", "summary.json", *(f"{name}.csv" for name in results.TABLES)):
         tracker.log_artifact(RESULTS / name, "evaluation")
     tracker.close()

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lesionsam.config.rules import experiment_copy
 from lesionsam.errors import UserError
 
 RAW, INDEX, BOXES = Path("data/raw"), Path("data/raw/index.csv"), Path("data/boxes.csv")
 PRETRAINED, ADAPTED = Path("models/pretrained"), Path("models/adapted")
 RESULTS, REPORT = Path("results"), Path("report")
-ARCHIVES, LOCK = Path(".archives"), Path("archives.lock.json")  # downloads that are kept, and their hashes
+LOCK = Path("archives.lock.json")  # hashes of downloads
 SCRATCH, CACHE = Path(".scratch"), Path(".cache/frames")
 BOARDS = Path("tensorboard")
+
+
+def archives_folder() -> Path:
+    """Return the folder of downloads that are kept; copies of the project use the project's own."""
+    return (experiment_copy(Path.cwd()) or Path()) / ".archives"
 
 
 def pretrained_weights(folder: Path = PRETRAINED) -> Path:

@@ -27,14 +27,16 @@ from lesionsam.experiment.run import (
     train,
     use_notes,
 )
-from lesionsam.experiment.tracked import open_tracker
+from lesionsam.experiment.tracked import grouped, open_training
 from lesionsam.models.checkpoint import ORIGIN, read_weights, save_sam, weights_metadata
 from lesionsam.models.finetuned import save_tuned
 from lesionsam.models.sam import Sam
 from lesionsam.parallel.collectives import barrier, is_main, world_size
 from lesionsam.pipeline.paths import ADAPTED, BOARDS, BOXES, CACHE, INDEX, SCRATCH, pretrained_weights
+from lesionsam.tracking.lineage import lineage_tags, repository_root
+from lesionsam.tracking.naming import reproduction
 from lesionsam.tracking.tensorboard import Board
-from lesionsam.tracking.tracker import NullTracker
+from lesionsam.tracking.tracker import DESCRIPTION_TAG, NullTracker
 from lesionsam.training.state import save_head
 from lesionsam.types import Sample
 from lesionsam.utils.devices import torch_device
@@ -114,8 +116,7 @@ def _train_main(config: Config) -> None:
         data = open_data(config, samples, frame=input_frame(config, weights), cache=CACHE)
         barrier()
         score = selection_key(config, data.dev)  # `objective`, a mean IoU, or `label_free`
-        name, digest = f"{config.method.name}-{config.model.name}-{config.data.source}", sha256_file(BOXES)[:16]
-        with open_tracker(config, folder / "run", name, {"data.digest": digest}) as tracker:
+        with open_training(config, folder / "run", {"data.digest": sha256_file(BOXES)[:16]}) as tracker:
             trained = _train(config, data, weights, folder, tracker)
         for name in ("run.json", "metrics.jsonl"):
             if (folder / "run" / name).exists():
@@ -143,7 +144,7 @@ def _train(config: Config, data: Data, weights: Path, folder: Path, tracker: Nul
 
     shutil.rmtree(out, ignore_errors=True)
     with ExitStack() as stack:
-        logs = [tracker.log, history.log]
+        logs = [lambda values, step: tracker.log(grouped(values), step), history.log]
         if config.tracking.tensorboard:
             board = Board(BOARDS / folder.name)
             stack.callback(board.close)
@@ -167,7 +168,8 @@ def _train(config: Config, data: Data, weights: Path, folder: Path, tracker: Nul
         )
     _write_outputs(out, folder, config, trained, weights)
     tracker.log_artifact(PARAMS, "config")
-    scores = {score: trained.progress.best_score}
+    tracker.set_tags({DESCRIPTION_TAG: reproduction(lineage_tags(repository_root(Path.cwd())))})
+    scores = {f"dev/{score}": trained.progress.best_score}
     tracker.log_checkpoint(out / "best.safetensors", "lesionsam", scores, trained.progress.step)
     return trained
 

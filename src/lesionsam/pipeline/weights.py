@@ -10,7 +10,7 @@ from lesionsam.config.zoo import known
 from lesionsam.data.sources.download import Remote, fetch
 from lesionsam.errors import UserError
 from lesionsam.models.published import BASE_URL, CHECKPOINTS
-from lesionsam.pipeline.paths import ARCHIVES, PRETRAINED
+from lesionsam.pipeline.paths import PRETRAINED, archives_folder
 from lesionsam.utils.files import copy_atomic, sha256_file, whole_number, write_json_atomic
 from lesionsam.utils.processes import stage_lock
 from lesionsam.utils.progress import human_bytes, human_seconds, say
@@ -47,9 +47,10 @@ def _published(name: str, folder: Path) -> dict[str, object]:
     known = CHECKPOINTS[name]
     file, size, sha256 = known.file, known.size, known.sha256
     base = os.environ.get(ADDRESS, BASE_URL).rstrip("/")
-    if not (ARCHIVES / "weights" / file).exists():
+    kept = archives_folder() / "weights"
+    if not (kept / file).exists():
         say(f"{file}: {human_bytes(size)} to download, about {human_seconds(size / ASSUMED_SPEED)} at 100 Mbit/s")
-    path = fetch(Remote(file, (f"{base}/{file}",), size, sha256), ARCHIVES / "weights")
+    path = fetch(Remote(file, (f"{base}/{file}",), size, sha256), kept)
     copy_atomic(path, folder / "sam.pth", link=True)
     return {"name": name, "sha256": sha256, "source": f"{base}/{file}", "image_size": PUBLISHED_SIDE}
 

@@ -76,14 +76,18 @@ def note_zero_shot(session: Session, tracker: NullTracker) -> None:
     study.set_user_attr("zero_shot", scores[score_name(config, session.prepared)])
 
 
-def compare_with_start(session: Session) -> Verdict | None:
-    """Train winner and start with new seeds, and judge them on images that no trial saw; None with none to compare."""
+def compare_with_start(session: Session, *, trains: bool = True) -> Verdict | None:
+    """Train winner and start with new seeds, and judge them on images that no trial saw; None with none to compare.
+
+    Args:
+        trains: False: judge by the trainings that are there already.
+    """
     config, study, best = session.config, session.study, best_trial(session.study)
     if best is None or "start" in best.user_attrs or not session.prepared.held:
         return None
     trainings = comparisons(config, best.user_attrs["values"], study.user_attrs["start"])
     todo = [training for training in trainings if not training.path(session.folder).exists()]
-    if todo and not session.spec.is_past_deadline():
+    if todo and trains and not session.spec.is_past_deadline():
         title = f"comparing trial {best.number} with the start"
         print(f"{title}: {len(todo)} trainings of {config.train.epochs} epochs", flush=True)
         workers = min(session.spec.workers, len(todo))
@@ -101,7 +105,6 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> N
     for path in write(folder, rows, lines):
         tracker.log_artifact(path)
     for name, path in draw_pictures(study, folder.out, session.space, scored_by(config, session.prepared)).items():
-        tracker.log_artifact(path, "pictures")
         tracker.log_picture(path, f"sweep_{name}", step)
     if not study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
         shutil.rmtree(folder.scratch / "trials", ignore_errors=True)  # of attempts that were not resumed
@@ -122,5 +125,5 @@ def finish(session: Session, tracker: NullTracker, verdict: Verdict | None) -> N
         {"sweep.best_trial": best.number, **{f"sweep.best.{k}": v for k, v in best.user_attrs["values"].items()}}
     )
     if best_note(folder).get("values") == best.user_attrs["values"]:  # it may lie on another machine
-        scores = {score_name(config, session.prepared): best.value}
+        scores = {f"dev/{score_name(config, session.prepared)}": best.value}
         tracker.log_checkpoint(folder.out / BEST_NAME, "sweep-best", scores, step)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import optuna
 from filelock import Timeout
+from optuna.storages import BaseStorage
 
 from lesionsam.config.edit import difference, edit_text
 from lesionsam.config.load import Config, load_config, parse_yaml, read_text, to_values, validate
-from lesionsam.errors import UserError
+from lesionsam.errors import UserError, listed
 from lesionsam.sweep.closing import Session, compare_with_start, finish, note_zero_shot, open_parent_run
 from lesionsam.sweep.prepared import PreparedData, fixed_values, num_blocks, open_prepared
 from lesionsam.sweep.report import Verdict, as_text, score_name, scored_by, shown_trials, table
@@ -35,6 +36,7 @@ from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.tracker import NullTracker, sync
 from lesionsam.utils.files import write_text_atomic
 
+DEFAULT_TRIALS = 20
 SYNC_SECONDS = 60.0  # patience with MLflow after the last trial
 
 
@@ -42,14 +44,25 @@ SYNC_SECONDS = 60.0  # patience with MLflow after the last trial
 class Request:
     """The options of the command line; see `src/tune.py`."""
 
-    trials: int = 20
+    trials: int | None = None
     timeout_minutes: float = 0.0
     workers: int = 1
     study: str = ""
     storage: str = ""
     apply: bool = False
+    anyway: bool = False
     dry_run: bool = False
     params: Path = Path("params.yaml")
+
+    @property
+    def is_closing(self) -> bool:
+        """Return whether the study is closed as it stands, without further trials."""
+        return self.apply and self.trials is None and not self.timeout_minutes
+
+    @property
+    def num_trials(self) -> int:
+        """Return how many finished trials the study is to have."""
+        return DEFAULT_TRIALS if self.trials is None else self.trials
 
 
 def sweep(request: Request) -> None:
@@ -64,8 +77,8 @@ def sweep(request: Request) -> None:
     space = live_space(config, prepared, space)
     fixed = fixed_values(config, space, prepared)
     name = request.study or f"sweep-{sha256(dumps([to_json(space), fixed], sort_keys=True).encode()).hexdigest()[:8]}"
-    for line in announce(config, prepared, space, name, url, request):
-        print(line, flush=True)
+    if not request.is_closing:
+        print(*announce(config, prepared, space, name, url, request), sep="\n", flush=True)
     if request.dry_run:
         return
     optuna.logging.set_verbosity(optuna.logging.ERROR + 10)
@@ -102,12 +115,13 @@ def announce(
     """Return what is going to happen, in lines."""
     s, scored = config.sweep, sum(one.split == "dev" for one in prepared.seen)
     points = combinations(space)
-    trials = min(request.trials, request.trials if points is None else len(points))
+    trials = request.num_trials if points is None else min(request.num_trials, len(points))
     by = scored_by(config, prepared)
     if s.objective != score_name(config, prepared):
         by += " (there are no masks, whatever sweep.objective says)"
     lines = [
-        f"study {name} in {printable_url(url)}: up to {request.trials} trials, {s.sampler} sampler, {s.pruner} pruner",
+        f"study {name} in {printable_url(url)}: up to {request.num_trials} trials, "
+        f"{s.sampler} sampler, {s.pruner} pruner",
         *(f"  {dimension}" for dimension in space),
         f"  scored by {by} on {scored} development images; {len(prepared.held)} more stay unseen for the comparison",
         f"  {budget(config)} of {config.train.epochs} epochs a trial; trial 0 is {request.params.name} as it stands",
@@ -118,7 +132,7 @@ def announce(
             f"{config.train.epochs} epochs (together {2 * s.confirm_seeds * config.train.epochs}, the trials at most "
             f"{trials * budget(config)})"
         )
-    if trials < request.trials:
+    if trials < request.num_trials:
         lines.append(f"  the space has only {trials} points: {trials} trials")
     if any(d.key == "method.num_points" for d in space):
         lines.append("  note: method.num_points is also the number of ring points that trials are scored with")
@@ -148,7 +162,7 @@ def _search(
         space=to_json(space),
         study=name,
         url=url,
-        trials=min(request.trials, len(points) if points is not None else request.trials),
+        trials=request.num_trials if points is None else min(request.num_trials, len(points)),
         deadline=time.time() + 60 * request.timeout_minutes if request.timeout_minutes else 0.0,
         parent=None,
         workers=request.workers,
@@ -156,12 +170,16 @@ def _search(
     tracker, status, verdict, study = NullTracker(None), "FAILED", None, None
     with opened(url) as storage:
         try:
+            if request.is_closing:
+                check_study(storage, name)
             with study_lock(storage, url, name):
                 study = open_study(config, space, fixed, name, storage, owner)
                 with suppress(Timeout):
                     final_lock.acquire(timeout=0)
                 folder.adopt(study.user_attrs["uid"], alone=final_lock.is_locked)
                 is_creator = owner_path(folder.owners, study.user_attrs["creator"]).exists()
+                if request.is_closing:
+                    spec = replace(spec, trials=count_finished(study))
                 compares = final_lock.is_locked and (is_creator or count_finished(study) >= spec.trials)
                 if compares:
                     tracker = open_parent_run(config, folder, study)
@@ -169,9 +187,10 @@ def _search(
             session = Session(config, prepared, space, folder, study, spec)
             if compares:
                 note_zero_shot(session, tracker)
-            run_workers(spec)
+            if not request.is_closing:
+                run_workers(spec)
             if compares:
-                verdict = compare_with_start(session)
+                verdict = compare_with_start(session, trains=not (request.is_closing and request.anyway))
                 finish(session, tracker, verdict)
             else:
                 print(f"\n{as_text(table(study, config, space))}\n", flush=True)
@@ -204,12 +223,32 @@ def _search(
             raise UserError(f"{done} of {spec.trials} trials finished; the same command goes on", exit_code=1)
 
 
+def check_study(storage: BaseStorage, name: str) -> None:
+    """Raise UserError unless the storage has the study and a trial of it has finished."""
+    names = optuna.get_all_study_names(storage)
+    if name not in names or not count_finished(optuna.load_study(study_name=name, storage=storage)):
+        known = f"; --study names another one: {listed(sorted(names))}" if set(names) - {name} else ""
+        raise UserError(f"study {name}: no trial has finished, nothing to apply; give --trials to search{known}")
+
+
 def apply_best(request: Request, best: optuna.trial.FrozenTrial, verdict: Verdict | None) -> None:
-    """Write the winner's values into params.yaml as it is now, comments kept, and print the difference."""
+    """Write the winner's values into params.yaml as it is now, comments kept, and print the difference.
+
+    Raises:
+        UserError: they are not shown to be better than the start on images that no trial saw, without `anyway`.
+    """
     name = request.params.name
-    if verdict is not None and verdict.high < 0:
-        print(f"{name} stays as it is: on unseen images the winner is worse than the start")
+    if "start" in best.user_attrs:
+        print(f"{name} stays as it is: the start is the best trial")
         return
+    if not request.anyway and (verdict is None or verdict.low <= 0):
+        why = "is not compared with the start on images that no trial saw"
+        if verdict is not None:
+            found = f"{verdict.difference:+.4f} [{verdict.low:+.4f}, {verdict.high:+.4f}]"
+            why = (
+                f"{'is worse' if verdict.high < 0 else 'is not surely better'} than the start on unseen images: {found}"
+            )
+        raise UserError(f"{name} stays as it is: trial {best.number} {why}; --apply --anyway applies it", exit_code=1)
     before = read_text(request.params)  # read again: keep what the user edited during the sweep
     config = validate(parse_yaml(before, name), name)
     new = edit_text(before, to_values(configured(config, best.user_attrs["values"])), name)
@@ -217,8 +256,6 @@ def apply_best(request: Request, best: optuna.trial.FrozenTrial, verdict: Verdic
     if not lines:
         print(f"{name} holds the best values already")
         return
-    if verdict is not None and verdict.low <= 0:
-        print("note: the lead of these values over the start is not sure, see the interval above")
     write_text_atomic(request.params, new)
     print("\n".join(lines))
     print("`dvc repro` trains with these values")

@@ -19,7 +19,7 @@ from lesionsam.config.load import Config
 from lesionsam.errors import UserError
 from lesionsam.evaluation.statistics import OBJECTIVE_PROMPTS
 from lesionsam.experiment.run import Trained, selection_key, train
-from lesionsam.experiment.tracked import open_tracker
+from lesionsam.experiment.tracked import grouped, open_tracker
 from lesionsam.models.checkpoint import save_sam
 from lesionsam.sweep.prepared import PreparedData, score_held
 from lesionsam.sweep.space import Value, configured
@@ -145,7 +145,7 @@ def run_trial(
     history: dict[str, dict[str, float]] = json.loads(history_path.read_text()) if history_path.exists() else {}
 
     def log(point: Mapping[str, float], step: int) -> None:
-        tracker.log(point, step)
+        tracker.log(grouped(point), step)
         if "epoch" in point:
             epoch = int(point["epoch"])
             scores = {name.removeprefix("dev_"): value for name, value in point.items() if name.startswith("dev_")}

@@ -19,10 +19,10 @@ def repository_root(start: Path) -> Path:
 
 
 def lineage_tags(root: Path) -> dict[str, str]:
-    """Return the tags that identify the code of a run: git commit, dirty flag, DVC experiment and DVC root."""
+    """Return the tags that identify the code of a run: git commit, dirty flag and DVC experiment."""
     tags = {
         variable.lower(): value
-        for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV", "DVC_ROOT")
+        for variable in ("DVC_EXP_NAME", "DVC_EXP_BASELINE_REV")
         if (value := os.environ.get(variable))
     }
     if shutil.which("git") is None:

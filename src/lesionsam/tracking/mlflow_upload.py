@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lesionsam.tracking.spool import JOURNALS, Spool, read_lines, spool_root
-from lesionsam.tracking.store import OUTDATED, make_store, schema_problem, store_problem
+from lesionsam.tracking.store import (
+    OUTDATED,
+    artifact_folder,
+    make_store,
+    schema_problem,
+    settle_artifacts,
+    store_problem,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -83,7 +90,7 @@ class Uploader:
         self.meta = spool.read_json("meta.json")
         self.state: dict[str, Any] = {"run_id": None, "sent": {}, "models": {}, "rejected": 0}
         self.state |= spool.read_json("state.json")
-        root = Path(self.meta["root"])
+        root = spool.root
         if not self.meta["uri"]:
             with contextlib.suppress(MlflowException, SQLAlchemyError, OSError):  # the first operation reports it
                 make_store(root / "mlflow.db", spool_root(root))
@@ -96,7 +103,9 @@ class Uploader:
         except (MlflowException, SQLAlchemyError) as error:
             self.note(reason(error))
             raise Unreachable(reason(error)) from error
-        self._artifacts = None if self.meta["uri"] else (root / "mlartifacts").as_uri()
+        self._artifacts = None if self.meta["uri"] else artifact_folder(root).as_uri()
+        if not self.meta["uri"]:
+            settle_artifacts(root)
         self._replace_gone = replace_gone
         self._uncertain = True
         self._patience = time.monotonic() + PARENT_SECONDS

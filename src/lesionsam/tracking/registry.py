@@ -23,7 +23,7 @@ from lesionsam.errors import UserError
 from lesionsam.tracking.lineage import repository_root
 from lesionsam.tracking.mlflow_upload import ENVIRONMENT, LOCAL_ID_TAG, reason
 from lesionsam.tracking.spool import Spool, read_record, spool_root
-from lesionsam.tracking.store import store_problem
+from lesionsam.tracking.store import settle_artifacts, store_problem
 from lesionsam.tracking.tracker import sync
 from lesionsam.utils.files import sha256_file
 from lesionsam.utils.hub import is_hub_name
@@ -166,10 +166,18 @@ def fetch_evaluation(name: str, folder: Path, *, root: Path | None = None) -> No
 
 def tracking_uri(root: Path) -> str:
     """Return the tracking URI of a repository: `tracking.uri` of its params.yaml, or the SQLite database beside it."""
+    return str(_tracking(root).get("uri") or f"sqlite:///{root / 'mlflow.db'}")
+
+
+def experiment_name(root: Path) -> str:
+    """Return `tracking.experiment` of a repository's params.yaml, or its default."""
+    return str(_tracking(root).get("experiment") or NAME)
+
+
+def _tracking(root: Path) -> Mapping[str, object]:
     params = root / "params.yaml"
     section = read_yaml(params).get("tracking") if params.is_file() else None
-    uri = section.get("uri") if isinstance(section, Mapping) else None
-    return str(uri) if uri else f"sqlite:///{root / 'mlflow.db'}"
+    return section if isinstance(section, Mapping) else {}
 
 
 def _recorded_run(folder: Path, root: Path) -> str:
@@ -202,6 +210,8 @@ def _mlflow_client(root: Path | None) -> Iterator[MlflowClient]:
             raise UserError(f"{uri}: no such MLflow database, so no run or model is known here; `dvc repro` makes it")
         if problem := store_problem(path):
             raise UserError(problem)
+        if path == root / "mlflow.db":
+            settle_artifacts(root)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import mlflow

@@ -113,7 +113,7 @@ def serve(spool: Spool) -> int:
                 return 0
             if not caught_up:
                 caught_up = True
-                catch_up(Path(uploader.meta["root"]), spool, closing.exists)
+                catch_up(spool.root, spool, closing.exists)
         except (Unreachable, OSError) as error:  # a server that does not answer; a full disk
             failures += 1
             with suppress(OSError):

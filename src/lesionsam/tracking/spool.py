@@ -124,6 +124,11 @@ class Spool:
         return [cls(folder) for folder in sorted(folders, key=lambda path: path.stat().st_mtime)]
 
     @property
+    def root(self) -> Path:
+        """Return the project's root, also where the project was copied or moved."""
+        return self.folder.parents[len(spool_root(Path()).parts)].resolve()
+
+    @property
     def local_id(self) -> str:
         """Return the id that the run has from its first moment, with or without a server."""
         return self.folder.name

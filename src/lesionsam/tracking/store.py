@@ -1,8 +1,11 @@
-"""Create MLflow's SQLite database atomically, and check that a database can be used.
+"""Create MLflow's SQLite database atomically, check that one can be used, and keep its artifacts in its own project.
 
 MLflow creates its tables in some fifty steps, which take seconds. A process that is killed in between leaves a file
 that MLflow can neither use nor finish ("table already exists"). So the database is built under another name and linked
 to its place when it is complete.
+
+MLflow keeps the place of artifacts as an absolute path, also in a copied or moved project, whose runs would go on
+writing into the original's folder. `settle_artifacts` points such a database to the folder beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import sqlite3
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from filelock import FileLock
 
@@ -26,6 +31,13 @@ from lesionsam.errors import UserError
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
+PLACES = (  # columns with places of artifacts
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 OUTDATED = re.compile(r"out-of-date database schema \(found version (\w+)")  # as MLflow words it
 
 
@@ -98,6 +110,52 @@ def schema_problem(revision: str) -> str:
         f"the MLflow database was made by a newer MLflow (schema revision {revision} is unknown to the installed "
         f"{version('mlflow')}); install that MLflow, or set tracking.uri to another database"
     )
+
+
+def artifact_folder(root: Path) -> Path:
+    """Return the folder of artifacts of a project without an MLflow server."""
+    return root.resolve() / "mlartifacts"
+
+
+def foreign_artifacts(root: Path) -> list[str]:
+    """Return the places of artifacts in a project's database that belong to another project, as the database has them.
+
+    Those are folders `mlartifacts` that are gone (the project was moved) or that lie beside another database (it was
+    copied). Any other place was chosen on purpose.
+    """
+    path, own = root / "mlflow.db", artifact_folder(root)
+    if not path.is_file() or store_problem(path):
+        return []
+    with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+        try:
+            places = [place for (place,) in database.execute("SELECT DISTINCT artifact_location FROM experiments")]
+        except sqlite3.DatabaseError:  # locked, or without tables yet
+            return []
+    foreign = []
+    for place in filter(None, places):
+        folder = Path(url2pathname(urlsplit(place).path))
+        is_other = urlsplit(place).scheme in ("", "file") and folder.name == own.name and folder.resolve() != own
+        if is_other and (not folder.exists() or folder.with_name("mlflow.db").exists()):
+            foreign.append(place)
+    return foreign
+
+
+def settle_artifacts(root: Path) -> list[str]:
+    """Point a copied or moved project's database to the artifacts beside it; return the places that it pointed to.
+
+    Experiments, runs, logged models and registered versions follow, so that the copy reads and writes its own files.
+    """
+    places = foreign_artifacts(root)
+    if places:
+        with contextlib.closing(sqlite3.connect(root / "mlflow.db", timeout=30)) as database, database:
+            for table, column in PLACES:
+                for place in places:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, ?) "  # noqa: S608  # nosec B608
+                        f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                        (artifact_folder(root).as_uri(), len(place) + 1, place, len(place) + 1, f"{place}/"),
+                    )
+    return places
 
 
 def refuse_optuna_database(uri: str) -> None:

@@ -144,7 +144,9 @@ class Tracker(NullTracker):
         self._folder = folder
         self._reopened = folder is None
         self._closes_run = folder is not None
+        self._stage = "train"  # step of the pipeline that writes
         self._failure = ""  # of an earlier start of this run
+        self._description = ""
         for entry, _ in read_lines(spool.path("journal")):
             if entry is not None:
                 self._remember(entry)
@@ -173,6 +175,7 @@ class Tracker(NullTracker):
         system_metrics: bool,
         parent: str | None = None,
         local_id: str | None = None,
+        is_training: bool = False,
         send: bool = True,
     ) -> Tracker:
         """Start a run, or continue the one whose run.json lies in the folder.
@@ -185,6 +188,7 @@ class Tracker(NullTracker):
             system_metrics: sample processor, memory, disk, network and GPU every 10 s.
             parent: `local_id` of the run that this one belongs to, known before any server has answered.
             local_id: of this run, if another process or machine knows it and run.json may be missing.
+            is_training: the next training is named by how it differs from this run, see `naming.run_name`.
             send: False leaves sending to the next start or to `sync`.
         """
         refuse_optuna_database(uri or f"sqlite:///{root / 'mlflow.db'}")
@@ -195,10 +199,10 @@ class Tracker(NullTracker):
         meta = {
             "uri": uri,
             "experiment": experiment,
-            "root": str(root.resolve()),
             "run_name": run_name,
             "parent": parent,
             "system_metrics": system_metrics,
+            "is_training": is_training,
         }
         spool = prepare_spool(root, own_id, meta, record.get("run_id"))
         repair_journal(spool, folder)
@@ -219,6 +223,7 @@ class Tracker(NullTracker):
         experiment: str,
         root: Path,
         tags: Mapping[str, str] | None = None,
+        stage: str = "evaluate",
         send: bool = True,
     ) -> Tracker:
         """Add to the run whose run.json lies in the folder, without touching the folder or the run's status.
@@ -226,14 +231,18 @@ class Tracker(NullTracker):
         A point logged before is logged again only with another value. Settings belong into tags: parameters are
         immutable. Where MLflow no longer has the run, a new one takes all that is known and names the old one. Where
         the training was not tracked (no run.json), a new run is made.
+
+        Args:
+            stage: step of the pipeline that adds; the tag `STAGE.status` will hold how it ended.
         """
         record = read_record(folder)
         local_id = record.get("local_id") or uuid.uuid4().hex
         known = spool_root(root) / local_id / "meta.json"
-        meta = {"run_name": "evaluate"} if not known.exists() else {}
-        meta |= {"uri": uri, "experiment": experiment, "root": str(root.resolve()), "system_metrics": False}
+        meta = {"run_name": stage} if not known.exists() else {}
+        meta |= {"uri": uri, "experiment": experiment, "system_metrics": False}
         spool = prepare_spool(root, local_id, meta, record.get("run_id"))
         tracker = cls(spool, None, send=send)
+        tracker._stage = stage
         tracker._closes_run = not record
         if tags:
             tracker.set_tags(tags)
@@ -272,6 +281,7 @@ class Tracker(NullTracker):
             self._seen.setdefault(f"{entry['kind']}:{entry['name']}", {})[entry["step"]] = (0, 0.0)
 
     def set_tags(self, tags: Mapping[str, Scalar]) -> None:
+        self._description = str(tags.get(DESCRIPTION_TAG, self._description))
         self._add("tags", values={clean_name(key): str(value) for key, value in tags.items()})
 
     def log_picture(self, path: Path, name: str, step: int) -> None:
@@ -316,7 +326,7 @@ class Tracker(NullTracker):
     def close(self, status: str = "FINISHED", reason: BaseException | None = None) -> None:
         """End the run: log its status and wait for the sender. What cannot be sent stays for the next start.
 
-        A reopened run keeps its status; the tag `evaluate.status` holds that of the evaluation.
+        A reopened run keeps its status; the tag `STAGE.status`, such as `evaluate.status`, holds that of the step.
         """
         super().close(status)
         if self._owner is None:
@@ -324,10 +334,10 @@ class Tracker(NullTracker):
         failure = "" if reason is None else " ".join(f"{type(reason).__name__}: {reason}".split()).rstrip(":")
         failure = failure[:MAX_FAILURE_CHARS]
         if failure != self._failure and not self._reopened:
-            description = f"{status}: {failure}" if failure else ""
+            description = f"{status}: {failure}" if failure else self._description
             self.set_tags({FAILURE_TAG: failure, DESCRIPTION_TAG: description})
         if self._reopened:
-            self.set_tags({"evaluate.status": status})
+            self.set_tags({f"{self._stage}.status": status})
         self._add("status", status=status, only_new=not self._closes_run)
         self._close_file(self._events)
         self._finish_sender()

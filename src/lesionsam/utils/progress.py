@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-LINE_SECONDS = 15.0  # between two lines in a log; shorter work prints none
+LINE_SECONDS = 5.0  # between two lines in a log; shorter work prints none
 _silenced: list[bool] = []
+_bars: list[str] = []  # titles of the bars on the terminal
+_last_line = [0.0]  # when `say` printed last
 
 
 @contextmanager
@@ -34,8 +37,29 @@ def progress(items: Iterable[Item], *, total: int, title: str) -> Iterator[Item]
             meter.at(done)
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Print the title and the time so far on stderr while the block runs, after `LINE_SECONDS` without another line."""
+    begun, ended = time.monotonic(), threading.Event()
+    _last_line[0] = begun
+
+    def beat() -> None:
+        while not ended.wait(max(0.1, _last_line[0] + LINE_SECONDS - time.monotonic())):
+            if not _silenced and not _bars and time.monotonic() - _last_line[0] >= LINE_SECONDS:
+                say(f"{title}: {human_seconds(time.monotonic() - begun)} so far")
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def say(line: str) -> None:
     """Print a line on stderr."""
+    _last_line[0] = time.monotonic()
     print(line, file=sys.stderr, flush=True)
 
 
@@ -76,12 +100,14 @@ class Meter:
             columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()] if self.in_bytes else []
             self.bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
             self.bar.start()
+            _bars.append(self.title)
             self.task = self.bar.add_task(self.title, total=self.total, completed=self.begun_at)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.stop()
+            _bars.remove(self.title)
 
     def at(self, done: int) -> None:
         """Update with the items or bytes done so far, including those that were there before."""

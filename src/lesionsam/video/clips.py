@@ -21,7 +21,7 @@ from av.sidedata.sidedata import Type
 from av.stream import Disposition
 
 from lesionsam.errors import UserError
-from lesionsam.inference.jobs import find_images
+from lesionsam.inference.arguments import find_images
 from lesionsam.utils.images import read_image
 
 FOLDER_RATE = 25.0  # frames per second of a folder, whose images have no times

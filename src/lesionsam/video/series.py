@@ -18,8 +18,8 @@ from skimage.transform import warp
 
 from lesionsam.boxes.geometry import jitter_box
 from lesionsam.errors import UserError
-from lesionsam.inference.inputs import Source
-from lesionsam.inference.jobs import find_images, plan
+from lesionsam.inference.arguments import Source, find_images
+from lesionsam.inference.jobs import plan
 from lesionsam.inference.outputs import make_folder
 from lesionsam.models.checkpoint import load_sam
 from lesionsam.models.sam import Sam
