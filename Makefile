@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONHOME
 unexport PYTHONDONTWRITEBYTECODE  # without compiled files every stage would compile torch and pandas anew: 20 s each
 
-.PHONY: help setup demo test chaos lint types audit package tune ui report foundation evidence evidence-isic2018 benchmark web lock clean
+.PHONY: help setup demo test chaos lint types docs audit package tune ui report foundation evidence evidence-isic2018 benchmark web lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ lint: $(READY) ## ruff, bandit, hadolint
 types: $(READY) ## pyright
 	pyright --pythonpath $(VENV)/bin/python
 
+docs: $(READY) ## this documentation as a site: build/docs/index.html, opens offline (a minute or two)
+	python -m sphinx -b html -W --keep-going -q -d build/doctrees docs build/docs
+	@echo "open build/docs/index.html"
+
 AUDIT := .cache/audit
 audit: ## known vulnerabilities of what requirements.lock pins, by pip-audit (needs the network; fetches pip-audit)
 	@"$(PYTHON)" -m venv $(AUDIT)
@@ -121,4 +125,4 @@ lock: $(READY) ## requirements.lock from requirements.in (needs the network)
 	  --no-annotate --upgrade requirements.in --output-file requirements.lock
 
 clean: ## remove everything that is made: data, models, results, runs' scratch; keeps .venv, archives and MLflow's runs
-	rm -rf data models results report dist build .scratch .cache .pytest_cache .ruff_cache .hypothesis .dvc/cache .dvc/tmp
+	rm -rf data models results report dist build docs/reference docs/project .scratch .cache .pytest_cache .ruff_cache .hypothesis .dvc/cache .dvc/tmp

@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 CHINESE = "README.zh-CN.md"
-HOWTO = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "howto").glob("*.md"))
+PAGES = [path for path in (ROOT / "docs" / "howto").glob("*.md") if path.name != "index.md"]  # which the site alone shows
+HOWTO = sorted(path.relative_to(ROOT).as_posix() for path in PAGES)
 DOCUMENTS = [
     "README.md",
     CHINESE,
@@ -26,6 +27,8 @@ DOCUMENTS = [
     "docs/results.md",
     "docs/code.md",
     "docs/method.md",
+    "docs/architecture.md",
+    "docs/glossary.md",
     *HOWTO,
 ]
 PROGRAMS = r"(make|lesionsam|dvc|mlflow|python|docker|source|git|pip|pre-commit)\b(?![.-])"

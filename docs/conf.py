@@ -1,0 +1,56 @@
+"""Sphinx configuration. `make docs` builds the site into build/docs, offline; nothing on it is loaded from elsewhere."""
+
+import os
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "src")]
+
+import links  # noqa: E402
+import reference_pages  # noqa: E402
+
+import lesionsam  # noqa: E402
+
+project = "LesionSAM"
+author = "The LesionSAM authors"
+copyright = f"2026, {author}"  # noqa: A001 (Sphinx's name)
+release = version = lesionsam.__version__
+REPOSITORY = os.environ.get("DOCS_REPOSITORY", "").rstrip("/")  # address of its web page, for links to source files
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["README.md", "_static"]
+nitpicky = True
+# Types of other libraries and internal classes in signatures have no page here.
+nitpick_ignore_regex = [(r"py:.*", r".*")]
+
+myst_heading_anchors = 4  # the anchors that a repository's web page gives
+myst_enable_extensions = ["attrs_inline", "deflist"]
+nb_execution_mode = os.environ.get("DOCS_EXECUTE", "off")  # off | force: run the tutorials anew
+nb_ipywidgets_js = {}  # would come from a CDN
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+default_role = "code"  # single backticks in docstrings
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 90
+
+html_theme = "furo"
+html_title = f"LesionSAM {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+copybutton_exclude = ".linenos, .gp, .go"
+if REPOSITORY:
+    html_theme_options = {"source_edit_link": f"{REPOSITORY}/edit/main/docs/{{filename}}"}
+
+
+def setup(app):
+    """Write the generated pages before Sphinx looks for pages, and rewrite links as pages are read."""
+    app.connect("builder-inited", lambda app: reference_pages.write(DOCS, REPOSITORY))
+    app.connect("source-read", read_source)
+
+
+def read_source(app, docname, source):
+    """Put the text of a tracked page in its form for the site."""
+    if not docname.startswith((*reference_pages.FOLDERS, "tutorials/")):
+        source[0] = links.site_text(source[0], DOCS / f"{docname}.md", REPOSITORY)
