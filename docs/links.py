@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,3 +101,20 @@ def site_text(text: str, page: Path, repository: str = "") -> str:
         taken = source.read_text(encoding="utf-8")
         shown += rewrite_links(section(taken, heading) if heading else taken, source, page, repository) + rest
     return shown
+
+
+LOADS = re.compile(
+    r"""<(?:script|img|iframe|source)\b[^>]*\ssrc=["']?(?:https?:)?//[^"'\s>]*"""
+    r"""|<link\b(?=[^>]*\srel=["']?(?:stylesheet|preload|preconnect|icon|shortcut icon))"""
+    r"""[^>]*\shref=["']?(?:https?:)?//[^"'\s>]*"""
+    r"""|(?:url\(|@import\s+)["']?(?:https?:)?//[^"')\s]*"""
+)
+
+
+def loads_from_elsewhere(site: Path) -> list[str]:
+    """Return a line for each script, style, font or picture that a page or a style of a site loads from a server."""
+    found = []
+    for path in sorted([*site.rglob("*.html"), *site.rglob("*.css")]):
+        for match in LOADS.finditer(path.read_text(encoding="utf-8")):
+            found.append(f"{path.relative_to(site)}: {match[0]}")
+    return found

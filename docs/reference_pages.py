@@ -9,23 +9,22 @@ import importlib
 import inspect
 import json
 import pkgutil
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer.main
+from file_tables import files_page
 from links import OUTSIDE, ROOT, rewrite_links
+from markdown_table import cell, code, table
 from ruamel.yaml import YAML
 
 import lesionsam
-from lesionsam.boxes import table as boxes_table
 from lesionsam.cli.app import PANELS, app
+from lesionsam.cli.examples import EXAMPLES
 from lesionsam.config.limits import Limits, limits_of, schema, tag_name, value_at, variants
 from lesionsam.config.load import default_values
-from lesionsam.data import index
-from lesionsam.inference import jobs, outputs
 
 FOLDERS = ("reference/", "project/")  # of the generated pages, ignored by git
 
@@ -80,25 +79,6 @@ files
 """
 
 
-def cell(text: object) -> str:
-    """Return a text for a cell of a Markdown table: code spans as they are, other special characters escaped."""
-    parts = re.split(r"(`[^`]+`)", " ".join(str(text).split()))
-    plain = [part if k % 2 else re.sub(r"([\\*_<\[\]{}$~])", r"\\\1", part) for k, part in enumerate(parts)]
-    return "".join(plain).replace("|", r"\|")
-
-
-def code(text: object) -> str:
-    """Return a text as a code span for a cell, nothing for an empty text."""
-    return f"`{text}`".replace("|", r"\|") if str(text) else ""
-
-
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]], kind: str = "") -> str:
-    """Return a Markdown table of cells that are Markdown already; `kind` is its CSS class."""
-    lines = [columns, ("---",) * len(columns), *rows]
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f":::{{container}} {kind}\n{text}:::\n" if kind else text
-
-
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +96,8 @@ def command_pages() -> dict[str, str]:
     found = {name: (command, context) for name, command, context in commands()}
     pages = {f"reference/cli/{slug(name)}.md": command_page(name, *held) for name, held in found.items()}
     summaries = {name: first_sentence(command.help) for name, (command, _) in found.items()}
-    text = "# Commands\n\n" + found["lesionsam"][0].help + "\n\n`lesionsam COMMAND --help` shows the same in a terminal.\n"
+    about = found["lesionsam"][0].help
+    text = f"# Commands\n\n{about}\n\n`lesionsam COMMAND --help` shows the same in a terminal.\n"
     for words, panel in PANELS.items():
         rows = []
         for name in found:
@@ -148,20 +129,20 @@ def command_page(name: str, command: Any, context: Any) -> str:
     """Return the page of a command: usage, help, arguments, options, example."""
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     text = f"# {name}\n\n```\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n"
-    example = (command.epilog or "").removeprefix("Example: ")
-    if example:
-        text += f"\n## Example\n\n```\n{example}\n```\n"
+    if example := EXAMPLES.get(name.removeprefix("lesionsam ")):
+        note = (command.epilog or "").removeprefix(f"Example: {example}").removeprefix(". ")
+        text += f"\n## Example\n\n```\n{example}\n```\n" + (f"\n{note}\n" if note else "")
     for kind, title in (("argument", "Arguments"), ("option", "Options")):
         rows = [option_row(each, context) for each in command.params if each.param_type_name == kind]
         if rows:
-            text += f"\n## {title}\n\n{table((kind, 'meaning', 'default'), rows, 'options')}"
+            text += f"\n## {title}\n\n{table((kind, 'meaning', 'default'), rows)}"
     if context.ignore_unknown_options and context.allow_extra_args:
         text += "\nFurther arguments are passed on"
         text += "; `lesionsam foundation --help` lists its options.\n" if name.endswith("foundation") else ".\n"
-    members = getattr(command, "commands", {})
+    members = {f"{name} {word}": member for word, member in getattr(command, "commands", {}).items()}
     if members and name != "lesionsam":
-        rows = [(f"[`{name} {word}`]({slug(f'{name} {word}')}.md)", cell(first_sentence(m.help))) for word, m in members.items()]
-        text += f"\n## Commands\n\n{table(('command', 'does'), rows)}" + toctree([slug(f"{name} {word}") for word in members])
+        rows = [(f"[`{full}`]({slug(full)}.md)", cell(first_sentence(each.help))) for full, each in members.items()]
+        text += f"\n## Commands\n\n{table(('command', 'does'), rows)}" + toctree([slug(full) for full in members])
     return text
 
 
@@ -223,20 +204,25 @@ def stages_reading(section: str) -> list[str]:
     return found
 
 
+PARAMS = """# params.yaml
+
+Every parameter. Units are in brackets. `lesionsam params show KEY` shows the same for your file, `lesionsam check`
+checks it, `lesionsam preset NAME` writes a set of values. The default is that of the demo. A stage of `dvc.yaml`
+runs anew when a parameter changes that it watches.
+"""
+
+
 def params_page() -> str:
     """Return the page of params.yaml: a table of keys for each section."""
-    text = (
-        "# params.yaml\n\nEvery parameter. Units are in brackets. `lesionsam params show KEY` shows the same for your file, "
-        "`lesionsam check` checks it, `lesionsam preset NAME` writes a set of values. The default is that of the demo. "
-        "A stage of `dvc.yaml` runs anew when a parameter changes that it watches.\n"
-    )
+    text = PARAMS
     for name, node in schema()["properties"].items():
         if not variants(node):
             continue
         about = node.get("description", "")
         text += f"\n## {name}\n\n" + (f"{cell(about[0].upper() + about[1:])}.\n\n" if about else "")
         stages = stages_reading(name)
-        text += f"Watched by the stages {', '.join(stages)}.\n\n" if stages else "Watched by no stage: a change runs nothing anew.\n\n"
+        watched = f"Watched by: {', '.join(stages)}." if stages else "Watched by no stage: a change runs nothing anew."
+        text += f"{watched}\n\n"
         rows = []
         for each in keys_below(node, name):
             limits = each.limits
@@ -245,7 +231,7 @@ def params_page() -> str:
             meaning = cell(limits.description)
             meaning += "." if meaning and when and meaning[-1] not in ".)]" else ""
             rows.append((code(each.limits.key), code(each.default), accepts, meaning + when))
-        text += table(("key", "default", "accepts", "meaning"), rows, "params")
+        text += table(("key", "default", "accepts", "meaning"), rows)
     return text
 
 
@@ -254,9 +240,18 @@ def params_page() -> str:
 
 def faces() -> dict[str, list[str]]:
     """Return package -> its public names, for every package that has some; `lesionsam` itself first."""
-    names = ["lesionsam", *(f"lesionsam.{each.name}" for each in pkgutil.iter_modules(lesionsam.__path__) if each.ispkg)]
+    packages = [each.name for each in pkgutil.iter_modules(lesionsam.__path__) if each.ispkg]
+    names = ["lesionsam", *(f"lesionsam.{name}" for name in packages)]
     found = {name: list(getattr(importlib.import_module(name), "__all__", ())) for name in names}
     return {name: [each for each in public if not each.startswith("__")] for name, public in found.items() if public}
+
+
+API = """# Python API
+
+Import a name from its package: `from lesionsam import Predictor`. Importing a package is quick; what a name needs,
+such as torch, is loaded when the name is first used. Names that are not listed here may change.
+
+"""
 
 
 def api_pages() -> dict[str, str]:
@@ -275,11 +270,7 @@ def api_pages() -> dict[str, str]:
                 text += f"\n## {name}\n\nSee [{home}.{name}]({home}.md#{name.lower()}).\n"
         pages[f"reference/api/{package}.md"] = text
         rows.append((f"[`{package}`]({package}.md)", cell(first_sentence(module.__doc__)), ", ".join(map(code, names))))
-    intro = (
-        "# Python API\n\nImport a name from its package: `from lesionsam import Predictor`. Importing a package is quick; what a "
-        "name needs, such as torch, is loaded when the name is first used. Names that are not listed here may change.\n\n"
-    )
-    index_page = intro + table(("package", "content", "names"), rows) + toctree(list(held))
+    index_page = API + table(("package", "content", "names"), rows) + toctree(list(held))
     return pages | {"reference/api/index.md": index_page}
 
 
@@ -288,81 +279,3 @@ def directive(package: str, name: str, value: Any) -> str:
     if inspect.isclass(value):
         return f".. autoclass:: {package}.{name}\n   :members:\n"
     return f".. {'autofunction' if callable(value) else 'autodata'}:: {package}.{name}\n"
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-BOX_MEANING = {
-    "image_id": "file name of the image without its ending",
-    "lesion_id": "any name, different for the lesions of one image; may be left out where every image has one lesion",
-    "split": "train, dev or test; must agree with the folders",
-    "width": "of the image [px]; checked where it is given",
-    "height": "of the image [px]; checked where it is given",
-    **{name: f"{'left upper' if name[-2:] in ('x0', 'y0') else 'right lower'} corner of the big box, {name[-2]} [px]" for name in boxes_table.BIG},
-    **{name: f"{'left upper' if name[-2:] in ('x0', 'y0') else 'right lower'} corner of the small box, {name[-2]} [px]" for name in boxes_table.SMALL},
-}
-POINT_MEANING = {
-    "image_id": "file name of the image without its ending",
-    "x": "to the right [px]",
-    "y": "downwards [px]",
-    "lesion_id": "points of one lesion share it; without it all points of an image are one prompt",
-    "label": "1 lesion (also where it is empty), 0 not",
-    "width": "of the image [px]; checked where it is given",
-    "height": "of the image [px]; checked where it is given",
-}
-INDEX_MEANING = {
-    "image_id": "file name of the image without its ending",
-    "split": "train, dev (to select on) or test (to report on)",
-    "image_path": "image file, from the root of the repository",
-    "mask_path": "mask file; empty without one",
-    "width": "after EXIF transpose [px]",
-    "height": "after EXIF transpose [px]",
-    "sha256": "of the image's contents",
-    "mask_sha256": "of the mask's contents; empty without one",
-}
-
-
-def columns_table(columns: tuple[str, ...], meaning: Mapping[str, str], needed: tuple[str, ...] | None = None) -> str:
-    """Return the table of a file's columns; `needed` are those that it must have, None where it has all."""
-    if needed is None:
-        return table(("column", "content"), [(code(name), cell(meaning[name])) for name in columns])
-    rows = [(code(name), "yes" if name in needed else "", cell(meaning[name])) for name in columns]
-    return table(("column", "required", "content"), rows)
-
-
-def files_page() -> str:
-    """Return the page of the tables' columns."""
-    return "\n".join(
-        [
-            "# Files",
-            "",
-            "All tables are CSV in UTF-8, separated by commas, with a header. Coordinates are pixels of the upright image (after EXIF "
-            "transpose): x to the right, y downwards, (0, 0) the upper left corner of the first pixel. Boxes are half-open.",
-            "",
-            "## Two boxes per lesion",
-            "",
-            "`boxes.csv`: read by `lesionsam predict --boxes`, `inputs.boxes` and the annotation page. [Your own images](../project/own.md) "
-            "has the rules.",
-            "",
-            columns_table(boxes_table.COLUMNS, BOX_MEANING, boxes_table.REQUIRED),
-            "## Points",
-            "",
-            "Read by `lesionsam predict --points`.",
-            "",
-            columns_table(tuple(jobs.POINT_COLUMNS), POINT_MEANING, ("image_id", "x", "y")),
-            "## Predictions",
-            "",
-            "`predictions.csv`: written by `lesionsam predict`, one row per mask.",
-            "",
-            columns_table(outputs.COLUMNS, outputs.COLUMN_GUIDE),
-            "Beside it: "
-            + ", ".join(f"`{folder}/*{ending}`" for folder, ending in outputs.ENDINGS.items())
-            + f", and `{outputs.COCO}` with all masks as COCO instances. [Predict](../howto/predict.md) has the options.",
-            "",
-            "## Index of a data set",
-            "",
-            "`data/raw/index.csv`: written by the stage `download`, one row per image.",
-            "",
-            columns_table(index.COLUMNS, INDEX_MEANING),
-        ]
-    )

@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 CHINESE = "README.zh-CN.md"
-PAGES = [path for path in (ROOT / "docs" / "howto").glob("*.md") if path.name != "index.md"]  # which the site alone shows
-HOWTO = sorted(path.relative_to(ROOT).as_posix() for path in PAGES)
+HOWTO = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "howto").glob("*.md"))
+HOWTO.remove("docs/howto/index.md")  # of the site; docs/README.md is the repository's
 DOCUMENTS = [
     "README.md",
     CHINESE,
