@@ -139,6 +139,7 @@ def content(
     return {
         "title": f"{len(runs)} runs side by side",
         "subtitle": ", ".join(f"{name}: {run.found}" for name, run in zip(names, runs, strict=True)),
+        "verdict": [],
         "story": story(runs, summaries, rows),
         "headline": headline(table, names),
         "tables": tables,

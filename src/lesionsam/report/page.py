@@ -15,7 +15,7 @@ from lesionsam.config.load import read_yaml
 from lesionsam.config.summary import trained_parts
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
-from lesionsam.evaluation.picks import DISPUTED, GROUPS, disputed
+from lesionsam.evaluation.picks import DISPUTED, GROUPS, Pick, disputed
 from lesionsam.evaluation.tables import (
     ADAPTED,
     BASELINES,
@@ -28,6 +28,7 @@ from lesionsam.evaluation.tables import (
     sections,
 )
 from lesionsam.report import charts
+from lesionsam.report.verdict import verdict
 from lesionsam.utils.files import write_text_atomic
 from lesionsam.utils.pages import jpeg_uri, render
 
@@ -65,13 +66,14 @@ def build_report(results: Path, training: Path, output: Path, *, commit: str | N
         title="Two boxes per lesion: what the adapted model does",
         subtitle=f"{params['data']['source']} data · model {params['model']['name']} · method "
         f"{params['method']['name']} · {summary['num_images']} test images, {summary['num_lesions']} lesions",
+        verdict=verdict(table, read_csv(results / "strata.csv"), read_csv(results / "per_image.csv"), summary),
         story=story(params, summary),
         headline=headline(table),
         tables=tables(table, summary),
         notes=notes(table, "From results/table.csv and results/summary.json."),
         chart_groups=chart_groups(results, training, table),
         cases=[
-            *cases(results / "overlays", training / "overlays", summary["has_truth"]),
+            *cases(results / "overlays", training / "overlays", summary["has_truth"], captions(results)),
             *label_issues(results, summary["has_truth"]),
         ],
         reproduce="In the repository, at this commit and with these parameters in params.yaml:",
@@ -277,12 +279,28 @@ def training_charts(history: pd.DataFrame) -> list[charts.Chart]:
     return [charts.training_curves(history, names, label, caption) for names, label, caption in drawn if names]
 
 
-def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, object]]:
-    """Return the best, median and worst cases and the last epoch's development pictures."""
+def captions(results: Path) -> dict[str, str]:
+    """Return the text below each case's picture, by the name that its file has after group and rank.
+
+    With masks it is the IoU that each model reaches with the prompt of the pictures.
+    """
+    rows = read_csv(results / "per_image.csv")
+    rows = rows[rows["prompt"] == main_prompt(list(rows["prompt"].drop_duplicates()))]
+    found = {}
+    for (image_id, lesion_id), part in rows.groupby(["image_id", "lesion_id"], sort=False):
+        known = part.dropna(subset=["iou"])
+        scores = ", ".join(f"{model} {iou:.2f}" for model, iou in zip(known["model"], known["iou"], strict=True))
+        name = Path(Pick("", 0, str(image_id), str(lesion_id)).file_name).stem.removeprefix("_0_")
+        found[name] = f"{name}: IoU {scores}" if scores else name
+    return found
+
+
+def cases(overlays: Path, epochs: Path, has_truth: bool, captions: Mapping[str, str]) -> list[dict[str, object]]:
+    """Return the best, median and worst cases and the last epoch's development pictures; captions: see `captions`."""
     by = "IoU" if has_truth else "agreement between prompts"
     text = f"Chosen by {by}. {LINES} Click a picture to enlarge it. From results/overlays."
     out = [
-        case_group(f"{group.capitalize()} cases", text if group == GROUPS[0] else "", found)
+        case_group(f"{group.capitalize()} cases", text if group == GROUPS[0] else "", found, captions=captions)
         for group in GROUPS
         if (found := ranked(overlays, group))
     ]
@@ -292,13 +310,18 @@ def cases(overlays: Path, epochs: Path, has_truth: bool) -> list[dict[str, objec
 
 
 def case_group(
-    title: str, text: str, paths: Sequence[Path], grids: Sequence[Mapping[str, object]] = ()
+    title: str,
+    text: str,
+    paths: Sequence[Path],
+    grids: Sequence[Mapping[str, object]] = (),
+    captions: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """Return a section of pictures for the template, at most `MAX_PICTURES`."""
     pictures = []
     for path in paths[:MAX_PICTURES]:
         with Image.open(path) as image:
-            pictures.append(embedded(image, path.stem))
+            name = path.stem.split("_", 2)[-1]
+            pictures.append(embedded(image, path.stem) | {"caption": (captions or {}).get(name, "")})
     return {"title": title, "text": text, "tables": list(grids), "pictures": pictures}
 
 
@@ -347,4 +370,4 @@ def cost_cells(training: Path) -> list[list[str]]:
 def embedded(image: Image.Image, name: str) -> dict[str, str]:
     """Return an image as a JPEG inside the page."""
     safe = "".join(c if c.isalnum() else "-" for c in name)
-    return {"name": safe, "uri": jpeg_uri(image, JPEG_QUALITY)}
+    return {"name": safe, "uri": jpeg_uri(image, JPEG_QUALITY), "caption": ""}
