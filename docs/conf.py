@@ -7,6 +7,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "src")]
 
+import docstrings  # noqa: E402
 import links  # noqa: E402
 import reference_pages  # noqa: E402
 from sphinx.errors import SphinxError  # noqa: E402
@@ -51,6 +52,7 @@ def setup(app):
     """Write the generated pages before Sphinx looks for pages, and rewrite links as pages are read."""
     app.connect("builder-inited", lambda app: reference_pages.write(DOCS, REPOSITORY))
     app.connect("source-read", read_source)
+    app.connect("autodoc-process-docstring", separate_arguments, priority=400)  # before napoleon's 500
     app.connect("build-finished", check_offline)
 
 
@@ -58,6 +60,12 @@ def read_source(app, docname, source):
     """Put the text of a tracked page in its form for the site."""
     if not docname.startswith((*reference_pages.FOLDERS, "tutorials/")):
         source[0] = links.site_text(source[0], DOCS / f"{docname}.md", REPOSITORY)
+
+
+def separate_arguments(app, what, name, obj, options, lines):
+    """Give each argument of a docstring its own line, as napoleon expects."""
+    if what in ("class", "function", "method", "exception"):
+        lines[:] = docstrings.separated(lines, docstrings.names_of(obj))
 
 
 def check_offline(app, error):
