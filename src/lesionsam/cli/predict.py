@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -118,15 +117,16 @@ def predict(
     paths, problems = find_images(named)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
-    print(f"{len(paths)} images; loading the model", file=sys.stderr, flush=True)
+    from lesionsam.utils.progress import working
 
-    from lesionsam.experiment.auto import read_auto_options
-    from lesionsam.inference.auto import AUTO_DEFAULTS
-    from lesionsam.inference.files import predict_files
-    from lesionsam.inference.shards import Shard
-    from lesionsam.inference.workers import num_devices, predict_on_devices
-    from lesionsam.tracking.registry import resolve_model
-    from lesionsam.utils.devices import torch_device
+    with working(f"{len(paths)} images; loading libraries"):
+        from lesionsam.experiment.auto import read_auto_options
+        from lesionsam.inference.auto import AUTO_DEFAULTS
+        from lesionsam.inference.files import predict_files
+        from lesionsam.inference.shards import Shard
+        from lesionsam.inference.workers import num_devices, predict_on_devices
+        from lesionsam.tracking.registry import resolve_model
+        from lesionsam.utils.devices import torch_device
 
     if text is not None:
         from lesionsam.detection.prompts import write_text_boxes

@@ -21,6 +21,7 @@ from lesionsam.models.checkpoint import load_sam, weights_metadata
 from lesionsam.models.sam import Sam
 from lesionsam.prompts import ZOOM
 from lesionsam.utils.locks import folder_lock
+from lesionsam.utils.progress import working
 from lesionsam.utils.weights import weights_sha256
 
 
@@ -77,7 +78,8 @@ def predict_files(
     paths, problems = find_images(images)
     if not paths:
         raise UserError(problems[0] if problems else "no images given; name files, folders or patterns")
-    sam = load_sam(None, model)
+    with working("loading the model"):
+        sam = load_sam(None, model)
     decoding = DecodeOptions.of_metadata(weights_metadata(model), options)
     decoding = replace(decoding, kind=ZOOM if zoom else source.decoded_as, num_members=ensemble)
     how = PredictOptions(
