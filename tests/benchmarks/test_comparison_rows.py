@@ -12,9 +12,10 @@ from PIL import Image
 
 from comparison.charts import curve, draw_labels, masks_worth
 from comparison.rows import DEFAULT_BLIND, MASKS, SETS
-from comparison.units import Row, configured, costs, few, summarise, unit_path
+from comparison.units import ZERO_SHOT, Row, configured, costs, few, summarise, unit_path
 from helpers.tiny import tiny_data
 from lesionsam.config.load import default_values, validate
+from lesionsam.evaluation.columns import PRIOR_OFFSET
 from lesionsam.evaluation.statistics import LABEL_FREE, METRICS
 
 BASE = validate(default_values())
@@ -28,6 +29,7 @@ def test_every_row_of_every_set_is_a_valid_configuration_with_a_file_of_its_own(
         for row in rows:
             assert configured(BASE, row, 1).train.seed == 1
     names = {row.name for row in plan.rows(BASE)}
+    names |= {PRIOR_OFFSET + row.name.removeprefix(ZERO_SHOT) for row in plan.rows(BASE) if not row.trains}
     assert {one for pair in plan.comparisons for one in pair} <= names
 
 
@@ -130,7 +132,9 @@ def test_parameters_and_seconds_stand_in_the_same_table(tmp_path: Path) -> None:
     assert lines[2].startswith("| a | 2 | 12,345 | 3.0 |  | 0.6")
     assert lines[3].startswith("| b | 2 |  |  |  | 0.7")
     plain = summarise(figures({"a": 0.6, "b": 0.7}), [("a", "b")]).splitlines()
-    assert plain[0] == "| row | seeds | none | ring | centre | box | box+core | failures (box) | box minus none |"
+    assert (
+        plain[0] == "| row | seeds | none | ring | centre | box | zoom | box+core | failures (box) | box minus none |"
+    )
     assert all(line.count("|") == plain[0].count("|") for line in plain[1:4])
 
 

@@ -213,9 +213,9 @@ def test_a_resumed_history_is_that_of_an_undisturbed_run(tmp_path: Path) -> None
         History(tmp_path / "resumed.csv").log(values, step)
     assert (tmp_path / "resumed.csv").read_text() == (tmp_path / "straight.csv").read_text()
     assert (tmp_path / "straight.csv").read_text().splitlines() == [
-        "epoch,step,loss,objective,label_free",
-        "1,8,0.1,1.0,",
-        "2,16,1e-07,,",
+        "epoch,step,loss,objective,ring,centre,box,label_free",
+        "1,8,0.1,1.0,,,,",
+        "2,16,1e-07,,,,,",
     ]
     straight.log({"epoch": 1, "train_loss": 0.5}, 8)
     assert [row["epoch"] for row in straight.rows] == [1], "epochs after a repeated one are dropped"
