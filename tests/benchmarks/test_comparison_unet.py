@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from comparison.unet import Segmenter, build_unet, evaluate_unet, logits_of
-from comparison.units import UNET, Row, check_pairs, is_finished, run_unit, unit_path
+from comparison.units import PROMPTS, UNET, Row, check_pairs, is_finished, run_unit, unit_path
 from helpers.pairs import BASE, write_pairs
 from helpers.tiny import SIDE, tiny_data
 from lesionsam.config.load import with_values
@@ -46,8 +46,7 @@ def test_a_unit_trains_selects_and_reads_the_test_split(row: Row, pairs: Path, r
         return pd.read_csv(unit_path(out, row, 1))
 
     found = figures(tmp_path)
-    prompts = {"none", "box", "box+core"} if row.network == UNET else {"none", "ring", "centre", "box", "box+core"}
-    assert set(found["prompt"]) == prompts
+    assert set(found["prompt"]) == ({"none", "box", "box+core"} if row.network == UNET else set(PROMPTS))
     assert set(found["image_id"]) == {"lesion12", "lesion13", "lesion14"}
     assert set(found.columns) <= set(ROW_COLUMNS)
     assert found["iou"].between(0, 1).all()
