@@ -178,7 +178,7 @@ def test_real_command(name: str, project: Callable[[str], Path]) -> None:
         timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
-    lines = done.stderr.splitlines()
+    lines = [line for line in done.stderr.splitlines() if not line.endswith("so far")]  # progress of a slow machine
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, lines
     assert all(re.search(words, lines[0]) for words in case.says), lines[0]
