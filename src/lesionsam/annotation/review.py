@@ -148,7 +148,7 @@ def _area(box: Box) -> float:
 
 
 class Review:
-    """The proposals for open images, and the thread that computes them while no annotator is drawing (`start`).
+    """Hold the proposals for open images, and compute them in a thread while no annotator is drawing (`start`).
 
     Args:
         model: that proposes; None: what `lesionsam propose` has found by text is shown, and nothing is computed.

@@ -24,7 +24,7 @@ def needs_small(prompt: str) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """The source of the prompts.
+    """Name the source of the prompts.
 
     Attributes:
         kind: boxes | points (both of a CSV) | auto (none: the one lesion of an image) | everything (none: all masks).

@@ -1,4 +1,4 @@
-"""The contact sheet of a prediction: pages of all pictures, doubtful ones first, that open without a network.
+"""Write the contact sheet of a prediction: pages of all pictures, doubtful ones first, that open without a network.
 
 Rows are streamed twice, so that memory does not grow with their number; pages link to the pictures in `overlays/`.
 """

@@ -38,7 +38,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class ImageSources:
-    """Where images may come from.
+    """Hold the places that images may come from.
 
     Attributes:
         local_root: what Label Studio knows as LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT. upload_root: folder `upload` in

@@ -34,7 +34,7 @@ MAX_TASKS = 10_000
 
 @dataclass(frozen=True)
 class Control:
-    """Where masks go in a project's labelling interface.
+    """Name the places of masks in a project's labelling interface.
 
     Attributes:
         kind: of `CONTROLS`' values. name, image: of the control's tag and of its image's. key: of the image's address
@@ -64,7 +64,7 @@ class Control:
 
 
 class SetUp(BaseModel):
-    """What Label Studio sends when a project is connected; its host name and token are not used."""
+    """Hold what Label Studio sends when a project is connected; its host name and token are not used."""
 
     interface: Annotated[str, Field(alias="schema", max_length=1 << 20)]
 
@@ -84,7 +84,7 @@ class Region(BaseModel):
 
 
 class Context(BaseModel):
-    """What a person drew with smart tools."""
+    """Hold what a person drew with smart tools."""
 
     result: list[Region] = []
 
@@ -103,7 +103,7 @@ class Task(BaseModel):
 
 
 class SentTasks(BaseModel):
-    """What Label Studio sends to predict."""
+    """Hold what Label Studio sends to predict."""
 
     tasks: Annotated[list[Task], Field(max_length=MAX_TASKS)]
     label_config: Annotated[str, Field(max_length=1 << 20)]
