@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torchvision.ops import nms
 
 from lesionsam.errors import UserError
-from lesionsam.models.sam2 import quiet
+from lesionsam.models.hub import readable_as
 from lesionsam.utils.hub import CONFIG, fetch_model, model_type_of
 from lesionsam.utils.weights import weights_sha256
 
@@ -146,28 +145,13 @@ def open_detector(place: str, device: torch.device | str = "cpu", *, key: str = 
             f"{', '.join(KINDS)}, such as IDEA-Research/grounding-dino-tiny"
         )
     own, model_class, processor_class = KINDS[kind]
-    try:
-        with quiet():
-            model, found = getattr(transformers, model_class).from_pretrained(  # nosec B615: a folder on this machine
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-            )
-            processor = getattr(transformers, processor_class).from_pretrained(  # nosec B615
-                folder, local_files_only=True
-            )
-    except ModuleNotFoundError:
-        raise
-    except (
-        SafetensorError,
-        ImportError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{key} {place}: cannot be read as a {model_class} ({reason}); fetch it again") from None
+    with readable_as(model_class, f"{key} {place}"):
+        model, found = getattr(transformers, model_class).from_pretrained(  # nosec B615: a folder on this machine
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+        processor = getattr(transformers, processor_class).from_pretrained(  # nosec B615
+            folder, local_files_only=True
+        )
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"{key} {place}: lacks {len(missing)} weights, such as {missing[0]}; fetch it again")
     return own(model, processor, place, weights_sha256(folder)[:12], device)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,28 @@ def to_transformers(sam: Sam, state: Mapping[str, torch.Tensor]) -> tuple[Any, A
     return model.eval(), transformers.SamProcessor(images)
 
 
+@contextmanager
+def readable_as(kind: str, place: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder that is no model of this kind into one line about its place."""
+    try:
+        with quiet():
+            yield
+    except ModuleNotFoundError:
+        raise
+    except (
+        SafetensorError,
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{place}: cannot be read as a {kind} ({reason}); fetch it again") from None
+
+
 def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a model in the form of the Hub.
 
@@ -192,25 +215,10 @@ def read_hub_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, st
         )
     kind = getattr(transformers, FAMILIES[model_type].model if model_type != "sam" else "SamModel")
     # B615 is about a hub's revisions; this is a folder on this machine, and nothing else is looked at.
-    try:
-        with quiet():
-            model, found = kind.from_pretrained(  # nosec B615
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-            )
-    except ModuleNotFoundError:
-        raise
-    except (
-        SafetensorError,
-        ImportError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{folder}: cannot be read as a {kind.__name__} ({reason}); fetch it again") from None
+    with readable_as(kind.__name__, str(folder)):
+        model, found = kind.from_pretrained(  # nosec B615
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{folder}: lacks {len(missing)} weights of a {kind.__name__} ({', '.join(missing[:3])}); fetch it again"
