@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import pandas as pd
@@ -9,11 +10,14 @@ import pandas as pd
 from lesionsam.config.load import Config, config_digest, to_values, validate
 from lesionsam.errors import UserError
 from lesionsam.evaluation import statistics
+from lesionsam.evaluation.kept import MEASURES
 from lesionsam.evaluation.tables import ADAPTED, ZERO_SHOT, grid, prompts_in, read_csv, write_csv
 from lesionsam.experiment.launch import is_joining, num_processes
+from lesionsam.experiment.resume import TRAINING
 from lesionsam.pipeline.evaluate import evaluate_models
-from lesionsam.pipeline.paths import BOXES, RESULTS, SCRATCH, pretrained_weights
+from lesionsam.pipeline.paths import BOXES, INDEX, RESULTS, SCRATCH, pretrained_weights
 from lesionsam.pipeline.train import train_model
+from lesionsam.utils.code import NO_RESULT, code_digest
 from lesionsam.utils.files import sha256_file, write_text_atomic
 
 FOLDER = SCRATCH / "seeds"
@@ -23,8 +27,8 @@ SECTIONS = ("data", "boxes", "model", "method", "train", "evaluate", "auto")
 def train_seeds(config: Config, count: int) -> str:
     """Train and evaluate with `count` seeds from train.seed on; write results/seeds.csv and seeds.md.
 
-    A seed that was trained under the same parameters, boxes and weights is not trained again. models/adapted and
-    results hold the training of train.seed itself in the end, as without further seeds.
+    A seed that was trained under the same parameters, code, images, boxes and weights is not trained again.
+    models/adapted and results hold the training of train.seed itself in the end, as without further seeds.
 
     Returns:
         The text of seeds.md.
@@ -60,9 +64,10 @@ def with_seed(config: Config, seed: int) -> Config:
 
 
 def _key(config: Config) -> str:
-    """Return the name of a seed's folder: parameters, boxes and weights decide."""
-    digests = (config_digest(config, SECTIONS), sha256_file(BOXES), sha256_file(pretrained_weights()))
-    return "-".join(digest[:12] for digest in digests)
+    """Return the name of a seed's folder: parameters, code, images, boxes and weights decide."""
+    code = code_digest(TRAINING, *MEASURES, without=NO_RESULT)
+    files = (sha256_file(path) for path in (INDEX, BOXES, pretrained_weights()))
+    return hashlib.sha256("\n".join([config_digest(config, SECTIONS), code, *files]).encode()).hexdigest()[:24]
 
 
 def seeds_table(parts: list[pd.DataFrame], *, num_bootstrap: int, confidence: float) -> pd.DataFrame:
